@@ -1,0 +1,203 @@
+"""Frozen configuration: what a model is, how its cache is kept, how tokens are drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from skvq.engine.errors import ModelError, OptionError, nearest, require_known
+from skvq.engine.filters import AttentionSinks
+
+if TYPE_CHECKING:
+    from skvq.engine.filters import FilterRule
+
+FULL_SPAN = 2**31 - 1
+"""Attention span of a layer without a sliding window: longer than any context, so it needs no special case."""
+
+METHODS = ("rotate", "reorder", "plain", "fp")
+BITS = (1.5, 2.0, 3.0, 4.0, 8.0)
+GROUP_SIZES = (32, 64, 128)
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+class _Options:
+    """``from_options``: build a config from keywords, naming the nearest valid one when a keyword is unknown."""
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r} of {cls.__name__}{nearest(name, known)}")
+        return cls(**options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) and how it is stretched past the trained length.
+
+    ``kind`` is one of ``ROPE_TYPES``; every other field has the meaning it has in Hugging Face's config.json.
+    """
+
+    kind: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_TYPES:
+            raise ModelError(f"unknown RoPE type {self.kind!r}{nearest(self.kind, ROPE_TYPES)}")
+        if not (math.isfinite(self.theta) and self.theta > 0):
+            raise ModelError(f"rope theta must be positive, got {self.theta}")
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise ModelError(f"rope scaling factor must be positive, got {self.factor}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    trained_context: int = 4096
+    attention_spans: tuple[int, ...] = ()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
+            "trained_context",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ModelError(f"model config: {name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(f"model config: {self.num_heads} query heads do not divide among {self.num_kv_heads} kv heads")
+        if self.head_size % 2:
+            raise ModelError(f"model config: head size {self.head_size} is odd, RoPE turns channels in pairs")
+        if not self.attention_spans:
+            object.__setattr__(self, "attention_spans", (FULL_SPAN,) * self.num_layers)
+        if len(self.attention_spans) != self.num_layers or min(self.attention_spans) < 1:
+            raise ModelError(f"model config: {len(self.attention_spans)} attention spans for {self.num_layers} layers")
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Cached numbers per token, keys and values of all layers: 2*L*KH*D."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, a tied embedding counted once."""
+        d, f, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.head_size
+        q = self.num_heads * self.head_size
+        layer = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
+        layer += (q + 2 * kv) * self.qkv_bias + d * self.output_bias + (2 * f + d) * self.mlp_bias
+        return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig(_Options):
+    """How a sequence's keys and values are kept (SKVQ, arXiv 2405.06219, section 3).
+
+    method: ``rotate`` (ours), ``reorder`` (SKVQ), ``plain`` (no transform) or ``fp`` (16 bits, the control).
+    key_bits, value_bits: 1.5 (three levels, stored at 1.6), 2, 3, 4 or 8; ignored by ``fp``.
+    group_size: channels that share one scale and one zero point: 32, 64 or 128, at most the head size.
+    window: most recent tokens held in 16 bits; packing goes a tile at a time, so there are ``window`` to
+        ``window + tile - 1`` of them (tile is 128 tokens, 160 where a side has 1.5 bits), never fewer.
+    filters: rules that keep single tokens in 16 bits when they leave the window.
+    """
+
+    method: str = "rotate"
+    key_bits: float = 2.0
+    value_bits: float = 2.0
+    group_size: int = 64
+    window: int = 128
+    filters: tuple[FilterRule, ...] = (AttentionSinks(5),)
+
+    def __post_init__(self) -> None:
+        require_known(self.method, METHODS, "cache method")
+        for name in ("key_bits", "value_bits"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or float(value) not in BITS:
+                raise OptionError(f"{name} must be one of {', '.join(f'{b:g}' for b in BITS)}, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        if self.group_size not in GROUP_SIZES:
+            raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window <= 2**20:
+            raise OptionError(f"window must be a number of tokens from 0 to {2**20}, got {self.window!r}")
+        object.__setattr__(self, "filters", tuple(self.filters))
+
+    def fitted(self, model: ModelConfig) -> CacheConfig:
+        """This config for a model's head size: a group never spans more than a head.
+
+        Raises OptionError where the head size is no multiple of the group size.
+        """
+        if self.method == "fp":
+            return self
+        group = min(self.group_size, model.head_size)
+        if group not in GROUP_SIZES or model.head_size % group:
+            raise OptionError(
+                f"head size {model.head_size} is not a multiple of group size {group}: "
+                f"choose a group size of {', '.join(map(str, GROUP_SIZES))} that divides it, or method 'fp'"
+            )
+        return replace(self, group_size=group)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig(_Options):
+    """How the next token is drawn. Temperature 0 is greedy; the other filters apply in the order of the fields.
+
+    repeat_penalty divides positive and multiplies negative logits of tokens seen before (CTRL, arXiv 1909.05858).
+    top_k 0 and top_p 1 and min_p 0 keep everything; min_p is relative to the likeliest token.
+    stop: texts that end the generation and are not returned.
+    """
+
+    max_new_tokens: int = 256
+    repeat_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        checks = {
+            "max_new_tokens": self.max_new_tokens >= 0,
+            "repeat_penalty": math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0,
+            "temperature": math.isfinite(self.temperature) and self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "stop": all(stop),
+        }
+        for name, good in checks.items():
+            if not good:
+                raise OptionError(f"{name} is out of range: {getattr(self, name)!r}")

@@ -1,0 +1,51 @@
+"""What can go wrong that a user can mend: one line that says what, with the numbers, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SkvqError(Exception):
+    """Base of every error a user can mend. The command line prints it as one line and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class OptionError(SkvqError):
+    """An option is unknown, malformed, or does not go with another."""
+
+
+class ModelError(SkvqError):
+    """Weights, config or tokenizer are missing, corrupt, or of a kind this engine does not know."""
+
+
+class CapacityError(SkvqError):
+    """Something does not fit: the card, the arena, the page table, or a sequence's context."""
+
+
+class CalibrationError(SkvqError):
+    """A calibration artifact is broken or belongs to another model or other options."""
+
+
+class SessionError(SkvqError):
+    """A session file is broken or belongs to another model, calibration or other options."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the valid name closest to ``name``, else the list of all.
+
+    >>> nearest("windw", ["window", "sinks"])
+    "; did you mean 'window'?"
+    """
+    choices = sorted(str(v) for v in valid)
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(choices)}"
+
+
+def require_known(name: str, valid: Iterable[str], what: str) -> None:
+    """Raise ``OptionError`` naming the nearest valid name unless ``name`` is one of ``valid``."""
+    choices = list(valid)
+    if name not in choices:
+        raise OptionError(f"unknown {what} {name!r}{nearest(name, choices)}")

@@ -1,0 +1,154 @@
+"""What a backend computes and the tensors it is given: the contract that ``reference`` specifies in torch.
+
+Letters: B sequences of the batch, N tokens of this step, T cached tokens, H query heads, KH kv heads, D head size,
+G groups in a head, P pages, S sequence slots, F full-precision slots of a sequence. Query head h reads kv head
+``h // (H / KH)``. All tensors of a bundle lie on one device. Nothing here is ever copied: kernels write in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from skvq.kernels.layout import PageLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedPages:
+    """One layer's share of the arena. Layouts of the last dimension: ``layout.py``."""
+
+    layout: PageLayout
+    key_codes: Tensor  # uint8 [P, KH, key_bytes]
+    value_codes: Tensor  # uint8 [P, KH, value_bytes]
+    meta: Tensor  # int32 [P, KH, meta_words]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainPages:
+    """One layer's share of a 16-bit arena (method ``fp``): keys after RoPE, token-major."""
+
+    keys: Tensor  # float16 or bfloat16 [P, KH, 1280, D]
+    values: Tensor  # as keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullSlots:
+    """One layer's full-precision tokens: first the retained slots, then the window as a ring.
+
+    ``positions`` is the only word on what a slot holds: a token's position in its sequence, or -1 for nothing.
+    """
+
+    keys: Tensor  # float16 or bfloat16 [S, KH, F, D], after RoPE
+    values: Tensor  # as keys
+    positions: Tensor  # int32 [S, F]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Whose turn it is: rows of the batch and how far each sequence is packed.
+
+    A query at position t sees packed tokens ``0 .. packed-1`` that are not flagged as retained and full-precision slots
+    with ``0 <= position <= t``; of both only those with ``t - position < span``.
+    """
+
+    slots: Tensor  # int64 [B], sequence slot of each row
+    positions: Tensor  # int32 [B, N], position of each query
+    packed: Tensor  # int32 [B], packed tokens of each row, whole tiles
+    page_table: Tensor  # int32 [S, pages of the longest sequence]
+    max_packed: int  # upper bound of `packed`, known to the host
+    span: int  # attention span of this layer, `FULL_SPAN` if unlimited
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeFrequencies:
+    """Channel pairs ``(j, D/2 + j)`` turn by ``position * inv_freq[j]`` and are scaled by ``scale`` (yarn, longrope)."""
+
+    inv_freq: Tensor  # float64 [D/2]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """How one side (keys or values) of one layer is quantized. Groups are [KH, G], or [KH * G] under labels."""
+
+    unit: Tensor  # float32, power of two by group: metadata bytes count in it
+    clip: Tensor  # float32, clip factor alpha by group: the first range is alpha times [min, max]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadCodec:
+    """Contiguous groups inside each head, keys stored after RoPE (methods ``rotate`` and ``plain``).
+
+    Stored key   ``y = key_basis (RoPE_t(k) - RoPE_t(key_mean))``, so ``q . RoPE_t(k) = (query_basis q) . y + q . RoPE_t(key_mean)``
+    with ``query_basis = key_basis^-T``; stored value ``y = value_basis (v - value_mean)``, so that a weighted sum of values
+    with weights adding to w is ``output_basis (sum p y) + w value_mean`` with ``output_basis = value_basis^-1``.
+    All matrices act on column vectors of a head.
+    """
+
+    keys: Side
+    values: Side
+    key_mean: Tensor  # float32 [KH, D], before RoPE; pairs of zeros cost nothing
+    key_basis: Tensor  # float32 [KH, D, D]
+    query_basis: Tensor  # float32 [KH, D, D]
+    value_mean: Tensor  # float32 [KH, D]
+    value_basis: Tensor  # float32 [KH, D, D]
+    output_basis: Tensor  # float32 [KH, D, D]
+    rope: RopeFrequencies
+    has_key_mean: bool  # False: key_mean is all zeros, a kernel may leave its term out
+    has_basis: bool  # False: every basis is the identity and the means are zero (method `plain`)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelCodec:
+    """Groups of varying size over all KH*D channels of a layer, keys stored before RoPE (method ``reorder``, SKVQ).
+
+    A channel's group is its label, 0 .. KH*G - 1; the metadata of group j lies with kv head ``j // G`` as its group ``j % G``.
+    """
+
+    keys: Side
+    values: Side
+    key_labels: Tensor  # int64 [KH * D]
+    value_labels: Tensor  # int64 [KH * D]
+    rope: RopeFrequencies
+
+
+class Backend(Protocol):
+    """Arithmetic on the arena. ``first`` and T are whole tiles; ``page_row`` is the sequence's row of the page table.
+
+    pack:   quantize T tokens and write codes and metadata of tokens ``first .. first+T-1``. ``keys`` are after RoPE [T, KH, D],
+            ``values`` [T, KH, D], both in the cache's 16-bit dtype; ``retained`` bool [T] flags tokens held elsewhere.
+    unpack: the inverse: keys after RoPE and values, [T, KH, D] float32, as attention sees them (means and bases undone).
+    attend: softmax(q k^T / sqrt(D)) v over packed tokens and full-precision slots in one softmax. ``q`` is [B, N, H, D]
+            after RoPE; returns the output [B, N, H, D] in q's dtype and the log-sum-exp [B, N, H] in float32. A query that
+            sees nothing gets zeros and -inf.
+    """
+
+    name: str
+
+    def pack_heads(
+        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+    ) -> None: ...
+
+    def pack_labels(
+        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+    ) -> None: ...
+
+    def unpack_heads(
+        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def unpack_labels(
+        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attend_heads(
+        self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attend_labels(
+        self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]: ...

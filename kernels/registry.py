@@ -1,0 +1,66 @@
+"""Backends by name: our three, and any that an installed package offers under the entry point ``skvq.kernels``.
+
+An entry point names a factory ``(torch.device) -> Backend``; it raises ``ImportError`` or ``BackendUnavailable`` with the
+reason when it cannot serve that device.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+import torch
+
+from skvq.kernels.interface import Backend
+
+ENTRY_POINT = "skvq.kernels"
+
+
+class BackendUnavailable(Exception):
+    """The backend is unknown, or known and of no use on this device; the message says why."""
+
+
+def _reference(device: torch.device) -> Backend:
+    from skvq.kernels.reference import Reference
+
+    return Reference()
+
+
+def _numba(device: torch.device) -> Backend:
+    if device.type != "cpu":
+        raise BackendUnavailable(f"backend 'numba' computes on the CPU, not on {device}")
+    from skvq.kernels.numba_cpu import NumbaCpu
+
+    return NumbaCpu()
+
+
+def _triton(device: torch.device) -> Backend:
+    from skvq.kernels.triton_gpu import TritonGpu
+
+    return TritonGpu(device)
+
+
+def factories() -> dict[str, Callable[[torch.device], Backend]]:
+    """Factories by name; a plug-in cannot take the name of one of ours."""
+    found: dict[str, Callable[[torch.device], Backend]] = {e.name: e.load() for e in entry_points(group=ENTRY_POINT)}
+    return found | {"reference": _reference, "numba": _numba, "triton": _triton}
+
+
+def default_name(device: torch.device) -> str:
+    """The fastest of our backends for a device: numba on the CPU, Triton on a GPU."""
+    return "numba" if device.type == "cpu" else "triton"
+
+
+def get_backend(name: str, device: torch.device) -> Backend:
+    """The backend of that name (``auto``: ``default_name``) for a device. Raises BackendUnavailable, never falls back."""
+    known = factories()
+    chosen = default_name(device) if name == "auto" else name
+    if chosen not in known:
+        close = difflib.get_close_matches(chosen, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: auto, {', '.join(sorted(known))}"
+        raise BackendUnavailable(f"unknown backend {chosen!r}; {hint}")
+    try:
+        return known[chosen](device)
+    except ImportError as error:
+        raise BackendUnavailable(f"backend {chosen!r} cannot be loaded: {error}") from error
