@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field, replace
 
 from skvq.engine.errors import ModelError, OptionError, nearest, require_known
-from skvq.engine.filters import AttentionSinks
-
-if TYPE_CHECKING:
-    from skvq.engine.filters import FilterRule
+from skvq.engine.filters import AttentionSinks, FilterRule
+from skvq.engine.options import option_class
 
 FULL_SPAN = 2**31 - 1
 """Attention span of a layer without a sliding window: longer than any context, so it needs no special case."""
@@ -19,18 +16,6 @@ METHODS = ("rotate", "reorder", "plain", "fp")
 BITS = (1.5, 2.0, 3.0, 4.0, 8.0)
 GROUP_SIZES = (32, 64, 128)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-
-
-class _Options:
-    """``from_options``: build a config from keywords, naming the nearest valid one when a keyword is unknown."""
-
-    @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        for name in options:
-            if name not in known:
-                raise OptionError(f"unknown option {name!r} of {cls.__name__}{nearest(name, known)}")
-        return cls(**options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +104,9 @@ class ModelConfig:
         return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
 
+@option_class
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheConfig(_Options):
+class CacheConfig:
     """How a sequence's keys and values are kept (SKVQ, arXiv 2405.06219, section 3).
 
     method: ``rotate`` (ours), ``reorder`` (SKVQ), ``plain`` (no transform) or ``fp`` (16 bits, the control).
@@ -167,8 +153,9 @@ class CacheConfig(_Options):
         return replace(self, group_size=group)
 
 
+@option_class
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingConfig(_Options):
+class SamplingConfig:
     """How the next token is drawn. Temperature 0 is greedy; the other filters apply in the order of the fields.
 
     repeat_penalty divides positive and multiplies negative logits of tokens seen before (CTRL, arXiv 1909.05858).

@@ -142,3 +142,26 @@ def pages_for(tokens: int) -> int:
     (0, 1, 2)
     """
     return -(-tokens // PAGE_TOKENS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainLayout:
+    """A page of 16-bit keys and values, token-major: the control group, in the same arena."""
+
+    head_size: int
+    kv_heads: int
+
+    @property
+    def tile(self) -> int:
+        """Tokens that leave the window at once."""
+        return 128
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes a token takes in one layer."""
+        return 4 * self.kv_heads * self.head_size
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits per cached number."""
+        return 16.0

@@ -1,0 +1,46 @@
+"""Units and clip factors: where the 8 bits of metadata lie, and how much of a group's range is worth covering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from skvq.kernels.layout import LEVELS
+from skvq.kernels.reference import dequantize, e4m3_decode, quantize
+
+CLIP_GRID = tuple(round(0.30 + 0.05 * i, 2) for i in range(15))
+"""Clip factors tried, 0.30 to 1.00."""
+
+UNIT_TOP = 128.0
+"""Metadata seen in calibration stay below this many units; E4M3 ends at 448, so larger tokens still fit."""
+
+
+def fit_unit(y: Tensor) -> Tensor:
+    """Power of two per group such that the largest |value| of ``y`` [T, ..., g] is about UNIT_TOP units; float32 [...]."""
+    top = y.abs().amax((0, -1)).clamp_min(1e-20)
+    return torch.exp2(torch.ceil(torch.log2(top / UNIT_TOP))).clamp(2.0**-60, 2.0**60)
+
+
+def round_trip(y: Tensor, bits: float, unit: Tensor, clip: Tensor) -> Tensor:
+    """``y`` [..., g] quantized and back, as the pages would hold it."""
+    codes, scale, mid = quantize(y, LEVELS[bits], unit, clip)
+    return dequantize(codes, e4m3_decode(scale) * unit, e4m3_decode(mid) * unit, LEVELS[bits])
+
+
+def search_clip(y: Tensor, bits: float, unit: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """Clip factor per group of ``y`` [T, ..., g] that minimizes ``error(y rounded)`` [...]; float32 [...]."""
+    best = torch.full(unit.shape, torch.inf, device=y.device)
+    chosen = torch.ones_like(unit)
+    for factor in CLIP_GRID:
+        found = error(round_trip(y, bits, unit, torch.full_like(unit, factor)))
+        better = found < best
+        best = torch.where(better, found, best)
+        chosen = torch.where(better, factor, chosen)
+    return chosen
+
+
+def squared_error(y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Mean squared error by group against ``y`` [T, ..., g]."""
+    return lambda rounded: (rounded - y).square().mean((0, -1))

@@ -1,0 +1,56 @@
+"""``reorder``: channels of alike range share a group (SKVQ, arXiv 2405.06219, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from skvq.calibrate.clip import fit_unit, search_clip, squared_error
+from skvq.calibrate.stats import LayerStats
+from skvq.engine.config import CacheConfig
+
+
+def cluster_channels(x: Tensor, groups: int, seed: int) -> Tensor:
+    """Group of every channel of ``x`` [T, C] by K-means on its (min, max); int64 [C], every group has a channel."""
+    features = torch.stack([x.amin(0), x.amax(0)], 1).double().cpu().numpy()
+    labels = torch.from_numpy(KMeans(groups, n_init=10, random_state=seed).fit(features).labels_).long()
+    return _fill_empty(labels, groups)
+
+
+def _fill_empty(labels: Tensor, groups: int) -> Tensor:
+    """Give a group without channels (K-means on equal features) one of the largest group's."""
+    count = torch.bincount(labels, minlength=groups)
+    for group in (count == 0).nonzero()[:, 0].tolist():
+        donor = int((labels == int(count.argmax())).nonzero()[0])
+        count[labels[donor]] -= 1
+        labels[donor] = group
+        count[group] = 1
+    return labels
+
+
+def fit_reorder(stats: LayerStats, config: CacheConfig, seed: int) -> dict[str, Tensor]:
+    """Tensors of one layer (``engine.codecs``): labels over all heads, keys before RoPE."""
+    heads, size = stats.keys.shape[2:]
+    groups = heads * size // config.group_size
+    tensors: dict[str, Tensor] = {}
+    for side, x, bits in (("key", stats.keys, config.key_bits), ("value", stats.values, config.value_bits)):
+        flat = x.flatten(0, 1).flatten(1)  # [S * T, C]
+        labels = cluster_channels(flat, groups, seed)
+        unit, clip = torch.empty(groups), torch.empty(groups)
+        for group in range(groups):
+            y = flat[:, labels == group]
+            unit[group] = fit_unit(y)
+            clip[group] = search_clip(y[::4], bits, unit[group], squared_error(y[::4]))
+        tensors |= {f"{side}_labels": labels}
+        tensors |= {f"{side}_unit": unit.view(heads, -1), f"{side}_clip": clip.view(heads, -1)}
+    return tensors
+
+
+def fit_plain(stats: LayerStats, config: CacheConfig) -> dict[str, Tensor]:
+    """Tensors of one layer for ``plain``: the unit only, and the whole range."""
+    tensors: dict[str, Tensor] = {}
+    for side, x in (("key", stats.turned_keys), ("value", stats.values)):
+        unit = fit_unit(x.flatten(0, 1).unflatten(-1, (-1, config.group_size)))
+        tensors |= {f"{side}_unit": unit, f"{side}_clip": torch.ones_like(unit)}
+    return tensors

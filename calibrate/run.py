@@ -1,0 +1,71 @@
+"""One pass over the corpus, layer by layer: record, fit, go on. Deterministic: same input, same bytes."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from skvq.calibrate.reorder import fit_plain, fit_reorder
+from skvq.calibrate.rotate import fit_rotate
+from skvq.calibrate.stats import LayerStats, Recorder
+from skvq.engine.config import CacheConfig
+from skvq.engine.errors import CalibrationError
+from skvq.engine.model import DenseLinear, Model
+from skvq.engine.rope import StepRope, at_positions
+from skvq.kernels.interface import RopeFrequencies
+
+TEXT_TOKENS = 2048
+"""Tokens of one calibration text; a corpus is cut into texts of this length."""
+
+Progress = Callable[[int, int], None]
+
+
+def built_in_corpus() -> str:
+    """466 KB of English reference prose that Python itself ships: the default, so that nothing is downloaded."""
+    return "\n\n".join(pydoc_data.topics.topics.values())
+
+
+def texts_of(ids: Sequence[int], tokens: int) -> Tensor:
+    """The first ``tokens`` ids cut into texts of TEXT_TOKENS: int64 [S, T]."""
+    ids = ids[:tokens]
+    length = min(TEXT_TOKENS, len(ids))
+    if length < 32:
+        raise CalibrationError(f"the calibration text has {len(ids)} tokens, at least 32 are needed: give a longer --text")
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+@torch.no_grad()
+def calibrate(
+    model: Model, frequencies: RopeFrequencies, texts: Tensor, config: CacheConfig, *, seed: int, progress: Progress
+) -> dict[str, Tensor]:
+    """Tensors of ``engine.codecs`` for every layer, stacked, from texts int64 [S, T]. ``progress(layers done, layers)``."""
+    shape = model.config
+    count, length = texts.shape
+    device = model.weights.embedding.device
+    rope = at_positions(frequencies, torch.arange(length, device=device)[None])
+    hidden = [model.embed(text[None].to(device)) for text in texts]  # [1, T, d] each
+    layers: list[dict[str, Tensor]] = []
+    for index in range(shape.num_layers):
+        recorder = Recorder(
+            count, length, shape.num_heads, shape.num_kv_heads, shape.head_size, shape.attention_spans[index], device
+        )
+        hidden = [model.layer(index, x, rope, recorder) for x in hidden]
+        output = model.weights.layers[index].output
+        stats = recorder.stats(output.weight if isinstance(output, DenseLinear) else output(torch.eye(shape.num_heads)))
+        layers.append({name: t.cpu() for name, t in _fit(stats, rope, config, seed).items()})
+        progress(index + 1, shape.num_layers)
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def _fit(stats: LayerStats, rope: StepRope, config: CacheConfig, seed: int) -> dict[str, Tensor]:
+    if config.method == "reorder":
+        return fit_reorder(stats, config, seed)
+    if config.method == "plain":
+        return fit_plain(stats, config)
+    mean = stats.keys.flatten(0, 1).mean(0)
+    turned = rope.turn(mean.expand(1, stats.keys.shape[1], -1, -1))  # [1, T, KH, D]
+    return fit_rotate(stats, turned, config) | {"key_mean": mean}

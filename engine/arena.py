@@ -1,0 +1,186 @@
+"""The arena: every byte of every cache, allocated once. It owns bytes, pages and the free list, not their meaning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.engine.errors import CapacityError
+from skvq.kernels.interface import FullSlots
+from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout
+
+TensorSpec = tuple[tuple[int, ...], torch.dtype]
+
+
+def packed_page(layout: PageLayout) -> dict[str, TensorSpec]:
+    """Tensors of a packed page."""
+    heads = layout.kv_heads
+    return {
+        "key_codes": ((heads, layout.key_bytes), torch.uint8),
+        "value_codes": ((heads, layout.value_bytes), torch.uint8),
+        "meta": ((heads, layout.meta_words), torch.int32),
+    }
+
+
+def plain_page(layout: PlainLayout, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Tensors of a 16-bit page."""
+    shape = (layout.kv_heads, PAGE_TOKENS, layout.head_size)
+    return {"keys": (shape, dtype), "values": (shape, dtype)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaShape:
+    """How large an arena is; ``nbytes`` is known before anything is allocated and equals what is allocated."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    pages: int
+    sequences: int
+    pages_per_sequence: int
+    full_slots: int
+    dtype: torch.dtype  # of full-precision slots, 16 bits
+    page: tuple[tuple[str, TensorSpec], ...]  # tensors of one page of one layer
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor of the arena by name."""
+        slots = (self.layers, self.sequences, self.kv_heads, self.full_slots, self.head_size)
+        return {name: ((self.layers, self.pages, *shape), dtype) for name, (shape, dtype) in self.page} | {
+            "full_keys": (slots, self.dtype),
+            "full_values": (slots, self.dtype),
+            "full_positions": ((self.layers, self.sequences, self.full_slots), torch.int32),
+            "full_mass": ((self.layers, self.sequences, self.full_slots), torch.float32),
+            "page_table": ((self.sequences, max(1, self.pages_per_sequence)), torch.int32),
+        }
+
+    def nbytes_of(self, *names: str) -> int:
+        """Bytes of some of the tensors."""
+        return sum(math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.tensors().items() if name in names)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole arena."""
+        return self.nbytes_of(*self.tensors())
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self.layers * sum(math.prod(shape) * dtype.itemsize for _, (shape, dtype) in self.page)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one full-precision token over all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_size * self.dtype.itemsize
+
+
+class Arena:
+    """Pages with reference counts and sequence slots, over tensors that are never grown.
+
+    A page id is valid in every layer. A new page is owned by its one user; a shared page must not be written.
+    """
+
+    def __init__(self, shape: ArenaShape, device: torch.device) -> None:
+        self.shape = shape
+        try:
+            self.tensors = {name: torch.empty(s, dtype=d, device=device) for name, (s, d) in shape.tensors().items()}
+        except (RuntimeError, MemoryError) as error:
+            raise CapacityError(
+                f"the arena of {shape.nbytes:,} bytes cannot be allocated on {device}: choose a smaller context or fewer bits"
+            ) from error
+        self.tensors["full_positions"].fill_(-1)
+        self.tensors["page_table"].zero_()
+        self._references = [0] * shape.pages
+        self._free_pages = list(range(shape.pages - 1, -1, -1))
+        self._free_sequences = list(range(shape.sequences - 1, -1, -1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def free_pages(self) -> int:
+        """Pages nobody uses."""
+        return len(self._free_pages)
+
+    @property
+    def page_table(self) -> Tensor:
+        """int32 [sequences, pages of the longest sequence]."""
+        return self.tensors["page_table"]
+
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """Page tensors of a layer, [pages, ...], by name."""
+        return {name: self.tensors[name][layer] for name, _ in self.shape.page}
+
+    def full(self, layer: int) -> FullSlots:
+        """Full-precision slots of a layer."""
+        keys, values, positions = (self.tensors[f"full_{part}"][layer] for part in ("keys", "values", "positions"))
+        return FullSlots(keys=keys, values=values, positions=positions)
+
+    def new_page(self) -> int:
+        """A page of one's own. Raises CapacityError when none is left."""
+        if not self._free_pages:
+            raise CapacityError(
+                f"all {self.shape.pages} pages of {PAGE_TOKENS} tokens are in use: free a sequence or load with a larger "
+                "max_context or max_sequences"
+            )
+        page = self._free_pages.pop()
+        self._references[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more sequence reads this page."""
+        assert self._references[page] > 0, page
+        self._references[page] += 1
+
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one sequence reads this page, so that it must be copied before it is written."""
+        return self._references[page] > 1
+
+    def release(self, page: int) -> None:
+        """One sequence less reads this page; the last one gives it back."""
+        assert self._references[page] > 0, page
+        self._references[page] -= 1
+        if not self._references[page]:
+            self._free_pages.append(page)
+
+    def copy_page(self, page: int) -> int:
+        """A page of one's own with the bytes of ``page``, in every layer."""
+        copy = self.new_page()
+        for name, _ in self.shape.page:
+            self.tensors[name][:, copy] = self.tensors[name][:, page]
+        return copy
+
+    def new_sequence(self) -> int:
+        """A sequence slot with empty full-precision slots. Raises CapacityError when none is left."""
+        if not self._free_sequences:
+            raise CapacityError(
+                f"all {self.shape.sequences} sequence slots are in use: free a sequence or load with a larger max_sequences"
+            )
+        slot = self._free_sequences.pop()
+        self.tensors["full_positions"][:, slot] = -1
+        self.tensors["full_mass"][:, slot] = 0
+        return slot
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the full-precision tokens of a sequence slot."""
+        for name in ("full_keys", "full_values", "full_positions", "full_mass"):
+            self.tensors[name][:, target] = self.tensors[name][:, source]
+
+    def release_sequence(self, slot: int) -> None:
+        """Give a sequence slot back."""
+        assert slot not in self._free_sequences, slot
+        self._free_sequences.append(slot)
+
+    def check(self, rows: Mapping[int, list[int]]) -> None:
+        """Assert that reference counts are exactly those of ``rows`` (pages by sequence slot): no page lost, none shared wrongly."""
+        count = [0] * self.shape.pages
+        for pages in rows.values():
+            for page in pages:
+                count[page] += 1
+        assert count == self._references, "reference counts differ from the sequences' pages"
+        assert sorted(self._free_pages) == [p for p, n in enumerate(count) if n == 0], "free list differs from unused pages"

@@ -1,0 +1,249 @@
+"""One sequence's cache: its pages, its length, and how tokens move from the window into pages or retained slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.engine.arena import Arena
+from skvq.engine.errors import CapacityError
+from skvq.engine.filters import FilterRule, LeavingTokens
+from skvq.engine.methods import CacheMethod
+from skvq.engine.regions import Regions
+from skvq.kernels.layout import PAGE_TOKENS, pages_for
+
+PIECE_TOKENS = 8 * PAGE_TOKENS
+"""Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSetup:
+    """What all sequences of an engine share."""
+
+    arena: Arena
+    method: CacheMethod
+    regions: Regions
+    rules: tuple[FilterRule, ...]
+    max_context: int
+    packed_token_bytes: float  # of a packed token in one layer, codes and metadata
+
+    @property
+    def needs_mass(self) -> bool:
+        """Whether a rule asks for attention mass."""
+        return any(rule.needs_attention_mass for rule in self.rules)
+
+
+class SequenceCache:
+    """Page table, length and window of one sequence; the engine moves them by reserve -> forward -> commit.
+
+    Between commits ``length`` tokens are cached: ``0 .. packed-1`` in pages (some of them retained), the rest in the ring.
+    """
+
+    def __init__(self, setup: CacheSetup) -> None:
+        self.setup = setup
+        self.slot = setup.arena.new_sequence()
+        self.pages: list[int] = []
+        self.length = 0
+        self.packed = 0
+        self.token_ids: list[int] = []
+        self.alive = True
+
+    # --- lengths ---------------------------------------------------------------------------------------------------------
+
+    def packed_after(self, count: int) -> int:
+        """Packed tokens once ``count`` more are cached (after a truncation there may be more than the rule would pack)."""
+        return max(self.packed, self.setup.regions.packed(self.length + count))
+
+    def reserve(self, count: int) -> None:
+        """Make room for ``count`` more tokens: pages of one's own for what will be packed. Raises CapacityError."""
+        assert self.alive, "the sequence has been freed"
+        if self.length + count > self.setup.max_context:
+            raise CapacityError(
+                f"{self.length:,} + {count:,} tokens do not fit a context of {self.setup.max_context:,}: "
+                "shorten the text or load with a larger max_context (--ctx)"
+            )
+        target = self.packed_after(count)
+        arena = self.setup.arena
+        if target > self.packed:
+            last = self.packed // PAGE_TOKENS
+            if self.packed % PAGE_TOKENS and arena.is_shared(self.pages[last]):
+                copy = arena.copy_page(self.pages[last])
+                arena.release(self.pages[last])
+                self.pages[last] = copy
+            while len(self.pages) < pages_for(target):
+                self.pages.append(arena.new_page())
+            self._write_row()
+
+    def commit(self, token_ids: Sequence[int]) -> None:
+        """The step is over in every layer: these tokens are cached now."""
+        self.packed = self.packed_after(len(token_ids))
+        self.length += len(token_ids)
+        self.token_ids.extend(token_ids)
+
+    @property
+    def page_row(self) -> Tensor:
+        """This sequence's row of the page table, int32."""
+        return self.setup.arena.page_table[self.slot]
+
+    def _write_row(self) -> None:
+        row = torch.tensor(self.pages, dtype=torch.int32)
+        self.page_row[: len(row)] = row.to(self.page_row.device)
+
+    # --- tokens ------------------------------------------------------------------------------------------------------------
+
+    def absorb(self, layer: int, keys: Tensor, values: Tensor, mass: Tensor, new_ids: Tensor) -> None:
+        """Take the tokens from ``packed`` to the end of this step: what leaves the window is packed, the rest fills the ring.
+
+        keys (after RoPE), values [T, KH, D]; mass float32 [T]; new_ids int64, the ids of this step's tokens. Call once a layer
+        between reserve and commit.
+        """
+        setup, first = self.setup, self.packed
+        end = first + len(keys)
+        target = self.packed_after(end - self.length)
+        full = setup.arena.full(layer)
+        keys, values = keys.to(full.keys.dtype), values.to(full.values.dtype)
+        for start in range(first, target, PIECE_TOKENS):
+            stop = min(start + PIECE_TOKENS, target)
+            piece = slice(start - first, stop - first)
+            ids = self._ids(start, stop, new_ids)
+            retained = self._retain(layer, start, ids, keys[piece], values[piece], mass[piece])
+            setup.method.pack(layer, self.page_row, start, keys[piece], values[piece], retained)
+        ring = setup.regions
+        at = torch.arange(target, end, device=keys.device)
+        slots = ring.retained + at % ring.ring
+        full.positions[self.slot, ring.retained :] = -1
+        full.positions[self.slot, slots] = at.int()
+        full.keys[self.slot][:, slots] = keys[target - first :].transpose(0, 1)
+        full.values[self.slot][:, slots] = values[target - first :].transpose(0, 1)
+        setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[target - first :]
+
+    def window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values [T, KH, D] and attention mass [T] of the window's tokens ``packed .. end-1``, in order."""
+        ring = self.setup.regions
+        full = self.setup.arena.full(layer)
+        at = torch.arange(self.packed, end, device=full.keys.device)
+        slots = ring.retained + at % ring.ring
+        keys, values = (t[self.slot][:, slots].transpose(0, 1) for t in (full.keys, full.values))
+        return keys, values, self.setup.arena.tensors["full_mass"][layer, self.slot, slots]
+
+    def stage(self, layer: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Packed tokens ``first .. first+count-1`` of a layer as attention should see them, [T, KH, D] float32.
+
+        Retained tokens stand in their place in full precision, so the caller needs no mask.
+        """
+        keys, values = self.setup.method.unpack(layer, self.page_row, first, count)
+        full = self.setup.arena.full(layer)
+        held = full.positions[self.slot, : self.setup.regions.retained].long()
+        here = ((held >= first) & (held < first + count)).nonzero()[:, 0]
+        keys[held[here] - first] = full.keys[self.slot][:, here].transpose(0, 1).float()
+        values[held[here] - first] = full.values[self.slot][:, here].transpose(0, 1).float()
+        return keys, values
+
+    def _ids(self, start: int, stop: int, new_ids: Tensor) -> Tensor:
+        """Token ids of positions ``start .. stop-1``, of which those from ``length`` on are this step's."""
+        old = torch.tensor(self.token_ids[start:stop], dtype=torch.int64, device=new_ids.device)
+        return torch.cat([old, new_ids[max(0, start - self.length) : max(0, stop - self.length)]])
+
+    def _retain(self, layer: int, first: int, ids: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
+        """Ask the rules; copy what they keep into retained slots. Returns bool [T]: the tokens retained."""
+        full = self.setup.arena.full(layer)
+        positions = torch.arange(first, first + len(keys), device=keys.device)
+        tokens = LeavingTokens(
+            layer=layer,
+            tile=self.setup.regions.tile,
+            positions=positions,
+            token_ids=ids,
+            keys=keys,
+            values=values,
+            attention_mass=mass,
+        )
+        retained = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+        start = 0
+        for rule in self.setup.rules:
+            held = full.positions[self.slot, start : start + rule.budget]
+            free = (held < 0).nonzero()[:, 0] + start
+            start += rule.budget
+            wanted = (rule.keep(tokens) & ~retained).nonzero()[: len(free), 0]
+            slots = free[: len(wanted)]
+            full.keys[self.slot][:, slots] = keys[wanted].transpose(0, 1)
+            full.values[self.slot][:, slots] = values[wanted].transpose(0, 1)
+            full.positions[self.slot, slots] = positions[wanted].int()
+            retained[wanted] = True
+        return retained
+
+    # --- life -----------------------------------------------------------------------------------------------------------------
+
+    def fork(self) -> SequenceCache:
+        """A second sequence with the same past. Pages are shared; full-precision slots are copied."""
+        assert self.alive, "the sequence has been freed"
+        twin = SequenceCache(self.setup)
+        for page in self.pages:
+            self.setup.arena.share(page)
+        twin.pages = list(self.pages)
+        twin.length, twin.packed, twin.token_ids = self.length, self.packed, list(self.token_ids)
+        twin._write_row()
+        self.setup.arena.copy_slot(self.slot, twin.slot)
+        return twin
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position ``length`` on.
+
+        Tokens of the window are forgotten exactly. Where the cut lies in packed pages, tokens of its last, now partial, tile
+        go back into the window as they were packed: the window is then shorter than usual until new tokens fill it.
+        """
+        if not 0 <= length <= self.length:
+            raise CapacityError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")
+        setup, arena = self.setup, self.setup.arena
+        packed = min(self.packed, length // setup.regions.tile * setup.regions.tile)
+        if length < self.packed:
+            for layer in range(arena.shape.layers):
+                self._reopen(layer, packed, length)
+        positions = arena.tensors["full_positions"][:, self.slot]
+        positions[positions >= length] = -1
+        self.packed, self.length = packed, length
+        del self.token_ids[length:]
+        while len(self.pages) > pages_for(packed):
+            arena.release(self.pages.pop())
+
+    def _reopen(self, layer: int, packed: int, length: int) -> None:
+        """Bring tokens ``packed .. length-1`` back from their tile into the ring; retained ones leave their slots for it."""
+        ring, full = self.setup.regions, self.setup.arena.full(layer)
+        full.positions[self.slot, ring.retained :] = -1
+        if length == packed:
+            return
+        keys, values = self.stage(layer, packed, ring.tile)
+        at = torch.arange(packed, length, device=keys.device)
+        slots = ring.retained + at % ring.ring
+        full.keys[self.slot][:, slots] = keys[: len(at)].transpose(0, 1).to(full.keys.dtype)
+        full.values[self.slot][:, slots] = values[: len(at)].transpose(0, 1).to(full.values.dtype)
+        held = full.positions[self.slot, : ring.retained]
+        held[(held >= packed) & (held < length)] = -1
+        full.positions[self.slot, slots] = at.int()
+
+    def free(self) -> None:
+        """Give pages and slot back; the sequence cannot be used any more."""
+        if self.alive:
+            for page in self.pages:
+                self.setup.arena.release(page)
+            self.setup.arena.release_sequence(self.slot)
+            self.pages, self.alive = [], False
+
+    # --- size -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes its tokens occupy: packed codes and metadata, and 16 bits for tokens in the window and retained."""
+        shape = self.setup.arena.shape
+        packed = self.packed * self.setup.packed_token_bytes * shape.layers
+        held = int((self.setup.arena.tensors["full_positions"][:, self.slot] >= 0).sum())
+        return int(packed + held * shape.slot_bytes / shape.layers)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Average bits per cached number, everything counted."""
+        shape = self.setup.arena.shape
+        elements = 2 * shape.layers * shape.kv_heads * shape.head_size * max(1, self.length)
+        return 8 * self.nbytes / elements

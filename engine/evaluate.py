@@ -1,0 +1,164 @@
+"""What decode would see, at every position of a text at once, and how far it is from the 16-bit cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.model import Model
+from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.steps import DenseLayer, LayerCache, add_mass
+from skvq.kernels.dense import attend_all, attend_causal
+from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.reference import masked_attention, merge
+
+ROWS = 256
+"""Positions whose logits are held at once."""
+
+
+class DecodeRegimeLayer:
+    """One whole text of one sequence, each query seeing exactly what decode would: retained, packed and window.
+
+    The layer's tokens are really packed and read back; a query at position i sees ``packed(i)`` of them from the pages, the
+    rest in the cache's 16 bits. Queries that share ``packed(i)`` are one dense call.
+    """
+
+    def __init__(self, sequence: SequenceCache, layer: int, span: int, ids: Tensor) -> None:
+        self.sequence, self.layer, self.span, self.ids = sequence, layer, span, ids
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
+        setup = self.sequence.setup
+        half = setup.arena.shape.dtype
+        q, k, v = rope.turn(q)[0], rope.turn(k)[0].to(half), v[0].to(half)
+        mass = torch.zeros(len(k), device=k.device)
+        if setup.needs_mass:
+            _, lse = attend_causal(q, k.transpose(0, 1), v.transpose(0, 1), self.span)
+            add_mass(mass, q, lse, k.transpose(0, 1), setup.regions.window)
+        self.sequence.absorb(self.layer, k, v, mass, self.ids)
+        packed = setup.regions.packed(len(k))
+        stored_k, stored_v = (
+            (t.to(q.dtype) for t in self.sequence.stage(self.layer, 0, packed)) if packed else (k[:0].to(q.dtype), v[:0])
+        )
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        outs = [self._attend_stretch(q, k, v, stored_k, stored_v, *s) for s in self._stretches(len(k))]
+        return torch.cat(outs)[None]
+
+    def _stretches(self, count: int) -> list[tuple[int, int]]:
+        """Runs of positions whose queries see the same packed tokens."""
+        regions = self.sequence.setup.regions
+        cuts = [0, *range(regions.window + regions.tile, count, regions.tile), count]
+        return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+    def _attend_stretch(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, a: int, b: int) -> Tensor:
+        packed = self.sequence.setup.regions.packed(a)
+        if b > self.span:
+            keys = torch.cat([stored_k[:packed], k[packed:b]])
+            values = torch.cat([stored_v[:packed], v[packed:b]])
+            return attend_causal(q[a:b], keys.transpose(0, 1), values.transpose(0, 1), self.span)[0]
+        out, lse = attend_causal(q[a:b], k[packed:b].transpose(0, 1), v[packed:b].transpose(0, 1), self.span)
+        if not packed:
+            return out
+        before = attend_all(q[a:b], stored_k[:packed].transpose(0, 1), stored_v[:packed].transpose(0, 1))
+        return merge([out.float(), before[0].float()], [lse, before[1]])[0].to(q.dtype)
+
+
+class StrictWindowLayer(DecodeRegimeLayer):
+    """The same with a window of exactly W tokens, the query's own included: what papers simulate, never what decode does."""
+
+    def _stretches(self, count: int) -> list[tuple[int, int]]:
+        return [(a, min(a + ROWS, count)) for a in range(0, count, ROWS)]
+
+    def _attend_stretch(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, a: int, b: int) -> Tensor:
+        t = torch.arange(a, b, device=q.device)[:, None]
+        at = torch.arange(b, device=q.device)[None]
+        near = (t - at < self.sequence.setup.regions.window) | (at >= len(stored_k))
+        visible = (at <= t) & (t - at < self.span)
+        stored = min(b, len(stored_k))
+        parts = [masked_attention(q[a:b], k[:b], v[:b], visible & near)]
+        if stored:
+            parts.append(masked_attention(q[a:b], stored_k[:stored], stored_v[:stored], (visible & ~near)[:, :stored]))
+        return merge([p[0] for p in parts], [p[1] for p in parts])[0].to(q.dtype)
+
+
+def hidden_states(
+    model: Model, frequencies: RopeFrequencies, ids: Tensor, cache: Callable[[int], LayerCache], progress: Callable[[int], None]
+) -> Tensor:
+    """Last hidden states [N, d] of a whole text, layer by layer against ``cache(layer)``."""
+    rope = at_positions(frequencies, torch.arange(len(ids), device=ids.device)[None])
+    x = model.embed(ids[None])
+    for layer in range(model.config.num_layers):
+        x = model.layer(layer, x, rope, cache(layer))
+        progress(layer + 1)
+    return x[0]
+
+
+def dense_layers(model: Model, count: int) -> Callable[[int], LayerCache]:
+    """Full-precision caches for ``hidden_states`` of a text of ``count`` tokens."""
+    config, embedding = model.config, model.weights.embedding
+    shape = (config.num_kv_heads, count, config.head_size)
+    keys, values = (torch.empty(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(2))
+    return lambda layer: DenseLayer(keys, values, config.attention_spans[layer])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A cache against the 16-bit one on the same text. KL in nats per token; all per position, length N - 1 or N."""
+
+    nll_fp: Tensor
+    nll: Tensor
+    kl: Tensor
+    same_top: Tensor
+
+    def summary(self) -> dict[str, float]:
+        """Perplexities, mean KL and top-1 agreement."""
+        return {
+            "ppl_fp": math.exp(float(self.nll_fp.mean())),
+            "ppl": math.exp(float(self.nll.mean())),
+            "kl": float(self.kl.mean()),
+            "top1": float(self.same_top.float().mean()),
+        }
+
+    def by_position(self, bins: int = 8) -> list[dict[str, float]]:
+        """Mean KL and top-1 agreement of equal stretches of the text, first to last."""
+        edges = [round(i * len(self.kl) / bins) for i in range(bins + 1)]
+        return [
+            {
+                "first": a,
+                "last": b - 1,
+                "kl": float(self.kl[a:b].mean()),
+                "top1": float(self.same_top[a:b].float().mean()),
+            }
+            for a, b in zip(edges[:-1], edges[1:], strict=True)
+            if b > a
+        ]
+
+
+def compare(model: Model, reference: Tensor, other: Tensor, ids: Tensor) -> Comparison:
+    """Compare last hidden states [N, d] of two caches over the same ids [N], some rows of logits at a time."""
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(ids), ROWS):
+        p, q = (model.head(x[start : start + ROWS]).log_softmax(-1) for x in (reference, other))
+        target = ids[start + 1 : start + ROWS + 1, None]
+        nlls = tuple(-t[: len(target)].gather(1, target)[:, 0] for t in (p, q))
+        parts.append((*nlls, (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)))
+    nll_fp, nll, kl, same = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same)
+
+
+def nll_of(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihood float32 [N - 1] of each next token."""
+    parts = []
+    for start in range(0, len(ids) - 1, ROWS):
+        target = ids[start + 1 : start + ROWS + 1, None]
+        parts.append(-model.head(hidden[start : start + len(target)]).log_softmax(-1).gather(1, target)[:, 0])
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def as_ids(token_ids: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [N] on the device."""
+    return torch.as_tensor(list(token_ids), dtype=torch.int64, device=device)

@@ -1,0 +1,197 @@
+"""Filter rules: which tokens stay in full precision when they leave the window (SKVQ, arXiv 2405.06219, section 3.3).
+
+A rule has a budget of retained slots per sequence and layer and is asked once, a tile at a time, when tokens leave the
+window. Rules are asked in the order of ``CacheConfig.filters``; a token goes to the first rule that keeps it and has a
+slot free, else it is packed. A user's rule is any object with the members of ``FilterRule``; by name it is found through
+its import path ``package.module:Class`` or the entry point ``skvq.filters``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from skvq.engine.errors import OptionError, nearest
+
+ENTRY_POINT = "skvq.filters"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeavingTokens:
+    """Tokens of one layer of one sequence that leave the window: T of them, whole tiles, in order of position.
+
+    Statistics must stay within a tile, so that the answer does not depend on how many tiles leave at once.
+    """
+
+    layer: int
+    tile: int
+    positions: Tensor  # int64 [T]
+    token_ids: Tensor  # int64 [T]
+    keys: Tensor  # [T, KH, D], after RoPE
+    values: Tensor  # [T, KH, D]
+    attention_mass: Tensor  # float32 [T]: summed over heads and the `window` queries after the token; 0 if no rule needs it
+
+
+@runtime_checkable
+class FilterRule(Protocol):
+    """What a rule must have."""
+
+    @property
+    def budget(self) -> int:
+        """Most tokens it keeps in one sequence."""
+
+    @property
+    def needs_attention_mass(self) -> bool:
+        """Whether ``attention_mass`` must be measured (costs a pass over the window in every step)."""
+
+    def keep(self, tokens: LeavingTokens) -> Tensor:
+        """bool [T]: the tokens that should stay in full precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSinks:
+    """The first ``n`` tokens of the sequence (StreamingLLM, arXiv 2309.17453)."""
+
+    n: int = 5
+
+    def __post_init__(self) -> None:
+        _check_budget(self.n, "AttentionSinks.n", least=0)
+
+    @property
+    def budget(self) -> int:
+        return self.n
+
+    @property
+    def needs_attention_mass(self) -> bool:
+        return False
+
+    def keep(self, tokens: LeavingTokens) -> Tensor:
+        return tokens.positions < self.n
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Tokens with one of these ids: separators, role marks, whatever the user knows to matter."""
+
+    ids: frozenset[int]
+    budget: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", frozenset(self.ids))
+        _check_budget(self.budget, "TokenIds.budget")
+
+    @property
+    def needs_attention_mass(self) -> bool:
+        return False
+
+    def keep(self, tokens: LeavingTokens) -> Tensor:
+        wanted = torch.tensor(sorted(self.ids), dtype=torch.int64, device=tokens.token_ids.device)
+        return torch.isin(tokens.token_ids, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOutliers:
+    """Tokens whose key norm lies ``threshold`` robust deviations from their tile's median: sinks that do not sit at the
+    start have unusual, mostly small, keys (KVSink, arXiv 2508.04257). Deviation is 1.4826 * the median absolute one.
+    """
+
+    threshold: float = 6.0
+    budget: int = 32
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget, "KeyOutliers.budget")
+        if not self.threshold > 0:
+            raise OptionError(f"KeyOutliers.threshold must be positive, got {self.threshold}")
+
+    @property
+    def needs_attention_mass(self) -> bool:
+        return False
+
+    def keep(self, tokens: LeavingTokens) -> Tensor:
+        norm = tokens.keys.float().norm(dim=-1).mean(-1).view(-1, tokens.tile)  # [tiles, tile]
+        away = (norm - norm.median(1, keepdim=True).values).abs()
+        deviation = 1.4826 * away.median(1, keepdim=True).values
+        return (away > self.threshold * deviation.clamp_min(1e-6)).flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class HeavyHitters:
+    """Tokens that drew ``threshold`` times their tile's mean attention while in the window (H2O, arXiv 2306.14048)."""
+
+    threshold: float = 8.0
+    budget: int = 32
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget, "HeavyHitters.budget")
+        if not self.threshold > 0:
+            raise OptionError(f"HeavyHitters.threshold must be positive, got {self.threshold}")
+
+    @property
+    def needs_attention_mass(self) -> bool:
+        return True
+
+    def keep(self, tokens: LeavingTokens) -> Tensor:
+        mass = tokens.attention_mass.view(-1, tokens.tile)
+        return (mass > self.threshold * mass.mean(1, keepdim=True)).flatten()
+
+
+BUILT_IN: dict[str, Callable[..., FilterRule]] = {
+    "sinks": AttentionSinks,
+    "token-ids": TokenIds,
+    "key-outliers": KeyOutliers,
+    "heavy-hitters": HeavyHitters,
+}
+
+
+def rule_from_text(text: str) -> FilterRule:
+    """A rule from ``name``, ``name(key=value, ...)`` or ``package.module:Class(...)``; values are Python literals.
+
+    >>> rule_from_text("heavy-hitters(budget=16)")
+    HeavyHitters(threshold=8.0, budget=16)
+    """
+    name, bracket, rest = text.strip().partition("(")
+    try:
+        if bracket and not rest.endswith(")"):
+            raise ValueError("missing ')'")
+        call = ast.parse(f"f({rest[:-1] if bracket else ''})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        args = [ast.literal_eval(a) for a in call.args]
+        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise OptionError(f"filter rule {text!r} is not of the form name(key=value, ...): {error}") from None
+    try:
+        rule: Any = _find_rule(name)(*args, **options)
+    except TypeError as error:
+        raise OptionError(f"filter rule {text!r}: {error}") from None
+    if not isinstance(rule, FilterRule):
+        raise OptionError(f"filter rule {text!r} lacks budget, needs_attention_mass or keep(tokens)")
+    return rule
+
+
+def _find_rule(name: str) -> Callable[..., Any]:
+    plugins = {e.name: e for e in entry_points(group=ENTRY_POINT)}
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if name in plugins:
+        loaded: Callable[..., Any] = plugins[name].load()
+        return loaded
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise OptionError(f"unknown filter rule {name!r}{nearest(name, [*BUILT_IN, *plugins])}")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"filter rule {name!r} cannot be imported: {error}") from None
+    return found
+
+
+def _check_budget(value: int, what: str, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 65536:
+        raise OptionError(f"{what} must be a number of tokens from {least} to 65536, got {value!r}")

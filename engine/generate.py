@@ -1,0 +1,289 @@
+"""The engine: text in, text out. It owns the loop reserve -> forward -> commit; everything else is somebody else's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.errors import OptionError, require_known
+from skvq.engine.evaluate import DecodeRegimeLayer, as_ids, dense_layers, hidden_states, nll_of
+from skvq.engine.loading import EngineParts, load_parts
+from skvq.engine.options import names_options
+from skvq.engine.prefill import exact_prefill, streaming_prefill
+from skvq.engine.report import Reporter, StderrReporter
+from skvq.engine.rope import at_positions
+from skvq.engine.sampling import Sampler, StopWatch
+from skvq.engine.steps import DecodeBatch
+from skvq.loaders.text import TextStream
+
+PREFILLS = ("exact", "streaming")
+
+
+@dataclass(slots=True)
+class Timing:
+    """Tokens and seconds of one generation."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+class _Answer:
+    """One sequence being continued: sampler, text, and whether it is over."""
+
+    def __init__(self, engine: Engine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig) -> None:
+        self.sequence, self.config = sequence, config
+        self._ends = () if config.ignore_eos else engine.parts.tokenizer.eos_token_ids
+        self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
+        self._text = TextStream(engine.parts.tokenizer)
+        self._stop = StopWatch(config.stop)
+        self._room = engine.parts.setup.max_context - sequence.length
+        self.count = 0
+        self.done = False
+        self.token = -1
+        self.take(logits)
+
+    def take(self, logits: Tensor) -> None:
+        """Draw the next token from ``logits`` [V]; it is the next to be decoded unless the answer is over."""
+        if self.count >= self.config.max_new_tokens:
+            self.done = True
+            return
+        self.token = self._sampler.draw(logits)
+        self.count += 1
+        self.done = self.token in self._ends
+
+    def piece(self) -> str:
+        """Text that the token just drawn completes; called once a token."""
+        if self.done or self.count == 0:
+            return ""
+        shown = self._stop.push(self._text.push(self.token))
+        self.done = self._stop.stopped or self.count >= self.config.max_new_tokens or self.count > self._room
+        return shown + self.rest() if self.done and not self._stop.stopped else shown
+
+    def rest(self) -> str:
+        """What was held back, when the answer is over."""
+        return self._stop.push(self._text.flush()) + self._stop.flush()
+
+
+class Engine:
+    """A model, its arena and its tokenizer. Build one with ``Engine.load``."""
+
+    def __init__(self, parts: EngineParts, report: Reporter) -> None:
+        self.parts, self.report = parts, report
+        self.timing = Timing()
+
+    @classmethod
+    @names_options
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        max_context: int | None = None,
+        max_sequences: int = 4,
+        cache: CacheConfig | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        calibration: str | Path | None = None,
+        dummy_weights: bool = False,
+        rope_scaling: str | None = None,
+        prefill: str = "exact",
+        download: bool = True,
+        report: Reporter | None = None,
+    ) -> Engine:
+        """Load a model and allocate its arena.
+
+        model: an alias, a folder with config.json and safetensors, a .gguf file, or ``org/name`` of the hub.
+        max_context: tokens of the longest sequence; the default is the trained length, or what fits.
+        max_sequences: sequences alive at once; beyond the first each has a full window and a few pages of its own.
+        calibration: an artifact of ``skvq calibrate``; the default is a cached one, or one made now.
+        rope_scaling: ``kind:factor`` to go past the trained context, as ``linear:4`` or ``yarn:4``.
+        prefill: how prompts are read, ``exact`` or ``streaming``.
+
+        Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
+        """
+        require_known(prefill, PREFILLS, "prefill")
+        chosen = report if report is not None else StderrReporter()
+        parts = load_parts(
+            str(model),
+            max_context=max_context,
+            max_sequences=max_sequences,
+            cache=cache if cache is not None else CacheConfig(),
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            calibration=Path(calibration) if calibration is not None else None,
+            dummy_weights=dummy_weights,
+            rope_scaling=rope_scaling,
+            prefill=prefill,
+            download=download,
+            report=chosen,
+        )
+        return cls(parts, chosen)
+
+    # --- text ------------------------------------------------------------------------------------------------------------
+
+    def stream(
+        self, text: str | Sequence[int], sampling: SamplingConfig | None = None, *, sequence: SequenceCache | None = None
+    ) -> Iterator[str]:
+        """Pieces of the answer to ``text`` as they are drawn, whole characters only.
+
+        With ``sequence`` the text continues it, and the sequence holds the answer afterwards; else one is made and freed.
+        """
+        own = sequence if sequence is not None else self.new_sequence()
+        try:
+            logits = self.read(own, self.encode(text, bos=own.length == 0))
+            for _, piece in self._decode([own], [logits], sampling or SamplingConfig()):
+                yield piece
+        finally:
+            if sequence is None:
+                own.free()
+
+    def generate(self, text: str | Sequence[str], sampling: SamplingConfig | None = None) -> Any:
+        """The answer to a text (str), or to each of a list of texts (list of str), ``max_sequences`` of them at a time."""
+        if isinstance(text, str):
+            return "".join(self.stream(text, sampling))
+        answers: list[str] = []
+        width = self.parts.setup.arena.shape.sequences
+        for start in range(0, len(text), width):
+            answers += self._generate_batch(text[start : start + width], sampling or SamplingConfig())
+        return answers
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingConfig | None = None) -> str:
+        """The assistant's answer to a conversation ``[{"role": ..., "content": ...}, ...]``."""
+        return "".join(self.stream(self.parts.tokenizer.encode_chat(messages), sampling))
+
+    def encode(self, text: str | Sequence[int], *, bos: bool = True) -> list[int]:
+        """Token ids of a text; ids are passed through. Raises OptionError if there are none or one is unknown."""
+        ids = self.parts.tokenizer.encode(text, bos=bos) if isinstance(text, str) else [int(i) for i in text]
+        if not ids:
+            raise OptionError("the prompt is empty: give at least one token")
+        vocab = self.parts.model.config.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab:
+            raise OptionError(f"token ids run from {min(ids)} to {max(ids)}, the vocabulary has {vocab}")
+        return ids
+
+    # --- sequences ---------------------------------------------------------------------------------------------------------
+
+    def new_sequence(self) -> SequenceCache:
+        """An empty sequence in the arena."""
+        return SequenceCache(self.parts.setup)
+
+    def prefill(self, text: str | Sequence[int]) -> SequenceCache:
+        """A sequence that has read ``text``: fork it, continue it with ``stream(..., sequence=...)``, free it."""
+        sequence = self.new_sequence()
+        try:
+            self.read(sequence, self.encode(text))
+        except BaseException:
+            sequence.free()
+            raise
+        return sequence
+
+    @torch.inference_mode()
+    def read(self, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
+        """Append ``ids`` to a sequence; logits float32 [V] of the last. An empty sequence is read as ``prefill`` says."""
+        parts = self.parts
+        start = time.perf_counter()
+        exact = sequence.length == 0 and parts.prefill == "exact"
+        reader = exact_prefill if exact else streaming_prefill
+        if sequence.length + len(ids) > parts.setup.max_context:
+            sequence.reserve(len(ids))  # raises, before any work
+        logits = parts.model.head(reader(parts.model, parts.rope, sequence, ids, self.report))
+        self.timing = Timing(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - start)
+        return logits
+
+    @torch.inference_mode()
+    def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
+        """One token for each sequence of the batch: logits float32 [B, V]."""
+        parts = self.parts
+        batch.begin()
+        rope = at_positions(parts.rope, batch.positions)
+        x = parts.model.embed(as_ids(tokens, batch.slots.device)[:, None])  # [B, 1, d]
+        for layer in range(parts.model.config.num_layers):
+            x = parts.model.layer(layer, x, rope, batch.layer(layer))
+        batch.commit(tokens)
+        return parts.model.head(x[:, 0])
+
+    def _decode(
+        self, sequences: list[SequenceCache], logits: list[Tensor], config: SamplingConfig
+    ) -> Iterator[tuple[int, str]]:
+        """Continue sequences together; yields (index, piece of text)."""
+        start = time.perf_counter()
+        answers = [_Answer(self, s, row, config) for s, row in zip(sequences, logits, strict=True)]
+        live = list(enumerate(answers))
+        batch: DecodeBatch | None = None
+        while live:
+            for index, answer in live:
+                if piece := answer.piece():
+                    yield index, piece
+                if answer.done:
+                    batch = None
+            live = [(i, a) for i, a in live if not a.done]
+            if not live:
+                break
+            if batch is None:
+                batch = DecodeBatch([a.sequence for _, a in live], self.parts.model.config.attention_spans)
+            rows = self.decode_step(batch, [a.token for _, a in live])
+            for (_, answer), row in zip(live, rows, strict=True):
+                answer.take(row)
+            self.timing.new_tokens += len(live)
+            self.timing.decode_seconds = time.perf_counter() - start
+
+    def _generate_batch(self, texts: Sequence[str], config: SamplingConfig) -> list[str]:
+        answers = [""] * len(texts)
+        sequences: list[SequenceCache] = []
+        try:
+            logits = []
+            for text in texts:
+                sequences.append(self.new_sequence())
+                logits.append(self.read(sequences[-1], self.encode(text)))
+            for index, piece in self._decode(sequences, logits, config):
+                answers[index] += piece
+        finally:
+            for sequence in sequences:
+                sequence.free()
+        return answers
+
+    # --- scores --------------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
+        parts = self.parts
+        ids = as_ids(self.encode(token_ids), parts.model.weights.embedding.device)
+        hidden = hidden_states(parts.model, parts.rope, ids, dense_layers(parts.model, len(ids)), lambda done: None)
+        return parts.model.head(hidden)
+
+    @torch.inference_mode()
+    def nll(self, token_ids: Sequence[int]) -> Tensor:
+        """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
+        ids = as_ids(self.encode(token_ids), self.parts.model.weights.embedding.device)
+        return nll_of(self.parts.model, self.regime_hidden(ids), ids)
+
+    @torch.inference_mode()
+    def regime_hidden(self, ids: Tensor, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer) -> Tensor:
+        """Last hidden states [N, d] of a text whose every position sees what decode would see."""
+        parts = self.parts
+        spans = parts.model.config.attention_spans
+        sequence = self.new_sequence()
+        try:
+            sequence.reserve(len(ids))
+            with self.report.bar(f"scoring {len(ids):,} tokens", len(spans)) as bar:
+                return hidden_states(
+                    parts.model,
+                    parts.rope,
+                    ids,
+                    lambda layer: layer_class(sequence, layer, spans[layer], ids),
+                    lambda done: bar.advance(1),
+                )
+        finally:
+            sequence.free()

@@ -1,0 +1,194 @@
+"""Putting an engine together: weights, plan, arena, calibration, method. Nothing is allocated before the plan fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skvq.engine.arena import Arena
+from skvq.engine.cache import CacheSetup
+from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for
+from skvq.engine.codecs import head_codecs, label_codecs, layout_of
+from skvq.engine.config import CacheConfig, ModelConfig, RopeConfig
+from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.machine import available_memory, pick_device, pick_dtype
+from skvq.engine.methods import CacheMethod, PackedMethod, PlainMethod
+from skvq.engine.model import Model, load_weights
+from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, page_layout, regions_of, rules_of
+from skvq.engine.report import Reporter
+from skvq.engine.rope import frequencies
+from skvq.kernels.interface import Backend, RopeFrequencies
+from skvq.kernels.registry import BackendUnavailable, get_backend
+from skvq.loaders import Tokenizer, check_finite, open_model
+from skvq.loaders.source import WeightSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """Everything an engine is made of."""
+
+    model: Model
+    tokenizer: Tokenizer
+    rope: RopeFrequencies
+    cache: CacheConfig
+    setup: CacheSetup
+    backend: Backend
+    plan: Plan
+    fingerprint: str
+    prefill: str
+
+
+def load_parts(
+    name: str,
+    *,
+    max_context: int | None,
+    max_sequences: int,
+    cache: CacheConfig,
+    backend: str,
+    device: str,
+    dtype: str,
+    calibration: Path | None,
+    dummy_weights: bool,
+    rope_scaling: str | None,
+    prefill: str,
+    download: bool,
+    report: Reporter,
+) -> EngineParts:
+    """See ``Engine.load``."""
+    place = pick_device(device)
+    compute = pick_dtype(dtype, place)
+    try:
+        kernels = get_backend(backend, place)
+    except BackendUnavailable as error:
+        raise OptionError(str(error)) from None
+    source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
+    config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
+    cache = cache.fitted(config)
+    context, plan = _plan(config, cache, max_context, max_sequences, compute, place, prefill)
+    if context > config.trained_context:
+        report.message(
+            f"{context:,} tokens of context are beyond the {config.trained_context:,} this model was trained for: "
+            "memory and speed are real, answers past that length are not to be trusted"
+        )
+    rope = frequencies(config, context, place)
+    model = Model(config, _weights(source, config, place, compute, report))
+    tensors = _calibration(model, rope, cache, source, tokenizer, calibration, dummy_weights, report)
+    shape = arena_shape(config, cache, max_context=context, max_sequences=max_sequences, dtype=compute)
+    arena = Arena(shape, place)
+    setup = CacheSetup(
+        arena=arena,
+        method=bind_method(arena, config, cache, tensors, rope, kernels),
+        regions=regions_of(cache, config),
+        rules=rules_of(cache),
+        max_context=context,
+        packed_token_bytes=page_layout(cache, config).bytes_per_token,
+    )
+    return EngineParts(
+        model=model,
+        tokenizer=tokenizer,
+        rope=rope,
+        cache=cache,
+        setup=setup,
+        backend=kernels,
+        plan=plan,
+        fingerprint=source.fingerprint,
+        prefill=prefill,
+    )
+
+
+def bind_method(
+    arena: Arena,
+    config: ModelConfig,
+    cache: CacheConfig,
+    tensors: Mapping[str, Tensor],
+    rope: RopeFrequencies,
+    kernels: Backend,
+) -> CacheMethod:
+    """The cache method over an arena, with the codecs that calibration found."""
+    device = arena.page_table.device
+    if cache.method == "fp":
+        return PlainMethod(arena, kernels)
+    layout = layout_of(cache, config)
+    if cache.method == "reorder":
+        labels = label_codecs(tensors, config, rope, device)
+        return PackedMethod(arena, layout, labels, kernels.pack_labels, kernels.unpack_labels, kernels.attend_labels)
+    heads = head_codecs(tensors, cache, config, rope, device)
+    return PackedMethod(arena, layout, heads, kernels.pack_heads, kernels.unpack_heads, kernels.attend_heads)
+
+
+def scaled(config: ModelConfig, text: str) -> ModelConfig:
+    """The model with its RoPE stretched by ``kind:factor`` over the trained length."""
+    kind, _, factor = text.partition(":")
+    if kind not in ("linear", "dynamic", "yarn"):
+        raise OptionError(f"rope scaling {text!r} is not of the form linear:FACTOR, dynamic:FACTOR or yarn:FACTOR")
+    try:
+        stretch = float(factor)
+    except ValueError:
+        raise OptionError(f"rope scaling {text!r}: {factor!r} is not a number") from None
+    if not 1 <= stretch <= 4096:
+        raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
+    rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=config.trained_context)
+    return replace(config, rope=rope)
+
+
+def _plan(
+    config: ModelConfig,
+    cache: CacheConfig,
+    max_context: int | None,
+    max_sequences: int,
+    compute: torch.dtype,
+    device: torch.device,
+    prefill: str,
+) -> tuple[int, Plan]:
+    """The context and its plan, which fits. Raises CapacityError, with the largest context that would, if none does."""
+    for what, value in (("max_context", max_context), ("max_sequences", max_sequences)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
+            raise OptionError(f"{what} must be a positive number, got {value!r}")
+    memory = available_memory(device)
+    most = largest_context(config, cache, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill)
+    context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
+    plan = make_plan(
+        config, cache, context=context, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill
+    )
+    try:
+        plan.check()
+    except CapacityError as error:
+        advice = f"the largest context that fits is {most:,}" if most else "not even the weights fit: use a smaller model"
+        raise CapacityError(f"{error}; {advice}") from None
+    return context, plan
+
+
+def _weights(source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, report: Reporter):  # type: ignore[no-untyped-def]
+    with report.bar("loading weights", config.num_parameters) as bar:
+
+        def read(name: str) -> Tensor:
+            tensor = source.read(name)
+            check_finite(name, tensor, source.where)
+            bar.advance(tensor.numel())
+            return tensor
+
+        return load_weights(config, read, device, dtype)
+
+
+def _calibration(
+    model: Model,
+    rope: RopeFrequencies,
+    cache: CacheConfig,
+    source: WeightSource,
+    tokenizer: Tokenizer,
+    path: Path | None,
+    dummy: bool,
+    report: Reporter,
+) -> Mapping[str, Tensor]:
+    if cache.method == "fp":
+        return {}
+    if path is not None:
+        return load_for(path, model, cache, source.fingerprint)
+    tokens = DUMMY_TOKENS if dummy else DEFAULT_TOKENS
+    return cached_or_made(
+        model, rope, cache, source.fingerprint, lambda text: tokenizer.encode(text, bos=False), tokens, report
+    )

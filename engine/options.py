@@ -1,0 +1,35 @@
+"""Unknown keywords are refused with the nearest valid one, wherever a user passes options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from skvq.engine.errors import OptionError, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type)
+
+
+def names_options(function: F) -> F:
+    """Make a call with an unknown keyword raise OptionError, naming the nearest valid one, instead of TypeError."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                valid = [n for n in known if n not in ("self", "cls")]
+                raise OptionError(f"unknown option {name!r}{nearest(name, valid)}")
+        return function(*args, **options)
+
+    return checked  # type: ignore[return-value]
+
+
+def option_class(cls: C) -> C:
+    """``names_options`` for the constructor of a dataclass."""
+    cls.__init__ = names_options(cls.__init__)
+    return cls

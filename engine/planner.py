@@ -1,0 +1,144 @@
+"""What a run will take, from the model's shape and the options alone: every byte before the first is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from skvq.engine.arena import ArenaShape, packed_page, plain_page
+from skvq.engine.codecs import layout_of
+from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import CapacityError
+from skvq.engine.filters import FilterRule
+from skvq.engine.regions import Regions
+from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout
+
+SPARE_PAGES = 2
+"""Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
+
+CHUNK_TOKENS = 1024
+"""Tokens that go through a layer's projections and MLP at once in prefill."""
+
+
+def page_layout(cache: CacheConfig, model: ModelConfig) -> PageLayout | PlainLayout:
+    """What a page of this cache looks like."""
+    if cache.method == "fp":
+        return PlainLayout(head_size=model.head_size, kv_heads=model.num_kv_heads)
+    return layout_of(cache, model)
+
+
+def rules_of(cache: CacheConfig) -> tuple[FilterRule, ...]:
+    """Filter rules in force: a 16-bit cache loses nothing, so none is asked."""
+    return () if cache.method == "fp" else cache.filters
+
+
+def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
+    """Sizes of a sequence's three regions."""
+    retained = sum(rule.budget for rule in rules_of(cache))
+    return Regions(window=cache.window, tile=page_layout(cache, model).tile, retained=retained)
+
+
+def cache_dtype(compute: torch.dtype) -> torch.dtype:
+    """16-bit dtype of full-precision slots: the compute dtype, float16 where that is float32."""
+    return torch.float16 if compute == torch.float32 else compute
+
+
+def arena_shape(
+    model: ModelConfig, cache: CacheConfig, *, max_context: int, max_sequences: int, dtype: torch.dtype
+) -> ArenaShape:
+    """The arena of an engine: pages for one sequence of ``max_context`` tokens, spare pages and slots for the others."""
+    regions = regions_of(cache, model)
+    layout = page_layout(cache, model)
+    half = cache_dtype(dtype)
+    page = plain_page(layout, half) if isinstance(layout, PlainLayout) else packed_page(layout)
+    per_sequence = max(1, regions.pages(max_context))
+    return ArenaShape(
+        layers=model.num_layers,
+        kv_heads=model.num_kv_heads,
+        head_size=model.head_size,
+        pages=per_sequence + SPARE_PAGES * (max_sequences - 1),
+        sequences=max_sequences,
+        pages_per_sequence=per_sequence,
+        full_slots=regions.slots,
+        dtype=half,
+        page=tuple(page.items()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Bytes by part of one run. ``parts`` is in the order of allocation; their sum is the peak."""
+
+    context: int
+    parts: dict[str, int]
+    memory: int
+    bits_per_element: float
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+    def check(self) -> None:
+        """Raise CapacityError, with the numbers, unless the plan fits its memory."""
+        if self.total > self.memory:
+            largest = max(self.parts, key=lambda part: self.parts[part])
+            raise CapacityError(
+                f"a context of {self.context:,} tokens needs {gib(self.total)}, {gib(self.memory)} are there "
+                f"(largest part: {largest}, {gib(self.parts[largest])})"
+            )
+
+
+def gib(count: int) -> str:
+    """Bytes for people.
+
+    >>> gib(3 * 2**30)
+    '3.00 GiB'
+    """
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
+
+def make_plan(
+    model: ModelConfig,
+    cache: CacheConfig,
+    *,
+    context: int,
+    sequences: int,
+    dtype: torch.dtype,
+    memory: int,
+    weight_bytes: int | None = None,
+    prefill: str = "exact",
+) -> Plan:
+    """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte."""
+    shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
+    size = dtype.itemsize
+    chunk = min(CHUNK_TOKENS, context)
+    width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
+    staged = context if prefill == "exact" else min(context, 2 * 8192)
+    pages = [name for name, _ in shape.page]
+    parts = {
+        "weights": model.num_parameters * size if weight_bytes is None else weight_bytes,
+        "cache: packed pages": shape.nbytes_of(*pages),
+        "cache: window and retained": shape.nbytes - shape.nbytes_of(*pages),
+        "hidden states of the prompt": (context if prefill == "exact" else chunk) * model.hidden_size * size,
+        "one layer's keys and values": 2 * staged * model.num_kv_heads * model.head_size * size,
+        "workspace": chunk * width * max(size, 4) + 6 * model.vocab_size * 4,
+    }
+    return Plan(context=context, parts=parts, memory=memory, bits_per_element=page_layout(cache, model).bits_per_element)
+
+
+def largest_context(model: ModelConfig, cache: CacheConfig, *, limit: int = 2**27, **options: object) -> int:
+    """The longest context, in whole pages, whose plan fits ``memory``; 0 if none does. Options as for ``make_plan``."""
+    low, high = 0, limit // PAGE_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = make_plan(model, cache, context=middle * PAGE_TOKENS, **options)  # type: ignore[arg-type]
+        low, high = (middle, high) if plan.total <= plan.memory else (low, middle - 1)
+    return low * PAGE_TOKENS
+
+
+def with_bits(cache: CacheConfig, pairs: Sequence[tuple[float, float]]) -> list[CacheConfig]:
+    """The cache at other widths, for tables."""
+    return [replace(cache, key_bits=k, value_bits=v) for k, v in pairs]

@@ -1,0 +1,106 @@
+"""Rotary position embedding: frequencies of every scaling the Llama family uses, and the turn itself.
+
+Formulas: linear and dynamic NTK (as in Hugging Face's modeling_rope_utils), YaRN (arXiv 2309.00071), LongRoPE
+(arXiv 2402.13753), Llama 3.1. Frequencies and angles are float64: at position 1,000,000 a float32 angle is off by 0.03 rad.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.engine.config import ModelConfig, RopeConfig
+from skvq.engine.errors import ModelError
+from skvq.kernels.interface import RopeFrequencies
+
+
+@dataclass(frozen=True, slots=True)
+class StepRope:
+    """Sines and cosines of the positions of one step, and the turn of queries and keys by them."""
+
+    cos: Tensor  # float32 [B, N, 1, D/2]
+    sin: Tensor  # as cos
+
+    def turn(self, x: Tensor) -> Tensor:
+        """``x`` [B, N, heads, D] turned by its positions, in x's dtype; channels pair as (j, D/2 + j)."""
+        a, b = x.float().chunk(2, -1)
+        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).to(x.dtype)
+
+
+def at_positions(rope: RopeFrequencies, positions: Tensor) -> StepRope:
+    """The turns of ``positions`` [B, N]."""
+    angle = positions.to(torch.float64)[..., None, None] * rope.inv_freq
+    return StepRope((angle.cos() * rope.scale).float(), (angle.sin() * rope.scale).float())
+
+
+def frequencies(config: ModelConfig, context: int, device: torch.device) -> RopeFrequencies:
+    """Frequencies of a model for sequences of up to ``context`` tokens.
+
+    Dynamic NTK and LongRoPE depend on the length: they are fixed for ``context``, so that cached keys stay comparable.
+    """
+    rope, size = config.rope, config.head_size
+    base = rope.theta
+    steps = torch.arange(0, size, 2, dtype=torch.float64) / size
+    scale = 1.0
+    if rope.kind == "dynamic":
+        longest = max(context, config.trained_context)
+        stretch = rope.factor * longest / config.trained_context - (rope.factor - 1)
+        base *= stretch ** (size / (size - 2))
+    inv_freq = base**-steps
+    if rope.kind == "linear":
+        inv_freq = inv_freq / rope.factor
+    elif rope.kind == "llama3":
+        inv_freq = _llama3(rope, config.trained_context, inv_freq)
+    elif rope.kind == "yarn":
+        inv_freq, scale = _yarn(rope, config.trained_context, size, inv_freq)
+    elif rope.kind == "longrope":
+        inv_freq, scale = _longrope(rope, config.trained_context, context, inv_freq)
+    return RopeFrequencies(inv_freq=inv_freq.to(device), scale=scale)
+
+
+def _llama3(rope: RopeConfig, trained: int, inv_freq: Tensor) -> Tensor:
+    original = rope.original_context or trained
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    slow = wavelength > original / rope.low_freq_factor
+    fast = wavelength < original / rope.high_freq_factor
+    return torch.where(slow, inv_freq / rope.factor, torch.where(fast, inv_freq, blended))
+
+
+def _mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _yarn(rope: RopeConfig, trained: int, size: int, inv_freq: Tensor) -> tuple[Tensor, float]:
+    original = rope.original_context or trained
+
+    def dimension(rotations: float) -> float:
+        return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (torch.arange(size // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+    extrapolated = 1 - ramp.clamp(0, 1)
+    scale = rope.attention_factor
+    if scale is None and rope.mscale and rope.mscale_all_dim:
+        scale = _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    blended = inv_freq / rope.factor * (1 - extrapolated) + inv_freq * extrapolated
+    return blended, _mscale(rope.factor) if scale is None else scale
+
+
+def _longrope(rope: RopeConfig, trained: int, context: int, inv_freq: Tensor) -> tuple[Tensor, float]:
+    original = rope.original_context or trained
+    factors = rope.long_factor if context > original else rope.short_factor
+    if len(factors) != len(inv_freq):
+        raise ModelError(f"longrope has {len(factors)} factors for {len(inv_freq)} channel pairs")
+    factor = rope.factor if rope.factor > 1 else trained / original
+    scale = rope.attention_factor
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return inv_freq / torch.tensor(factors, dtype=torch.float64), scale

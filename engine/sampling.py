@@ -1,0 +1,85 @@
+"""Drawing the next token from logits: repetition penalty, temperature, top-k, top-p, min-p, in that order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skvq.engine.config import SamplingConfig
+
+
+class Sampler:
+    """One sequence's draws: its own seeded generator, so that a batch draws what its singles would."""
+
+    def __init__(self, config: SamplingConfig, prompt_ids: list[int], vocab_size: int, device: torch.device) -> None:
+        self.config = config
+        self._generator = torch.Generator(device=device).manual_seed(config.seed)
+        self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        if config.repeat_penalty != 1:
+            self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
+
+    def draw(self, logits: Tensor) -> int:
+        """The next token for ``logits`` float32 [V]."""
+        config = self.config
+        if config.repeat_penalty != 1:
+            penalized = torch.where(logits > 0, logits / config.repeat_penalty, logits * config.repeat_penalty)
+            logits = torch.where(self._seen, penalized, logits)
+        if config.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            probabilities = filtered_probabilities(logits / config.temperature, config)
+            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        self._seen[token] = True
+        return token
+
+
+def filtered_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Probabilities [V] of ``logits`` [V] with the unlikely ones that top_k, top_p and min_p drop set to zero.
+
+    top_p keeps the fewest likeliest tokens whose probability sums to at least top_p (arXiv 1904.09751); min_p keeps tokens at
+    least min_p as likely as the likeliest (arXiv 2407.01082).
+    """
+    if 0 < config.top_k < len(logits):
+        threshold = logits.topk(config.top_k).values[-1]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if config.top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        before = ordered.cumsum(0) - ordered
+        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(before >= config.top_p, 0))
+    if config.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < config.min_p * probabilities.max(), 0)
+    return probabilities / probabilities.sum()
+
+
+class StopWatch:
+    """Holds back text that may be the beginning of a stop string; what it lets through never contains one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Text that may be shown now. Once a stop string is complete ``stopped`` is set and nothing more comes."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text with which ``stop`` begins."""
+        return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)

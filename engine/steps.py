@@ -1,0 +1,220 @@
+"""How one step of the model meets the cache. Each class here serves ``Model.layer`` the same call,
+
+    attend(q, k, v, rope) -> output      q [B, N, H, D], k and v [B, N, KH, D], all before RoPE; output [B, N, H, D]
+
+and differs in what attention sees and where the new tokens go:
+
+    DenseLayer      a whole text, dense causal attention in full precision, nothing kept          (Engine.logits)
+    ExactLayer      the same, and the layer's keys and values are packed when its last chunk is done   (exact prefill)
+    StreamingLayer  a chunk of one sequence against its packed cache, staged in segments            (streaming prefill)
+    DecodeLayer     one token of each sequence of a batch, through the backend's fused attention    (decode)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.config import FULL_SPAN
+from skvq.engine.rope import StepRope
+from skvq.kernels.dense import attend_all, attend_causal
+from skvq.kernels.interface import Step
+from skvq.kernels.reference import merge
+
+SEGMENT_TOKENS = 8192
+"""Packed tokens staged to 16 bits at once by streaming prefill."""
+
+
+class LayerCache(Protocol):
+    """All the model knows of a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor: ...
+
+
+class DenseLayer:
+    """Full-precision keys and values of one layer, grown chunk by chunk in a buffer that is given: [KH, T, D] each."""
+
+    def __init__(self, keys: Tensor, values: Tensor, span: int) -> None:
+        self.keys, self.values = keys, values
+        self.span = span
+        self.filled = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
+        return self._attend(rope.turn(q)[0], rope.turn(k)[0], v[0])[0][None]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.filled + len(q)
+        self.keys[:, self.filled : end] = k.transpose(0, 1)
+        self.values[:, self.filled : end] = v.transpose(0, 1)
+        self.filled = end
+        return attend_causal(q, self.keys[:, :end], self.values[:, :end], self.span)
+
+
+class ExactLayer(DenseLayer):
+    """Exact prefill of an empty sequence: attention in full precision, then ``finish`` packs."""
+
+    def __init__(self, sequence: SequenceCache, layer: int, keys: Tensor, values: Tensor, span: int) -> None:
+        super().__init__(keys, values, span)
+        assert sequence.length == 0, "exact prefill starts an empty sequence"
+        self.sequence, self.layer = sequence, layer
+        self.mass = torch.zeros(keys.shape[1], device=keys.device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
+        q = rope.turn(q)[0]
+        out, lse = self._attend(q, rope.turn(k)[0], v[0])
+        if self.sequence.setup.needs_mass:
+            add_mass(self.mass[: self.filled], q, lse, self.keys[:, : self.filled], self.sequence.setup.regions.window)
+        return out[None]
+
+    def finish(self, ids: Tensor) -> None:
+        """Pack the layer: its keys and values are all there. ids: int64 [T]."""
+        keys, values = self.keys.transpose(0, 1), self.values.transpose(0, 1)
+        self.sequence.absorb(self.layer, keys, values, self.mass, ids)
+
+
+class StreamingLayer:
+    """A chunk of N tokens of one sequence against everything cached: packed segments, window and the chunk itself."""
+
+    def __init__(self, sequence: SequenceCache, layer: int, span: int, ids: Tensor) -> None:
+        self.sequence, self.layer, self.span, self.ids = sequence, layer, span, ids
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
+        sequence = self.sequence
+        q, k, v = rope.turn(q)[0], rope.turn(k)[0], v[0]
+        old_k, old_v, old_mass = sequence.window(self.layer, sequence.length)
+        keys = torch.cat([old_k.to(k.dtype), k])  # the window and this chunk, [T, KH, D]
+        values = torch.cat([old_v.to(v.dtype), v])
+        first_seen = max(0, sequence.length - self.span + 1)
+        outs, lses = [], []
+        for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
+            count = min(SEGMENT_TOKENS, sequence.packed - start)
+            out, lse = self._attend_packed(q, start, count)
+            outs.append(out.float())
+            lses.append(lse)
+        out, lse = attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span)
+        out, lse = merge([*outs, out.float()], [*lses, lse])
+        mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])
+        if sequence.setup.needs_mass:
+            add_mass(mass, q, lse, keys.transpose(0, 1), sequence.setup.regions.window)
+        sequence.absorb(self.layer, keys, values, mass, self.ids)
+        return out.to(q.dtype)[None]
+
+    def _attend_packed(self, q: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+        keys, values = (t.to(q.dtype).transpose(0, 1) for t in self.sequence.stage(self.layer, start, count))
+        if self.sequence.length + len(q) - 1 - start < self.span:  # the last query still sees the first token
+            return attend_all(q, keys, values)
+        outs, lses = [], []
+        for row in range(len(q)):  # a span ends inside this segment: at most two segments a chunk
+            hidden = max(0, self.sequence.length + row - self.span + 1 - start)
+            if hidden >= count:
+                outs.append(torch.zeros_like(q[row : row + 1]))
+                lses.append(torch.full((1, q.shape[1]), -torch.inf, device=q.device))
+            else:
+                out, lse = attend_all(q[row : row + 1], keys[:, hidden:], values[:, hidden:])
+                outs.append(out)
+                lses.append(lse)
+        return torch.cat(outs), torch.cat(lses)
+
+
+class DecodeBatch:
+    """One decode step after another of B sequences: tensors that name their places, moved in place between steps."""
+
+    def __init__(self, sequences: Sequence[SequenceCache], spans: Sequence[int]) -> None:
+        self.sequences = list(sequences)
+        self.spans = spans
+        self.setup: CacheSetup = sequences[0].setup
+        device = self.setup.arena.page_table.device
+        count = len(self.sequences)
+        self.slots = torch.tensor([s.slot for s in self.sequences], dtype=torch.int64, device=device)
+        self.positions = torch.zeros(count, 1, dtype=torch.int32, device=device)
+        self.packed = torch.zeros(count, dtype=torch.int32, device=device)
+        self.ring_slots = torch.zeros(count, dtype=torch.int64, device=device)
+
+    def begin(self) -> None:
+        """Make room for one token of each sequence and say where it goes."""
+        for sequence in self.sequences:
+            sequence.reserve(1)
+        lengths = [s.length for s in self.sequences]
+        regions = self.setup.regions
+        self.positions.copy_(torch.tensor(lengths, dtype=torch.int32)[:, None])
+        self.packed.copy_(torch.tensor([s.packed for s in self.sequences], dtype=torch.int32))
+        self.ring_slots.copy_(torch.tensor([regions.slot(n) for n in lengths]))
+        self.setup.arena.tensors["full_positions"][:, self.slots, self.ring_slots] = self.positions[:, 0]
+        self.setup.arena.tensors["full_mass"][:, self.slots, self.ring_slots] = 0
+
+    def layer(self, layer: int) -> DecodeLayer:
+        """The cache of one layer for this step."""
+        step = Step(
+            slots=self.slots,
+            positions=self.positions,
+            packed=self.packed,
+            page_table=self.setup.arena.page_table,
+            max_packed=max(s.packed for s in self.sequences),
+            span=self.spans[layer],
+        )
+        return DecodeLayer(self, layer, step)
+
+    def commit(self, token_ids: Sequence[int]) -> None:
+        """The step is over; a window that has grown by a tile is packed, in every layer."""
+        for sequence, token in zip(self.sequences, token_ids, strict=True):
+            if sequence.packed_after(1) > sequence.packed:
+                ids = torch.tensor([token], device=self.slots.device)
+                for layer in range(len(self.spans)):
+                    sequence.absorb(layer, *sequence.window(layer, sequence.length + 1), ids)
+            sequence.commit([token])
+
+
+class DecodeLayer:
+    """One token of each sequence: written into its window, then attended with everything before it."""
+
+    def __init__(self, batch: DecodeBatch, layer: int, step: Step) -> None:
+        self.batch, self.layer, self.step = batch, layer, step
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
+        batch, setup = self.batch, self.batch.setup
+        q, k = rope.turn(q), rope.turn(k)
+        full = setup.arena.full(self.layer)
+        full.keys[batch.slots, :, batch.ring_slots] = k[:, 0].to(full.keys.dtype)
+        full.values[batch.slots, :, batch.ring_slots] = v[:, 0].to(full.values.dtype)
+        out, lse = setup.method.attend(self.layer, q, self.step)
+        if setup.needs_mass:
+            self._add_mass(q, lse)
+        return out
+
+    def _add_mass(self, q: Tensor, lse: Tensor) -> None:
+        setup, full = self.batch.setup, self.batch.setup.arena.full(self.layer)
+        mass = setup.arena.tensors["full_mass"][self.layer]
+        for row, sequence in enumerate(self.batch.sequences):
+            first = max(sequence.packed, sequence.length - setup.regions.window)
+            at = torch.arange(first, sequence.length + 1, device=q.device)
+            slots = setup.regions.retained + at % setup.regions.ring
+            seen = mass[sequence.slot, slots]
+            add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window)
+            mass[sequence.slot, slots] = seen
+
+
+def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int) -> None:
+    """Add to ``mass`` [T] the attention that tokens get from those of the last N queries that follow them within ``window``.
+
+    q [N, H, D] (the last N of the T tokens), lse [N, H] over all they see, keys [KH, T, D]; all after RoPE.
+    """
+    count, heads, size = q.shape
+    kv_heads, tokens, _ = keys.shape
+    for start in range(0, count, 256):
+        stop = min(start + 256, count)
+        last = tokens - count + stop
+        first = max(0, last - (stop - start) - window)
+        block = q[start:stop].float().view(stop - start, kv_heads, heads // kv_heads, size)
+        score = torch.einsum("nhrd,htd->hrnt", block, keys[:, first:last].float()) / math.sqrt(size)
+        weight = torch.exp(score - lse[start:stop].view(stop - start, kv_heads, -1).permute(1, 2, 0)[..., None])
+        t = torch.arange(last - (stop - start), last, device=q.device)[:, None]
+        behind = t - torch.arange(first, last, device=q.device)[None]
+        mass[first:last] += (weight * ((behind > 0) & (behind <= window))).sum((0, 1, 2))
+
+
+__all__ = ["FULL_SPAN", "DecodeBatch", "DecodeLayer", "DenseLayer", "ExactLayer", "LayerCache", "StreamingLayer"]

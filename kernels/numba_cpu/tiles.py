@@ -1,0 +1,170 @@
+"""Tile loaders: packed codes of any width to one byte a code, in the order that the dot products want.
+
+Words of four codes lie across lanes: keys ``[D / 4][token][4 channels]``, values ``[tile / 4][lane][4 tokens]`` with D rounded
+up to 32 lanes. So one dot product serves all widths, and what is unpacked once is shared by all queries of a kv head.
+``levels`` (3, 4, 8, 16, 256) stands for the width. Common head sizes go through shuffles, 16 rows at a time; others by bytes.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from numba import njit
+
+from skvq.kernels.numba_cpu import simd
+from skvq.kernels.numba_cpu.simd import i8, u8
+
+SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES
+FAST = {"fastmath": True, "error_model": "numpy", "nogil": True}
+LANE_BLOCK = 32
+
+
+@njit(**FAST)
+def round_up(count, multiple):
+    return (count + multiple - 1) // multiple * multiple
+
+
+@njit(**FAST)
+def tile_bytes(levels, size, tile):
+    """Bytes of the codes of one head in a tile."""
+    if levels == 3:
+        return tile // TRITS * size
+    bits = 2 if levels == 4 else 3 if levels == 8 else 4 if levels == 16 else 8
+    return tile * size * bits // 8
+
+
+@njit(**FAST)
+def load_keys(source, target, levels, size, tile):
+    """Codes of keys ``[token][bytes]`` at ``source`` to ``[size / 4][token][4]`` at ``target``."""
+    if levels == 3:
+        _key_trits(source, target, size, tile)
+    elif levels == 4:
+        _key_planes(source, target, 2, 0, size, tile)
+    elif levels == 8:
+        _key_planes(source, target, 2, 0, size, tile)
+        _key_planes(source + tile * size // 4, target, 1, 2, size, tile)
+    elif levels == 16:
+        _key_planes(source, target, 4, 0, size, tile)
+    else:
+        _key_planes(source, target, 8, 0, size, tile)
+
+
+@njit(**FAST)
+def load_values(source, target, levels, size, tile):
+    """Codes of values ``[bytes][token]`` at ``source`` to ``[tile / 4][lane][4]`` at ``target``."""
+    if levels == 3:
+        _value_trits(source, target, size, tile)
+    elif levels == 4:
+        _value_planes(source, target, 2, 0, size, tile)
+    elif levels == 8:
+        _value_planes(source, target, 2, 0, size, tile)
+        _value_planes(source + tile * size // 4, target, 1, 2, size, tile)
+    elif levels == 16:
+        _value_planes(source, target, 4, 0, size, tile)
+    else:
+        _value_planes(source, target, 8, 0, size, tile)
+
+
+@njit(**FAST)
+def _key_planes(source, target, width, place, size, tile):
+    row = size * width // 8  # bytes of a token in this plane set
+    words, step = row // 4, tile * 4
+    plane = words * step
+    if row % 32 == 0 and not (row == 32 and width >= 2):
+        for token in range(0, tile, 16):
+            for word in range(0, words, 8):
+                at, to = source + token * row + word * 4, target + word * step + token * 4
+                if width == 1:
+                    simd.spread_1_rows(at, row, to, plane, step)
+                elif width == 2:
+                    simd.spread_2_rows(at, row, to, plane, step)
+                elif width == 4:
+                    simd.spread_4_rows(at, row, to, plane, step)
+                else:
+                    simd.spread_8_rows(at, row, to, plane, step)
+    elif (row == 32 and width != 8) or (row == 16 and width <= 2) or (row == 8 and width == 1):
+        for token in range(0, tile, 16):
+            at, to = source + token * row, target + token * 4
+            if width == 4:
+                simd.spread_4x8(at, row, to, plane, step)
+            elif width == 2 and row == 32:
+                simd.spread_2x8(at, row, to, plane, step)
+            elif width == 2:
+                simd.spread_2x4(at, row, to, plane, step)
+            elif row == 16:
+                simd.spread_1x4(at, row, to, plane, step)
+            else:
+                simd.spread_1x2(at, row, to, plane, step)
+    else:
+        packed, codes, mask = u8(source), i8(target), (1 << width) - 1
+        for token in range(tile):
+            for channel in range(size):
+                byte = packed[token * row + channel % row]
+                to = (channel // 4) * step + token * 4 + channel % 4
+                kept = 0 if place == 0 else codes[to]
+                codes[to] = kept | ((byte >> (channel // row * width)) & mask) << place
+
+
+@njit(**FAST)
+def _value_planes(source, target, width, place, size, tile):
+    rows = size * width // 8  # byte rows of this plane set
+    step = round_up(size, LANE_BLOCK) * 4
+    if rows % 16 == 0:
+        for row in range(0, rows, 16):
+            for word in range(0, tile // 4, 8):
+                at, to = source + row * tile + word * 4, target + word * step + row * 4
+                if width == 1:
+                    simd.spread_1_rows(at, tile, to, rows * 4, step)
+                elif width == 2:
+                    simd.spread_2_rows(at, tile, to, rows * 4, step)
+                elif width == 4:
+                    simd.spread_4_rows(at, tile, to, rows * 4, step)
+                else:
+                    simd.spread_8_rows(at, tile, to, rows * 4, step)
+    elif rows == 8 and width == 1:
+        for word in range(0, tile // 4, 8):
+            simd.spread_1_half(source + word * 4, tile, target + word * step, 64, step)
+    else:
+        packed, codes, mask = u8(source), i8(target), (1 << width) - 1
+        for channel in range(size):
+            for token in range(tile):
+                byte = packed[channel % rows * tile + token]
+                to = (token // 4) * step + channel * 4 + token % 4
+                kept = 0 if place == 0 else codes[to]
+                codes[to] = kept | ((byte >> (channel // rows * width)) & mask) << place
+
+
+@njit(**FAST)
+def _key_trits(source, target, size, tile):
+    step, plane = tile * 4, SLOTS * 4
+    if size % 32 == 0:
+        for slot in range(0, SLOTS, 16):
+            for word in range(0, size // 4, 8):
+                simd.spread_trits(source + slot * size + word * 4, size, target + word * step + slot * 4, plane, step)
+        return
+    packed, codes = u8(source), i8(target)
+    for slot in range(SLOTS):
+        for channel in range(size):
+            value = int(packed[slot * size + channel])
+            for p in range(TRITS):
+                value *= 3
+                codes[(channel // 4) * step + (p * SLOTS + slot) * 4 + channel % 4] = value >> 8
+                value &= 255
+
+
+@njit(**FAST)
+def _value_trits(source, target, size, tile):
+    step = round_up(size, LANE_BLOCK) * 4
+    plane = SLOTS // 4 * step
+    if size % 16 == 0:
+        for row in range(0, size, 16):
+            simd.spread_trits(source + row * SLOTS, SLOTS, target + row * 4, plane, step)
+        return
+    packed, codes = u8(source), i8(target)
+    for channel in range(size):
+        for slot in range(SLOTS):
+            value = int(packed[channel * SLOTS + slot])
+            for p in range(TRITS):
+                value *= 3
+                token = p * SLOTS + slot
+                codes[(token // 4) * step + channel * 4 + token % 4] = value >> 8
+                value &= 255

@@ -1,0 +1,202 @@
+"""Tile loaders: bytes of codes -> fp16 planes for the tensor cores, without one integer-to-float conversion.
+
+A code left in the low mantissa bits of a half IS the number ``code * 2^-24`` (a subnormal), so unpacking is a mask. The
+assembly forms take four bytes b0..b3 as one word and cut it into the 16-bit lanes ``(b0, b2)`` and ``(b1, b3)``: the planes
+come out with **bytes 1 and 2 of every four exchanged** (``perm4``). Both contractions absorb that for nothing: rows of q are
+stored in that order (keys), tokens of the scores are loaded in that order (values). The portable form (``ASM`` false: the
+interpreter has no assembly) keeps the order of the bytes.
+
+Planes of 2 bits may be CUMULATIVE, a field with all below it, ``x & (4^(p+1) - 1)``: one mask less a word; it is undone by
+differences of q (keys) or of accumulators (values). Planes of trits are the prefixes ``D_k = 3 D_(k-1) + t_k`` =
+``byte * 3^k >> 8``: one multiplication and one byte permutation, where cutting a trit out takes three; undone by
+``score_k = Z_k - 3 Z_(k-1)`` (keys) and by the weights ``P_k - 3 P_(k+1)`` in two halves (values).
+
+NORMAL planes are the fallback for tensor cores that flush subnormals, and the better choice for values of 4 and 8 bits: the
+same bits under the exponent of 1024, less ``1024 + offset``, hence the exact integer ``code - offset`` around zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def _mask_assembly(bits: int, cumulative: bool) -> str:
+    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane."""
+    planes = 8 // bits
+    lines = [f"prmt.b32 odd, ${2 * planes}, 0, 0x4341;", f"and.b32 even, ${2 * planes}, 0x00FF00FF;"]
+    for p in range(planes):
+        low = 0 if cumulative else bits * p
+        mask = ((1 << bits * (p + 1)) - (1 << low)) * 0x00010001
+        for lane, name in enumerate(("even", "odd")):
+            # the word itself serves the even lanes: the mask cuts the neighbour off as well
+            source = f"${2 * planes}" if name == "even" else name
+            line = f"and.b32 ${2 * p + lane}, {source}, 0x{mask:08X};"
+            lines.append(line if mask != 0x00FF00FF else f"mov.b32 ${2 * p + lane}, {name};")
+    return "{ .reg .b32 even, odd; " + " ".join(lines) + " }"
+
+
+def _trit_assembly() -> str:
+    """Prefixes D_1 .. D_5 of the five trits of each byte of one word."""
+    lines = ["and.b32 even, $10, 0x00FF00FF;", "prmt.b32 odd, $10, 0, 0x4341;"]
+    for k in range(5):
+        for lane, name in enumerate(("even", "odd")):
+            lines += [f"mul.lo.u32 t, {name}, {3 ** (k + 1)};", f"prmt.b32 ${2 * k + lane}, t, 0, 0x4341;"]
+    return "{ .reg .b32 even, odd, t; " + " ".join(lines) + " }"
+
+
+ASM_1 = tl.constexpr(_mask_assembly(1, False))
+ASM_2 = tl.constexpr(_mask_assembly(2, False))
+ASM_2_CUMULATIVE = tl.constexpr(_mask_assembly(2, True))
+ASM_4 = tl.constexpr(_mask_assembly(4, False))
+ASM_8 = tl.constexpr(_mask_assembly(8, False))
+ASM_TRIT = tl.constexpr(_trit_assembly())
+ASM_META = tl.constexpr(
+    "{ .reg .b32 x, y, u, v; prmt.b32 x, $2, 0, 0x1404; prmt.b32 y, $2, 0, 0x3424; shr.u32 u, x, 1; shr.u32 v, y, 1; "
+    "and.b32 u, u, 0x3F803F80; and.b32 v, v, 0x3F803F80; lop3.b32 $0, x, 0x80008000, u, 0xEA; "
+    "lop3.b32 $1, y, 0x80008000, v, 0xEA; }"
+)
+ASM_META_90 = tl.constexpr(
+    "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }"
+)
+REGS_1 = tl.constexpr("=r," * 16 + "r")
+REGS_2 = tl.constexpr("=r," * 8 + "r")
+REGS_4 = tl.constexpr("=r," * 4 + "r")
+REGS_8 = tl.constexpr("=r," * 2 + "r")
+REGS_TRIT = tl.constexpr("=r," * 10 + "r")
+
+
+@triton.jit
+def perm4(i, ASM: tl.constexpr):
+    """The byte that stands at place ``i`` after an assembly loader: 0, 2, 1, 3 in every four."""
+    if ASM:
+        return (i & -4) | ((i & 1) << 1) | ((i >> 1) & 1)
+    else:
+        return i
+
+
+@triton.jit
+def _half(x):
+    return x.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _planes_1(x, ASM: tl.constexpr):
+    h: tl.constexpr = tl.float16
+    if ASM:
+        return tl.inline_asm_elementwise(ASM_1, REGS_1, [x], dtype=(h, h, h, h, h, h, h, h), is_pure=True, pack=4)
+    else:
+        out = ()
+        for p in tl.static_range(8):
+            out = out + (_half(x & (1 << p)),)
+        return out
+
+
+@triton.jit
+def _planes_2(x, CUMULATIVE: tl.constexpr, ASM: tl.constexpr):
+    h: tl.constexpr = tl.float16
+    if ASM:
+        if CUMULATIVE:
+            return tl.inline_asm_elementwise(ASM_2_CUMULATIVE, REGS_2, [x], dtype=(h, h, h, h), is_pure=True, pack=4)
+        else:
+            return tl.inline_asm_elementwise(ASM_2, REGS_2, [x], dtype=(h, h, h, h), is_pure=True, pack=4)
+    else:
+        if CUMULATIVE:
+            return (_half(x & 0x03), _half(x & 0x0F), _half(x & 0x3F), _half(x))
+        else:
+            return (_half(x & 0x03), _half(x & 0x0C), _half(x & 0x30), _half(x & 0xC0))
+
+
+@triton.jit
+def _planes_4(x, ASM: tl.constexpr):
+    h: tl.constexpr = tl.float16
+    if ASM:
+        return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(h, h), is_pure=True, pack=4)
+    else:
+        return (_half(x & 0x0F), _half(x & 0xF0))
+
+
+@triton.jit
+def _planes_8(x, ASM: tl.constexpr):
+    if ASM:
+        return (tl.inline_asm_elementwise(ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
+    else:
+        return (_half(x),)
+
+
+@triton.jit
+def _prefixes(x, ASM: tl.constexpr):
+    h: tl.constexpr = tl.float16
+    if ASM:
+        return tl.inline_asm_elementwise(ASM_TRIT, REGS_TRIT, [x], dtype=(h, h, h, h, h), is_pure=True, pack=4)
+    else:
+        w = x.to(tl.uint16)
+        return (_half(w * 3 >> 8), _half(w * 9 >> 8), _half(w * 27 >> 8), _half(w * 81 >> 8), _half(w * 243 >> 8))
+
+
+@triton.jit
+def planes(x, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
+    """Tuple of fp16 planes of the bytes ``x``: 8 / WIDTH of them, or the five prefixes of trits (WIDTH 15).
+
+    Plane p holds ``(field_p - OFFSET) * 2^(WIDTH p)`` if NORMAL, else ``field_p * 2^(WIDTH p - 24)``.
+    """
+    if WIDTH == 1:
+        raw = _planes_1(x, ASM)
+    elif WIDTH == 2:
+        raw = _planes_2(x, CUMULATIVE, ASM)
+    elif WIDTH == 4:
+        raw = _planes_4(x, ASM)
+    elif WIDTH == 8:
+        raw = _planes_8(x, ASM)
+    else:
+        raw = _prefixes(x, ASM)
+    if NORMAL:
+        out = ()
+        for p in tl.static_range(len(raw)):
+            place: tl.constexpr = 1 if WIDTH == 15 else 1 << (WIDTH * p)
+            bits = raw[p].to(tl.uint16, bitcast=True) | 0x6400
+            out = out + (bits.to(tl.float16, bitcast=True) - (1024.0 + OFFSET * place),)
+        return out
+    else:
+        return raw
+
+
+@triton.jit
+def pair_rows(x, DIM: tl.constexpr):
+    """Pairs of planes with 8 bytes each (3 bits, head size 64) become one of 16: row ``2 b + i`` is byte b of plane i."""
+    out = ()
+    for p in tl.static_range(len(x) // 2):
+        both = tl.join(x[2 * p], x[2 * p + 1])
+        if DIM == 0:
+            out = out + (tl.reshape(tl.permute(both, (0, 2, 1)), [16, x[0].shape[1]]),)
+        else:
+            out = out + (tl.reshape(both, [x[0].shape[0], 16]),)
+    return out
+
+
+@triton.jit
+def metadata(word, ASM: tl.constexpr, FP8: tl.constexpr):
+    """Words of E4M3 bytes -> key scale, key mid, value scale, value mid, float32, each times 2^-8 (times 1 if FP8).
+
+    The retained flag makes the key scale negative. FP8: the card converts E4M3 itself (sm_89 and later).
+    """
+    if FP8:
+        low, high = tl.inline_asm_elementwise(
+            ASM_META_90, "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    elif ASM:
+        low, high = tl.inline_asm_elementwise(ASM_META, "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+    else:
+        low = ((word & 0x7F) << 7) | ((word & 0x80) << 8) | ((word & 0x7F00) << 15) | ((word & 0x8000) << 16)
+        high = ((word >> 9) & 0x3F80) | ((word >> 8) & 0x8000) | ((word >> 1) & 0x3F800000) | (word & -0x80000000)
+    return _low_half(low), _high_half(low), _low_half(high), _high_half(high)
+
+
+@triton.jit
+def _low_half(x):
+    return (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _high_half(x):
+    return (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -1,0 +1,336 @@
+"""Decode attention over packed pages: scores and weighted sums taken on the codes themselves, nothing is dequantized."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.loaders import metadata, pair_rows, perm4, planes
+
+NEVER = tl.constexpr(-1.0e30)
+SHIFT = tl.constexpr(15.0)
+
+
+@triton.jit
+def exp2(x, ASM: tl.constexpr):
+    """2^x; one instruction where assembly is at hand (``tl.exp2`` spends three more on denormal results)."""
+    if ASM:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def first_of_pairs(x, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
+    """Real columns of ``x`` [ROWS, NH * PAD]; with PAD 2 every other column is idle."""
+    if PAD == 2:
+        real, _ = tl.split(tl.reshape(x, [ROWS, NH, 2]))
+        return real
+    else:
+        return x
+
+
+@triton.jit
+def weight_columns(w, TRITS: tl.constexpr, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
+    """fp16 columns of the weights ``w`` [ROWS, NH] for the second dot; for trits a high and a low half of each."""
+    high = w.to(tl.float16)
+    if TRITS:
+        low = (w - high.to(tl.float32)).to(tl.float16)
+        return tl.reshape(tl.join(high, low), [ROWS, NH * PAD])
+    elif PAD == 2:
+        return tl.reshape(tl.join(high, tl.zeros_like(high)), [ROWS, NH * PAD])
+    else:
+        return high
+
+
+@triton.jit
+def load_planes(
+    base, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, BLOCKS: tl.constexpr,
+    SKIP: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr,
+    PERMUTED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Planes of BLOCKS byte blocks [ROWS, COLUMNS] in channel order: plane p, block j is entry ``p * BLOCKS + j``.
+
+    Byte (r, c) of block j lies at ``base + first + j * SKIP + r * ROW + c * COLUMN``. PERMUTED: rows in ``perm4`` order.
+    """
+    r = perm4(tl.arange(0, ROWS), PERMUTED)
+    at = first + r[:, None] * ROW + tl.arange(0, COLUMNS)[None, :] * COLUMN
+    by_block = ()
+    for j in tl.static_range(BLOCKS):
+        raw = tl.load(base + (at + j * SKIP))
+        by_block = by_block + (planes(raw, WIDTH, OFFSET, CUMULATIVE, NORMAL, ASM),)
+    out = ()
+    for p in tl.static_range(len(by_block[0])):
+        for j in tl.static_range(BLOCKS):
+            out = out + (by_block[j][p],)
+    return out
+
+
+@triton.jit
+def load_rows(base, ROWS: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr):
+    """Tuple of the EACH-row fragments of q [ROWS, N]."""
+    at = tl.arange(0, EACH)[:, None] * N + tl.arange(0, N)[None, :]
+    out = ()
+    for i in tl.static_range(ROWS // EACH):
+        out = out + (tl.load(base + i * EACH * N + at),)
+    return out
+
+
+@triton.jit
+def zero_rows(COUNT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros([ROWS, N], tl.float32),)
+    return out
+
+
+@triton.jit
+def dots(a, b, G: tl.constexpr, seeds):
+    """Sums of the dots of ``a`` with ``b`` by group, G tuples of equal length after one another, each on its seed."""
+    each: tl.constexpr = len(a) // G
+    out = ()
+    for g in tl.static_range(G):
+        s = seeds[g]
+        for i in tl.static_range(each):
+            s = tl.dot(a[g * each + i], b[g * each + i], s)
+        out = out + (s,)
+    return out
+
+
+@triton.jit
+def dots_each(a, weights, scale, accumulators):
+    """``accumulators * scale + a . weights`` entry by entry; the entries of ``weights`` serve equal shares of ``a``."""
+    each: tl.constexpr = len(a) // len(weights)
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (tl.dot(a[i], weights[i // each], accumulators[i] * scale),)
+    return out
+
+
+@triton.jit
+def key_scores(
+    base, SUB: tl.constexpr, q_low, q_high, seeds, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
+    SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Raw scores ``q . code - half sum(q)`` of share SUB of a tile: G tensors [SHARE, N]."""
+    low: tl.constexpr = 2 if BITS == 3 else BITS
+    row: tl.constexpr = D * low // 8
+    wide: tl.constexpr = row if row < D // G else D // G
+    cumulative: tl.constexpr = low == 2 and BITS == 2 and G == 1 and not NORMAL
+    offset: tl.constexpr = 0 if BITS == 3 else 2 ** (BITS - 1)
+    part = load_planes(
+        base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, offset, cumulative, NORMAL, ASM, ASM
+    )
+    s = dots(part, q_low, G, seeds)
+    if BITS == 3:
+        part = load_planes(
+            base, TILE * row + SUB * SHARE * (D // 8), SHARE, D // 8, D // 8, 1, 1, 0, 1, 1, False, NORMAL, ASM, ASM
+        )
+        if D == 64:
+            part = pair_rows(part, 1)
+        s = dots(part, q_high, G, s)
+    return s
+
+
+@triton.jit
+def key_scores_trits(base, q_low, seeds, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
+    """Raw scores of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
+    part = load_planes(base, 0, 32, D // G, D, 1, G, D // G, 15, 0, False, NORMAL, ASM, ASM)
+    out = ()
+    before = zero_rows(G, 32, N)
+    for k in tl.static_range(5):
+        now = ()
+        score = ()
+        for g in tl.static_range(G):
+            z = tl.dot(part[k * G + g], q_low[g])
+            score = score + (z - 3.0 * before[g] + seeds[g],)
+            now = now + (z,)
+        before = now
+        out = out + (score,)
+    return out
+
+
+@triton.jit
+def value_share(
+    base, SUB: tl.constexpr, weights, scale, low_sums, high_sums, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
+    TILE: tl.constexpr, SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Add share SUB of a tile to the sums of every plane: (low_sums, high_sums) * scale + codes . weights."""
+    low: tl.constexpr = 2 if BITS == 3 else BITS
+    rows: tl.constexpr = D * low // 8
+    wide: tl.constexpr = rows if rows < D // G else D // G
+    cumulative: tl.constexpr = low == 2 and BITS == 2 and G == 1 and not NORMAL
+    offset: tl.constexpr = 0 if BITS == 3 else 2 ** (BITS - 1)
+    part = load_planes(
+        base, SUB * SHARE, wide, SHARE, TILE, 1, rows // wide, wide * TILE, low, offset, cumulative, NORMAL, False, ASM
+    )
+    low_sums = dots_each(part, weights, scale, low_sums)
+    if BITS == 3:
+        part = load_planes(base, rows * TILE + SUB * SHARE, D // 8, SHARE, TILE, 1, 1, 0, 1, 1, False, NORMAL, False, ASM)
+        if D == 64:
+            part = pair_rows(part, 0)
+        high_sums = dots_each(part, weights, scale, high_sums)
+    return low_sums, high_sums
+
+
+@triton.jit
+def attend_packed_kernel(
+    q_ptr, seed_ptr, qsum_ptr, scale_ptr, turn_ptr, table_ptr, coefficient_ptr,
+    key_ptr, value_ptr, meta_ptr, value_unit_ptr, part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
+    stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
+    stride_pages_slot, heads, chunks, queries, repeat, span,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr,
+    KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    ASM: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
+
+    Score of token t (in units of 1 / scale): ``sum_g ks_g (q_g . code - half sum q_g) + km_g sum q_g [+ q . RoPE_t(mean)]``;
+    weighted sum: ``sum_t p vs (code - half) + p vm``. Tokens are the M rows of both dots, query columns their N = NH * PAD.
+    One warp owns a program. Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
+    writes NH rows of D + 2 floats. ``chunks`` and ``repeat`` are run-time integers, as every length.
+    """
+    TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
+    SHARES: tl.constexpr = 5 if TILE == 160 else 1
+    SHARE: tl.constexpr = TILE // SHARES
+    KPAD: tl.constexpr = 2 if NH == 4 else 1
+    VPAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
+    KEY_LOW: tl.constexpr = 2 if KEY_BITS == 3 else KEY_BITS
+    VALUE_LOW: tl.constexpr = 2 if VALUE_BITS == 3 else VALUE_BITS
+    KEY_ROWS: tl.constexpr = D if KEY_BITS == 15 or D * KEY_LOW // 8 > D else D * KEY_LOW // 8
+    KEY_EACH: tl.constexpr = KEY_ROWS if KEY_ROWS < D // G else D // G
+    VALUE_ROWS: tl.constexpr = D if VALUE_BITS == 15 else D * VALUE_LOW // 8
+    VALUE_EACH: tl.constexpr = VALUE_ROWS if VALUE_ROWS < D // G else D // G
+    KEY_TILE: tl.constexpr = 32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8
+    VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
+    HALF: tl.constexpr = _value_half(VALUE_BITS, VALUE_NORMAL)
+    N: tl.constexpr = NH * KPAD
+    QROWS: tl.constexpr = 2 * D if KEY_BITS == 3 else D
+
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
+    chunk = tl.program_id(2) % chunks
+    unit = tl.program_id(2) * heads + head  # (row, chunk, head)
+    slot = tl.load(slots_ptr + row)
+    h = tl.arange(0, NH)
+    t = perm4(tl.arange(0, SHARE), ASM)
+
+    q_low = load_rows(q_ptr + unit * QROWS * N, D, KEY_EACH, N)
+    q_high = ()
+    if KEY_BITS == 3:
+        q_high = load_rows(q_ptr + (unit * QROWS + D) * N, D, 16, N)
+    seeds = ()
+    qsum = ()
+    for g in tl.static_range(G):
+        if KEY_BITS == 15:
+            seed = tl.load(seed_ptr + (unit * G + g) * N + tl.arange(0, N))
+        else:
+            seed = tl.load(seed_ptr + (unit * G + g) * N + tl.arange(0, N))
+        seeds = seeds + (tl.broadcast_to(seed[None, :], [SHARE, N]),)
+        qsum = qsum + (tl.load(qsum_ptr + (unit * G + g) * NH + h),)
+    scale = tl.load(scale_ptr + unit)
+
+    column = chunk * NH + h
+    query = tl.minimum(column // repeat, queries - 1)
+    oldest = tl.load(positions_ptr + row * queries + query) - span + 1
+    tiles = tl.load(packed_ptr + row) // TILE
+    begin = 0
+    if HAS_SPAN:
+        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // TILE, tiles)
+    per_split = tl.cdiv(tiles - begin, tl.num_programs(1))
+    start = begin + split * per_split
+    stop = tl.minimum(start + per_split, tiles)
+    row_ptr = pages_ptr + slot * stride_pages_slot
+    page = tl.load(row_ptr + start // (1280 // TILE), mask=start < stop, other=0).to(tl.int64)
+
+    m_i = tl.full([NH], NEVER, tl.float32)
+    l_i = tl.zeros([NH], tl.float32)
+    mids = ()
+    for g in tl.static_range(G):
+        mids = mids + (tl.zeros([NH], tl.float32),)
+    low_sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * VPAD)
+    high_sums = ()
+    if VALUE_BITS == 3:
+        high_sums = zero_rows(D // 16, 16, NH * VPAD)
+
+    for i in range(start, stop):
+        at = i % (1280 // TILE)
+        key = key_ptr + page * stride_key_page + head * stride_key_head + at * KEY_TILE
+        value = value_ptr + page * stride_value_page + head * stride_value_head + at * VALUE_TILE
+        meta = meta_ptr + page * stride_meta_page + head * stride_meta_head + at * (G * TILE)
+        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // (1280 // TILE)).to(tl.int64)
+
+        raw = ()
+        if KEY_BITS == 15:
+            raw = key_scores_trits(key, q_low, seeds, N, D, G, KEY_NORMAL, ASM)
+        else:
+            for s in tl.static_range(SHARES):
+                raw = raw + (
+                    key_scores(key, s, q_low, q_high, seeds, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM),
+                )
+        scores = ()
+        scales = ()
+        zeros = ()
+        top = tl.full([SHARE, NH], NEVER, tl.float32)
+        for s in tl.static_range(SHARES):
+            x = tl.zeros([SHARE, NH], tl.float32)
+            flag = tl.zeros([SHARE], tl.float32)
+            for g in tl.static_range(G):
+                ks, km, vs, vm = metadata(tl.load(meta + g * TILE + s * SHARE + t), ASM, FP8)
+                if g == 0:
+                    flag = ks
+                    ks = tl.abs(ks)
+                x += first_of_pairs(raw[s][g], SHARE, NH, KPAD) * ks[:, None] + qsum[g][None, :] * km[:, None]
+                scales = scales + (vs,)
+                zeros = zeros + (vm - HALF * vs,)
+            x = tl.where((flag < 0)[:, None], NEVER, x)
+            if HAS_SPAN:
+                x = tl.where((i * TILE + s * SHARE + t)[:, None] < oldest[None, :], NEVER, x)
+            scores = scores + (x,)
+            top = tl.maximum(top, x)
+
+        m_new = tl.maximum(m_i, tl.max(top, 0))
+        alpha = exp2((m_i - m_new) * scale, ASM)
+        m_i = m_new
+        base = SHIFT - tl.where(m_new > NEVER * 0.5, m_new, 0.0) * scale
+        weights = ()
+        total = tl.zeros([SHARE, NH], tl.float32)
+        for s in tl.static_range(SHARES):
+            p = exp2(scores[s] * scale + base[None, :], ASM)
+            total += p
+            weights = weights + (p,)
+        l_i = l_i * alpha + tl.sum(total, 0)
+        new_mids = ()
+        for g in tl.static_range(G):
+            mid = tl.zeros([SHARE, NH], tl.float32)
+            for s in tl.static_range(SHARES):
+                mid += weights[s] * zeros[s * G + g][:, None]
+            new_mids = new_mids + (mids[g] * alpha + tl.sum(mid, 0),)
+        mids = new_mids
+        factor = alpha
+        if VPAD == 2:
+            factor = tl.reshape(tl.join(alpha, alpha), [NH * 2])
+
+        if VALUE_BITS == 15:
+            codes = load_planes(
+                value, 0, VALUE_EACH, 32, 32, 1, G, VALUE_EACH * 32, 15, 0, False, VALUE_NORMAL, False, ASM
+            )
+            new_sums = ()
+            for g in tl.static_range(G):
+                acc = low_sums[g] * factor[None, :]
+                for k in tl.static_range(5):
+                    w = weights[k] * scales[k * G + g][:, None]
+                    if k < 4:
+                        w -= 3.0 * (weights[k + 1] * scales[(k + 1) * G + g][:, None])
+                    acc = tl.dot(codes[k * G + g], weight_columns(w, True, SHARE, NH, VPAD), acc)
+                new_sums = new_sums + (acc,)
+            low_sums = new_sums
+        else:
+            for s in tl.static_range(SHARES):
+                columns = ()
+                for g in tl.static_range(G):
+                    w = weights[s] * scales[s * G + g][:, None]
+                    columns = columns + (weight_columns(w, False, SHARE, NH, VPAD),)
+                low_sums, high_sums = value_share(
+                    value, s, columns, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, VALUE_BITS, G, TILE, SHARE,
+                    VALUE_NORMAL, ASM,
+                )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Calibration artifact: one safetensors file with a JSON header that says what it was made from and for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from skvq.engine.errors import CalibrationError
+from skvq.loaders.files import write_atomically
+
+SCHEMA = 1
+HEADER_KEY = "skvq.calibration"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactHeader:
+    """What an artifact belongs to (model, method, bits, group) and what it was made from (corpus, tokens, seed)."""
+
+    fingerprint: str
+    method: str
+    key_bits: float
+    value_bits: float
+    group_size: int
+    corpus: str
+    tokens: int
+    seed: int
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Header and tensors, stacked over layers: names and shapes are those of ``engine.codecs``."""
+
+    header: ArtifactHeader
+    tensors: Mapping[str, Tensor]
+
+    def require(self, where: str, **wanted: object) -> None:
+        """Raise CalibrationError naming both values unless every header field in ``wanted`` matches."""
+        for name, value in wanted.items():
+            found = getattr(self.header, name)
+            if found != value:
+                raise CalibrationError(
+                    f"calibration {where} was made for {name} {found!r}, this run has {value!r}: calibrate again "
+                    "(skvq calibrate) or change the options"
+                )
+
+
+def save_artifact(artifact: Artifact, path: Path) -> None:
+    """Write the file under a temporary name, then rename. Same artifact, same bytes."""
+    header = json.dumps(asdict(artifact.header), sort_keys=True)
+    tensors = {name: artifact.tensors[name].contiguous().cpu() for name in sorted(artifact.tensors)}
+    write_atomically(path, save(tensors, metadata={HEADER_KEY: header}))
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read an artifact. Raises CalibrationError for a missing, broken, foreign or newer file."""
+    if not path.is_file():
+        raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate -o {path}`")
+    try:
+        with safe_open(str(path), "pt") as file:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+            if text is None:
+                raise CalibrationError(f"{path} is a safetensors file but no calibration of skvq: it lacks the header")
+            header = _header(json.loads(text), path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, OSError, TypeError) as error:
+        raise CalibrationError(f"calibration {path} is broken ({error}): delete it and calibrate again") from None
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise CalibrationError(f"calibration {path} is broken: {broken[0]} holds NaN or inf; calibrate again")
+    return Artifact(header, tensors)
+
+
+def _header(found: object, path: Path) -> ArtifactHeader:
+    known = {f.name: f.type for f in fields(ArtifactHeader)}
+    if not isinstance(found, dict) or set(found) != set(known):
+        raise CalibrationError(f"calibration {path} has another header than schema {SCHEMA}: calibrate again")
+    if found["schema"] != SCHEMA:
+        raise CalibrationError(f"calibration {path} has schema {found['schema']}, this skvq reads {SCHEMA}: calibrate again")
+    return ArtifactHeader(**found)

@@ -1,0 +1,64 @@
+"""Chat templates: Jinja source from a model's files, rendered in a sandbox with the helpers of `transformers`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from skvq.engine.errors import ModelError, OptionError
+from skvq.loaders.fields import reason
+
+
+def render_chat(
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """Render a conversation. ``special_tokens`` are the names a template may use, such as ``bos_token``.
+
+    Raises OptionError for malformed messages, ModelError for a missing or broken template or one that refuses them.
+    """
+    if template is None:
+        raise ModelError("this model has no chat template: give the prompt as plain text, or use an instruct model")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise OptionError(f"chat message {index} must have 'role' and 'content', got {str(message)[:80]!r}")
+    if not messages:
+        raise OptionError("a chat needs at least one message")
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise ModelError("chat templates need jinja2: pip install jinja2") from error
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template).render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+        )
+    except Exception as error:
+        raise ModelError(f"the chat template failed on these {len(messages)} messages ({reason(error)})") from error
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Jinja's own filter escapes HTML, which would change the prompt."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

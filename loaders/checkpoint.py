@@ -1,0 +1,160 @@
+"""Weights in safetensors files, one or many shards, read through memory maps: a tensor is a view of the page cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from skvq.engine.config import ModelConfig
+from skvq.engine.errors import ModelError
+from skvq.loaders.fields import read_json, reason
+from skvq.loaders.hf import read_config
+from skvq.loaders.names import check_shapes, expected_shapes
+from skvq.loaders.source import QuantizedBlocks, fingerprint_of, first_bytes, unknown_weight
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+STORED_TYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor lies: an open shard, and what its header says of it."""
+
+    shard: Any
+    file: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+class SafetensorsSource:
+    """A folder with config.json and ``model.safetensors`` or the shards of ``model.safetensors.index.json``.
+
+    Opening reads headers and a 4 KiB sample of each tensor. It raises ModelError, one line, for a missing or truncated
+    file, a bad header, a tensor in two shards or in none, a wrong shape, and a type that is not F32, F16 or BF16.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        root = Path(folder)
+        self._where = str(root)
+        self._config = read_config(root)
+        entries = _open_shards(root)
+        check_shapes({name: entry.shape for name, entry in entries.items()}, self._config, self._where)
+        self._entries = {name: entries[name] for name in expected_shapes(self._config)}
+        _check_types(self._entries)
+        self._fingerprint = fingerprint_of(self._config, self._samples())
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self._config
+
+    @property
+    def where(self) -> str:
+        """The folder."""
+        return self._where
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of config and sampled weights."""
+        return self._fingerprint
+
+    def read(self, name: str) -> torch.Tensor:
+        """The weight in its stored type, a view of the memory map."""
+        if name not in self._entries:
+            raise unknown_weight(name, self._where)
+        return _read(self._entries[name], name)
+
+    def blocks(self, name: str) -> QuantizedBlocks | None:
+        """None: safetensors hold whole numbers of values, not blocks."""
+        return None
+
+    def _samples(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
+        for name, entry in self._entries.items():
+            yield name, entry.shape, entry.kind, first_bytes(_read(entry, name))
+
+
+def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Shard file name -> names of the tensors that the index puts there; none for a single file: whatever it holds."""
+    if (folder / INDEX).is_file():
+        return _indexed_shards(folder / INDEX)
+    if (folder / SINGLE).is_file():
+        return {SINGLE: ()}
+    pickled = sorted(folder.glob("pytorch_model*.bin")) + sorted(folder.glob("*.pth"))
+    hint = (
+        f"{pickled[0].name} is a pickle, which this engine never opens: convert it to safetensors"
+        if pickled
+        else "download the model's *.safetensors files into it"
+    )
+    raise ModelError(f"{folder} holds neither {SINGLE} nor {INDEX}: {hint}")
+
+
+def _indexed_shards(index: Path) -> dict[str, tuple[str, ...]]:
+    weight_map = read_json(index).section("weight_map").data
+    if not weight_map:
+        raise ModelError(f"{index}: weight_map is missing or empty: download the index again")
+    shards: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
+            raise ModelError(f"{index}: {name} lies in {str(file)[:80]!r}, which is no safetensors file of this folder")
+        shards.setdefault(file, []).append(name)
+    missing = [file for file in shards if not (index.parent / file).is_file()]
+    if missing:
+        raise ModelError(
+            f"{index.parent}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}"
+        )
+    return {file: tuple(names) for file, names in shards.items()}
+
+
+def _open_shards(folder: Path) -> dict[str, _Entry]:
+    """All tensors of all shards. ModelError if one lies in two shards, or not where the index puts it."""
+    entries: dict[str, _Entry] = {}
+    for file, promised in weight_files(folder).items():
+        found = _open_shard(folder / file)
+        twice = [name for name in found if name in entries]
+        if twice:
+            raise ModelError(
+                f"{folder}: {len(twice)} tensors lie in two shards, e.g. {twice[0]} in {entries[twice[0]].file} "
+                f"and {file}: remove the shards of another download"
+            )
+        lost = [name for name in promised if name not in found]
+        if lost:
+            raise ModelError(f"{folder / file}: {len(lost)} tensors that the index puts here are not, e.g. {lost[0]}")
+        entries |= found
+    return entries
+
+
+def _open_shard(path: Path) -> dict[str, _Entry]:
+    """Map one file. The safetensors library checks its header: offsets cover the file exactly, without overlap."""
+    try:
+        shard: Any = safe_open(path, framework="pt")
+        entries = {}
+        for name in shard.keys():  # noqa: SIM118
+            part = shard.get_slice(name)
+            entries[name] = _Entry(shard, path.name, tuple(part.get_shape()), str(part.get_dtype()))
+    except Exception as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise ModelError(
+            f"{path} ({size} bytes) is not a whole safetensors file ({reason(error)}): download it again"
+        ) from error
+    return entries
+
+
+def _check_types(entries: dict[str, _Entry]) -> None:
+    for name, entry in entries.items():
+        if entry.kind not in STORED_TYPES:
+            raise ModelError(
+                f"{entry.file}: {name} is stored as {entry.kind}, this engine reads {', '.join(STORED_TYPES)}: "
+                "use the 16-bit checkpoint"
+            )
+
+
+def _read(entry: _Entry, name: str) -> torch.Tensor:
+    tensor = entry.shard.get_tensor(name)
+    assert isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape
+    return tensor

@@ -1,0 +1,155 @@
+"""GGUF metadata -> ModelConfig, for the architectures `llama` (Mistral is one there) and `qwen2`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig
+from skvq.engine.errors import ModelError
+from skvq.loaders.fields import Fields, model_config
+from skvq.loaders.gguf_header import GgufHeader
+from skvq.loaders.names import MAX_LAYERS
+
+ARCHITECTURES = ("llama", "qwen2")
+END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
+"""Control tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
+
+LLAMA3_ORIGINAL_CONTEXT = 8192
+CONTROL = 3
+
+
+def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.float32] | None) -> ModelConfig:
+    """ModelConfig of a header; ``rope_freqs`` is the tensor of that name, [D/2], if the file has one."""
+    fields = Fields(header.metadata, where)
+    arch = fields.text("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ModelError(f"{where}: unknown architecture {arch[:80]!r}; known: {', '.join(ARCHITECTURES)}")
+    _refuse_unsupported(fields, arch)
+    hidden, heads = fields.integer(f"{arch}.embedding_length"), _uniform(fields, f"{arch}.attention.head_count", None)
+    layers = fields.integer(f"{arch}.block_count")
+    if layers > MAX_LAYERS:
+        raise ModelError(f"{where}: block_count is {layers}, this engine reads at most {MAX_LAYERS}")
+    head_size = fields.integer(f"{arch}.attention.key_length", max(1, hidden // heads))
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
+        if fields.integer(key, head_size) != head_size:
+            raise ModelError(f"{where}: {key} is {fields.integer(key)}, a head has {head_size}: not supported")
+    vocab = _vocab_size(header, where)
+    context = fields.integer(f"{arch}.context_length")
+    rope = _rope(fields, arch, context, rope_freqs)
+    window = fields.integer(f"{arch}.attention.sliding_window", FULL_SPAN)
+    return model_config(
+        where,
+        family=arch,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=_uniform(fields, f"{arch}.feed_forward_length", None),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=_uniform(fields, f"{arch}.attention.head_count_kv", heads),
+        head_size=head_size,
+        norm_eps=fields.positive(f"{arch}.attention.layer_norm_rms_epsilon"),
+        rope=rope,
+        trained_context=context,
+        attention_spans=(window,) * layers,
+        tie_embeddings="output.weight" not in header.tensors,
+        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        output_bias="blk.0.attn_output.bias" in header.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
+        bos_token_id=next(iter(_ids(fields, ("bos",), vocab)), None),
+        eos_token_ids=_end_ids(fields, vocab),
+    )
+
+
+def llama3_factors(head_size: int, rope: RopeConfig) -> NDArray[np.float64]:
+    """What the llama3 scaling divides each frequency by, [D/2]: the content of a file's ``rope_freqs.weight``."""
+    frequency = rope.theta ** -(np.arange(0, head_size, 2) / head_size)
+    turns = rope.original_context * frequency / (2 * math.pi)
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = 1 / ((1 - smooth) / rope.factor + smooth)
+    return np.where(turns < rope.low_freq_factor, rope.factor, np.where(turns > rope.high_freq_factor, 1.0, blend))
+
+
+def _rope(fields: Fields, arch: str, context: int, freqs: NDArray[np.float32] | None) -> RopeConfig:
+    theta = fields.positive(f"{arch}.rope.freq_base", 10_000.0)
+    kind = fields.text(f"{arch}.rope.scaling.type", "linear" if fields.has(f"{arch}.rope.scale_linear") else "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelError(f"{fields.where}: unknown RoPE scaling {kind[:80]!r}; known: none, linear, yarn, llama3")
+    if freqs is not None and not np.allclose(freqs, 1.0):
+        if kind != "none":
+            raise ModelError(f"{fields.where}: rope_freqs.weight together with {kind} scaling is not supported")
+        return _rope_of_factors(freqs, theta, context, fields.where)
+    factor = fields.number(f"{arch}.rope.scaling.factor", fields.number(f"{arch}.rope.scale_linear", 1.0)) or 1.0
+    if kind == "none" or factor == 1.0:
+        return RopeConfig(theta=theta, original_context=context)
+    if kind == "linear":
+        return RopeConfig(kind=kind, theta=theta, factor=factor, original_context=context)
+    extra = fields.positive(f"{arch}.rope.scaling.attn_factor", 1.0)
+    return RopeConfig(
+        kind=kind,
+        theta=theta,
+        factor=factor,
+        original_context=fields.integer(f"{arch}.rope.scaling.original_context_length", context),
+        beta_fast=fields.positive(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=fields.positive(f"{arch}.rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=None if extra == 1.0 else extra * (0.1 * math.log(factor) + 1.0),
+    )
+
+
+def _rope_of_factors(freqs: NDArray[np.float32], theta: float, context: int, where: str) -> RopeConfig:
+    """The llama3 config that gives these factors, else the factors themselves as a longrope that never switches."""
+    if not (np.isfinite(freqs).all() and (freqs > 0).all()):
+        raise ModelError(f"{where}: rope_freqs.weight holds values that are not positive numbers: download it again")
+    llama3 = RopeConfig(kind="llama3", theta=theta, factor=float(freqs.max()), original_context=LLAMA3_ORIGINAL_CONTEXT)
+    if np.allclose(llama3_factors(2 * len(freqs), llama3), freqs, rtol=1e-4):
+        return llama3
+    factors = tuple(float(value) for value in freqs)
+    return RopeConfig(
+        kind="longrope",
+        theta=theta,
+        original_context=context,
+        attention_factor=1.0,
+        short_factor=factors,
+        long_factor=factors,
+    )
+
+
+def _refuse_unsupported(fields: Fields, arch: str) -> None:
+    if fields.data.get(f"{arch}.expert_count"):
+        raise ModelError(f"{fields.where}: a mixture of {fields.data[f'{arch}.expert_count']} experts is not supported")
+    if fields.data.get(f"{arch}.attention.scale"):
+        raise ModelError(f"{fields.where}: {arch}.attention.scale is set, this engine knows 1/sqrt(head size) only")
+
+
+def _uniform(fields: Fields, key: str, default: int | None) -> int:
+    """An integer, or an array that holds the same integer for every layer."""
+    value = fields.data.get(key)
+    if isinstance(value, np.ndarray):
+        different = np.unique(value)
+        if len(different) != 1:
+            raise ModelError(f"{fields.where}: {key} differs between layers ({len(different)} values): not supported")
+        return Fields({key: different[0].item()}, fields.where).integer(key)
+    return fields.integer(key, default)
+
+
+def _vocab_size(header: GgufHeader, where: str) -> int:
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(f"{where}: token_embd.weight is missing or no matrix: the file holds no whole language model")
+    return embedding.shape[0]
+
+
+def _ids(fields: Fields, names: tuple[str, ...], vocab: int) -> list[int]:
+    values = [fields.data.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+    return [value for value in values if isinstance(value, int) and 0 <= value < vocab]
+
+
+def _end_ids(fields: Fields, vocab: int) -> tuple[int, ...]:
+    ids = _ids(fields, ("eos", "eot", "eom"), vocab)
+    tokens, kinds = fields.data.get("tokenizer.ggml.tokens"), fields.data.get("tokenizer.ggml.token_type")
+    if isinstance(tokens, list) and isinstance(kinds, np.ndarray) and len(kinds) == len(tokens):
+        control = np.flatnonzero(kinds == CONTROL).tolist()
+        ids += [index for index in control if tokens[index] in END_TOKENS and index < vocab]
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,203 @@
+"""Weights in a GGUF file: expanded to float32 by the `gguf` package when read, or handed out as raw blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from skvq.engine.config import ModelConfig
+from skvq.engine.errors import ModelError
+from skvq.loaders.fields import reason
+from skvq.loaders.gguf_config import parse_gguf_config
+from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
+from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, layer_shapes
+from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
+
+ROPE_FREQS = "rope_freqs.weight"
+PLAIN_TYPES = ("F32", "F16", "BF16")
+"""Types that are single values, not blocks."""
+
+ROWS_AT_A_TIME = 4096
+_PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor's bytes in the map, uint8 [rows, bytes_per_row], its ggml type, and its shape when expanded."""
+
+    data: NDArray[np.uint8]
+    kind: Any
+    shape: tuple[int, ...]
+
+
+class GgufSource:
+    """A GGUF file of architecture ``llama`` or ``qwen2``.
+
+    Opening maps the file and reads its header; ModelError, one line, if it is not a whole GGUF file, of another
+    architecture, of a type that cannot be expanded, or if the `gguf` package is not installed.
+    Files of architecture ``llama`` hold the rows of Q and K in another order; both ``read`` and ``blocks`` undo it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._where = str(path)
+        data = map_file(Path(path))
+        header = read_header(data, self._where)
+        stored = _locate(header, data, self._where)
+        self._config = parse_gguf_config(header, self._where, _rope_freqs(stored))
+        names = gguf_names(self._config)
+        back = {theirs: ours for ours, theirs in names.items()}
+        shapes = {back.get(name, name): item.shape for name, item in stored.items() if name != ROPE_FREQS}
+        check_shapes(shapes, self._config, self._where)
+        self._stored = {ours: stored[theirs] for ours, theirs in names.items()}
+        self._fingerprint = fingerprint_of(self._config, self._samples())
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self._config
+
+    @property
+    def where(self) -> str:
+        """The file."""
+        return self._where
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of config and sampled weights."""
+        return self._fingerprint
+
+    def read(self, name: str) -> torch.Tensor:
+        """The weight expanded to float32, owned by the caller."""
+        item = self._item(name)
+        values = _expand(item)
+        order = self._row_order(name)
+        return torch.from_numpy(values if order is None else values[order])
+
+    def blocks(self, name: str) -> QuantizedBlocks | None:
+        """The weight as stored, or None if it is stored as single values. A copy: it outlives the source."""
+        item = self._item(name)
+        if item.kind.name in PLAIN_TYPES or len(item.shape) != 2:
+            return None
+        order = self._row_order(name)
+        data = item.data.copy() if order is None else item.data[order]
+        return QuantizedBlocks(data=torch.from_numpy(data), kind=item.kind.name, shape=(item.shape[0], item.shape[1]))
+
+    def _item(self, name: str) -> _Stored:
+        if name not in self._stored:
+            raise unknown_weight(name, self._where)
+        return self._stored[name]
+
+    def _row_order(self, name: str) -> NDArray[np.int64] | None:
+        """Stored row of each canonical row, or None where they are the same."""
+        if self._config.family != "llama":
+            return None
+        heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}
+        part = name.split(".")[-2]
+        return unpermuted_rows(heads[part], self._config.head_size) if part in heads else None
+
+    def _samples(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
+        for name, item in self._stored.items():
+            yield name, item.shape, item.kind.name, item.data.reshape(-1)[:SAMPLE_BYTES].tobytes()
+
+
+def gguf_config(path: str | Path) -> ModelConfig:
+    """ModelConfig of a GGUF file from its header alone; the same checks as opening it, but for the weights' shapes."""
+    data = map_file(Path(path))
+    header = read_header(data, str(path))
+    return parse_gguf_config(header, str(path), _rope_freqs(_locate(header, data, str(path))))
+
+
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """Canonical name -> name in a GGUF file, for every weight of the model."""
+    names = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
+    for index in range(config.num_layers):
+        for inner in layer_shapes(config):
+            part, kind = inner.rsplit(".", 1)
+            names[f"model.layers.{index}.{inner}"] = f"blk.{index}.{_PARTS[part]}.{kind}"
+    return {name: names[name] for name in expected_shapes(config)}
+
+
+def unpermuted_rows(heads: int, head_size: int) -> NDArray[np.int64]:
+    """Stored row of each canonical row of Q or K in a ``llama`` file, [heads * head_size].
+
+    llama.cpp turns neighbouring channels (2i, 2i+1), Hugging Face (i, i + d/2); the converter interleaves each head.
+
+    >>> unpermuted_rows(1, 6).tolist()
+    [0, 2, 4, 1, 3, 5]
+    """
+    rows = np.arange(heads * head_size, dtype=np.int64)
+    return np.ascontiguousarray(rows.reshape(heads, head_size // 2, 2).swapaxes(1, 2)).reshape(-1)
+
+
+def _quants() -> tuple[Any, Any]:
+    """The modules `gguf` and `gguf.quants`, or the ModelError that says how to get them."""
+    try:
+        import gguf
+        from gguf import quants
+    except ImportError as error:
+        raise ModelError('GGUF files need the gguf package: pip install "skvq[demo]"') from error
+    return gguf, quants
+
+
+def _locate(header: GgufHeader, data: NDArray[np.uint8], where: str) -> dict[str, _Stored]:
+    """Every tensor as a view of the map. ModelError for unknown types, rows of broken blocks, and truncation."""
+    gguf, quants = _quants()
+    sizes = {int(kind): (kind, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    usable: dict[int, str] = {}
+    found = {}
+    for name, entry in header.tensors.items():
+        if entry.kind not in sizes:
+            raise ModelError(f"{where}: {name} has ggml type {entry.kind}, which this gguf package does not know")
+        kind, block, block_bytes = sizes[entry.kind]
+        if entry.kind not in usable:
+            usable[entry.kind] = _why_not(kind, block_bytes, quants)
+        if usable[entry.kind] or entry.shape[-1] % block:
+            why = usable[entry.kind] or f"{entry.shape[-1]} columns are no multiple of its block of {block}"
+            raise ModelError(f"{where}: {name} is of type {kind.name}, which cannot be expanded: {why}")
+        row = entry.shape[-1] // block * block_bytes
+        rows = prod(entry.shape[:-1])
+        check_extent(header, name, rows * row, len(data), where)
+        start = header.data_start + entry.offset
+        found[name] = _Stored(data[start : start + rows * row].reshape(rows, row), kind, entry.shape)
+    return found
+
+
+def _why_not(kind: Any, block_bytes: int, quants: Any) -> str:
+    """Empty if the package can expand this type to floating point, else its reason: tried on one block of zeros."""
+    try:
+        value = quants.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
+    except Exception as error:
+        return reason(error)
+    return "" if value.dtype == np.float32 else f"it expands to {value.dtype}"
+
+
+def _expand(item: _Stored) -> NDArray[np.float32]:
+    """The tensor in float32, a few thousand rows at a time: the package's own scratch is as large as its result."""
+    _, quants = _quants()
+    out = np.empty((item.data.shape[0], item.shape[-1]), dtype=np.float32)
+    for start in range(0, len(out), ROWS_AT_A_TIME):
+        part = np.asarray(item.data[start : start + ROWS_AT_A_TIME])
+        out[start : start + ROWS_AT_A_TIME] = quants.dequantize(part, item.kind)
+    return out.reshape(item.shape)
+
+
+def _rope_freqs(stored: dict[str, _Stored]) -> NDArray[np.float32] | None:
+    item = stored.get(ROPE_FREQS)
+    return None if item is None else _expand(item).reshape(-1)

@@ -1,0 +1,179 @@
+"""Vocabularies inside GGUF files -> a `tokenizers` pipeline that gives the ids of the model's own tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Pipeline
+
+from skvq.engine.config import ModelConfig
+from skvq.engine.errors import ModelError, nearest
+from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer, TokenizerSettings
+from skvq.loaders.fields import Fields, reason
+from skvq.loaders.gguf_header import map_file, read_header
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rules:
+    """How a byte-level vocabulary cuts text. digits: split each digit off first; pattern: empty is GPT-2's own."""
+
+    pattern: str = ""
+    digits: bool = False
+    compose: bool = False
+    whole_words: bool = False
+    adds_bos: bool = False
+
+
+_LLAMA3 = _Rules(pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", whole_words=True, adds_bos=True)
+_QWEN2 = _Rules(pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", compose=True)
+PRE_TOKENIZERS = {
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "smollm": _Rules(digits=True),
+    "gpt-2": _Rules(),
+    "default": _Rules(),
+}
+
+
+def load_gguf_tokenizer(path: str | Path, config: ModelConfig) -> FastTokenizer:
+    """The tokenizer of a GGUF file. ModelError if it has none, or one of a kind that is not known."""
+    header = read_header(map_file(Path(path)), str(path))
+    return build_tokenizer(Fields(header.metadata, str(path)), config)
+
+
+def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
+    """The tokenizer that ``tokenizer.ggml.*`` metadata describe."""
+    kind = fields.text("tokenizer.ggml.model")
+    tokens, kinds = _tokens(fields)
+    if kind == "gpt2":
+        rules = _rules(fields)
+        adds_bos, build = rules.adds_bos, partial(_byte_level, tokens, _merges(fields), rules)
+    elif kind == "llama":
+        scores = _scores(fields, len(tokens))
+        prefix = fields.flag("tokenizer.ggml.add_space_prefix", True)
+        adds_bos, build = True, partial(_sentencepiece, tokens, kinds, scores, prefix)
+    else:
+        raise ModelError(f"{fields.where}: unknown tokenizer {kind[:80]!r}; known: gpt2, llama")
+    try:
+        pipeline = build()
+        special = [AddedToken(tokens[i], normalized=False, special=True) for i in np.flatnonzero(kinds == CONTROL)]
+        plain = [AddedToken(tokens[i], normalized=False, special=False) for i in np.flatnonzero(kinds == USER_DEFINED)]
+        pipeline.add_special_tokens([token for token in special if token.content])
+        pipeline.add_tokens([token for token in plain if token.content])
+    except Exception as error:
+        raise ModelError(f"{fields.where}: its {len(tokens)} tokens make no vocabulary ({reason(error)})") from error
+    adds_bos = fields.flag("tokenizer.ggml.add_bos_token", adds_bos)
+    return FastTokenizer(pipeline, _settings(fields, config, tokens, adds_bos))
+
+
+def spm_merges(vocab: dict[str, int], scores: Any) -> list[tuple[str, str]]:
+    """Merges of a SentencePiece BPE vocabulary: every way to split a piece into two, the best piece first.
+
+    SentencePiece merges the neighbouring pair whose union scores highest; a list of merges in that order does the same.
+    """
+    found = []
+    for piece, index in vocab.items():
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        local = [(vocab[a], vocab[b], a, b) for a, b in pairs if a in vocab and b in vocab]
+        found += [(-float(scores[index]), index, a, b) for _, _, a, b in sorted(local)]
+    return [(a, b) for _, _, a, b in sorted(found, key=lambda item: item[:2])]
+
+
+def _byte_level(tokens: list[str], merges: list[tuple[str, str]], rules: _Rules) -> Pipeline:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pipeline = Pipeline(models.BPE(vocab=vocab, merges=merges, ignore_merges=rules.whole_words))
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if rules.digits else []
+    if rules.pattern:
+        steps.append(pre_tokenizers.Split(Regex(rules.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.pattern))
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if rules.compose:
+        pipeline.normalizer = normalizers.NFC()
+    pipeline.decoder = decoders.ByteLevel()
+    return pipeline
+
+
+def _sentencepiece(tokens: list[str], kinds: Any, scores: Any, prefix: bool) -> Pipeline:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    mergeable = {token: index for token, index in vocab.items() if kinds[index] == NORMAL}
+    unknown = np.flatnonzero(kinds == UNKNOWN)
+    model = models.BPE(
+        vocab=vocab,
+        merges=spm_merges(mergeable, scores),
+        unk_token=tokens[unknown[0]] if len(unknown) else None,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    pipeline = Pipeline(model)
+    spaces = normalizers.Replace(" ", SPACE)
+    pipeline.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    pipeline.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return pipeline
+
+
+def _settings(fields: Fields, config: ModelConfig, tokens: list[str], adds_bos: bool) -> TokenizerSettings:
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: fields.data.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    special = {
+        name: tokens[index] for name, index in ids.items() if isinstance(index, int) and 0 <= index < len(tokens)
+    }
+    has_template = isinstance(fields.data.get("tokenizer.chat_template"), str)
+    return TokenizerSettings(
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=config.eos_token_ids,
+        adds_bos=adds_bos,
+        chat_template=fields.text("tokenizer.chat_template") if has_template else None,
+        model_vocab=config.vocab_size,
+        where=fields.where,
+        special_tokens=special,
+    )
+
+
+def _rules(fields: Fields) -> _Rules:
+    name = fields.text("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise ModelError(f"{fields.where}: unknown pre-tokenizer {name[:80]!r}{nearest(name[:80], PRE_TOKENIZERS)}")
+    return PRE_TOKENIZERS[name]
+
+
+def _tokens(fields: Fields) -> tuple[list[str], Any]:
+    """Spellings and kinds of all tokens; a file without kinds has normal tokens only."""
+    tokens = fields.data.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise ModelError(f"{fields.where}: tokenizer.ggml.tokens is missing: the file holds no vocabulary")
+    kinds = fields.data.get("tokenizer.ggml.token_type", np.full(len(tokens), NORMAL))
+    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
+        raise ModelError(f"{fields.where}: tokenizer.ggml.token_type must give {len(tokens)} kinds, one for each token")
+    return tokens, kinds
+
+
+def _merges(fields: Fields) -> list[tuple[str, str]]:
+    lines = fields.data.get("tokenizer.ggml.merges")
+    if not isinstance(lines, list):
+        raise ModelError(f"{fields.where}: tokenizer.ggml.merges is missing: a byte-level vocabulary needs it")
+    pairs = [tuple(str(line).split(" ")) for line in lines]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ModelError(f"{fields.where}: tokenizer.ggml.merges holds a line that is not two pieces")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _scores(fields: Fields, count: int) -> Any:
+    scores = fields.data.get("tokenizer.ggml.scores")
+    if not isinstance(scores, np.ndarray) or len(scores) != count:
+        raise ModelError(f"{fields.where}: tokenizer.ggml.scores must give {count} scores, one for each token")
+    return scores

@@ -1,0 +1,244 @@
+"""Hugging Face's config.json -> ModelConfig, with the defaults that the `transformers` library gives to absent keys."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ModelConfig, RopeConfig
+from skvq.engine.errors import ModelError
+from skvq.loaders.fields import Fields, model_config, read_json
+from skvq.loaders.names import MAX_LAYERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """What a family's configuration class assumes where config.json is silent; 0 kv heads: as many as query heads."""
+
+    name: str
+    kv_heads: int
+    context: int
+    sliding_window: int
+    bos: int | None
+    eos: tuple[int, ...]
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family(name="llama", kv_heads=0, context=2048, sliding_window=0, bos=1, eos=(2,)),
+    "MistralForCausalLM": _Family(name="mistral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
+    "Qwen2ForCausalLM": _Family(name="qwen2", kv_heads=32, context=32768, sliding_window=4096, bos=None, eos=()),
+}
+ARCHITECTURES = tuple(_FAMILIES)
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Parse ``folder/config.json`` and add the end-of-sequence ids of ``generation_config.json``.
+
+    Ids outside the vocabulary are dropped: they can never be sampled. Raises ModelError, one line, for everything else.
+    """
+    fields = read_json(Path(folder) / "config.json")
+    generation = Path(folder) / "generation_config.json"
+    extra = read_json(generation).token_ids("eos_token_id") if generation.is_file() else ()
+    return parse_config(fields, extra)
+
+
+def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelConfig:
+    """ModelConfig of a parsed config.json. ModelError for unknown architectures, RoPE types and malformed values."""
+    family = _family(fields)
+    _refuse_unsupported(fields)
+    heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    if not fields.has("head_dim") and hidden % heads:
+        raise ModelError(
+            f"{fields.where}: head_dim is missing and hidden_size {hidden} is not a multiple of {heads} heads"
+        )
+    head_size = fields.integer("head_dim", hidden // heads)
+    layers = fields.integer("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine reads at most {MAX_LAYERS}")
+    vocab, llama = fields.integer("vocab_size"), family.name == "llama"
+    kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
+    context = fields.integer("max_position_embeddings", family.context)
+    rope = parse_rope(fields, context, head_size)
+    return model_config(
+        fields.where,
+        family=family.name,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", kv_default),
+        head_size=head_size,
+        norm_eps=fields.positive("rms_norm_eps", 1e-6),
+        rope=rope,
+        trained_context=_trained_context(fields, rope, context),
+        attention_spans=_attention_spans(fields, family, layers),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=family.name == "qwen2" or (llama and fields.flag("attention_bias", False)),
+        output_bias=llama and fields.flag("attention_bias", False),
+        mlp_bias=llama and fields.flag("mlp_bias", False),
+        bos_token_id=_bos(fields, family, vocab),
+        eos_token_ids=_eos(fields, family, vocab, more_eos_ids),
+    )
+
+
+def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
+    """RopeConfig from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before)."""
+    rope = fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
+    nested = [key for key, value in rope.data.items() if isinstance(value, dict)]
+    if nested:
+        raise ModelError(f"{rope.where}: RoPE of its own per layer type ({', '.join(nested[:3])}) is not supported")
+    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelError(f"{rope.where}: partial_rotary_factor is not 1, this engine turns whole heads")
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise ModelError(f"{rope.where}: unknown RoPE type {kind[:80]!r}; known: {', '.join(ROPE_TYPES)}")
+    original = fields.integer(
+        "original_max_position_embeddings", rope.integer("original_max_position_embeddings", context)
+    )
+    factors = ("short_factor", "long_factor") if kind == "longrope" else ()
+    lists = {key: rope.numbers(key, head_size // 2) for key in factors}
+    stretched = kind in ("linear", "dynamic", "llama3")
+    return RopeConfig(
+        kind=kind,
+        theta=rope.positive("rope_theta", fields.positive("rope_theta", 10_000.0)),
+        factor=rope.positive("factor", None if stretched else _implied_factor(kind, context, original)),
+        original_context=context if kind in ("default", "linear", "dynamic") else original,
+        low_freq_factor=rope.positive("low_freq_factor", 1.0),
+        high_freq_factor=rope.positive("high_freq_factor", 4.0),
+        beta_fast=rope.number("beta_fast", 32.0) or 32.0,
+        beta_slow=rope.number("beta_slow", 1.0) or 1.0,
+        mscale=rope.number("mscale", 0.0),
+        mscale_all_dim=rope.number("mscale_all_dim", 0.0),
+        attention_factor=rope.positive("attention_factor") if rope.has("attention_factor") else None,
+        truncate=rope.flag("truncate", True),
+        **lists,
+    )
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """The config.json that ``read_config`` turns into an equal ModelConfig (for the families' own combinations)."""
+    architecture = next(name for name, family in _FAMILIES.items() if family.name == config.family)
+    sliding = [span for span in config.attention_spans if span != FULL_SPAN]
+    window = sliding[0] if sliding else None
+    names = ["full_attention" if span == FULL_SPAN else "sliding_attention" for span in config.attention_spans]
+    rope = {
+        "rope_type": config.rope.kind,
+        "rope_theta": config.rope.theta,
+        "factor": config.rope.factor,
+        "original_max_position_embeddings": config.rope.original_context or config.trained_context,
+        "low_freq_factor": config.rope.low_freq_factor,
+        "high_freq_factor": config.rope.high_freq_factor,
+        "beta_fast": config.rope.beta_fast,
+        "beta_slow": config.rope.beta_slow,
+        "mscale": config.rope.mscale,
+        "mscale_all_dim": config.rope.mscale_all_dim,
+        "attention_factor": config.rope.attention_factor,
+        "truncate": config.rope.truncate,
+        "short_factor": list(config.rope.short_factor) or None,
+        "long_factor": list(config.rope.long_factor) or None,
+    }
+    data: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.trained_context,
+        "rope_parameters": {key: value for key, value in rope.items() if value is not None},
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "layer_types": names if config.family == "qwen2" else None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.output_bias,
+        "mlp_bias": config.mlp_bias,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+    }
+    json.dumps(data, allow_nan=False)
+    return data
+
+
+def _family(fields: Fields) -> _Family:
+    names = fields.data.get("architectures")
+    by_type = {family.name: family for family in _FAMILIES.values()}
+    kind = fields.data.get("model_type")
+    if not names and isinstance(kind, str) and kind in by_type:
+        return by_type[kind]
+    name = names[0] if isinstance(names, list) and names else names or kind
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise ModelError(f"{fields.where}: unknown architecture {str(name)[:80]!r}; known: {', '.join(ARCHITECTURES)}")
+    return _FAMILIES[name]
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    """What would load and then compute something else than the model."""
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ModelError(f"{fields.where}: hidden_act is {activation!r}, this engine computes 'silu' only")
+    if fields.has("quantization_config"):
+        method = fields.section("quantization_config").data.get("quant_method")
+        raise ModelError(
+            f"{fields.where}: the weights are quantized with {method!r}, which this engine does not read: "
+            "use the 16-bit checkpoint of the same model, or its GGUF"
+        )
+
+
+def _implied_factor(kind: str, context: int, original: int) -> float:
+    """Stretch of a config that names none: the ratio of the two contexts for yarn and longrope, else 1."""
+    return context / original if kind in ("yarn", "longrope") else 1.0
+
+
+def _trained_context(fields: Fields, rope: RopeConfig, context: int) -> int:
+    """Tokens the model answers well for: without dual chunk attention (Qwen2.5-1M), only what it was trained on."""
+    dual = fields.section("dual_chunk_attention_config")
+    if dual.has("original_max_position_embeddings"):
+        return min(context, dual.integer("original_max_position_embeddings"))
+    if rope.kind == "yarn":
+        return max(context, min(int(rope.original_context * rope.factor), 2**31 - 1))
+    return context
+
+
+def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int, ...]:
+    """Tokens each layer's queries see: Mistral slides in all layers, Qwen2 in those its config names, Llama in none."""
+    declared = fields.has("sliding_window") or "sliding_window" not in fields.data
+    slides = declared and (
+        family.name == "mistral" or (family.name == "qwen2" and fields.flag("use_sliding_window", False))
+    )
+    if not slides:
+        return (FULL_SPAN,) * layers
+    window = fields.integer("sliding_window", family.sliding_window)
+    if family.name == "mistral":
+        return (window,) * layers
+    kinds = fields.data.get("layer_types")
+    if kinds is None:
+        first = fields.data.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise ModelError(f"{fields.where}: max_window_layers must be a number of layers, got {first!r}")
+        return tuple(window if index >= first else FULL_SPAN for index in range(layers))
+    spans = {"sliding_attention": window, "full_attention": FULL_SPAN}
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(not isinstance(k, str) or k not in spans for k in kinds)
+    ):
+        raise ModelError(f"{fields.where}: layer_types must list {layers} times one of {', '.join(spans)}")
+    return tuple(spans[kind] for kind in kinds)
+
+
+def _bos(fields: Fields, family: _Family, vocab: int) -> int | None:
+    ids = fields.token_ids("bos_token_id") if "bos_token_id" in fields.data else (family.bos,)
+    return next((token for token in ids if token is not None and 0 <= token < vocab), None)
+
+
+def _eos(fields: Fields, family: _Family, vocab: int, more: tuple[int, ...]) -> tuple[int, ...]:
+    ids = fields.token_ids("eos_token_id") if "eos_token_id" in fields.data else family.eos
+    return tuple(dict.fromkeys(token for token in (*ids, *more) if 0 <= token < vocab))

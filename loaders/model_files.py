@@ -1,0 +1,38 @@
+"""Where a model's files are, once it has been found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from skvq.engine.errors import ModelError
+
+KINDS = ("safetensors", "gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """path: a folder with config.json and safetensors, or one GGUF file; kind: ``safetensors`` or ``gguf``."""
+
+    path: Path
+    kind: str
+
+    def __post_init__(self) -> None:
+        assert self.kind in KINDS
+
+
+def local_files(path: Path) -> ModelFiles:
+    """The files at a path: a GGUF file, or a folder. ModelError for anything else."""
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return ModelFiles(path, "gguf")
+        raise ModelError(f"{path} is no model: give a folder with config.json and *.safetensors, or a .gguf file")
+    if not path.is_dir():
+        raise ModelError(f"{path} does not exist: give a folder with config.json and *.safetensors, or a .gguf file")
+    ggufs = sorted(path.glob("*.gguf"))
+    if (path / "config.json").is_file():
+        return ModelFiles(path, "safetensors")
+    if len(ggufs) == 1:
+        return ModelFiles(ggufs[0], "gguf")
+    found = f"{len(ggufs)} GGUF files: name one of them" if ggufs else "no GGUF file: copy the model's files into it"
+    raise ModelError(f"{path} holds no config.json and {found}")

@@ -1,0 +1,86 @@
+"""Canonical weight names (Hugging Face's), the shapes a config implies, and the check of a file against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from skvq.engine.config import ModelConfig
+from skvq.engine.errors import ModelError
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
+"""Buffers that older checkpoints saved beside the weights; the engine computes them itself."""
+
+MAX_LAYERS = 1024
+"""More layers than any model has: a corrupt count must not build a table of millions of names."""
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's weights by their name inside the layer, e.g. ``self_attn.q_proj.weight`` -> (H*D, d)."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (q, d),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.v_proj.weight": (kv, d),
+        "self_attn.o_proj.weight": (d, q),
+        "post_attention_layernorm.weight": (d,),
+        "mlp.gate_proj.weight": (f, d),
+        "mlp.up_proj.weight": (f, d),
+        "mlp.down_proj.weight": (d, f),
+    }
+    if config.qkv_bias:
+        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if config.output_bias:
+        shapes |= {"self_attn.o_proj.bias": (d,)}
+    if config.mlp_bias:
+        shapes |= {"mlp.gate_proj.bias": (f,), "mlp.up_proj.bias": (f,), "mlp.down_proj.bias": (d,)}
+    return shapes
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of the model with its shape, in the order of the forward pass; no ``lm_head`` where it is tied."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    layer = layer_shapes(config)
+    for index in range(config.num_layers):
+        shapes.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
+    shapes[FINAL_NORM] = (config.hidden_size,)
+    if not config.tie_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def is_harmless_extra(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor may lie in a checkpoint without being used: RoPE buffers, and the head where it is tied."""
+    return name.endswith(HARMLESS_SUFFIXES) or (config.tie_embeddings and name == HEAD)
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
+    """Raise one ModelError that names missing, unexpected and misshapen tensors of ``where``, unless there are none."""
+    if config.num_layers > MAX_LAYERS:
+        raise ModelError(f"{where}: {config.num_layers} layers, this engine reads at most {MAX_LAYERS}")
+    expected = expected_shapes(config)
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and not is_harmless_extra(name, config)]
+    wrong = [
+        f"{name} is {list(found[name])}, config says {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("misshapen", wrong)]
+    problems = "; ".join(part for part in parts if part)
+    if problems:
+        raise ModelError(
+            f"{where}: the weights do not fit the config ({len(expected)} tensors expected): {problems}. "
+            "Check that config and weights belong to the same model and that the download is complete"
+        )
+
+
+def _listing(what: str, items: Iterable[str], shown: int = 3) -> str:
+    """``"5 missing: a, b, c, ..."``, or nothing for no items."""
+    every = list(items)
+    tail = ", ..." if len(every) > shown else ""
+    return f"{len(every)} {what}: {', '.join(every[:shown])}{tail}" if every else ""

@@ -1,0 +1,125 @@
+"""The tokenizer of a model's files, whichever of the three forms they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Pipeline
+
+from skvq.engine.config import ModelConfig
+from skvq.engine.errors import ModelError
+from skvq.loaders.fast_tokenizer import FastTokenizer, TokenizerSettings
+from skvq.loaders.fields import Fields, read_json, reason
+from skvq.loaders.gguf_file import gguf_config
+from skvq.loaders.gguf_tokenizer import load_gguf_tokenizer
+from skvq.loaders.hf import read_config
+from skvq.loaders.model_files import ModelFiles
+from skvq.loaders.spm_tokenizer import SentencePieceTokenizer, open_sentencepiece
+from skvq.loaders.text import TextStream, Tokenizer
+
+__all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """The tokenizer of a resolved model: tokenizer.json, else tokenizer.model, or the vocabulary inside a GGUF.
+
+    Raises ModelError, one line, if there is none or it is broken.
+    """
+    if files.kind == "gguf":
+        return load_gguf_tokenizer(files.path, gguf_config(files.path))
+    folder = Path(files.path)
+    config = read_config(folder)
+    if (folder / "tokenizer.json").is_file():
+        return _from_json(folder, config)
+    if (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder, config)
+    raise ModelError(f"{folder} holds neither tokenizer.json nor tokenizer.model: copy one from the model's repository")
+
+
+def _from_json(folder: Path, config: ModelConfig) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        pipeline = Pipeline.from_file(str(path))
+    except Exception as error:
+        raise ModelError(f"{path} is not a tokenizer ({reason(error)}): download it again") from error
+    options = _options(folder)
+    special = _special_tokens(options)
+    bos = pipeline.token_to_id(special["bos_token"]) if "bos_token" in special else config.bos_token_id
+    eos = pipeline.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    pipeline.no_truncation()
+    first = pipeline.encode("", add_special_tokens=True).ids[:1]
+    adds_bos = options.flag("add_bos_token", bool(first) and first[0] == bos)
+    return FastTokenizer(pipeline, _settings(folder, config, options, special, bos, eos, adds_bos))
+
+
+def _from_sentencepiece(folder: Path, config: ModelConfig) -> Tokenizer:
+    processor = open_sentencepiece(folder / "tokenizer.model")
+    options = _options(folder)
+    pieces = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    special = {name: processor.id_to_piece(index) for name, index in pieces.items() if index >= 0}
+    bos = pieces["bos_token"] if pieces["bos_token"] >= 0 else None
+    eos = pieces["eos_token"] if pieces["eos_token"] >= 0 else None
+    adds_bos = options.flag("add_bos_token", True)
+    return SentencePieceTokenizer(processor, _settings(folder, config, options, special, bos, eos, adds_bos))
+
+
+def _settings(
+    folder: Path,
+    config: ModelConfig,
+    options: Fields,
+    special: Mapping[str, str],
+    bos: int | None,
+    eos: int | None,
+    adds_bos: bool,
+) -> TokenizerSettings:
+    ids = (*config.eos_token_ids, *(() if eos is None else (eos,)))
+    return TokenizerSettings(
+        bos_token_id=bos,
+        eos_token_ids=tuple(dict.fromkeys(ids)),
+        adds_bos=adds_bos,
+        chat_template=_chat_template(folder, options),
+        model_vocab=config.vocab_size,
+        where=str(folder),
+        special_tokens=special,
+    )
+
+
+def _options(folder: Path) -> Fields:
+    """tokenizer_config.json; special_tokens_map.json fills in what it lacks; empty where neither exists."""
+    merged: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            merged |= {key: value for key, value in read_json(folder / name).data.items() if value is not None}
+    return Fields(merged, str(folder / "tokenizer_config.json"))
+
+
+def _special_tokens(options: Fields) -> dict[str, str]:
+    """Name -> spelling; older files write a token as an object with ``content``."""
+    found = {}
+    for name in SPECIAL_NAMES:
+        value = options.data.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _chat_template(folder: Path, options: Fields) -> str | None:
+    """chat_template.jinja, else chat_template.json, else the one (of several: the default) in tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read ({reason(error)})") from error
+    if (folder / "chat_template.json").is_file():
+        options = read_json(folder / "chat_template.json")
+    value = options.data.get("chat_template")
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,138 @@
+"""Tiny models on disk for the tests of loaders/: checkpoints, GGUF files and tokenizers made from a seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Pipeline
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from skvq.engine.config import ModelConfig, RopeConfig
+from skvq.engine.errors import SkvqError
+from skvq.loaders.gguf_file import gguf_names
+from skvq.loaders.hf import config_to_json
+from skvq.loaders.names import expected_shapes
+
+WORDS = "the quick brown fox jumps over 12345 lazy dogs; it's naïve — déjà vu! def f(x):\n\treturn x ** 2\n 日本 😀 "
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Two layers of a GQA model with a head size that is not hidden/heads."""
+    base: dict[str, Any] = {
+        "family": "llama",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "rope": RopeConfig(original_context=512),
+        "trained_context": 512,
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+    }
+    return ModelConfig(**(base | changes))
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every weight of the config, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in expected_shapes(config).items()}
+
+
+def write_checkpoint(
+    folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor], shards: int = 1
+) -> Path:
+    """config.json and the weights in one file or in shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_to_json(config)))
+    if shards == 1:
+        save_file(dict(weights), folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for index in range(shards):
+        file = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(weights.items())[index::shards])
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of Q or K as llama.cpp's converter writes them."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted for ``llama``."""
+    arch = "qwen2" if config.family == "qwen2" else "llama"
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.trained_context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    extra(writer)
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    for name, theirs in gguf_names(config).items():
+        value = weights[name].numpy()
+        part = name.split(".")[-2]
+        if arch == "llama" and part in heads:
+            value = permuted(value, heads[part])
+        if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(theirs, value)
+        else:
+            writer.add_tensor(theirs, gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def byte_level_pipeline(specials: tuple[str, ...] = ("<s>", "</s>"), size: int = 320) -> Pipeline:
+    """A byte-level BPE trained on a few words."""
+    pipeline = Pipeline(models.BPE())
+    pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pipeline.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pipeline.train_from_iterator([WORDS] * 4, trainer)
+    return pipeline
+
+
+def refused(call: Callable[[], Any], *fragments: str) -> str:
+    """Assert that ``call`` raises a SkvqError of one line with all fragments, and return the line."""
+    with pytest.raises(SkvqError) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 700, line
+    for fragment in fragments:
+        assert fragment in line, f"{fragment!r} is not in: {line}"
+    return line

@@ -1,0 +1,210 @@
+"""Safetensors checkpoints: what is read, and every way a download can be broken."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from skvq.engine.errors import SkvqError
+from skvq.loaders.checkpoint import SafetensorsSource
+from skvq.loaders.names import check_shapes, expected_shapes
+from skvq.loaders.source import check_finite
+from skvq.tests.loader_fixtures import random_weights, refused, tiny_config, write_checkpoint
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_reads_what_was_written_in_its_own_type(tmp_path: Path, shards: int, dtype: torch.dtype) -> None:
+    config = tiny_config()
+    weights = {name: value.to(dtype) for name, value in random_weights(config).items()}
+    source = SafetensorsSource(write_checkpoint(tmp_path, config, weights, shards))
+    assert source.config == config
+    for name, value in weights.items():
+        read = source.read(name)
+        assert read.dtype == dtype and torch.equal(read, value)
+        assert source.blocks(name) is None
+
+
+def test_sharding_does_not_change_the_fingerprint_but_a_weight_does(tmp_path: Path) -> None:
+    config, weights = tiny_config(), random_weights(tiny_config())
+    prints = [SafetensorsSource(write_checkpoint(tmp_path / str(n), config, weights, n)).fingerprint for n in (1, 2, 5)]
+    assert len(set(prints)) == 1
+    weights[Q0][0, 0] += 1
+    assert SafetensorsSource(write_checkpoint(tmp_path / "other", config, weights)).fingerprint != prints[0]
+
+
+def test_reading_twice_returns_the_same_memory(tmp_path: Path) -> None:
+    source = SafetensorsSource(write_checkpoint(tmp_path, tiny_config(), random_weights(tiny_config())))
+    assert source.read(Q0).data_ptr() == source.read(Q0).data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "options"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+        (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "head_dim": 32}),
+        (Qwen2ForCausalLM, Qwen2Config, {}),
+    ],
+)
+def test_a_model_saved_by_transformers_opens(tmp_path: Path, model: Any, config: Any, options: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    theirs = model(config(**sizes, num_attention_heads=4, num_key_value_heads=2, **options))
+    theirs.save_pretrained(tmp_path)
+    source = SafetensorsSource(tmp_path)
+    state = theirs.state_dict()
+    for name in expected_shapes(source.config):
+        assert torch.equal(source.read(name), state[name]), name
+    assert source.config.num_parameters == theirs.num_parameters()
+
+
+def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
+    config = tiny_config(tie_embeddings=True)
+    extra = {"lm_head.weight": torch.zeros(320, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}
+    source = SafetensorsSource(write_checkpoint(tmp_path, config, random_weights(config) | extra))
+    refused(lambda: source.read("lm_head.weight"), "lm_head.weight")
+
+
+def test_missing_unexpected_and_misshapen_are_all_named() -> None:
+    config = tiny_config()
+    found = expected_shapes(config)
+    del found["model.norm.weight"]
+    found["model.layers.7.bogus"] = (3,)
+    found[Q0] = (5, 6)
+    line = refused(lambda: check_shapes(found, config, "here"), "1 missing: model.norm.weight", "1 unexpected", "bogus")
+    assert "[5, 6]" in line and "[128, 64]" in line
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def bad_header(folder: Path) -> None:
+    (folder / "model-00001-of-00002.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+def duplicate(folder: Path) -> None:
+    """The second shard also holds a tensor of the first."""
+    weights = random_weights(tiny_config())
+    save_file(dict(list(weights.items())[1::2]) | {next(iter(weights)): torch.zeros(320, 64)},
+              folder / "model-00002-of-00002.safetensors")  # fmt: skip
+
+
+def misplaced(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"] = dict.fromkeys(data["weight_map"], "model-00001-of-00002.safetensors")
+    index.write_text(json.dumps(data))
+
+
+def outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {Q0: "../../etc/secret.safetensors"}}))
+
+
+def empty_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def pickle_only(folder: Path) -> None:
+    no_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fragments"),
+    [
+        (truncate, ["00001-of-00002", "bytes", "download it again"]),
+        (lose_shard, ["1 of 2 shards", "00002-of-00002"]),
+        (bad_header, ["00001-of-00002", "10 bytes"]),
+        (duplicate, ["1 tensors lie in two shards", "embed_tokens"]),
+        (misplaced, ["tensors that the index puts here"]),
+        (outside, ["../../etc/secret.safetensors", "no safetensors file of this folder"]),
+        (empty_index, ["weight_map"]),
+        (no_weights, ["model.safetensors", "download"]),
+        (pickle_only, ["pytorch_model.bin", "pickle"]),
+    ],
+)
+def test_a_broken_download_is_one_line(tmp_path: Path, spoil: Any, fragments: list[str]) -> None:
+    write_checkpoint(tmp_path, tiny_config(), random_weights(tiny_config()), shards=2)
+    spoil(tmp_path)
+    refused(lambda: SafetensorsSource(tmp_path), *fragments)
+
+
+def test_a_type_that_is_no_16_or_32_bit_float_is_refused_by_name(tmp_path: Path) -> None:
+    weights = random_weights(tiny_config())
+    weights[Q0] = weights[Q0].to(torch.int8)
+    write_checkpoint(tmp_path, tiny_config(), weights)
+    refused(lambda: SafetensorsSource(tmp_path), Q0, "I8", "BF16")
+
+
+def test_the_config_of_another_model_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config(), random_weights(tiny_config(num_kv_heads=4)))
+    refused(lambda: SafetensorsSource(tmp_path), "4 misshapen", "[128, 64]", "[64, 64]")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_weight_that_is_not_finite_is_named_and_counted(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.ones(7, 5, dtype=dtype)
+    check_finite("good", tensor, "here")
+    tensor[3, 2:4] = value
+    refused(lambda: check_finite("bad.weight", tensor, "here"), "bad.weight", "2 of 35")
+
+
+def small_file(folder: Path) -> tuple[Path, bytes]:
+    config = tiny_config(vocab_size=4, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1, num_kv_heads=1,
+                         head_size=4)  # fmt: skip
+    path = write_checkpoint(folder, config, random_weights(config)) / "model.safetensors"
+    return path, path.read_bytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32), cut=st.integers(0, 3000), flips=st.integers(0, 6), header_only=st.booleans())
+def test_flipped_bits_and_truncation_raise_only_our_error(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, cut: int, flips: int, header_only: bool
+) -> None:
+    path, data = small_file(tmp_path_factory.mktemp("flips"))
+    rng = random.Random(seed)
+    spoiled = bytearray(data[: len(data) - cut] if seed % 2 else data)
+    for _ in range(flips if spoiled else 0):
+        spoiled[rng.randrange(min(len(spoiled), 900) if header_only else len(spoiled))] ^= 1 << rng.randrange(8)
+    path.write_bytes(bytes(spoiled))
+    try:
+        source = SafetensorsSource(path.parent)
+    except SkvqError as error:
+        assert "\n" not in str(error)
+    else:
+        assert {name: tuple(source.read(name).shape) for name in expected_shapes(source.config)} == expected_shapes(
+            source.config
+        )
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=200), length=st.none() | st.integers(0, 2**64 - 1))
+def test_arbitrary_bytes_raise_only_our_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, length: int | None
+) -> None:
+    path, _ = small_file(tmp_path_factory.mktemp("bytes"))
+    path.write_bytes(data if length is None else struct.pack("<Q", length) + data)
+    refused(lambda: SafetensorsSource(path.parent), "model.safetensors")

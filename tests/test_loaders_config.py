@@ -1,0 +1,220 @@
+"""config.json -> ModelConfig, against the attributes and the RoPE of `transformers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+from skvq.engine.config import FULL_SPAN, RopeConfig
+from skvq.engine.errors import SkvqError
+from skvq.loaders.fields import Fields
+from skvq.loaders.hf import config_to_json, parse_config, read_config
+from skvq.tests.loader_fixtures import refused, tiny_config
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 16.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "original_max_position_embeddings": 1024,
+    },
+]
+
+
+def saved(config: PreTrainedConfig, folder: Path, architecture: str) -> Path:
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "options"),
+    [
+        (LlamaConfig, "LlamaForCausalLM", {}),
+        (LlamaConfig, "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+        (LlamaConfig, "LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": None}),
+        (LlamaConfig, "LlamaForCausalLM", {"eos_token_id": [7, 8], "bos_token_id": 3, "rms_norm_eps": 1e-5}),
+        (MistralConfig, "MistralForCausalLM", {}),
+        (MistralConfig, "MistralForCausalLM", {"sliding_window": 128, "head_dim": 32}),
+        (MistralConfig, "MistralForCausalLM", {"sliding_window": None}),
+        (Qwen2Config, "Qwen2ForCausalLM", {}),
+        (Qwen2Config, "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
+        (
+            Qwen2Config,
+            "Qwen2ForCausalLM",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+        ),
+    ],
+)
+def test_every_family_agrees_with_transformers(
+    tmp_path: Path, kind: type[PreTrainedConfig], architecture: str, options: dict[str, Any]
+) -> None:
+    theirs: Any = kind(**(SIZES | options))
+    ours = read_config(saved(theirs, tmp_path, architecture))
+    assert ours.family == theirs.model_type
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_size == (getattr(theirs, "head_dim", None) or 64 // 4)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.trained_context == theirs.max_position_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.bos_token_id == theirs.bos_token_id
+    eos = theirs.eos_token_id
+    assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    assert ours.qkv_bias == (kind is Qwen2Config or getattr(theirs, "attention_bias", False))
+    assert ours.output_bias == getattr(theirs, "attention_bias", False)
+    assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
+    window = getattr(theirs, "sliding_window", None)
+    layers = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 4
+    assert ours.attention_spans == tuple(window if name == "sliding_attention" else FULL_SPAN for name in layers)
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("style", ["rope_parameters", "rope_scaling", "type"])
+def test_every_rope_in_both_spellings(tmp_path: Path, rope: dict[str, Any], style: str) -> None:
+    theirs: Any = LlamaConfig(**SIZES, rope_parameters=rope | {"rope_theta": 5e5})
+    data = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if style == "rope_parameters":
+        data["rope_parameters"] = rope | {"rope_theta": 5e5}
+    else:
+        names = {"rope_type": "type"} if style == "type" else {}
+        data |= {"rope_theta": 5e5, "rope_scaling": {names.get(key, key): value for key, value in rope.items()}}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    ours = read_config(tmp_path).rope
+    want = theirs.rope_parameters
+    assert (ours.kind, ours.theta) == (want["rope_type"], want["rope_theta"])
+    assert ours.factor == want.get("factor", 4.0 if ours.kind == "longrope" else 1.0)
+    assert ours.original_context == want.get("original_max_position_embeddings", 4096)
+    assert ours.short_factor == tuple(want.get("short_factor", ()))
+    assert ours.long_factor == tuple(want.get("long_factor", ()))
+    for key in ("low_freq_factor", "high_freq_factor", "beta_fast"):
+        if key in want:
+            assert getattr(ours, key) == want[key]
+
+
+def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
+    saved(LlamaConfig(**SIZES, eos_token_id=7), tmp_path, "LlamaForCausalLM")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7, 5000]}')
+    assert read_config(tmp_path).eos_token_ids == (7, 9)
+
+
+def test_mistral_defaults_where_the_file_is_silent() -> None:
+    data = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    config = parse_config(Fields(data | {"model_type": "mistral", "num_attention_heads": 16}, "x"))
+    assert (config.num_kv_heads, config.attention_spans) == (8, (4096,) * 4)
+
+
+def test_dual_chunk_attention_counts_only_what_was_trained() -> None:
+    data = SIZES | {"model_type": "qwen2", "dual_chunk_attention_config": {"original_max_position_embeddings": 1024}}
+    assert parse_config(Fields(data, "x")).trained_context == 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "LlamaForCausalLM"]),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, ["spiral", "llama3"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["factor is missing"]),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, ["8 numbers"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"hidden_act": "gelu"}, ["gelu", "silu"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["awq", "16-bit"]),
+        ({"hidden_size": "64"}, ["hidden_size", "'64'"]),
+        ({"hidden_size": 66}, ["66", "4 heads"]),
+        ({"vocab_size": None}, ["vocab_size is missing"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads", "0"]),
+        ({"num_hidden_layers": 2**31 - 1}, ["2147483647", "1024"]),
+        ({"num_key_value_heads": 3}, ["4 query heads", "3"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan"]),
+        ({"eos_token_id": "two"}, ["eos_token_id", "two"]),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_one_line(
+    tmp_path: Path, change: dict[str, Any], fragments: list[str]
+) -> None:
+    data = SIZES | {"architectures": ["LlamaForCausalLM"]} | change
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    refused(lambda: read_config(tmp_path), "config.json", *fragments)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\xff\xfe", "[" * 100_000, "9" * 10_000])
+def test_a_file_that_is_no_object_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    refused(lambda: read_config(tmp_path), "config.json")
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    refused(lambda: read_config(tmp_path), "config.json is missing", "copy")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"family": "mistral", "attention_spans": (64, 64)},
+        {"family": "qwen2", "qkv_bias": True, "attention_spans": (64, FULL_SPAN)},
+        {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "tie_embeddings": True},
+        {"rope": RopeConfig(kind="longrope", original_context=256, short_factor=(1.0,) * 16, long_factor=(2.0,) * 16)},
+    ],
+)
+def test_writing_and_reading_gives_the_same_config(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny_config(**changes)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(config)))
+    assert read_config(tmp_path) == config
+
+
+KEYS = [
+    *SIZES, "architectures", "model_type", "rope_scaling", "rope_parameters", "rope_theta", "head_dim", "sliding_window",
+    "use_sliding_window", "layer_types", "max_window_layers", "eos_token_id", "bos_token_id", "rms_norm_eps",
+    "quantization_config", "dual_chunk_attention_config", "original_max_position_embeddings", "hidden_act",
+]  # fmt: skip
+ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(
+    ["llama", "mistral", "qwen2", "yarn", "longrope", "silu", "sliding_attention"]
+)  # fmt: skip
+ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "short_factor", "beta_fast"]
+VALUES = ATOMS | st.lists(ATOMS, max_size=4) | st.dictionaries(st.sampled_from(ROPE_KEYS), ATOMS, max_size=4)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "mistral", "qwen2"]),
+    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
+)
+def test_no_config_raises_anything_but_our_error(family: str, changes: dict[str, Any]) -> None:
+    try:
+        config = parse_config(Fields(SIZES | {"model_type": family} | changes, "config.json"))
+    except SkvqError as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(config.attention_spans) == config.num_layers

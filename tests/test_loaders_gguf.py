@@ -1,0 +1,241 @@
+"""GGUF files: weights and config against the checkpoint they come from, and everything a corrupt file can do."""
+
+from __future__ import annotations
+
+import builtins
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from skvq.engine.config import RopeConfig
+from skvq.engine.errors import SkvqError
+from skvq.loaders.gguf_config import llama3_factors
+from skvq.loaders.gguf_file import GgufSource, gguf_config
+from skvq.loaders.gguf_header import map_file, read_header
+from skvq.loaders.hub import resolve
+from skvq.loaders.names import expected_shapes
+from skvq.loaders.published import ALIASES
+from skvq.tests.loader_fixtures import random_weights, refused, tiny_config, write_gguf
+
+Types = gguf.GGMLQuantizationType
+Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+        {"family": "qwen2", "qkv_bias": True},
+    ],
+)
+def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny_config(**changes, bos_token_id=None, eos_token_ids=())
+    weights = random_weights(config)
+    source = GgufSource(write_gguf(tmp_path / "m.gguf", config, weights))
+    assert source.config == config == gguf_config(tmp_path / "m.gguf")
+    for name, value in weights.items():
+        assert torch.equal(source.read(name), value), name
+        assert source.blocks(name) is None
+
+
+@pytest.mark.parametrize("kind", [Types.Q4_0, Types.Q4_1, Types.Q8_0, Types.F16, Types.BF16])
+def test_quantized_files_and_their_blocks(tmp_path: Path, kind: Types) -> None:
+    config = tiny_config()
+    weights = random_weights(config)
+    source = GgufSource(write_gguf(tmp_path / "m.gguf", config, weights, kind=kind))
+    for name in (Q0, K1, "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        plain = gguf.quants.dequantize(gguf.quants.quantize(weights[name].numpy(), kind), kind)
+        read = source.read(name)
+        assert read.dtype == torch.float32 and np.array_equal(read.numpy(), plain), name
+        blocks = source.blocks(name)
+        if kind in (Types.F16, Types.BF16):
+            assert blocks is None
+            continue
+        assert blocks is not None and (blocks.kind, blocks.shape) == (kind.name, tuple(weights[name].shape))
+        assert np.array_equal(gguf.quants.dequantize(blocks.data.numpy(), kind), plain), name
+    assert source.blocks("model.norm.weight") is None
+
+
+def test_linear_yarn_and_sliding_window_keys(tmp_path: Path) -> None:
+    config, weights = tiny_config(), random_weights(tiny_config())
+
+    def yarn(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(128)
+        writer.add_sliding_window(77)
+
+    def linear(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(2.0)
+
+    source = GgufSource(write_gguf(tmp_path / "y.gguf", config, weights, extra=yarn))
+    assert source.config.rope == RopeConfig(kind="yarn", factor=4.0, original_context=128)
+    assert source.config.attention_spans == (77, 77)
+    source = GgufSource(write_gguf(tmp_path / "l.gguf", config, weights, extra=linear))
+    assert source.config.rope == RopeConfig(kind="linear", factor=2.0, original_context=512)
+
+
+def test_llama3_factors_are_those_of_transformers_and_are_recognized(tmp_path: Path) -> None:
+    rope = RopeConfig(kind="llama3", theta=5e5, factor=8.0, original_context=8192)
+    parameters = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    theirs = LlamaConfig(hidden_size=128, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=parameters)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
+    factors = llama3_factors(32, rope).astype(np.float32)
+    plain = 5e5 ** -(np.arange(0, 32, 2) / 32)
+    np.testing.assert_allclose(plain / factors, scaled.numpy(), rtol=1e-5)
+    config = tiny_config(rope=RopeConfig(theta=5e5))
+    weights = random_weights(config)
+    path = write_gguf(
+        tmp_path / "m.gguf", config, weights, extra=lambda w: w.add_tensor("rope_freqs.weight", factors)
+    )
+    assert GgufSource(path).config.rope == rope
+    odd = factors * np.linspace(1, 2, 16, dtype=np.float32)
+    path = write_gguf(tmp_path / "o.gguf", config, weights, extra=lambda w: w.add_tensor("rope_freqs.weight", odd))
+    other = GgufSource(path).config.rope
+    assert other.kind == "longrope" and other.long_factor == other.short_factor == tuple(odd.tolist())
+    assert other.attention_factor == 1.0
+
+
+def test_smollm2_is_its_published_config_and_its_header_is_the_reader_s() -> None:
+    path = resolve("smollm2-135m").path
+    source = GgufSource(path)
+    assert source.config == ALIASES["smollm2-135m"].config
+    assert source.config.num_parameters == 134_515_008
+    header, theirs = read_header(map_file(path), "x"), gguf.GGUFReader(path)
+    assert {t.name: tuple(int(d) for d in reversed(t.shape)) for t in theirs.tensors} == {
+        name: entry.shape for name, entry in header.tensors.items()
+    }
+    assert {t.name: t.data_offset for t in theirs.tensors} == {
+        name: header.data_start + entry.offset for name, entry in header.tensors.items()
+    }
+    for name in ("general.name", "llama.block_count", "tokenizer.chat_template"):
+        assert header.metadata[name] == theirs.fields[name].contents()
+    assert header.metadata["tokenizer.ggml.merges"] == theirs.fields["tokenizer.ggml.merges"].contents()
+    tensor = next(t for t in theirs.tensors if t.name == "blk.3.ffn_up.weight")
+    want = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    assert np.array_equal(source.read("model.layers.3.mlp.up_proj.weight").numpy(), want)
+
+
+def test_without_the_gguf_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_config(), random_weights(tiny_config()))
+    real = builtins.__import__
+
+    def fake(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "gguf":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fake)
+    refused(lambda: GgufSource(path), 'pip install "skvq[demo]"')
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def header_bytes(body: bytes = b"", tensors: int = 0, keys: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + body
+
+
+KEY = string("general.architecture")
+NESTED = struct.pack("<IQ", 9, 1) * 50
+
+
+@pytest.mark.parametrize(
+    ("data", "fragments"),
+    [
+        (b"", ["cannot be opened"]),
+        (b"GG", ["truncated", "2 are left"]),
+        (b"PK\x03\x04" + bytes(40), ["not a GGUF file"]),
+        (header_bytes(version=1), ["version 1"]),
+        (header_bytes(version=0x03000000), ["big-endian"]),
+        (header_bytes(tensors=2**60), [str(2**60), "tensors"]),
+        (header_bytes(keys=2**60), [str(2**60), "metadata keys"]),
+        (header_bytes(struct.pack("<Q", 2**62) + bytes(20), keys=1), [str(2**62)]),
+        (header_bytes(KEY + struct.pack("<IIQ", 9, 4, 2**61), keys=1), [str(2**61), "general.architecture"]),
+        (header_bytes(KEY + struct.pack("<IIQ", 9, 8, 2**61), keys=1), [str(2**61), "general.architecture"]),
+        (header_bytes(KEY + struct.pack("<I", 9) + NESTED, keys=1), ["depth"]),
+        (header_bytes(KEY + struct.pack("<I", 77), keys=1), ["type 77"]),
+        (header_bytes((KEY + struct.pack("<I", 8) + string("llama")) * 2, keys=2), ["twice"]),
+        (header_bytes(KEY + struct.pack("<I", 8) + string("mamba"), keys=1), ["mamba", "llama, qwen2"]),
+        (header_bytes(), ["general.architecture is missing"]),
+        (header_bytes(string("t") + struct.pack("<I", 9) + bytes(40), tensors=1), ["9 dimensions"]),
+        (header_bytes(string("t") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0), tensors=1), ["shape"]),
+    ],
+)
+def test_a_corrupt_header_is_one_line(tmp_path: Path, data: bytes, fragments: list[str]) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    refused(lambda: GgufSource(path), "m.gguf", *fragments)
+
+
+def test_a_truncated_file_names_a_tensor(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_config(), random_weights(tiny_config()))
+    path.write_bytes(path.read_bytes()[:-5000])
+    refused(lambda: GgufSource(path), "truncated", "output.weight", "download")
+
+
+def test_experts_and_types_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    config, weights = tiny_config(), random_weights(tiny_config())
+    path = write_gguf(tmp_path / "e.gguf", config, weights, extra=lambda w: w.add_expert_count(8))
+    refused(lambda: GgufSource(path), "8 experts")
+    extra = np.zeros((2, 32), dtype=np.int32)
+    path = write_gguf(tmp_path / "i.gguf", config, weights, extra=lambda w: w.add_tensor("odd", extra))
+    refused(lambda: GgufSource(path), "odd", "I32")
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    config = tiny_config(vocab_size=4, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1, num_kv_heads=1,
+                         head_size=4)  # fmt: skip
+    path = write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", config, random_weights(config))
+    return path, path.read_bytes()
+
+
+@settings(max_examples=400, deadline=None)
+@given(seed=st.integers(0, 2**32), cut=st.integers(0, 3000), flips=st.integers(0, 6))
+def test_flipped_bits_and_truncation_raise_only_our_error(
+    small_file: tuple[Path, bytes], seed: int, cut: int, flips: int
+) -> None:
+    path, data = small_file
+    rng = random.Random(seed)
+    spoiled = bytearray(data[: len(data) - cut] if seed % 2 else data)
+    for _ in range(flips if spoiled else 0):
+        spoiled[rng.randrange(len(spoiled))] ^= 1 << rng.randrange(8)
+    target = path.with_name(f"{seed % 7}.gguf")
+    target.unlink(missing_ok=True)
+    target.write_bytes(bytes(spoiled))
+    try:
+        source = GgufSource(target)
+    except SkvqError as error:
+        assert "\n" not in str(error)
+    else:
+        for name, shape in expected_shapes(source.config).items():
+            assert tuple(source.read(name).shape) == shape
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=st.binary(max_size=300), tensors=st.integers(0, 2**64 - 1) | st.integers(0, 3), keys=st.integers(0, 4))
+def test_arbitrary_headers_raise_only_our_error(
+    small_file: tuple[Path, bytes], body: bytes, tensors: int, keys: int
+) -> None:
+    target = small_file[0].with_name("arbitrary.gguf")
+    target.unlink(missing_ok=True)
+    target.write_bytes(header_bytes(body, tensors, keys))
+    refused(lambda: GgufSource(target), "arbitrary.gguf")
