@@ -13,6 +13,9 @@ from skvq.kernels.reference import dequantize, e4m3_decode, quantize
 CLIP_GRID = tuple(round(0.30 + 0.05 * i, 2) for i in range(15))
 """Clip factors tried, 0.30 to 1.00."""
 
+SAMPLE_TOKENS = 1024
+"""Tokens on which clip factors are searched."""
+
 UNIT_TOP = 128.0
 """Metadata seen in calibration stay below this many units; E4M3 ends at 448, so larger tokens still fit."""
 
@@ -27,6 +30,11 @@ def round_trip(y: Tensor, bits: float, unit: Tensor, clip: Tensor) -> Tensor:
     """``y`` [..., g] quantized and back, as the pages would hold it."""
     codes, scale, mid = quantize(y, LEVELS[bits], unit, clip)
     return dequantize(codes, e4m3_decode(scale) * unit, e4m3_decode(mid) * unit, LEVELS[bits])
+
+
+def sample(y: Tensor) -> Tensor:
+    """Evenly spaced tokens of ``y`` [T, ...], about SAMPLE_TOKENS of them."""
+    return y[:: max(1, len(y) // SAMPLE_TOKENS)]
 
 
 def search_clip(y: Tensor, bits: float, unit: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from skvq.calibrate.clip import fit_unit, search_clip, squared_error
+from skvq.calibrate.clip import fit_unit, sample, search_clip, squared_error
 from skvq.calibrate.stats import LayerStats
 from skvq.engine.config import CacheConfig
 
@@ -41,7 +41,7 @@ def fit_reorder(stats: LayerStats, config: CacheConfig, seed: int) -> dict[str, 
         for group in range(groups):
             y = flat[:, labels == group]
             unit[group] = fit_unit(y)
-            clip[group] = search_clip(y[::4], bits, unit[group], squared_error(y[::4]))
+            clip[group] = search_clip(sample(y), bits, unit[group], squared_error(sample(y)))
         tensors |= {f"{side}_labels": labels}
         tensors |= {f"{side}_unit": unit.view(heads, -1), f"{side}_clip": clip.view(heads, -1)}
     return tensors

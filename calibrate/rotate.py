@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skvq.calibrate.clip import fit_unit, search_clip, squared_error
+from skvq.calibrate.clip import fit_unit, sample, search_clip, squared_error
 from skvq.calibrate.stats import LayerStats
 from skvq.engine.config import CacheConfig
 
@@ -40,5 +40,5 @@ def fit_rotate(stats: LayerStats, turn: torch.Tensor, config: CacheConfig) -> di
         y = y.unflatten(-1, (-1, config.group_size))  # [S * T, KH, G, g]
         unit = fit_unit(y)
         tensors[f"{side}_unit"] = unit
-        tensors[f"{side}_clip"] = search_clip(y[::4], bits, unit, squared_error(y[::4]))
+        tensors[f"{side}_clip"] = search_clip(sample(y), bits, unit, squared_error(sample(y)))
     return tensors

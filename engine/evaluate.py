@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.config import CacheConfig
 from skvq.engine.model import Model
 from skvq.engine.rope import StepRope, at_positions
 from skvq.engine.steps import DenseLayer, LayerCache, add_mass
 from skvq.kernels.dense import attend_all, attend_causal
 from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.layout import PageLayout, PlainLayout
 from skvq.kernels.reference import masked_attention, merge
 
 ROWS = 256
@@ -148,6 +151,31 @@ def compare(model: Model, reference: Tensor, other: Tensor, ids: Tensor) -> Comp
         parts.append((*nlls, (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)))
     nll_fp, nll, kl, same = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same)
+
+
+def evaluation_row(cache: CacheConfig, layout: PageLayout | PlainLayout, found: Sequence[Comparison]) -> dict[str, Any]:
+    """One cache's figures over several stretches of text."""
+    nll_fp, nll, kl, same = (torch.cat([getattr(c, n) for c in found]) for n in ("nll_fp", "nll", "kl", "same_top"))
+    fp = isinstance(layout, PlainLayout)
+    return {
+        "method": cache.method,
+        "key_bits": 16.0 if fp else cache.key_bits,
+        "value_bits": 16.0 if fp else cache.value_bits,
+        "group_size": cache.group_size,
+        "window": cache.window,
+        "bits_per_element": layout.bits_per_element,
+        **Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same).summary(),
+        "tokens": len(kl),
+        "by_position": _mean_by_position(found),
+    }
+
+
+def _mean_by_position(found: Sequence[Comparison]) -> list[dict[str, float]]:
+    """Error by depth, averaged over the stretches that have the first one's length."""
+    whole = [c for c in found if len(c.kl) == len(found[0].kl)]
+    kl = torch.stack([c.kl for c in whole]).mean(0)
+    same = torch.stack([c.same_top.float() for c in whole]).mean(0)
+    return Comparison(nll_fp=kl, nll=kl, kl=kl, same_top=same).by_position()
 
 
 def nll_of(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:

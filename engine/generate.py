@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,27 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, require_known
-from skvq.engine.evaluate import DecodeRegimeLayer, as_ids, dense_layers, hidden_states, nll_of
-from skvq.engine.loading import EngineParts, load_parts
+from skvq.engine.calibration import header_for, make_artifact
+from skvq.engine.evaluate import (
+    DecodeRegimeLayer,
+    StrictWindowLayer,
+    as_ids,
+    compare,
+    dense_layers,
+    evaluation_row,
+    hidden_states,
+    nll_of,
+)
+from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
+from skvq.engine.planner import page_layout
 from skvq.engine.prefill import exact_prefill, streaming_prefill
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.rope import at_positions
 from skvq.engine.sampling import Sampler, StopWatch
 from skvq.engine.steps import DecodeBatch
+from skvq.engine.summary import Summary
+from skvq.loaders.artifact import ArtifactHeader, save_artifact
 from skvq.loaders.text import TextStream
 
 PREFILLS = ("exact", "streaming")
@@ -129,6 +142,16 @@ class Engine:
             report=chosen,
         )
         return cls(parts, chosen)
+
+    @names_options
+    def with_cache(
+        self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1
+    ) -> Engine:
+        """An engine with another cache over the same weights; free this one's arena by dropping it."""
+        cache = cache.fitted(self.parts.model.config)
+        path = Path(calibration) if calibration is not None else None
+        setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.report)
+        return Engine(replace(self.parts, cache=cache, setup=setup), self.report)
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
@@ -253,6 +276,20 @@ class Engine:
                 sequence.free()
         return answers
 
+    def summary(self, sequence: SequenceCache) -> Summary:
+        """What the last generation and its sequence came to."""
+        parts = self.parts
+        return Summary(
+            **asdict(self.timing),
+            cached_tokens=sequence.length,
+            cache_bytes=sequence.nbytes,
+            bits_per_element=sequence.bits_per_element,
+            times_smaller=16 / sequence.bits_per_element if sequence.length else 0.0,
+            method=parts.cache.method,
+            backend=parts.loaded.backend.name,
+            device=str(parts.setup.arena.page_table.device),
+        )
+
     # --- scores --------------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -287,3 +324,51 @@ class Engine:
                 )
         finally:
             sequence.free()
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        text: str,
+        caches: Sequence[CacheConfig],
+        *,
+        tokens: int,
+        stride: int,
+        calibration: str | Path | None = None,
+        exact_window: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Measure caches against full precision on the first ``tokens`` of a text, in stretches of ``stride`` tokens.
+
+        One dict a cache: method, key_bits, value_bits, group_size, bits_per_element, ppl_fp, ppl, kl (nats per token), top1,
+        tokens, by_position. ``exact_window`` holds exactly W recent tokens, as papers simulate.
+        """
+        parts = self.parts
+        ids = as_ids(self.encode(text)[:tokens], parts.model.weights.embedding.device)
+        stretches = [s for s in ids.split(stride) if len(s) > 1]
+        if not stretches:
+            raise OptionError(f"the text has {len(ids)} tokens: at least 2 are needed to score it")
+        references = [
+            hidden_states(parts.model, parts.rope, s, dense_layers(parts.model, len(s)), lambda done: None) for s in stretches
+        ]
+        layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
+        rows = []
+        for cache in caches:
+            engine = self.with_cache(cache, calibration=None if cache.method == "fp" else calibration)
+            found = [
+                compare(parts.model, reference, engine.regime_hidden(s, layer_class), s)
+                for reference, s in zip(references, stretches, strict=True)
+            ]
+            rows.append(evaluation_row(engine.parts.cache, page_layout(engine.parts.cache, parts.model.config), found))
+        return rows
+
+    def calibrate(
+        self, cache: CacheConfig, corpus: str, output: Path, *, corpus_name: str, tokens: int, seed: int = 0
+    ) -> ArtifactHeader:
+        """Make a calibration for ``cache`` from a text and write it to ``output``; the header says what it is for."""
+        loaded = self.parts.loaded
+        cache = cache.fitted(loaded.model.config)
+        if cache.method == "fp":
+            raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
+        ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
+        header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
+        save_artifact(make_artifact(loaded.model, loaded.rope, cache, ids, header, self.report), output)
+        return header

@@ -17,7 +17,7 @@ from skvq.engine.config import CacheConfig, ModelConfig, RopeConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.machine import available_memory, pick_device, pick_dtype
 from skvq.engine.methods import CacheMethod, PackedMethod, PlainMethod
-from skvq.engine.model import Model, load_weights
+from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, page_layout, regions_of, rules_of
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
@@ -28,18 +28,39 @@ from skvq.loaders.source import WeightSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineParts:
-    """Everything an engine is made of."""
+class LoadedModel:
+    """Weights in place and what belongs to them; any number of caches can be built over one."""
 
     model: Model
     tokenizer: Tokenizer
     rope: RopeFrequencies
+    backend: Backend
+    fingerprint: str
+    context: int  # tokens of the longest sequence
+    dummy: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """Everything an engine is made of."""
+
+    loaded: LoadedModel
     cache: CacheConfig
     setup: CacheSetup
-    backend: Backend
     plan: Plan
-    fingerprint: str
     prefill: str
+
+    @property
+    def model(self) -> Model:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.loaded.tokenizer
+
+    @property
+    def rope(self) -> RopeFrequencies:
+        return self.loaded.rope
 
 
 def load_parts(
@@ -68,35 +89,43 @@ def load_parts(
     source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     cache = cache.fitted(config)
-    context, plan = _plan(config, cache, max_context, max_sequences, compute, place, prefill)
+    context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill)
     if context > config.trained_context:
         report.message(
             f"{context:,} tokens of context are beyond the {config.trained_context:,} this model was trained for: "
             "memory and speed are real, answers past that length are not to be trusted"
         )
-    rope = frequencies(config, context, place)
-    model = Model(config, _weights(source, config, place, compute, report))
-    tensors = _calibration(model, rope, cache, source, tokenizer, calibration, dummy_weights, report)
-    shape = arena_shape(config, cache, max_context=context, max_sequences=max_sequences, dtype=compute)
-    arena = Arena(shape, place)
-    setup = CacheSetup(
+    loaded = LoadedModel(
+        model=Model(config, _weights(source, config, place, compute, report)),
+        tokenizer=tokenizer,
+        rope=frequencies(config, context, place),
+        backend=kernels,
+        fingerprint=source.fingerprint,
+        context=context,
+        dummy=dummy_weights,
+    )
+    setup = build_cache(loaded, cache, max_sequences, calibration, report)
+    return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill)
+
+
+def build_cache(
+    loaded: LoadedModel, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
+) -> CacheSetup:
+    """Calibration, arena and method of one cache over a loaded model."""
+    config = loaded.model.config
+    embedding = loaded.model.weights.embedding
+    tensors = _calibration(loaded, cache, calibration, report)
+    shape = arena_shape(
+        config, cache, max_context=loaded.context, max_sequences=max_sequences, dtype=embedding.dtype
+    )
+    arena = Arena(shape, embedding.device)
+    return CacheSetup(
         arena=arena,
-        method=bind_method(arena, config, cache, tensors, rope, kernels),
+        method=bind_method(arena, config, cache, tensors, loaded.rope, loaded.backend),
         regions=regions_of(cache, config),
         rules=rules_of(cache),
-        max_context=context,
+        max_context=loaded.context,
         packed_token_bytes=page_layout(cache, config).bytes_per_token,
-    )
-    return EngineParts(
-        model=model,
-        tokenizer=tokenizer,
-        rope=rope,
-        cache=cache,
-        setup=setup,
-        backend=kernels,
-        plan=plan,
-        fingerprint=source.fingerprint,
-        prefill=prefill,
     )
 
 
@@ -135,7 +164,7 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
     return replace(config, rope=rope)
 
 
-def _plan(
+def plan_that_fits(
     config: ModelConfig,
     cache: CacheConfig,
     max_context: int | None,
@@ -162,7 +191,9 @@ def _plan(
     return context, plan
 
 
-def _weights(source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, report: Reporter):  # type: ignore[no-untyped-def]
+def _weights(
+    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, report: Reporter
+) -> ModelWeights:
     with report.bar("loading weights", config.num_parameters) as bar:
 
         def read(name: str) -> Tensor:
@@ -175,20 +206,18 @@ def _weights(source: WeightSource, config: ModelConfig, device: torch.device, dt
 
 
 def _calibration(
-    model: Model,
-    rope: RopeFrequencies,
-    cache: CacheConfig,
-    source: WeightSource,
-    tokenizer: Tokenizer,
-    path: Path | None,
-    dummy: bool,
-    report: Reporter,
+    loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter
 ) -> Mapping[str, Tensor]:
     if cache.method == "fp":
         return {}
     if path is not None:
-        return load_for(path, model, cache, source.fingerprint)
-    tokens = DUMMY_TOKENS if dummy else DEFAULT_TOKENS
+        return load_for(path, loaded.model, cache, loaded.fingerprint)
     return cached_or_made(
-        model, rope, cache, source.fingerprint, lambda text: tokenizer.encode(text, bos=False), tokens, report
+        loaded.model,
+        loaded.rope,
+        cache,
+        loaded.fingerprint,
+        lambda text: loaded.tokenizer.encode(text, bos=False),
+        DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS,
+        report,
     )

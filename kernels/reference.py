@@ -239,7 +239,9 @@ def read_heads(
     key_scale, key_mid, value_scale, value_mid, retained = unpack_meta(words, layout.tile)
     shape = (count, layout.kv_heads, layout.groups, layout.group_size)
     y_keys, y_values = (
-        dequantize(codes.view(shape), scale * side.unit, mid * side.unit, LEVELS[bits]).view(count, layout.kv_heads, -1)
+        dequantize(codes.view(shape), scale * side.unit, mid * side.unit, LEVELS[bits]).view(
+            count, layout.kv_heads, layout.head_size
+        )
         for codes, scale, mid, side, bits in (
             (key_codes, key_scale, key_mid, codec.keys, layout.key_bits),
             (value_codes, value_scale, value_mid, codec.values, layout.value_bits),
@@ -302,9 +304,9 @@ def read_labels(
     key_scale, key_mid, value_scale, value_mid, retained = unpack_meta(words, layout.tile)
     y_keys, y_values = (
         dequantize(
-            codes.reshape(count, -1, 1),
-            (scale.reshape(count, -1) * side.unit)[:, labels],
-            (mid.reshape(count, -1) * side.unit)[:, labels],
+            codes.reshape(count, len(labels), 1),
+            (scale.reshape(count, len(side.unit)) * side.unit)[:, labels],
+            (mid.reshape(count, len(side.unit)) * side.unit)[:, labels],
             LEVELS[bits],
         ).view(count, layout.kv_heads, layout.head_size)
         for codes, scale, mid, side, labels, bits in (

@@ -139,14 +139,16 @@ class FastTokenizer:
         piece = self._pipeline.id_to_token(token_id)
         if piece is None:
             return b""
-        return self._byte_level_bytes(piece) if self._byte_level else piece_bytes(piece)
+        if not self._byte_level:
+            return piece_bytes(piece)
+        return piece.encode() if added is not None else self._byte_level_bytes(piece)
 
     def token_text(self, token_id: int) -> str:
         """The vocabulary's spelling."""
         return self._pipeline.id_to_token(token_id) or f"<{token_id}>"
 
     def _byte_level_bytes(self, piece: str) -> bytes:
-        """A piece is spelled in the byte alphabet, or is an added token in plain text."""
+        """A piece is spelled in the byte alphabet; one that is not is taken as plain text, as `tokenizers` does."""
         values = [self._alphabet.get(char) for char in piece]
         known = [value for value in values if value is not None]
         return bytes(known) if len(known) == len(values) else piece.encode()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig
 from skvq.engine.errors import ModelError
-from skvq.loaders.fields import Fields, model_config
+from skvq.loaders.fields import Fields, model_config, shorten
 from skvq.loaders.gguf_header import GgufHeader
 from skvq.loaders.names import MAX_LAYERS
 
@@ -117,10 +117,11 @@ def _rope_of_factors(freqs: NDArray[np.float32], theta: float, context: int, whe
 
 
 def _refuse_unsupported(fields: Fields, arch: str) -> None:
-    if fields.data.get(f"{arch}.expert_count"):
-        raise ModelError(f"{fields.where}: a mixture of {fields.data[f'{arch}.expert_count']} experts is not supported")
-    if fields.data.get(f"{arch}.attention.scale"):
-        raise ModelError(f"{fields.where}: {arch}.attention.scale is set, this engine knows 1/sqrt(head size) only")
+    """What would load and then compute something else than the model; a value of 0 says that it has none of it."""
+    for key, what in ((f"{arch}.expert_count", "experts"), (f"{arch}.attention.scale", "another score scale")):
+        value = fields.data.get(key, 0)
+        if not isinstance(value, (int, float)) or value:
+            raise ModelError(f"{fields.where}: {key} is {shorten(repr(value))}: a model with {what} is not supported")
 
 
 def _uniform(fields: Fields, key: str, default: int | None) -> int:

@@ -15,9 +15,13 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
 from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer, TokenizerSettings
 from skvq.loaders.fields import Fields, reason
+from skvq.loaders.gguf_config import parse_gguf_config
 from skvq.loaders.gguf_header import map_file, read_header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+MAX_PIECE = 512
+"""Characters of the longest piece that is split in search of merges; real vocabularies end at a few dozen."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -49,9 +53,10 @@ PRE_TOKENIZERS = {
 }
 
 
-def load_gguf_tokenizer(path: str | Path, config: ModelConfig) -> FastTokenizer:
+def load_gguf_tokenizer(path: str | Path) -> FastTokenizer:
     """The tokenizer of a GGUF file. ModelError if it has none, or one of a kind that is not known."""
     header = read_header(map_file(Path(path)), str(path))
+    config = parse_gguf_config(header, str(path), rope_freqs=None)
     return build_tokenizer(Fields(header.metadata, str(path)), config)
 
 
@@ -87,9 +92,11 @@ def spm_merges(vocab: dict[str, int], scores: Any) -> list[tuple[str, str]]:
     """
     found = []
     for piece, index in vocab.items():
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        local = [(vocab[a], vocab[b], a, b) for a, b in pairs if a in vocab and b in vocab]
-        found += [(-float(scores[index]), index, a, b) for _, _, a, b in sorted(local)]
+        if len(piece) > MAX_PIECE:
+            raise ValueError(f"token {index} has {len(piece)} characters")
+        cuts = [cut for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab]
+        cuts.sort(key=lambda cut: (vocab[piece[:cut]], vocab[piece[cut:]]))
+        found += [(-float(scores[index]), index, piece[:cut], piece[cut:]) for cut in cuts]
     return [(a, b) for _, _, a, b in sorted(found, key=lambda item: item[:2])]
 
 

@@ -12,7 +12,6 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fast_tokenizer import FastTokenizer, TokenizerSettings
 from skvq.loaders.fields import Fields, read_json, reason
-from skvq.loaders.gguf_file import gguf_config
 from skvq.loaders.gguf_tokenizer import load_gguf_tokenizer
 from skvq.loaders.hf import read_config
 from skvq.loaders.model_files import ModelFiles
@@ -30,7 +29,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     Raises ModelError, one line, if there is none or it is broken.
     """
     if files.kind == "gguf":
-        return load_gguf_tokenizer(files.path, gguf_config(files.path))
+        return load_gguf_tokenizer(files.path)
     folder = Path(files.path)
     config = read_config(folder)
     if (folder / "tokenizer.json").is_file():
@@ -50,6 +49,7 @@ def _from_json(folder: Path, config: ModelConfig) -> Tokenizer:
     special = _special_tokens(options)
     bos = pipeline.token_to_id(special["bos_token"]) if "bos_token" in special else config.bos_token_id
     eos = pipeline.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    pipeline.no_padding()
     pipeline.no_truncation()
     first = pipeline.encode("", add_special_tokens=True).ids[:1]
     adds_bos = options.flag("add_bos_token", bool(first) and first[0] == bos)

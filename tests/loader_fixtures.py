@@ -49,9 +49,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     return {name: torch.randn(shape, generator=generator) for name, shape in expected_shapes(config).items()}
 
 
-def write_checkpoint(
-    folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor], shards: int = 1
-) -> Path:
+def write_checkpoint(folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor], shards: int = 1) -> Path:
     """config.json and the weights in one file or in shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_to_json(config)))
@@ -70,7 +68,9 @@ def write_checkpoint(
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of Q or K as llama.cpp's converter writes them."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
 
 
 def write_gguf(

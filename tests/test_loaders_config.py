@@ -122,6 +122,12 @@ def test_every_rope_in_both_spellings(tmp_path: Path, rope: dict[str, Any], styl
             assert getattr(ours, key) == want[key]
 
 
+def test_dynamic_rope_starts_at_max_position_embeddings_as_in_transformers() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 1024}
+    config = parse_config(Fields(SIZES | {"model_type": "llama", "rope_scaling": rope}, "x"))
+    assert config.rope.original_context == 4096
+
+
 def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
     saved(LlamaConfig(**SIZES, eos_token_id=7), tmp_path, "LlamaForCausalLM")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7, 5000]}')
@@ -132,6 +138,14 @@ def test_mistral_defaults_where_the_file_is_silent() -> None:
     data = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     config = parse_config(Fields(data | {"model_type": "mistral", "num_attention_heads": 16}, "x"))
     assert (config.num_kv_heads, config.attention_spans) == (8, (4096,) * 4)
+
+
+@pytest.mark.parametrize("full", [0, 1, 3, 4, 28])
+def test_qwen2_slides_from_max_window_layers_on(full: int) -> None:
+    options = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": full}
+    theirs: Any = Qwen2Config(**SIZES, **options)
+    ours = parse_config(Fields(SIZES | {"model_type": "qwen2"} | options, "x"))
+    assert [span == 64 for span in ours.attention_spans] == [kind == "sliding_attention" for kind in theirs.layer_types]
 
 
 def test_dual_chunk_attention_counts_only_what_was_trained() -> None:
@@ -195,14 +209,15 @@ def test_writing_and_reading_gives_the_same_config(tmp_path: Path, changes: dict
 
 
 KEYS = [
-    *SIZES, "architectures", "model_type", "rope_scaling", "rope_parameters", "rope_theta", "head_dim", "sliding_window",
+    *SIZES, "architectures", "model_type", "rope_scaling", "rope_parameters", "rope_theta", "head_dim",
+    "sliding_window",
     "use_sliding_window", "layer_types", "max_window_layers", "eos_token_id", "bos_token_id", "rms_norm_eps",
     "quantization_config", "dual_chunk_attention_config", "original_max_position_embeddings", "hidden_act",
 ]  # fmt: skip
 ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(
     ["llama", "mistral", "qwen2", "yarn", "longrope", "silu", "sliding_attention"]
 )  # fmt: skip
-ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "short_factor", "beta_fast"]
+ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "short_factor"]
 VALUES = ATOMS | st.lists(ATOMS, max_size=4) | st.dictionaries(st.sampled_from(ROPE_KEYS), ATOMS, max_size=4)
 
 

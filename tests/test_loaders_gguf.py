@@ -19,9 +19,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import SkvqError
-from skvq.loaders.gguf_config import llama3_factors
+from skvq.loaders.fields import Fields
+from skvq.loaders.gguf_config import llama3_factors, parse_gguf_config
 from skvq.loaders.gguf_file import GgufSource, gguf_config
-from skvq.loaders.gguf_header import map_file, read_header
+from skvq.loaders.gguf_header import GgufHeader, TensorEntry, map_file, read_header
+from skvq.loaders.gguf_tokenizer import build_tokenizer
 from skvq.loaders.hub import resolve
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.published import ALIASES
@@ -94,16 +96,16 @@ def test_llama3_factors_are_those_of_transformers_and_are_recognized(tmp_path: P
         "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    theirs = LlamaConfig(hidden_size=128, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=parameters)
+    theirs = LlamaConfig(
+        hidden_size=128, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=parameters
+    )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
     factors = llama3_factors(32, rope).astype(np.float32)
     plain = 5e5 ** -(np.arange(0, 32, 2) / 32)
     np.testing.assert_allclose(plain / factors, scaled.numpy(), rtol=1e-5)
     config = tiny_config(rope=RopeConfig(theta=5e5))
     weights = random_weights(config)
-    path = write_gguf(
-        tmp_path / "m.gguf", config, weights, extra=lambda w: w.add_tensor("rope_freqs.weight", factors)
-    )
+    path = write_gguf(tmp_path / "m.gguf", config, weights, extra=lambda w: w.add_tensor("rope_freqs.weight", factors))
     assert GgufSource(path).config.rope == rope
     odd = factors * np.linspace(1, 2, 16, dtype=np.float32)
     path = write_gguf(tmp_path / "o.gguf", config, weights, extra=lambda w: w.add_tensor("rope_freqs.weight", odd))
@@ -194,10 +196,49 @@ def test_a_truncated_file_names_a_tensor(tmp_path: Path) -> None:
 def test_experts_and_types_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     config, weights = tiny_config(), random_weights(tiny_config())
     path = write_gguf(tmp_path / "e.gguf", config, weights, extra=lambda w: w.add_expert_count(8))
-    refused(lambda: GgufSource(path), "8 experts")
+    refused(lambda: GgufSource(path), "expert_count is 8")
     extra = np.zeros((2, 32), dtype=np.int32)
     path = write_gguf(tmp_path / "i.gguf", config, weights, extra=lambda w: w.add_tensor("odd", extra))
     refused(lambda: GgufSource(path), "odd", "I32")
+
+
+METADATA = [
+    "general.architecture", "llama.block_count", "llama.embedding_length", "llama.attention.head_count",
+    "llama.attention.head_count_kv", "llama.attention.key_length", "llama.feed_forward_length", "llama.expert_count",
+    "llama.attention.scale", "llama.rope.freq_base", "llama.rope.scaling.type", "llama.rope.scaling.factor",
+    "llama.attention.sliding_window", "llama.context_length", "llama.rope.dimension_count",
+    "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type",
+    "tokenizer.ggml.scores", "tokenizer.ggml.merges", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix", "tokenizer.chat_template",
+]  # fmt: skip
+SCALAR = st.integers(-1, 2**64 - 1) | st.floats() | st.booleans()
+STRINGS = st.text(max_size=4) | st.sampled_from(["llama", "gpt2", "yarn", "a", "b", "ab", "a b", "qwen2", "\u2581"])
+VALUE = (
+    SCALAR | STRINGS | st.lists(STRINGS, max_size=6) | st.integers(1, 600).map(lambda n: ["x" * n, "x"])
+    | st.lists(st.integers(0, 6), max_size=6).map(lambda v: np.array(v, dtype=np.int32))
+    | st.lists(st.floats(width=32), max_size=6).map(lambda v: np.array(v, dtype=np.float32))
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(METADATA), VALUE, max_size=5), spm=st.booleans())
+def test_no_metadata_raise_anything_but_our_error(changes: dict[str, Any], spm: bool) -> None:
+    data: dict[str, Any] = {
+        "general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": 8,
+        "llama.context_length": 64,
+        "llama.attention.head_count": 2, "llama.feed_forward_length": 8,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "llama" if spm else "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.scores": np.zeros(3, dtype=np.float32), "tokenizer.ggml.token_type": np.ones(3, dtype=np.int32),
+    }  # fmt: skip
+    tensors = {"token_embd.weight": TensorEntry(shape=(8, 8), kind=0, offset=0)}
+    header = GgufHeader(metadata=data | changes, tensors=tensors, data_start=0)
+    try:
+        config = parse_gguf_config(header, "m.gguf", None)
+        tokenizer = build_tokenizer(Fields(header.metadata, "m.gguf"), config)
+        tokenizer.decode(tokenizer.encode("ab a"))
+    except SkvqError as error:
+        assert "\n" not in str(error)
 
 
 @pytest.fixture(scope="module")

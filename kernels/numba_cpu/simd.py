@@ -7,10 +7,13 @@ integer arithmetic. All three give the same integers, because no caller lets ``v
 # mypy: ignore-errors
 from __future__ import annotations
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from skvq.kernels.numba_cpu.job import ATTEND, PACK
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
@@ -71,6 +74,24 @@ def fetch_add(typingctx, address, amount):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+def _record_at(dtype):
+    """The record at an address: jitted code reads its fields by name."""
+    record = numba.from_dtype(dtype)
+
+    def build(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(record))
+
+        return record(types.int64), codegen
+
+    build.__name__ = "record_at"
+    return intrinsic(build)
+
+
+job_at = _record_at(ATTEND)
+pack_job_at = _record_at(PACK)
 
 
 # --- pieces of IR -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ up to 32 lanes. So one dot product serves all widths, and what is unpacked once 
 # mypy: ignore-errors
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu import simd
@@ -168,3 +169,32 @@ def _value_trits(source, target, size, tile):
                 token = p * SLOTS + slot
                 codes[(token // 4) * step + channel * 4 + token % 4] = value >> 8
                 value &= 255
+
+
+@njit(**FAST)
+def load_value_rows(source, target, levels, size, tile):
+    """Codes of values to ``[channel][token]``, one byte each."""
+    if levels == 3:
+        for channel in range(size):
+            row, out = u8(source + channel * SLOTS), u8(target + channel * tile)
+            for p in range(TRITS):
+                weight = 3 ** np.int32(p + 1)
+                for slot in range(SLOTS):
+                    digit = np.int32(row[slot]) * weight
+                    out[p * SLOTS + slot] = ((digit >> 8) % 3) & 255
+        return
+    width = 2 if levels <= 8 else 4 if levels == 16 else 8
+    _row_planes(source, target, width, 0, size, tile)
+    if levels == 8:
+        _row_planes(source + tile * size // 4, target, 1, 2, size, tile)
+
+
+@njit(**FAST)
+def _row_planes(source, target, width, place, size, tile):
+    rows, mask = size * width // 8, np.uint8((1 << width) - 1)
+    for channel in range(size):
+        packed, codes = u8(source + channel % rows * tile), u8(target + channel * tile)
+        shift = np.uint8(channel // rows * width)
+        for t in range(tile):
+            code = ((packed[t] >> shift) & mask) << place
+            codes[t] = code if place == 0 else codes[t] | code

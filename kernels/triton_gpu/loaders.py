@@ -82,9 +82,10 @@ def _half(x):
 
 @triton.jit
 def _planes_1(x, ASM: tl.constexpr):
-    h: tl.constexpr = tl.float16
     if ASM:
-        return tl.inline_asm_elementwise(ASM_1, REGS_1, [x], dtype=(h, h, h, h, h, h, h, h), is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            ASM_1, REGS_1, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
     else:
         out = ()
         for p in tl.static_range(8):
@@ -94,12 +95,15 @@ def _planes_1(x, ASM: tl.constexpr):
 
 @triton.jit
 def _planes_2(x, CUMULATIVE: tl.constexpr, ASM: tl.constexpr):
-    h: tl.constexpr = tl.float16
     if ASM:
         if CUMULATIVE:
-            return tl.inline_asm_elementwise(ASM_2_CUMULATIVE, REGS_2, [x], dtype=(h, h, h, h), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                ASM_2_CUMULATIVE, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
         else:
-            return tl.inline_asm_elementwise(ASM_2, REGS_2, [x], dtype=(h, h, h, h), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
     else:
         if CUMULATIVE:
             return (_half(x & 0x03), _half(x & 0x0F), _half(x & 0x3F), _half(x))
@@ -109,9 +113,8 @@ def _planes_2(x, CUMULATIVE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _planes_4(x, ASM: tl.constexpr):
-    h: tl.constexpr = tl.float16
     if ASM:
-        return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(h, h), is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
     else:
         return (_half(x & 0x0F), _half(x & 0xF0))
 
@@ -126,9 +129,10 @@ def _planes_8(x, ASM: tl.constexpr):
 
 @triton.jit
 def _prefixes(x, ASM: tl.constexpr):
-    h: tl.constexpr = tl.float16
     if ASM:
-        return tl.inline_asm_elementwise(ASM_TRIT, REGS_TRIT, [x], dtype=(h, h, h, h, h), is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            ASM_TRIT, REGS_TRIT, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
     else:
         w = x.to(tl.uint16)
         return (_half(w * 3 >> 8), _half(w * 9 >> 8), _half(w * 27 >> 8), _half(w * 81 >> 8), _half(w * 243 >> 8))
@@ -153,9 +157,8 @@ def planes(x, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexp
     if NORMAL:
         out = ()
         for p in tl.static_range(len(raw)):
-            place: tl.constexpr = 1 if WIDTH == 15 else 1 << (WIDTH * p)
             bits = raw[p].to(tl.uint16, bitcast=True) | 0x6400
-            out = out + (bits.to(tl.float16, bitcast=True) - (1024.0 + OFFSET * place),)
+            out = out + (bits.to(tl.float16, bitcast=True) - (1024.0 + OFFSET * (1 if WIDTH == 15 else 1 << (WIDTH * p))),)
         return out
     else:
         return raw

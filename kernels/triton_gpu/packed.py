@@ -8,7 +8,6 @@ import triton.language as tl
 from skvq.kernels.triton_gpu.loaders import metadata, pair_rows, perm4, planes
 
 NEVER = tl.constexpr(-1.0e30)
-SHIFT = tl.constexpr(15.0)
 
 
 @triton.jit
@@ -142,8 +141,9 @@ def key_scores_trits(base, q_low, seeds, N: tl.constexpr, D: tl.constexpr, G: tl
         now = ()
         score = ()
         for g in tl.static_range(G):
-            z = tl.dot(part[k * G + g], q_low[g])
-            score = score + (z - 3.0 * before[g] + seeds[g],)
+            # seeded so that every difference below carries one seed: a prefix less its middle
+            z = tl.dot(part[k * G + g], q_low[g], seeds[g] * ((3 ** (k + 1) - 1) / 2))
+            score = score + (z - 3.0 * before[g],)
             now = now + (z,)
         before = now
         out = out + (score,)
@@ -174,9 +174,82 @@ def value_share(
 
 
 @triton.jit
+def value_trits(
+    base, weights, scales, factor, sums, D: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr,
+    NORMAL: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of trits to the sums: ``sum_k P_k (D_k - 3 D_(k-1)) = sum_k (P_k - 3 P_(k+1)) D_k``, P in two halves."""
+    codes = load_planes(base, 0, D // G, 32, 32, 1, G, 32 * D // G, 15, 0, False, NORMAL, False, ASM)
+    out = ()
+    for g in tl.static_range(G):
+        acc = sums[g] * factor
+        for k in tl.static_range(5):
+            w = weights[k] * scales[k * G + g][:, None]
+            if k < 4:
+                w -= 3.0 * (weights[k + 1] * scales[(k + 1) * G + g][:, None])
+            acc = tl.dot(codes[k * G + g], weight_columns(w, True, 32, NH, PAD), acc)
+        out = out + (acc,)
+    return out
+
+
+@triton.jit
+def turned_mean(turn, coefficients, D: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
+    """Coefficients of the in-tile cosines and sines in q . RoPE_t(mean), for a tile whose base angles are ``turn``."""
+    j = tl.arange(0, D // 2)
+    cos, sin = tl.load(turn + j)[:, None], tl.load(turn + D // 2 + j)[:, None]
+    a, b = coefficients
+    with_cos = weight_columns(a * cos + b * sin, False, D // 2, NH, PAD)
+    return with_cos, weight_columns(b * cos - a * sin, False, D // 2, NH, PAD)
+
+
+@triton.jit
+def high_rows(y, PLANE: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr):
+    """Sums [16, NH] of the high bit of 3-bit codes in channel order, times four."""
+    y = first_of_pairs(y, 16, NH, PAD)
+    if D == 64:
+        a, b = tl.split(tl.permute(tl.reshape(y, [8, 2, NH]), (0, 2, 1)))
+        a, b = a * (4.0 / 4**PLANE), b * (2.0 / 4**PLANE)
+        return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), [16, NH])
+    else:
+        return y * (4.0 / 2**PLANE)
+
+
+@triton.jit
+def store_sums(
+    out, low_sums, high_sums, mids, unit_ptr, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
+    NH: tl.constexpr, PAD: tl.constexpr, NORMAL: tl.constexpr, META: tl.constexpr, stride_column,
+):  # fmt: skip
+    """Undo the places of the planes and write ``(sum p vs (code - half) + p vm) * unit`` of every channel."""
+    low: tl.constexpr = 2 if BITS == 3 else BITS
+    blocks: tl.constexpr = D * low // (8 * EACH) if BITS != 15 else G
+    cumulative: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
+    one: tl.constexpr = 1.0 if NORMAL else 16777216.0
+    h = tl.arange(0, NH)
+    r = tl.arange(0, EACH)
+    for i in tl.static_range(len(low_sums)):
+        x = low_sums[i]
+        if cumulative and i > 0:
+            x = x - low_sums[i - 1]
+        if BITS == 15:
+            x, rest = tl.split(tl.reshape(x, [EACH, NH, 2]))
+            x += rest
+        else:
+            x = first_of_pairs(x, EACH, NH, PAD)
+        x = x * (one / (1 if BITS == 15 else 2 ** (low * (i // blocks))))
+        if BITS == 3:
+            if EACH == 32:
+                above = high_rows(high_sums[2 * i], 2 * i, NH, PAD, D), high_rows(high_sums[2 * i + 1], 2 * i + 1, NH, PAD, D)
+                x += one * tl.reshape(tl.permute(tl.join(above[0], above[1]), (2, 0, 1)), [32, NH])
+            else:
+                x += one * high_rows(high_sums[i], i, NH, PAD, D)
+        x = (x + mids[i * EACH // (D // G)][None, :]) * (tl.load(unit_ptr + i * EACH // (D // G)) * META)
+        tl.store(out + h[None, :] * stride_column + (i * EACH + r)[:, None], x)
+
+
+@triton.jit
 def attend_packed_kernel(
-    q_ptr, seed_ptr, qsum_ptr, scale_ptr, turn_ptr, table_ptr, coefficient_ptr,
-    key_ptr, value_ptr, meta_ptr, value_unit_ptr, part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
+    q_ptr, seed_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
+    part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     stride_pages_slot, heads, chunks, queries, repeat, span,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr,
@@ -185,52 +258,53 @@ def attend_packed_kernel(
 ):  # fmt: skip
     """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
 
-    Score of token t (in units of 1 / scale): ``sum_g ks_g (q_g . code - half sum q_g) + km_g sum q_g [+ q . RoPE_t(mean)]``;
+    Score of token t, in units of 1 / scale: ``sum_g ks_g (q_g . code - half sum q_g) + km_g sum q_g [+ q . RoPE_t(mean)]``;
     weighted sum: ``sum_t p vs (code - half) + p vm``. Tokens are the M rows of both dots, query columns their N = NH * PAD.
     One warp owns a program. Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
-    writes NH rows of D + 2 floats. ``chunks`` and ``repeat`` are run-time integers, as every length.
+    writes NH rows of D + 2 floats. Bits 15 stand for 1.5.
     """
     TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
     SHARES: tl.constexpr = 5 if TILE == 160 else 1
     SHARE: tl.constexpr = TILE // SHARES
-    KPAD: tl.constexpr = 2 if NH == 4 else 1
-    VPAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
-    KEY_LOW: tl.constexpr = 2 if KEY_BITS == 3 else KEY_BITS
-    VALUE_LOW: tl.constexpr = 2 if VALUE_BITS == 3 else VALUE_BITS
-    KEY_ROWS: tl.constexpr = D if KEY_BITS == 15 or D * KEY_LOW // 8 > D else D * KEY_LOW // 8
-    KEY_EACH: tl.constexpr = KEY_ROWS if KEY_ROWS < D // G else D // G
-    VALUE_ROWS: tl.constexpr = D if VALUE_BITS == 15 else D * VALUE_LOW // 8
-    VALUE_EACH: tl.constexpr = VALUE_ROWS if VALUE_ROWS < D // G else D // G
+    TILES: tl.constexpr = 1280 // TILE
+    KEY_PAD: tl.constexpr = 2 if NH == 4 else 1
+    VALUE_PAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
+    KEY_WIDE: tl.constexpr = D if KEY_BITS == 15 else D * (2 if KEY_BITS == 3 else KEY_BITS) // 8
+    VALUE_WIDE: tl.constexpr = D if VALUE_BITS == 15 else D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
+    KEY_EACH: tl.constexpr = KEY_WIDE if KEY_WIDE < D // G else D // G
+    VALUE_EACH: tl.constexpr = VALUE_WIDE if VALUE_WIDE < D // G else D // G
     KEY_TILE: tl.constexpr = 32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8
     VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
-    HALF: tl.constexpr = _value_half(VALUE_BITS, VALUE_NORMAL)
-    N: tl.constexpr = NH * KPAD
-    QROWS: tl.constexpr = 2 * D if KEY_BITS == 3 else D
+    HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if VALUE_NORMAL else (2**VALUE_BITS - 1) / 2)
+    # weights are 2^SHIFT times too large, for fp16's sake: up to 2^15 * 448 / 256, three times that for trits
+    SHIFT: tl.constexpr = (7.0 if FP8 else 15.0) - (2.0 if VALUE_BITS == 15 else 0.0)
+    N: tl.constexpr = NH * KEY_PAD
+    Q_ROWS: tl.constexpr = 2 * D if KEY_BITS == 3 else D
 
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
-    unit = tl.program_id(2) * heads + head  # (row, chunk, head)
-    slot = tl.load(slots_ptr + row)
+    program = tl.program_id(2) * heads + head
     h = tl.arange(0, NH)
     t = perm4(tl.arange(0, SHARE), ASM)
-
-    q_low = load_rows(q_ptr + unit * QROWS * N, D, KEY_EACH, N)
+    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N)
     q_high = ()
     if KEY_BITS == 3:
-        q_high = load_rows(q_ptr + (unit * QROWS + D) * N, D, 16, N)
+        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N)
     seeds = ()
     qsum = ()
     for g in tl.static_range(G):
-        if KEY_BITS == 15:
-            seed = tl.load(seed_ptr + (unit * G + g) * N + tl.arange(0, N))
-        else:
-            seed = tl.load(seed_ptr + (unit * G + g) * N + tl.arange(0, N))
+        seed = tl.load(seed_ptr + (program * G + g) * N + tl.arange(0, N))
         seeds = seeds + (tl.broadcast_to(seed[None, :], [SHARE, N]),)
-        qsum = qsum + (tl.load(qsum_ptr + (unit * G + g) * NH + h),)
-    scale = tl.load(scale_ptr + unit)
+        qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
+    scale = tl.load(scale_ptr + program * 2)
+    coefficients = ()
+    mean_scale = 0.0
+    if HAS_MEAN:
+        at = program * (D * NH) + tl.arange(0, D // 2)[:, None] * NH + h[None, :]
+        coefficients = (tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH))
+        mean_scale = tl.load(scale_ptr + program * 2 + 1)
 
-    column = chunk * NH + h
-    query = tl.minimum(column // repeat, queries - 1)
+    query = tl.minimum((chunk * NH + h) // repeat, queries - 1)
     oldest = tl.load(positions_ptr + row * queries + query) - span + 1
     tiles = tl.load(packed_ptr + row) // TILE
     begin = 0
@@ -239,98 +313,103 @@ def attend_packed_kernel(
     per_split = tl.cdiv(tiles - begin, tl.num_programs(1))
     start = begin + split * per_split
     stop = tl.minimum(start + per_split, tiles)
-    row_ptr = pages_ptr + slot * stride_pages_slot
-    page = tl.load(row_ptr + start // (1280 // TILE), mask=start < stop, other=0).to(tl.int64)
+    row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
+    page = tl.load(row_ptr + start // TILES, mask=start < stop, other=0).to(tl.int64)
 
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
     mids = ()
     for g in tl.static_range(G):
         mids = mids + (tl.zeros([NH], tl.float32),)
-    low_sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * VPAD)
-    high_sums = ()
-    if VALUE_BITS == 3:
-        high_sums = zero_rows(D // 16, 16, NH * VPAD)
+    low_sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * VALUE_PAD)
+    high_sums = zero_rows(D // 16 if VALUE_BITS == 3 else 0, 16, NH * VALUE_PAD)
 
     for i in range(start, stop):
-        at = i % (1280 // TILE)
-        key = key_ptr + page * stride_key_page + head * stride_key_head + at * KEY_TILE
-        value = value_ptr + page * stride_value_page + head * stride_value_head + at * VALUE_TILE
-        meta = meta_ptr + page * stride_meta_page + head * stride_meta_head + at * (G * TILE)
-        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // (1280 // TILE)).to(tl.int64)
+        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % TILES) * KEY_TILE
+        value = value_ptr + page * stride_value_page + head * stride_value_head + (i % TILES) * VALUE_TILE
+        meta = meta_ptr + page * stride_meta_page + head * stride_meta_head + (i % TILES) * (G * TILE)
+        # the next page is looked up a tile ahead, so that no load waits for it
+        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // TILES).to(tl.int64)
 
         raw = ()
         if KEY_BITS == 15:
             raw = key_scores_trits(key, q_low, seeds, N, D, G, KEY_NORMAL, ASM)
         else:
             for s in tl.static_range(SHARES):
-                raw = raw + (
-                    key_scores(key, s, q_low, q_high, seeds, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM),
-                )
+                share = key_scores(key, s, q_low, q_high, seeds, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
+                raw = raw + (share,)
+        if HAS_MEAN:
+            with_cos, with_sin = turned_mean(turn_ptr + i * D, coefficients, D, NH, KEY_PAD)
         scores = ()
         scales = ()
         zeros = ()
-        top = tl.full([SHARE, NH], NEVER, tl.float32)
         for s in tl.static_range(SHARES):
-            x = tl.zeros([SHARE, NH], tl.float32)
-            flag = tl.zeros([SHARE], tl.float32)
-            for g in tl.static_range(G):
+            word = tl.load(meta + s * SHARE + t)
+            ks, km, vs, vm = metadata(word, ASM, FP8)
+            retained = ks < 0
+            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * tl.abs(ks)[:, None] + qsum[0][None, :] * km[:, None]
+            scales = scales + (vs,)
+            zeros = zeros + (vm - HALF * vs,)
+            for g in tl.static_range(1, G):
                 ks, km, vs, vm = metadata(tl.load(meta + g * TILE + s * SHARE + t), ASM, FP8)
-                if g == 0:
-                    flag = ks
-                    ks = tl.abs(ks)
-                x += first_of_pairs(raw[s][g], SHARE, NH, KPAD) * ks[:, None] + qsum[g][None, :] * km[:, None]
+                x += first_of_pairs(raw[s][g], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[g][None, :] * km[:, None]
                 scales = scales + (vs,)
                 zeros = zeros + (vm - HALF * vs,)
-            x = tl.where((flag < 0)[:, None], NEVER, x)
+            if HAS_MEAN:
+                place = table_ptr + (s * SHARE + t)[:, None] * D + tl.arange(0, D // 2)[None, :]
+                z = tl.dot(tl.load(place + D // 2), with_sin, tl.dot(tl.load(place), with_cos))
+                x += first_of_pairs(z, SHARE, NH, KEY_PAD) * mean_scale
+            x = tl.where(retained[:, None], NEVER, x)
             if HAS_SPAN:
                 x = tl.where((i * TILE + s * SHARE + t)[:, None] < oldest[None, :], NEVER, x)
             scores = scores + (x,)
-            top = tl.maximum(top, x)
 
+        top = scores[0]
+        for s in tl.static_range(1, SHARES):
+            top = tl.maximum(top, scores[s])
         m_new = tl.maximum(m_i, tl.max(top, 0))
         alpha = exp2((m_i - m_new) * scale, ASM)
-        m_i = m_new
         base = SHIFT - tl.where(m_new > NEVER * 0.5, m_new, 0.0) * scale
-        weights = ()
-        total = tl.zeros([SHARE, NH], tl.float32)
-        for s in tl.static_range(SHARES):
+        m_i = m_new
+        weights = (exp2(scores[0] * scale + base[None, :], ASM),)
+        total = weights[0]
+        for s in tl.static_range(1, SHARES):
             p = exp2(scores[s] * scale + base[None, :], ASM)
-            total += p
             weights = weights + (p,)
+            total += p
         l_i = l_i * alpha + tl.sum(total, 0)
         new_mids = ()
         for g in tl.static_range(G):
-            mid = tl.zeros([SHARE, NH], tl.float32)
-            for s in tl.static_range(SHARES):
+            mid = weights[0] * zeros[g][:, None]
+            for s in tl.static_range(1, SHARES):
                 mid += weights[s] * zeros[s * G + g][:, None]
             new_mids = new_mids + (mids[g] * alpha + tl.sum(mid, 0),)
         mids = new_mids
         factor = alpha
-        if VPAD == 2:
+        if VALUE_PAD == 2:
             factor = tl.reshape(tl.join(alpha, alpha), [NH * 2])
 
         if VALUE_BITS == 15:
-            codes = load_planes(
-                value, 0, VALUE_EACH, 32, 32, 1, G, VALUE_EACH * 32, 15, 0, False, VALUE_NORMAL, False, ASM
+            low_sums = value_trits(
+                value, weights, scales, factor[None, :], low_sums, D, G, NH, VALUE_PAD, VALUE_NORMAL, ASM
             )
-            new_sums = ()
-            for g in tl.static_range(G):
-                acc = low_sums[g] * factor[None, :]
-                for k in tl.static_range(5):
-                    w = weights[k] * scales[k * G + g][:, None]
-                    if k < 4:
-                        w -= 3.0 * (weights[k + 1] * scales[(k + 1) * G + g][:, None])
-                    acc = tl.dot(codes[k * G + g], weight_columns(w, True, SHARE, NH, VPAD), acc)
-                new_sums = new_sums + (acc,)
-            low_sums = new_sums
         else:
             for s in tl.static_range(SHARES):
-                columns = ()
+                by_group = ()
                 for g in tl.static_range(G):
                     w = weights[s] * scales[s * G + g][:, None]
-                    columns = columns + (weight_columns(w, False, SHARE, NH, VPAD),)
+                    by_group = by_group + (weight_columns(w, False, SHARE, NH, VALUE_PAD),)
                 low_sums, high_sums = value_share(
-                    value, s, columns, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, VALUE_BITS, G, TILE, SHARE,
-                    VALUE_NORMAL, ASM,
+                    value, s, by_group, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, VALUE_BITS, G, TILE,
+                    SHARE, VALUE_NORMAL, ASM,
                 )  # fmt: skip
+
+    columns = chunks * NH
+    splits = tl.num_programs(1)
+    out = ((row * heads + head) * columns + chunk * NH).to(tl.int64) * splits + split
+    store_sums(
+        part_ptr + out * D, low_sums, high_sums, mids, unit_ptr + head * G, D, VALUE_BITS, G, VALUE_EACH, NH, VALUE_PAD,
+        VALUE_NORMAL, 1.0 if FP8 else 256.0, splits * D,
+    )  # fmt: skip
+    tl.store(stat_ptr + (out + h * splits) * 2, tl.where(m_i > NEVER * 0.5, m_i * scale - SHIFT, NEVER))
+    tl.store(stat_ptr + (out + h * splits) * 2 + 1, l_i)

@@ -1,0 +1,213 @@
+"""``skvq plan``: bytes by part, the largest context at each width, and times predicted from the card's limits."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import OptionError, nearest
+from skvq.engine.machine import DTYPES, available_memory, pick_device, pick_dtype
+from skvq.engine.planner import Plan, gib, largest_context, make_plan, page_layout
+from skvq.loaders import config_of
+
+WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
+SEGMENT_OVERHEAD = 1.05
+"""Streaming prefill also unpacks what it attends to: about a twentieth more time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """Limits of a device: usable bytes, bytes per second of a copy, multiply-adds per second of matrix work.
+
+    Efficiencies are the share of those limits that the engine is expected to reach; assumptions until measured on that card.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    flops: float
+    dtype: torch.dtype
+    weight_efficiency: float = 0.75
+    cache_efficiency: float = 0.80
+    matrix_efficiency: float = 0.60
+
+
+GIB = 2**30
+CARDS = {
+    "a100": Card(name="a100", memory=int(79.1 * GIB), bandwidth=1.9e12, flops=312e12, dtype=torch.bfloat16),
+    "h100": Card(name="h100", memory=int(79.1 * GIB), bandwidth=3.0e12, flops=800e12, dtype=torch.bfloat16),
+    "h200": Card(name="h200", memory=int(139.8 * GIB), bandwidth=4.3e12, flops=800e12, dtype=torch.bfloat16),
+    "4090": Card(name="4090", memory=int(23.5 * GIB), bandwidth=0.95e12, flops=165e12, dtype=torch.bfloat16),
+}
+
+
+def this_machine(device: torch.device, dtype: torch.dtype) -> Card:
+    """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second)."""
+    size = 1 << (28 if device.type == "cuda" else 25)
+    a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    side = 8192 if device.type == "cuda" else 1024
+    m = torch.randn(side, side, dtype=dtype, device=device)
+    copy_seconds = _best_seconds(lambda: b.copy_(a), device)
+    matrix_seconds = _best_seconds(lambda: m @ m, device)
+    return Card(
+        name=str(device),
+        memory=available_memory(device),
+        bandwidth=2 * size / copy_seconds,
+        flops=2 * side**3 / matrix_seconds,
+        dtype=dtype,
+    )
+
+
+def _best_seconds(call: Any, device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """A plan, what else would fit, and how long it would take."""
+
+    model: str
+    cache: CacheConfig
+    card: Card
+    plan: Plan
+    largest: dict[str, int]
+    prefill_seconds: float
+    decode_ms: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "model": self.model,
+            "context": self.plan.context,
+            "method": self.cache.method,
+            "bits_per_element": self.plan.bits_per_element,
+            "device": self.card.name,
+            "memory": self.plan.memory,
+            "parts": self.plan.parts,
+            "total": self.plan.total,
+            "arena": sum(v for k, v in self.plan.parts.items() if k.startswith("cache")),
+            "fits": self.plan.total <= self.plan.memory,
+            "largest_context": self.largest,
+            "predicted_prefill_seconds": self.prefill_seconds,
+            "predicted_decode_ms_per_token": self.decode_ms,
+            "assumed_efficiency": {
+                "weights": self.card.weight_efficiency,
+                "cache": self.card.cache_efficiency,
+                "matrix": self.card.matrix_efficiency,
+            },
+        }
+
+    def table(self) -> str:
+        """For people."""
+        card, plan = self.card, self.plan
+        lines = [f"{self.model}, {plan.context:,} tokens, {self.cache.method}, {plan.bits_per_element:.3f} bits per element"]
+        lines += [f"  {name:32} {gib(size):>12}" for name, size in plan.parts.items()]
+        verdict = "fits" if plan.total <= plan.memory else "DOES NOT FIT"
+        lines += [f"  {'total':32} {gib(plan.total):>12}   {verdict} {gib(plan.memory)} of {card.name}", ""]
+        lines += ["largest context"]
+        lines += [f"  {name:32} {tokens:>12,} tokens" for name, tokens in self.largest.items()]
+        lines += [
+            "",
+            f"predicted, at {card.weight_efficiency:.0%} / {card.cache_efficiency:.0%} of {card.bandwidth / 1e9:,.0f} GB/s for "
+            f"weights / cache and {card.matrix_efficiency:.0%} of {card.flops / 1e12:,.1f} TFLOP/s:",
+            f"  {'reading the whole context':32} {_duration(self.prefill_seconds):>12}",
+            f"  {'a token, context full':32} {self.decode_ms:>9,.1f} ms",
+        ]
+        return "\n".join(lines)
+
+
+def plan_report(
+    model: str,
+    cache: CacheConfig,
+    *,
+    context: int,
+    sequences: int,
+    memory: str | None,
+    device: str,
+    dtype: str | None,
+    prefill: str,
+) -> PlanReport:
+    """The report for a model by name: only its config is read. Raises OptionError or ModelError."""
+    config = config_of(model)
+    cache = cache.fitted(config)
+    card = _card(device, dtype)
+    if memory is not None:
+        card = replace(card, memory=parse_bytes(memory))
+    options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
+    plan = make_plan(config, cache, context=context, **options)
+    tables = [cache, replace(cache, method="fp")]
+    tables += [replace(cache, method="rotate" if cache.method == "fp" else cache.method, key_bits=k, value_bits=v) for k, v in WIDTHS]
+    largest = {_name(c): largest_context(config, c, **options) for c in tables}
+    return PlanReport(
+        model=model,
+        cache=cache,
+        card=card,
+        plan=plan,
+        largest=largest,
+        prefill_seconds=predicted_prefill(config, card, context, prefill),
+        decode_ms=1e3 * predicted_decode(config, cache, card, context),
+    )
+
+
+def predicted_prefill(config: ModelConfig, card: Card, context: int, prefill: str) -> float:
+    """Seconds to read ``context`` tokens: two operations per weight and token, four per query channel and visible token."""
+    linear = 2 * (config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)) * context
+    q = config.num_heads * config.head_size
+    attention = sum(4 * q * min(context / 2, span) * context for span in config.attention_spans)
+    seconds = (linear + attention) / (card.flops * card.matrix_efficiency)
+    return seconds * (SEGMENT_OVERHEAD if prefill == "streaming" else 1.0)
+
+
+def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, context: int) -> float:
+    """Seconds a token: every weight (but the embedding table) and every packed byte in sight read once."""
+    weights = (config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)) * card.dtype.itemsize
+    packed = sum(min(context, span) for span in config.attention_spans) * page_layout(cache, config).bytes_per_token
+    return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``80GiB``, ``80GB``, ``512MiB`` or a plain number.
+
+    >>> parse_bytes("1.5GiB")
+    1610612736
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B|)\s*", text)
+    if not match:
+        raise OptionError(f"memory {text!r} is not a size such as 80GiB, 80GB or 512MiB")
+    number, unit = match.groups()
+    base = 1024 if "i" in unit else 1000
+    return int(float(number) * base ** ("BKMGT".index(unit[0]) if unit else 0))
+
+
+def _card(device: str, dtype: str | None) -> Card:
+    if device in CARDS:
+        card = CARDS[device]
+    elif device == "auto" or device.split(":")[0] in ("cpu", "cuda"):
+        place = pick_device(device)
+        card = this_machine(place, pick_dtype(dtype or "auto", place))
+    else:
+        raise OptionError(f"unknown device {device!r}{nearest(device, [*CARDS, 'auto', 'cpu', 'cuda'])}")
+    return card if dtype is None else replace(card, dtype=DTYPES[dtype])
+
+
+def _name(cache: CacheConfig) -> str:
+    return "fp, 16 bits" if cache.method == "fp" else f"{cache.method} K{cache.key_bits:g} V{cache.value_bits:g} g{cache.group_size}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,50 @@
+"""The closing line of a run: what it read and wrote, how fast, and what its cache takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Figures of one generation and its sequence."""
+
+    prompt_tokens: int
+    prefill_seconds: float
+    new_tokens: int
+    decode_seconds: float
+    cached_tokens: int
+    cache_bytes: int
+    bits_per_element: float
+    times_smaller: float
+    method: str
+    backend: str
+    device: str
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens read a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """New tokens written a second, the first (which prefill gives) not counted."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
+            f"wrote {self.new_tokens:,} at {self.decode_tokens_per_s:,.1f} tokens/s ({self.backend}, {self.device}); "
+            f"cache of {self.cached_tokens:,} tokens: {self.cache_bytes / 1e6:,.2f} MB, {self.bits_per_element:.2f} bits per "
+            f"element ({self.method}), {self.times_smaller:.1f} times smaller than 16-bit"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            **asdict(self),
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+        }

@@ -1,0 +1,110 @@
+"""From a jitted function to all threads of torch: compiled once per machine, cached on disk, run on torch's own OpenMP team.
+
+numba's ``prange`` would bring a second OpenMP runtime whose idle threads spin against torch's. Here every thread of the team
+torch already keeps calls the same C function, and the threads share the work through an atomic counter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+
+Build = Callable[[int], Callable[[int], None]]
+
+
+def source_stamp() -> int:
+    """A number that changes with any source of this package: numba's cache looks at one file only."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:4], "little") + 1
+
+
+class Kernels:
+    """Entry points by name, compiled when first asked for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._compiled: dict[Build, Any] = {}
+        self._stamp = source_stamp()
+        self._announced = False
+
+    def address(self, build: Build) -> int:
+        """Address of the C function that ``build`` makes."""
+        found = self._compiled.get(build)
+        if found is None:
+            with self._lock:
+                found = self._compiled.get(build) or self._compile(build)
+                self._compiled[build] = found
+        return int(found.address)
+
+    def _compile(self, build: Build) -> Any:
+        signature = types.void(types.int64)
+        body = build(self._stamp)
+        began = time.perf_counter()
+        timer = threading.Timer(1.0, self._announce)
+        timer.start()
+        try:
+            try:
+                return cfunc(signature, cache=True)(body)
+            except RuntimeError as error:  # no folder that can be written
+                if "cannot cache" not in str(error):
+                    raise
+                return cfunc(signature)(body)
+        finally:
+            timer.cancel()
+            if self._announced:
+                print(f"  {body.__name__}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
+            print("skvq: compiling CPU kernels, once per machine (under a minute)", file=sys.stderr, flush=True)
+
+
+class Team:
+    """Calls a C function ``void(int64)`` once on each of torch's threads and waits for all."""
+
+    def __init__(self) -> None:
+        self._parallel = _torch_openmp()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, address: int, job: np.ndarray[Any, Any], threads: int) -> None:
+        """``job`` is the argument's memory; it must outlive the call, which it does: this waits."""
+        argument = job.ctypes.data
+        if threads == 1:
+            _FUNCTION(address)(argument)
+        elif self._parallel is not None:
+            self._parallel(address, argument, threads, 0)
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(max(1, torch.get_num_threads()))
+            list(self._pool.map(_FUNCTION(address), [argument] * threads))
+
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+
+
+def _torch_openmp() -> Any:
+    """``GOMP_parallel`` of the OpenMP runtime that torch is linked to (libgomp, or Intel's and LLVM's that speak it too)."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            try:
+                function = ctypes.CDLL(str(folder / name)).GOMP_parallel
+            except (OSError, AttributeError):
+                return None
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            function.restype = None
+            return function
+    return None

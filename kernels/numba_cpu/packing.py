@@ -1,0 +1,206 @@
+"""Quantize and pack whole tiles, and the way back: float32 rows in the stored basis to pages and from pages.
+
+A task is a tile and the groups of one kv head, or of all where groups cross heads. Group j of a side holds the channels
+``channels[starts[j] : starts[j + 1]]`` of all KH * D; its metadata lie with kv head ``j // G``.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from skvq.kernels.numba_cpu.numeric import decode_meta
+from skvq.kernels.numba_cpu.quantizer import quantize
+from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, pack_job_at, u8
+from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK, SLOTS, TRITS, load_keys, load_values, round_up
+
+
+@njit(**FAST)
+def quantize_side(job, work, start, head, heads, side):
+    """Codes of a tile to ``w_codes``: keys ``[token][channel]``, values ``[channel][token]``; words to the pages' metadata."""
+    size, groups, tile = job.size, job.groups, job.tile
+    channels_all = job.kv_heads * size
+    page, inside = page_of(job, start)
+    if side == 0:
+        source, levels, units, clips = job.keys, job.key_levels, f32(job.key_unit), f32(job.key_clip)
+        starts, channels = i64(job.key_starts), i64(job.key_channels)
+    else:
+        source, levels, units, clips = job.values, job.value_levels, f32(job.value_unit), f32(job.value_clip)
+        starts, channels = i64(job.value_starts), i64(job.value_channels)
+    group, coded, codes = f32(work + job.w_group), u8(work + job.w_group + 4 * channels_all), u8(work + job.w_codes)
+    by_channel, by_token = (1, heads * size) if side == 0 else (tile, 1)
+    flags = u8(job.retained + start - job.first)
+    for j in range(head * groups, (head + heads) * groups):
+        begin, count = starts[j], starts[j + 1] - starts[j]
+        words = i32(job.meta + page * job.meta_page + j // groups * job.meta_head + 4 * (inside * groups + j % groups) * tile)
+        for t in range(tile):
+            row = f32(source + 4 * (start - job.first + t) * channels_all)
+            for i in range(count):
+                group[i] = row[channels[begin + i]]
+            word = quantize(work + job.w_group, count, levels, units[j], clips[j], work + job.w_group + 4 * channels_all)
+            if side == 0:
+                words[t] = word | (128 if flags[t] and j % groups == 0 else 0)
+            else:
+                words[t] = (words[t] & 0xFFFF) | (word << 16)
+            for i in range(count):
+                codes[(channels[begin + i] - head * size) * by_channel + t * by_token] = coded[i]
+
+
+@njit(**FAST)
+def page_of(job, start):
+    """Page and tile within it of the tile that starts at a token."""
+    number = start // job.tile
+    return np.int64(i32(job.page_row)[number // job.tiles]), number % job.tiles
+
+
+@njit(**FAST)
+def pack_planes(codes, stride, rows, count, out, levels, across):
+    """Planes of ``rows`` x ``count`` codes: planes divide the row, or (``across``) the rows, whose ``count`` codes share a shift."""
+    widths = 2 if levels <= 8 else 4 if levels == 16 else 8
+    place = 0
+    while True:
+        planes, mask = 8 // widths, np.uint8((1 << widths) - 1)
+        if across:
+            for b in range(rows // planes):
+                to = u8(out + b * count)
+                for p in range(planes):
+                    given, shift = u8(codes + (p * (rows // planes) + b) * stride), np.uint8(p * widths)
+                    for t in range(count):
+                        bits = ((given[t] >> place) & mask) << shift
+                        to[t] = bits if p == 0 else to[t] | bits
+            out += rows // planes * count
+        else:
+            width = count // planes
+            for t in range(rows):
+                to = u8(out + t * width)
+                for p in range(planes):
+                    given, shift = u8(codes + t * stride + p * width), np.uint8(p * widths)
+                    for b in range(width):
+                        bits = ((given[b] >> place) & mask) << shift
+                        to[b] = bits if p == 0 else to[b] | bits
+            out += rows * width
+        if levels != 8 or place == 2:
+            return
+        widths, place = 1, 2
+
+
+@njit(**FAST)
+def pack_trits(codes, slot_step, plane_step, rows, row_step, count, out):
+    """Bytes ``[rows][count]`` of five trits each: trit p of a byte lies ``p * plane_step`` on; ``count`` codes at ``slot_step``."""
+    for r in range(rows):
+        given, to = u8(codes + r * row_step), u8(out + r * count)
+        for b in range(count):
+            value = np.int32(0)
+            for p in range(TRITS):
+                value = value * 3 + given[b * slot_step + p * plane_step]
+            to[b] = (256 * value + 242) // 243
+
+
+@njit(**FAST)
+def write_codes(job, work, start, head, heads, side):
+    """Codes of a tile from ``w_codes`` to the pages."""
+    size, tile = job.size, job.tile
+    page, inside = page_of(job, start)
+    for h in range(heads):
+        if side == 0:
+            codes, stride = work + job.w_codes + h * size, heads * size
+            out = job.key_codes + page * job.key_page + (head + h) * job.key_head + inside * job.key_tile
+            if job.key_levels == 3:
+                pack_trits(codes, 1, SLOTS * stride, SLOTS, stride, size, out)
+            else:
+                pack_planes(codes, stride, tile, size, out, job.key_levels, False)
+        else:
+            codes = work + job.w_codes + h * size * tile
+            out = job.value_codes + page * job.value_page + (head + h) * job.value_head + inside * job.value_tile
+            if job.value_levels == 3:
+                pack_trits(codes, 1, SLOTS, size, tile, SLOTS, out)
+            else:
+                pack_planes(codes, tile, size, tile, out, job.value_levels, True)
+
+
+def build_pack(stamp):
+    """Entry point: the job's address."""
+
+    def pack(address):
+        if stamp == 0:
+            return
+        job = pack_job_at(address)
+        work = job.work + fetch_add(job.counters + 8, 1) * job.work_bytes
+        parts = job.kv_heads // job.heads_together
+        while True:
+            task = fetch_add(job.counters, 1)
+            if task >= job.count // job.tile * parts:
+                break
+            start, head = job.first + task // parts * job.tile, task % parts * job.heads_together
+            for side in range(2):
+                quantize_side(job, work, start, head, job.heads_together, side)
+                write_codes(job, work, start, head, job.heads_together, side)
+
+    return pack
+
+
+@njit(**FAST)
+def read_keys(job, work, start, head):
+    """Stored keys of a tile and head as float32 rows."""
+    size, tile, groups = job.size, job.tile, job.groups
+    half = np.float32((job.key_levels - 1) * 0.5)
+    for word in range(size // 4):
+        words = i32(work + job.w_codes + word * tile * 4)
+        for k in range(4):
+            channel = head * size + 4 * word + k
+            label = i64(job.key_labels)[channel]
+            unit = f32(job.key_unit)[label]
+            meta = work + job.w_meta + 4 * tile * (4 * groups * (label // groups) + label % groups)
+            scale, mid = f32(meta), f32(meta + 4 * groups * tile)
+            out = f32(job.keys + 4 * ((start - job.first) * job.kv_heads * size + channel))
+            for t in range(tile):
+                code = np.float32((words[t] >> np.int32(8 * k)) & np.int32(255))
+                out[t * job.kv_heads * size] = mid[t] * unit + scale[t] * unit * (code - half)
+
+
+@njit(**FAST)
+def read_values(job, work, start, head):
+    """Stored values of a tile and head as float32 rows."""
+    size, tile, groups = job.size, job.tile, job.groups
+    half, lanes = np.float32((job.value_levels - 1) * 0.5), round_up(size, LANE_BLOCK)
+    for c in range(size):
+        channel = head * size + c
+        label = i64(job.value_labels)[channel]
+        unit = f32(job.value_unit)[label]
+        meta = work + job.w_meta + 4 * tile * (4 * groups * (label // groups) + 2 * groups + label % groups)
+        scale, mid = f32(meta), f32(meta + 4 * groups * tile)
+        out = f32(job.values + 4 * ((start - job.first) * job.kv_heads * size + channel))
+        codes = u8(work + job.w_codes + 4 * c)
+        for t in range(tile):
+            code = np.float32(codes[t // 4 * lanes * 4 + t % 4])
+            out[t * job.kv_heads * size] = mid[t] * unit + scale[t] * unit * (code - half)
+
+
+def build_unpack(stamp):
+    """Entry point: the job's address."""
+
+    def unpack(address):
+        if stamp == 0:
+            return
+        job = pack_job_at(address)
+        work = job.work + fetch_add(job.counters + 8, 1) * job.work_bytes
+        size, tile, words = job.size, job.tile, 4 * job.groups * job.tile
+        while True:
+            task = fetch_add(job.counters, 1)
+            if task >= job.count // tile * job.kv_heads:
+                break
+            start, head = job.first + task // job.kv_heads * tile, task % job.kv_heads
+            page, inside = page_of(job, start)
+            for other in range(job.kv_heads):
+                if other == head or job.heads_together > 1:
+                    meta = job.meta + page * job.meta_page + other * job.meta_head + inside * words
+                    decode_meta(meta, work + job.w_meta + 4 * other * words, work + job.w_group, job.groups, tile)
+            keys = job.key_codes + page * job.key_page + head * job.key_head + inside * job.key_tile
+            values = job.value_codes + page * job.value_page + head * job.value_head + inside * job.value_tile
+            load_keys(keys, work + job.w_codes, job.key_levels, size, tile)
+            read_keys(job, work, start, head)
+            load_values(values, work + job.w_codes, job.value_levels, size, tile)
+            read_values(job, work, start, head)
+
+    return unpack

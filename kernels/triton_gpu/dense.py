@@ -1,0 +1,115 @@
+"""Decode attention over 16-bit tokens: full-precision slots, and the pages of method ``fp``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.packed import NEVER
+from skvq.kernels.triton_gpu.prepare import LOG2E
+
+
+@triton.jit
+def dense_step(q, k, v, seen, m_i, l_i, acc, scale):
+    """One block of tokens: scores [T, N] on the M rows, masked by ``seen``, added to the running softmax."""
+    x = tl.where(seen, tl.dot(k, q) * scale, NEVER)
+    m_new = tl.maximum(m_i, tl.max(x, 0))
+    alpha = tl.exp2(m_i - m_new)
+    p = tl.exp2(x - tl.where(m_new > NEVER * 0.5, m_new, 0.0)[None, :])
+    l_i = l_i * alpha + tl.sum(p, 0)
+    acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :])
+    return m_new, l_i, acc
+
+
+@triton.jit
+def load_columns(q_ptr, column, row, head, heads, queries, repeat, D: tl.constexpr):
+    """q [D, N] in its own dtype; columns past the last query head are zero."""
+    query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
+    d = tl.arange(0, D)
+    return tl.load(q_ptr + query[None, :] * D + d[:, None], mask=(column < queries * repeat)[None, :], other=0.0)
+
+
+@triton.jit
+def attend_slots_kernel(
+    q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
+    stride_slot, stride_head, stride_token, stride_held, heads, chunks, queries, repeat, count, span, columns,
+    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial attention of one kv head, one chunk of NH columns and one block share of a sequence's slots.
+
+    Visible: ``0 <= held <= t`` and ``t - held < span``. An empty slot may hold anything, NaN included: it is read as zero.
+    Reads 4 D bytes a slot, writes NH rows of D + 2 floats.
+    """
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
+    chunk = tl.program_id(2) % chunks
+    splits = tl.num_programs(1)
+    column = chunk * NH + tl.arange(0, NH)
+    d = tl.arange(0, D)
+    b = tl.arange(0, BLOCK)
+    q = load_columns(q_ptr, column, row, head, heads, queries, repeat, D)
+    now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
+    slot = tl.load(slots_ptr + row)
+    scale = LOG2E / D**0.5
+    m_i = tl.full([NH], NEVER, tl.float32)
+    l_i = tl.zeros([NH], tl.float32)
+    acc = tl.zeros([D, NH], tl.float32)
+    for start in range(split * BLOCK, count, splits * BLOCK):
+        at = start + b
+        held = tl.load(held_ptr + slot * stride_held + at, mask=at < count, other=-1)
+        place = slot * stride_slot + head * stride_head + at[:, None].to(tl.int64) * stride_token + d[None, :]
+        k = tl.load(key_ptr + place, mask=(held >= 0)[:, None], other=0.0)
+        v = tl.load(value_ptr + place, mask=(held >= 0)[:, None], other=0.0)
+        age = now[None, :] - held[:, None]
+        seen = (held >= 0)[:, None] & (age >= 0) & (age < span)
+        m_i, l_i, acc = dense_step(q.to(k.dtype), k, v, seen, m_i, l_i, acc, scale)
+    out = ((row * heads + head) * columns + column).to(tl.int64) * splits + split
+    inside = column < columns
+    tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
+    tl.store(stat_ptr + out * 2, m_i, mask=inside)
+    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+
+
+@triton.jit
+def attend_plain_kernel(
+    q_ptr, key_ptr, value_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr, part_ptr, stat_ptr,
+    stride_page, stride_head, stride_pages_slot, heads, chunks, queries, repeat, span, columns,
+    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial attention of one kv head, one chunk of NH columns and one split of a sequence's 16-bit pages.
+
+    Reads 4 D bytes a token once, writes NH rows of D + 2 floats.
+    """
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
+    chunk = tl.program_id(2) % chunks
+    splits = tl.num_programs(1)
+    column = chunk * NH + tl.arange(0, NH)
+    d = tl.arange(0, D)
+    b = tl.arange(0, BLOCK)
+    q = load_columns(q_ptr, column, row, head, heads, queries, repeat, D)
+    now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
+    oldest = now - span + 1
+    packed = tl.load(packed_ptr + row)
+    row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
+    blocks = tl.cdiv(packed, BLOCK)
+    begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // BLOCK, blocks)
+    per_split = tl.cdiv(blocks - begin, splits)
+    start = begin + split * per_split
+    stop = tl.minimum(start + per_split, blocks)
+    scale = LOG2E / D**0.5
+    m_i = tl.full([NH], NEVER, tl.float32)
+    l_i = tl.zeros([NH], tl.float32)
+    acc = tl.zeros([D, NH], tl.float32)
+    page = tl.load(row_ptr + start // (1280 // BLOCK), mask=start < stop, other=0).to(tl.int64)
+    for i in range(start, stop):
+        place = page * stride_page + head * stride_head + ((i % (1280 // BLOCK)) * BLOCK + b)[:, None] * D + d[None, :]
+        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // (1280 // BLOCK)).to(tl.int64)
+        at = (i * BLOCK + b)[:, None]
+        k = tl.load(key_ptr + place, mask=at < packed, other=0.0)
+        v = tl.load(value_ptr + place, mask=at < packed, other=0.0)
+        seen = (at < packed) & (at >= oldest[None, :])
+        m_i, l_i, acc = dense_step(q.to(k.dtype), k, v, seen, m_i, l_i, acc, scale)
+    out = ((row * heads + head) * columns + column).to(tl.int64) * splits + split
+    inside = column < columns
+    tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
+    tl.store(stat_ptr + out * 2, m_i, mask=inside)
+    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)

@@ -1,0 +1,99 @@
+"""Decode attention over packed pages whose groups cross heads and whose keys are stored before RoPE (method ``reorder``)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.dense import load_columns
+from skvq.kernels.triton_gpu.pack import e4m3_decode
+from skvq.kernels.triton_gpu.packed import NEVER
+from skvq.kernels.triton_gpu.prepare import LOG2E
+from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
+
+
+@triton.jit
+def attend_labels_kernel(
+    q_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, key_unit_ptr, value_unit_ptr, key_label_ptr, value_label_ptr,
+    part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
+    stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
+    stride_pages_slot, heads, chunks, queries, repeat, span, columns, rope_scale,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr,
+):  # fmt: skip
+    """Partial attention of one kv head, one chunk of NH columns and one split of tiles, dequantized in registers.
+
+    A key is turned by its place in the tile (a fixed table), the queries back by the tile's base: ``q . RoPE_(b+j)(k) =
+    (RoPE_-b q) . RoPE_j(k)``. Reads the codes of its kv head and the metadata of all, which the other heads read too.
+    """
+    TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
+    TILES: tl.constexpr = 1280 // TILE
+    H: tl.constexpr = D // 2
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
+    chunk = tl.program_id(2) % chunks
+    column = chunk * NH + tl.arange(0, NH)
+    j = tl.arange(0, H)
+    d = tl.arange(0, D)[None, :]
+    s = tl.arange(0, 32)[:, None]
+    q = load_columns(q_ptr, column, row, head, heads, queries, repeat, D).to(tl.float32) * (rope_scale * LOG2E / D**0.5)
+    qa, qb = tl.split(tl.permute(tl.reshape(q, [2, H, NH]), (1, 2, 0)))
+    now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
+    oldest = now - span + 1
+    tiles = tl.load(packed_ptr + row) // TILE
+    begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // TILE, tiles)
+    per_split = tl.cdiv(tiles - begin, tl.num_programs(1))
+    start = begin + split * per_split
+    stop = tl.minimum(start + per_split, tiles)
+    row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
+    label_a = tl.load(key_label_ptr + head * D + j)[None, :]
+    label_b = tl.load(key_label_ptr + head * D + H + j)[None, :]
+    label_v = tl.load(value_label_ptr + head * D + d)
+    unit_a, unit_b, unit_v = tl.load(key_unit_ptr + label_a), tl.load(key_unit_ptr + label_b), tl.load(value_unit_ptr + label_v)
+    m_i = tl.full([NH], NEVER, tl.float32)
+    l_i = tl.zeros([NH], tl.float32)
+    acc = tl.zeros([D, NH], tl.float32)
+    for i in range(start, stop):
+        page = tl.load(row_ptr + i // TILES).to(tl.int64)
+        key = key_ptr + page * stride_key_page + head * stride_key_head
+        key += (i % TILES) * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
+        value = value_ptr + page * stride_value_page + head * stride_value_head
+        value += (i % TILES) * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
+        meta = meta_ptr + page * stride_meta_page + (i % TILES) * (G * TILE)
+        base_cos, base_sin = tl.load(turn_ptr + i * D + j)[:, None], tl.load(turn_ptr + i * D + H + j)[:, None]
+        ra, rb = (qa * base_cos + qb * base_sin).to(tl.float16), (qb * base_cos - qa * base_sin).to(tl.float16)
+        for share in range(TILE // 32):
+            t = share * 32 + s
+            cos = tl.load(table_ptr + t * D + j[None, :]).to(tl.float32)
+            sin = tl.load(table_ptr + t * D + H + j[None, :]).to(tl.float32)
+            ka = key_channels(key, meta, label_a, unit_a, share, s, t, j[None, :], stride_meta_head, D, KEY_BITS, G, TILE)
+            kb = key_channels(key, meta, label_b, unit_b, share, s, t, H + j[None, :], stride_meta_head, D, KEY_BITS, G, TILE)
+            x = tl.dot((ka * cos - kb * sin).to(tl.float16), ra)
+            x = tl.dot((kb * cos + ka * sin).to(tl.float16), rb, x)
+            flag = tl.load(meta + share * 32 + s) & 0x80
+            at = i * TILE + t
+            x = tl.where((flag == 0) & (at >= oldest[None, :]), x, NEVER)
+            word = load_meta(meta, label_v, t, stride_meta_head, G, TILE) >> 16
+            code = load_codes(value, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32)
+            code -= ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
+            v = e4m3_decode((word >> 8) & 0xFF) * unit_v + e4m3_decode(word & 0xFF) * unit_v * code
+            m_new = tl.maximum(m_i, tl.max(x, 0))
+            alpha = tl.exp2(m_i - m_new)
+            p = tl.exp2(x - tl.where(m_new > NEVER * 0.5, m_new, 0.0)[None, :])
+            l_i = l_i * alpha + tl.sum(p, 0)
+            acc = tl.dot(tl.trans(v.to(tl.float16)), p.to(tl.float16), acc * alpha[None, :])
+            m_i = m_new
+    out = ((row * heads + head) * columns + column).to(tl.int64) * tl.num_programs(1) + split
+    inside = column < columns
+    tl.store(part_ptr + out[None, :] * D + tl.arange(0, D)[:, None], acc, mask=inside[None, :])
+    tl.store(stat_ptr + out * 2, m_i, mask=inside)
+    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+
+
+@triton.jit
+def key_channels(
+    key, meta, label, unit, share, s, t, d, stride_meta_head, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Keys before RoPE of 32 tokens at the channels ``d`` [1, n], float32."""
+    word = load_meta(meta, label, t, stride_meta_head, G, TILE)
+    code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - ((3 if BITS == 15 else 2**BITS) - 1) / 2
+    return e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code

@@ -1,0 +1,81 @@
+"""Unpacking to the stored basis: what streaming prefill stages, a tile a program."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.pack import e4m3_decode
+
+
+@triton.jit
+def load_field(base, t, d, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BY_TOKEN: tl.constexpr):
+    """Field (int32) of channels ``d`` [1, D] of tokens ``t`` [T, 1] of a tile: one plane set."""
+    size: tl.constexpr = D * WIDTH // 8
+    row: tl.constexpr = size if BY_TOKEN else 1
+    column: tl.constexpr = 1 if BY_TOKEN else TILE
+    byte = tl.load(base + t * row + (d % size) * column).to(tl.int32)
+    return (byte >> (d // size * WIDTH)) & (2**WIDTH - 1)
+
+
+@triton.jit
+def load_codes(base, share, s, d, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BY_TOKEN: tl.constexpr):
+    """Codes (int32) of tokens ``32 share + s`` [T, 1], channels ``d`` [1, D], of one tile."""
+    if BITS == 15:
+        byte = tl.load(base + (s * D + d if BY_TOKEN else d * 32 + s)).to(tl.int32)
+        for _ in range(share):
+            byte = (byte * 3) & 0xFF
+        return (byte * 3) >> 8
+    else:
+        t = share * 32 + s
+        low: tl.constexpr = 2 if BITS == 3 else BITS
+        code = load_field(base, t, d, D, low, TILE, BY_TOKEN)
+        if BITS == 3:
+            code |= load_field(base + TILE * D // 4, t, d, D, 1, TILE, BY_TOKEN) << 2
+        return code
+
+
+@triton.jit
+def load_meta(meta, label, t, stride_head, G: tl.constexpr, TILE: tl.constexpr):
+    """Metadata words of tokens ``t`` [T, 1] for the groups ``label`` [1, D]; ``meta`` is the tile of kv head 0."""
+    return tl.load(meta + (label // G) * stride_head + (label % G) * TILE + t)
+
+
+@triton.jit
+def unpack_kernel(
+    key_out_ptr, value_out_ptr, key_code_ptr, value_code_ptr, meta_ptr, page_ptr, key_unit_ptr, value_unit_ptr,
+    key_label_ptr, value_label_ptr, first_tile,
+    stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """``mid + scale * (code - (levels - 1) / 2)`` of 32 tokens of one kv head, keys and values, float32 [T, KH, D].
+
+    A channel's group is its label, also where groups are contiguous. The product is exact, hence every bit is that of the
+    reference. Reads the tile's share once, writes 8 bytes a channel and token.
+    """
+    TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
+    TILES: tl.constexpr = 1280 // TILE
+    tile, share = tl.program_id(0) // (TILE // 32), tl.program_id(0) % (TILE // 32)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    page = tl.load(page_ptr + (first_tile + tile) // TILES).to(tl.int64)
+    place = (first_tile + tile) % TILES
+    s = tl.arange(0, 32)[:, None]
+    d = tl.arange(0, D)[None, :]
+    out = ((tl.program_id(0) * 32 + s).to(tl.int64) * heads + head) * D + d
+    meta = meta_ptr + page * stride_meta_page + place * (G * TILE)
+
+    base = key_code_ptr + page * stride_key_page + head * stride_key_head
+    base += place * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
+    label = tl.load(key_label_ptr + head * D + d)
+    unit = tl.load(key_unit_ptr + label)
+    word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
+    code = load_codes(base, share, s, d, D, KEY_BITS, TILE, True).to(tl.float32) - ((3 if KEY_BITS == 15 else 2**KEY_BITS) - 1) / 2
+    tl.store(key_out_ptr + out, e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code)
+
+    base = value_code_ptr + page * stride_value_page + head * stride_value_head
+    base += place * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
+    label = tl.load(value_label_ptr + head * D + d)
+    unit = tl.load(value_unit_ptr + label)
+    word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
+    code = load_codes(base, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32) - ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
+    tl.store(value_out_ptr + out, e4m3_decode((word >> 24) & 0xFF) * unit + e4m3_decode((word >> 16) & 0xFF) * unit * code)

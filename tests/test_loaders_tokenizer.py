@@ -1,0 +1,457 @@
+"""Tokenizers against the libraries and models they reproduce: ids, text, streams and chat formats."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+from skvq.engine.errors import SkvqError
+from skvq.loaders.dummy import dummy_tokenizer
+from skvq.loaders.fast_tokenizer import FastTokenizer
+from skvq.loaders.fields import Fields
+from skvq.loaders.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer
+from skvq.loaders.hf import config_to_json
+from skvq.loaders.hub import resolve
+from skvq.loaders.model_files import ModelFiles
+from skvq.loaders.tokenizer import TextStream, Tokenizer, load_tokenizer
+from skvq.tests.loader_fixtures import WORDS, byte_level_pipeline, refused, tiny_config
+
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+STRICT = """{{- bos_token }}
+{%- if messages[0].role == 'assistant' %}{{ raise_exception('who\nspoke?') }}{% endif %}
+{% for message in messages %}
+    {%- if message.role == 'skip' %}{% continue %}{% endif %}
+    [{{ message.role | upper }}] {{ message | tojson }} <b>{{ message.content | trim }}</b>
+{% endfor %}
+{%- if tools is not none %}tools{% endif %}{{ eos_token if not add_generation_prompt }}"""
+TURNS = [
+    {"role": "system", "content": "Bé brief & <kind>."},
+    {"role": "skip", "content": "unseen"},
+    {"role": "user", "content": " 1 < 2? \n"},
+]
+SAMPLES = [
+    "",
+    " ",
+    "Hello, world! It's 12345 o'clock; we'RE here.",
+    "def f(x):\n\treturn x**2  # 3.14\n\n\n  y\r\n",
+    "<a href='x'>T&amp;</a>",
+    "naïve — déjà vu 日本語 العربية 😀👩\u200d👧",
+    "a\x00b\u2581c   d  ",
+    "cafe\u0301 decomposed",
+]
+TEXTS = st.text(max_size=60) | st.lists(st.sampled_from(SAMPLES), max_size=3).map("".join)
+
+
+def save_folder(folder: Path, pipeline: Any, options: dict[str, Any] | None = None) -> ModelFiles:
+    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    pipeline.save(str(folder / "tokenizer.json"))
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(defaults | (options or {})))
+    return ModelFiles(folder, "safetensors")
+
+
+def with_bos(pipeline: Any) -> Any:
+    bos = pipeline.token_to_id("<s>")
+    pipeline.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return pipeline
+
+
+def theirs_of(folder: Path) -> Any:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    return load_tokenizer(resolve("smollm2-135m"))
+
+
+@pytest.fixture(scope="module")
+def byte_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return save_folder(tmp_path_factory.mktemp("bytes"), with_bos(byte_level_pipeline()), {"chat_template": CHATML})
+
+
+@pytest.fixture(scope="module")
+def spm_model() -> bytes:
+    """A SentencePiece BPE like Llama's: byte fallback, no normalization, a space before the text."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS.split("\n") * 3),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        user_defined_symbols=["[TOOL]"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def spm_folder(tmp_path_factory: pytest.TempPathFactory, spm_model: bytes) -> ModelFiles:
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    (folder / "tokenizer.model").write_bytes(spm_model)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return ModelFiles(folder, "safetensors")
+
+
+def spm_fields(model: bytes, **changes: Any) -> Fields:
+    """The GGUF metadata that llama.cpp's converter writes for a SentencePiece model."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = range(sp.get_piece_size())
+    kinds = [
+        CONTROL if sp.is_control(i) else UNKNOWN if sp.is_unknown(i) else BYTE if sp.is_byte(i)
+        else USER_DEFINED if sp.id_to_piece(i) == "[TOOL]" else NORMAL
+        for i in size
+    ]  # fmt: skip
+    data = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [sp.id_to_piece(i) for i in size],
+        "tokenizer.ggml.scores": np.array([sp.get_score(i) for i in size], dtype=np.float32),
+        "tokenizer.ggml.token_type": np.array(kinds, dtype=np.int32),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.chat_template": CHATML,
+    }
+    return Fields(data | changes, "m.gguf")
+
+
+def test_smollm2_gives_the_ids_of_llama_cpp(smollm2: Tokenizer) -> None:
+    """Recorded from llama.cpp (llama-cpp-python 0.3.36, special tokens parsed)."""
+    known = {
+        "Hello world 123 <|im_end|>": [19556, 905, 216, 33, 34, 35, 216, 2],
+        SAMPLES[3].replace("\r\n", "").replace("3.14", "3.14159 1234"): [
+            1604, 275, 24, 104, 727, 198, 197, 5406, 1792, 828, 34, 216, 907, 216, 35, 30, 33, 36, 33, 37, 41, 216, 33,
+            34, 35, 36, 1116, 3805, 329,
+        ],
+        "<a href='x'>T&amp;</a>\n<!-- 12 -->": [
+            44, 81, 31680, 2069, 104, 23, 46, 68, 22, 1613, 43, 9617, 81, 46, 198, 44, 17, 423, 216, 33, 34, 29255,
+        ],
+        "emoji 😀👩\u200d👩\u200d👧 ñ 日本語 العربية e\u0301": [
+            391, 33777, 40303, 218, 10813, 235, 119, 321, 231, 10813, 235, 119, 321, 231, 10813, 235, 117, 5549, 126,
+            17097, 241, 115, 40993, 179, 120, 248, 27819, 34966, 20602, 31462, 23339, 43463, 297, 151, 219,
+        ],
+        "  lead   trail  ": [216, 1022, 256, 11231, 256],
+    }  # fmt: skip
+    for text, ids in known.items():
+        assert smollm2.encode(text) == ids, text
+    assert smollm2.bos_token_id == 1 and smollm2.eos_token_ids == (2, 0) and smollm2.vocab_size == 49152
+
+
+def test_smollm2_equals_llama_cpp_on_a_book(smollm2: Tokenizer) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from pydoc_data.topics import topics
+
+    path = str(resolve("smollm2-135m").path)
+    peer = llama_cpp.Llama(model_path=path, vocab_only=True, verbose=False)
+    text = "\n".join(topics.values())[:100_000]
+    assert smollm2.encode(text) == peer.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def test_smollm2_chat(smollm2: Tokenizer) -> None:
+    ids = smollm2.encode_chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
+    assert ids == smollm2.encode(
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ids.count(1) == 3 and ids.count(2) == 2
+    assert smollm2.token_text(2) == "<|im_end|>" and smollm2.token_bytes(2) == b""
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_smollm2_round_trip(smollm2: Tokenizer, text: str) -> None:
+    """But for the few bytes that its vocabulary lacks (0xF1, 0xF2 ...), which its own tokenizer drops as well."""
+    known = {smollm2.token_bytes(index) for index in range(1000)}
+    assume(all(bytes([byte]) in known for byte in text.encode()))
+    assert smollm2.decode(smollm2.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+def test_tokenizer_json_equals_transformers(byte_folder: ModelFiles, text: str) -> None:
+    ours, theirs = load_tokenizer(byte_folder), theirs_of(byte_folder.path)
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.encode(text, bos=False) == theirs.encode(text, add_special_tokens=False)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True) == text
+
+
+def test_added_tokens_that_are_not_special_stay_in_the_text(tmp_path: Path) -> None:
+    pipeline = byte_level_pipeline(size=300)
+    pipeline.add_tokens(["<tool_call>", "two words", "día"])
+    pipeline.add_special_tokens(["<|hidden|>"])
+    files = save_folder(tmp_path, pipeline)
+    ours, theirs = load_tokenizer(files), theirs_of(tmp_path)
+    ids = theirs.encode("a <tool_call>two words día<|hidden|> quick")
+    assert ours.encode("a <tool_call>two words día<|hidden|> quick") == ids and {300, 301, 302, 303} < set(ids)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a <tool_call>two words día quick"
+
+
+@pytest.mark.parametrize(("option", "expected"), [(None, True), (False, False), (True, True)])
+def test_the_first_token_follows_the_model_s_own_rule(tmp_path: Path, option: bool | None, expected: bool) -> None:
+    options = {} if option is None else {"add_bos_token": option}
+    ours = load_tokenizer(save_folder(tmp_path, with_bos(byte_level_pipeline()), options))
+    assert (ours.encode("quick")[0] == ours.bos_token_id) == expected
+    assert ours.encode("quick", bos=False)[0] != ours.bos_token_id
+
+
+def test_without_a_rule_nothing_is_added(tmp_path: Path) -> None:
+    ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline()))
+    assert ours.encode("quick") == ours.encode("quick", bos=False)
+
+
+def test_truncation_and_padding_saved_in_the_file_are_switched_off(tmp_path: Path) -> None:
+    pipeline = byte_level_pipeline()
+    pipeline.enable_truncation(4)
+    pipeline.enable_padding(length=64)
+    ours = load_tokenizer(save_folder(tmp_path, pipeline))
+    assert ours.decode(ours.encode(WORDS)) == WORDS and len(ours.encode("a")) == 1
+
+
+@pytest.mark.parametrize("template", [CHATML, STRICT])
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("place", ["config", "list", "jinja"])
+def test_chat_equals_transformers(tmp_path: Path, template: str, prompt: bool, place: str) -> None:
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    options = {"config": {"chat_template": template}, "list": {"chat_template": named}, "jinja": {}}[place]
+    files = save_folder(tmp_path, with_bos(byte_level_pipeline()), options)
+    if place == "jinja":
+        (tmp_path / "chat_template.jinja").write_text(template)
+    want = theirs_of(tmp_path).apply_chat_template(
+        TURNS, add_generation_prompt=prompt, tokenize=True, return_dict=False
+    )
+    assert load_tokenizer(files).encode_chat(TURNS, add_generation_prompt=prompt) == want
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "fragments"),
+    [
+        (None, TURNS, ["no chat template"]),
+        (STRICT, [{"role": "assistant", "content": ""}], ["who"]),
+        ("{% for %}", TURNS, ["TemplateSyntaxError"]),
+        ("{{ messages[0].nothing.deeper }}", TURNS, ["UndefinedError"]),
+        ("{{ ''.__class__.__mro__ }}", TURNS, ["SecurityError"]),
+        (CHATML, [{"role": "user"}], ["message 0", "content"]),
+        (CHATML, ["hi"], ["message 0"]),
+        (CHATML, [], ["at least one"]),
+    ],
+)
+def test_a_chat_that_cannot_be_rendered_is_one_line(
+    tmp_path: Path, template: str | None, messages: Any, fragments: list[str]
+) -> None:
+    options = {} if template is None else {"chat_template": template}
+    ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline(), options))
+    refused(lambda: ours.encode_chat(messages), *fragments)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_sentencepiece_files_and_gguf_vocabularies_equal_sentencepiece(
+    spm_folder: ModelFiles, spm_model: bytes, text: str
+) -> None:
+    sp = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
+    want = sp.encode(text)
+    file = load_tokenizer(spm_folder)
+    assert file.encode(text) == [sp.bos_id(), *want] and file.encode(text, bos=False) == want
+    assert file.decode(want) == sp.decode(want)
+    built = build_tokenizer(spm_fields(spm_model), tiny_config())
+    assert built.encode(text, bos=False) == want and built.encode(text)[0] == 1
+    assert built.decode(want) == file.decode(want)
+
+
+def test_special_tokens_are_parsed_in_sentencepiece_chats(spm_folder: ModelFiles, spm_model: bytes) -> None:
+    file, built = load_tokenizer(spm_folder), build_tokenizer(spm_fields(spm_model), tiny_config())
+    ids = file.encode_chat(TURNS)
+    assert ids.count(1) == 4 and ids.count(2) == 3
+    assert ids == built.encode_chat(TURNS)
+
+
+def test_no_space_is_added_where_the_file_says_so(spm_model: bytes) -> None:
+    built = build_tokenizer(spm_fields(spm_model, **{"tokenizer.ggml.add_space_prefix": False}), tiny_config())
+    assert not built.strips_first_space
+    assert built.decode(built.encode(" a")) == " a" and built.decode(built.encode("a")) == "a"
+
+
+def bpe_fields(pre: str) -> tuple[Fields, dict[str, int], list[tuple[str, str]]]:
+    """A byte-level GGUF vocabulary with merges across every boundary that pre-tokenizers draw differently."""
+    model = json.loads(byte_level_pipeline(size=330).to_str())["model"]
+    vocab, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    for a, b in [("1", "2"), ("12", "3"), ("123", "4"), ("Ġ", "1"), (".", "Ċ"), ("'", "R"), ("'R", "E"), ("a", "1")]:
+        if a + b not in vocab:
+            vocab[a + b] = len(vocab)
+            merges.append((a, b))
+    vocab["Ġbird"] = len(vocab)  # no merge leads to it: only a vocabulary of whole words finds it
+    kinds = np.full(len(vocab), NORMAL, dtype=np.int32)
+    kinds[:2] = CONTROL
+    data = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": sorted(vocab, key=vocab.__getitem__),
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.bos_token_id": 0,
+    }
+    return Fields(data, "m.gguf"), vocab, merges
+
+
+def build(pre: str) -> FastTokenizer:
+    return build_tokenizer(bpe_fields(pre)[0], tiny_config(vocab_size=400, bos_token_id=0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_qwen2_vocabularies_equal_transformers(text: str) -> None:
+    fields, vocab, merges = bpe_fields("qwen2")
+    theirs = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, unk_token=None, pad_token=None, eos_token="</s>", bos_token="<s>"
+    )
+    ours = build_tokenizer(fields, tiny_config(vocab_size=400))
+    assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("pre", "bos", "digits", "contraction"),
+    [
+        ("llama-bpe", True, ["123", "4"], True),
+        ("qwen2", False, ["1", "2", "3", "4"], True),
+        ("smollm", False, ["1", "2", "3", "4"], False),
+        ("gpt-2", False, ["12", "34"], False),
+        ("default", False, ["12", "34"], False),
+    ],
+)
+def test_each_pre_tokenizer_draws_its_own_boundaries(pre: str, bos: bool, digits: list[str], contraction: bool) -> None:
+    """Digits of a number that may merge, and whether ``'RE`` in capitals is one word (Llama 3, Qwen2)."""
+    ours = build(pre)
+    assert (ours.encode("x")[0] == 0) == bos
+    assert [ours.token_text(i) for i in ours.encode("1234", bos=False)] == digits
+    assert ("'RE" in [ours.token_text(i) for i in ours.encode("we'RE", bos=False)]) == contraction
+
+
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("qwen2", False), ("smollm", False), ("gpt-2", False)])
+def test_llama3_takes_whole_words_from_its_vocabulary(pre: str, whole: bool) -> None:
+    ours = build(pre)
+    assert ("Ġbird" in [ours.token_text(i) for i in ours.encode("a bird")]) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, ["bert", "gpt2, llama"]),
+        ({"tokenizer.ggml.pre": "qwen3"}, ["qwen3", "did you mean 'qwen2'"]),
+        ({"tokenizer.ggml.tokens": None}, ["no vocabulary"]),
+        ({"tokenizer.ggml.token_type": np.ones(3)}, ["token_type"]),
+        ({"tokenizer.ggml.merges": None}, ["merges is missing"]),
+        ({"tokenizer.ggml.merges": ["a b c"]}, ["not two pieces"]),
+        ({"tokenizer.ggml.merges": ["zz qq"]}, ["make no vocabulary"]),
+        ({"tokenizer.ggml.model": "llama"}, ["scores"]),
+    ],
+)
+def test_a_broken_vocabulary_is_one_line(changes: dict[str, Any], fragments: list[str]) -> None:
+    fields = Fields({**bpe_fields("qwen2")[0].data, **changes}, "m.gguf")
+    refused(lambda: build_tokenizer(fields, tiny_config()), "m.gguf", *fragments)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_broken_or_missing_file_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    files = ModelFiles(tmp_path, "safetensors")
+    refused(lambda: load_tokenizer(files), "neither tokenizer.json nor tokenizer.model")
+    (tmp_path / name).write_bytes(b"{\x00garbage\xff")
+    refused(lambda: load_tokenizer(files), name, "download it again")
+
+
+def test_a_decoder_of_another_family_is_refused(tmp_path: Path) -> None:
+    from tokenizers import decoders
+
+    pipeline = byte_level_pipeline()
+    pipeline.decoder = decoders.WordPiece()
+    files = save_folder(tmp_path, pipeline)
+    refused(lambda: load_tokenizer(files), "WordPiece", "ByteLevel")
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(tmp_path: Path) -> None:
+    files = save_folder(tmp_path, byte_level_pipeline(size=330))
+    ours = load_tokenizer(files)
+    ids = {index for index in range(ours.vocab_size) if index >= 320}
+    text = next(ours.token_bytes(index).decode() for index in sorted(ids))
+    refused(lambda: ours.encode(text), "the model has 320")
+
+
+def test_fingerprints_tell_tokenizers_apart(byte_folder: ModelFiles, tmp_path: Path) -> None:
+    a, b = load_tokenizer(byte_folder).fingerprint, load_tokenizer(byte_folder).fingerprint
+    other = load_tokenizer(save_folder(tmp_path, byte_level_pipeline(size=310))).fingerprint
+    assert a == b != other
+
+
+@settings(max_examples=300, deadline=None)
+@given(kind=st.sampled_from(["smollm2", "bytes", "spm", "built", "dummy"]), data=st.data())
+def test_a_stream_is_the_whole_text_and_never_half_a_character(
+    kind: str,
+    data: st.DataObject,
+    smollm2: Tokenizer,
+    byte_folder: ModelFiles,
+    spm_folder: ModelFiles,
+    spm_model: bytes,
+) -> None:
+    made: dict[str, Any] = {
+        "smollm2": lambda: smollm2,
+        "bytes": lambda: load_tokenizer(byte_folder),
+        "spm": lambda: load_tokenizer(spm_folder),
+        "built": lambda: build_tokenizer(spm_fields(spm_model), tiny_config()),
+        "dummy": lambda: dummy_tokenizer(300),
+    }
+    tokenizer: Tokenizer = made[kind]()
+    texts = TEXTS.map(tokenizer.encode)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20) | texts)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(index) for index in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    if "\ufffd" not in tokenizer.decode(ids):
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_a_character_split_over_tokens_comes_out_whole(smollm2: Tokenizer) -> None:
+    ids = smollm2.encode("😀!")
+    stream = TextStream(smollm2)
+    pieces = [stream.push(index) for index in ids]
+    assert len(ids) > 2 and [piece for piece in pieces if piece] == ["😀", "!"] and stream.flush() == ""
+
+
+def test_half_a_surrogate_pair_is_refused(byte_folder: ModelFiles, smollm2: Tokenizer) -> None:
+    refused(lambda: smollm2.encode("a\ud800"), "2 characters")
+    assert dummy_tokenizer(256).decode(dummy_tokenizer(256).encode("a\ud800")) == "a?"
+
+
+@settings(max_examples=100, deadline=None)
+@given(cut=st.integers(0, 9000), position=st.integers(0, 9000), value=st.integers(0, 255))
+def test_spoiled_tokenizer_files_raise_only_our_error(
+    byte_folder: ModelFiles, spm_folder: ModelFiles, tmp_path_factory: pytest.TempPathFactory, cut: int, position: int,
+    value: int,
+) -> None:  # fmt: skip
+    for files, name in ((byte_folder, "tokenizer.json"), (spm_folder, "tokenizer.model")):
+        data = bytearray((files.path / name).read_bytes())
+        data[position % len(data)] = value
+        folder = tmp_path_factory.mktemp("spoiled")
+        (folder / "config.json").write_bytes((files.path / "config.json").read_bytes())
+        (folder / name).write_bytes(bytes(data[: len(data) - cut] if cut % 2 else data))
+        try:
+            tokenizer = load_tokenizer(ModelFiles(folder, "safetensors"))
+            tokenizer.decode(tokenizer.encode("quick brown 1"))
+        except SkvqError as error:
+            assert "\n" not in str(error)

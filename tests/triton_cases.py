@@ -1,0 +1,144 @@
+"""Small arenas for the Triton checks: random codes, odd page tables, retained flags, poisoned slots. Imported by tests only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
+from skvq.kernels.layout import PAGE_TOKENS, PageLayout
+
+FULL_SPAN = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One arena, one codec and one step."""
+
+    layout: PageLayout
+    pages: PackedPages
+    heads: HeadCodec
+    labels: LabelCodec
+    plain: PlainPages
+    full: FullSlots
+    step: Step
+    q: Tensor
+
+
+def rope_of(size: int, device: torch.device, scale: float = 1.0) -> RopeFrequencies:
+    inv_freq = 10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
+    return RopeFrequencies(inv_freq=inv_freq, scale=scale)
+
+
+def random_words(shape: tuple[int, ...], groups: int, layout: PageLayout, retained: float, gen: torch.Generator) -> Tensor:
+    """Metadata words with plausible bytes: scales 0.02 .. 0.5, mids of both signs, a share of flags on group 0."""
+    scale = (torch.rand(*shape, 2, generator=gen) * 0.48 + 0.02).to(torch.float8_e4m3fn).view(torch.uint8)
+    mid = (torch.randn(*shape, 2, generator=gen) * 0.3).to(torch.float8_e4m3fn).view(torch.uint8)
+    words = torch.stack([scale[..., 0], mid[..., 0], scale[..., 1], mid[..., 1]], -1)
+    flags = (torch.rand(*shape[:1], 1, *shape[2:], generator=gen) < retained).to(torch.uint8) * 0x80
+    rows = words.view(*shape[:2], layout.tiles, groups, layout.tile, 4)
+    rows[..., 0, :, 0] |= flags.view(shape[0], 1, layout.tiles, groups, layout.tile)[..., 0, :]
+    return words.view(torch.int32)[..., 0].contiguous()
+
+
+def orthogonal(count: int, size: int, gen: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(count, size, size, generator=gen))[0].contiguous()
+
+
+def make_case(
+    *,
+    size: int = 128,
+    kv_heads: int = 2,
+    repeat: int = 4,
+    key_bits: float = 2.0,
+    value_bits: float = 2.0,
+    group_size: int = 128,
+    packed: tuple[int, ...] = (1, 11),
+    window: int = 37,
+    queries: int = 1,
+    span: int = FULL_SPAN,
+    has_key_mean: bool = False,
+    has_basis: bool = True,
+    retained: float = 0.02,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Case:
+    """A batch of ``len(packed)`` sequences with that many packed tiles each, and ``window`` recent tokens."""
+    gen = torch.Generator().manual_seed(seed)
+    dev = torch.device(device)
+    layout = PageLayout(
+        head_size=size, kv_heads=kv_heads, key_bits=key_bits, value_bits=value_bits, group_size=min(group_size, size)
+    )
+    groups = layout.groups
+    per_row = max(1, -(-max(packed) * layout.tile // PAGE_TOKENS))
+    count = per_row * len(packed) + 1
+    pages = PackedPages(
+        layout=layout,
+        key_codes=_codes(key_bits, (count, kv_heads, layout.key_bytes), gen).to(dev),
+        value_codes=_codes(value_bits, (count, kv_heads, layout.value_bytes), gen).to(dev),
+        meta=random_words((count, kv_heads, layout.meta_words), groups, layout, retained, gen).to(dev),
+    )
+    table = torch.randperm(count, generator=gen)[: per_row * len(packed)].view(len(packed), per_row).to(torch.int32)
+    table = torch.cat([table[:0].new_zeros(1, per_row), table]).to(dev)  # slot 0 belongs to nobody here
+    slots = torch.randperm(len(packed), generator=gen) + 1
+    lengths = torch.tensor([n * layout.tile for n in packed], dtype=torch.int32)
+    now = lengths[:, None] + window - queries + torch.arange(queries, dtype=torch.int32)[None]
+    full = window + 5 + 3  # sinks, then the window, three slots empty and poisoned
+    held = torch.full((len(packed) + 1, full), -1, dtype=torch.int32)
+    for row, slot in enumerate(slots.tolist()):
+        held[slot, :5] = torch.arange(5) if packed[row] else -1
+        held[slot, 5 : 5 + window] = torch.arange(window).roll(row * 7) + int(lengths[row])
+    keys, values = (torch.randn(len(packed) + 1, kv_heads, full, size, generator=gen).to(dtype) for _ in range(2))
+    for t in (keys, values):
+        t.masked_fill_((held < 0)[:, None, :, None], float("nan"))
+    rope = rope_of(size, dev, 1.1)
+    unit = 2.0 ** torch.randint(-1, 2, (2, kv_heads, groups), generator=gen).float()
+    clip = 0.9 + 0.1 * torch.rand(2, kv_heads, groups, generator=gen)
+    eye = torch.eye(size).expand(kv_heads, -1, -1).contiguous()
+    basis, value_basis = (orthogonal(kv_heads, size, gen) if has_basis else eye for _ in range(2))
+    mean = torch.randn(2, kv_heads, size, generator=gen)
+    sides = [Side(unit=unit[i].to(dev), clip=clip[i].to(dev)) for i in range(2)]
+    heads = HeadCodec(
+        keys=sides[0], values=sides[1], rope=rope, has_key_mean=has_key_mean and has_basis, has_basis=has_basis,
+        key_mean=(mean[0] * (has_key_mean and has_basis)).to(dev), value_mean=(mean[1] * has_basis).to(dev),
+        key_basis=(basis * 2).to(dev), query_basis=(basis / 2).to(dev),
+        value_basis=value_basis.to(dev), output_basis=value_basis.transpose(1, 2).contiguous().to(dev),
+    )  # fmt: skip
+    labels = [torch.cat([torch.arange(kv_heads * groups).repeat(4), torch.randint(0, kv_heads * groups, (kv_heads * size - 4 * kv_heads * groups,), generator=gen)]) for _ in range(2)]  # fmt: skip
+    labels = [t[torch.randperm(len(t), generator=gen)].to(dev) for t in labels]
+    flat = [Side(unit=s.unit.reshape(-1), clip=s.clip.reshape(-1)) for s in sides]
+    return Case(
+        layout=layout, pages=pages, heads=heads,
+        labels=LabelCodec(keys=flat[0], values=flat[1], key_labels=labels[0], value_labels=labels[1], rope=rope),
+        plain=PlainPages(
+            keys=torch.randn(count, kv_heads, PAGE_TOKENS, size, generator=gen).to(dtype).to(dev),
+            values=torch.randn(count, kv_heads, PAGE_TOKENS, size, generator=gen).to(dtype).to(dev),
+        ),
+        full=FullSlots(keys=keys.to(dev), values=values.to(dev), positions=held.to(dev)),
+        step=Step(
+            slots=slots.to(dev), positions=now.to(dev), packed=lengths.to(dev), page_table=table,
+            max_packed=int(lengths.max()), span=span,
+        ),
+        q=torch.randn(len(packed), queries, kv_heads * repeat, size, generator=gen).to(dtype).to(dev),
+    )  # fmt: skip
+
+
+def _codes(bits: float, shape: tuple[int, ...], gen: torch.Generator) -> Tensor:
+    """Random bytes; of trits only the 243 that packing writes."""
+    if bits == 1.5:
+        return ((torch.randint(0, 243, shape, generator=gen) * 256 + 242) // 243).to(torch.uint8)
+    return torch.randint(0, 256, shape, generator=gen).to(torch.uint8)
+
+
+def formats() -> Iterator[tuple[float, float, int, int]]:
+    """Key bits, value bits, group and head size of every format."""
+    for size in (128, 64):
+        for group in (128, 64, 32):
+            if group <= size:
+                for key_bits, value_bits in itertools.product((1.5, 2.0, 3.0, 4.0, 8.0), repeat=2):
+                    yield key_bits, value_bits, group, size
