@@ -94,7 +94,9 @@ cache_options = _stack(
     click.option("--group-size", type=int, default=64, show_default=True, help="Channels that share a scale: 32, 64, 128."),
     click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits."),
     click.option("--sinks", type=int, default=5, show_default=True, help="First tokens kept in 16 bits."),
-    click.option("--filter", "filters", multiple=True, help="More rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."),
+    click.option(
+        "--filter", "filters", multiple=True, help="More rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."
+    ),
 )
 sampling_options = _stack(
     click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True, help="Tokens to write at most."),

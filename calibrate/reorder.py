@@ -51,6 +51,6 @@ def fit_plain(stats: LayerStats, config: CacheConfig) -> dict[str, Tensor]:
     """Tensors of one layer for ``plain``: the unit only, and the whole range."""
     tensors: dict[str, Tensor] = {}
     for side, x in (("key", stats.turned_keys), ("value", stats.values)):
-        unit = fit_unit(x.flatten(0, 1).unflatten(-1, (-1, config.group_size)))
+        unit = fit_unit(x.reshape(-1, x.shape[2], x.shape[3] // config.group_size, config.group_size))
         tensors |= {f"{side}_unit": unit, f"{side}_clip": torch.ones_like(unit)}
     return tensors

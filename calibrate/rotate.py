@@ -19,10 +19,10 @@ def spread_matrix(size: int) -> Tensor:
         h = torch.ones(1, 1, dtype=torch.float64)
         while len(h) < size:
             h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-        return h / size**0.5
+        return h.div(size**0.5)
     generator = torch.Generator().manual_seed(0)
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return q * torch.sign(torch.diagonal(r))
+    return torch.mul(q, torch.sign(torch.diagonal(r)))
 
 
 def fit_rotate(stats: LayerStats, turn: torch.Tensor, config: CacheConfig) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def fit_rotate(stats: LayerStats, turn: torch.Tensor, config: CacheConfig) -> di
     )
     for side, x, bits in sides:
         y = torch.einsum("hij,sthj->sthi", basis, x).flatten(0, 1)  # [S * T, KH, D]
-        y = y.unflatten(-1, (-1, config.group_size))  # [S * T, KH, G, g]
+        y = y.view(*y.shape[:2], -1, config.group_size)  # [S * T, KH, G, g]
         unit = fit_unit(y)
         tensors[f"{side}_unit"] = unit
         tensors[f"{side}_clip"] = search_clip(sample(y), bits, unit, squared_error(sample(y)))

@@ -177,7 +177,7 @@ class Arena:
         self._free_sequences.append(slot)
 
     def check(self, rows: Mapping[int, list[int]]) -> None:
-        """Assert that reference counts are exactly those of ``rows`` (pages by sequence slot): no page lost, none shared wrongly."""
+        """Assert that reference counts are those of ``rows`` (pages by sequence slot): no page lost, none shared wrongly."""
         count = [0] * self.shape.pages
         for pages in rows.values():
             for page in pages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class DecodeRegimeLayer:
         """Runs of positions whose queries see the same packed tokens."""
         regions = self.sequence.setup.regions
         cuts = [0, *range(regions.window + regions.tile, count, regions.tile), count]
-        return list(zip(cuts[:-1], cuts[1:], strict=True))
+        return list(pairwise(cuts))
 
     def _attend_stretch(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, a: int, b: int) -> Tensor:
         packed = self.sequence.setup.regions.packed(a)
@@ -136,7 +137,7 @@ class Comparison:
                 "kl": float(self.kl[a:b].mean()),
                 "top1": float(self.same_top[a:b].float().mean()),
             }
-            for a, b in zip(edges[:-1], edges[1:], strict=True)
+            for a, b in pairwise(edges)
             if b > a
         ]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, require_known
-from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.evaluate import (
     DecodeRegimeLayer,
     StrictWindowLayer,
@@ -144,9 +144,7 @@ class Engine:
         return cls(parts, chosen)
 
     @names_options
-    def with_cache(
-        self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1
-    ) -> Engine:
+    def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         cache = cache.fitted(self.parts.model.config)
         path = Path(calibration) if calibration is not None else None
@@ -343,7 +341,7 @@ class Engine:
         """
         parts = self.parts
         ids = as_ids(self.encode(text)[:tokens], parts.model.weights.embedding.device)
-        stretches = [s for s in ids.split(stride) if len(s) > 1]
+        stretches = [s for s in torch.split(ids, stride) if len(s) > 1]
         if not stretches:
             raise OptionError(f"the text has {len(ids)} tokens: at least 2 are needed to score it")
         references = [

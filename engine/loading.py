@@ -115,9 +115,7 @@ def build_cache(
     config = loaded.model.config
     embedding = loaded.model.weights.embedding
     tensors = _calibration(loaded, cache, calibration, report)
-    shape = arena_shape(
-        config, cache, max_context=loaded.context, max_sequences=max_sequences, dtype=embedding.dtype
-    )
+    shape = arena_shape(config, cache, max_context=loaded.context, max_sequences=max_sequences, dtype=embedding.dtype)
     arena = Arena(shape, embedding.device)
     return CacheSetup(
         arena=arena,
@@ -180,9 +178,7 @@ def plan_that_fits(
     memory = available_memory(device)
     most = largest_context(config, cache, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill)
     context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
-    plan = make_plan(
-        config, cache, context=context, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill
-    )
+    plan = make_plan(config, cache, context=context, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill)
     try:
         plan.check()
     except CapacityError as error:
@@ -205,9 +201,7 @@ def _weights(
         return load_weights(config, read, device, dtype)
 
 
-def _calibration(
-    loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter
-) -> Mapping[str, Tensor]:
+def _calibration(loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter) -> Mapping[str, Tensor]:
     if cache.method == "fp":
         return {}
     if path is not None:

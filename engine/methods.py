@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.kernels.interface import Backend, FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
+from skvq.kernels.interface import Backend, FullSlots, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout
 
-Codec = TypeVar("Codec", HeadCodec, LabelCodec)
+Codec = TypeVar("Codec")
 
 
 class CacheMethod(Protocol):
@@ -44,7 +44,9 @@ class PackedMethod(Generic[Codec]):
         self._pages = [PackedPages(layout=layout, **arena.layer(i)) for i in range(len(codecs))]
         self._full = [arena.full(i) for i in range(len(codecs))]
         self._codecs = codecs
-        self._pack, self._unpack, self._attend = pack, unpack, attend
+        self._pack = pack
+        self._unpack = unpack
+        self._attend = attend
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None:
         self._pack(self._pages[layer], self._codecs[layer], page_row, first, keys, values, retained)

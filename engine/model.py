@@ -98,9 +98,8 @@ class Model:
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
-        parts = qkv.unflatten(-1, (heads + 2 * kv_heads, size))  # [B, N, H + 2 KH, D]
-        q, k, v = parts.split([heads, kv_heads, kv_heads], 2)
-        return q, k, v
+        parts = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, size)  # [B, N, H + 2 KH, D]
+        return parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

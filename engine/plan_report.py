@@ -148,7 +148,9 @@ def plan_report(
     options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
     plan = make_plan(config, cache, context=context, **options)
     tables = [cache, replace(cache, method="fp")]
-    tables += [replace(cache, method="rotate" if cache.method == "fp" else cache.method, key_bits=k, value_bits=v) for k, v in WIDTHS]
+    tables += [
+        replace(cache, method="rotate" if cache.method == "fp" else cache.method, key_bits=k, value_bits=v) for k, v in WIDTHS
+    ]
     largest = {_name(c): largest_context(config, c, **options) for c in tables}
     return PlanReport(
         model=model,
@@ -163,7 +165,9 @@ def plan_report(
 
 def predicted_prefill(config: ModelConfig, card: Card, context: int, prefill: str) -> float:
     """Seconds to read ``context`` tokens: two operations per weight and token, four per query channel and visible token."""
-    linear = 2 * (config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)) * context
+    linear = (
+        2 * (config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)) * context
+    )
     q = config.num_heads * config.head_size
     attention = sum(4 * q * min(context / 2, span) * context for span in config.attention_spans)
     seconds = (linear + attention) / (card.flops * card.matrix_efficiency)
@@ -172,7 +176,9 @@ def predicted_prefill(config: ModelConfig, card: Card, context: int, prefill: st
 
 def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, context: int) -> float:
     """Seconds a token: every weight (but the embedding table) and every packed byte in sight read once."""
-    weights = (config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)) * card.dtype.itemsize
+    weights = (
+        config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)
+    ) * card.dtype.itemsize
     packed = sum(min(context, span) for span in config.attention_spans) * page_layout(cache, config).bytes_per_token
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 
@@ -203,7 +209,11 @@ def _card(device: str, dtype: str | None) -> Card:
 
 
 def _name(cache: CacheConfig) -> str:
-    return "fp, 16 bits" if cache.method == "fp" else f"{cache.method} K{cache.key_bits:g} V{cache.value_bits:g} g{cache.group_size}"
+    return (
+        "fp, 16 bits"
+        if cache.method == "fp"
+        else f"{cache.method} K{cache.key_bits:g} V{cache.value_bits:g} g{cache.group_size}"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from tqdm import tqdm
@@ -21,7 +21,7 @@ class Reporter(Protocol):
 
     def message(self, text: str) -> None: ...
 
-    def bar(self, label: str, total: float) -> contextmanager[Bar]: ...  # type: ignore[type-arg]
+    def bar(self, label: str, total: float) -> AbstractContextManager[Bar]: ...
 
 
 class _Tqdm:

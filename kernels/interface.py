@@ -81,9 +81,10 @@ class Side:
 class HeadCodec:
     """Contiguous groups inside each head, keys stored after RoPE (methods ``rotate`` and ``plain``).
 
-    Stored key   ``y = key_basis (RoPE_t(k) - RoPE_t(key_mean))``, so ``q . RoPE_t(k) = (query_basis q) . y + q . RoPE_t(key_mean)``
-    with ``query_basis = key_basis^-T``; stored value ``y = value_basis (v - value_mean)``, so that a weighted sum of values
-    with weights adding to w is ``output_basis (sum p y) + w value_mean`` with ``output_basis = value_basis^-1``.
+    Stored key ``y = key_basis (RoPE_t(k) - RoPE_t(key_mean))``, so that
+    ``q . RoPE_t(k) = (query_basis q) . y + q . RoPE_t(key_mean)`` with ``query_basis = key_basis^-T``; stored value
+    ``y = value_basis (v - value_mean)``, so that a weighted sum of values with weights adding to w is
+    ``output_basis (sum p y) + w value_mean`` with ``output_basis = value_basis^-1``.
     All matrices act on column vectors of a head.
     """
 
@@ -132,7 +133,14 @@ class Backend(Protocol):
     ) -> None: ...
 
     def pack_labels(
-        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+        self,
+        pages: PackedPages,
+        codec: LabelCodec,
+        page_row: Tensor,
+        first: int,
+        keys: Tensor,
+        values: Tensor,
+        retained: Tensor,
     ) -> None: ...
 
     def unpack_heads(

@@ -131,7 +131,9 @@ def unpack_codes(packed: Tensor, bits: float, tile: int, size: int, *, token_maj
     return rows.transpose(1, 2).reshape(tiles * tile, heads, size).to(torch.uint8)
 
 
-def pack_meta(key_scale: Tensor, key_mid: Tensor, value_scale: Tensor, value_mid: Tensor, retained: Tensor, tile: int) -> Tensor:
+def pack_meta(
+    key_scale: Tensor, key_mid: Tensor, value_scale: Tensor, value_mid: Tensor, retained: Tensor, tile: int
+) -> Tensor:
     """Words of metadata bytes [T, KH, G] and flags bool [T]: int32 [T / tile, KH, G * tile]."""
     flag = torch.zeros_like(key_scale)
     flag[..., 0] = retained[:, None].to(torch.uint8) * RETAINED_FLAG
@@ -230,9 +232,7 @@ def pack_heads(
     _write(pages, page_row, first, key_codes, value_codes, words)
 
 
-def read_heads(
-    pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def read_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stored keys and values [T, KH, D] float32 in the stored basis, and the retained flags bool [T]."""
     layout = pages.layout
     key_codes, value_codes, words = _read(pages, page_row, first, count)
@@ -341,7 +341,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[
     return out.reshape(count, heads, size), lse.reshape(count, heads)
 
 
-def _attend(q: Tensor, full: FullSlots, step: Step, packed_of_row: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, full: FullSlots, step: Step, packed_of_row: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Attend each row of the batch over its packed keys, values and retained flags and its full-precision slots."""
     outs, lses = [], []
     for row, (keys, values, retained) in enumerate(packed_of_row):

@@ -33,9 +33,7 @@ def render_chat(
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ModelError("chat templates need jinja2: pip install jinja2") from error
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -105,9 +105,7 @@ def _indexed_shards(index: Path) -> dict[str, tuple[str, ...]]:
         shards.setdefault(file, []).append(name)
     missing = [file for file in shards if not (index.parent / file).is_file()]
     if missing:
-        raise ModelError(
-            f"{index.parent}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}"
-        )
+        raise ModelError(f"{index.parent}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}")
     return {file: tuple(names) for file, names in shards.items()}
 
 

@@ -175,9 +175,7 @@ def _decoder_steps(decoder: Any, where: str) -> list[dict[str, Any]]:
     spelling = {"ByteLevel", "Metaspace", "Replace"}
     if not kinds & spelling or kinds - spelling - {"ByteFallback", "Fuse", "Strip"}:
         found = ", ".join(sorted(kinds)) or "none"
-        raise ModelError(
-            f"{where}: its decoder ({found}) is not of a Llama-family tokenizer (ByteLevel, SentencePiece)"
-        )
+        raise ModelError(f"{where}: its decoder ({found}) is not of a Llama-family tokenizer (ByteLevel, SentencePiece)")
     return list(steps)
 
 

@@ -136,9 +136,7 @@ def _sentencepiece(tokens: list[str], kinds: Any, scores: Any, prefix: bool) -> 
 def _settings(fields: Fields, config: ModelConfig, tokens: list[str], adds_bos: bool) -> TokenizerSettings:
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: fields.data.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    special = {
-        name: tokens[index] for name, index in ids.items() if isinstance(index, int) and 0 <= index < len(tokens)
-    }
+    special = {name: tokens[index] for name, index in ids.items() if isinstance(index, int) and 0 <= index < len(tokens)}
     has_template = isinstance(fields.data.get("tokenizer.chat_template"), str)
     return TokenizerSettings(
         bos_token_id=config.bos_token_id,

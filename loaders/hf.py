@@ -50,9 +50,7 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     _refuse_unsupported(fields)
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if not fields.has("head_dim") and hidden % heads:
-        raise ModelError(
-            f"{fields.where}: head_dim is missing and hidden_size {hidden} is not a multiple of {heads} heads"
-        )
+        raise ModelError(f"{fields.where}: head_dim is missing and hidden_size {hidden} is not a multiple of {heads} heads")
     head_size = fields.integer("head_dim", hidden // heads)
     layers = fields.integer("num_hidden_layers")
     if layers > MAX_LAYERS:
@@ -95,9 +93,7 @@ def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_TYPES:
         raise ModelError(f"{rope.where}: unknown RoPE type {kind[:80]!r}; known: {', '.join(ROPE_TYPES)}")
-    original = fields.integer(
-        "original_max_position_embeddings", rope.integer("original_max_position_embeddings", context)
-    )
+    original = fields.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", context))
     factors = ("short_factor", "long_factor") if kind == "longrope" else ()
     lists = {key: rope.numbers(key, head_size // 2) for key in factors}
     stretched = kind in ("linear", "dynamic", "llama3")
@@ -210,9 +206,7 @@ def _trained_context(fields: Fields, rope: RopeConfig, context: int) -> int:
 def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int, ...]:
     """Tokens each layer's queries see: Mistral slides in all layers, Qwen2 in those its config names, Llama in none."""
     declared = fields.has("sliding_window") or "sliding_window" not in fields.data
-    slides = declared and (
-        family.name == "mistral" or (family.name == "qwen2" and fields.flag("use_sliding_window", False))
-    )
+    slides = declared and (family.name == "mistral" or (family.name == "qwen2" and fields.flag("use_sliding_window", False)))
     if not slides:
         return (FULL_SPAN,) * layers
     window = fields.integer("sliding_window", family.sliding_window)
@@ -225,11 +219,7 @@ def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int,
             raise ModelError(f"{fields.where}: max_window_layers must be a number of layers, got {first!r}")
         return tuple(window if index >= first else FULL_SPAN for index in range(layers))
     spans = {"sliding_attention": window, "full_attention": FULL_SPAN}
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or any(not isinstance(k, str) or k not in spans for k in kinds)
-    ):
+    if not isinstance(kinds, list) or len(kinds) != layers or any(not isinstance(k, str) or k not in spans for k in kinds):
         raise ModelError(f"{fields.where}: layer_types must list {layers} times one of {', '.join(spans)}")
     return tuple(spans[kind] for kind in kinds)
 

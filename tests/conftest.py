@@ -1,4 +1,4 @@
-"""Test set-up. The repository root is the package, so it must not be on sys.path: there `kernels` would hide others' packages."""
+"""Test set-up. The repository root is the package, so it must not be on sys.path (`kernels` would hide others' packages)."""
 
 from __future__ import annotations
 

@@ -194,13 +194,16 @@ def test_tokenizer_json_equals_transformers(byte_folder: ModelFiles, text: str) 
 
 def test_added_tokens_that_are_not_special_stay_in_the_text(tmp_path: Path) -> None:
     pipeline = byte_level_pipeline(size=300)
-    pipeline.add_tokens(["<tool_call>", "two words", "día"])
+    pipeline.add_tokens(["<tool_call>", "two words", "día", "日"])
     pipeline.add_special_tokens(["<|hidden|>"])
     files = save_folder(tmp_path, pipeline)
     ours, theirs = load_tokenizer(files), theirs_of(tmp_path)
-    ids = theirs.encode("a <tool_call>two words día<|hidden|> quick")
-    assert ours.encode("a <tool_call>two words día<|hidden|> quick") == ids and {300, 301, 302, 303} < set(ids)
-    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a <tool_call>two words día quick"
+    text = "a <tool_call>two words日<|hidden|> quick"
+    ids = theirs.encode(text)
+    assert ours.encode(text) == ids and {300, 301, 303, 304} < set(ids)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == text.replace("<|hidden|>", "")
+    # transformers takes the letters of an added token for its spelling of bytes where all of them could be: "d\ufffda"
+    assert ours.decode(ours.encode("día")) == "día"
 
 
 @pytest.mark.parametrize(("option", "expected"), [(None, True), (False, False), (True, True)])

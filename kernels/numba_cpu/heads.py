@@ -15,7 +15,7 @@ from numba import njit
 from skvq.kernels.numba_cpu import simd
 from skvq.kernels.numba_cpu.mean import mean_prepare, mean_scores, mean_step
 from skvq.kernels.numba_cpu.numeric import HIDDEN, LEAST, decode_meta, limb_bits, limb_limit, split_limbs
-from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, job_at
+from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, job_at, largest, smallest
 from skvq.kernels.numba_cpu.softmax import matvec, take
 from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK, load_keys, load_values
 from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, task_count
@@ -73,14 +73,14 @@ def prepare(job, work, head, rows):
         for i in range(2 * stride):
             cleared[i] = 0
         for g in range(groups):
-            largest, total = LEAST, np.float32(0)
+            total, begin = np.float32(0), stored + 4 * g * gsize
             for c in range(g * gsize, (g + 1) * gsize):
-                largest = max(largest, abs(q[c]))
                 total += q[c]
+            most = max(LEAST, max(largest(begin, gsize), -smallest(begin, gsize)))
             at = limbs + g * (stride // groups) + g * gsize % 4
-            whole = split_limbs(stored + 4 * g * gsize, limit / largest, gsize, at, at + stride, bits)
+            whole = split_limbs(begin, limit / most, gsize, at, at + stride, bits)
             coef = f32(work + job.w_coefs + 12 * (m * groups + g))
-            coef[0] = largest / limit * units[g]
+            coef[0] = most / limit * units[g]
             coef[1] = half * whole * coef[0]
             coef[2] = total * units[g]
 
@@ -126,15 +126,14 @@ def tile_values(job, work, head, rows):
         factors = f32(work + job.w_used)
         for m in range(rows):
             p = f32(work + job.w_scores + 4 * m * tile)
-            largest, middle = LEAST, np.float32(0)
+            middle = np.float32(0)
             for t in range(tile):
-                w = p[t] * scale[t]
-                weight[t] = w
-                largest = w if w > largest else largest
+                weight[t] = p[t] * scale[t]
                 middle += p[t] * mid[t]
+            most = max(LEAST, largest(work + job.w_row, tile))
             low = work + job.w_weights + 2 * m * tile
-            whole = split_limbs(work + job.w_row, limit / largest, tile, low, low + tile, bits)
-            factor = largest / limit * units[g]
+            whole = split_limbs(work + job.w_row, limit / most, tile, low, low + tile, bits)
+            factor = most / limit * units[g]
             factors[m] = factor
             f32(work + job.w_acc + 4 * (m * (size + groups) + size))[g] += middle * units[g] - half * whole * factor
         begin, end = g * gsize, (g + 1) * gsize

@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.numeric import e4m3
-from skvq.kernels.numba_cpu.simd import as_bits, f32, u8
+from skvq.kernels.numba_cpu.simd import as_bits, f32, largest, smallest, u8
 from skvq.kernels.numba_cpu.tiles import FAST
 
 REFINE_STEPS = 3  # reference.REFINE_STEPS
@@ -31,13 +31,11 @@ def quantize(values, count, levels, unit, clip, codes):
     """Write the codes of ``count`` float32 at ``values`` as bytes at ``codes``; returns scale byte | mid byte << 8."""
     y = f32(values)
     top, half = np.float32(levels - 1), np.float32((levels - 1) * 0.5)
-    low, high, total = y[0], y[0], np.float32(0)
+    total = np.float32(0)
     for i in range(count):
-        low = y[i] if y[i] < low else low
-        high = y[i] if y[i] > high else high
         total += y[i]
     mean = total / np.float32(count)
-    low, high = low * clip, high * clip
+    low, high = smallest(values, count) * clip, largest(values, count) * clip
     scale, mid = (high - low) / top, (high + low) * np.float32(0.5)
     tiny = unit * E4M3_MIN
     for _ in range(REFINE_STEPS):

@@ -330,3 +330,47 @@ def half_to_float(typingctx, source, target):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+# --- reductions ---------------------------------------------------------------------------------------------------------
+
+
+def _make_extreme(name, better):
+    """Largest (or smallest) of ``count`` > 0 float32 at an address: LLVM leaves a loop over fmax scalar."""
+
+    def extreme(typingctx, address, count):
+        def codegen(context, builder, signature, args):
+            address, count = args
+            floats = ir.VectorType(F32, LANES)
+
+            def choose(slot, value):
+                held = builder.load(slot)
+                builder.store(builder.select(builder.fcmp_ordered(better, value, held), value, held), slot)
+
+            first = builder.load(_at(builder, address, 0, F32), align=4)
+            zero = builder.insert_element(ir.Constant(floats, ir.Undefined), first, ir.Constant(I32, 0))
+            best = cgutils.alloca_once_value(builder, builder.shuffle_vector(zero, zero, ir.Constant(WORDS, [0] * LANES)))
+            turns = builder.sdiv(count, ir.Constant(I64, LANES))
+            with cgutils.for_range(builder, turns) as loop:
+                at = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
+                choose(best, builder.load(_at(builder, address, at, floats), align=4))
+            vector = builder.load(best)
+            while vector.type.count > 1:
+                half = vector.type.count // 2
+                a, b = _pick(builder, vector, vector, range(half)), _pick(builder, vector, vector, range(half, 2 * half))
+                vector = builder.select(builder.fcmp_ordered(better, a, b), a, b)
+            single = cgutils.alloca_once_value(builder, builder.extract_element(vector, ir.Constant(I32, 0)))
+            done = builder.mul(turns, ir.Constant(I64, LANES))
+            with cgutils.for_range(builder, builder.sub(count, done)) as loop:
+                at = builder.mul(builder.add(done, loop.index), ir.Constant(I64, 4))
+                choose(single, builder.load(_at(builder, address, at, F32), align=4))
+            return builder.load(single)
+
+        return types.float32(types.int64, types.int64), codegen
+
+    extreme.__name__ = name
+    return intrinsic(extreme)
+
+
+largest = _make_extreme("largest", ">")
+smallest = _make_extreme("smallest", "<")

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.numeric import NOTHING, exp2
-from skvq.kernels.numba_cpu.simd import f32, i32
+from skvq.kernels.numba_cpu.simd import f32, i32, largest
 from skvq.kernels.numba_cpu.tiles import FAST
 
 LN2 = np.float32(0.6931471805599453)
@@ -35,9 +35,7 @@ def take(scores, stride, count, rows, tops, totals, acc, width):
     top, total = f32(tops), f32(totals)
     for m in range(rows):
         s = f32(scores + 4 * m * stride)
-        best = s[0]
-        for t in range(count):
-            best = s[t] if s[t] > best else best
+        best = largest(scores + 4 * m * stride, count)
         if best > top[m]:
             alpha = exp2(top[m] - best)
             a = f32(acc + 4 * m * width)

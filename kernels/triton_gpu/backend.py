@@ -145,7 +145,7 @@ class TritonGpu:
                 q, pages.keys, pages.values, step.page_table, step.slots, step.packed, step.positions, part, stat,
                 pages.keys.stride(0), pages.keys.stride(1), step.page_table.stride(0), kv_heads, columns.chunks, columns.queries,
                 columns.repeat, step.span, columns.total,
-                D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, num_warps=4, num_stages=3,
+                D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, WIDE=self.interpreted, num_warps=4, num_stages=3,
             )  # fmt: skip
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 
@@ -185,7 +185,7 @@ class TritonGpu:
                 q, full.keys, full.values, full.positions, step.slots, step.positions, full_part, full_stat,
                 *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, queries, columns.repeat, slots,
                 step.span, columns.total,
-                D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, num_warps=4, num_stages=1,
+                D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, WIDE=self.interpreted, num_warps=4, num_stages=1,
             )  # fmt: skip
         out = torch.empty_like(q)
         lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)

@@ -10,8 +10,14 @@ from skvq.kernels.triton_gpu.prepare import LOG2E
 
 
 @triton.jit
-def dense_step(q, k, v, seen, m_i, l_i, acc, scale):
-    """One block of tokens: scores [T, N] on the M rows, masked by ``seen``, added to the running softmax."""
+def dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE: tl.constexpr):
+    """One block of tokens: scores [T, N] on the M rows, masked by ``seen``, added to the running softmax.
+
+    WIDE: dots in float32, for the interpreter, which knows no bfloat16 dot.
+    """
+    if WIDE:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    q = q.to(k.dtype)
     x = tl.where(seen, tl.dot(k, q) * scale, NEVER)
     m_new = tl.maximum(m_i, tl.max(x, 0))
     alpha = tl.exp2(m_i - m_new)
@@ -33,7 +39,7 @@ def load_columns(q_ptr, column, row, head, heads, queries, repeat, D: tl.constex
 def attend_slots_kernel(
     q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
     stride_slot, stride_head, stride_token, stride_held, heads, chunks, queries, repeat, count, span, columns,
-    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head, one chunk of NH columns and one block share of a sequence's slots.
 
@@ -61,7 +67,7 @@ def attend_slots_kernel(
         v = tl.load(value_ptr + place, mask=(held >= 0)[:, None], other=0.0)
         age = now[None, :] - held[:, None]
         seen = (held >= 0)[:, None] & (age >= 0) & (age < span)
-        m_i, l_i, acc = dense_step(q.to(k.dtype), k, v, seen, m_i, l_i, acc, scale)
+        m_i, l_i, acc = dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE)
     out = ((row * heads + head) * columns + column).to(tl.int64) * splits + split
     inside = column < columns
     tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
@@ -73,7 +79,7 @@ def attend_slots_kernel(
 def attend_plain_kernel(
     q_ptr, key_ptr, value_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr, part_ptr, stat_ptr,
     stride_page, stride_head, stride_pages_slot, heads, chunks, queries, repeat, span, columns,
-    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head, one chunk of NH columns and one split of a sequence's 16-bit pages.
 
@@ -107,7 +113,7 @@ def attend_plain_kernel(
         k = tl.load(key_ptr + place, mask=at < packed, other=0.0)
         v = tl.load(value_ptr + place, mask=at < packed, other=0.0)
         seen = (at < packed) & (at >= oldest[None, :])
-        m_i, l_i, acc = dense_step(q.to(k.dtype), k, v, seen, m_i, l_i, acc, scale)
+        m_i, l_i, acc = dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE)
     out = ((row * heads + head) * columns + column).to(tl.int64) * splits + split
     inside = column < columns
     tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
