@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from skvq.kernels.interface import HeadSide
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.reference import dequantize, e4m3_decode, quantize
+from skvq.kernels.reference import dequantize, e4m3_decode, quantize, quantize_lattice
+
+LATTICE_GRID, LATTICE_SAMPLE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 256
+"""Clip factors, and tokens, tried where codes are chosen together: the fit that follows leaves little to the start."""
 
 CLIP_GRID = tuple(round(0.30 + 0.05 * i, 2) for i in range(15))
 """Clip factors tried, 0.30 to 1.00."""
@@ -46,6 +51,24 @@ def search_clip(y: Tensor, bits: float, unit: Tensor, error: Callable[[Tensor], 
         better = found < best
         best = torch.where(better, found, best)
         chosen = torch.where(better, factor, chosen)
+    return chosen
+
+
+def search_lattice_clip(x: Tensor, bits: float, side: HeadSide) -> Tensor:
+    """Clip factor per head of ``x`` [T, KH, D] that minimizes the error in the side's metric; float32 [KH, G]."""
+    tokens, heads, size = x.shape
+    x = x[:: max(1, tokens // LATTICE_SAMPLE)]
+    groups = side.unit.shape[1]
+    best = torch.full((heads,), torch.inf, device=x.device)
+    chosen = torch.ones_like(side.unit)
+    for factor in LATTICE_GRID:
+        codes, scale, mid = quantize_lattice(x, LEVELS[bits], replace(side, clip=torch.full_like(side.unit, factor)))
+        codes = codes.view(len(x), heads, groups, size // groups)
+        rounded = dequantize(codes, e4m3_decode(scale) * side.unit, e4m3_decode(mid) * side.unit, LEVELS[bits])
+        error = rounded.view(x.shape) - x
+        found = torch.einsum("thi,hij,thj->h", error, side.metric, error)
+        chosen = torch.where((found < best)[:, None], factor, chosen)
+        best = torch.minimum(found, best)
     return chosen
 
 

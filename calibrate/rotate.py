@@ -1,13 +1,37 @@
-"""``rotate``: subtract what does not depend on the token, spread the rest over all channels of a head."""
+"""``rotate``: subtract what does not depend on the token, go to a basis in which rounding hurts least, fit how to read it back.
+
+With k the keys of a head after RoPE and their mean's removal, S their covariance, and C the metric in which an error counts
+(``e^T C e`` is its mean squared effect: on the scores for keys, on the layer's output for values):
+
+    M = C^-1/2 U s^p H^T,   U s V^T = svd(C^1/2 S^1/2)       k ~ M x, x spread evenly over the channels by the Hadamard matrix H
+    A = M^T C M / n + damp                                   the metric of x, whose errors ``quantize_lattice`` keeps small
+    key_basis = A^-1 M^T C / n                               the x that fits k best
+
+p = 1/2 is WUSH (arXiv 2512.00956), the optimum for plain rounding; with lattice rounding of keys 0.7 is better (measured).
+Keys are read back by M. Values are read back by D, the regression of the exact attention output on that over stored values:
+it keeps the shrinkage of least squares where errors average out and undoes it where they add up.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from skvq.calibrate.clip import fit_unit, sample, search_clip, squared_error
+from skvq.calibrate.clip import fit_unit, search_lattice_clip
 from skvq.calibrate.stats import LayerStats
+from skvq.engine.codecs import unit_factor
 from skvq.engine.config import CacheConfig
+from skvq.kernels.interface import Backend, HeadCodec, HeadSide, PackedPages, RopeFrequencies
+from skvq.kernels.layout import PAGE_TOKENS, PageLayout, pages_for
+
+KEY_POWER, VALUE_POWER = 0.7, 0.5
+DAMP = 0.01
+RIDGE = 0.02
+SINKS = 5
+"""First tokens of a text that take no part in the statistics: the cache keeps them in full precision."""
+
+FIT_TEXTS, FIT_STEP = 3, 8
+"""Texts, and every how many queries of them, on which the reading of values is fitted."""
 
 
 def spread_matrix(size: int) -> Tensor:
@@ -25,20 +49,153 @@ def spread_matrix(size: int) -> Tensor:
     return torch.mul(q, torch.sign(torch.diagonal(r)))
 
 
-def fit_rotate(stats: LayerStats, turn: torch.Tensor, config: CacheConfig) -> dict[str, Tensor]:
-    """Tensors of one layer (``engine.codecs``). ``turn`` [S, T, KH, D] is the key mean turned by every position."""
-    heads, size = stats.keys.shape[2:]
-    basis = spread_matrix(size).float().to(stats.keys.device).expand(heads, size, size).contiguous()
-    value_mean = stats.values.flatten(0, 1).mean(0)
-    tensors = {"key_basis": basis, "value_basis": basis, "value_mean": value_mean}
-    sides = (
-        ("key", stats.turned_keys - turn, config.key_bits),
-        ("value", stats.values - value_mean, config.value_bits),
+def query_metric(queries: Tensor, kv_heads: int) -> Tensor:
+    """Metric of keys from queries after RoPE [..., H, D]: float64 [KH, D, D], diagonal, equal inside each RoPE pair.
+
+    The average over a pair makes it independent of position, so it holds at a million tokens as well.
+    """
+    heads, size = queries.shape[-2:]
+    energy = queries.reshape(-1, heads, size).double().square().mean(0).view(kv_heads, -1, size).mean(1)
+    pair = (energy[:, : size // 2] + energy[:, size // 2 :]) / 2
+    return torch.diag_embed(torch.cat([pair, pair], 1))
+
+
+def synthesis(covariance: Tensor, metric: Tensor, power: float) -> Tensor:
+    """M [KH, D, D] of the module's docstring, float64, scaled so that x has variance one."""
+    root_metric, root_covariance = _root(metric), _root(covariance)
+    u, s, _ = torch.linalg.svd(root_metric @ root_covariance)
+    m = torch.linalg.solve(root_metric, u * s[:, None, :] ** power) @ spread_matrix(metric.shape[-1]).to(metric).T
+    inverse = torch.linalg.pinv(m)
+    variance = torch.einsum("hij,hjk,hik->hi", inverse, covariance, inverse).mean(-1)
+    return m * variance.clamp_min(1e-30).sqrt()[:, None, None]
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Symmetric square root, eigenvalues no smaller than 1e-5 of the largest."""
+    values, vectors = torch.linalg.eigh(matrix)
+    least = values.amax(-1, keepdim=True).clamp_min(1e-12) * 1e-5
+    return (vectors * values.maximum(least).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
+
+
+def fit_side(y: Tensor, metric: Tensor, power: float, bits: float, group_size: int) -> dict[str, Tensor]:
+    """How one side is stored: ``basis``, ``decode`` (M), ``metric`` [KH, D, D], ``unit``, ``clip`` [KH, G], from ``y`` [T, KH, D]."""
+    covariance = torch.einsum("thi,thj->hij", y.double(), y.double()) / len(y)
+    m = synthesis(covariance, metric, power)
+    weighted = m.transpose(1, 2) @ metric
+    gram = weighted @ m
+    norm = gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp_min(1e-30)
+    gram = gram / norm + DAMP * torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
+    basis = torch.linalg.solve(gram, weighted / norm)
+    found = {"basis": basis.float(), "decode": m.float(), "metric": gram.float()}
+    x = torch.einsum("hij,thj->thi", found["basis"], y)
+    groups = x.view(*x.shape[:2], -1, group_size)
+    found["unit"] = fit_unit(groups)
+    found["clip"] = search_lattice_clip(x, bits, head_side(found))
+    return found
+
+
+def head_side(found: dict[str, Tensor]) -> HeadSide:
+    """The quantizer's view of what ``fit_side`` found."""
+    metric, unit = found["metric"], found["unit"]
+    clip = found.get("clip", torch.ones_like(unit))
+    return HeadSide(unit=unit, clip=clip, metric=metric, factor=unit_factor(metric), has_metric=True)
+
+
+def fit_rotate(
+    stats: LayerStats, turned_mean: Tensor, rope: RopeFrequencies, config: CacheConfig, backend: Backend
+) -> dict[str, Tensor]:
+    """Tensors of one layer (``engine.codecs``) but the key mean; ``turned_mean`` [1, T, KH, D] is it, turned by each position."""
+    kv_heads = stats.keys.shape[2]
+    start = min(SINKS, stats.keys.shape[1] // 2)
+    keys = stats.turned_keys - turned_mean
+    value_mean = stats.values[:, start:].flatten(0, 1).mean(0)
+    values = stats.values - value_mean
+    key_metric = query_metric(stats.queries[:, start:], kv_heads)
+    found_keys = fit_side(keys[:, start:].flatten(0, 1), key_metric, KEY_POWER, config.key_bits, config.group_size)
+    found_values = fit_side(
+        values[:, start:].flatten(0, 1), stats.output_gram.double(), VALUE_POWER, config.value_bits, config.group_size
     )
-    for side, x, bits in sides:
-        y = torch.einsum("hij,sthj->sthi", basis, x).flatten(0, 1)  # [S * T, KH, D]
-        y = y.view(*y.shape[:2], -1, config.group_size)  # [S * T, KH, G, g]
-        unit = fit_unit(y)
-        tensors[f"{side}_unit"] = unit
-        tensors[f"{side}_clip"] = search_clip(sample(y), bits, unit, squared_error(sample(y)))
-    return tensors
+    chosen = torch.arange(len(values), device=values.device)[:: max(1, len(values) // FIT_TEXTS)][:FIT_TEXTS]
+    x = torch.einsum("hij,sthj->sthi", found_values["basis"], values[chosen])
+    stored = read_back(x, found_values, config, rope, backend)
+    decode = fit_reading(stats, chosen, stored, values[chosen], found_values["decode"])
+    return {
+        "key_basis": found_keys["basis"],
+        "query_basis": found_keys["decode"].transpose(1, 2),
+        "key_metric": found_keys["metric"],
+        "key_unit": found_keys["unit"],
+        "key_clip": found_keys["clip"],
+        "value_mean": value_mean,
+        "value_basis": found_values["basis"],
+        "output_basis": decode,
+        "value_metric": found_values["metric"],
+        "value_unit": found_values["unit"],
+        "value_clip": found_values["clip"],
+    }
+
+
+def read_back(x: Tensor, found: dict[str, Tensor], config: CacheConfig, rope: RopeFrequencies, backend: Backend) -> Tensor:
+    """``x`` [S, T, KH, D] of values as real pages of the backend hold it, float32."""
+    texts, tokens, heads, size = x.shape
+    layout = PageLayout(
+        head_size=size, kv_heads=heads, key_bits=config.value_bits, value_bits=config.value_bits, group_size=config.group_size
+    )
+    padded = -(-texts * tokens // layout.tile) * layout.tile
+    flat = torch.zeros(padded, heads, size, dtype=torch.float16, device=x.device)
+    flat[: texts * tokens] = x.flatten(0, 1)
+    pages = pages_for(padded)
+    empty = {"device": x.device, "dtype": torch.uint8}
+    store = PackedPages(
+        layout=layout,
+        key_codes=torch.empty(pages, heads, layout.key_bytes, **empty),  # type: ignore[arg-type]
+        value_codes=torch.empty(pages, heads, layout.value_bytes, **empty),  # type: ignore[arg-type]
+        meta=torch.empty(pages, heads, layout.meta_words, device=x.device, dtype=torch.int32),
+    )
+    eye = torch.eye(size, device=x.device).expand(heads, size, size).contiguous()
+    zero = torch.zeros(heads, size, device=x.device)
+    side = head_side(found)
+    codec = HeadCodec(
+        keys=side,
+        values=side,
+        key_mean=zero,
+        key_basis=eye,
+        query_basis=eye,
+        value_mean=zero,
+        value_basis=eye,
+        output_basis=eye,
+        rope=rope,
+        has_key_mean=False,
+        has_basis=False,
+    )
+    row = torch.arange(pages, dtype=torch.int32, device=x.device)
+    retained = torch.zeros(padded, dtype=torch.bool, device=x.device)
+    assert padded <= pages * PAGE_TOKENS
+    backend.pack_heads(store, codec, row, 0, flat, flat, retained)
+    _, values = backend.unpack_heads(store, codec, row, 0, padded)
+    return values[: texts * tokens].view(texts, tokens, heads, size)
+
+
+def fit_reading(stats: LayerStats, chosen: Tensor, stored: Tensor, values: Tensor, synthesis_: Tensor) -> Tensor:
+    """D [KH, D, D] such that D (sum p x) is nearest the sum p v over calibration queries, p their weights on packed tokens.
+
+    stored (x) and values [S, T, KH, D] of the chosen texts; ridge regression towards the best multiple of M.
+    """
+    texts, tokens, kv_heads, size = values.shape
+    gap = min(128, tokens // 4)
+    t = torch.arange(min(2 * gap, tokens - 1), tokens, FIT_STEP, device=values.device)
+    at = torch.arange(tokens, device=values.device)
+    far = (t[:, None] - at >= gap) & (at >= min(SINKS, tokens // 2))
+    xx, ox = (torch.zeros(kv_heads, size, size, dtype=torch.float64, device=values.device) for _ in range(2))
+    for text in range(texts):
+        q = stats.queries[chosen[text], t].view(len(t), kv_heads, -1, size)
+        score = torch.einsum("nhrd,thd->hrnt", q, stats.turned_keys[chosen[text]]) / size**0.5
+        p = score.masked_fill(at > t[:, None], -torch.inf).softmax(-1) * far
+        x, o = (torch.einsum("hrnt,thd->hrnd", p, y).flatten(1, 2).double() for y in (stored[text], values[text]))
+        xx += x.transpose(1, 2) @ x
+        ox += o.transpose(1, 2) @ x
+    m = synthesis_.double()
+    gain = (ox * m).sum((1, 2)) / ((m @ xx) * m).sum((1, 2)).clamp_min(1e-30)
+    ridge = RIDGE * xx.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-12)[:, None, None]
+    ridge = ridge * torch.eye(size, dtype=xx.dtype, device=xx.device)
+    right = ox + gain[:, None, None] * m @ ridge
+    return torch.linalg.solve(xx + ridge, right.transpose(1, 2)).transpose(1, 2).float()

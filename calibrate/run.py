@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from skvq.calibrate.reorder import fit_plain, fit_reorder
-from skvq.calibrate.rotate import fit_rotate
+from skvq.calibrate.rotate import SINKS, fit_rotate
 from skvq.calibrate.stats import LayerStats, Recorder
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError
 from skvq.engine.model import DenseLinear, Model
 from skvq.engine.rope import StepRope, at_positions
-from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.interface import Backend, RopeFrequencies
 
 TEXT_TOKENS = 2048
 """Tokens of one calibration text; a corpus is cut into texts of this length."""
@@ -40,7 +40,14 @@ def texts_of(ids: Sequence[int], tokens: int) -> Tensor:
 
 @torch.no_grad()
 def calibrate(
-    model: Model, frequencies: RopeFrequencies, texts: Tensor, config: CacheConfig, *, seed: int, progress: Progress
+    model: Model,
+    frequencies: RopeFrequencies,
+    texts: Tensor,
+    config: CacheConfig,
+    backend: Backend,
+    *,
+    seed: int,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Tensors of ``engine.codecs`` for every layer, stacked, from texts int64 [S, T]. ``progress(layers done, layers)``."""
     shape = model.config
@@ -56,16 +63,18 @@ def calibrate(
         hidden = [model.layer(index, x, rope, recorder) for x in hidden]
         output = model.weights.layers[index].output
         stats = recorder.stats(output.weight if isinstance(output, DenseLinear) else output(torch.eye(shape.num_heads)))
-        layers.append({name: t.cpu() for name, t in _fit(stats, rope, config, seed).items()})
+        layers.append({name: t.cpu() for name, t in _fit(stats, rope, frequencies, config, backend, seed).items()})
         progress(index + 1, shape.num_layers)
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
-def _fit(stats: LayerStats, rope: StepRope, config: CacheConfig, seed: int) -> dict[str, Tensor]:
+def _fit(
+    stats: LayerStats, rope: StepRope, frequencies: RopeFrequencies, config: CacheConfig, backend: Backend, seed: int
+) -> dict[str, Tensor]:
     if config.method == "reorder":
         return fit_reorder(stats, config, seed)
     if config.method == "plain":
         return fit_plain(stats, config)
-    mean = stats.keys.flatten(0, 1).mean(0)
+    mean = stats.keys[:, min(SINKS, stats.keys.shape[1] // 2) :].flatten(0, 1).mean(0)
     turned = rope.turn(mean.expand(1, stats.keys.shape[1], -1, -1))  # [1, T, KH, D]
-    return fit_rotate(stats, turned, config) | {"key_mean": mean}
+    return fit_rotate(stats, turned, frequencies, config, backend) | {"key_mean": mean}

@@ -121,13 +121,18 @@ class Arena:
         keys, values, positions = (self.tensors[f"full_{part}"][layer] for part in ("keys", "values", "positions"))
         return FullSlots(keys=keys, values=values, positions=positions)
 
+    def require_pages(self, count: int) -> None:
+        """Raise CapacityError unless ``count`` pages can be had."""
+        if count > len(self._free_pages):
+            used = self.shape.pages - len(self._free_pages)
+            raise CapacityError(
+                f"{used} of {self.shape.pages} pages of {PAGE_TOKENS} tokens are in use, {count} more are needed: free a "
+                "sequence or load with a larger max_context or max_sequences"
+            )
+
     def new_page(self) -> int:
         """A page of one's own. Raises CapacityError when none is left."""
-        if not self._free_pages:
-            raise CapacityError(
-                f"all {self.shape.pages} pages of {PAGE_TOKENS} tokens are in use: free a sequence or load with a larger "
-                "max_context or max_sequences"
-            )
+        self.require_pages(1)
         page = self._free_pages.pop()
         self._references[page] = 1
         return page

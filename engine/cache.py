@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from skvq.engine.arena import Arena
 from skvq.engine.errors import CapacityError
 from skvq.engine.filters import FilterRule, LeavingTokens
+from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
 from skvq.engine.regions import Regions
+from skvq.engine.session import save_session
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 PIECE_TOKENS = 8 * PAGE_TOKENS
@@ -29,6 +32,7 @@ class CacheSetup:
     rules: tuple[FilterRule, ...]
     max_context: int
     packed_token_bytes: float  # of a packed token in one layer, codes and metadata
+    identity: Identity
 
     @property
     def needs_mass(self) -> bool:
@@ -49,6 +53,7 @@ class SequenceCache:
         self.length = 0
         self.packed = 0
         self.token_ids: list[int] = []
+        self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
         self.alive = True
 
     # --- lengths ---------------------------------------------------------------------------------------------------------
@@ -66,22 +71,40 @@ class SequenceCache:
                 "shorten the text or load with a larger max_context (--ctx)"
             )
         target = self.packed_after(count)
-        arena = self.setup.arena
         if target > self.packed:
-            last = self.packed // PAGE_TOKENS
-            if self.packed % PAGE_TOKENS and arena.is_shared(self.pages[last]):
-                copy = arena.copy_page(self.pages[last])
-                arena.release(self.pages[last])
-                self.pages[last] = copy
-            while len(self.pages) < pages_for(target):
-                self.pages.append(arena.new_page())
-            self._write_row()
+            self._grow(target)
+
+    def _grow(self, target: int) -> None:
+        """Pages of one's own for packed tokens up to ``target``; nothing has changed if there are not enough."""
+        arena, last = self.setup.arena, self.packed // PAGE_TOKENS
+        copies = bool(self.packed % PAGE_TOKENS and arena.is_shared(self.pages[last]))
+        arena.require_pages(pages_for(target) - len(self.pages) + copies)
+        if copies:
+            copy = arena.copy_page(self.pages[last])
+            arena.release(self.pages[last])
+            self.pages[last] = copy
+        while len(self.pages) < pages_for(target):
+            self.pages.append(arena.new_page())
+        self._write_row()
+
+    def adopt(self, token_ids: Sequence[int], packed: int, pending: Sequence[int]) -> None:
+        """Make an empty sequence one of ``token_ids`` with pages for ``packed`` of them; the caller fills pages and slots."""
+        assert self.length == 0 and 0 <= packed <= len(token_ids), (self.length, packed, len(token_ids))
+        if len(token_ids) > self.setup.max_context:
+            raise CapacityError(
+                f"a saved sequence of {len(token_ids):,} tokens does not fit a context of {self.setup.max_context:,}: "
+                f"load with a max_context (--ctx) of at least {len(token_ids):,}"
+            )
+        if packed:
+            self._grow(packed)
+        self.length, self.packed, self.token_ids, self.pending = len(token_ids), packed, list(token_ids), list(pending)
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """The step is over in every layer: these tokens are cached now."""
         self.packed = self.packed_after(len(token_ids))
         self.length += len(token_ids)
         self.token_ids.extend(token_ids)
+        self.pending = []
 
     @property
     def page_row(self) -> Tensor:
@@ -180,10 +203,11 @@ class SequenceCache:
         """A second sequence with the same past. Pages are shared; full-precision slots are copied."""
         assert self.alive, "the sequence has been freed"
         twin = SequenceCache(self.setup)
-        for page in self.pages:
+        twin.pages = self.pages[: pages_for(self.packed)]  # without what a step that was broken off has reserved
+        for page in twin.pages:
             self.setup.arena.share(page)
-        twin.pages = list(self.pages)
-        twin.length, twin.packed, twin.token_ids = self.length, self.packed, list(self.token_ids)
+        twin.length, twin.packed = self.length, self.packed
+        twin.token_ids, twin.pending = list(self.token_ids), list(self.pending)
         twin._write_row()
         self.setup.arena.copy_slot(self.slot, twin.slot)
         return twin
@@ -205,6 +229,7 @@ class SequenceCache:
         positions[positions >= length] = -1
         self.packed, self.length = packed, length
         del self.token_ids[length:]
+        self.pending = []
         while len(self.pages) > pages_for(packed):
             arena.release(self.pages.pop())
 
@@ -222,6 +247,11 @@ class SequenceCache:
         held = full.positions[self.slot, : ring.retained]
         held[(held >= packed) & (held < length)] = -1
         full.positions[self.slot, slots] = at.int()
+
+    def save(self, file: str | Path) -> None:
+        """Write the sequence to a file, whole or not at all; ``Engine.restore`` brings it back. Raises SkvqError."""
+        assert self.alive, "the sequence has been freed"
+        save_session(self, Path(file))
 
     def free(self) -> None:
         """Give pages and slot back; the sequence cannot be used any more."""

@@ -16,7 +16,7 @@ from skvq.engine.config import CacheConfig
 from skvq.engine.errors import SkvqError
 from skvq.engine.model import Model
 from skvq.engine.report import Reporter
-from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, save_artifact
 from skvq.loaders.files import cache_folder
 
@@ -31,12 +31,15 @@ def make_artifact(
     cache: CacheConfig,
     ids: list[int],
     header: ArtifactHeader,
+    backend: Backend,
     report: Reporter,
 ) -> Artifact:
     """Calibrate on the first ``header.tokens`` of ``ids``."""
     texts = texts_of(ids, header.tokens)
     with report.bar(f"calibrating {cache.method} on {texts.numel():,} tokens", model.config.num_layers) as bar:
-        tensors = calibrate(model, rope, texts, cache, seed=header.seed, progress=lambda done, layers: bar.advance(1))
+        tensors = calibrate(
+            model, rope, texts, cache, backend, seed=header.seed, progress=lambda done, layers: bar.advance(1)
+        )
     return Artifact(header, tensors)
 
 
@@ -76,6 +79,7 @@ def cached_or_made(
     fingerprint: str,
     encode: Callable[[str], list[int]],
     tokens: int,
+    backend: Backend,
     report: Reporter,
 ) -> Mapping[str, Tensor]:
     """Tensors for this model and cache: from the user's cache folder, else calibrated now on the built-in corpus and kept."""
@@ -85,7 +89,7 @@ def cached_or_made(
     if path.is_file():
         return load_for(path, model, cache, fingerprint)
     report.message(f"no calibration of this model for these options yet: making one from {BUILT_IN}, kept in {path.parent}")
-    artifact = make_artifact(model, rope, cache, encode(built_in_corpus()), header, report)
+    artifact = make_artifact(model, rope, cache, encode(built_in_corpus()), header, backend, report)
     try:
         save_artifact(artifact, path)
     except SkvqError as error:

@@ -4,7 +4,8 @@ Tensors of an artifact, L layers, KH kv heads, D head size, G groups in a head, 
 
     key_unit, value_unit, key_clip, value_clip   float32 [L, KH, G]                every packed method
     key_mean, value_mean                         float32 [L, KH, D]                rotate (key_mean before RoPE)
-    key_basis, value_basis                       float32 [L, KH, D, D]             rotate
+    key_basis, query_basis, key_metric           float32 [L, KH, D, D]             rotate
+    value_basis, output_basis, value_metric      float32 [L, KH, D, D]             rotate
     key_labels, value_labels                     int64 [L, C]                      reorder
 """
 
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CalibrationError
-from skvq.kernels.interface import HeadCodec, LabelCodec, RopeFrequencies, Side
+from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies, Side
 from skvq.kernels.layout import PageLayout
 
 SIDES = ("key", "value")
+MATRICES = ("key_basis", "query_basis", "key_metric", "value_basis", "output_basis", "value_metric")
 
 
 def tensor_shapes(config: CacheConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -30,7 +32,7 @@ def tensor_shapes(config: CacheConfig, model: ModelConfig) -> dict[str, tuple[in
     shapes: dict[str, tuple[int, ...]] = {f"{side}_{what}": groups for side in SIDES for what in ("unit", "clip")}
     if config.method == "rotate":
         shapes |= {f"{side}_mean": (layers, heads, size) for side in SIDES}
-        shapes |= {f"{side}_basis": (layers, heads, size, size) for side in SIDES}
+        shapes |= {name: (layers, heads, size, size) for name in MATRICES}
     if config.method == "reorder":
         shapes |= {f"{side}_labels": (layers, heads * size) for side in SIDES}
     return shapes
@@ -62,46 +64,43 @@ def layout_of(config: CacheConfig, model: ModelConfig) -> PageLayout:
     )
 
 
-def _sides(tensors: Mapping[str, Tensor], layer: int, device: torch.device) -> list[Side]:
-    return [Side(unit=tensors[f"{s}_unit"][layer].to(device), clip=tensors[f"{s}_clip"][layer].to(device)) for s in SIDES]
-
-
 def head_codecs(
     tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, rope: RopeFrequencies, device: torch.device
 ) -> tuple[HeadCodec, ...]:
-    """Codecs of ``rotate``, and of ``plain``, whose basis is the identity."""
-    heads, size = model.num_kv_heads, model.head_size
+    """Codecs of ``rotate``, and of ``plain``, whose bases and metrics are the identity."""
     rotate = config.method == "rotate"
+    heads, size = model.num_kv_heads, model.head_size
+    eye = torch.eye(size).expand(heads, -1, -1)
+    zero = torch.zeros(heads, size)
     codecs = []
     for layer in range(model.num_layers):
-        keys, values = _sides(tensors, layer, device)
-        if rotate:
-            bases = [tensors[f"{s}_basis"][layer].double() for s in SIDES]
-            means = [tensors[f"{s}_mean"][layer].to(device) for s in SIDES]
-        else:
-            bases = [torch.eye(size, dtype=torch.float64).expand(heads, -1, -1)] * 2
-            means = [torch.zeros(heads, size, device=device)] * 2
-        inverses = [torch.linalg.inv(b) for b in bases]
+        matrices = {name: (tensors[name][layer] if rotate else eye).float().contiguous().to(device) for name in MATRICES}
+        means = {f"{s}_mean": (tensors[f"{s}_mean"][layer] if rotate else zero).to(device) for s in SIDES}
+        metrics = {side: matrices.pop(f"{side}_metric") for side in SIDES}
+        keys, values = (_head_side(tensors, side, layer, metrics[side], rotate) for side in SIDES)
         codecs.append(
             HeadCodec(
                 keys=keys,
                 values=values,
-                key_mean=means[0],
-                key_basis=_on(bases[0], device),
-                query_basis=_on(inverses[0].transpose(1, 2), device),
-                value_mean=means[1],
-                value_basis=_on(bases[1], device),
-                output_basis=_on(inverses[1], device),
+                **matrices,
+                **means,
                 rope=rope,
-                has_key_mean=bool(means[0].any()),
+                has_key_mean=bool(means["key_mean"].any()),
                 has_basis=rotate,
             )
         )
     return tuple(codecs)
 
 
-def _on(matrix: Tensor, device: torch.device) -> Tensor:
-    return matrix.float().contiguous().to(device)
+def _head_side(tensors: Mapping[str, Tensor], side: str, layer: int, metric: Tensor, has_metric: bool) -> HeadSide:
+    unit, clip = (tensors[f"{side}_{what}"][layer].to(metric.device) for what in ("unit", "clip"))
+    return HeadSide(unit=unit, clip=clip, metric=metric, factor=unit_factor(metric), has_metric=has_metric)
+
+
+def unit_factor(metric: Tensor) -> Tensor:
+    """Upper Cholesky factor of each metric [KH, D, D] with its rows divided by their diagonal, float32."""
+    upper = torch.linalg.cholesky(metric.double()).transpose(1, 2)
+    return (upper / upper.diagonal(dim1=1, dim2=2)[:, :, None]).float().contiguous()
 
 
 def label_codecs(
@@ -110,7 +109,10 @@ def label_codecs(
     """Codecs of ``reorder``."""
     codecs = []
     for layer in range(model.num_layers):
-        keys, values = (Side(unit=s.unit.flatten(), clip=s.clip.flatten()) for s in _sides(tensors, layer, device))
+        keys, values = (
+            Side(unit=tensors[f"{s}_unit"][layer].flatten().to(device), clip=tensors[f"{s}_clip"][layer].flatten().to(device))
+            for s in SIDES
+        )
         labels = [tensors[f"{s}_labels"][layer].to(device) for s in SIDES]
         codecs.append(LabelCodec(keys=keys, values=values, key_labels=labels[0], value_labels=labels[1], rope=rope))
     return tuple(codecs)

@@ -32,6 +32,7 @@ from skvq.engine.prefill import exact_prefill, streaming_prefill
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.rope import at_positions
 from skvq.engine.sampling import Sampler, StopWatch
+from skvq.engine.session import restore_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.summary import Summary
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
@@ -71,6 +72,7 @@ class _Answer:
             self.done = True
             return
         self.token = self._sampler.draw(logits)
+        self.sequence.pending = [self.token]
         self.count += 1
         self.done = self.token in self._ends
 
@@ -158,11 +160,13 @@ class Engine:
     ) -> Iterator[str]:
         """Pieces of the answer to ``text`` as they are drawn, whole characters only.
 
-        With ``sequence`` the text continues it, and the sequence holds the answer afterwards; else one is made and freed.
+        With ``sequence`` the text continues it, and the sequence holds the answer afterwards (its last token is ``pending``
+        until more is read; an empty text goes on from there); else one is made and freed.
         """
         own = sequence if sequence is not None else self.new_sequence()
         try:
-            logits = self.read(own, self.encode(text, bos=own.length == 0))
+            ids = [] if own.pending and not text else self.encode(text, bos=own.length == 0)
+            logits = self.read(own, ids)
             for _, piece in self._decode([own], [logits], sampling or SamplingConfig()):
                 yield piece
         finally:
@@ -209,10 +213,27 @@ class Engine:
             raise
         return sequence
 
+    def restore(self, file: str | Path) -> SequenceCache:
+        """The sequence that ``SequenceCache.save`` wrote, of this process or another. Fork it to ask several questions.
+
+        Raises SessionError if the file is broken or of another model, calibration or options, CapacityError if it does not
+        fit; other sequences are as they were.
+        """
+        sequence = self.new_sequence()
+        try:
+            restore_session(sequence, Path(file))
+        except BaseException:
+            sequence.free()
+            raise
+        return sequence
+
     @torch.inference_mode()
     def read(self, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
-        """Append ``ids`` to a sequence; logits float32 [V] of the last. An empty sequence is read as ``prefill`` says."""
-        parts = self.parts
+        """Append what is pending and ``ids`` to a sequence; logits float32 [V] of the last.
+
+        An empty sequence is read as ``prefill`` says, any other by streaming.
+        """
+        parts, ids = self.parts, [*sequence.pending, *ids]
         start = time.perf_counter()
         exact = sequence.length == 0 and parts.prefill == "exact"
         reader = exact_prefill if exact else streaming_prefill
@@ -368,5 +389,5 @@ class Engine:
             raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
         ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
         header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
-        save_artifact(make_artifact(loaded.model, loaded.rope, cache, ids, header, self.report), output)
+        save_artifact(make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, self.report), output)
         return header

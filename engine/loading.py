@@ -15,6 +15,7 @@ from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made
 from skvq.engine.codecs import head_codecs, label_codecs, layout_of
 from skvq.engine.config import CacheConfig, ModelConfig, RopeConfig
 from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, pick_device, pick_dtype
 from skvq.engine.methods import CacheMethod, PackedMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
@@ -124,6 +125,7 @@ def build_cache(
         rules=rules_of(cache),
         max_context=loaded.context,
         packed_token_bytes=page_layout(cache, config).bytes_per_token,
+        identity=identity_of(cache, rules_of(cache), loaded.fingerprint, tensors, loaded.rope, shape.dtype),
     )
 
 
@@ -213,5 +215,6 @@ def _calibration(loaded: LoadedModel, cache: CacheConfig, path: Path | None, rep
         loaded.fingerprint,
         lambda text: loaded.tokenizer.encode(text, bos=False),
         DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS,
+        loaded.backend,
         report,
     )

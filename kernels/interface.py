@@ -78,18 +78,30 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSide(Side):
+    """A side whose codes are chosen together: they minimize ``e^T metric e`` over a head, e the error in the stored basis.
+
+    ``factor`` is the Cholesky factor of the metric, upper, its rows divided by their diagonal: metric = F^T diag F.
+    """
+
+    metric: Tensor  # float32 [KH, D, D], symmetric positive definite
+    factor: Tensor  # float32 [KH, D, D], unit upper triangular
+    has_metric: bool  # False: the metric is the identity, every code is rounded on its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadCodec:
     """Contiguous groups inside each head, keys stored after RoPE (methods ``rotate`` and ``plain``).
 
-    Stored key ``y = key_basis (RoPE_t(k) - RoPE_t(key_mean))``, so that
-    ``q . RoPE_t(k) = (query_basis q) . y + q . RoPE_t(key_mean)`` with ``query_basis = key_basis^-T``; stored value
-    ``y = value_basis (v - value_mean)``, so that a weighted sum of values with weights adding to w is
-    ``output_basis (sum p y) + w value_mean`` with ``output_basis = value_basis^-1``.
-    All matrices act on column vectors of a head.
+    Stored is x, the quantized ``y = key_basis (RoPE_t(k) - RoPE_t(key_mean))`` and ``y = value_basis (v - value_mean)``.
+    Read is ``RoPE_t(k) ~ query_basis^T x + RoPE_t(key_mean)``, so a score is ``(query_basis q) . x + q . RoPE_t(key_mean)``,
+    and ``v ~ output_basis x + value_mean``, so a sum of values whose weights p add to w is
+    ``output_basis (sum p x) + w value_mean``. Reading need not be the exact inverse of storing: calibration fits it to what
+    quantization does. All matrices act on column vectors of a head.
     """
 
-    keys: Side
-    values: Side
+    keys: HeadSide
+    values: HeadSide
     key_mean: Tensor  # float32 [KH, D], before RoPE; pairs of zeros cost nothing
     key_basis: Tensor  # float32 [KH, D, D]
     query_basis: Tensor  # float32 [KH, D, D]

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
 from skvq.kernels.layout import (
     BIT_PLANES,
     E4M3_MAX,
@@ -24,6 +24,10 @@ from skvq.kernels.layout import (
 )
 
 REFINE_STEPS = 3
+"""Least-squares steps on scale and mid where every code is rounded on its own."""
+
+LATTICE_FITS, LATTICE_ROUNDS, LATTICE_SWEEPS = 2, 2, 2
+"""Of ``quantize_lattice``: plain least-squares steps at the start, rounds of descent and fit, sweeps of a descent."""
 
 
 # --- FP8 metadata -----------------------------------------------------------------------------------------------------
@@ -49,26 +53,112 @@ def quantize(y: Tensor, levels: int, unit: Tensor, clip: Tensor) -> tuple[Tensor
     E4M3 in ``unit``, and the codes are taken against the rounded values. Returns uint8 [..., g], uint8 [...], uint8 [...].
     """
     y = y.float()
-    half = (levels - 1) / 2
-    low, high = y.amin(-1) * clip, y.amax(-1) * clip
-    scale, mid = (high - low) / (levels - 1), (high + low) / 2
-    tiny = unit * E4M3_MIN
-    mean = y.mean(-1)
-    for _ in range(REFINE_STEPS):
-        code = _codes(y, scale.clamp_min(tiny), mid, levels) - half
-        centred = code - code.mean(-1, keepdim=True)
-        spread = centred.square().sum(-1)
-        fitted = (centred * y).sum(-1) / spread.clamp_min(1e-6)
-        scale = torch.where(spread > 0, fitted, scale)
-        mid = mean - scale * code.mean(-1)
-    scale_byte = e4m3_encode(torch.maximum(scale, tiny) / unit)
+    scale, mid = _fit_range(y, levels, clip, unit * E4M3_MIN, REFINE_STEPS)
+    scale_byte = e4m3_encode(scale / unit)
     mid_byte = e4m3_encode(mid / unit)
     code = _codes(y, e4m3_decode(scale_byte) * unit, e4m3_decode(mid_byte) * unit, levels)
     return code.to(torch.uint8), scale_byte, mid_byte
 
 
+def _fit_range(y: Tensor, levels: int, clip: Tensor, tiny: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Scale (at least ``tiny``) and mid [...] of groups [..., g]: the clipped range, then ``steps`` of plain least squares."""
+    low, high = y.amin(-1) * clip, y.amax(-1) * clip
+    scale, mid = torch.maximum((high - low) / (levels - 1), tiny), (high + low) / 2
+    mean = y.mean(-1)
+    for _ in range(steps):
+        code = _codes(y, scale, mid, levels) - (levels - 1) / 2
+        centred = code - code.mean(-1, keepdim=True)
+        spread = centred.square().sum(-1)
+        fitted = torch.maximum((centred * y).sum(-1) / spread.clamp_min(1e-6), tiny)
+        scale = torch.where(spread > 0, fitted, scale)
+        mid = mean - scale * code.mean(-1)
+    return scale, mid
+
+
 def _codes(y: Tensor, scale: Tensor, mid: Tensor, levels: int) -> Tensor:
     return ((y - mid[..., None]) / scale[..., None] + (levels - 1) / 2).round().clamp(0, levels - 1)
+
+
+def quantize_lattice(y: Tensor, levels: int, side: HeadSide) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [T, KH, D] and scale and mid bytes uint8 [T, KH, G] of ``y`` [T, KH, D] that keep ``e^T metric e`` small.
+
+    Rounding is a closest-point problem in the lattice that the metric spans: the nearest-plane algorithm (Babai 1986; LDLQ in
+    QuIP, arXiv 2307.13304), then sweeps of coordinate descent over the codes, in turn with a least-squares fit of scale and
+    mid in the same metric. Metadata are rounded to E4M3 before the last sweeps, so the codes make up for that too.
+    """
+    tokens, heads, size = y.shape
+    groups = side.unit.shape[1]
+    width = size // groups
+    y = y.float()
+    half, tiny = (levels - 1) / 2, side.unit * E4M3_MIN
+    scale, mid = _fit_range(y.view(tokens, heads, groups, width), levels, side.clip, tiny, LATTICE_FITS)
+    code = _nearest_plane(y, _by_channel(scale, width), _by_channel(mid, width), levels, side.factor)
+    for _ in range(LATTICE_ROUNDS):
+        error = y - _by_channel(mid, width) - _by_channel(scale, width) * code  # the metric's gradient follows from it
+        slope = torch.einsum("hij,thj->thi", side.metric, error)
+        code = _descend(code, slope, _by_channel(scale, width), half, side.metric)
+        scale, mid = _fit_metric(y, code, scale, mid, side.metric, tiny)
+    scale_byte = e4m3_encode(scale / side.unit)
+    exact = e4m3_decode(scale_byte) * side.unit
+    error = y - _by_channel(mid, width) - _by_channel(exact, width) * code
+    slope = torch.einsum("hij,thj->thi", side.metric, error)
+    blocks = side.metric.view(heads, groups, width, groups, width).diagonal(dim1=1, dim2=3).sum((1, 2))  # [KH, G]
+    mid_byte = e4m3_encode((mid + slope.view(tokens, heads, groups, width).sum(-1) / blocks) / side.unit)
+    error = y - _by_channel(e4m3_decode(mid_byte) * side.unit, width) - _by_channel(exact, width) * code
+    slope = torch.einsum("hij,thj->thi", side.metric, error)
+    code = _descend(code, slope, _by_channel(exact, width), half, side.metric)
+    return (code + half).to(torch.uint8), scale_byte, mid_byte
+
+
+def _by_channel(x: Tensor, width: int) -> Tensor:
+    """[..., G] -> [..., G * width]"""
+    return x.repeat_interleave(width, -1)
+
+
+def _nearest_plane(y: Tensor, scale: Tensor, mid: Tensor, levels: int, factor: Tensor) -> Tensor:
+    """Centred codes [T, KH, D], rounded from the last channel to the first; each makes up for the errors of those before."""
+    half = (levels - 1) / 2
+    code, error = torch.zeros_like(y), torch.zeros_like(y)
+    for i in range(y.shape[-1] - 1, -1, -1):
+        wanted = y[..., i] + (error[..., i + 1 :] * factor[:, i, i + 1 :]).sum(-1)
+        code[..., i] = ((wanted - mid[..., i]) / scale[..., i] + half).round().clamp(0, levels - 1) - half
+        error[..., i] = y[..., i] - mid[..., i] - scale[..., i] * code[..., i]
+    return code
+
+
+def _descend(code: Tensor, slope: Tensor, scale: Tensor, half: float, metric: Tensor) -> Tensor:
+    """Coordinate descent: each centred code in turn moves to where ``slope = metric error`` [T, KH, D] vanishes."""
+    code, slope = code.clone(), slope.clone()
+    for _ in range(LATTICE_SWEEPS):
+        for i in range(code.shape[-1]):
+            moved = (code[..., i] + slope[..., i] / (metric[:, i, i] * scale[..., i]) + half).round().clamp(0, 2 * half) - half
+            step = (moved - code[..., i]) * scale[..., i]
+            code[..., i] = moved
+            slope -= step[..., None] * metric[:, i]
+    return code
+
+
+def _fit_metric(y: Tensor, code: Tensor, scale: Tensor, mid: Tensor, metric: Tensor, tiny: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and mid [T, KH, G] of least squares in the metric, one group after another, for centred codes [T, KH, D]."""
+    groups = scale.shape[-1]
+    width = y.shape[-1] // groups
+    scale, mid = scale.clone(), mid.clone()
+    for group in range(groups):
+        at = slice(group * width, (group + 1) * width)
+        error = y - _by_channel(mid, width) - _by_channel(scale, width) * code
+        slope = torch.einsum("hij,thj->thi", metric[:, at], error)  # [T, KH, width]
+        block, part = metric[:, at, at], code[..., at]
+        turned = torch.einsum("hij,thj->thi", block, part)
+        ones = block.sum(-1)  # [KH, width]
+        cc, c1, one = (part * turned).sum(-1), (part * ones).sum(-1), ones.sum(-1)
+        cs, s1 = (part * slope).sum(-1), slope.sum(-1)
+        determinant = cc * one - c1 * c1
+        step = (cs * one - s1 * c1) / torch.where(determinant != 0, determinant, 1.0)
+        good = (determinant > 1e-6 * cc * one) & (scale[..., group] + step > tiny[:, group])
+        step = torch.where(good, step, 0.0)
+        mid[..., group] += torch.where(good, (s1 - step * c1) / one, 0.0)
+        scale[..., group] += step
+    return scale, mid
 
 
 def dequantize(code: Tensor, scale: Tensor, mid: Tensor, levels: int) -> Tensor:
@@ -146,7 +236,7 @@ def unpack_meta(words: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     """Inverse of ``pack_meta``: four float32 [T, KH, G] (in units) and the flags bool [T]."""
     tiles, heads, count = words.shape
     rows = words.view(tiles, heads, count // tile, tile).permute(0, 3, 1, 2).reshape(tiles * tile, heads, count // tile)
-    parts = rows.contiguous().view(torch.uint8).view(*rows.shape, 4)
+    parts = rows.flatten().view(torch.uint8).view(*rows.shape, 4)  # flat: of a size of 1 any stride counts as contiguous
     retained = (parts[:, 0, 0, 0] & RETAINED_FLAG) != 0
     key_scale = e4m3_decode((parts[..., 0] & 0x7F).contiguous())
     key_mid, value_scale, value_mid = (e4m3_decode(parts[..., i].contiguous()) for i in (1, 2, 3))
@@ -213,10 +303,12 @@ def _turned_mean(codec: HeadCodec, first: int, count: int) -> Tensor:
     return rotary(codec.key_mean.expand(count, -1, -1), positions, codec.rope)
 
 
-def quantize_heads(y: Tensor, bits: float, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_heads(y: Tensor, bits: float, side: HeadSide) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [T, KH, D] and scale and mid bytes [T, KH, G] of ``y`` [T, KH, D]."""
     tokens, heads, size = y.shape
     groups = side.unit.shape[1]
+    if side.has_metric:
+        return quantize_lattice(y, LEVELS[bits], side)
     codes, scale, mid = quantize(y.view(tokens, heads, groups, size // groups), LEVELS[bits], side.unit, side.clip)
     return codes.view(tokens, heads, size), scale, mid
 
@@ -253,7 +345,7 @@ def read_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: in
 def unpack_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     keys, values, _ = read_heads(pages, codec, page_row, first, count)
     if codec.has_basis:
-        keys = torch.einsum("hij,thi->thj", codec.query_basis, keys)  # key_basis^-1 = query_basis^T
+        keys = torch.einsum("hij,thi->thj", codec.query_basis, keys)  # query_basis^T x
         if codec.has_key_mean:
             keys = keys + _turned_mean(codec, first, count)
         values = torch.einsum("hij,thj->thi", codec.output_basis, values) + codec.value_mean
@@ -289,8 +381,8 @@ def pack_labels(
         values.float().reshape(count, -1), layout.value_bits, codec.values, codec.value_labels
     )
     by_head = (count, layout.kv_heads, layout.groups)
-    meta = (t.view(by_head) for t in (key_scale, key_mid, value_scale, value_mid))
-    words = pack_meta(*meta, retained, layout.tile)
+    key_scale, key_mid, value_scale, value_mid = (t.view(by_head) for t in (key_scale, key_mid, value_scale, value_mid))
+    words = pack_meta(key_scale, key_mid, value_scale, value_mid, retained, layout.tile)
     shape = (count, layout.kv_heads, layout.head_size)
     _write(pages, page_row, first, key_codes.view(shape), value_codes.view(shape), words)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from skvq.engine.errors import SkvqError
 
@@ -24,6 +28,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
         raise SkvqError(f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}") from None
+
+
+@contextmanager
+def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
+    """A file of about ``count`` bytes to be written as ``.NAME.partial``, renamed to ``path`` when the block ends well.
+
+    Readable too. For large files: what a killed process left under that name is written over, never left beside. Raises
+    SkvqError, with nothing written, where the place has not got the room.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < count:
+            raise SkvqError(f"cannot write {path}: it takes {count:,} bytes, {path.parent} has {free:,} left; free some or write elsewhere")
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SkvqError(f"cannot write {path} ({count:,} bytes): {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -68,9 +68,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, weights: Mapping[str, to
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of Q or K as llama.cpp's converter writes them."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(
@@ -131,8 +129,14 @@ def refused(call: Callable[[], Any], *fragments: str) -> str:
     """Assert that ``call`` raises a SkvqError of one line with all fragments, and return the line."""
     with pytest.raises(SkvqError) as caught:
         call()
-    line = str(caught.value)
-    assert "\n" not in line and len(line) < 700, line
+    line = one_line(caught.value)
     for fragment in fragments:
         assert fragment in line, f"{fragment!r} is not in: {line}"
+    return line
+
+
+def one_line(error: SkvqError) -> str:
+    """Assert that an error is one line of a bearable length, and return it."""
+    line = str(error)
+    assert "\n" not in line and 10 < len(line) < 700, line
     return line

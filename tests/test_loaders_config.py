@@ -15,7 +15,7 @@ from skvq.engine.config import FULL_SPAN, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.loaders.fields import Fields
 from skvq.loaders.hf import config_to_json, parse_config, read_config
-from skvq.tests.loader_fixtures import refused, tiny_config
+from skvq.tests.loader_fixtures import one_line, refused, tiny_config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -142,7 +142,7 @@ def test_mistral_defaults_where_the_file_is_silent() -> None:
 
 @pytest.mark.parametrize("full", [0, 1, 3, 4, 28])
 def test_qwen2_slides_from_max_window_layers_on(full: int) -> None:
-    options = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": full}
+    options: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": full}
     theirs: Any = Qwen2Config(**SIZES, **options)
     ours = parse_config(Fields(SIZES | {"model_type": "qwen2"} | options, "x"))
     assert [span == 64 for span in ours.attention_spans] == [kind == "sliding_attention" for kind in theirs.layer_types]
@@ -174,9 +174,7 @@ def test_dual_chunk_attention_counts_only_what_was_trained() -> None:
         ({"eos_token_id": "two"}, ["eos_token_id", "two"]),
     ],
 )
-def test_a_config_that_cannot_be_right_is_one_line(
-    tmp_path: Path, change: dict[str, Any], fragments: list[str]
-) -> None:
+def test_a_config_that_cannot_be_right_is_one_line(tmp_path: Path, change: dict[str, Any], fragments: list[str]) -> None:
     data = SIZES | {"architectures": ["LlamaForCausalLM"]} | change
     (tmp_path / "config.json").write_text(json.dumps(data))
     refused(lambda: read_config(tmp_path), "config.json", *fragments)
@@ -230,6 +228,6 @@ def test_no_config_raises_anything_but_our_error(family: str, changes: dict[str,
     try:
         config = parse_config(Fields(SIZES | {"model_type": family} | changes, "config.json"))
     except SkvqError as error:
-        assert "\n" not in str(error)
+        one_line(error)
     else:
         assert len(config.attention_spans) == config.num_layers

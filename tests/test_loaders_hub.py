@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from skvq.engine.config import FULL_SPAN
 from skvq.loaders import open_model
@@ -38,9 +38,7 @@ class Hub:
         self.remote: dict[str, Path] = {}
         self.asked: list[tuple[str, Any]] = []
 
-    def snapshot_download(
-        self, repo: str, *, local_files_only: bool = False, allow_patterns: list[str] | None = None
-    ) -> str:
+    def snapshot_download(self, repo: str, *, local_files_only: bool = False, allow_patterns: list[str] | None = None) -> str:
         if local_files_only:
             if repo in self.cached:
                 return str(self.cached[repo])

@@ -94,8 +94,7 @@ def head_fields(codec: HeadCodec, mean: MeanTables | None) -> Fields:
     if mean is not None:
         fields |= {
             "mean": codec.key_mean.data_ptr(), "rope_scale": codec.rope.scale, "mean_pairs": mean.pairs.ctypes.data,
-            "inv_freq": mean.frequencies.ctypes.data, "turn_cos": mean.cos.ctypes.data, "turn_sin": mean.sin.ctypes.data,
-            "even": mean.even.ctypes.data, "odd": mean.odd.ctypes.data, "chebyshev": mean.chebyshev.ctypes.data,
+            "inv_freq": mean.frequencies.ctypes.data, "mean_rows": mean.rows.ctypes.data, "mean_series": mean.series.ctypes.data,
         }  # fmt: skip
     return fields
 
@@ -107,7 +106,7 @@ def label_fields(codec: LabelCodec, table: MeanTables) -> Fields:
         "key_unit": codec.keys.unit.data_ptr(), "value_unit": codec.values.unit.data_ptr(), "has_basis": 0, "mean": 0,
         "key_labels": codec.key_labels.data_ptr(), "value_labels": codec.value_labels.data_ptr(),
         "rope_scale": codec.rope.scale, "inv_freq": table.frequencies.ctypes.data, "turn_cos": table.cos.ctypes.data,
-        "turn_sin": table.sin.ctypes.data,
+        "turn_sin": table.sin.ctypes.data, "mean_pairs": table.pairs.ctypes.data,
     }  # fmt: skip
 
 
@@ -126,9 +125,9 @@ def divide(fields: Fields, max_packed: int, threads: int) -> tuple[np.ndarray[An
     line = max(size, tile, 16)
     sizes = {
         "w_q": 4 * vectors * size, "w_stored_q": 4 * line, "w_limbs": 2 * vectors * words, "w_coefs": 12 * vectors * groups,
-        "w_top": 4 * vectors, "w_total": 4 * vectors, "w_acc": 4 * vectors * (size + groups), "w_codes": lanes * tile,
-        "w_meta": 16 * f["kv_heads"] * groups * tile, "w_bias": 4 * tile, "w_scores": 4 * vectors * tile, "w_dots": 4 * max(vectors, 2) * max(tile, lanes),
-        "w_weights": 2 * vectors * tile, "w_mean": 4 * vectors * size, "w_rotor": 16 * size, "w_row": 4 * line, "w_used": 4 * vectors,
+        "w_top": 4 * vectors, "w_total": 4 * vectors, "w_acc": 4 * (vectors * (size + groups) + LANE_BLOCK), "w_codes": lanes * tile,
+        "w_meta": 16 * f["kv_heads"] * groups * tile, "w_bias": 4 * tile, "w_scores": 4 * vectors * tile, "w_dots": 4 * max(vectors, 2) * max(tile, lanes, size + 32),
+        "w_weights": 2 * vectors * tile, "w_mean": 4 * vectors * size, "w_rotor": 16 * size, "w_row": 4 * line, "w_rows": 4 * LANE_BLOCK * (lanes + size), "w_used": 4 * vectors,
     }  # fmt: skip
     work_bytes = 0
     for name, nbytes in sizes.items():

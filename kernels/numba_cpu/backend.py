@@ -15,7 +15,7 @@ from skvq.kernels.numba_cpu import attend, pack
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.labels import build_attend_labels
 from skvq.kernels.numba_cpu.launch import Build, Kernels, Team
-from skvq.kernels.numba_cpu.mean import MeanTables, mean_tables
+from skvq.kernels.numba_cpu.mean import MeanTables, all_turns, mean_tables
 from skvq.kernels.numba_cpu.packing import build_pack, build_unpack
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 
@@ -47,7 +47,7 @@ class NumbaCpu:
         table = self._derive(
             codec.rope.inv_freq,
             ("turns", pages.layout.tile),
-            lambda: mean_tables(codec.rope, torch.zeros(1, pages.layout.head_size), pages.layout.tile),
+            lambda: all_turns(codec.rope, pages.layout.head_size, pages.layout.tile),
         )
         return self._attend(build_attend_labels, q, attend.page_fields(pages) | attend.label_fields(codec, table), full, step)
 

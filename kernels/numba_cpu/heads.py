@@ -12,30 +12,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu import simd
-from skvq.kernels.numba_cpu.mean import mean_prepare, mean_scores, mean_step
+from skvq.kernels.numba_cpu.mean import mean_prepare, mean_scores, turn_rotors
 from skvq.kernels.numba_cpu.numeric import HIDDEN, LEAST, decode_meta, limb_bits, limb_limit, split_limbs
-from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, job_at, largest, smallest
+from skvq.kernels.numba_cpu.products import dots
+from skvq.kernels.numba_cpu.simd import f32, fetch_add, i8, i32, i64, job_at, largest, prefetch, smallest
 from skvq.kernels.numba_cpu.softmax import matvec, take
 from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK, load_keys, load_values
 from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, task_count
-
-
-@njit(**FAST)
-def dots(rows, codes, step, count, limbs, limb_stride, row_stride, out, out_stride, shift, lanes):
-    """``out[row, lane] = sum_j codes[j][lane] . limbs[row][j]`` as float32, ``lanes`` a multiple of 32."""
-    for lane in range(0, 4 * lanes, 4 * LANE_BLOCK):
-        for m in range(0, rows, 4):
-            left = rows - m
-            a, o = limbs + m * row_stride, out + m * out_stride + lane
-            if left >= 4:
-                simd.dot_4(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
-            elif left == 3:
-                simd.dot_3(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
-            elif left == 2:
-                simd.dot_2(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
-            else:
-                simd.dot_1(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
 
 
 @njit(**FAST)
@@ -69,7 +52,7 @@ def prepare(job, work, head, rows):
                 kept[c] = given[c]
         q = f32(stored)
         limbs = work + job.w_limbs + 2 * m * stride
-        cleared = simd.i8(limbs)
+        cleared = i8(limbs)
         for i in range(2 * stride):
             cleared[i] = 0
         for g in range(groups):
@@ -86,15 +69,15 @@ def prepare(job, work, head, rows):
 
 
 @njit(**FAST)
-def tile_scores(job, work, rows):
+def tile_scores(job, work, rows, ahead):
     """Scores ``[row][token]`` of the tile whose codes and metadata lie in the workspace."""
     tile, groups = job.tile, job.groups
-    bits, stride = limb_bits(job.key_levels), query_stride(job)
+    bits, stride, share = limb_bits(job.key_levels), query_stride(job), job.key_tile // groups
     for g in range(groups):
         word, count = group_words(job, g)
         dots(
             rows, work + job.w_codes + word * tile * 4, tile * 4, count, work + job.w_limbs + g * (stride // groups),
-            stride, 2 * stride, work + job.w_dots, tile * 4, bits, tile,
+            stride, 2 * stride, work + job.w_dots, tile * 4, bits, tile, ahead + g * share, share,
         )  # fmt: skip
         scale = f32(work + job.w_meta + 4 * g * tile)
         mid = f32(work + job.w_meta + 4 * (groups + g) * tile)
@@ -112,10 +95,10 @@ def tile_scores(job, work, rows):
 
 
 @njit(**FAST)
-def tile_values(job, work, head, rows):
+def tile_values(job, work, head, rows, ahead):
     """Add the tile's values, weighted by what ``take`` left in the scores, to the state."""
     tile, groups, gsize, size = job.tile, job.groups, job.group_size, job.size
-    bits = limb_bits(job.value_levels)
+    bits, share = limb_bits(job.value_levels), job.value_tile // groups
     limit, half = limb_limit(bits), np.float32((job.value_levels - 1) * 0.5)
     lanes = (size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
     units = f32(job.value_unit + 4 * head * groups)
@@ -141,7 +124,7 @@ def tile_values(job, work, head, rows):
         width = (end - first + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
         dots(
             rows, work + job.w_codes + first * 4, lanes * 4, tile // 4, work + job.w_weights,
-            tile, 2 * tile, work + job.w_dots, lanes * 4, bits, width,
+            tile, 2 * tile, work + job.w_dots, lanes * 4, bits, width, ahead + g * share, share,
         )  # fmt: skip
         for m in range(rows):
             factor = factors[m]
@@ -164,27 +147,38 @@ def hide_before(job, work, row, query, rows, start):
 
 
 @njit(**FAST)
+def tile_address(job, table, head, number):
+    """Where the key codes, value codes and metadata of a tile lie."""
+    page, inside = np.int64(table[number // job.tiles]), number % job.tiles
+    return (
+        job.key_codes + page * job.key_page + head * job.key_head + inside * job.key_tile,
+        job.value_codes + page * job.value_page + head * job.value_head + inside * job.value_tile,
+        job.meta + page * job.meta_page + head * job.meta_head + inside * 4 * job.groups * job.tile,
+    )
+
+
+@njit(**FAST)
 def attend_packed(job, work, row, head, query, rows, begin, end):
     """Take tiles ``begin .. end-1`` of packed tokens."""
     tile, groups, size = job.tile, job.groups, job.size
     table = i32(job.page_table + i64(job.slots)[row] * job.page_table_stride)
     prepare(job, work, head, rows)
     pairs = mean_prepare(job, work, head, rows, begin)
+    keys, values, meta = tile_address(job, table, head, begin)
     for number in range(begin, end):
-        page, inside = np.int64(table[number // job.tiles]), number % job.tiles
-        keys = job.key_codes + page * job.key_page + head * job.key_head + inside * job.key_tile
-        values = job.value_codes + page * job.value_page + head * job.value_head + inside * job.value_tile
-        meta = job.meta + page * job.meta_page + head * job.meta_head + inside * 4 * groups * tile
+        next_keys, next_values, next_meta = tile_address(job, table, head, min(number + 1, end - 1))
+        prefetch(next_meta, 4 * groups * tile)
         decode_meta(meta, work + job.w_meta, work + job.w_bias, groups, tile)
         load_keys(keys, work + job.w_codes, job.key_levels, size, tile)
-        tile_scores(job, work, rows)
+        tile_scores(job, work, rows, next_keys)
         if pairs > 0:
             mean_scores(job, work, head, rows)
-            mean_step(work + job.w_rotor, pairs)
+            turn_rotors(job, work, pairs)
         hide_before(job, work, row, query, rows, number * tile)
         take(work + job.w_scores, tile, tile, rows, work + job.w_top, work + job.w_total, work + job.w_acc, size + groups)
         load_values(values, work + job.w_codes, job.value_levels, size, tile)
-        tile_values(job, work, head, rows)
+        tile_values(job, work, head, rows, next_values)
+        keys, values, meta = next_keys, next_values, next_meta
 
 
 def build_attend_heads(stamp):

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.heads import hide_before
-from skvq.kernels.numba_cpu.mean import mean_step
+from skvq.kernels.numba_cpu.mean import start_rotors, turn_rotors
 from skvq.kernels.numba_cpu.numeric import decode_meta
 from skvq.kernels.numba_cpu.simd import f32, f64, fetch_add, i32, i64, job_at, u8
 from skvq.kernels.numba_cpu.softmax import take
@@ -55,7 +55,8 @@ def dequantize_channel(job, work, head, channel, out):
 def label_scores(job, work, head, rows):
     """Scores ``[row][token]`` of the tile in the workspace; the rotors stand at its centre."""
     half, size, tile = job.size // 2, job.size, job.tile
-    bias, rotor = f32(work + job.w_bias), f64(work + job.w_rotor)
+    bias = f32(work + job.w_bias)
+    cos_t, sin_t = f64(work + job.w_rotor), f64(work + job.w_rotor + 8 * half)
     for m in range(rows):
         s = f32(work + job.w_scores + 4 * m * tile)
         for t in range(tile):
@@ -70,7 +71,7 @@ def label_scores(job, work, head, rows):
             a, b = first[t], second[t]
             first[t] = a * cos[t] - b * sin[t]
             second[t] = b * cos[t] + a * sin[t]
-        c, d = np.float32(rotor[4 * i]) * scale, np.float32(rotor[4 * i + 1]) * scale
+        c, d = np.float32(cos_t[i]) * scale, np.float32(sin_t[i]) * scale
         for m in range(rows):
             q = f32(work + job.w_q + 4 * m * size)
             x, y = q[i] * c + q[half + i] * d, q[half + i] * c - q[i] * d
@@ -105,11 +106,7 @@ def attend_packed(job, work, row, head, query, rows, begin, end):
     """Take tiles ``begin .. end-1`` of packed tokens."""
     tile, size = job.tile, job.size
     table = i32(job.page_table + i64(job.slots)[row] * job.page_table_stride)
-    rotor, frequency = f64(work + job.w_rotor), f64(job.inv_freq)
-    centre = begin * tile + (tile - 1) * 0.5
-    for i in range(size // 2):
-        rotor[4 * i], rotor[4 * i + 1] = np.cos(centre * frequency[i]), np.sin(centre * frequency[i])
-        rotor[4 * i + 2], rotor[4 * i + 3] = np.cos(tile * frequency[i]), np.sin(tile * frequency[i])
+    start_rotors(job, work, i32(job.mean_pairs + 8), size // 2, begin)
     for number in range(begin, end):
         page, inside = np.int64(table[number // job.tiles]), number % job.tiles
         keys = job.key_codes + page * job.key_page + head * job.key_head + inside * job.key_tile
@@ -117,7 +114,7 @@ def attend_packed(job, work, row, head, query, rows, begin, end):
         decode_all_meta(job, work, head, page, inside)
         load_keys(keys, work + job.w_codes, job.key_levels, size, tile)
         label_scores(job, work, head, rows)
-        mean_step(work + job.w_rotor, size // 2)
+        turn_rotors(job, work, size // 2)
         hide_before(job, work, row, query, rows, number * tile)
         take(work + job.w_scores, tile, tile, rows, work + job.w_top, work + job.w_total, work + job.w_acc, size + job.groups)
         load_value_rows(values, work + job.w_codes, job.value_levels, size, tile)

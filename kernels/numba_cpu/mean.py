@@ -9,13 +9,16 @@ are not listed and cost nothing.
 # mypy: ignore-errors
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from numba import njit
 from torch import Tensor
 
 from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.numba_cpu.products import mix
 from skvq.kernels.numba_cpu.simd import f32, f64, i32
 from skvq.kernels.numba_cpu.tiles import FAST
 
@@ -25,15 +28,14 @@ TERMS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanTables:
-    """Tables of one codec and tile length."""
+    """Tables of one codec and tile length. A kv head has F fast pairs, then S slow ones."""
 
-    pairs: np.ndarray  # int32 [KH, 2 + D/2]: fast pairs, slow pairs, then the pairs, fast first
-    frequencies: np.ndarray  # float64 [D/2]
-    cos: np.ndarray  # float32 [D/2, tile], around the centre
-    sin: np.ndarray
-    even: np.ndarray  # float32 [D/2, 8], coefficients of T_0, T_2, ...
-    odd: np.ndarray  # float32 [D/2, 8], of T_1, T_3, ...
-    chebyshev: np.ndarray  # float32 [16, tile]: T_0, T_2, ..., then T_1, T_3, ...
+    pairs: np.ndarray[Any, Any]  # int32 [KH, 2 + D/2]: F, S, then the pairs, fast first
+    frequencies: np.ndarray[Any, Any]  # float64 [D/2]
+    cos: np.ndarray[Any, Any]  # float32 [D/2, tile], around the centre
+    sin: np.ndarray[Any, Any]
+    rows: np.ndarray[Any, Any]  # float32 [KH, D + 16, tile]: cosines and sines of F pairs, T_0, T_2, ..., T_1, T_3, ...
+    series: np.ndarray[Any, Any]  # float32 [KH, D, 32]: coefficients of S cosines, of S sines, in that order of terms
 
 
 def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTables:
@@ -41,102 +43,109 @@ def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTable
     frequencies = rope.inv_freq.double().numpy()
     u = (np.arange(tile) - (tile - 1) / 2) / ((tile - 1) / 2)
     edge = frequencies * (tile - 1) / 2
+    cos, sin = np.cos(edge[:, None] * u), np.sin(edge[:, None] * u)
     slow = edge <= SLOW_ANGLE
     nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64)
     fit = np.polynomial.chebyshev.chebvander(nodes, TERMS - 1) * (2 / 64)
     fit[:, 0] /= 2
     angles = np.where(slow, edge, 0)[:, None] * nodes
-    even, odd = np.cos(angles) @ fit[:, 0::2], np.sin(angles) @ fit[:, 1::2]
     basis = np.polynomial.chebyshev.chebvander(u, TERMS - 1).T
     mean = key_mean.float().numpy()
     half = mean.shape[1] // 2
     active = (mean[:, :half] != 0) | (mean[:, half:] != 0)
     pairs = np.zeros((len(mean), 2 + half), np.int32)
+    rows = np.zeros((len(mean), 2 * half + TERMS, tile), np.float32)
+    series = np.zeros((len(mean), 2 * half, 32), np.float32)
     for head, used in enumerate(active):
         fast_pairs, slow_pairs = np.flatnonzero(used & ~slow), np.flatnonzero(used & slow)
-        pairs[head, :2] = len(fast_pairs), len(slow_pairs)
-        pairs[head, 2 : 2 + len(fast_pairs) + len(slow_pairs)] = np.concatenate([fast_pairs, slow_pairs])
-
-    def single(x: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(x, np.float32)
-
+        f, s = len(fast_pairs), len(slow_pairs)
+        pairs[head, :2] = f, s
+        pairs[head, 2 : 2 + f + s] = np.concatenate([fast_pairs, slow_pairs])
+        rows[head, : 2 * f + TERMS] = np.concatenate([cos[fast_pairs], sin[fast_pairs], basis[0::2], basis[1::2]])
+        series[head, :s, :8] = np.cos(angles[slow_pairs]) @ fit[:, 0::2]
+        series[head, s : 2 * s, 8:16] = np.sin(angles[slow_pairs]) @ fit[:, 1::2]
     return MeanTables(
-        pairs=pairs,
-        frequencies=np.ascontiguousarray(frequencies),
-        cos=single(np.cos(edge[:, None] * u)),
-        sin=single(np.sin(edge[:, None] * u)),
-        even=single(even),
-        odd=single(odd),
-        chebyshev=single(np.concatenate([basis[0::2], basis[1::2]])),
-    )
+        pairs=pairs, frequencies=np.ascontiguousarray(frequencies), cos=cos.astype(np.float32), sin=sin.astype(np.float32),
+        rows=rows, series=series,
+    )  # fmt: skip
+
+
+def all_turns(rope: RopeFrequencies, size: int, tile: int) -> MeanTables:
+    """Tables of every pair in order, for keys that are turned one by one: ``labels``."""
+    return replace(mean_tables(rope, torch.ones(1, size), tile), pairs=np.concatenate([[size // 2, 0], range(size // 2)], dtype=np.int32))
+
+
+@njit(**FAST)
+def start_rotors(job, work, pairs, count, tile_number):
+    """cos, sin at the tile's centre and of one tile's turn, ``[4][D / 2]``, for the pairs listed."""
+    half = job.size // 2
+    frequency, rotor = f64(job.inv_freq), f64(work + job.w_rotor)
+    centre = tile_number * job.tile + (job.tile - 1) * 0.5
+    for i in range(count):
+        w = frequency[pairs[i]]
+        rotor[i], rotor[half + i] = np.cos(centre * w), np.sin(centre * w)
+        rotor[2 * half + i], rotor[3 * half + i] = np.cos(job.tile * w), np.sin(job.tile * w)
+
+
+@njit(**FAST)
+def turn_rotors(job, work, count):
+    """Turn the rotors on by one tile."""
+    half = job.size // 2
+    cos, sin = f64(work + job.w_rotor), f64(work + job.w_rotor + 8 * half)
+    x, y = f64(work + job.w_rotor + 16 * half), f64(work + job.w_rotor + 24 * half)
+    for i in range(count):
+        c, d = cos[i], sin[i]
+        cos[i] = c * x[i] - d * y[i]
+        sin[i] = d * x[i] + c * y[i]
 
 
 @njit(**FAST)
 def mean_prepare(job, work, head, rows, tile_number):
-    """(A, B) ``[row][pair][2]`` at ``w_mean`` and rotors ``[pair][cos, sin, step cos, step sin]``; returns the pairs."""
+    """(A, B) ``[row][2][D / 2]`` at ``w_mean`` and the rotors; returns the number of pairs."""
     if not job.mean:
         return 0
     half, size = job.size // 2, job.size
     listed = i32(job.mean_pairs + 4 * head * (2 + half))
     count = np.int64(listed[0] + listed[1])
-    mean, frequency = f32(job.mean + 4 * head * size), f64(job.inv_freq)
-    rotor = f64(work + job.w_rotor)
-    centre = tile_number * job.tile + (job.tile - 1) * 0.5
-    scale = np.float32(job.rope_scale)
-    for i in range(count):
-        pair = listed[2 + i]
-        rotor[4 * i] = np.cos(centre * frequency[pair])
-        rotor[4 * i + 1] = np.sin(centre * frequency[pair])
-        rotor[4 * i + 2] = np.cos(job.tile * frequency[pair])
-        rotor[4 * i + 3] = np.sin(job.tile * frequency[pair])
-        m1, m2 = mean[pair] * scale, mean[half + pair] * scale
-        for m in range(rows):
-            q = f32(work + job.w_q + 4 * m * size)
-            ab = f32(work + job.w_mean + 8 * (m * half + i))
-            ab[0] = q[pair] * m1 + q[half + pair] * m2
-            ab[1] = q[half + pair] * m1 - q[pair] * m2
+    pairs = i32(job.mean_pairs + 4 * head * (2 + half) + 8)
+    start_rotors(job, work, pairs, count, tile_number)
+    mean, scale = f32(job.mean + 4 * head * size), np.float32(job.rope_scale)
+    for m in range(rows):
+        q = f32(work + job.w_q + 4 * m * size)
+        ab = f32(work + job.w_mean + 4 * m * size)
+        for i in range(count):
+            pair = pairs[i]
+            m1, m2 = mean[pair] * scale, mean[half + pair] * scale
+            ab[i] = q[pair] * m1 + q[half + pair] * m2
+            ab[half + i] = q[half + pair] * m1 - q[pair] * m2
     return count
 
 
 @njit(**FAST)
 def mean_scores(job, work, head, rows):
     """Add the mean's share to the scores of the tile the rotors stand at."""
-    half, tile = job.size // 2, job.tile
+    half, tile, size = job.size // 2, job.tile, job.size
     listed = i32(job.mean_pairs + 4 * head * (2 + half))
-    fast, count = np.int64(listed[0]), np.int64(listed[0] + listed[1])
-    rotor = f64(work + job.w_rotor)
-    series = f32(work + job.w_row)
+    fast, slow = np.int64(listed[0]), np.int64(listed[1])
+    cos, sin = f64(work + job.w_rotor), f64(work + job.w_rotor + 8 * half)
+    turned = work + job.w_dots  # [row][2 F + 32 | 2 S]: coefficients of the fast rows, of the terms, and of the slow pairs
+    stride = 4 * (size + 32)
     for m in range(rows):
-        ab = f32(work + job.w_mean + 8 * m * half)
-        s = f32(work + job.w_scores + 4 * m * tile)
+        a, b = f32(work + job.w_mean + 4 * m * size), f32(work + job.w_mean + 4 * (m * size + half))
+        x = f32(turned + m * stride)
         for i in range(fast):
-            c, d = np.float32(rotor[4 * i]), np.float32(rotor[4 * i + 1])
-            a, b = ab[2 * i] * c + ab[2 * i + 1] * d, ab[2 * i + 1] * c - ab[2 * i] * d
-            cos, sin = f32(job.turn_cos + 4 * tile * listed[2 + i]), f32(job.turn_sin + 4 * tile * listed[2 + i])
-            for t in range(tile):
-                s[t] += a * cos[t] + b * sin[t]
-        for k in range(TERMS):
-            series[k] = np.float32(0)
-        for i in range(fast, count):
-            c, d = np.float32(rotor[4 * i]), np.float32(rotor[4 * i + 1])
-            a, b = ab[2 * i] * c + ab[2 * i + 1] * d, ab[2 * i + 1] * c - ab[2 * i] * d
-            even, odd = f32(job.even + 32 * listed[2 + i]), f32(job.odd + 32 * listed[2 + i])
-            for k in range(8):
-                series[k] += a * even[k]
-            for k in range(8):
-                series[8 + k] += b * odd[k]
-        if count > fast:
-            for k in range(TERMS):
-                term, x = f32(job.chebyshev + 4 * tile * k), series[k]
-                for t in range(tile):
-                    s[t] += x * term[t]
-
-
-@njit(**FAST)
-def mean_step(work_rotor, pairs):
-    """Turn the rotors on by one tile."""
-    rotor = f64(work_rotor)
-    for i in range(pairs):
-        c, d, x, y = rotor[4 * i], rotor[4 * i + 1], rotor[4 * i + 2], rotor[4 * i + 3]
-        rotor[4 * i] = c * x - d * y
-        rotor[4 * i + 1] = d * x + c * y
+            c, d = np.float32(cos[i]), np.float32(sin[i])
+            x[i] = a[i] * c + b[i] * d
+            x[fast + i] = b[i] * c - a[i] * d
+        for i in range(32):
+            x[2 * fast + i] = np.float32(0)
+        x = f32(turned + m * stride + 4 * (fast + 32))
+        for i in range(fast, fast + slow):
+            c, d = np.float32(cos[i]), np.float32(sin[i])
+            x[i] = a[i] * c + b[i] * d
+            x[slow + i] = b[i] * c - a[i] * d
+    terms = turned + 8 * fast
+    if slow > 0:
+        mix(rows, job.mean_series + 128 * head * size, 128, 2 * slow, terms + 128, stride, terms, stride, 32)
+    count = 2 * fast + (TERMS if slow > 0 else 0)
+    mix(rows, job.mean_rows + 4 * tile * head * (size + TERMS), 4 * tile, count, turned, stride, work + job.w_scores, 4 * tile, tile)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import HeadCodec, LabelCodec, RopeFrequencies, Side
+from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies, Side
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.numba_cpu.attend import Fields
 from skvq.kernels.numba_cpu.job import PACK, PACK_FIELDS
+from skvq.kernels.numba_cpu.lattice import lattice_bytes
 from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
 STRETCH = 1280
@@ -94,6 +95,15 @@ def decode_labels(codec: LabelCodec, first: int, tile: int, keys: Tensor, values
     return turn(keys, turns(first, len(keys), tile, codec.rope), codec.rope.scale), values
 
 
+def metric_fields(name: str, side: Side) -> Fields:
+    """Addresses of a side's metric and its factor; none where every code is rounded on its own."""
+    if not (isinstance(side, HeadSide) and side.has_metric):
+        return {}
+    for matrix in (side.metric, side.factor):
+        assert matrix.dtype == torch.float32 and matrix.is_contiguous(), (matrix.dtype, matrix.stride())
+    return {f"{name}_metric": side.metric.data_ptr(), f"{name}_factor": side.factor.data_ptr()}
+
+
 def pack_job(
     fields: Fields, layout: PageLayout, sides: tuple[Side, Side], channels: tuple[Channels, Channels], crossing: bool, threads: int
 ) -> tuple[np.ndarray[Any, Any], list[np.ndarray[Any, Any]]]:
@@ -104,6 +114,7 @@ def pack_job(
     sizes = {
         "w_codes": together * lanes * layout.tile, "w_group": max(5 * flat, 4 * layout.tile),
         "w_meta": 16 * layout.kv_heads * layout.groups * layout.tile,
+        "w_lattice": int(lattice_bytes(layout.head_size, layout.groups)),
     }  # fmt: skip
     f = {name: int(value) for name, value in fields.items()}
     f |= {"kv_heads": layout.kv_heads, "size": layout.head_size, "heads_together": together}
@@ -112,7 +123,7 @@ def pack_job(
         assert side.unit.numel() == side.clip.numel() == layout.kv_heads * layout.groups, side.unit.shape
         f |= {
             f"{name}_unit": side.unit.data_ptr(), f"{name}_clip": side.clip.data_ptr(), f"{name}_starts": group.starts.data_ptr(),
-            f"{name}_channels": group.order.data_ptr(), f"{name}_labels": group.labels.data_ptr(),
+            f"{name}_channels": group.order.data_ptr(), f"{name}_labels": group.labels.data_ptr(), **metric_fields(name, side),
         }  # fmt: skip
     work_bytes = 0
     for name, nbytes in sizes.items():

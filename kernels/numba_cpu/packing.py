@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from skvq.kernels.numba_cpu.lattice import LANES, quantize_lattice
 from skvq.kernels.numba_cpu.numeric import decode_meta
 from skvq.kernels.numba_cpu.quantizer import quantize
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, pack_job_at, u8
@@ -31,6 +32,9 @@ def quantize_side(job, work, start, head, heads, side):
     group, coded, codes = f32(work + job.w_group), u8(work + job.w_group + 4 * channels_all), u8(work + job.w_codes)
     by_channel, by_token = (1, heads * size) if side == 0 else (tile, 1)
     flags = u8(job.retained + start - job.first)
+    if (job.key_metric if side == 0 else job.value_metric) != 0:
+        quantize_head(job, work, start, head, side)
+        return
     for j in range(head * groups, (head + heads) * groups):
         begin, count = starts[j], starts[j + 1] - starts[j]
         words = i32(job.meta + page * job.meta_page + j // groups * job.meta_head + 4 * (inside * groups + j % groups) * tile)
@@ -45,6 +49,43 @@ def quantize_side(job, work, start, head, heads, side):
                 words[t] = (words[t] & 0xFFFF) | (word << 16)
             for i in range(count):
                 codes[(channels[begin + i] - head * size) * by_channel + t * by_token] = coded[i]
+
+
+@njit(**FAST)
+def quantize_head(job, work, start, head, side):
+    """``quantize_side`` of one head whose codes are chosen together, LANES tokens at a time."""
+    size, groups, tile = job.size, job.groups, job.tile
+    page, inside = page_of(job, start)
+    if side == 0:
+        source, levels, units, clips = job.keys, job.key_levels, job.key_unit, job.key_clip
+        metric, factor, by_channel, by_token = job.key_metric, job.key_factor, 1, size
+    else:
+        source, levels, units, clips = job.values, job.value_levels, job.value_unit, job.value_clip
+        metric, factor, by_channel, by_token = job.value_metric, job.value_factor, tile, 1
+    matrix, group, half = 4 * head * size * size, 4 * head * groups, np.float32((levels - 1) * 0.5)
+    lattice = work + job.w_lattice
+    y, code = f32(lattice), f32(lattice + 4 * LANES * size)
+    found, codes = i32(work + job.w_group), u8(work + job.w_codes)
+    words = i32(job.meta + page * job.meta_page + head * job.meta_head + 4 * inside * groups * tile)
+    flags = u8(job.retained + start - job.first)
+    for token in range(0, tile, LANES):
+        for t in range(LANES):
+            row = f32(source + 4 * ((start - job.first + token + t) * job.kv_heads + head) * size)
+            for i in range(size):
+                y[i * LANES + t] = row[i]
+        quantize_lattice(
+            lattice, size, groups, levels, f32(units + group), f32(clips + group), metric + matrix, factor + matrix, found, LANES
+        )
+        for g in range(groups):
+            for t in range(LANES):
+                word, at = found[g * LANES + t], g * tile + token + t
+                if side == 0:
+                    words[at] = word | (128 if flags[token + t] and g == 0 else 0)
+                else:
+                    words[at] = (words[at] & 0xFFFF) | (word << 16)
+        for i in range(size):
+            for t in range(LANES):
+                codes[i * by_channel + (token + t) * by_token] = np.uint8(code[i * LANES + t] + half)
 
 
 @njit(**FAST)

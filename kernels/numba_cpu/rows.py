@@ -7,9 +7,10 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.numeric import HIDDEN, row_to_float
-from skvq.kernels.numba_cpu.simd import f32, i32, i64
+from skvq.kernels.numba_cpu.products import mix
+from skvq.kernels.numba_cpu.simd import f32, i32, i64, transpose
 from skvq.kernels.numba_cpu.softmax import take
-from skvq.kernels.numba_cpu.tiles import FAST
+from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK
 
 
 @njit(**FAST)
@@ -41,44 +42,63 @@ def attend_slots(job, work, row, head, query, rows):
 
 
 @njit(**FAST)
-def attend_rows(job, work, row, query, rows, keys, values, step, kind, held, first, count, slots):
-    """Scores, softmax and weighted values of ``count`` rows, ``step`` bytes apart.
+def mark_visible(job, work, row, query, rows, held, first, count, slots):
+    """Scores start at 0 where query row m sees row ``first + i``, at HIDDEN elsewhere and up to the next 32 lanes.
 
-    ``slots``: positions are ``held[first + i]`` and each query sees only those up to its own; else they are ``first + i``.
+    ``slots``: positions are ``held[i]`` and each query sees only those up to its own; else row i lies at position i.
     """
-    size, share, tile = job.size, job.heads // job.kv_heads, job.tile
+    share, tile = job.heads // job.kv_heads, job.tile
     positions = i32(job.positions + 4 * row * job.queries)
-    line = f32(work + job.w_row)
-    scores, width = work + job.w_scores, job.size + job.groups
-    seen = 0
-    for i in range(count):
-        at = np.int64(held[first + i]) if slots else first + i
-        any_sees = False
+    anyone = False
+    for m in range(0, rows, share):
+        t = np.int64(positions[query + m // share])
+        for i in range((count + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK):
+            at = np.int64(held[first + i]) if slots and i < count else first + i
+            sees = i < count and t - at < job.span and at >= 0 and (at <= t or not slots)
+            anyone = anyone or sees
+            for r in range(m, m + share):
+                f32(work + job.w_scores + 4 * r * tile)[i] = np.float32(0) if sees else HIDDEN
+    return anyone
+
+
+@njit(**FAST)
+def load_rows(job, work, source, step, kind, first, count, rows, floor):
+    """Up to 32 rows as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows that nobody sees, which may hold anything.
+
+    A row is seen where any score exceeds ``floor``.
+    """
+    size, lanes = job.size, (job.size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    for i in range(LANE_BLOCK):
+        out = work + job.w_rows + 4 * i * lanes
+        seen = False
         for m in range(rows):
-            t = np.int64(positions[query + m // share])
-            sees = t - at < job.span and at >= 0 and (at <= t or not slots)
-            f32(scores + 4 * m * tile)[i] = np.float32(0) if sees else HIDDEN
-            any_sees = any_sees or sees
-        if any_sees:
-            seen += 1
-            row_to_float(keys + i * step, work + job.w_row, size, kind)
-            for m in range(rows):
-                q = f32(work + job.w_q + 4 * m * size)
-                dot = np.float32(0)
-                for c in range(size):
-                    dot += q[c] * line[c]
-                f32(scores + 4 * m * tile)[i] += dot
-    if seen == 0:
+            seen = seen or (i < count and f32(work + job.w_scores + 4 * (m * job.tile + first))[i] > floor)
+        begin = 0
+        if seen:
+            row_to_float(source + (first + i) * step, out, size, kind)
+            begin = size
+        padding = f32(out)
+        for c in range(begin, lanes):
+            padding[c] = np.float32(0)
+
+
+@njit(**FAST)
+def attend_rows(job, work, row, query, rows, keys, values, step, kind, held, first, count, slots):
+    """Scores, softmax and weighted values of ``count`` rows of at most a tile, ``step`` bytes apart (``mark_visible``)."""
+    size, tile, width = job.size, job.tile, job.size + job.groups
+    if not mark_visible(job, work, row, query, rows, held, first, count, slots):
         return
-    take(scores, tile, count, rows, work + job.w_top, work + job.w_total, work + job.w_acc, width)
-    for i in range(count):
-        some = np.float32(0)
-        for m in range(rows):
-            some += f32(scores + 4 * m * tile)[i]
-        if some > np.float32(0):  # an unseen slot may hold anything, and 0 * inf is not 0
-            row_to_float(values + i * step, work + job.w_row, size, kind)
-            for m in range(rows):
-                p = f32(scores + 4 * m * tile)[i]
-                acc = f32(work + job.w_acc + 4 * m * width)
-                for c in range(size):
-                    acc[c] += p * line[c]
+    lanes = (size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    scores, acc = work + job.w_scores, work + job.w_acc
+    turned = work + job.w_rows + 4 * LANE_BLOCK * lanes  # [D][32]
+    for block in range(0, count, LANE_BLOCK):
+        load_rows(job, work, keys, step, kind, block, min(LANE_BLOCK, count - block), rows, HIDDEN / np.float32(2))
+        for half in range(2):
+            for c in range(0, size, 8):
+                at = work + job.w_rows + 4 * (16 * half * lanes + c)
+                transpose(at, 4 * lanes, turned + 4 * (c * LANE_BLOCK + 16 * half), 4 * LANE_BLOCK)
+        mix(rows, turned, 4 * LANE_BLOCK, size, work + job.w_q, 4 * size, scores + 4 * block, 4 * tile, LANE_BLOCK)
+    take(scores, tile, count, rows, work + job.w_top, work + job.w_total, acc, width)
+    for block in range(0, count, LANE_BLOCK):
+        load_rows(job, work, values, step, kind, block, min(LANE_BLOCK, count - block), rows, np.float32(0))
+        mix(rows, work + job.w_rows, 4 * lanes, min(LANE_BLOCK, count - block), scores + 4 * block, 4 * tile, acc, 4 * width, lanes)

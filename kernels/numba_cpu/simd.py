@@ -94,6 +94,22 @@ job_at = _record_at(ATTEND)
 pack_job_at = _record_at(PACK)
 
 
+@intrinsic
+def prefetch(typingctx, address, nbytes):
+    """Ask for the lines of ``nbytes`` bytes ahead of their use: tiles are far apart, and hardware stops at a 4 KiB border."""
+
+    def codegen(context, builder, signature, args):
+        byte = I8.as_pointer()
+        function = _intrinsic(builder.module, "llvm.prefetch.p0", ir.VoidType(), [byte, I32, I32, I32])
+        lines = builder.sdiv(builder.add(args[1], ir.Constant(I64, 63)), ir.Constant(I64, 64))
+        with cgutils.for_range(builder, lines) as loop:
+            at = _at(builder, args[0], builder.mul(loop.index, ir.Constant(I64, 64)), I8)
+            builder.call(function, [at, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 # --- pieces of IR -----------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +232,55 @@ def _sum(builder, vectors):
 
 
 dot_1, dot_2, dot_3, dot_4 = (_make_dot(rows) for rows in (1, 2, 3, 4))
+
+
+def _make_mix(rows):
+    """``out[r, lane] += sum_j coefs[r, j] * table[j, lane]`` for 32 lanes of float32."""
+
+    def mix(typingctx, table, step, count, coefs, coef_stride, out, out_stride):
+        def codegen(context, builder, signature, args):
+            table, step, count, coefs, coef_stride, out, out_stride = args
+            floats = ir.VectorType(F32, LANES)
+            fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", floats, [floats] * 3)
+            acc, targets, weights = {}, {}, []
+            for r in range(rows):
+                weights.append(builder.add(coefs, builder.mul(ir.Constant(I64, r), coef_stride)))
+                for v in (0, 1):
+                    at = builder.add(out, builder.mul(ir.Constant(I64, r), out_stride))
+                    targets[r, v] = _at(builder, at, 64 * v, floats)
+                    acc[r, v] = cgutils.alloca_once_value(builder, builder.load(targets[r, v], align=4))
+            with cgutils.for_range(builder, count) as loop:
+                at, word = builder.add(table, builder.mul(loop.index, step)), builder.mul(loop.index, ir.Constant(I64, 4))
+                block = [builder.load(_at(builder, at, 64 * v, floats), align=4) for v in (0, 1)]
+                for r in range(rows):
+                    number = builder.load(_at(builder, weights[r], word, I32), align=4)
+                    weight = builder.bitcast(_splat(builder, number), floats)
+                    for v in (0, 1):
+                        builder.store(builder.call(fma, [block[v], weight, builder.load(acc[r, v])]), acc[r, v])
+            for key, slot in acc.items():
+                builder.store(builder.load(slot), targets[key], align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    mix.__name__ = f"mix_{rows}"
+    return intrinsic(mix)
+
+
+mix_1, mix_2, mix_3, mix_4 = (_make_mix(rows) for rows in (1, 2, 3, 4))
+
+
+@intrinsic
+def transpose(typingctx, source, stride, target, step):
+    """Sixteen rows of eight float32 at ``source`` to eight rows of sixteen at ``target``."""
+
+    def codegen(context, builder, signature, args):
+        source, stride, target, step = args
+        for j, words in enumerate(_columns(builder, source, stride, 8, 16)):
+            builder.store(words, _at(builder, target, builder.mul(ir.Constant(I64, j), step), WORDS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
 
 
 # --- spreading packed bytes --------------------------------------------------------------------------------------------

@@ -35,8 +35,10 @@ def write_partial(job, work, target, rows):
         acc = f32(work + job.w_acc + 4 * m * width)
         out[0] = f32(work + job.w_top)[m]
         out[1] = f32(work + job.w_total)[m]
-        for c in range(size):
-            out[2 + c] = acc[c] + acc[size + c // job.group_size]
+        for g in range(job.groups):
+            constant = acc[size + g]
+            for c in range(g * job.group_size, (g + 1) * job.group_size):
+                out[2 + c] = acc[c] + constant
 
 
 @njit(**FAST)

@@ -162,7 +162,7 @@ class TritonGpu:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
             attend_labels_kernel[(columns.heads, splits, q.shape[0] * columns.chunks)](
-                q, tables.turn, tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
+                q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
                 *_page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
                 step.span, columns.total, tables.scale,

@@ -51,14 +51,20 @@ ASM_2_CUMULATIVE = tl.constexpr(_mask_assembly(2, True))
 ASM_4 = tl.constexpr(_mask_assembly(4, False))
 ASM_8 = tl.constexpr(_mask_assembly(8, False))
 ASM_TRIT = tl.constexpr(_trit_assembly())
-ASM_META = tl.constexpr(
-    "{ .reg .b32 x, y, u, v; prmt.b32 x, $2, 0, 0x1404; prmt.b32 y, $2, 0, 0x3424; shr.u32 u, x, 1; shr.u32 v, y, 1; "
-    "and.b32 u, u, 0x3F803F80; and.b32 v, v, 0x3F803F80; lop3.b32 $0, x, 0x80008000, u, 0xEA; "
-    "lop3.b32 $1, y, 0x80008000, v, 0xEA; }"
-)
-ASM_META_90 = tl.constexpr(
-    "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }"
-)
+
+
+def _meta_assembly(selector: str) -> str:
+    """Two E4M3 bytes of a word to the halves with the same sign and the value times 2^-8."""
+    return (
+        f"{{ .reg .b32 x, u; prmt.b32 x, $1, 0, {selector}; shr.u32 u, x, 1; and.b32 u, u, 0x3F803F80; "
+        "lop3.b32 $0, x, 0x80008000, u, 0xEA; }"
+    )
+
+
+ASM_META_LOW = tl.constexpr(_meta_assembly("0x1404"))
+ASM_META_HIGH = tl.constexpr(_meta_assembly("0x3424"))
+ASM_FP8_LOW = tl.constexpr("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, lo; }")
+ASM_FP8_HIGH = tl.constexpr("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, hi; }")
 REGS_1 = tl.constexpr("=r," * 16 + "r")
 REGS_2 = tl.constexpr("=r," * 8 + "r")
 REGS_4 = tl.constexpr("=r," * 4 + "r")
@@ -178,21 +184,27 @@ def pair_rows(x, DIM: tl.constexpr):
 
 
 @triton.jit
-def metadata(word, ASM: tl.constexpr, FP8: tl.constexpr):
-    """Words of E4M3 bytes -> key scale, key mid, value scale, value mid, float32, each times 2^-8 (times 1 if FP8).
+def metadata(word, VALUES: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr):
+    """Words of E4M3 bytes -> scale and mid of the keys or of the values, float32, each times 2^-8 (times 1 if FP8).
 
     The retained flag makes the key scale negative. FP8: the card converts E4M3 itself (sm_89 and later).
     """
     if FP8:
-        low, high = tl.inline_asm_elementwise(
-            ASM_META_90, "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
+        if VALUES:
+            both = tl.inline_asm_elementwise(ASM_FP8_HIGH, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            both = tl.inline_asm_elementwise(ASM_FP8_LOW, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
     elif ASM:
-        low, high = tl.inline_asm_elementwise(ASM_META, "=r,=r,r", [word], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        if VALUES:
+            both = tl.inline_asm_elementwise(ASM_META_HIGH, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            both = tl.inline_asm_elementwise(ASM_META_LOW, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        low = ((word & 0x7F) << 7) | ((word & 0x80) << 8) | ((word & 0x7F00) << 15) | ((word & 0x8000) << 16)
-        high = ((word >> 9) & 0x3F80) | ((word >> 8) & 0x8000) | ((word >> 1) & 0x3F800000) | (word & -0x80000000)
-    return _low_half(low), _high_half(low), _low_half(high), _high_half(high)
+        if VALUES:
+            both = ((word >> 9) & 0x3F80) | ((word >> 8) & 0x8000) | ((word >> 1) & 0x3F800000) | (word & -0x80000000)
+        else:
+            both = ((word & 0x7F) << 7) | ((word & 0x80) << 8) | ((word & 0x7F00) << 15) | ((word & 0x8000) << 16)
+    return _low_half(both), _high_half(both)
 
 
 @triton.jit

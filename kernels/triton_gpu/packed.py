@@ -67,8 +67,8 @@ def load_planes(
 
 @triton.jit
 def load_rows(base, ROWS: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr):
-    """Tuple of the EACH-row fragments of q [ROWS, N]."""
-    at = tl.arange(0, EACH)[:, None] * N + tl.arange(0, N)[None, :]
+    """Tuple of the fragments [EACH, N] of q, ROWS / EACH of them, each stored with its rows contiguous: [N, EACH]."""
+    at = tl.arange(0, EACH)[:, None] + tl.arange(0, N)[None, :] * EACH
     out = ()
     for i in tl.static_range(ROWS // EACH):
         out = out + (tl.load(base + i * EACH * N + at),)
@@ -134,18 +134,25 @@ def key_scores(
 @triton.jit
 def key_scores_trits(base, q_low, seeds, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
     """Raw scores of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
-    part = load_planes(base, 0, 32, D // G, D, 1, G, D // G, 15, 0, False, NORMAL, ASM, ASM)
+    prefix = ()
+    for g in tl.static_range(G):
+        for k in tl.static_range(5):
+            # seeded so that every difference below carries one seed: a prefix less its middle
+            prefix = prefix + (seeds[g] * ((3 ** (k + 1) - 1) / 2),)
+    for i in tl.static_range(D // 32):
+        part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, 0, False, NORMAL, ASM, ASM)
+        new = ()
+        for j in tl.static_range(5 * G):
+            if j // 5 == i * G // (D // 32):
+                new = new + (tl.dot(part[j % 5], q_low[i], prefix[j]),)
+            else:
+                new = new + (prefix[j],)
+        prefix = new
     out = ()
-    before = zero_rows(G, 32, N)
     for k in tl.static_range(5):
-        now = ()
         score = ()
         for g in tl.static_range(G):
-            # seeded so that every difference below carries one seed: a prefix less its middle
-            z = tl.dot(part[k * G + g], q_low[g], seeds[g] * ((3 ** (k + 1) - 1) / 2))
-            score = score + (z - 3.0 * before[g],)
-            now = now + (z,)
-        before = now
+            score = score + ((prefix[g * 5 + k] - 3.0 * prefix[g * 5 + k - 1]) if k > 0 else prefix[g * 5],)
         out = out + (score,)
     return out
 
@@ -179,27 +186,58 @@ def value_trits(
     NORMAL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of trits to the sums: ``sum_k P_k (D_k - 3 D_(k-1)) = sum_k (P_k - 3 P_(k+1)) D_k``, P in two halves."""
-    codes = load_planes(base, 0, D // G, 32, 32, 1, G, 32 * D // G, 15, 0, False, NORMAL, False, ASM)
-    out = ()
+    columns = ()
     for g in tl.static_range(G):
-        acc = sums[g] * factor
         for k in tl.static_range(5):
             w = weights[k] * scales[k * G + g][:, None]
             if k < 4:
                 w -= 3.0 * (weights[k + 1] * scales[(k + 1) * G + g][:, None])
-            acc = tl.dot(codes[k * G + g], weight_columns(w, True, 32, NH, PAD), acc)
+            columns = columns + (weight_columns(w, True, 32, NH, PAD),)
+    out = ()
+    for i in tl.static_range(D // 32):
+        codes = load_planes(base, i * 1024, 32, 32, 32, 1, 1, 0, 15, 0, False, NORMAL, False, ASM)
+        acc = sums[i] * factor
+        for k in tl.static_range(5):
+            acc = tl.dot(codes[k], columns[i * G // (D // 32) * 5 + k], acc)
         out = out + (acc,)
     return out
 
 
 @triton.jit
-def turned_mean(turn, coefficients, D: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
-    """Coefficients of the in-tile cosines and sines in q . RoPE_t(mean), for a tile whose base angles are ``turn``."""
+def mean_scores(
+    turn, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES: tl.constexpr, D: tl.constexpr, NH: tl.constexpr
+):
+    """``q . RoPE_t(mean)`` of the tokens of a tile, a tuple of SHARES tensors [tokens, NH], up to a scale.
+
+    ``sum_j A_j cos(w_j t) + B_j sin(w_j t)`` with t = base + 32 a + j: A and B (``cosines``, ``sines`` [D/2, NH]) are turned to each
+    32-token step of the tile and contracted with one table of 32 places; pairs of steps share the columns of a dot.
+    """
     j = tl.arange(0, D // 2)
-    cos, sin = tl.load(turn + j)[:, None], tl.load(turn + D // 2 + j)[:, None]
-    a, b = coefficients
-    with_cos = weight_columns(a * cos + b * sin, False, D // 2, NH, PAD)
-    return with_cos, weight_columns(b * cos - a * sin, False, D // 2, NH, PAD)
+    base_cos, base_sin = tl.load(turn + j)[:, None], tl.load(turn + D // 2 + j)[:, None]
+    out = ()
+    if SHARES == 1:
+        cos = base_cos * step_cos[0] - base_sin * step_sin[0]  # [D/2, 4]
+        sin = base_sin * step_cos[0] + base_cos * step_sin[0]
+        cos = tl.expand_dims(tl.reshape(cos, [D // 2, 2, 2]), 2)  # [D/2, 2, 1, 2]
+        sin = tl.expand_dims(tl.reshape(sin, [D // 2, 2, 2]), 2)
+        a = tl.expand_dims(tl.expand_dims(cosines, 1), 3)  # [D/2, 1, NH, 1]
+        b = tl.expand_dims(tl.expand_dims(sines, 1), 3)
+        with_cos = tl.reshape((a * cos + b * sin).to(tl.float16), [D // 2, 4 * NH])
+        with_sin = tl.reshape((b * cos - a * sin).to(tl.float16), [D // 2, 4 * NH])
+        z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
+        out = (tl.reshape(tl.permute(tl.reshape(z, [32, 2, NH, 2]), (1, 3, 0, 2)), [128, NH]),)
+    else:
+        for n in tl.static_range(3):
+            cos = tl.expand_dims(base_cos * step_cos[n] - base_sin * step_sin[n], 1)  # [D/2, 1, 2]
+            sin = tl.expand_dims(base_sin * step_cos[n] + base_cos * step_sin[n], 1)
+            a = tl.expand_dims(cosines, 2)  # [D/2, NH, 1]
+            b = tl.expand_dims(sines, 2)
+            with_cos = tl.reshape((a * cos + b * sin).to(tl.float16), [D // 2, 2 * NH])
+            with_sin = tl.reshape((b * cos - a * sin).to(tl.float16), [D // 2, 2 * NH])
+            z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
+            first, second = tl.split(tl.reshape(z, [32, NH, 2]))
+            out = out + (first, second)
+    return out
 
 
 @triton.jit
@@ -221,7 +259,7 @@ def store_sums(
 ):  # fmt: skip
     """Undo the places of the planes and write ``(sum p vs (code - half) + p vm) * unit`` of every channel."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
-    blocks: tl.constexpr = D * low // (8 * EACH) if BITS != 15 else G
+    blocks: tl.constexpr = D * low // (8 * EACH) if BITS != 15 else 1
     cumulative: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
     one: tl.constexpr = 1.0 if NORMAL else 16777216.0
     h = tl.arange(0, NH)
@@ -271,8 +309,8 @@ def attend_packed_kernel(
     VALUE_PAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
     KEY_WIDE: tl.constexpr = D if KEY_BITS == 15 else D * (2 if KEY_BITS == 3 else KEY_BITS) // 8
     VALUE_WIDE: tl.constexpr = D if VALUE_BITS == 15 else D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
-    KEY_EACH: tl.constexpr = KEY_WIDE if KEY_WIDE < D // G else D // G
-    VALUE_EACH: tl.constexpr = VALUE_WIDE if VALUE_WIDE < D // G else D // G
+    KEY_EACH: tl.constexpr = 32 if KEY_BITS == 15 else (KEY_WIDE if KEY_WIDE < D // G else D // G)
+    VALUE_EACH: tl.constexpr = 32 if VALUE_BITS == 15 else (VALUE_WIDE if VALUE_WIDE < D // G else D // G)
     KEY_TILE: tl.constexpr = 32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8
     VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
     HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if VALUE_NORMAL else (2**VALUE_BITS - 1) / 2)
@@ -297,12 +335,20 @@ def attend_packed_kernel(
         seeds = seeds + (tl.broadcast_to(seed[None, :], [SHARE, N]),)
         qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
     scale = tl.load(scale_ptr + program * 2)
-    coefficients = ()
-    mean_scale = 0.0
     if HAS_MEAN:
-        at = program * (D * NH) + tl.arange(0, D // 2)[:, None] * NH + h[None, :]
-        coefficients = (tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH))
+        j = tl.arange(0, D // 2)
+        at = program * (D * NH) + j[:, None] * NH + h[None, :]
+        cosines, sines = tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH)
         mean_scale = tl.load(scale_ptr + program * 2 + 1)
+        place = table_ptr + perm4(tl.arange(0, 32), ASM)[:, None] * D + j[None, :]
+        place_cos, place_sin = tl.load(place), tl.load(place + D // 2)
+        STEPS: tl.constexpr = 4 if SHARES == 1 else 2
+        step_cos = ()
+        step_sin = ()
+        for n in tl.static_range(1 if SHARES == 1 else 3):
+            step = turn_ptr + (n * STEPS + tl.arange(0, STEPS))[None, :] * D + j[:, None]
+            step_cos = step_cos + (tl.load(step),)
+            step_sin = step_sin + (tl.load(step + D // 2),)
 
     query = tl.minimum((chunk * NH + h) // repeat, queries - 1)
     oldest = tl.load(positions_ptr + row * queries + query) - span + 1
@@ -339,26 +385,22 @@ def attend_packed_kernel(
                 share = key_scores(key, s, q_low, q_high, seeds, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
                 raw = raw + (share,)
         if HAS_MEAN:
-            with_cos, with_sin = turned_mean(turn_ptr + i * D, coefficients, D, NH, KEY_PAD)
-        scores = ()
-        scales = ()
-        zeros = ()
+            mean = mean_scores(turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, D, NH)
+        words = ()
         for s in tl.static_range(SHARES):
-            word = tl.load(meta + s * SHARE + t)
-            ks, km, vs, vm = metadata(word, ASM, FP8)
-            retained = ks < 0
-            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * tl.abs(ks)[:, None] + qsum[0][None, :] * km[:, None]
-            scales = scales + (vs,)
-            zeros = zeros + (vm - HALF * vs,)
+            for g in tl.static_range(G):
+                words = words + (tl.load(meta + g * TILE + s * SHARE + t),)
+        scores = ()
+        for s in tl.static_range(SHARES):
+            word = words[s * G]
+            ks, km = metadata(word, False, ASM, FP8)
+            retained = (word & 0x80) != 0
+            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[0][None, :] * km[:, None]
             for g in tl.static_range(1, G):
-                ks, km, vs, vm = metadata(tl.load(meta + g * TILE + s * SHARE + t), ASM, FP8)
+                ks, km = metadata(words[s * G + g], False, ASM, FP8)
                 x += first_of_pairs(raw[s][g], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[g][None, :] * km[:, None]
-                scales = scales + (vs,)
-                zeros = zeros + (vm - HALF * vs,)
             if HAS_MEAN:
-                place = table_ptr + (s * SHARE + t)[:, None] * D + tl.arange(0, D // 2)[None, :]
-                z = tl.dot(tl.load(place + D // 2), with_sin, tl.dot(tl.load(place), with_cos))
-                x += first_of_pairs(z, SHARE, NH, KEY_PAD) * mean_scale
+                x += mean[s] * mean_scale
             x = tl.where(retained[:, None], NEVER, x)
             if HAS_SPAN:
                 x = tl.where((i * TILE + s * SHARE + t)[:, None] < oldest[None, :], NEVER, x)
@@ -378,6 +420,13 @@ def attend_packed_kernel(
             weights = weights + (p,)
             total += p
         l_i = l_i * alpha + tl.sum(total, 0)
+        scales = ()
+        zeros = ()
+        for s in tl.static_range(SHARES):
+            for g in tl.static_range(G):
+                vs, vm = metadata(words[s * G + g], True, ASM, FP8)
+                scales = scales + (vs,)
+                zeros = zeros + (vm - HALF * vs,)
         new_mids = ()
         for g in tl.static_range(G):
             mid = weights[0] * zeros[g][:, None]

@@ -52,6 +52,7 @@ def prepare_heads_kernel(
     HALF: tl.constexpr = 1.0 if BITS == 15 else (-0.5 if NORMAL else (2**BITS - 1) / 2)
     STEP: tl.constexpr = D * LOW // 8
     ROWS: tl.constexpr = 2 * D if BITS == 3 else D
+    EACH: tl.constexpr = 32 if BITS == 15 else (STEP if STEP < D // G else D // G)
     head, heads, outer = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     row = outer // chunks
     program = outer * heads + head
@@ -82,7 +83,8 @@ def prepare_heads_kernel(
         fragment -= above * (up * 0.25 * place[:, None])
         weight = (4.0 / place - 1.0) / 3.0
     rounded = fragment.to(tl.float16)
-    at = r[:, None] * (NH * PAD) + c[None, :] * PAD
+    # fragments of EACH rows, rows contiguous: the tensor core's second operand then needs no register moves
+    at = (r // EACH * EACH * NH * PAD + r % EACH)[:, None] + c[None, :] * (PAD * EACH)
     used = (c < NH)[None, :]
     tl.store(out_ptr + program * (ROWS * NH * PAD) + at, rounded, mask=used)
     if BITS == 3:
@@ -95,6 +97,7 @@ def prepare_heads_kernel(
             y = in_basis(q, basis, channel, D, HAS_BASIS) * unit
         else:
             y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
+        at = (r // 16 * 16 * NH * PAD + r % 16)[:, None] + c[None, :] * (PAD * 16)
         high = y * (up * 4.0 / tl.exp2(plane.to(tl.float32)))[:, None]
         tl.store(out_ptr + program * (ROWS * NH * PAD) + D * NH * PAD + at, high.to(tl.float16), mask=used)
     one: tl.constexpr = 1.0 if NORMAL else 2.0**-24

@@ -27,16 +27,21 @@ class Scratch:
 
 
 class RopeTables:
-    """Sines and cosines for kernels: of every tile's base (float32) and of the places in a tile (float16), cos then sin."""
+    """Sines and cosines for kernels, cos then sin in each row of D.
+
+    ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``table`` float16 [tile, D]: of every place in
+    a tile.
+    """
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
         self.rope = rope  # held, so that its identity stays its own
         self.tiles = tiles
         self.scale = float(rope.scale)
-        base = torch.arange(tiles, device=rope.inv_freq.device, dtype=torch.float64)[:, None] * tile * rope.inv_freq
-        self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()  # [tiles, D]
-        place = torch.arange(tile, device=rope.inv_freq.device, dtype=torch.float64)[:, None] * rope.inv_freq
-        self.table = torch.cat([place.cos(), place.sin()], 1).half().contiguous()  # [tile, D]
+        count = {"device": rope.inv_freq.device, "dtype": torch.float64}
+        base = torch.cat([torch.arange(6, **count) * 32, torch.arange(tiles, **count) * tile])[:, None] * rope.inv_freq
+        self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()
+        place = torch.arange(tile, **count)[:, None] * rope.inv_freq
+        self.table = torch.cat([place.cos(), place.sin()], 1).half().contiguous()
 
 
 class Tables:

@@ -1,0 +1,97 @@
+"""What makes the bytes of two caches mean the same: a session or checkpoint is refused unless all of it is equal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.engine.config import CacheConfig
+from skvq.engine.errors import SessionError
+from skvq.engine.filters import FilterRule
+from skvq.kernels.interface import RopeFrequencies
+
+WORDS = {
+    "fingerprint": "the model with fingerprint",
+    "calibration": "the calibration with digest",
+    "rope": "RoPE frequencies (scaling, context) with digest",
+    "dtype": "16-bit type",
+    "filters": "filter rules",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Model, method and everything that gives stored bytes their meaning."""
+
+    fingerprint: str
+    method: str
+    key_bits: float
+    value_bits: float
+    group_size: int
+    window: int
+    filters: str
+    dtype: str
+    calibration: str
+    rope: str
+
+    def as_dict(self) -> dict[str, object]:
+        """For a file's header."""
+        return asdict(self)
+
+    def require(self, found: Mapping[str, object], where: str) -> None:
+        """Raise SessionError naming both values unless ``found``, a file's header, has all of this identity."""
+        for name, ours in self.as_dict().items():
+            theirs = found.get(name)
+            if theirs != ours:
+                what = WORDS.get(name, name)
+                raise SessionError(
+                    f"{where} was made with {what} {_short(theirs)}, this run has {_short(ours)}: "
+                    "use the same model and options, or another file"
+                )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else repr(value) if isinstance(value, str) else f"{value:g}"
+
+
+def identity_of(
+    cache: CacheConfig,
+    rules: tuple[FilterRule, ...],
+    fingerprint: str,
+    tensors: Mapping[str, Tensor],
+    rope: RopeFrequencies,
+    dtype: torch.dtype,
+) -> Identity:
+    """The identity of a cache; ``tensors`` are its calibration, ``dtype`` that of its full-precision slots."""
+    packed = cache.method != "fp"
+    return Identity(
+        fingerprint=fingerprint,
+        method=cache.method,
+        key_bits=cache.key_bits if packed else 16.0,
+        value_bits=cache.value_bits if packed else 16.0,
+        group_size=cache.group_size if packed else 0,
+        window=cache.window,
+        filters=", ".join(map(_rule_name, rules)),
+        dtype=str(dtype).removeprefix("torch."),
+        calibration=_digest(tensors),
+        rope=_digest({"inv_freq": rope.inv_freq, "scale": torch.tensor(rope.scale, dtype=torch.float64)}),
+    )
+
+
+def _rule_name(rule: FilterRule) -> str:
+    """A rule with its parameters, where it is a dataclass; else the class only."""
+    return repr(rule) if is_dataclass(rule) else f"{type(rule).__module__}:{type(rule).__qualname__}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

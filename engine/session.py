@@ -1,0 +1,172 @@
+"""A sequence on disk: its packed tiles in order of position, full-precision slots, tokens, and whose they are.
+
+Tensors of the file, L layers, KH kv heads, F full-precision slots, D head size, n packed tiles:
+
+    page tensors of the method ("key_codes", ...)   [L, n, KH, bytes or words of a tile]
+    full_keys, full_values                          [L, KH, F, D]     zeros in slots that hold nothing
+    full_positions int32, full_mass float32         [L, F]
+    token_ids int32                                 [length]
+
+Tiles are not pages: a file can be restored into any arena of the same identity, whatever its pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from skvq.engine.container import Container, Entry, open_container, whole, write_container
+from skvq.engine.errors import SessionError
+from skvq.kernels.layout import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from skvq.engine.cache import SequenceCache
+
+SCHEMA = 1
+KIND = "session"
+PIECE_TILES = 512
+"""Tiles moved at once: bounds what saving and restoring need beside the arena."""
+
+
+def save_session(sequence: SequenceCache, path: Path) -> None:
+    """Write a sequence to ``path`` atomically. Same sequence, same bytes."""
+    layers = range(sequence.setup.arena.shape.layers)
+    entries = [*tile_entries(sequence, layers, sequence.packed), *slot_entries(sequence)]
+    write_container(path, KIND, header_of(sequence), [*entries, ids_entry(sequence.token_ids)])
+
+
+def restore_session(sequence: SequenceCache, path: Path) -> None:
+    """Fill an empty sequence from a file, in time proportional to its bytes.
+
+    Raises SessionError, before anything in the arena is touched, if the file is broken or belongs to another model,
+    calibration or other options; CapacityError if it does not fit.
+    """
+    fill_from(sequence, open_container(path, KIND), KIND)
+
+
+def header_of(sequence: SequenceCache) -> dict[str, Any]:
+    """Whose the tensors are and how long the sequence is."""
+    lengths = {"length": sequence.length, "packed": sequence.packed, "pending": sequence.pending}
+    return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths}
+
+
+def check_header(sequence: SequenceCache, file: Container, kind: str) -> None:
+    """Raise SessionError unless the file was written by this schema for this identity."""
+    if file.header.get("schema") != SCHEMA:
+        raise SessionError(f"{kind} {file.path} has schema {file.header.get('schema')}, this skvq reads {SCHEMA}: start again")
+    sequence.setup.identity.require(file.header, f"{kind} {file.path}")
+
+
+def fill_from(sequence: SequenceCache, file: Container, kind: str) -> None:
+    """Fill an empty sequence from a verified file."""
+    assert sequence.length == 0, "a session is restored into an empty sequence"
+    check_header(sequence, file, kind)
+    length, packed, pending = (file.header[name] for name in ("length", "packed", "pending"))
+    layers = range(sequence.setup.arena.shape.layers)
+    tiles = expect_tiles(sequence, file, len(layers), packed)
+    slots = expect_slots(sequence, file)
+    ids = file.expect("token_ids", torch.int32, (length,)).tolist()
+    sequence.adopt(ids, packed, pending)
+    write_tiles(sequence, tiles, layers)
+    write_slots(sequence, slots)
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------------
+
+
+def tile_entries(sequence: SequenceCache, layers: Sequence[int], packed: int) -> list[Entry]:
+    """The packed tiles of some layers, as they lie in the file."""
+    shape, tile = sequence.setup.arena.shape, sequence.setup.regions.tile
+    count = packed // tile
+    entries = []
+    for name, (page, dtype) in shape.page:
+        width = _tile_width(page, tile)
+        pieces = lambda name=name: _read_tiles(sequence, name, layers, count)  # noqa: E731 (binds the name)
+        entries.append(Entry(name, dtype, (len(layers), count, shape.kv_heads, width), pieces))
+    return entries
+
+
+def expect_tiles(sequence: SequenceCache, file: Container, layers: int, packed: int) -> dict[str, Tensor]:
+    """The file's tiles by name, of the types and shapes this arena has."""
+    shape, tile = sequence.setup.arena.shape, sequence.setup.regions.tile
+    return {
+        name: file.expect(name, dtype, (layers, packed // tile, shape.kv_heads, _tile_width(page, tile)))
+        for name, (page, dtype) in shape.page
+    }
+
+
+def write_tiles(sequence: SequenceCache, tiles: dict[str, Tensor], layers: Sequence[int]) -> None:
+    """Copy tiles of the file into the sequence's pages."""
+    device = sequence.page_row.device
+    for name, stored in tiles.items():
+        for row, layer in enumerate(layers):
+            view = _by_tile(sequence, name, layer)
+            for first in range(0, stored.shape[1], PIECE_TILES):
+                block = stored[row, first : first + PIECE_TILES]
+                page, within = _places(sequence, first, len(block))
+                view[page, :, within] = block.to(device)
+
+
+def _read_tiles(sequence: SequenceCache, name: str, layers: Sequence[int], count: int) -> Iterator[Tensor]:
+    for layer in layers:
+        view = _by_tile(sequence, name, layer)
+        for first in range(0, count, PIECE_TILES):
+            page, within = _places(sequence, first, min(PIECE_TILES, count - first))
+            yield view[page, :, within]  # [tiles, KH, width]
+
+
+def _by_tile(sequence: SequenceCache, name: str, layer: int) -> Tensor:
+    """A layer's page tensor as [pages, KH, tiles of a page, width]: every page layout is tile-major."""
+    pages = sequence.setup.arena.tensors[name][layer]
+    return pages.view(*pages.shape[:2], PAGE_TOKENS // sequence.setup.regions.tile, -1)
+
+
+def _places(sequence: SequenceCache, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Page and tile in it of tiles ``first .. first+count-1`` of the sequence."""
+    per_page = PAGE_TOKENS // sequence.setup.regions.tile
+    at = torch.arange(first, first + count, device=sequence.page_row.device)
+    return sequence.page_row[at // per_page].long(), at % per_page
+
+
+def _tile_width(page: tuple[int, ...], tile: int) -> int:
+    """Elements of one tile of one head in a page tensor [KH, ...]."""
+    width = tile
+    for size in page[1:]:
+        width *= size
+    return width // PAGE_TOKENS
+
+
+# --- full-precision slots ---------------------------------------------------------------------------------------------------
+
+
+def slot_entries(sequence: SequenceCache) -> list[Entry]:
+    """Full-precision slots with zeros where nothing is held, whatever lay there before."""
+    tensors, slot = sequence.setup.arena.tensors, sequence.slot
+    positions = tensors["full_positions"][:, slot]
+    held = positions >= 0
+    slots = {name: tensors[name][:, slot].masked_fill(~held[:, None, :, None], 0) for name in ("full_keys", "full_values")}
+    slots |= {"full_positions": positions, "full_mass": tensors["full_mass"][:, slot].masked_fill(~held, 0)}
+    return [whole(name, tensor) for name, tensor in slots.items()]
+
+
+def expect_slots(sequence: SequenceCache, file: Container) -> dict[str, Tensor]:
+    """The file's full-precision slots by name, of the types and shapes this arena has."""
+    tensors = sequence.setup.arena.tensors
+    names = ("full_keys", "full_values", "full_positions", "full_mass")
+    return {name: file.expect(name, tensors[name].dtype, tensors[name][:, 0].shape) for name in names}
+
+
+def write_slots(sequence: SequenceCache, slots: dict[str, Tensor]) -> None:
+    """Copy the file's full-precision slots into the sequence's."""
+    for name, stored in slots.items():
+        target = sequence.setup.arena.tensors[name]
+        target[:, sequence.slot] = stored.to(target.device)
+
+
+def ids_entry(token_ids: Sequence[int]) -> Entry:
+    """Token ids as they lie in a file."""
+    return whole("token_ids", torch.tensor(token_ids, dtype=torch.int32))

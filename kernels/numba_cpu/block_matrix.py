@@ -1,0 +1,67 @@
+"""A matrix of GGUF blocks in memory, and what can be done with it: product with a few vectors, and rows in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.linear import EXPAND_FIELDS, MULTIPLY_FIELDS, build_expand, build_multiply, rounded_bytes
+from skvq.kernels.numba_cpu.linear_pack import BLOCK, FORMATS, LANES, pack_blocks, scales_of
+
+CHUNKS_PER_THREAD = 4
+"""Pieces a thread takes one after another, so that a thread that is interrupted leaves its share to the others."""
+EXPAND_ROWS = 16
+"""Rows a thread expands at a time."""
+
+
+MULTIPLY, EXPAND = Entry(build_multiply, MULTIPLY_FIELDS), Entry(build_expand, EXPAND_FIELDS)
+
+
+class BlockMatrix:
+    """Weights uint8 ``data`` in blocks of type ``kind``, of shape (rows, columns) when expanded. Immutable."""
+
+    def __init__(self, blocks: Tensor, kind: str, shape: tuple[int, int]) -> None:
+        """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them; it is copied."""
+        self.shape, self.form = shape, FORMATS[kind]
+        rows, columns = shape
+        assert columns % BLOCK == 0 and blocks.shape == (rows, columns // BLOCK * self.form.block_bytes // LANES), blocks.shape
+        self.data = pack_blocks(blocks, self.form)
+        counter, members, number = 0, 0, list(FORMATS).index(kind)
+        self._fields = (
+            counter, members, self.data.data_ptr(), number, rows, len(self.data), columns // BLOCK, self.form.block_bytes,
+        )  # fmt: skip
+
+    @staticmethod
+    def takes(kind: str) -> bool:
+        """Whether blocks of that ggml type can be kept."""
+        return kind in FORMATS
+
+    @property
+    def scales(self) -> Tensor:
+        """A copy of all scales and minima, float16."""
+        return scales_of(self.data, self.form)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """``out[n] = W x[n] + bias`` for float32 x [N, columns] and out [N, rows], of which only rows may be strided."""
+        count, columns = x.shape
+        assert x.dtype == out.dtype == torch.float32 and columns == self.shape[1] and x.is_contiguous(), (x.dtype, x.shape)
+        assert out.shape == (count, self.shape[0]) and out.stride(1) == 1, (out.shape, out.stride())
+        threads, groups = torch.get_num_threads(), len(self.data)
+        work_bytes = rounded_bytes(columns) * (count + 1)
+        work = torch.empty(threads * work_bytes, dtype=torch.uint8)
+        MULTIPLY(
+            min(threads, groups), *self._fields, x.data_ptr(), count, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+            4 * out.stride(0), max(1, groups // (CHUNKS_PER_THREAD * threads)), work.data_ptr(), work_bytes,
+        )  # fmt: skip
+
+    def rows(self, ids: Tensor, out: Tensor) -> Tensor:
+        """Rows ``ids`` int64 [N] in float32, written to ``out`` [N, columns], which is returned."""
+        count = len(ids)
+        assert ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous(), (ids.dtype, ids.shape)
+        assert out.dtype == torch.float32 and out.shape == (count, self.shape[1]) and out.stride(1) == 1, out.shape
+        if count:
+            assert 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0], "row out of range"
+            threads = min(torch.get_num_threads(), -(-count // EXPAND_ROWS))
+            EXPAND(threads, *self._fields, ids.data_ptr(), count, out.data_ptr(), 4 * out.stride(0), EXPAND_ROWS)
+        return out

@@ -1,0 +1,83 @@
+"""``kernels.ops.Ops`` on the CPU: float32 through kernels of one pass, other dtypes through torch."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from skvq.kernels.interface import FullSlots
+from skvq.kernels.numba_cpu.attend import KINDS
+from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.small import NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS, build_norm, build_swiglu, build_turn
+from skvq.kernels.ops import TorchOps
+
+NORM, SWIGLU, TURN = Entry(build_norm, NORM_FIELDS), Entry(build_swiglu, SWIGLU_FIELDS), Entry(build_turn, TURN_FIELDS)
+PARALLEL_NUMBERS = 1 << 15
+"""Numbers in one call worth waking other threads for."""
+
+
+class NumbaOps(TorchOps):
+    """Kernels are compiled when first called, once per machine."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype != torch.float32:
+            return super().rms_norm(x, weight, eps)
+        return _norm(x.contiguous(), 0, 0, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if x.dtype != torch.float32:
+            return super().add_rms_norm(x, delta, weight, eps)
+        x, delta = x.contiguous(), delta.contiguous()
+        assert delta.dtype == torch.float32 and delta.shape == x.shape, (delta.dtype, delta.shape)
+        total = torch.empty_like(x)
+        return total, _norm(x, delta.data_ptr(), total.data_ptr(), weight, eps)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        if gate_up.dtype != torch.float32:
+            return super().swiglu(gate_up)
+        gate_up = gate_up.contiguous()
+        *rest, both = gate_up.shape
+        out = gate_up.new_empty((*rest, both // 2))
+        rows, threads = _share(out.numel(), both // 2)
+        SWIGLU(threads, 0, gate_up.data_ptr(), out.data_ptr(), rows, both // 2, -(-rows // (4 * threads)))
+        return out
+
+    def turn_to_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
+    ) -> Tensor:
+        if q.dtype != torch.float32:
+            return super().turn_to_slots(q, k, v, cos, sin, full, slots, ring_slots)
+        rows, queries, heads, size = q.shape
+        kv_heads = k.shape[2]
+        keys, values = full.keys, full.values
+        at, item = keys.stride(), keys.element_size()
+        assert queries == 1 and k.shape == v.shape == (rows, 1, kv_heads, size), (q.shape, k.shape, v.shape)
+        assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (size, 1), (q.stride(), k.stride(), v.stride())
+        assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
+        assert slots.dtype == ring_slots.dtype == torch.int64 and slots.shape == ring_slots.shape == (rows,), slots.shape
+        assert at == values.stride() and at[3] == 1 and keys.dtype == values.dtype, (at, values.stride())
+        out = torch.empty(q.shape)
+        TURN(
+            1, 0, q.data_ptr(), 4 * q.stride(0), k.data_ptr(), 4 * k.stride(0), v.data_ptr(), 4 * v.stride(0), cos.data_ptr(),
+            sin.data_ptr(), out.data_ptr(), rows, heads, kv_heads, size, slots.data_ptr(), ring_slots.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), item * at[0], item * at[1], item * at[2], KINDS[keys.dtype],
+        )  # fmt: skip
+        return out
+
+
+def _norm(x: Tensor, delta: int, total: int, weight: Tensor, eps: float) -> Tensor:
+    columns = x.shape[-1]
+    assert weight.dtype == torch.float32 and weight.shape == (columns,) and weight.is_contiguous(), weight.shape
+    out = torch.empty_like(x)
+    rows, threads = _share(x.numel(), columns)
+    (bits,) = struct.unpack("q", struct.pack("d", eps))
+    NORM(threads, 0, x.data_ptr(), delta, total, weight.data_ptr(), out.data_ptr(), rows, columns, -(-rows // (4 * threads)), bits)
+    return out
+
+
+def _share(numbers: int, columns: int) -> tuple[int, int]:
+    """Rows, and threads to share them."""
+    rows = numbers // columns
+    return rows, min(torch.get_num_threads(), rows) if numbers > PARALLEL_NUMBERS else 1

@@ -1,0 +1,75 @@
+"""The small operations between matrices and attention: what they compute, in torch. Backends fuse them.
+
+``Ops`` is chosen once, when a model is loaded; the model and the decode step call it and know no other form.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skvq.kernels.interface import FullSlots
+
+
+class Ops(Protocol):
+    """Elementwise work of a layer. Inputs are never written, except ``full``.
+
+    rms_norm:     root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467).
+    add_rms_norm: ``x + delta``, and its norm.
+    swiglu:       ``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first.
+    turn_to_slots: RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
+                  (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
+                  the turned q is returned.
+    """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor: ...
+
+    def turn_to_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
+    ) -> Tensor: ...
+
+
+class TorchOps:
+    """The specification, on any device."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        return weight * y.to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + delta
+        return total, self.rms_norm(total, weight, eps)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def turn_to_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
+    ) -> Tensor:
+        full.keys[slots, :, ring_slots] = turn(k, cos, sin)[:, 0].to(full.keys.dtype)
+        full.values[slots, :, ring_slots] = v[:, 0].to(full.values.dtype)
+        return turn(q, cos, sin)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` [B, N, heads, D] turned, in x's dtype."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def ops_for(backend: str) -> Ops:
+    """The operations that go with a backend."""
+    if backend == "numba":
+        from skvq.kernels.numba_cpu.ops import NumbaOps
+
+        return NumbaOps()
+    return TorchOps()

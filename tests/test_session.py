@@ -1,0 +1,235 @@
+"""Sessions: what is saved comes back, in this process and another; what is broken or foreign is refused and changes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.errors import CapacityError, SessionError
+from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
+from skvq.engine.generate import Engine
+from skvq.tests.loader_fixtures import refused
+from skvq.tests.tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
+
+CACHES = {
+    "rotate": tiny_cache(),
+    "reorder": tiny_cache(method="reorder"),
+    "plain with trits": tiny_cache(method="plain", key_bits=2, value_bits=1.5),
+    "fp": tiny_cache(method="fp"),
+    "rules": tiny_cache(filters=(AttentionSinks(3), KeyOutliers(threshold=3.0), HeavyHitters(threshold=2.0))),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return tiny_engine(folder, tiny_cache())
+
+
+@pytest.fixture(scope="module")
+def saved(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A session of 700 tokens."""
+    path = tmp_path_factory.mktemp("session") / "book.session"
+    sequence = engine.prefill(random_ids(700))
+    sequence.save(path)
+    sequence.free()
+    return path
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("length", [1, 142, 1431])
+def test_a_fresh_engine_goes_on_with_the_same_logits(folder: Path, tmp_path: Path, name: str, length: int) -> None:
+    first, second = (tiny_engine(folder, CACHES[name]) for _ in range(2))
+    ids, more = random_ids(length), random_ids(4, seed=1)
+    sequence = first.prefill(ids)
+    sequence.save(tmp_path / "a.session")
+    for tensor in second.parts.setup.arena.tensors.values():  # fresh memory must not matter
+        if tensor.dtype == torch.uint8:
+            tensor.fill_(0xAA)
+    other = second.new_sequence()  # so that pages and slots are not the same
+    restored = second.restore(tmp_path / "a.session")
+    assert (restored.length, restored.packed, restored.token_ids) == (sequence.length, sequence.packed, ids)
+    assert torch.equal(steps(first, [sequence], [more]), steps(second, [restored], [more]))
+    second.parts.setup.arena.check(arena_of(other, restored))
+
+
+def test_saving_what_was_restored_gives_the_same_bytes(engine: Engine, saved: Path, tmp_path: Path) -> None:
+    restored = engine.restore(saved)
+    restored.save(tmp_path / "again.session")
+    restored.free()
+    assert (tmp_path / "again.session").read_bytes() == saved.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_it_is_a_safetensors_file_of_used_tiles_only(engine: Engine, saved: Path) -> None:
+    with safe_open(str(saved), "pt") as file:
+        assert "skvq.session" in file.metadata()
+        assert file.get_tensor("token_ids").tolist() == random_ids(700)
+        assert file.get_tensor("meta").shape[1] == 640 // 128
+        packed = sum(file.get_tensor(name).nbytes for name in ("key_codes", "value_codes", "meta"))
+    setup = engine.parts.setup
+    assert packed == 640 * setup.packed_token_bytes * setup.arena.shape.layers
+
+
+def test_another_process_gives_the_same_answer(folder: Path, tmp_path: Path) -> None:
+    program = """
+import sys, torch
+from pathlib import Path
+from skvq.tests.tiny import *
+engine = tiny_engine(Path(sys.argv[1]), tiny_cache())
+if sys.argv[2] == "save":
+    sequence = engine.prefill(random_ids(600))
+    sequence.save(sys.argv[3])
+else:
+    sequence = engine.restore(sys.argv[3])
+torch.save(steps(engine, [sequence], [random_ids(5, seed=2)]), sys.argv[4])
+"""
+    for role in ("save", "restore"):
+        arguments = [sys.executable, "-c", program, folder, role, tmp_path / "s", tmp_path / f"{role}.pt"]
+        subprocess.run(list(map(str, arguments)), check=True)
+    assert torch.equal(torch.load(tmp_path / "save.pt"), torch.load(tmp_path / "restore.pt"))
+
+
+def test_forks_of_a_restored_session_share_its_pages(engine: Engine, saved: Path) -> None:
+    arena = engine.parts.setup.arena
+    before = arena.free_pages
+    restored = engine.restore(saved)
+    questions = [restored.fork() for _ in range(3)]
+    assert arena.free_pages == before - 1
+    short = SamplingConfig(max_new_tokens=5, ignore_eos=True)
+    answers = ["".join(engine.stream(random_ids(9, seed=i), short, sequence=q)) for i, q in enumerate(questions)]
+    assert "".join(engine.stream(random_ids(9, seed=0), short, sequence=restored)) == answers[0]
+    arena.check(arena_of(restored, *questions))
+    for sequence in (restored, *questions):
+        sequence.free()
+    assert arena.free_pages == before
+
+
+def test_generation_in_two_runs_is_generation_in_one(engine: Engine, tmp_path: Path) -> None:
+    def answer(sequence: SequenceCache, text: list[int], count: int) -> list[int]:
+        list(engine.stream(text, SamplingConfig(max_new_tokens=count, ignore_eos=True), sequence=sequence))
+        return [*sequence.token_ids, *sequence.pending]
+
+    whole = engine.new_sequence()
+    expected = answer(whole, random_ids(200), 24)
+    part = engine.new_sequence()
+    answer(part, random_ids(200), 12)
+    part.save(tmp_path / "part")
+    rest = engine.restore(tmp_path / "part")
+    assert rest.pending == part.pending != []
+    assert answer(rest, [], 12) == expected
+    for sequence in (whole, part, rest):
+        sequence.free()
+
+
+@pytest.mark.parametrize(
+    "change, fragments",
+    [
+        ({"method": "plain"}, ("'rotate'", "'plain'")),
+        ({"key_bits": 3}, ("key_bits", "2", "3")),
+        ({"window": 32}, ("window", "16", "32")),
+        ({"filters": (AttentionSinks(4),)}, ("AttentionSinks(n=3)", "AttentionSinks(n=4)")),
+    ],
+)
+def test_other_options_are_refused(engine: Engine, saved: Path, change: dict[str, object], fragments: tuple[str, ...]) -> None:
+    other = engine.with_cache(tiny_cache(**change))
+    refused(lambda: other.restore(saved), "session", *fragments)
+
+
+def test_another_model_or_calibration_is_refused(engine: Engine, saved: Path, tmp_path: Path) -> None:
+    other = tiny_engine(tiny_folder(tmp_path / "other", num_layers=3), tiny_cache())
+    refused(lambda: other.restore(saved), "model with fingerprint")
+    corpus = "another text to calibrate on, of no great length but long enough. " * 40
+    engine.calibrate(tiny_cache(), corpus, tmp_path / "c", corpus_name="x", tokens=300)
+    other = engine.with_cache(tiny_cache(), calibration=tmp_path / "c")
+    refused(lambda: other.restore(saved), "calibration")
+
+
+def test_a_longer_session_than_the_context_is_refused(folder: Path, saved: Path) -> None:
+    small = tiny_engine(folder, tiny_cache(), max_context=500)
+    with pytest.raises(CapacityError, match="700 tokens does not fit a context of 500"):
+        small.restore(saved)
+    small.parts.setup.arena.check({})
+
+
+@pytest.mark.parametrize("where", [0.0, 0.02, 0.3, 0.7, 0.999])
+def test_one_changed_byte_is_found_and_nothing_is_loaded(engine: Engine, saved: Path, tmp_path: Path, where: float) -> None:
+    data = bytearray(saved.read_bytes())
+    data[int(where * len(data))] ^= 0x10
+    broken = tmp_path / "broken"
+    broken.write_bytes(data)
+    _refused_untouched(engine, broken)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.9999])
+def test_a_file_cut_short_is_found_and_nothing_is_loaded(engine: Engine, saved: Path, tmp_path: Path, kept: float) -> None:
+    data = saved.read_bytes()
+    (tmp_path / "cut").write_bytes(data[: int(kept * len(data))])
+    _refused_untouched(engine, tmp_path / "cut")
+
+
+def test_foreign_and_missing_files_are_refused(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3)}, tmp_path / "other.safetensors")
+    for path in (tmp_path / "other.safetensors", folder / "config.json", tmp_path / "missing", tmp_path):
+        _refused_untouched(engine, path)
+
+
+def _refused_untouched(engine: Engine, path: Path) -> None:
+    arena = engine.parts.setup.arena
+    before = {name: tensor.clone() for name, tensor in arena.tensors.items()}
+    pages = arena.free_pages
+    with pytest.raises(SessionError) as caught:
+        engine.restore(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert arena.free_pages == pages
+    after = arena.tensors
+    assert all(torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8)) for n in before if n != "full_mass")
+
+
+def test_a_failed_save_leaves_the_old_file(engine: Engine, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import skvq.engine.container as container
+
+    path = tmp_path / "s"
+    path.write_bytes(saved.read_bytes())
+    sequence = engine.prefill(random_ids(300))
+
+    def broken(data: memoryview) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(container, "_checksum", broken)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.save(path)
+    assert path.read_bytes() == saved.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    sequence.free()
+
+
+def test_no_room_on_the_disk_is_said_before_anything_is_written(engine: Engine, tmp_path: Path) -> None:
+    from skvq.loaders.files import atomic_file
+
+    def write() -> None:
+        with atomic_file(tmp_path / "s", 2**60):
+            raise AssertionError("not reached")
+
+    refused(write, f"{2**60:,}", "free some")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_default_cache_is_saved_too(folder: Path, tmp_path: Path) -> None:
+    engine = tiny_engine(folder, CacheConfig())
+    sequence = engine.prefill(random_ids(900))
+    sequence.save(tmp_path / "s")
+    assert engine.restore(tmp_path / "s").packed == sequence.packed > 0

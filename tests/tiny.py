@@ -1,0 +1,74 @@
+"""Tiny engines for tests: a config on disk, dummy weights, the specification as backend. Seconds, not minutes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.config import CacheConfig
+from skvq.engine.filters import AttentionSinks
+from skvq.engine.generate import Engine
+from skvq.engine.report import Quiet
+from skvq.engine.steps import DecodeBatch
+from skvq.loaders.hf import config_to_json
+from skvq.tests.loader_fixtures import tiny_config
+
+
+def tiny_folder(folder: Path, **changes: Any) -> Path:
+    """A folder that holds config.json and nothing else: enough for dummy weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config(**changes))))
+    return folder
+
+
+def tiny_cache(**changes: Any) -> CacheConfig:
+    """Groups of 32, a window of 16 and 3 sinks, so that a short text is packed in several tiles."""
+    return CacheConfig(**({"group_size": 32, "window": 16, "filters": (AttentionSinks(3),)} | changes))
+
+
+def tiny_engine(folder: Path, cache: CacheConfig, **options: Any) -> Engine:
+    """An engine of dummy weights over ``tiny_folder``, float32 on the CPU."""
+    given = {"max_context": 1500, "max_sequences": 4, "backend": "reference", "device": "cpu", "dtype": "float32"}
+    return Engine.load(folder, cache=cache, dummy_weights=True, report=Quiet(), **(given | options))
+
+
+def random_ids(count: int, seed: int = 0, vocab: int = 320) -> list[int]:
+    """Token ids from a seed."""
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def steps(engine: Engine, sequences: Sequence[SequenceCache], rows: Sequence[Sequence[int]]) -> Tensor:
+    """Decode the ids of each row one at a time, all rows together: logits float32 [B, N, V]."""
+    batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
+    return torch.stack([engine.decode_step(batch, tokens) for tokens in zip(*rows, strict=True)], 1)
+
+
+def stepped_nll(engine: Engine, ids: Sequence[int]) -> Tensor:
+    """What ``Engine.nll`` computes in parallel, the slow way: from nothing, one token at a time, float32 [N - 1]."""
+    sequence = engine.new_sequence()
+    logits = steps(engine, [sequence], [ids[:-1]])[0]
+    sequence.free()
+    return -logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def arena_of(*sequences: SequenceCache) -> dict[int, list[int]]:
+    """Pages by slot of the sequences alive, for ``Arena.check``."""
+    return {s.slot: s.pages for s in sequences if s.alive}
+
+
+def bytes_of(sequence: SequenceCache, tokens: int) -> list[Tensor]:
+    """The packed bytes of the first ``tokens`` tokens, every tensor of every layer, through the page table."""
+    arena, page_tokens = sequence.setup.arena, 1280
+    found = []
+    for name, _ in arena.shape.page:
+        pages = arena.tensors[name][:, sequence.pages]  # [L, pages, KH, ...]
+        tiles = pages.flatten(3).view(*pages.shape[:3], page_tokens // sequence.setup.regions.tile, -1)
+        found.append(tiles.transpose(2, 3).flatten(1, 2)[:, : tokens // sequence.setup.regions.tile].clone())
+    return found
