@@ -13,7 +13,7 @@ from skvq.calibrate.rotate import SINKS, fit_rotate
 from skvq.calibrate.stats import LayerStats, Recorder
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError
-from skvq.engine.model import DenseLinear, Model
+from skvq.engine.model import Model
 from skvq.engine.rope import StepRope, at_positions
 from skvq.kernels.interface import Backend, RopeFrequencies
 
@@ -61,8 +61,7 @@ def calibrate(
             count, length, shape.num_heads, shape.num_kv_heads, shape.head_size, shape.attention_spans[index], device
         )
         hidden = [model.layer(index, x, rope, recorder) for x in hidden]
-        output = model.weights.layers[index].output
-        stats = recorder.stats(output.weight if isinstance(output, DenseLinear) else output(torch.eye(shape.num_heads)))
+        stats = recorder.stats(model.weights.layers[index].output.dense())
         layers.append({name: t.cpu() for name, t in _fit(stats, rope, frequencies, config, backend, seed).items()})
         progress(index + 1, shape.num_layers)
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}

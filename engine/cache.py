@@ -17,6 +17,7 @@ from skvq.engine.methods import CacheMethod
 from skvq.engine.regions import Regions
 from skvq.engine.session import save_session
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
+from skvq.kernels.ops import Ops
 
 PIECE_TOKENS = 8 * PAGE_TOKENS
 """Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
@@ -28,6 +29,7 @@ class CacheSetup:
 
     arena: Arena
     method: CacheMethod
+    ops: Ops
     regions: Regions
     rules: tuple[FilterRule, ...]
     max_context: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.checkpoint import FileCheckpoint, NoCheckpoint
 from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, require_known
@@ -32,7 +33,7 @@ from skvq.engine.prefill import exact_prefill, streaming_prefill
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.rope import at_positions
 from skvq.engine.sampling import Sampler, StopWatch
-from skvq.engine.session import restore_session
+from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.summary import Summary
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
@@ -156,7 +157,12 @@ class Engine:
     # --- text ------------------------------------------------------------------------------------------------------------
 
     def stream(
-        self, text: str | Sequence[int], sampling: SamplingConfig | None = None, *, sequence: SequenceCache | None = None
+        self,
+        text: str | Sequence[int],
+        sampling: SamplingConfig | None = None,
+        *,
+        sequence: SequenceCache | None = None,
+        checkpoint: str | Path | None = None,
     ) -> Iterator[str]:
         """Pieces of the answer to ``text`` as they are drawn, whole characters only.
 
@@ -166,7 +172,7 @@ class Engine:
         own = sequence if sequence is not None else self.new_sequence()
         try:
             ids = [] if own.pending and not text else self.encode(text, bos=own.length == 0)
-            logits = self.read(own, ids)
+            logits = self.read(own, ids, checkpoint=checkpoint)
             for _, piece in self._decode([own], [logits], sampling or SamplingConfig()):
                 yield piece
         finally:
@@ -203,11 +209,16 @@ class Engine:
         """An empty sequence in the arena."""
         return SequenceCache(self.parts.setup)
 
-    def prefill(self, text: str | Sequence[int]) -> SequenceCache:
-        """A sequence that has read ``text``: fork it, continue it with ``stream(..., sequence=...)``, free it."""
+    def prefill(
+        self, text: str | Sequence[int], *, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60
+    ) -> SequenceCache:
+        """A sequence that has read ``text``: fork it, continue it with ``stream(..., sequence=...)``, free it.
+
+        ``checkpoint`` as for ``read``.
+        """
         sequence = self.new_sequence()
         try:
-            self.read(sequence, self.encode(text))
+            self.read(sequence, self.encode(text), checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds)
         except BaseException:
             sequence.free()
             raise
@@ -219,19 +230,28 @@ class Engine:
         Raises SessionError if the file is broken or of another model, calibration or options, CapacityError if it does not
         fit; other sequences are as they were.
         """
+        found = open_session(self.parts.setup.identity, Path(file))
         sequence = self.new_sequence()
         try:
-            restore_session(sequence, Path(file))
+            fill_from(sequence, found)
         except BaseException:
             sequence.free()
             raise
         return sequence
 
     @torch.inference_mode()
-    def read(self, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
+    def read(
+        self,
+        sequence: SequenceCache,
+        ids: Sequence[int],
+        *,
+        checkpoint: str | Path | None = None,
+        checkpoint_seconds: float = 60,
+    ) -> Tensor:
         """Append what is pending and ``ids`` to a sequence; logits float32 [V] of the last.
 
-        An empty sequence is read as ``prefill`` says, any other by streaming.
+        An empty sequence is read as ``prefill`` says, any other by streaming. With ``checkpoint`` the work is written to that
+        file every so many seconds and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
         """
         parts, ids = self.parts, [*sequence.pending, *ids]
         start = time.perf_counter()
@@ -239,7 +259,8 @@ class Engine:
         reader = exact_prefill if exact else streaming_prefill
         if sequence.length + len(ids) > parts.setup.max_context:
             sequence.reserve(len(ids))  # raises, before any work
-        logits = parts.model.head(reader(parts.model, parts.rope, sequence, ids, self.report))
+        kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
+        logits = parts.model.head(reader(parts.model, parts.rope, sequence, ids, self.report, kept))
         self.timing = Timing(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - start)
         return logits
 

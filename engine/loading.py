@@ -22,9 +22,11 @@ from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, page_layout, regions_of, rules_of
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
+from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader
 from skvq.kernels.interface import Backend, RopeFrequencies
+from skvq.kernels.ops import ops_for
 from skvq.kernels.registry import BackendUnavailable, get_backend
-from skvq.loaders import Tokenizer, check_finite, open_model
+from skvq.loaders import Tokenizer, open_model
 from skvq.loaders.source import WeightSource
 
 
@@ -97,7 +99,7 @@ def load_parts(
             "memory and speed are real, answers past that length are not to be trusted"
         )
     loaded = LoadedModel(
-        model=Model(config, _weights(source, config, place, compute, report)),
+        model=Model(config, _weights(source, config, place, compute, kernels.name, report), ops_for(kernels.name)),
         tokenizer=tokenizer,
         rope=frequencies(config, context, place),
         backend=kernels,
@@ -121,6 +123,7 @@ def build_cache(
     return CacheSetup(
         arena=arena,
         method=bind_method(arena, config, cache, tensors, loaded.rope, loaded.backend),
+        ops=loaded.model.ops,
         regions=regions_of(cache, config),
         rules=rules_of(cache),
         max_context=loaded.context,
@@ -190,17 +193,12 @@ def plan_that_fits(
 
 
 def _weights(
-    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, report: Reporter
+    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, backend: str, report: Reporter
 ) -> ModelWeights:
+    as_stored = backend == "numba" and dtype == torch.float32
     with report.bar("loading weights", config.num_parameters) as bar:
-
-        def read(name: str) -> Tensor:
-            tensor = source.read(name)
-            check_finite(name, tensor, source.where)
-            bar.advance(tensor.numel())
-            return tensor
-
-        return load_weights(config, read, device, dtype)
+        reader = WeightReader(source, bar.advance)
+        return load_weights(config, StoredStorage(reader, report) if as_stored else DenseStorage(reader, device, dtype))
 
 
 def _calibration(loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter) -> Mapping[str, Tensor]:

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.engine.config import ModelConfig
+from skvq.engine.linear import Embedding, Linear, nbytes_of
 from skvq.engine.rope import StepRope
 from skvq.engine.steps import LayerCache
-
-
-class Linear(Protocol):
-    """y = W x + b over the last dimension; how W is stored is the implementation's business."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class DenseLinear:
-    """Weight [out, in] in the compute dtype."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+from skvq.engine.storage import Storage
+from skvq.kernels.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,46 +30,42 @@ class LayerWeights:
 class ModelWeights:
     """All weights of a model."""
 
-    embedding: Tensor  # [V, d]
+    embedding: Embedding  # V x d
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [d]
     head: Linear  # d -> V
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights, a tied embedding counted once."""
-        total = self.embedding.nbytes + self.norm.nbytes
-        if not (isinstance(self.head, DenseLinear) and self.head.weight.data_ptr() == self.embedding.data_ptr()):
-            total += self.head.nbytes
+        """Bytes held for all weights, a tied embedding counted once."""
+        held = [*self.embedding.tensors, self.norm, *self.head.tensors]
         for w in self.layers:
-            total += sum(p.nbytes for p in (w.input_norm, w.qkv, w.output, w.mlp_norm, w.gate_up, w.down))
-        return total
+            held += [w.input_norm, w.mlp_norm]
+            held += [t for linear in (w.qkv, w.output, w.gate_up, w.down) for t in linear.tensors]
+        return nbytes_of(held)
 
 
 class Model:
     """Forward pass in pieces, so that the engine chooses the order of layers and chunks."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
+        self.config, self.weights, self.ops = config, weights, ops
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states [..., d] of token ids int64 [...]."""
-        return self.weights.embedding[ids]
+        return self.weights.embedding(ids)
 
     def layer(self, index: int, x: Tensor, rope: StepRope, cache: LayerCache) -> Tensor:
         """Layer ``index`` over hidden states ``x`` [B, N, d]; the cache takes their keys and values."""
-        config, w = self.config, self.weights.layers[index]
-        h = rms_norm(x, w.input_norm, config.norm_eps)
-        q, k, v = self._heads(w.qkv(h))
+        ops, eps, w = self.ops, self.config.norm_eps, self.weights.layers[index]
+        q, k, v = self._heads(w.qkv(ops.rms_norm(x, w.input_norm, eps)))
         attended = cache.attend(q, k, v, rope)  # [B, N, H, D]
-        x = x + w.output(attended.flatten(2))
-        h = rms_norm(x, w.mlp_norm, config.norm_eps)
-        gate, up = w.gate_up(h).chunk(2, -1)
-        return x + w.down(F.silu(gate) * up)
+        x, h = ops.add_rms_norm(x, w.output(attended.flatten(2)), w.mlp_norm, eps)
+        return x + w.down(ops.swiglu(w.gate_up(h)))
 
     def head(self, x: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., d]."""
-        return self.weights.head(rms_norm(x, self.weights.norm, self.config.norm_eps)).float()
+        return self.weights.head(self.ops.rms_norm(x, self.weights.norm, self.config.norm_eps)).float()
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
@@ -102,43 +73,28 @@ class Model:
         return parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467)."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
-
-
-def load_weights(
-    config: ModelConfig,
-    read: Callable[[str], Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> ModelWeights:
-    """Weights of ``config`` from ``read(canonical name)``, each tensor read exactly once."""
-
-    def get(*names: str) -> Tensor:
-        parts = [read(name).to(device=device, dtype=dtype) for name in names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+def load_weights(config: ModelConfig, storage: Storage) -> ModelWeights:
+    """Weights of ``config`` in the form that ``storage`` holds them, each tensor read exactly once."""
 
     def linear(prefix: str, *names: str, bias: bool) -> Linear:
-        weight = get(*(f"{prefix}.{n}.weight" for n in names))
-        return DenseLinear(weight, get(*(f"{prefix}.{n}.bias" for n in names)) if bias else None)
+        biases = storage.vector([f"{prefix}.{n}.bias" for n in names]) if bias else None
+        return storage.linear([f"{prefix}.{n}.weight" for n in names], biases)
 
-    embedding = get("model.embed_tokens.weight")
+    embedding, head = storage.embedding("model.embed_tokens.weight")
     layers = []
     for index in range(config.num_layers):
         at = f"model.layers.{index}"
         layers.append(
             LayerWeights(
-                input_norm=get(f"{at}.input_layernorm.weight"),
+                input_norm=storage.vector([f"{at}.input_layernorm.weight"]),
                 qkv=linear(f"{at}.self_attn", "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
                 output=linear(f"{at}.self_attn", "o_proj", bias=config.output_bias),
-                mlp_norm=get(f"{at}.post_attention_layernorm.weight"),
+                mlp_norm=storage.vector([f"{at}.post_attention_layernorm.weight"]),
                 gate_up=linear(f"{at}.mlp", "gate_proj", "up_proj", bias=config.mlp_bias),
                 down=linear(f"{at}.mlp", "down_proj", bias=config.mlp_bias),
             )
         )
-    norm = get("model.norm.weight")
-    head = DenseLinear(embedding if config.tie_embeddings else get("lm_head.weight"), None)
+    norm = storage.vector(["model.norm.weight"])
+    if not config.tie_embeddings:
+        head = storage.linear(["lm_head.weight"], None)
     return ModelWeights(embedding=embedding, layers=tuple(layers), norm=norm, head=head)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.evaluate import as_ids
 from skvq.engine.model import Model
 from skvq.engine.planner import CHUNK_TOKENS
@@ -37,7 +38,14 @@ def chunk_work(model: Model, start: int, stop: int) -> float:
     return (stop - start) * (linear + q * (start + stop))
 
 
-def exact_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, ids: Sequence[int], report: Reporter) -> Tensor:
+def exact_prefill(
+    model: Model,
+    rope: RopeFrequencies,
+    sequence: SequenceCache,
+    ids: Sequence[int],
+    report: Reporter,
+    checkpoint: Checkpoint,
+) -> Tensor:
     """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers."""
     embedding = model.weights.embedding
     config, count = model.config, len(ids)
@@ -47,30 +55,47 @@ def exact_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, 
     shape = (config.num_kv_heads, count, config.head_size)
     keys, values = (torch.empty(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(2))
     pieces = chunks(count)
-    total = config.num_layers * sum(chunk_work(model, *piece) for piece in pieces)
-    with report.bar(f"reading {count:,} tokens", total) as bar:
-        for layer in range(config.num_layers):
+    mass = torch.zeros(count, device=embedding.device)
+    state = ExactState(hidden=x, keys=keys, values=values, mass=mass, chunk_tokens=CHUNK_TOKENS)
+    checkpoint.resume_exact(sequence, ids, state)
+    work = [chunk_work(model, *piece) for piece in pieces]
+    total = (config.num_layers - state.layer) * sum(work) - sum(work[: state.chunk])
+    with report.bar(f"reading {count:,} tokens", total) as bar, checkpoint.watch():
+        for layer in range(state.layer, config.num_layers):
             cache = ExactLayer(sequence, layer, keys, values, config.attention_spans[layer])
-            for start, stop in pieces:
+            cache.resume(state.filled, mass)
+            for start, stop in pieces[state.chunk :]:
                 turn = at_positions(rope, torch.arange(start, stop, device=x.device)[None])
                 x[start:stop] = model.layer(layer, x[None, start:stop], turn, cache)[0]
                 bar.advance(chunk_work(model, start, stop))
+                state.chunk += 1
+                checkpoint.exact_point(sequence, state)
             cache.finish(tokens)
+            mass.zero_()
+            state.layer, state.chunk = layer + 1, 0
     sequence.commit(ids)
+    checkpoint.done()
     return x[-1]
 
 
 def streaming_prefill(
-    model: Model, rope: RopeFrequencies, sequence: SequenceCache, ids: Sequence[int], report: Reporter
+    model: Model,
+    rope: RopeFrequencies,
+    sequence: SequenceCache,
+    ids: Sequence[int],
+    report: Reporter,
+    checkpoint: Checkpoint,
 ) -> Tensor:
     """Append ``ids`` to a sequence, whatever it holds; hidden state [d] of the last token after all layers."""
     config = model.config
     device = model.weights.embedding.device
     pieces = chunks(len(ids), sequence.length)
     offset = sequence.length
+    checkpoint.resume_streaming(sequence, ids)
+    pieces = [piece for piece in pieces if piece[0] >= sequence.length]
     total = config.num_layers * sum(chunk_work(model, *piece) for piece in pieces)
     x = model.weights.norm  # replaced: there is at least one token
-    with report.bar(f"reading {len(ids):,} tokens", total) as bar:
+    with report.bar(f"reading {len(ids):,} tokens", total) as bar, checkpoint.watch():
         for start, stop in pieces:
             piece = ids[start - offset : stop - offset]
             sequence.reserve(len(piece))
@@ -81,4 +106,7 @@ def streaming_prefill(
                 x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, config.attention_spans[layer], tokens))
                 bar.advance(chunk_work(model, start, stop))
             sequence.commit(piece)
+            if stop < offset + len(ids):
+                checkpoint.streaming_point(sequence)
+    checkpoint.done()
     return x[0, -1]

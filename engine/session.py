@@ -21,6 +21,7 @@ from torch import Tensor
 
 from skvq.engine.container import Container, Entry, open_container, whole, write_container
 from skvq.engine.errors import SessionError
+from skvq.engine.identity import Identity
 from skvq.kernels.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
@@ -39,13 +40,14 @@ def save_session(sequence: SequenceCache, path: Path) -> None:
     write_container(path, KIND, header_of(sequence), [*entries, ids_entry(sequence.token_ids)])
 
 
-def restore_session(sequence: SequenceCache, path: Path) -> None:
-    """Fill an empty sequence from a file, in time proportional to its bytes.
+def open_session(identity: Identity, path: Path) -> Container:
+    """A verified session file, for ``fill_from``. Nothing in the arena is touched before this has returned.
 
-    Raises SessionError, before anything in the arena is touched, if the file is broken or belongs to another model,
-    calibration or other options; CapacityError if it does not fit.
+    Raises SessionError if the file is broken or belongs to another model, calibration or other options.
     """
-    fill_from(sequence, open_container(path, KIND), KIND)
+    file = open_container(path, KIND)
+    check_header(identity, file, KIND)
+    return file
 
 
 def header_of(sequence: SequenceCache) -> dict[str, Any]:
@@ -54,17 +56,16 @@ def header_of(sequence: SequenceCache) -> dict[str, Any]:
     return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths}
 
 
-def check_header(sequence: SequenceCache, file: Container, kind: str) -> None:
+def check_header(identity: Identity, file: Container, kind: str) -> None:
     """Raise SessionError unless the file was written by this schema for this identity."""
     if file.header.get("schema") != SCHEMA:
         raise SessionError(f"{kind} {file.path} has schema {file.header.get('schema')}, this skvq reads {SCHEMA}: start again")
-    sequence.setup.identity.require(file.header, f"{kind} {file.path}")
+    identity.require(file.header, f"{kind} {file.path}")
 
 
-def fill_from(sequence: SequenceCache, file: Container, kind: str) -> None:
-    """Fill an empty sequence from a verified file."""
+def fill_from(sequence: SequenceCache, file: Container) -> None:
+    """Fill an empty sequence from a verified file, in time proportional to its bytes. Raises CapacityError if it does not fit."""
     assert sequence.length == 0, "a session is restored into an empty sequence"
-    check_header(sequence, file, kind)
     length, packed, pending = (file.header[name] for name in ("length", "packed", "pending"))
     layers = range(sequence.setup.arena.shape.layers)
     tiles = expect_tiles(sequence, file, len(layers), packed)

@@ -64,6 +64,10 @@ class ExactLayer(DenseLayer):
         self.sequence, self.layer = sequence, layer
         self.mass = torch.zeros(keys.shape[1], device=keys.device)
 
+    def resume(self, filled: int, mass: Tensor) -> None:
+        """Go on after ``filled`` tokens whose keys and values are there, adding to their ``mass`` (float32 [T], zeros at first)."""
+        self.filled, self.mass = filled, mass
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         q = rope.turn(q)[0]
         out, lse = self._attend(q, rope.turn(k)[0], v[0])
@@ -128,6 +132,7 @@ class DecodeBatch:
         self.sequences = list(sequences)
         self.spans = spans
         self.setup: CacheSetup = sequences[0].setup
+        self.full = [self.setup.arena.full(layer) for layer in range(len(spans))]
         device = self.setup.arena.page_table.device
         count = len(self.sequences)
         self.slots = torch.tensor([s.slot for s in self.sequences], dtype=torch.int64, device=device)
@@ -177,10 +182,7 @@ class DecodeLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         batch, setup = self.batch, self.batch.setup
-        q, k = rope.turn(q), rope.turn(k)
-        full = setup.arena.full(self.layer)
-        full.keys[batch.slots, :, batch.ring_slots] = k[:, 0].to(full.keys.dtype)
-        full.values[batch.slots, :, batch.ring_slots] = v[:, 0].to(full.values.dtype)
+        q = setup.ops.turn_to_slots(q, k, v, rope.cos, rope.sin, batch.full[self.layer], batch.slots, batch.ring_slots)
         out, lse = setup.method.attend(self.layer, q, self.step)
         if setup.needs_mass:
             self._add_mass(q, lse)

@@ -84,21 +84,22 @@ def _by_label(codec: LabelCodec, layout: PageLayout, k: Tensor, v: Tensor) -> tu
     return rotary(found[0], at, codec.rope), found[1]
 
 
-@torch.inference_mode()
-def simulated_logits(engine: Engine, ids: Sequence[int], chunks: Sequence[int], sinks: int) -> Tensor:
-    """Logits [N, V] of a text of which chunks of these lengths are prefilled and the rest is decoded."""
-    cached = torch.arange(len(ids))
+def schedule(count: int, chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``cached`` and ``alone`` of SimulatedLayer for a text of which chunks of these lengths are prefilled, the rest decoded."""
+    cached = torch.arange(count)
     start = 0
-    for count in chunks:
-        cached[start : start + count] = start
-        start += count
-    alone = torch.arange(len(ids)) >= start
+    for length in chunks:
+        cached[start : start + length] = start
+        start += length
+    return cached, torch.arange(count) >= start
+
+
+@torch.inference_mode()
+def simulated_nll(engine: Engine, ids: Sequence[int], sinks: int) -> Tensor:
+    """What ``Engine.nll`` should be, by definition."""
     parts = engine.parts
-    hidden = hidden_states(
-        parts.model,
-        parts.rope,
-        torch.tensor(ids),
-        lambda layer: SimulatedLayer(engine, layer, sinks, cached, alone),
-        lambda done: None,
-    )
-    return parts.model.head(hidden)
+    at = torch.tensor(ids)
+    times = schedule(len(ids), [])
+    layers = lambda layer: SimulatedLayer(engine, layer, sinks, *times)  # noqa: E731
+    hidden = hidden_states(parts.model, parts.rope, at, layers, lambda done: None)
+    return -parts.model.head(hidden)[:-1].log_softmax(-1).gather(1, at[1:, None])[:, 0]

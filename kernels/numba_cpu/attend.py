@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from array import array
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
-from skvq.kernels.layout import LEVELS, PAGE_TOKENS, code_bytes
-from skvq.kernels.numba_cpu.job import ATTEND, ATTEND_FIELDS
-from skvq.kernels.numba_cpu.mean import MeanTables
+from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout, code_bytes
+from skvq.kernels.numba_cpu.job import CODEC_FIELDS, LAYOUT_FIELDS, TABLE_FIELDS, WORK_FIELDS, Job, offsets
 from skvq.kernels.numba_cpu.numeric import BFLOAT16, FLOAT16, FLOAT32
 from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
@@ -22,123 +21,147 @@ TASKS_PER_THREAD = 4
 MIN_TILES = 8
 """Fewest tiles worth a split: preparing the queries costs about one."""
 PLAIN_TILE = 128
+NO_CODEC, NO_TABLES = (0,) * len(CODEC_FIELDS), (0,) * len(TABLE_FIELDS)
 
-Fields = dict[str, int | float]
-
-
-def check_call(q: Tensor, full: FullSlots, step: Step) -> None:
-    rows, queries, _, size = q.shape
-    assert q.device.type == "cpu" and q.dtype in KINDS, (q.device, q.dtype)
-    assert full.keys.dtype in KINDS and full.keys.dtype == full.values.dtype, (full.keys.dtype, full.values.dtype)
-    assert full.keys.shape[3] == size and full.keys.stride() == full.values.stride(), (full.keys.shape, full.values.shape)
-    assert full.keys.stride(3) == 1 and full.positions.stride(1) == 1 and full.positions.dtype == torch.int32
-    assert step.slots.dtype == torch.int64 and step.slots.shape == (rows,) and step.slots.is_contiguous(), step.slots.shape
-    assert step.positions.dtype == torch.int32 and step.positions.shape == (rows, queries) and step.positions.is_contiguous()
-    assert step.packed.dtype == torch.int32 and step.packed.is_contiguous() and step.packed.shape == (rows,)
-    assert step.page_table.dtype == torch.int32 and (step.page_table.shape[1] < 2 or step.page_table.stride(1) == 1)
+Fields = tuple[int, ...]
 
 
-def call_fields(q: Tensor, out: Tensor, lse: Tensor, full: FullSlots, step: Step) -> Fields:
+def attend_job(
+    q: Tensor, full: FullSlots, step: Step, pages: Fields, codec: Fields, tables: Fields, layout: Fields, threads: int
+) -> tuple[Job, tuple[Tensor, ...], int]:
+    """The job, the tensors it writes (output, log-sum-exp, then workspace), and the threads worth waking."""
     rows, queries, heads, size = q.shape
-    item = full.keys.element_size()
-    return {
-        "q": q.data_ptr(), "out": out.data_ptr(), "lse": lse.data_ptr(), "slots": step.slots.data_ptr(),
-        "positions": step.positions.data_ptr(), "packed": step.packed.data_ptr(), "page_table": step.page_table.data_ptr(),
-        "page_table_stride": 4 * step.page_table.stride(0), "span": step.span, "rows": rows, "queries": queries, "heads": heads,
-        "kv_heads": full.keys.shape[1], "size": size, "full_keys": full.keys.data_ptr(), "full_values": full.values.data_ptr(),
-        "full_slot": item * full.keys.stride(0), "full_head": item * full.keys.stride(1), "full_row": item * full.keys.stride(2),
-        "full_positions": full.positions.data_ptr(), "full_positions_stride": 4 * full.positions.stride(0),
-        "full": full.keys.shape[2], "full_kind": KINDS[full.keys.dtype],
-    }  # fmt: skip
+    keys, positions, table = full.keys, full.positions, step.page_table
+    at, item = keys.stride(), keys.element_size()
+    assert q.dtype == torch.float32 and q.is_contiguous() and not q.is_cuda, (q.dtype, q.device)
+    assert keys.dtype in KINDS and keys.dtype == full.values.dtype, (keys.dtype, full.values.dtype)
+    assert at == full.values.stride() and at[3] == 1 and keys.shape == full.values.shape, (at, full.values.stride())
+    assert positions.dtype == torch.int32 and positions.stride(1) == 1 and keys.shape[3] == size, (positions.dtype, keys.shape)
+    assert step.slots.dtype == torch.int64 and step.slots.shape == (rows,) and step.slots.is_contiguous(), step.slots.shape
+    assert step.positions.dtype == torch.int32 and step.positions.is_contiguous(), step.positions.dtype
+    assert step.positions.shape == (rows, queries), (step.positions.shape, rows, queries)
+    assert step.packed.dtype == table.dtype == torch.int32 and step.packed.is_contiguous(), (step.packed.dtype, table.dtype)
+    assert table.shape[1] < 2 or table.stride(1) == 1, table.stride()
+    shape = (rows, queries, heads, keys.shape[1], size, keys.shape[2], KINDS[keys.dtype])
+    division = divide(shape, layout, -(-step.max_packed // layout[LAYOUT_FIELDS.index("tile")]), step.span, threads)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3])
+    counters = torch.zeros(division.counters, dtype=torch.int64)
+    work = torch.empty(division.nbytes, dtype=torch.uint8)
+    job = array("q", (
+        q.data_ptr(), out.data_ptr(), lse.data_ptr(), step.slots.data_ptr(), step.positions.data_ptr(), step.packed.data_ptr(),
+        table.data_ptr(), 4 * table.stride(0), step.span, keys.data_ptr(), full.values.data_ptr(), item * at[0], item * at[1],
+        item * at[2], positions.data_ptr(), 4 * positions.stride(0), counters.data_ptr(), work.data_ptr(), *pages, *codec, *tables,
+    ))  # fmt: skip
+    job.frombytes(division.fields)
+    return job, (out, lse, counters, work), division.threads
+
+
+# --- fields of a call, in the order of job.py -------------------------------------------------------------------------
 
 
 def page_fields(pages: PackedPages) -> Fields:
     layout = pages.layout
     codes, values, meta = pages.key_codes, pages.value_codes, pages.meta
+    a, b, c = codes.stride(), values.stride(), meta.stride()
     assert codes.dtype == values.dtype == torch.uint8 and meta.dtype == torch.int32, (codes.dtype, values.dtype, meta.dtype)
-    assert codes.shape[1:] == (layout.kv_heads, layout.key_bytes) and codes.stride(2) == 1, codes.shape
-    assert values.shape[1:] == (layout.kv_heads, layout.value_bytes) and values.stride(2) == 1, values.shape
-    assert meta.shape[1:] == (layout.kv_heads, layout.meta_words) and meta.stride(2) == 1, meta.shape
-    return {
-        "key_codes": codes.data_ptr(), "key_page": codes.stride(0), "key_head": codes.stride(1),
-        "value_codes": values.data_ptr(), "value_page": values.stride(0), "value_head": values.stride(1),
-        "meta": meta.data_ptr(), "meta_page": 4 * meta.stride(0), "meta_head": 4 * meta.stride(1),
-        "key_tile": code_bytes(layout.key_bits, layout.head_size, layout.tile),
-        "value_tile": code_bytes(layout.value_bits, layout.head_size, layout.tile),
-        "key_levels": LEVELS[layout.key_bits], "value_levels": LEVELS[layout.value_bits],
-        "groups": layout.groups, "group_size": layout.group_size, "tile": layout.tile, "tiles": layout.tiles,
-    }  # fmt: skip
+    assert a[2] == b[2] == c[2] == 1 and codes.shape[1] == layout.kv_heads, (a, b, c, codes.shape)
+    assert (codes.shape[2], values.shape[2], meta.shape[2]) == _page_sizes(layout), (codes.shape, values.shape, meta.shape)
+    return codes.data_ptr(), a[0], a[1], values.data_ptr(), b[0], b[1], meta.data_ptr(), 4 * c[0], 4 * c[1]
 
 
 def plain_fields(pages: PlainPages) -> Fields:
-    keys, values = pages.keys, pages.values
+    keys, values, item = pages.keys, pages.values, pages.keys.element_size()
+    a, b = keys.stride(), values.stride()
     assert keys.dtype in KINDS and values.dtype == keys.dtype and keys.shape == values.shape, (keys.shape, values.shape)
-    assert keys.stride()[2:] == values.stride()[2:] == (keys.shape[3], 1) and keys.shape[2] == PAGE_TOKENS, keys.stride()
-    item = keys.element_size()
-    return {
-        "key_codes": keys.data_ptr(), "key_page": item * keys.stride(0), "key_head": item * keys.stride(1),
-        "value_codes": values.data_ptr(), "value_page": item * values.stride(0), "value_head": item * values.stride(1),
-        "page_kind": KINDS[keys.dtype], "groups": 1, "group_size": keys.shape[3], "tile": PLAIN_TILE,
-        "tiles": PAGE_TOKENS // PLAIN_TILE,
-    }  # fmt: skip
+    assert a[2:] == b[2:] == (keys.shape[3], 1) and keys.shape[2] == PAGE_TOKENS, (a, b, keys.shape)
+    return keys.data_ptr(), item * a[0], item * a[1], values.data_ptr(), item * b[0], item * b[1], 0, 0, 0
 
 
-def head_fields(codec: HeadCodec, mean: MeanTables | None) -> Fields:
+def head_fields(codec: HeadCodec) -> Fields:
     tensors = (codec.keys.unit, codec.values.unit, codec.query_basis, codec.output_basis, codec.value_mean, codec.key_mean)
-    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    fields: Fields = {
-        "key_unit": codec.keys.unit.data_ptr(), "value_unit": codec.values.unit.data_ptr(), "has_basis": int(codec.has_basis),
-        "query_basis": codec.query_basis.data_ptr(), "output_basis": codec.output_basis.data_ptr(),
-        "value_mean": codec.value_mean.data_ptr(), "mean": 0,
-    }  # fmt: skip
-    if mean is not None:
-        fields |= {
-            "mean": codec.key_mean.data_ptr(), "rope_scale": codec.rope.scale, "mean_pairs": mean.pairs.ctypes.data,
-            "inv_freq": mean.frequencies.ctypes.data, "mean_rows": mean.rows.ctypes.data, "mean_series": mean.series.ctypes.data,
-        }  # fmt: skip
-    return fields
+    for t in tensors:
+        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
+    mean = codec.has_basis and codec.has_key_mean
+    addresses = [t.data_ptr() for t in tensors]
+    return (*addresses[:2], int(codec.has_basis), *addresses[2:5], addresses[5] if mean else 0, 0, 0)
 
 
-def label_fields(codec: LabelCodec, table: MeanTables) -> Fields:
-    tensors = (codec.key_labels, codec.value_labels)
-    assert all(t.dtype == torch.int64 and t.is_contiguous() for t in tensors)
-    return {
-        "key_unit": codec.keys.unit.data_ptr(), "value_unit": codec.values.unit.data_ptr(), "has_basis": 0, "mean": 0,
-        "key_labels": codec.key_labels.data_ptr(), "value_labels": codec.value_labels.data_ptr(),
-        "rope_scale": codec.rope.scale, "inv_freq": table.frequencies.ctypes.data, "turn_cos": table.cos.ctypes.data,
-        "turn_sin": table.sin.ctypes.data, "mean_pairs": table.pairs.ctypes.data,
-    }  # fmt: skip
+def label_fields(codec: LabelCodec) -> Fields:
+    labels, units = (codec.key_labels, codec.value_labels), (codec.keys.unit, codec.values.unit)
+    for t in labels:
+        assert t.dtype == torch.int64 and t.is_contiguous(), (t.dtype, t.stride())
+    for t in units:
+        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
+    return (units[0].data_ptr(), units[1].data_ptr(), 0, 0, 0, 0, 0, labels[0].data_ptr(), labels[1].data_ptr())
 
 
-def divide(fields: Fields, max_packed: int, threads: int) -> tuple[np.ndarray[Any, Any], list[np.ndarray[Any, Any]], int]:
-    """Division of labour and workspace: the job, what must live as long as it, and the threads worth waking."""
-    f = {name: int(value) for name, value in fields.items()}
-    share, size, tile, groups = f["heads"] // f["kv_heads"], f["size"], f["tile"], f["groups"]
-    chunk = max(1, min(f["queries"], MAX_VECTORS // share))
-    chunks = -(-f["queries"] // chunk)
+@functools.cache
+def _page_sizes(layout: PageLayout) -> tuple[int, int, int]:
+    return layout.key_bytes, layout.value_bytes, layout.meta_words
+
+
+@functools.cache
+def layout_fields(layout: PageLayout) -> Fields:
+    return (
+        code_bytes(layout.key_bits, layout.head_size, layout.tile), code_bytes(layout.value_bits, layout.head_size, layout.tile),
+        LEVELS[layout.key_bits], LEVELS[layout.value_bits], layout.groups, layout.group_size, layout.tile, layout.tiles, 0,
+    )  # fmt: skip
+
+
+def plain_layout_fields(pages: PlainPages) -> Fields:
+    return (0, 0, 0, 0, 1, pages.keys.shape[3], PLAIN_TILE, PAGE_TOKENS // PLAIN_TILE, KINDS[pages.keys.dtype])
+
+
+# --- division of labour -----------------------------------------------------------------------------------------------
+
+
+class Division:
+    """What follows from shapes alone: the job's last fields as bytes, sizes of counters (int64) and workspace, threads."""
+
+    __slots__ = ("counters", "fields", "nbytes", "threads")
+
+    def __init__(self, fields: bytes, counters: int, nbytes: int, threads: int) -> None:
+        self.fields, self.counters, self.nbytes, self.threads = fields, counters, nbytes, threads
+
+
+@functools.lru_cache(maxsize=256)
+def divide(shape: Fields, layout: Fields, max_tiles: int, span: int, threads: int) -> Division:
+    """Splits and chunks that keep ``threads`` busy, and where things lie in the workspace."""
+    rows, queries, heads, kv_heads, size, _, _ = shape
+    _, _, _, _, groups, group_size, tile, _, _ = layout
+    share = heads // kv_heads
+    assert heads % kv_heads == 0, (heads, kv_heads)
+    chunk = max(1, min(queries, MAX_VECTORS // share))
+    chunks = -(-queries // chunk)
     vectors = chunk * share
-    units = f["rows"] * f["kv_heads"] * chunks
-    tiles = -(-min(max_packed, f["span"] + tile) // tile)
+    units = rows * kv_heads * chunks
+    tiles = min(max_tiles, span // tile + 2)
     splits = max(1, min(-(-TASKS_PER_THREAD * threads // units), tiles // MIN_TILES))
-    lanes = -(-size // LANE_BLOCK) * LANE_BLOCK
-    words = groups * ((f["group_size"] + 3) // 4 + 1) * 4
-    line = max(size, tile, 16)
+    lanes, line = -(-size // LANE_BLOCK) * LANE_BLOCK, max(size, tile)
+    words = groups * ((group_size + 3) // 4 + 1) * 4
     sizes = {
-        "w_q": 4 * vectors * size, "w_stored_q": 4 * line, "w_limbs": 2 * vectors * words, "w_coefs": 12 * vectors * groups,
-        "w_top": 4 * vectors, "w_total": 4 * vectors, "w_acc": 4 * (vectors * (size + groups) + LANE_BLOCK), "w_codes": lanes * tile,
-        "w_meta": 16 * f["kv_heads"] * groups * tile, "w_bias": 4 * tile, "w_scores": 4 * vectors * tile, "w_dots": 4 * max(vectors, 2) * max(tile, lanes, size + 32),
-        "w_weights": 2 * vectors * tile, "w_mean": 4 * vectors * size, "w_rotor": 16 * size, "w_row": 4 * line, "w_rows": 4 * LANE_BLOCK * (lanes + size), "w_used": 4 * vectors,
-    }  # fmt: skip
-    work_bytes = 0
-    for name, nbytes in sizes.items():
-        f[name] = work_bytes
-        work_bytes += -(-nbytes // 64) * 64
-    work = np.empty(threads * work_bytes + 64, np.uint8)
-    partials = np.empty(units * (splits + 1) * vectors * (size + 2), np.float32)
-    counters = np.zeros(2 + units, np.int64)
-    f |= {
-        "splits": splits, "chunk": chunk, "chunks": chunks, "vectors": vectors, "partials": partials.ctypes.data,
-        "counters": counters.ctypes.data, "work": -(-work.ctypes.data // 64) * 64, "work_bytes": work_bytes,
-    }  # fmt: skip
-    row = tuple(f.get(name, 0) for name in ATTEND_FIELDS) + (float(fields.get("rope_scale", 1.0)),)
-    return np.array([row], ATTEND), [work, partials, counters], min(threads, units * (splits + 1))
+        "w_q": 4 * vectors * size,
+        "w_stored_q": 4 * line,
+        "w_limbs": 2 * vectors * words,
+        "w_coefs": 12 * vectors * groups,
+        "w_top": 4 * vectors,
+        "w_total": 4 * vectors,
+        "w_acc": 4 * (vectors * (size + groups) + LANE_BLOCK),
+        "w_codes": lanes * tile,
+        "w_meta": 16 * kv_heads * groups * tile,
+        "w_bias": 4 * tile,
+        "w_scores": 4 * vectors * tile,
+        "w_dots": 4 * max(vectors, 2) * max(tile, lanes, size + 32),
+        "w_weights": 2 * vectors * tile,
+        "w_mean": 4 * vectors * size,
+        "w_rotor": 16 * size,
+        "w_row": 4 * line,
+        "w_rows": 4 * LANE_BLOCK * (lanes + size),
+        "w_seen": tile,
+        "w_factors": 4 * vectors,
+    }
+    where, work_bytes = offsets(sizes, WORK_FIELDS)
+    woken = min(threads, units * (splits + 1))
+    partials = woken * work_bytes
+    fields = array("q", (*layout, *shape, splits, chunk, chunks, vectors, partials, work_bytes, *where)).tobytes()
+    return Division(fields, 2 + units, partials + 4 * units * (splits + 1) * vectors * (size + 2), woken)

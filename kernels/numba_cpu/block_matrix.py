@@ -7,7 +7,7 @@ from torch import Tensor
 
 from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.linear import EXPAND_FIELDS, MULTIPLY_FIELDS, build_expand, build_multiply, rounded_bytes
-from skvq.kernels.numba_cpu.linear_pack import BLOCK, FORMATS, LANES, pack_blocks, scales_of
+from skvq.kernels.numba_cpu.linear_pack import BLOCK, FORMATS, LANES, pack_blocks
 
 CHUNKS_PER_THREAD = 4
 """Pieces a thread takes one after another, so that a thread that is interrupted leaves its share to the others."""
@@ -19,13 +19,13 @@ MULTIPLY, EXPAND = Entry(build_multiply, MULTIPLY_FIELDS), Entry(build_expand, E
 
 
 class BlockMatrix:
-    """Weights uint8 ``data`` in blocks of type ``kind``, of shape (rows, columns) when expanded. Immutable."""
+    """Weights uint8 ``data`` in blocks of type ``kind``, (rows, columns) = ``shape`` when expanded. Immutable."""
 
-    def __init__(self, blocks: Tensor, kind: str, shape: tuple[int, int]) -> None:
+    def __init__(self, blocks: Tensor, kind: str) -> None:
         """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them; it is copied."""
-        self.shape, self.form = shape, FORMATS[kind]
-        rows, columns = shape
-        assert columns % BLOCK == 0 and blocks.shape == (rows, columns // BLOCK * self.form.block_bytes // LANES), blocks.shape
+        self.form = FORMATS[kind]
+        rows, columns = len(blocks), blocks.shape[1] * LANES // self.form.block_bytes * BLOCK
+        self.shape = rows, columns
         self.data = pack_blocks(blocks, self.form)
         counter, members, number = 0, 0, list(FORMATS).index(kind)
         self._fields = (
@@ -37,10 +37,13 @@ class BlockMatrix:
         """Whether blocks of that ggml type can be kept."""
         return kind in FORMATS
 
-    @property
-    def scales(self) -> Tensor:
-        """A copy of all scales and minima, float16."""
-        return scales_of(self.data, self.form)
+    @staticmethod
+    def scales_of(blocks: Tensor, kind: str) -> Tensor:
+        """Scales and minima float16 of rows of blocks: the only numbers in them that can be infinite or NaN."""
+        form = FORMATS[kind]
+        heads = 4 if form.has_min else 2
+        parts = blocks.view(len(blocks), -1, form.block_bytes // LANES)
+        return parts[..., :heads].contiguous().view(torch.float16)
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias`` for float32 x [N, columns] and out [N, rows], of which only rows may be strided."""
@@ -55,10 +58,17 @@ class BlockMatrix:
             4 * out.stride(0), max(1, groups // (CHUNKS_PER_THREAD * threads)), work.data_ptr(), work_bytes,
         )  # fmt: skip
 
-    def rows(self, ids: Tensor, out: Tensor) -> Tensor:
-        """Rows ``ids`` int64 [N] in float32, written to ``out`` [N, columns], which is returned."""
+    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Rows ``start .. stop-1`` in float32, written to ``out``, which is returned."""
+        return self._expand(torch.arange(start, stop), out)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` int64 [N] in float32."""
+        assert ids.dtype == torch.int64 and ids.dim() == 1, (ids.dtype, ids.shape)
+        return self._expand(ids.contiguous(), torch.empty(len(ids), self.shape[1]))
+
+    def _expand(self, ids: Tensor, out: Tensor) -> Tensor:
         count = len(ids)
-        assert ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous(), (ids.dtype, ids.shape)
         assert out.dtype == torch.float32 and out.shape == (count, self.shape[1]) and out.stride(1) == 1, out.shape
         if count:
             assert 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0], "row out of range"

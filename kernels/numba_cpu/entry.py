@@ -29,14 +29,16 @@ class Entry:
 
     def __init__(self, build: Build, fields: Sequence[str]) -> None:
         self._build = build
-        self._kernels, self._team, self._parallel = _process()
         self._job = ctypes.c_int64 * len(fields)
         self._address = 0
         self._function: Any = None
+        self._team: Any = None
+        self._parallel: Any = None
 
     def __call__(self, threads: int, *fields: int) -> None:
         if self._function is None:
-            self._address = self._kernels.address(self._build)
+            kernels, self._team, self._parallel = _process()
+            self._address = kernels.address(self._build)
             self._function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._address)
         assert len(fields) == self._job._length_, (len(fields), self._job._length_)
         job = self._job(*fields)

@@ -106,7 +106,7 @@ def tile_values(job, work, head, rows, ahead):
         scale = f32(work + job.w_meta + 4 * (2 * groups + g) * tile)
         mid = f32(work + job.w_meta + 4 * (3 * groups + g) * tile)
         weight = f32(work + job.w_row)
-        factors = f32(work + job.w_used)
+        factors = f32(work + job.w_factors)
         for m in range(rows):
             p = f32(work + job.w_scores + 4 * m * tile)
             middle = np.float32(0)

@@ -1,35 +1,60 @@
-"""What a kernel is told: one record of addresses and sizes, built by the wrappers and read by jitted code."""
+"""What a kernel is told: one record of addresses and sizes, built by the wrappers and read by jitted code by name."""
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 
-ATTEND_FIELDS = (
-    # tensors of the call
+CALL_FIELDS = (
     "q", "out", "lse", "slots", "positions", "packed", "page_table", "page_table_stride", "span",
-    "rows", "queries", "heads", "kv_heads", "size",
-    # pages; strides in bytes
-    "key_codes", "key_page", "key_head", "value_codes", "value_page", "value_head", "meta", "meta_page", "meta_head",
-    "key_tile", "value_tile", "key_levels", "value_levels", "groups", "group_size", "tile", "tiles", "page_kind",
-    # full-precision slots; strides in bytes
-    "full_keys", "full_values", "full_slot", "full_head", "full_row", "full_positions", "full_positions_stride", "full", "full_kind",
-    # codec
-    "key_unit", "value_unit", "has_basis", "query_basis", "output_basis", "value_mean", "key_labels", "value_labels",
-    "inv_freq", "mean_pairs", "mean_heads", "mean", "turn_cos", "turn_sin", "mean_rows", "mean_series",
-    # division of labour
-    "splits", "chunk", "chunks", "vectors", "partials", "counters", "work", "work_bytes",
-    # offsets in a thread's workspace
-    "w_q", "w_stored_q", "w_limbs", "w_coefs", "w_top", "w_total", "w_acc", "w_codes", "w_meta", "w_bias", "w_scores", "w_dots",
-    "w_weights", "w_mean", "w_rotor", "w_row", "w_rows", "w_used",
+    "full_keys", "full_values", "full_slot", "full_head", "full_row", "full_positions", "full_positions_stride", "counters", "work",
 )  # fmt: skip
-ATTEND = np.dtype([(name, np.int64) for name in ATTEND_FIELDS] + [("rope_scale", np.float64)])
+PAGE_FIELDS = ("key_codes", "key_page", "key_head", "value_codes", "value_page", "value_head", "meta", "meta_page", "meta_head")
+CODEC_FIELDS = (
+    "key_unit", "value_unit", "has_basis", "query_basis", "output_basis", "value_mean", "mean", "key_labels", "value_labels",
+)  # fmt: skip
+TABLE_FIELDS = ("rope_scale", "inv_freq", "mean_pairs", "turn_cos", "turn_sin", "mean_rows", "mean_series")
+LAYOUT_FIELDS = ("key_tile", "value_tile", "key_levels", "value_levels", "groups", "group_size", "tile", "tiles", "page_kind")
+SHAPE_FIELDS = ("rows", "queries", "heads", "kv_heads", "size", "full", "full_kind")
+DIVISION_FIELDS = ("splits", "chunk", "chunks", "vectors", "partials", "work_bytes")
+WORK_FIELDS = (
+    "w_q", "w_stored_q", "w_limbs", "w_coefs", "w_top", "w_total", "w_acc", "w_codes", "w_meta", "w_bias", "w_scores", "w_dots",
+    "w_weights", "w_mean", "w_rotor", "w_row", "w_rows", "w_seen", "w_factors",
+)  # fmt: skip
+"""Offsets in a thread's workspace."""
 
 PACK_FIELDS = (
-    "keys", "values", "retained", "page_row", "first", "count", "kv_heads", "size",
-    "key_codes", "key_page", "key_head", "value_codes", "value_page", "value_head", "meta", "meta_page", "meta_head",
+    "keys", "values", "retained", "page_row", "first", "count", "kv_heads", "size", *PAGE_FIELDS,
     "key_tile", "value_tile", "key_levels", "value_levels", "groups", "tile", "tiles", "heads_together",
-    "key_unit", "key_clip", "key_starts", "key_channels", "value_unit", "value_clip", "value_starts", "value_channels",
-    "key_labels", "value_labels", "key_metric", "key_factor", "value_metric", "value_factor",
+    "key_unit", "key_clip", "key_starts", "key_channels", "key_labels", "key_metric", "key_factor",
+    "value_unit", "value_clip", "value_starts", "value_channels", "value_labels", "value_metric", "value_factor",
     "counters", "work", "work_bytes", "w_codes", "w_group", "w_meta", "w_lattice",
 )  # fmt: skip
-PACK = np.dtype([(name, np.int64) for name in PACK_FIELDS])
+
+
+def record(*names: str) -> np.dtype[np.void]:
+    """A record of int64 fields; strides in it are in bytes. ``rope_scale`` is the one float64."""
+    return np.dtype([(name, np.float64 if name == "rope_scale" else np.int64) for name in names])
+
+
+ATTEND = record(
+    *CALL_FIELDS, *PAGE_FIELDS, *CODEC_FIELDS, *TABLE_FIELDS, *LAYOUT_FIELDS, *SHAPE_FIELDS, *DIVISION_FIELDS, *WORK_FIELDS
+)  # fmt: skip
+PACK = record(*PACK_FIELDS)
+
+
+def offsets(sizes: dict[str, int], names: tuple[str, ...]) -> tuple[tuple[int, ...], int]:
+    """Where each part of a workspace lies, in the order of ``names``, on lines of 64 bytes; and the bytes in all.
+
+    >>> offsets({"a": 65, "b": 1}, ("b", "a"))
+    ((128, 0), 192)
+    """
+    found, end = {}, 0
+    for name, nbytes in sizes.items():
+        found[name] = end
+        end += -(-nbytes // 64) * 64
+    return tuple(found[name] for name in names), end
+
+
+Job = array[int]

@@ -84,11 +84,6 @@ def pack_blocks(data: Tensor, form: BlockFormat) -> Tensor:
     return out
 
 
-def scales_of(packed: Tensor, form: BlockFormat) -> Tensor:
-    """Scales and minima of a packed matrix, float16: the only numbers in it that can be infinite or NaN."""
-    return packed[..., form.scale_at :].contiguous().view(torch.float16)
-
-
 def _bytes(codes: Tensor) -> Tensor:
     """[..., 16, 32] bytes to [..., 8, 16, 4] in the column order 0, 2, 1, 3."""
     words = codes.unflatten(-1, (8, 4))[..., [0, 2, 1, 3]]

@@ -9,7 +9,8 @@ are not listed and cost nothing.
 # mypy: ignore-errors
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,13 @@ class MeanTables:
     sin: np.ndarray[Any, Any]
     rows: np.ndarray[Any, Any]  # float32 [KH, D + 16, tile]: cosines and sines of F pairs, T_0, T_2, ..., T_1, T_3, ...
     series: np.ndarray[Any, Any]  # float32 [KH, D, 32]: coefficients of S cosines, of S sines, in that order of terms
+    fields: tuple[int, ...]  # job.TABLE_FIELDS
+
+
+def _tables(rope: RopeFrequencies, arrays: dict[str, np.ndarray[Any, Any]]) -> MeanTables:
+    names = ("frequencies", "pairs", "cos", "sin", "rows", "series")
+    (scale,) = struct.unpack("q", struct.pack("d", rope.scale))
+    return MeanTables(**arrays, fields=(scale, *(arrays[name].ctypes.data for name in names)))
 
 
 def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTables:
@@ -64,15 +72,15 @@ def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTable
         rows[head, : 2 * f + TERMS] = np.concatenate([cos[fast_pairs], sin[fast_pairs], basis[0::2], basis[1::2]])
         series[head, :s, :8] = np.cos(angles[slow_pairs]) @ fit[:, 0::2]
         series[head, s : 2 * s, 8:16] = np.sin(angles[slow_pairs]) @ fit[:, 1::2]
-    return MeanTables(
-        pairs=pairs, frequencies=np.ascontiguousarray(frequencies), cos=cos.astype(np.float32), sin=sin.astype(np.float32),
-        rows=rows, series=series,
-    )  # fmt: skip
+    arrays = {"pairs": pairs, "frequencies": np.ascontiguousarray(frequencies), "rows": rows, "series": series}
+    return _tables(rope, arrays | {"cos": cos.astype(np.float32), "sin": sin.astype(np.float32)})
 
 
 def all_turns(rope: RopeFrequencies, size: int, tile: int) -> MeanTables:
-    """Tables of every pair in order, for keys that are turned one by one: ``labels``."""
-    return replace(mean_tables(rope, torch.ones(1, size), tile), pairs=np.concatenate([[size // 2, 0], range(size // 2)], dtype=np.int32))
+    """Tables of every pair in order, for keys that are turned one by one (``labels.py``)."""
+    found = mean_tables(rope, torch.ones(1, size), tile)
+    arrays = {name: getattr(found, name) for name in ("frequencies", "cos", "sin", "rows", "series")}
+    return _tables(rope, arrays | {"pairs": np.array([size // 2, 0, *range(size // 2)], np.int32)})
 
 
 @njit(**FAST)

@@ -64,8 +64,7 @@ def quantize_head(job, work, start, head, side):
         metric, factor, by_channel, by_token = job.value_metric, job.value_factor, tile, 1
     matrix, group, half = 4 * head * size * size, 4 * head * groups, np.float32((levels - 1) * 0.5)
     lattice = work + job.w_lattice
-    y, code = f32(lattice), f32(lattice + 4 * LANES * size)
-    found, codes = i32(work + job.w_group), u8(work + job.w_codes)
+    y, found, codes = f32(lattice), i32(work + job.w_group), u8(work + job.w_codes)
     words = i32(job.meta + page * job.meta_page + head * job.meta_head + 4 * inside * groups * tile)
     flags = u8(job.retained + start - job.first)
     for token in range(0, tile, LANES):
@@ -74,8 +73,9 @@ def quantize_head(job, work, start, head, side):
             for i in range(size):
                 y[i * LANES + t] = row[i]
         quantize_lattice(
-            lattice, size, groups, levels, f32(units + group), f32(clips + group), metric + matrix, factor + matrix, found, LANES
-        )
+            lattice, size, groups, levels, f32(units + group), f32(clips + group), metric + matrix, factor + matrix,
+            work + job.w_group,
+        )  # fmt: skip
         for g in range(groups):
             for t in range(LANES):
                 word, at = found[g * LANES + t], g * tile + token + t
@@ -84,8 +84,9 @@ def quantize_head(job, work, start, head, side):
                 else:
                     words[at] = (words[at] & 0xFFFF) | (word << 16)
         for i in range(size):
+            code = f32(lattice + 4 * LANES * (size + i))
             for t in range(LANES):
-                codes[i * by_channel + (token + t) * by_token] = np.uint8(code[i * LANES + t] + half)
+                codes[i * by_channel + (token + t) * by_token] = np.uint8(code[t] + half)
 
 
 @njit(**FAST)

@@ -271,6 +271,27 @@ mix_1, mix_2, mix_3, mix_4 = (_make_mix(rows) for rows in (1, 2, 3, 4))
 
 
 @intrinsic
+def add_outer(typingctx, lanes, coefs, count, out, step):
+    """``out[j, lane] += coefs[j] * lanes[lane]`` for 32 lanes of float32 and ``count`` rows ``step`` bytes apart."""
+
+    def codegen(context, builder, signature, args):
+        lanes, coefs, count, out, step = args
+        floats = ir.VectorType(F32, LANES)
+        fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", floats, [floats] * 3)
+        given = [builder.load(_at(builder, lanes, 64 * v, floats), align=4) for v in (0, 1)]
+        with cgutils.for_range(builder, count) as loop:
+            number = builder.load(_at(builder, coefs, builder.mul(loop.index, ir.Constant(I64, 4)), I32), align=4)
+            weight = builder.bitcast(_splat(builder, number), floats)
+            row = builder.add(out, builder.mul(loop.index, step))
+            for v in (0, 1):
+                place = _at(builder, row, 64 * v, floats)
+                builder.store(builder.call(fma, [given[v], weight, builder.load(place, align=4)]), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
 def transpose(typingctx, source, stride, target, step):
     """Sixteen rows of eight float32 at ``source`` to eight rows of sixteen at ``target``."""
 

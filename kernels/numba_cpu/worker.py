@@ -105,7 +105,7 @@ def end_task(job, work, task, row, head, query, rows):
     parts = job.splits + 1
     unit, part = task // parts, task % parts
     nbytes = 4 * job.vectors * (job.size + 2)
-    partials = job.partials + unit * parts * nbytes
+    partials = job.work + job.partials + unit * parts * nbytes
     write_partial(job, work, partials + part * nbytes, rows)
     if fetch_add(job.counters + 16 + 8 * unit, 1) == job.splits:
         finish(job, work, row, head, query, rows, partials)

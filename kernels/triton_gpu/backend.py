@@ -106,7 +106,6 @@ class TritonGpu:
         key_bits, value_bits = bits_code(layout.key_bits), bits_code(layout.value_bits)
         key_normal, value_normal = not self.subnormals, not self.subnormals or value_bits in (4, 8)
         rows = self.scratch.take("rows", programs * (2 if key_bits == 3 else 1) * size * width * pad, torch.float16)
-        seed = self.scratch.take("seed", programs * groups * width * pad, torch.float32)
         qsum = self.scratch.take("qsum", programs * groups * width, torch.float32)
         scale = self.scratch.take("scale", programs * 2, torch.float32)
         coefficient = turn = table = scale
@@ -116,13 +115,14 @@ class TritonGpu:
             turn, table, rope_scale = tables.turn, tables.table, tables.scale
             coefficient = self.scratch.take("coefficient", programs * size * width, torch.float32)
         prepare_heads_kernel[(columns.heads, q.shape[0] * columns.chunks)](
-            q, codec.query_basis, codec.keys.unit, codec.key_mean, rows, seed, qsum, scale, coefficient,
+            q, codec.query_basis, codec.keys.unit, codec.key_mean, rows, qsum, scale, coefficient,
             columns.chunks, columns.queries, columns.repeat, rope_scale,
             D=size, BITS=key_bits, G=groups, NH=width, NORMAL=key_normal, META=1.0 if self.fp8 else 256.0,
-            HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean, ASM=not self.interpreted, num_warps=4,
+            HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean,
+            BY_COLUMN=layout.tile == 128, ASM=not self.interpreted, num_warps=4,
         )  # fmt: skip
         attend_packed_kernel[(columns.heads, splits, q.shape[0] * columns.chunks)](
-            rows, seed, qsum, scale, coefficient, turn, table, pages.key_codes, pages.value_codes, pages.meta, codec.values.unit,
+            rows, qsum, scale, coefficient, turn, table, pages.key_codes, pages.value_codes, pages.meta, codec.values.unit,
             part, stat, step.page_table, step.slots, step.packed, step.positions,
             *_page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
             step.span,

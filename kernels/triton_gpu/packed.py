@@ -66,9 +66,13 @@ def load_planes(
 
 
 @triton.jit
-def load_rows(base, ROWS: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr):
-    """Tuple of the fragments [EACH, N] of q, ROWS / EACH of them, each stored with its rows contiguous: [N, EACH]."""
-    at = tl.arange(0, EACH)[:, None] + tl.arange(0, N)[None, :] * EACH
+def load_rows(base, ROWS: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr):
+    """Tuple of the fragments [EACH, N] of q, ROWS / EACH of them, stored by column or by row.
+
+    By column they come as the tensor core's second operand wants them, and stay in registers; by row they stay in shared
+    memory, at the cost of register moves: better where five shares of a tile need the registers.
+    """
+    at = tl.arange(0, EACH)[:, None] * (1 if BY_COLUMN else N) + tl.arange(0, N)[None, :] * (EACH if BY_COLUMN else 1)
     out = ()
     for i in tl.static_range(ROWS // EACH):
         out = out + (tl.load(base + i * EACH * N + at),)
@@ -84,12 +88,12 @@ def zero_rows(COUNT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def dots(a, b, G: tl.constexpr, seeds):
-    """Sums of the dots of ``a`` with ``b`` by group, G tuples of equal length after one another, each on its seed."""
-    each: tl.constexpr = len(a) // G
+def dots(a, b, sums):
+    """``sums`` plus the dots of ``a`` with ``b``; each group's sum takes an equal share of them, in order."""
+    each: tl.constexpr = len(a) // len(sums)
     out = ()
-    for g in tl.static_range(G):
-        s = seeds[g]
+    for g in tl.static_range(len(sums)):
+        s = sums[g]
         for i in tl.static_range(each):
             s = tl.dot(a[g * each + i], b[g * each + i], s)
         out = out + (s,)
@@ -108,10 +112,10 @@ def dots_each(a, weights, scale, accumulators):
 
 @triton.jit
 def key_scores(
-    base, SUB: tl.constexpr, q_low, q_high, seeds, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
+    base, SUB: tl.constexpr, q_low, q_high, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
     SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Raw scores ``q . code - half sum(q)`` of share SUB of a tile: G tensors [SHARE, N]."""
+    """Raw scores ``q . code`` of share SUB of a tile: G tensors [SHARE, N]."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
     row: tl.constexpr = D * low // 8
     wide: tl.constexpr = row if row < D // G else D // G
@@ -120,25 +124,21 @@ def key_scores(
     part = load_planes(
         base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, offset, cumulative, NORMAL, ASM, ASM
     )
-    s = dots(part, q_low, G, seeds)
+    s = dots(part, q_low, zero_rows(G, SHARE, q_low[0].shape[1]))
     if BITS == 3:
         part = load_planes(
             base, TILE * row + SUB * SHARE * (D // 8), SHARE, D // 8, D // 8, 1, 1, 0, 1, 1, False, NORMAL, ASM, ASM
         )
         if D == 64:
             part = pair_rows(part, 1)
-        s = dots(part, q_high, G, s)
+        s = dots(part, q_high, s)
     return s
 
 
 @triton.jit
-def key_scores_trits(base, q_low, seeds, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
-    """Raw scores of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
-    prefix = ()
-    for g in tl.static_range(G):
-        for k in tl.static_range(5):
-            # seeded so that every difference below carries one seed: a prefix less its middle
-            prefix = prefix + (seeds[g] * ((3 ** (k + 1) - 1) / 2),)
+def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
+    """Raw scores ``q . code`` of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
+    prefix = zero_rows(5 * G, 32, N)
     for i in tl.static_range(D // 32):
         part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, 0, False, NORMAL, ASM, ASM)
         new = ()
@@ -286,7 +286,7 @@ def store_sums(
 
 @triton.jit
 def attend_packed_kernel(
-    q_ptr, seed_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
+    q_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     stride_pages_slot, heads, chunks, queries, repeat, span,
@@ -296,7 +296,7 @@ def attend_packed_kernel(
 ):  # fmt: skip
     """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
 
-    Score of token t, in units of 1 / scale: ``sum_g ks_g (q_g . code - half sum q_g) + km_g sum q_g [+ q . RoPE_t(mean)]``;
+    Score of token t, in units of 1 / scale: ``sum_g ks_g (q_g . code) + (km_g - half ks_g) sum q_g [+ q . RoPE_t(mean)]``;
     weighted sum: ``sum_t p vs (code - half) + p vm``. Tokens are the M rows of both dots, query columns their N = NH * PAD.
     One warp owns a program. Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
     writes NH rows of D + 2 floats. Bits 15 stand for 1.5.
@@ -313,6 +313,7 @@ def attend_packed_kernel(
     VALUE_EACH: tl.constexpr = 32 if VALUE_BITS == 15 else (VALUE_WIDE if VALUE_WIDE < D // G else D // G)
     KEY_TILE: tl.constexpr = 32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8
     VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
+    KEY_HALF: tl.constexpr = 1.0 if KEY_BITS == 15 else (-0.5 if KEY_NORMAL else (2**KEY_BITS - 1) / 2)
     HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if VALUE_NORMAL else (2**VALUE_BITS - 1) / 2)
     # weights are 2^SHIFT times too large, for fp16's sake: up to 2^15 * 448 / 256, three times that for trits
     SHIFT: tl.constexpr = (7.0 if FP8 else 15.0) - (2.0 if VALUE_BITS == 15 else 0.0)
@@ -324,15 +325,12 @@ def attend_packed_kernel(
     program = tl.program_id(2) * heads + head
     h = tl.arange(0, NH)
     t = perm4(tl.arange(0, SHARE), ASM)
-    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N)
+    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, TILE == 128)
     q_high = ()
     if KEY_BITS == 3:
-        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N)
-    seeds = ()
+        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N, TILE == 128)
     qsum = ()
     for g in tl.static_range(G):
-        seed = tl.load(seed_ptr + (program * G + g) * N + tl.arange(0, N))
-        seeds = seeds + (tl.broadcast_to(seed[None, :], [SHARE, N]),)
         qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
     scale = tl.load(scale_ptr + program * 2)
     if HAS_MEAN:
@@ -377,14 +375,17 @@ def attend_packed_kernel(
         # the next page is looked up a tile ahead, so that no load waits for it
         page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // TILES).to(tl.int64)
 
+        # before or after the scores: whichever leaves the registers (counted ahead of time)
+        if HAS_MEAN and SHARES == 5:
+            mean = mean_scores(turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, D, NH)
         raw = ()
         if KEY_BITS == 15:
-            raw = key_scores_trits(key, q_low, seeds, N, D, G, KEY_NORMAL, ASM)
+            raw = key_scores_trits(key, q_low, N, D, G, KEY_NORMAL, ASM)
         else:
             for s in tl.static_range(SHARES):
-                share = key_scores(key, s, q_low, q_high, seeds, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
+                share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
                 raw = raw + (share,)
-        if HAS_MEAN:
+        if HAS_MEAN and SHARES == 1:
             mean = mean_scores(turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, D, NH)
         words = ()
         for s in tl.static_range(SHARES):
@@ -395,10 +396,10 @@ def attend_packed_kernel(
             word = words[s * G]
             ks, km = metadata(word, False, ASM, FP8)
             retained = (word & 0x80) != 0
-            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[0][None, :] * km[:, None]
+            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[0][None, :] * (km - KEY_HALF * ks)[:, None]
             for g in tl.static_range(1, G):
                 ks, km = metadata(words[s * G + g], False, ASM, FP8)
-                x += first_of_pairs(raw[s][g], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[g][None, :] * km[:, None]
+                x += first_of_pairs(raw[s][g], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[g][None, :] * (km - KEY_HALF * ks)[:, None]
             if HAS_MEAN:
                 x += mean[s] * mean_scale
             x = tl.where(retained[:, None], NEVER, x)

@@ -33,11 +33,20 @@ def in_basis(q, basis, channel, D: tl.constexpr, HAS_BASIS: tl.constexpr):
 
 
 @triton.jit
+def fragment_places(r, c, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr):
+    """Places of rows ``r`` and columns ``c`` in fragments of EACH rows and N columns."""
+    if BY_COLUMN:
+        return (r // EACH * EACH * N + r % EACH)[:, None] + c[None, :] * EACH
+    else:
+        return r[:, None] * N + c[None, :]
+
+
+@triton.jit
 def prepare_heads_kernel(
-    q_ptr, basis_ptr, unit_ptr, mean_ptr, out_ptr, seed_ptr, qsum_ptr, scale_ptr, coefficient_ptr,
+    q_ptr, basis_ptr, unit_ptr, mean_ptr, out_ptr, qsum_ptr, scale_ptr, coefficient_ptr,
     chunks, queries, repeat, rope_scale,
     D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, NORMAL: tl.constexpr, META: tl.constexpr,
-    HAS_BASIS: tl.constexpr, HAS_MEAN: tl.constexpr, ASM: tl.constexpr,
+    HAS_BASIS: tl.constexpr, HAS_MEAN: tl.constexpr, BY_COLUMN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``query_basis q * unit`` in fp16 as ``attend_packed_kernel`` contracts them, their sums and scales.
 
@@ -49,7 +58,6 @@ def prepare_heads_kernel(
     WIDE: tl.constexpr = 8 if NH == 4 else NH
     CUMULATIVE: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
     LOW: tl.constexpr = 8 if BITS == 15 else (2 if BITS == 3 else BITS)
-    HALF: tl.constexpr = 1.0 if BITS == 15 else (-0.5 if NORMAL else (2**BITS - 1) / 2)
     STEP: tl.constexpr = D * LOW // 8
     ROWS: tl.constexpr = 2 * D if BITS == 3 else D
     EACH: tl.constexpr = 32 if BITS == 15 else (STEP if STEP < D // G else D // G)
@@ -83,8 +91,7 @@ def prepare_heads_kernel(
         fragment -= above * (up * 0.25 * place[:, None])
         weight = (4.0 / place - 1.0) / 3.0
     rounded = fragment.to(tl.float16)
-    # fragments of EACH rows, rows contiguous: the tensor core's second operand then needs no register moves
-    at = (r // EACH * EACH * NH * PAD + r % EACH)[:, None] + c[None, :] * (PAD * EACH)
+    at = fragment_places(r, c * PAD, EACH, NH * PAD, BY_COLUMN)
     used = (c < NH)[None, :]
     tl.store(out_ptr + program * (ROWS * NH * PAD) + at, rounded, mask=used)
     if BITS == 3:
@@ -97,7 +104,7 @@ def prepare_heads_kernel(
             y = in_basis(q, basis, channel, D, HAS_BASIS) * unit
         else:
             y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
-        at = (r // 16 * 16 * NH * PAD + r % 16)[:, None] + c[None, :] * (PAD * 16)
+        at = fragment_places(r, c * PAD, 16, NH * PAD, BY_COLUMN)
         high = y * (up * 4.0 / tl.exp2(plane.to(tl.float32)))[:, None]
         tl.store(out_ptr + program * (ROWS * NH * PAD) + D * NH * PAD + at, high.to(tl.float16), mask=used)
     one: tl.constexpr = 1.0 if NORMAL else 2.0**-24
@@ -105,7 +112,6 @@ def prepare_heads_kernel(
     for g in tl.static_range(G):
         total = tl.sum(tl.where((r // (D // G) == g)[:, None], weighted, 0.0), 0)
         tl.store(qsum_ptr + (program * G + g) * NH + c, total, mask=c < NH)
-        tl.store(seed_ptr + (program * G + g) * (NH * PAD) + c * PAD, total * -HALF, mask=c < NH)
     scale = down * (LOG2E / D**0.5 * META / one)
     tl.store(scale_ptr + program * 2, scale)
     if HAS_MEAN:

@@ -1,0 +1,223 @@
+"""A prompt half read, on disk: what a prefill needs to go on after Ctrl-C, a crash or kill -9, bit for bit as if undisturbed.
+
+Exact prefill is saved between two chunks of a layer: layers packed so far, hidden states of the whole prompt (those of this
+layer's finished chunks already replaced), this layer's keys and values so far. Streaming prefill is the sequence itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.container import Container, Entry, open_container, whole, write_container
+from skvq.engine.errors import SessionError
+from skvq.engine.report import Reporter
+from skvq.engine.session import (
+    check_header,
+    expect_slots,
+    expect_tiles,
+    fill_from,
+    header_of,
+    ids_entry,
+    slot_entries,
+    tile_entries,
+    write_slots,
+    write_tiles,
+)
+
+KIND = "checkpoint"
+WRITING_SHARE = 10
+"""A checkpoint is due at the earliest after this many times as long as the last one took to write."""
+
+
+@dataclass(slots=True)
+class ExactState:
+    """Where an exact prefill of T tokens stands: ``chunk`` chunks of ``layer`` are done, all layers before it are packed."""
+
+    hidden: Tensor  # [T, d]
+    keys: Tensor  # [KH, T, D]
+    values: Tensor  # [KH, T, D]
+    mass: Tensor  # float32 [T], of this layer
+    chunk_tokens: int
+    layer: int = 0
+    chunk: int = 0
+
+    @property
+    def filled(self) -> int:
+        """Tokens of this layer whose keys and values are there."""
+        return min(self.chunk * self.chunk_tokens, len(self.hidden))
+
+
+class Checkpoint(Protocol):
+    """What a prefill tells its checkpoint. ``ids`` are the tokens to be read after those the sequence held at the start."""
+
+    def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
+        """Bring state and reserved sequence to where the file says; nothing if there is none."""
+
+    def exact_point(self, sequence: SequenceCache, state: ExactState) -> None:
+        """A chunk of a layer is done."""
+
+    def resume_streaming(self, sequence: SequenceCache, ids: Sequence[int]) -> None:
+        """Replace the sequence by the longer one in the file; nothing if there is none."""
+
+    def streaming_point(self, sequence: SequenceCache) -> None:
+        """A chunk is committed."""
+
+    def watch(self) -> Any:
+        """Context manager around the work: an interrupt waits for the next point, where the file is written first."""
+
+    def done(self) -> None:
+        """The prompt is read: the file has no use any more."""
+
+
+class NoCheckpoint:
+    """Nothing is written; an interrupt interrupts."""
+
+    def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None: ...
+
+    def exact_point(self, sequence: SequenceCache, state: ExactState) -> None: ...
+
+    def resume_streaming(self, sequence: SequenceCache, ids: Sequence[int]) -> None: ...
+
+    def streaming_point(self, sequence: SequenceCache) -> None: ...
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        yield
+
+    def done(self) -> None: ...
+
+
+class FileCheckpoint:
+    """A file written every ``seconds``, and when the process is asked to end by SIGINT or SIGTERM.
+
+    Raises SessionError if the file there is broken, or of another text, model, calibration or options.
+    """
+
+    def __init__(self, path: Path, seconds: float, report: Reporter) -> None:
+        self.path, self.seconds, self.report = path, seconds, report
+        self._text = ""
+        self._due = time.monotonic() + seconds
+        self._asked = False
+
+    def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
+        self._text = _digest(ids)
+        if not self.path.exists():
+            return
+        file = self._open(sequence, "exact")
+        layer, chunk, chunk_tokens = (file.header[name] for name in ("layer", "chunk", "chunk_tokens"))
+        if chunk_tokens != state.chunk_tokens:
+            raise SessionError(f"checkpoint {self.path} has chunks of {chunk_tokens} tokens, this run {state.chunk_tokens}")
+        filled = min(chunk * chunk_tokens, len(ids))
+        hidden = file.expect("hidden", state.hidden.dtype, state.hidden.shape)
+        kv_shape = (state.keys.shape[0], filled, state.keys.shape[2])
+        keys, values = (file.expect(name, state.keys.dtype, kv_shape) for name in ("layer_keys", "layer_values"))
+        mass = file.expect("layer_mass", torch.float32, state.mass.shape)
+        tiles = expect_tiles(sequence, file, layer, sequence.packed_after(len(ids)))
+        write_slots(sequence, expect_slots(sequence, file))
+        write_tiles(sequence, tiles, range(layer))
+        state.hidden.copy_(hidden)
+        state.keys[:, :filled], state.values[:, :filled] = keys.to(state.keys.device), values.to(state.keys.device)
+        state.mass.copy_(mass)
+        state.layer, state.chunk = layer, chunk
+        layers = sequence.setup.arena.shape.layers
+        self.report.message(f"going on from {self.path}: {layer} of {layers} layers and {filled:,} tokens of the next are done")
+
+    def exact_point(self, sequence: SequenceCache, state: ExactState) -> None:
+        if not self._is_due():
+            return
+        packed = sequence.packed_after(len(state.hidden))
+        heads = range(state.keys.shape[0])
+        shape = (len(heads), state.filled, state.keys.shape[2])
+        kv = {"layer_keys": state.keys, "layer_values": state.values}
+        entries = [
+            *tile_entries(sequence, range(state.layer), packed),
+            *slot_entries(sequence),
+            *(Entry(n, t.dtype, shape, lambda t=t: (t[h, : state.filled] for h in heads)) for n, t in kv.items()),
+            Entry("hidden", state.hidden.dtype, tuple(state.hidden.shape), lambda: iter(state.hidden.split(state.chunk_tokens))),
+            whole("layer_mass", state.mass),
+        ]
+        header = {"layer": state.layer, "chunk": state.chunk, "chunk_tokens": state.chunk_tokens}
+        self._write(sequence, "exact", header, entries)
+
+    def resume_streaming(self, sequence: SequenceCache, ids: Sequence[int]) -> None:
+        whole_text = [*sequence.token_ids, *ids]
+        self._text = _digest(whole_text)
+        if not self.path.exists():
+            return
+        file = self._open(sequence, "streaming")
+        sequence.truncate(0)
+        fill_from(sequence, file)
+        self.report.message(f"going on from {self.path}: {sequence.length:,} of {len(whole_text):,} tokens are read")
+
+    def streaming_point(self, sequence: SequenceCache) -> None:
+        if self._is_due():
+            layers = range(sequence.setup.arena.shape.layers)
+            entries = [*tile_entries(sequence, layers, sequence.packed), *slot_entries(sequence)]
+            self._write(sequence, "streaming", {}, [*entries, ids_entry(sequence.token_ids)])
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in signals}
+
+        def ask(number: int, frame: object) -> None:
+            self._asked = True
+            signal.signal(number, before[number])  # a second one does not wait
+
+        for number in signals:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number in signals:
+                signal.signal(number, before[number])
+        if self._asked:  # too late for a point: the older file, if any, stays
+            raise KeyboardInterrupt
+
+    def done(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _is_due(self) -> bool:
+        return self._asked or time.monotonic() >= self._due
+
+    def _open(self, sequence: SequenceCache, mode: str) -> Container:
+        file = open_container(self.path, KIND)
+        check_header(sequence.setup.identity, file, KIND)
+        for name, what, ours in (("mode", "prefill", mode), ("text", "the text with digest", self._text)):
+            theirs = file.header.get(name)
+            if theirs != ours:
+                raise SessionError(
+                    f"checkpoint {self.path} was made with {what} {theirs!r}, this run has {ours!r}: give the same text and "
+                    "options to go on, or delete the file to start again"
+                )
+        return file
+
+    def _write(self, sequence: SequenceCache, mode: str, more: dict[str, Any], entries: Sequence[Entry]) -> None:
+        start = time.monotonic()
+        write_container(self.path, KIND, {**header_of(sequence), "mode": mode, "text": self._text, **more}, entries)
+        end = time.monotonic()
+        self._due = end + max(self.seconds, WRITING_SHARE * (end - start))
+        if self._asked:
+            self._asked = False
+            self.report.message(f"what is read so far is in {self.path}: the same command goes on from there")
+            raise KeyboardInterrupt
+
+
+def _digest(ids: Sequence[int]) -> str:
+    return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).hexdigest()

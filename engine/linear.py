@@ -1,0 +1,172 @@
+"""Matrices of a model: what the model calls, whatever form their numbers are held in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 16
+"""Most vectors that are multiplied with the stored form directly; for more, expanding it once is less work."""
+TILE_NUMBERS = 1 << 21
+"""Weights expanded to float32 at a time, 8 MB: a layer of a small model, a few hundred rows of a large one."""
+
+
+class Linear(Protocol):
+    """y = W x + b over the last dimension; how W is stored is the implementation's business."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def dense(self) -> Tensor:
+        """W as float32 [out, in]."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held in memory; a tensor may be shared."""
+
+
+class Embedding(Protocol):
+    """Rows of a matrix by token id."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the hidden states
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Rows [..., d] of ids int64 [...]."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held in memory; a tensor may be shared."""
+
+
+class StoredMatrix(Protocol):
+    """A matrix in the form its file has, on the CPU, with float32 arithmetic."""
+
+    data: Tensor
+    shape: tuple[int, int]
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """``out[n] = W x[n] + bias``; x [N, in] contiguous, out [N, out] with rows at any stride."""
+
+    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Rows ``start .. stop-1`` in float32, written to ``out``, which is returned."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` int64 [N] in float32."""
+
+
+def nbytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLinear:
+    """Weight [out, in] in the compute dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def dense(self) -> Tensor:
+        return self.weight.float()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+class FloatMatrix:
+    """A float32 matrix among stored ones."""
+
+    def __init__(self, data: Tensor) -> None:
+        assert data.dtype == torch.float32 and data.dim() == 2, (data.dtype, data.shape)
+        self.data, self.shape = data, (data.shape[0], data.shape[1])
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        out.copy_(F.linear(x, self.data, bias))
+
+    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
+        return out.copy_(self.data[start:stop])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.data[ids]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLinear:
+    """Matrices stacked by rows, as they are stored. One vector reads every byte once; nothing of it stays expanded."""
+
+    parts: tuple[StoredMatrix, ...]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        columns = self.parts[0].shape[1]
+        flat = x.reshape(-1, columns).contiguous()
+        out = torch.empty(len(flat), sum(part.shape[0] for part in self.parts))
+        multiply = _multiply_few if len(flat) <= FEW else _multiply_many
+        first = 0
+        for part in self.parts:
+            stop = first + part.shape[0]
+            multiply(part, flat, None if self.bias is None else self.bias[first:stop], out[:, first:stop])
+            first = stop
+        return out.view(*x.shape[:-1], first)
+
+    def dense(self) -> Tensor:
+        return torch.cat([part.expand(0, part.shape[0], torch.empty(part.shape)) for part in self.parts])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(part.data for part in self.parts) + (() if self.bias is None else (self.bias,))
+
+
+def _multiply_few(matrix: StoredMatrix, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    matrix.multiply(x, bias, out)
+
+
+def _multiply_many(matrix: StoredMatrix, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Tile by tile of rows: expand, multiply in float32, and overwrite it with the next."""
+    rows, columns = matrix.shape
+    step = min(rows, max(1, TILE_NUMBERS // columns))
+    scratch = torch.empty(step, columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        tile = matrix.expand(start, stop, scratch[: stop - start])
+        if bias is None:
+            torch.mm(x, tile.T, out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, tile.T, out=out[:, start:stop])
+
+
+class DenseEmbedding:
+    """Weight [V, d] in the compute dtype."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.device, self.dtype = weight, weight.device, weight.dtype
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.weight[ids]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+
+class StoredEmbedding:
+    """A stored matrix whose rows are expanded one by one."""
+
+    def __init__(self, matrix: StoredMatrix) -> None:
+        self.matrix, self.device, self.dtype = matrix, matrix.data.device, torch.float32
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.matrix.rows(ids.reshape(-1)).view(*ids.shape, self.matrix.shape[1])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.matrix.data,)

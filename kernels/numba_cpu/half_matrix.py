@@ -1,0 +1,47 @@
+"""A matrix of 16-bit floats in memory: product with a few vectors in float32 arithmetic, and rows in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skvq.kernels.numba_cpu.attend import KINDS
+from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.halves import FIELDS, build_multiply_halves
+
+MULTIPLY = Entry(build_multiply_halves, FIELDS)
+CHUNKS_PER_THREAD = 4
+STEP = 16
+"""Columns must be a multiple of this."""
+
+
+class HalfMatrix:
+    """Weights bfloat16 or float16 [rows, columns], held as they are: every number is exact in float32. Immutable."""
+
+    def __init__(self, data: Tensor) -> None:
+        assert data.dim() == 2 and data.is_contiguous() and self.takes(data), (data.dtype, data.shape)
+        self.data, self.shape = data, (data.shape[0], data.shape[1])
+
+    @staticmethod
+    def takes(data: Tensor) -> bool:
+        """Whether such a weight can be kept."""
+        return data.dtype in (torch.bfloat16, torch.float16) and data.shape[1] % STEP == 0
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """``out[n] = W x[n] + bias`` for float32 x [N, columns] and out [N, rows], of which only rows may be strided."""
+        count, columns = x.shape
+        rows, threads = self.shape[0], torch.get_num_threads()
+        assert x.dtype == out.dtype == torch.float32 and columns == self.shape[1] and x.is_contiguous(), (x.dtype, x.shape)
+        assert out.shape == (count, rows) and out.stride(1) == 1, (out.shape, out.stride())
+        MULTIPLY(
+            min(threads, rows), 0, self.data.data_ptr(), KINDS[self.data.dtype], rows, columns, x.data_ptr(), count,
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), 4 * out.stride(0), max(1, rows // (CHUNKS_PER_THREAD * threads)),
+        )  # fmt: skip
+
+    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Rows ``start .. stop-1`` in float32, written to ``out``, which is returned."""
+        return out.copy_(self.data[start:stop])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` int64 [N] in float32."""
+        return self.data[ids].float()

@@ -1,0 +1,101 @@
+"""One layer's attention in every mode over the same queries, keys and values: whatever differs is the cache's doing.
+
+A whole model would hide it: another order of float32 sums flips a 16-bit rounding, and now and then a code, in the next layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.evaluate import DecodeRegimeLayer
+from skvq.engine.generate import Engine
+from skvq.engine.rope import at_positions
+from skvq.engine.steps import DecodeBatch, ExactLayer, StreamingLayer
+from skvq.tests.simulated import SimulatedLayer, schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """What a layer is given for a text: unrotated queries, keys and values, and the text's ids."""
+
+    q: Tensor  # [1, T, H, D]
+    k: Tensor  # [1, T, KH, D]
+    v: Tensor  # [1, T, KH, D]
+    ids: list[int]
+
+    def __getitem__(self, part: slice) -> Trace:
+        return Trace(q=self.q[:, part], k=self.k[:, part], v=self.v[:, part], ids=self.ids[part])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def trace(engine: Engine, count: int, seed: int = 0) -> Trace:
+    """A random text, keys with a bias as Qwen's have."""
+    config, generator = engine.parts.model.config, torch.Generator().manual_seed(seed)
+    q = torch.randn(1, count, config.num_heads, config.head_size, generator=generator)
+    k, v = torch.randn(2, 1, count, config.num_kv_heads, config.head_size, generator=generator)
+    bias = torch.randn(config.head_size, generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(config.vocab_size, (count,), generator=generator).tolist()
+    return Trace(q=2 * q, k=k + bias, v=v, ids=ids)
+
+
+def _rope(engine: Engine, start: int, stop: int) -> object:
+    return at_positions(engine.parts.rope, torch.arange(start, stop)[None])
+
+
+def exact(engine: Engine, sequence: SequenceCache, text: Trace, chunk: int = 1000) -> Tensor:
+    """Exact prefill of an empty sequence: attention output [T, H, D]."""
+    count, config = len(text), engine.parts.model.config
+    sequence.reserve(count)
+    buffers = torch.empty(2, config.num_kv_heads, count, config.head_size)
+    layer = ExactLayer(sequence, 0, *buffers, config.attention_spans[0])
+    outs = []
+    for a in range(0, count, chunk):
+        b = min(a + chunk, count)
+        outs.append(layer.attend(text.q[:, a:b], text.k[:, a:b], text.v[:, a:b], _rope(engine, a, b))[0])
+    layer.finish(torch.tensor(text.ids))
+    sequence.commit(text.ids)
+    return torch.cat(outs)
+
+
+def stream(engine: Engine, sequence: SequenceCache, text: Trace) -> Tensor:
+    """Streaming prefill of one chunk: attention output [T, H, D]."""
+    sequence.reserve(len(text))
+    layer = StreamingLayer(sequence, 0, engine.parts.model.config.attention_spans[0], torch.tensor(text.ids))
+    out = layer.attend(text.q, text.k, text.v, _rope(engine, sequence.length, sequence.length + len(text)))[0]
+    sequence.commit(text.ids)
+    return out
+
+
+def decode(engine: Engine, sequences: Sequence[SequenceCache], texts: Sequence[Trace]) -> Tensor:
+    """Decode texts of one length together, a token at a time: attention output [B, T, H, D]."""
+    batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
+    outs = []
+    for i in range(len(texts[0])):
+        batch.begin()
+        q, k, v = (torch.cat([getattr(text, name)[:, i : i + 1] for text in texts]) for name in "qkv")
+        outs.append(batch.layer(0).attend(q, k, v, at_positions(engine.parts.rope, batch.positions)))
+        batch.commit([text.ids[i] for text in texts])
+    return torch.cat(outs, 1)
+
+
+def scored(engine: Engine, text: Trace) -> Tensor:
+    """The decode regime of the whole text at once: attention output [T, H, D]."""
+    sequence = engine.new_sequence()
+    sequence.reserve(len(text))
+    layer = DecodeRegimeLayer(sequence, 0, engine.parts.model.config.attention_spans[0], torch.tensor(text.ids))
+    out = layer.attend(text.q, text.k, text.v, _rope(engine, 0, len(text)))[0]
+    sequence.free()
+    return out
+
+
+def defined(engine: Engine, text: Trace, chunks: Sequence[int], sinks: int) -> Tensor:
+    """What all of these should be, by definition: chunks of these lengths prefilled, the rest decoded; [T, H, D]."""
+    layer = SimulatedLayer(engine, 0, sinks, *schedule(len(text), chunks))
+    return layer.attend(text.q, text.k, text.v, _rope(engine, 0, len(text)))[0]

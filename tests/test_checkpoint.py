@@ -1,0 +1,209 @@
+"""Prefill checkpoints: killed, interrupted or left, a prefill goes on to the same bytes; another text or model is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skvq.engine import prefill as prefill_module
+from skvq.engine.errors import SessionError
+from skvq.engine.filters import AttentionSinks, HeavyHitters
+from skvq.engine.generate import Engine
+from skvq.tests.loader_fixtures import refused
+from skvq.tests.tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
+
+MASS = tiny_cache(filters=(AttentionSinks(3), HeavyHitters(threshold=2.0)))
+SLOW = """
+import sys, time
+from pathlib import Path
+from skvq.engine import prefill
+from skvq.engine.model import Model
+from skvq.tests.test_checkpoint import MASS, reading
+from skvq.tests.tiny import *
+folder, mode, delay = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+layer = Model.layer
+def slow(self, *args):
+    time.sleep(delay)
+    return layer(self, *args)
+Model.layer = slow
+prefill.CHUNK_TOKENS = 100
+engine = tiny_engine(folder, MASS, prefill=mode, max_context=3000)
+print("loaded", flush=True)
+sequence = reading(engine, folder / "ck", 0.0)
+sequence.save(folder / "done")
+"""
+
+
+def reading(engine: Engine, path: Path | None, seconds: float, ids: list[int] | None = None) -> Any:
+    """A sequence that has read 2,000 tokens, with a checkpoint."""
+    return engine.prefill(random_ids(2000) if ids is None else ids, checkpoint=path, checkpoint_seconds=seconds)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_folder(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 100)
+
+
+def undisturbed(folder: Path, mode: str) -> bytes:
+    """The session file of a prefill that nothing interrupted."""
+    tiny_engine(folder, MASS, prefill=mode, max_context=3000).prefill(random_ids(2000)).save(folder / "whole")
+    return (folder / "whole").read_bytes()
+
+
+def started(folder: Path, mode: str, delay: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SLOW, str(folder), mode, str(delay)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, times: int) -> None:
+    """Until the file has been written that many times."""
+    seen: set[int] = set()
+    end = time.monotonic() + 120
+    while len(seen) < times:
+        assert time.monotonic() < end, "no checkpoint was written"
+        if path.exists():
+            seen.add(path.stat().st_ino)
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("mode", ["exact", "streaming"])
+def test_after_kill_9_it_goes_on_to_the_same_bytes(folder: Path, mode: str) -> None:
+    process = started(folder, mode, 0.05)
+    wait_for(folder / "ck", 4)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "done").exists()
+    assert (folder / "ck").exists()
+    again = started(folder, mode, 0.0)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert (folder / "done").read_bytes() == undisturbed(folder, mode)
+    assert not (folder / "ck").exists()
+
+
+def test_ctrl_c_writes_it_and_the_next_run_goes_on(folder: Path) -> None:
+    engine = tiny_engine(folder, MASS, max_context=3000)
+    layer, calls = engine.parts.model.layer, []
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        calls.append(args[0])
+        if len(calls) == 27:
+            os.kill(os.getpid(), signal.SIGINT)
+        return layer(*args)
+
+    engine.parts.model.layer = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        reading(engine, folder / "ck", 60)
+    assert len(calls) == 27
+    engine.parts.setup.arena.check({})
+    fresh = tiny_engine(folder, MASS, max_context=3000)
+    count = _counted(fresh)
+    sequence = reading(fresh, folder / "ck", 60)
+    assert count == [40 - 27]
+    sequence.save(folder / "done")
+    assert (folder / "done").read_bytes() == undisturbed(folder, "exact")
+
+
+@pytest.mark.parametrize("stop", [1, 20, 21, 40])
+def test_exact_goes_on_from_any_chunk(folder: Path, stop: int) -> None:
+    _broken_off(folder, "exact", stop)
+    engine = tiny_engine(folder, MASS, max_context=3000)
+    count = _counted(engine)
+    reading(engine, folder / "ck", 60).save(folder / "done")
+    assert count == [40 - stop]
+    assert (folder / "done").read_bytes() == undisturbed(folder, "exact")
+
+
+def test_streaming_goes_on_from_a_continued_sequence(folder: Path) -> None:
+    def half(engine: Engine) -> Any:
+        sequence = engine.prefill(random_ids(450))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.parts.model, "layer", _failing(engine, 8))
+            with pytest.raises(RuntimeError):
+                engine.read(sequence, random_ids(900, seed=5), checkpoint=folder / "ck", checkpoint_seconds=0)
+        sequence.free()
+
+    half(tiny_engine(folder, MASS, max_context=3000))
+    engine = tiny_engine(folder, MASS, max_context=3000)
+    sequence, plain = engine.prefill(random_ids(450)), engine.prefill(random_ids(450))
+    engine.read(plain, random_ids(900, seed=5))
+    engine.read(sequence, random_ids(900, seed=5), checkpoint=folder / "ck")
+    engine.parts.setup.arena.check(arena_of(sequence, plain))
+    for which, name in ((sequence, "a"), (plain, "b")):
+        which.save(folder / name)
+    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+
+
+def test_another_text_model_or_option_is_refused(folder: Path, tmp_path: Path) -> None:
+    _broken_off(folder, "exact", 25)
+    engine = tiny_engine(folder, MASS, max_context=3000)
+    refused(lambda: reading(engine, folder / "ck", 60, random_ids(2000, seed=9)), "the text with digest", "delete the file")
+    other = tiny_engine(folder, tiny_cache(), max_context=3000)
+    refused(lambda: reading(other, folder / "ck", 60), "filter rules")
+    other = tiny_engine(tiny_folder(tmp_path / "other", num_layers=3), MASS, max_context=3000)
+    refused(lambda: reading(other, folder / "ck", 60), "model with fingerprint")
+    streaming = tiny_engine(folder, MASS, max_context=3000, prefill="streaming")
+    refused(lambda: reading(streaming, folder / "ck", 60), "'exact'", "'streaming'")
+    engine.parts.setup.arena.check({})
+    assert (folder / "ck").exists()
+
+
+def test_a_session_is_no_checkpoint(folder: Path) -> None:
+    engine = tiny_engine(folder, MASS, max_context=3000)
+    engine.prefill(random_ids(300)).save(folder / "s")
+    with pytest.raises(SessionError, match="no checkpoint of skvq"):
+        reading(engine, folder / "s", 60)
+
+
+def _failing(engine: Engine, stop: int) -> Any:
+    """The model's layer, which fails after ``stop`` calls."""
+    layer, calls = engine.parts.model.layer, [0]
+
+    def failing(*args: Any) -> torch.Tensor:
+        if calls[0] == stop:
+            raise RuntimeError("power cut")
+        calls[0] += 1
+        return layer(*args)
+
+    return failing
+
+
+def _broken_off(folder: Path, mode: str, stop: int) -> None:
+    engine = tiny_engine(folder, MASS, max_context=3000, prefill=mode)
+    engine.parts.model.layer = _failing(engine, stop)  # type: ignore[method-assign]
+    if stop < 40:
+        with pytest.raises(RuntimeError):
+            reading(engine, folder / "ck", 0)
+        return
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr("skvq.engine.checkpoint.FileCheckpoint.done", _power_cut)
+        reading(engine, folder / "ck", 0)
+
+
+def _power_cut(self: object) -> None:
+    raise RuntimeError("power cut")
+
+
+def _counted(engine: Engine) -> list[int]:
+    """How often the model's layer is called from now on."""
+    layer, count = engine.parts.model.layer, [0]
+
+    def counting(*args: Any) -> torch.Tensor:
+        count[0] += 1
+        return layer(*args)
+
+    engine.parts.model.layer = counting  # type: ignore[method-assign]
+    return count
