@@ -16,12 +16,23 @@ import click
 
 from skvq import __version__
 from skvq.calibrate.run import built_in_corpus
+from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import BUILT_IN
-from skvq.engine.config import BITS, METHODS, CacheConfig, SamplingConfig
+from skvq.engine.config import BITS, FULL_SPAN, METHODS, CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import AttentionSinks, rule_from_text
 from skvq.engine.generate import PREFILLS, Engine
+from skvq.engine.heatmap import heat_map, require_matplotlib
+from skvq.engine.machine import find_backend, pick_device, pick_dtype
+from skvq.engine.needle import Needle, needles, reference_of
+from skvq.engine.needle import summary as needle_summary
 from skvq.engine.plan_report import plan_report
+from skvq.engine.planted import planted, require_found
+from skvq.engine.planted import rows as found_rows
+from skvq.engine.report import StderrReporter
+from skvq.engine.soak import soak
+from skvq.engine.stress import bare_setup
+from skvq.loaders import config_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,9 +86,28 @@ def _bits(context: click.Context, parameter: click.Parameter, value: str) -> flo
     return float(value)
 
 
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,50,100") from None
+
+
+def _counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    numbers = _numbers(context, parameter, value.replace("_", ""))
+    if any(n != int(n) or n < 1 for n in numbers):
+        raise click.BadParameter(f"{value!r} is not a list of token counts such as 4096,32768")
+    return [int(n) for n in numbers]
+
+
 model_option = click.option("--model", "-m", required=True, help="Alias (see `skvq models`), folder, .gguf file or org/name.")
-engine_options = _stack(
-    click.option("--ctx", type=click.IntRange(min=1), help="Tokens of context to make room for; default: the trained length."),
+ctx_option = click.option(
+    "--ctx", type=click.IntRange(min=1), help="Tokens of context to make room for; default: the trained length."
+)
+ctxs_option = click.option(
+    "--ctx", callback=_counts, default="4096", show_default=True, help="Tokens of context, as 4096,32768."
+)
+place_options = _stack(
     click.option("--calibration", type=click.Path(path_type=Path), help="File made by `skvq calibrate`."),
     click.option("--backend", default="auto", show_default=True, help="auto, triton, numba, reference, or a plug-in's name."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."),
@@ -87,6 +117,7 @@ engine_options = _stack(
     click.option("--dummy-weights", is_flag=True, help="Random weights of the model's shape: no download, no sense."),
     click.option("--no-download", is_flag=True, help="Use only what is on this machine."),
 )
+engine_options = _stack(ctx_option, place_options)
 cache_options = _stack(
     click.option("--method", type=click.Choice(METHODS), default="rotate", show_default=True, help="How the cache is packed."),
     click.option("--key-bits", callback=_bits, default="2", show_default=True, help="1.5, 2, 3, 4 or 8."),
@@ -178,31 +209,53 @@ def main() -> None:
 @click.option("-f", "--file", help="File with the text, - for standard input; -p comes after it.")
 @click.option("--chat", is_flag=True, help="Use the model's chat format.")
 @click.option("--system", help="System message, with --chat.")
+@click.option("--session", type=click.Path(path_type=Path), help="Go on from this file if it exists; write it at the end.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Keep a half-read prompt here; go on from it if it exists.")
+@click.option("--fill", type=click.IntRange(min=0), default=0, help="Random tokens put into the cache before the text.")
 @engine_options
 @cache_options
 @sampling_options
 @json_option
 def run(**options: Any) -> None:
     """Read a text and go on from it."""
-    text = read_text(options["prompt"], options["file"])
+    session: Path | None = options["session"]
+    goes_on = session is not None and session.exists()
+    silent = options["prompt"] is None and options["file"] is None and (goes_on or options["fill"])
+    text = "" if silent else read_text(options["prompt"], options["file"])
     sampling = SamplingConfig(**_take(options, SAMPLING_NAMES))
     engine = load_engine(options, cache_config(options))
-    prompt: str | list[int] = text
-    if options["chat"]:
-        system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
-        prompt = engine.parts.tokenizer.encode_chat([*system, {"role": "user", "content": text}])
-    sequence = engine.new_sequence()
+    sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
+    if options["fill"]:
+        engine.fill(sequence, options["fill"], seed=sampling.seed)
+    prompt = run_prompt(engine, text, options, sequence)
     pieces = []
-    for piece in engine.stream(prompt, sampling, sequence=sequence):
+    for piece in engine.stream(prompt, sampling, sequence=sequence, checkpoint=options["checkpoint"]):
         pieces.append(piece)
         if not options["as_json"]:
             click.echo(piece, nl=False)
     if not options["as_json"]:
         click.echo()
+    if session is not None:
+        sequence.save(session)
     summary = engine.summary(sequence)
     click.echo(f"skvq: {summary.line()}", err=True)
     if options["as_json"]:
         click.echo(json.dumps({"text": "".join(pieces), **summary.as_dict()}))
+
+
+def run_prompt(engine: Engine, text: str, options: dict[str, Any], sequence: SequenceCache) -> str | list[int]:
+    """What ``skvq run`` reads next: the text, in the chat format if asked for; a sequence goes on without a second BOS.
+
+    With no text a restored session goes on from its last token, and a filled cache from one token.
+    """
+    tokenizer = engine.parts.tokenizer
+    if not text:
+        return "" if sequence.pending else [tokenizer.bos_token_id or 0]
+    if not options["chat"]:
+        return text
+    system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
+    ids = list(tokenizer.encode_chat([*system, {"role": "user", "content": text}]))
+    return ids[1:] if sequence.length and ids[:1] == [tokenizer.bos_token_id] else ids
 
 
 @main.command(cls=OneLineCommand)
@@ -210,7 +263,7 @@ def run(**options: Any) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the calibration goes.")
 @click.option("--text", help="Text file to calibrate on; default: reference prose that comes with Python.")
 @click.option("--tokens", type=click.IntRange(min=32), default=16384, show_default=True, help="Tokens of it to use.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @engine_options
 @cache_options
 def calibrate(**options: Any) -> None:
@@ -308,6 +361,89 @@ def plan(**options: Any) -> None:
     )
     click.echo(json.dumps(report.as_dict()) if options["as_json"] else report.table())
     report.plan.check()
+
+
+@main.command(cls=OneLineCommand)
+@model_option
+@click.option("--haystack", help="Text file to hide the needle in; default: reference prose that comes with Python.")
+@click.option("--depths", callback=_numbers, default="0,25,50,75,100", show_default=True, help="Per cent of text before it.")
+@click.option("--no-reference", is_flag=True, help="Do not ask the same over a 16-bit cache.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Heat map as PNG (extra: plot).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers that are hidden.")
+@ctxs_option
+@place_options
+@cache_options
+@json_option
+def needle(**options: Any) -> None:
+    """Hide a fact at several depths of texts of several lengths, and ask for it through the packed cache."""
+    contexts, plot = options["ctx"], options["plot"]
+    if plot is not None:
+        require_matplotlib()
+    haystack = built_in_corpus() if options["haystack"] is None else _file_text(options["haystack"])
+    engine = load_engine({**options, "ctx": max(contexts)}, cache_config(dict(options)), max_sequences=2)
+    references = [] if options["no_reference"] else reference_of(engine)
+
+    def seen(one: Needle) -> None:
+        click.echo(one.line(), err=options["as_json"])
+
+    found = needles(engine, references, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
+    if plot is not None:
+        cache = engine.parts.cache
+        title = f"{options['model']}, {cache.method} K{cache.key_bits:g}V{cache.value_bits:g}"
+        heat_map([n.as_dict() for n in found], title, plot)
+        click.echo(f"skvq: wrote {plot}", err=True)
+    if options["as_json"]:
+        click.echo(json.dumps({"model": options["model"], **needle_summary(found)}))
+
+
+@main.group(cls=OneLineGroup)
+def bench() -> None:
+    """Measure and stress the cache."""
+
+
+@bench.command("soak", cls=OneLineCommand)
+@click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Random operations.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="numba, reference, or a plug-in's name.")
+@json_option
+def bench_soak(steps: int, seed: int, backend: str, as_json: bool) -> None:
+    """Append, fork, truncate, save, restore and free at random; check every invariant after each step."""
+    result = soak(steps, seed, find_backend(backend, pick_device("cpu")), StderrReporter())
+    operations = ", ".join(f"{count:,} {name}" for name, count in result["operations"].items())
+    click.echo(f"{steps:,} steps of seed {seed}, nothing lost: {operations}; {result['seconds']:.1f} s", err=as_json)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@bench.command("planted", cls=OneLineCommand)
+@click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file: only its config is read.")
+@ctxs_option
+@click.option("--depths", callback=_numbers, default="0,25,50,75,100", show_default=True, help="Per cent of the context.")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers to fill; default: the model's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="auto, triton, numba, reference, or a plug-in's name.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16, bfloat16.")
+@cache_options
+@json_option
+def bench_planted(**options: Any) -> None:
+    """Plant keys at chosen depths of a random cache: attention must find them, the answer is known."""
+    cache, device = cache_config(options), pick_device(options["device"])
+    config = config_of(options["shape"])
+    layers = options["layers"] or config.num_layers
+    config = replace(config, num_layers=layers, attention_spans=(FULL_SPAN,) * layers)
+    backend = find_backend(options["backend"], device)
+    dtype = pick_dtype(options["dtype"], device)
+    found = []
+    for context in options["ctx"]:
+        setup = bare_setup(config, cache, max_context=context, max_sequences=1, backend=backend, dtype=dtype, device=device)
+        some = planted(setup, config.num_heads, context, options["depths"], seed=options["seed"], report=StderrReporter())
+        for one in some:
+            click.echo(one.line(), err=options["as_json"])
+        found += some
+    if options["as_json"]:
+        click.echo(json.dumps({"device": str(device), "backend": backend.name, "results": found_rows(found)}))
+    require_found(found)
 
 
 @main.command(cls=OneLineCommand)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skvq.kernels.interface import HeadSide
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.reference import dequantize, e4m3_decode, quantize, quantize_lattice
+from skvq.kernels.reference import dequantize, e4m3_decode, quantize
 
 LATTICE_GRID, LATTICE_SAMPLE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 256
 """Clip factors, and tokens, tried where codes are chosen together: the fit that follows leaves little to the start."""
@@ -54,18 +54,16 @@ def search_clip(y: Tensor, bits: float, unit: Tensor, error: Callable[[Tensor], 
     return chosen
 
 
-def search_lattice_clip(x: Tensor, bits: float, side: HeadSide) -> Tensor:
-    """Clip factor per head of ``x`` [T, KH, D] that minimizes the error in the side's metric; float32 [KH, G]."""
-    tokens, heads, size = x.shape
-    x = x[:: max(1, tokens // LATTICE_SAMPLE)]
-    groups = side.unit.shape[1]
-    best = torch.full((heads,), torch.inf, device=x.device)
+def search_lattice_clip(x: Tensor, side: HeadSide, store: Callable[[Tensor, HeadSide], Tensor]) -> Tensor:
+    """Clip factor per head of ``x`` [T, KH, D] that minimizes the error in the side's metric; float32 [KH, G].
+
+    ``store(x, side)`` is what pages hold of x.
+    """
+    x = x[:: max(1, len(x) // LATTICE_SAMPLE)]
+    best = torch.full((x.shape[1],), torch.inf, device=x.device)
     chosen = torch.ones_like(side.unit)
     for factor in LATTICE_GRID:
-        codes, scale, mid = quantize_lattice(x, LEVELS[bits], replace(side, clip=torch.full_like(side.unit, factor)))
-        codes = codes.view(len(x), heads, groups, size // groups)
-        rounded = dequantize(codes, e4m3_decode(scale) * side.unit, e4m3_decode(mid) * side.unit, LEVELS[bits])
-        error = rounded.view(x.shape) - x
+        error = store(x, replace(side, clip=torch.full_like(side.unit, factor))) - x
         found = torch.einsum("thi,hij,thj->h", error, side.metric, error)
         chosen = torch.where((found < best)[:, None], factor, chosen)
         best = torch.minimum(found, best)

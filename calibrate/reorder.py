@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from skvq.calibrate.clip import fit_unit, sample, search_clip, squared_error
@@ -13,6 +12,8 @@ from skvq.engine.config import CacheConfig
 
 def cluster_channels(x: Tensor, groups: int, seed: int) -> Tensor:
     """Group of every channel of ``x`` [T, C] by K-means on its (min, max); int64 [C], every group has a channel."""
+    from sklearn.cluster import KMeans  # two seconds of import that only this method needs
+
     features = torch.stack([x.amin(0), x.amax(0)], 1).double().cpu().numpy()
     labels = torch.from_numpy(KMeans(groups, n_init=10, random_state=seed).fit(features).labels_).long()
     return _fill_empty(labels, groups)

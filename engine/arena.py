@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,7 @@ class Arena:
             ) from error
         self.tensors["full_positions"].fill_(-1)
         self.tensors["page_table"].zero_()
+        self._reclaim: Callable[[int], None] = lambda count: None
         self._references = [0] * shape.pages
         self._free_pages = list(range(shape.pages - 1, -1, -1))
         self._free_sequences = list(range(shape.sequences - 1, -1, -1))
@@ -121,8 +122,14 @@ class Arena:
         keys, values, positions = (self.tensors[f"full_{part}"][layer] for part in ("keys", "values", "positions"))
         return FullSlots(keys=keys, values=values, positions=positions)
 
+    def when_short(self, reclaim: Callable[[int], None]) -> None:
+        """Call ``reclaim(count)`` before a request for ``count`` pages is refused: it may release some."""
+        self._reclaim = reclaim
+
     def require_pages(self, count: int) -> None:
         """Raise CapacityError unless ``count`` pages can be had."""
+        if count > len(self._free_pages):
+            self._reclaim(count)
         if count > len(self._free_pages):
             used = self.shape.pages - len(self._free_pages)
             raise CapacityError(

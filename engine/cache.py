@@ -108,6 +108,34 @@ class SequenceCache:
         self.token_ids.extend(token_ids)
         self.pending = []
 
+    def share(self, pages: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Make an empty sequence one of ``token_ids`` that fill ``pages``, others hold them; the caller sets retained slots."""
+        assert self.length == 0 and len(token_ids) == len(pages) * PAGE_TOKENS, (self.length, len(token_ids), len(pages))
+        for page in pages:
+            self.setup.arena.share(page)
+        for page in self.pages:  # what a step that was broken off had reserved
+            self.setup.arena.release(page)
+        self.pages = list(pages)
+        self.length = self.packed = len(token_ids)
+        self.token_ids = list(token_ids)
+        self._write_row()
+
+    def repeat(self, first: int, count: int, token_ids: Sequence[int]) -> None:
+        """Append whole pages of ``token_ids``, byte copies of this sequence's pages ``first .. first+count-1`` again and again.
+
+        For stress only: what is cached is not what the ids say. The window must be empty.
+        """
+        assert self.length == self.packed and not (self.packed % PAGE_TOKENS or len(token_ids) % PAGE_TOKENS), self.length
+        start = pages_for(self.packed)
+        self._grow(self.packed + len(token_ids))
+        for at, page in enumerate(self.pages[start:]):
+            for name, _ in self.setup.arena.shape.page:
+                tensor = self.setup.arena.tensors[name]
+                tensor[:, page] = tensor[:, self.pages[first + at % count]]
+        self.packed += len(token_ids)
+        self.length = self.packed
+        self.token_ids.extend(token_ids)
+
     @property
     def page_row(self) -> Tensor:
         """This sequence's row of the page table, int32."""

@@ -101,7 +101,7 @@ class NoCheckpoint:
 
 
 class FileCheckpoint:
-    """A file written every ``seconds``, and when the process is asked to end by SIGINT or SIGTERM.
+    """A file written every ``seconds`` (0: at every point), and when the process is asked to end by SIGINT or SIGTERM.
 
     Raises SessionError if the file there is broken, or of another text, model, calibration or options.
     """
@@ -139,14 +139,12 @@ class FileCheckpoint:
         if not self._is_due():
             return
         packed = sequence.packed_after(len(state.hidden))
-        heads = range(state.keys.shape[0])
-        shape = (len(heads), state.filled, state.keys.shape[2])
-        kv = {"layer_keys": state.keys, "layer_values": state.values}
         entries = [
             *tile_entries(sequence, range(state.layer), packed),
             *slot_entries(sequence),
-            *(Entry(n, t.dtype, shape, lambda t=t: (t[h, : state.filled] for h in heads)) for n, t in kv.items()),
-            Entry("hidden", state.hidden.dtype, tuple(state.hidden.shape), lambda: iter(state.hidden.split(state.chunk_tokens))),
+            _by_head("layer_keys", state.keys, state.filled),
+            _by_head("layer_values", state.values, state.filled),
+            _by_rows("hidden", state.hidden, state.chunk_tokens),
             whole("layer_mass", state.mass),
         ]
         header = {"layer": state.layer, "chunk": state.chunk, "chunk_tokens": state.chunk_tokens}
@@ -178,7 +176,7 @@ class FileCheckpoint:
 
         def ask(number: int, frame: object) -> None:
             self._asked = True
-            signal.signal(number, before[number])  # a second one does not wait
+            signal.signal(number, before[signal.Signals(number)])  # a second one does not wait
 
         for number in signals:
             signal.signal(number, ask)
@@ -212,11 +210,23 @@ class FileCheckpoint:
         start = time.monotonic()
         write_container(self.path, KIND, {**header_of(sequence), "mode": mode, "text": self._text, **more}, entries)
         end = time.monotonic()
-        self._due = end + max(self.seconds, WRITING_SHARE * (end - start))
+        self._due = end + (max(self.seconds, WRITING_SHARE * (end - start)) if self.seconds else 0)
         if self._asked:
             self._asked = False
             self.report.message(f"what is read so far is in {self.path}: the same command goes on from there")
             raise KeyboardInterrupt
+
+
+def _by_head(name: str, tensor: Tensor, tokens: int) -> Entry:
+    """The first tokens of [KH, T, D], a head at a time."""
+    heads, _, size = tensor.shape
+    return Entry(name, tensor.dtype, (heads, tokens, size), lambda: (head[:tokens] for head in tensor))
+
+
+def _by_rows(name: str, tensor: Tensor, count: int) -> Entry:
+    """[T, d], ``count`` rows at a time."""
+    starts = range(0, len(tensor), count)
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: (tensor[start : start + count] for start in starts))
 
 
 def _digest(ids: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from skvq.engine.errors import ModelError, OptionError, nearest, require_known
-from skvq.engine.filters import AttentionSinks, FilterRule
+from skvq.engine.filters import AttentionSinks, FilterRule, check_rule
 from skvq.engine.options import option_class
 
 FULL_SPAN = 2**31 - 1
@@ -128,14 +128,16 @@ class CacheConfig:
         require_known(self.method, METHODS, "cache method")
         for name in ("key_bits", "value_bits"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or float(value) not in BITS:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in BITS:
                 raise OptionError(f"{name} must be one of {', '.join(f'{b:g}' for b in BITS)}, got {value!r}")
             object.__setattr__(self, name, float(value))
-        if self.group_size not in GROUP_SIZES:
+        if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
         if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window <= 2**20:
             raise OptionError(f"window must be a number of tokens from 0 to {2**20}, got {self.window!r}")
-        object.__setattr__(self, "filters", tuple(self.filters))
+        if not isinstance(self.filters, (tuple, list)):
+            raise OptionError(f"filters must be a tuple of rules, got {self.filters!r}")
+        object.__setattr__(self, "filters", tuple(check_rule(rule, f"filter {rule!r}") for rule in self.filters))
 
     def fitted(self, model: ModelConfig) -> CacheConfig:
         """This config for a model's head size: a group never spans more than a head.
@@ -174,17 +176,26 @@ class SamplingConfig:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         checks = {
-            "max_new_tokens": self.max_new_tokens >= 0,
-            "repeat_penalty": math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0,
-            "temperature": math.isfinite(self.temperature) and self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "stop": all(stop),
+            "max_new_tokens": _is_whole(self.max_new_tokens) and self.max_new_tokens >= 0,
+            "repeat_penalty": _is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100,
+            "temperature": _is_number(self.temperature) and 0 <= self.temperature <= 1e6,
+            "top_k": _is_whole(self.top_k) and self.top_k >= 0,
+            "top_p": _is_number(self.top_p) and 0 < self.top_p <= 1,
+            "min_p": _is_number(self.min_p) and 0 <= self.min_p <= 1,
+            "seed": _is_whole(self.seed) and -(2**63) <= self.seed < 2**64,
+            "stop": isinstance(stop, (tuple, list)) and all(isinstance(s, str) and s for s in stop),
         }
         for name, good in checks.items():
             if not good:
                 raise OptionError(f"{name} is out of range: {getattr(self, name)!r}")
+        object.__setattr__(self, "stop", tuple(stop))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -101,7 +101,7 @@ def _write_entry(file: BinaryIO, entry: Entry) -> None:
         assert piece.dtype == entry.dtype, (entry.name, piece.dtype)
         flat = piece.detach().contiguous().cpu().reshape(-1)
         count += flat.numel() * entry.dtype.itemsize
-        file.write(memoryview(flat.view(torch.uint8).numpy()))
+        file.write(flat.view(torch.uint8).numpy().data)
     assert count == entry.nbytes, (entry.name, count, entry.nbytes)
 
 

@@ -85,6 +85,9 @@ class TokenIds:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", frozenset(self.ids))
+        odd = [i for i in self.ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31]
+        if odd:
+            raise OptionError(f"TokenIds.ids must be token ids, got {odd[0]!r}")
         _check_budget(self.budget, "TokenIds.budget")
 
     @property
@@ -168,10 +171,16 @@ def rule_from_text(text: str) -> FilterRule:
         raise OptionError(f"filter rule {text!r} is not of the form name(key=value, ...): {error}") from None
     try:
         rule: Any = _find_rule(name)(*args, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise OptionError(f"filter rule {text!r}: {error}") from None
+    return check_rule(rule, f"filter rule {text!r}")
+
+
+def check_rule(rule: object, what: str) -> FilterRule:
+    """The rule, whoever wrote it, if it has what a rule must have; else OptionError."""
     if not isinstance(rule, FilterRule):
-        raise OptionError(f"filter rule {text!r} lacks budget, needs_attention_mass or keep(tokens)")
+        raise OptionError(f"{what} lacks budget, needs_attention_mass or keep(tokens)")
+    _check_budget(rule.budget, f"budget of {what}", least=0)
     return rule
 
 
@@ -187,7 +196,7 @@ def _find_rule(name: str) -> Callable[..., Any]:
         raise OptionError(f"unknown filter rule {name!r}{nearest(name, [*BUILT_IN, *plugins])}")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise OptionError(f"filter rule {name!r} cannot be imported: {error}") from None
     return found
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.checkpoint import FileCheckpoint, NoCheckpoint
 from skvq.engine.calibration import header_for, make_artifact
+from skvq.engine.checkpoint import FileCheckpoint, NoCheckpoint
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, require_known
 from skvq.engine.evaluate import (
@@ -30,11 +30,13 @@ from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
 from skvq.engine.planner import page_layout
 from skvq.engine.prefill import exact_prefill, streaming_prefill
+from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.rope import at_positions
 from skvq.engine.sampling import Sampler, StopWatch
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
+from skvq.engine.stress import fill_fast
 from skvq.engine.summary import Summary
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
 from skvq.loaders.text import TextStream
@@ -47,6 +49,7 @@ class Timing:
     """Tokens and seconds of one generation."""
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0
@@ -80,10 +83,15 @@ class _Answer:
     def piece(self) -> str:
         """Text that the token just drawn completes; called once a token."""
         if self.done or self.count == 0:
-            return ""
+            return self.rest()
         shown = self._stop.push(self._text.push(self.token))
         self.done = self._stop.stopped or self.count >= self.config.max_new_tokens or self.count > self._room
         return shown + self.rest() if self.done and not self._stop.stopped else shown
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the answer is over only because the context is full."""
+        return self.done and self._room < self.count < self.config.max_new_tokens and self.token not in self._ends
 
     def rest(self) -> str:
         """What was held back, when the answer is over."""
@@ -93,9 +101,10 @@ class _Answer:
 class Engine:
     """A model, its arena and its tokenizer. Build one with ``Engine.load``."""
 
-    def __init__(self, parts: EngineParts, report: Reporter) -> None:
+    def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = False) -> None:
         self.parts, self.report = parts, report
         self.timing = Timing()
+        self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 
     @classmethod
     @names_options
@@ -113,6 +122,7 @@ class Engine:
         dummy_weights: bool = False,
         rope_scaling: str | None = None,
         prefill: str = "exact",
+        prefix_cache: bool = False,
         download: bool = True,
         report: Reporter | None = None,
     ) -> Engine:
@@ -124,6 +134,8 @@ class Engine:
         calibration: an artifact of ``skvq calibrate``; the default is a cached one, or one made now.
         rope_scaling: ``kind:factor`` to go past the trained context, as ``linear:4`` or ``yarn:4``.
         prefill: how prompts are read, ``exact`` or ``streaming``.
+        prefix_cache: a prompt that begins like an earlier one takes over its pages and only the rest is read, by streaming:
+            faster, but the rest then sees the beginning as it is packed, where exact prefill sees it in full precision.
 
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
@@ -144,7 +156,7 @@ class Engine:
             download=download,
             report=chosen,
         )
-        return cls(parts, chosen)
+        return cls(parts, chosen, prefix_cache=prefix_cache)
 
     @names_options
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
@@ -175,6 +187,7 @@ class Engine:
             logits = self.read(own, ids, checkpoint=checkpoint)
             for _, piece in self._decode([own], [logits], sampling or SamplingConfig()):
                 yield piece
+            self.prefixes.keep(own)
         finally:
             if sequence is None:
                 own.free()
@@ -224,6 +237,10 @@ class Engine:
             raise
         return sequence
 
+    def fill(self, sequence: SequenceCache, count: int, *, seed: int = 0) -> None:
+        """Append ``count`` random tokens without running the model: a full cache to measure, no text to understand."""
+        fill_fast(sequence, count, seed=seed, vocab=self.parts.model.config.vocab_size, report=self.report)
+
     def restore(self, file: str | Path) -> SequenceCache:
         """The sequence that ``SequenceCache.save`` wrote, of this process or another. Fork it to ask several questions.
 
@@ -255,13 +272,16 @@ class Engine:
         """
         parts, ids = self.parts, [*sequence.pending, *ids]
         start = time.perf_counter()
+        reused = self.prefixes.reuse(sequence, ids) if sequence.length == 0 and checkpoint is None else 0
+        ids = ids[reused:]
         exact = sequence.length == 0 and parts.prefill == "exact"
         reader = exact_prefill if exact else streaming_prefill
         if sequence.length + len(ids) > parts.setup.max_context:
             sequence.reserve(len(ids))  # raises, before any work
         kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
         logits = parts.model.head(reader(parts.model, parts.rope, sequence, ids, self.report, kept))
-        self.timing = Timing(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - start)
+        self.prefixes.keep(sequence)
+        self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=time.perf_counter() - start)
         return logits
 
     @torch.inference_mode()
@@ -290,6 +310,12 @@ class Engine:
                     yield index, piece
                 if answer.done:
                     batch = None
+                if answer.cut_off:
+                    context = self.parts.setup.max_context
+                    self.report.message(
+                        f"the context of {context:,} tokens is full, the answer ends after {answer.count:,} of "
+                        f"{config.max_new_tokens:,} tokens: load with a larger max_context (--ctx) to go on"
+                    )
             live = [(i, a) for i, a in live if not a.done]
             if not live:
                 break

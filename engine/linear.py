@@ -109,14 +109,17 @@ class StoredLinear:
     def __call__(self, x: Tensor) -> Tensor:
         columns = self.parts[0].shape[1]
         flat = x.reshape(-1, columns).contiguous()
-        out = torch.empty(len(flat), sum(part.shape[0] for part in self.parts))
-        multiply = _multiply_few if len(flat) <= FEW else _multiply_many
+        out = torch.empty(*x.shape[:-1], sum(part.shape[0] for part in self.parts))
+        multiply = _multiply_few if flat.shape[0] <= FEW else _multiply_many
+        if len(self.parts) == 1:
+            multiply(self.parts[0], flat, self.bias, out.view(flat.shape[0], -1))
+            return out
         first = 0
         for part in self.parts:
             stop = first + part.shape[0]
-            multiply(part, flat, None if self.bias is None else self.bias[first:stop], out[:, first:stop])
+            multiply(part, flat, None if self.bias is None else self.bias[first:stop], out.flatten(0, -2)[:, first:stop])
             first = stop
-        return out.view(*x.shape[:-1], first)
+        return out
 
     def dense(self) -> Tensor:
         return torch.cat([part.expand(0, part.shape[0], torch.empty(part.shape)) for part in self.parts])

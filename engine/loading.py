@@ -66,6 +66,7 @@ class EngineParts:
         return self.loaded.rope
 
 
+@torch.inference_mode(False)
 def load_parts(
     name: str,
     *,
@@ -111,6 +112,7 @@ def load_parts(
     return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill)
 
 
+@torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack
 def build_cache(
     loaded: LoadedModel, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
 ) -> CacheSetup:

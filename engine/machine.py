@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from skvq.engine.errors import OptionError, require_known
+from skvq.kernels.interface import Backend
+from skvq.kernels.registry import BackendUnavailable, get_backend
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,6 +36,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     require_known(name, DTYPES, "dtype")
     return DTYPES[name]
+
+
+def find_backend(name: str, device: torch.device) -> Backend:
+    """The backend of that name for a device. Raises OptionError, with the reason, where it cannot be used."""
+    try:
+        return get_backend(name, device)
+    except BackendUnavailable as error:
+        raise OptionError(str(error)) from None
 
 
 def available_memory(device: torch.device) -> int:

@@ -189,7 +189,7 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("1.5GiB")
     1610612736
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B|)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMGT]i?B|B|)\s*", text)
     if not match:
         raise OptionError(f"memory {text!r} is not a size such as 80GiB, 80GB or 512MiB")
     number, unit = match.groups()

@@ -27,7 +27,8 @@ class Sampler:
         if config.temperature == 0:
             token = int(logits.argmax())
         else:
-            probabilities = filtered_probabilities(logits / config.temperature, config)
+            likeliest = logits.max()  # subtracted first, so that no temperature makes an infinity of it
+            probabilities = filtered_probabilities((logits - likeliest) / max(config.temperature, 1e-30), config)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
         self._seen[token] = True
         return token
@@ -45,8 +46,9 @@ def filtered_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     probabilities = logits.softmax(-1)
     if config.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(before >= config.top_p, 0))
+        unlikely = ordered.cumsum(0) - ordered >= config.top_p
+        unlikely[0] = False  # a top_p below float32 is 0 here
+        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(unlikely, 0))
     if config.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < config.min_p * probabilities.max(), 0)
     return probabilities / probabilities.sum()

@@ -13,6 +13,7 @@ Tiles are not pages: a file can be restored into any arena of the same identity,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def check_header(identity: Identity, file: Container, kind: str) -> None:
 
 
 def fill_from(sequence: SequenceCache, file: Container) -> None:
-    """Fill an empty sequence from a verified file, in time proportional to its bytes. Raises CapacityError if it does not fit."""
+    """Fill an empty sequence from a verified file in time proportional to its bytes. CapacityError if it is too long."""
     assert sequence.length == 0, "a session is restored into an empty sequence"
     length, packed, pending = (file.header[name] for name in ("length", "packed", "pending"))
     layers = range(sequence.setup.arena.shape.layers)
@@ -85,9 +86,8 @@ def tile_entries(sequence: SequenceCache, layers: Sequence[int], packed: int) ->
     count = packed // tile
     entries = []
     for name, (page, dtype) in shape.page:
-        width = _tile_width(page, tile)
-        pieces = lambda name=name: _read_tiles(sequence, name, layers, count)  # noqa: E731 (binds the name)
-        entries.append(Entry(name, dtype, (len(layers), count, shape.kv_heads, width), pieces))
+        stored = (len(layers), count, shape.kv_heads, _tile_width(page, tile))
+        entries.append(Entry(name, dtype, stored, partial(_read_tiles, sequence, name, layers, count)))
     return entries
 
 

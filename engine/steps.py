@@ -65,7 +65,7 @@ class ExactLayer(DenseLayer):
         self.mass = torch.zeros(keys.shape[1], device=keys.device)
 
     def resume(self, filled: int, mass: Tensor) -> None:
-        """Go on after ``filled`` tokens whose keys and values are there, adding to their ``mass`` (float32 [T], zeros at first)."""
+        """Go on after ``filled`` tokens whose keys and values are there, adding to ``mass`` (float32 [T], zeros at first)."""
         self.filled, self.mass = filled, mass
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:

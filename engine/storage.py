@@ -115,7 +115,7 @@ class StoredStorage:
             return blocks.kind, blocks.data
         if blocks is not None and blocks.kind not in self._told:
             self._told.add(blocks.kind)
-            self._report.message(f"blocks of type {blocks.kind} are held as float32, 4 bytes a weight: decoding reads more memory")
+            self._report.message(f"blocks of type {blocks.kind} are held as float32: more memory, slower decoding")
         data = self._reader.read(name)
         return (str(data.dtype), data.contiguous()) if HalfMatrix.takes(data) else ("floats", data.float())
 

@@ -11,6 +11,7 @@ class Summary:
     """Figures of one generation and its sequence."""
 
     prompt_tokens: int
+    reused_tokens: int
     prefill_seconds: float
     new_tokens: int
     decode_seconds: float
@@ -34,8 +35,9 @@ class Summary:
 
     def line(self) -> str:
         """For people."""
+        reused = f"reused {self.reused_tokens:,} tokens, " if self.reused_tokens else ""
         return (
-            f"read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
+            f"{reused}read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
             f"wrote {self.new_tokens:,} at {self.decode_tokens_per_s:,.1f} tokens/s ({self.backend}, {self.device}); "
             f"cache of {self.cached_tokens:,} tokens: {self.cache_bytes / 1e6:,.2f} MB, {self.bits_per_element:.2f} bits per "
             f"element ({self.method}), {self.times_smaller:.1f} times smaller than 16-bit"

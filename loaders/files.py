@@ -43,7 +43,9 @@ def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < count:
-            raise SkvqError(f"cannot write {path}: it takes {count:,} bytes, {path.parent} has {free:,} left; free some or write elsewhere")
+            raise SkvqError(
+                f"cannot write {path}: it takes {count:,} bytes, {path.parent} has {free:,} left; free some or write elsewhere"
+            )
         with temporary.open("w+b") as file:
             yield file
             file.flush()

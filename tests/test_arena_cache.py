@@ -132,19 +132,20 @@ def test_any_life_keeps_every_token_and_loses_no_page(engines: Engines, actions:
 # --- forks -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [7, WINDOW + 128 + 55, 1280 + WINDOW, 1280 + WINDOW + 129])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, count", [*((n, c) for n in METHODS for c in (7, WINDOW + 160 + 157)), (METHODS[1], 1280 + WINDOW + 120)])
 def test_a_fork_goes_on_as_a_fresh_prefill_would(engines: Engines, name: str, count: int) -> None:
     engine = engines[name]
-    text, left, right = trace(engine, count), trace(engine, 170, seed=1), trace(engine, 170, seed=2)
+    text, left, right = trace(engine, count), trace(engine, 23, seed=1), trace(engine, 23, seed=2)
     parent = engine.new_sequence()
     exact(engine, parent, text)
     free = engine.parts.setup.arena.free_pages
     twin = parent.fork()
     assert engine.parts.setup.arena.free_pages == free, "a fork takes no page before it writes"
-    kept = bytes_of(parent, parent.packed)
+    packed = parent.packed
+    kept = bytes_of(parent, packed)
     ours = stream(engine, twin, right), decode(engine, [parent], [left])
-    assert all(torch.equal(a, b) for a, b in zip(kept, bytes_of(parent, parent.packed)[:3], strict=False) if a.shape == b.shape)
+    for sequence in (parent, twin):
+        assert all(torch.equal(a, b) for a, b in zip(kept, bytes_of(sequence, packed), strict=True))
     engine.parts.setup.arena.check(arena_of(parent, twin))
     for old, new in ((parent, left), (twin, right)):
         assert old.token_ids == text.ids + new.ids
@@ -220,19 +221,19 @@ def test_truncation_equals_a_fresh_prefill(engines: Engines, name: str, length: 
     assert all_free(engine)
 
 
-def test_truncating_to_any_length_goes_on_within_quantization_of_the_original(engines: Engines) -> None:
-    """After a cut inside a tile, each later token is read as it was packed or better: never worse than not having been cut."""
+def test_tokens_of_a_cut_tile_are_rounded_at_most_twice(engines: Engines) -> None:
+    """They go back into the window as they were packed and are packed again: two roundings, so at most twice the square error."""
     engine = engines["rotate K2V2"]
-    text = trace(engine, 700)
+    text = trace(engine, 460)
     precise = defined(engines["fp"], text, [], 0)
     uncut = engine.new_sequence()
-    exact(engine, uncut, text[:450])
+    exact(engine, uncut, text[:414])
     twin = uncut.fork()
     twin.truncate(340)
-    assert twin.packed == 256
-    a, b = (decode(engine, [s], [text[s.length :]])[0][-250:] for s in (uncut, twin))
-    error, other = ((x - precise[-250:]).square().mean() for x in (a, b))
-    assert other <= 1.1 * error
+    assert (uncut.packed, twin.packed) == (384, 256)
+    a, b = (decode(engine, [s], [text[s.length :]])[0][-46:] for s in (uncut, twin))
+    error, twice = ((x - precise[-46:]).square().mean() for x in (a, b))
+    assert twin.packed == 384 and twice <= 2 * error
     uncut.free(), twin.free()
 
 
@@ -272,23 +273,21 @@ def test_truncation_to_where_there_is_nothing_is_refused(engines: Engines, lengt
 
 
 def test_no_page_left_is_said_before_anything_changes(tmp_path: Path) -> None:
-    """One page for the first sequence and two for each other: three long sequences of two pages need more than there are."""
+    """Four pages for the longest sequence and two for each other: seven are in use and two more are asked for."""
     engine = tiny_engine(tiny_folder(tmp_path, num_layers=1), tiny_cache(), max_context=4000, max_sequences=3)
     arena = engine.parts.setup.arena
     sequences = [engine.new_sequence() for _ in range(3)]
-    for sequence in sequences:
-        feed(sequence, random_ids(1500))
-    twin_pages, free = list(sequences[0].pages), arena.free_pages
+    for sequence, count in zip(sequences, (1500, 1500, 2800), strict=True):
+        feed(sequence, random_ids(count))
+    pages, free = list(sequences[0].pages), arena.free_pages
     before = {name: t.clone() for name, t in arena.tensors.items()}
     lengths = [s.length for s in sequences]
-    assert 0 < free < 2
+    assert free == 1
     with pytest.raises(CapacityError, match=f"of {arena.shape.pages} pages"):
         sequences[0].reserve(2500)
-    assert sequences[0].pages == twin_pages and arena.free_pages == free and [s.length for s in sequences] == lengths
+    assert sequences[0].pages == pages and arena.free_pages == free and [s.length for s in sequences] == lengths
     assert all(torch.equal(t.view(torch.uint8), before[n].view(torch.uint8)) for n, t in arena.tensors.items())
     arena.check(arena_of(*sequences))
-    holds_one = sequences[0].stage(0, 0, 128)
-    assert holds_one[0].isfinite().all()
 
 
 def test_a_sequence_too_many_is_refused_and_a_freed_slot_is_used_again(engines: Engines) -> None:
@@ -329,7 +328,7 @@ def test_nbytes_counts_packed_tokens_window_and_retained(engines: Engines) -> No
 
 
 def test_six_thousand_tokens_of_smollm2_are_packed_as_small_as_promised(tmp_path: Path) -> None:
-    """30 layers, 3 kv heads of 64, groups of 64, window 128, 5 sinks: 5.5 times smaller at K2V2, 6 at K2V1.5, all counted."""
+    """SmolLM2: 30 layers, 3 kv heads of 64, groups of 64, window 128, 5 sinks: 5.5 times smaller at K2V2, 6 at K2V1.5, all counted."""
     smollm = {"num_layers": 30, "num_heads": 3, "num_kv_heads": 3, "head_size": 64, "trained_context": 8192}
     folder = tiny_folder(tmp_path, **smollm)
     for value_bits, least in ((2.0, 5.5), (1.5, 6.0)):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors import safe_open
 
+from skvq.cli import main
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, SessionError
@@ -199,7 +202,9 @@ def _refused_untouched(engine: Engine, path: Path) -> None:
     assert all(torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8)) for n in before)
 
 
-def test_a_failed_save_leaves_the_old_file(engine: Engine, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(
+    engine: Engine, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import skvq.engine.container as container
 
     path = tmp_path / "s"
@@ -233,3 +238,73 @@ def test_the_default_cache_is_saved_too(folder: Path, tmp_path: Path) -> None:
     sequence = engine.prefill(random_ids(900))
     sequence.save(tmp_path / "s")
     assert engine.restore(tmp_path / "s").packed == sequence.packed > 0
+
+
+# --- the command line ----------------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, *arguments: object) -> Result:
+    given = [
+        "--dummy-weights",
+        "--backend",
+        "reference",
+        "--device",
+        "cpu",
+        "--group-size",
+        "32",
+        "--window",
+        "16",
+        "--ignore-eos",
+    ]
+    return CliRunner().invoke(main, ["run", "--model", str(folder), *given, *map(str, arguments)], catch_exceptions=False)
+
+
+def test_run_keeps_a_session_from_one_call_to_the_next(folder: Path, tmp_path: Path) -> None:
+    session = tmp_path / "talk.session"
+    whole = run(folder, "-p", "once upon a time", "-n", 20, "--json")
+    first = run(folder, "-p", "once upon a time", "-n", 8, "--json", "--session", session)
+    second = run(folder, "-n", 12, "--json", "--session", session)
+    texts = [json.loads(r.stdout.splitlines()[-1])["text"] for r in (whole, first, second)]
+    assert texts[1] + texts[2] == texts[0]
+    cached = json.loads(second.stdout.splitlines()[-1])["cached_tokens"]
+    run(folder, "-p", " and then", "-n", 1, "--session", session)
+    third = run(folder, "-n", 1, "--json", "--session", session)
+    assert json.loads(third.stdout.splitlines()[-1])["cached_tokens"] == cached + 1 + len(" and then") + 1
+
+
+def test_run_refuses_a_session_of_other_options(folder: Path, tmp_path: Path) -> None:
+    session = tmp_path / "talk.session"
+    run(folder, "-p", "once upon a time", "-n", 1, "--session", session)
+    before = session.read_bytes()
+    result = run(folder, "-p", "more", "-n", 1, "--session", session, "--key-bits", 4)
+    assert result.exit_code == 2
+    assert "was made with key_bits 2, this run has 4" in result.stderr
+    assert session.read_bytes() == before
+
+
+def test_run_without_text_and_without_a_session_is_refused(folder: Path, tmp_path: Path) -> None:
+    result = run(folder, "--session", tmp_path / "none.session")
+    assert result.exit_code == 2
+    assert "no text" in result.stderr
+
+
+def test_run_fills_the_context_and_says_when_it_is_full(folder: Path) -> None:
+    result = run(folder, "--ctx", 400, "--fill", 380, "-p", "once upon", "-n", 50, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["cached_tokens"] == 400
+    assert "the context of 400 tokens is full, the answer ends after" in result.stderr
+    assert "of 50 tokens" in result.stderr
+    assert "is full" not in run(folder, "--ctx", 400, "--fill", 100, "-n", 3).stderr
+    assert run(folder, "--ctx", 400, "--fill", 401).exit_code == 2
+
+
+def test_run_removes_its_checkpoint_when_the_prompt_is_read(folder: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "half"
+    result = run(folder, "-p", "once upon a time", "-n", 2, "--checkpoint", checkpoint)
+    assert result.exit_code == 0
+    assert not checkpoint.exists()
+    checkpoint.write_bytes(b"nonsense")
+    result = run(folder, "-p", "once upon a time", "-n", 2, "--checkpoint", checkpoint)
+    assert result.exit_code == 2
+    assert "no checkpoint of skvq" in result.stderr

@@ -16,6 +16,7 @@ from skvq.engine.filters import AttentionSinks
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
 from skvq.engine.steps import DecodeBatch
+from skvq.kernels.layout import PAGE_TOKENS
 from skvq.loaders.hf import config_to_json
 from skvq.tests.loader_fixtures import tiny_config
 
@@ -34,7 +35,7 @@ def tiny_cache(**changes: Any) -> CacheConfig:
 
 def tiny_engine(folder: Path, cache: CacheConfig, **options: Any) -> Engine:
     """An engine of dummy weights over ``tiny_folder``, float32 on the CPU."""
-    given = {"max_context": 1500, "max_sequences": 4, "backend": "reference", "device": "cpu", "dtype": "float32"}
+    given = {"max_context": 1700, "max_sequences": 4, "backend": "reference", "device": "cpu", "dtype": "float32"}
     return Engine.load(folder, cache=cache, dummy_weights=True, report=Quiet(), **(given | options))
 
 
@@ -65,10 +66,11 @@ def arena_of(*sequences: SequenceCache) -> dict[int, list[int]]:
 
 def bytes_of(sequence: SequenceCache, tokens: int) -> list[Tensor]:
     """The packed bytes of the first ``tokens`` tokens, every tensor of every layer, through the page table."""
-    arena, page_tokens = sequence.setup.arena, 1280
-    found = []
+    arena, tile, found = sequence.setup.arena, sequence.setup.regions.tile, []
+    if not tokens:
+        return found
     for name, _ in arena.shape.page:
         pages = arena.tensors[name][:, sequence.pages]  # [L, pages, KH, ...]
-        tiles = pages.flatten(3).view(*pages.shape[:3], page_tokens // sequence.setup.regions.tile, -1)
-        found.append(tiles.transpose(2, 3).flatten(1, 2)[:, : tokens // sequence.setup.regions.tile].clone())
+        tiles = pages.flatten(3).view(*pages.shape[:3], PAGE_TOKENS // tile, -1)
+        found.append(tiles.transpose(2, 3).flatten(1, 2)[:, : tokens // tile].clone())
     return found

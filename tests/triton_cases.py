@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout
 
 FULL_SPAN = 2**31 - 1
@@ -63,6 +63,7 @@ def make_case(
     span: int = FULL_SPAN,
     has_key_mean: bool = False,
     has_basis: bool = True,
+    has_metric: bool = False,
     retained: float = 0.02,
     dtype: torch.dtype = torch.float16,
     device: str = "cpu",
@@ -103,8 +104,15 @@ def make_case(
     basis, value_basis = (orthogonal(kv_heads, size, gen) if has_basis else eye for _ in range(2))
     mean = torch.randn(2, kv_heads, size, generator=gen)
     sides = [Side(unit=unit[i].to(dev), clip=clip[i].to(dev)) for i in range(2)]
+    spread = torch.randn(kv_heads, size, size, generator=gen) / size**0.5
+    metric = (spread @ spread.transpose(1, 2) + torch.eye(size)).contiguous()
+    chol = torch.linalg.cholesky(metric.flip(1, 2)).flip(1, 2)  # upper times its transpose
+    upper = (chol / chol.diagonal(dim1=1, dim2=2)[:, None, :]).contiguous()
+    head_sides = [
+        HeadSide(unit=s.unit, clip=s.clip, metric=metric.to(dev), factor=upper.to(dev), has_metric=has_metric) for s in sides
+    ]
     heads = HeadCodec(
-        keys=sides[0], values=sides[1], rope=rope, has_key_mean=has_key_mean and has_basis, has_basis=has_basis,
+        keys=head_sides[0], values=head_sides[1], rope=rope, has_key_mean=has_key_mean and has_basis, has_basis=has_basis,
         key_mean=(mean[0] * (has_key_mean and has_basis)).to(dev), value_mean=(mean[1] * has_basis).to(dev),
         key_basis=(basis * 2).to(dev), query_basis=(basis / 2).to(dev),
         value_basis=value_basis.to(dev), output_basis=value_basis.transpose(1, 2).contiguous().to(dev),

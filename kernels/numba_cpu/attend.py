@@ -24,12 +24,13 @@ PLAIN_TILE = 128
 NO_CODEC, NO_TABLES = (0,) * len(CODEC_FIELDS), (0,) * len(TABLE_FIELDS)
 
 Fields = tuple[int, ...]
+CallFields = tuple[Fields, Fields, Fields, Fields]
+"""Of pages, codec, tables and layout, in the order of ``job.py``."""
 
 
-def attend_job(
-    q: Tensor, full: FullSlots, step: Step, pages: Fields, codec: Fields, tables: Fields, layout: Fields, threads: int
-) -> tuple[Job, tuple[Tensor, ...], int]:
-    """The job, the tensors it writes (output, log-sum-exp, then workspace), and the threads worth waking."""
+def attend_job(q: Tensor, full: FullSlots, step: Step, fields: CallFields, threads: int) -> tuple[Job, tuple[Tensor, ...], int]:
+    """The job, tensors that must outlive it (output, log-sum-exp, ...), and the threads worth waking."""
+    pages, codec, tables, layout = fields
     rows, queries, heads, size = q.shape
     keys, positions, table = full.keys, full.positions, step.page_table
     at, item = keys.stride(), keys.element_size()
@@ -50,10 +51,11 @@ def attend_job(
     job = array("q", (
         q.data_ptr(), out.data_ptr(), lse.data_ptr(), step.slots.data_ptr(), step.positions.data_ptr(), step.packed.data_ptr(),
         table.data_ptr(), 4 * table.stride(0), step.span, keys.data_ptr(), full.values.data_ptr(), item * at[0], item * at[1],
-        item * at[2], positions.data_ptr(), 4 * positions.stride(0), counters.data_ptr(), work.data_ptr(), *pages, *codec, *tables,
+        item * at[2], positions.data_ptr(), 4 * positions.stride(0), counters.data_ptr(), work.data_ptr(),
+        *pages, *codec, *tables,
     ))  # fmt: skip
     job.frombytes(division.fields)
-    return job, (out, lse, counters, work), division.threads
+    return job, (out, lse, q, counters, work), division.threads
 
 
 # --- fields of a call, in the order of job.py -------------------------------------------------------------------------
@@ -103,7 +105,8 @@ def _page_sizes(layout: PageLayout) -> tuple[int, int, int]:
 @functools.cache
 def layout_fields(layout: PageLayout) -> Fields:
     return (
-        code_bytes(layout.key_bits, layout.head_size, layout.tile), code_bytes(layout.value_bits, layout.head_size, layout.tile),
+        code_bytes(layout.key_bits, layout.head_size, layout.tile),
+        code_bytes(layout.value_bits, layout.head_size, layout.tile),
         LEVELS[layout.key_bits], LEVELS[layout.value_bits], layout.groups, layout.group_size, layout.tile, layout.tiles, 0,
     )  # fmt: skip
 

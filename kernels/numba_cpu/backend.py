@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PageLayout
-from skvq.kernels.numba_cpu import attend, pack
+from skvq.kernels.numba_cpu import attend
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.labels import build_attend_labels
 from skvq.kernels.numba_cpu.launch import Build, Kernels, Team
-from skvq.kernels.numba_cpu.mean import MeanTables, all_turns, mean_tables
+from skvq.kernels.numba_cpu.pack import (
+    STRETCH,
+    Packing,
+    channels_of,
+    contiguous_channels,
+    heads_packing,
+    labels_packing,
+    pack_job,
+)
 from skvq.kernels.numba_cpu.packing import build_pack, build_unpack
 from skvq.kernels.numba_cpu.plain import build_attend_plain
+from skvq.kernels.numba_cpu.turns import all_turns, mean_tables
 
 Found = TypeVar("Found")
-Encode = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class NumbaCpu:
@@ -38,139 +46,122 @@ class NumbaCpu:
     def attend_heads(
         self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step
     ) -> tuple[Tensor, Tensor]:
-        mean = self._tables(codec.rope, codec.key_mean, pages.layout.tile) if codec.has_basis and codec.has_key_mean else None
-        return self._attend(build_attend_heads, q, attend.page_fields(pages) | attend.head_fields(codec, mean), full, step)
+        layout, tables = pages.layout, attend.NO_TABLES
+        if codec.has_basis and codec.has_key_mean:
+            tables = self._derive(
+                codec.key_mean, layout.tile, lambda: mean_tables(codec.rope, codec.key_mean, layout.tile)
+            ).fields
+        fields = attend.page_fields(pages), attend.head_fields(codec), tables, attend.layout_fields(layout)
+        return self._attend(build_attend_heads, q, full, step, fields)
 
     def attend_labels(
         self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step
     ) -> tuple[Tensor, Tensor]:
-        table = self._derive(
-            codec.rope.inv_freq,
-            ("turns", pages.layout.tile),
-            lambda: all_turns(codec.rope, pages.layout.head_size, pages.layout.tile),
-        )
-        return self._attend(build_attend_labels, q, attend.page_fields(pages) | attend.label_fields(codec, table), full, step)
+        layout = pages.layout
+        tables = self._derive(
+            codec.rope.inv_freq, (codec.rope.scale, layout.tile), lambda: all_turns(codec.rope, layout.head_size, layout.tile)
+        ).fields
+        fields = attend.page_fields(pages), attend.label_fields(codec), tables, attend.layout_fields(layout)
+        return self._attend(build_attend_labels, q, full, step, fields)
 
     def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-        return self._attend(build_attend_plain, q, attend.plain_fields(pages), full, step)
+        fields = attend.plain_fields(pages), attend.NO_CODEC, attend.NO_TABLES, attend.plain_layout_fields(pages)
+        return self._attend(build_attend_plain, q, full, step, fields)
 
-    def _attend(self, build: Build, q: Tensor, fields: attend.Fields, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-        attend.check_call(q, full, step)
-        queries = q.float().contiguous()
-        out = torch.empty(q.shape, dtype=torch.float32)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32)
-        fields = fields | attend.call_fields(queries, out, lse, full, step)
-        job, kept, threads = attend.divide(fields, step.max_packed, torch.get_num_threads())
-        self._team.run(self._kernels.address(build), job, threads)
-        del kept
-        return out.to(q.dtype), lse
+    def _attend(self, build: Build, q: Tensor, full: FullSlots, step: Step, fields: attend.CallFields) -> tuple[Tensor, Tensor]:
+        job, kept, threads = attend.attend_job(q.float().contiguous(), full, step, fields, torch.get_num_threads())
+        self._team.run(self._kernels.function(build), job, threads)
+        return kept[0].to(q.dtype), kept[1]
 
     # --- packing ---
 
     def pack_heads(
         self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
     ) -> None:
-        tile = pages.layout.tile
-        self._pack(
-            pages, (codec.keys, codec.values), self._contiguous(codec.keys.unit, pages.layout), False, page_row, first, keys, values,
-            retained, lambda start, k, v: pack.encode_heads(codec, start, tile, k, v),
-        )  # fmt: skip
+        self._pack(pages, self._heads(codec, pages.layout), page_row, first, keys, values, retained)
 
     def pack_labels(
-        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+        self,
+        pages: PackedPages,
+        codec: LabelCodec,
+        page_row: Tensor,
+        first: int,
+        keys: Tensor,
+        values: Tensor,
+        retained: Tensor,
     ) -> None:
-        tile = pages.layout.tile
-        self._pack(
-            pages, (codec.keys, codec.values), self._labelled(codec, pages.layout), True, page_row, first, keys, values, retained,
-            lambda start, k, v: pack.encode_labels(codec, start, tile, k, v),
-        )  # fmt: skip
+        self._pack(pages, self._labels(codec, pages.layout), page_row, first, keys, values, retained)
 
     def unpack_heads(
         self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
     ) -> tuple[Tensor, Tensor]:
-        tile, channels = pages.layout.tile, self._contiguous(codec.keys.unit, pages.layout)
-        return self._unpack(
-            pages, (codec.keys, codec.values), channels, False, page_row, first, count,
-            lambda start, k, v: pack.decode_heads(codec, start, tile, k, v),
-        )  # fmt: skip
+        return self._unpack(pages, self._heads(codec, pages.layout), page_row, first, count)
 
     def unpack_labels(
         self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int
     ) -> tuple[Tensor, Tensor]:
-        tile, channels = pages.layout.tile, self._labelled(codec, pages.layout)
-        return self._unpack(
-            pages, (codec.keys, codec.values), channels, True, page_row, first, count,
-            lambda start, k, v: pack.decode_labels(codec, start, tile, k, v),
-        )  # fmt: skip
+        return self._unpack(pages, self._labels(codec, pages.layout), page_row, first, count)
 
     def _pack(
-        self, pages: PackedPages, sides: tuple[Side, Side], channels: tuple[pack.Channels, pack.Channels], crossing: bool,
-        page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor, encode: Encode,
-    ) -> None:  # fmt: skip
+        self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+    ) -> None:
         layout, count = pages.layout, len(keys)
         shape = (count, layout.kv_heads, layout.head_size)
         assert keys.shape == values.shape == shape and retained.shape == (count,), (keys.shape, values.shape, retained.shape)
         assert retained.dtype == torch.bool and keys.device.type == "cpu", (retained.dtype, keys.device)
         assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
-        for at in range(0, count, pack.STRETCH):
-            stretch = slice(at, min(at + pack.STRETCH, count))
-            rows = encode(first + at, keys[stretch], values[stretch])
-            self._run_pack(build_pack, pages, sides, channels, crossing, page_row, first + at, rows, retained[stretch])
+        for at in range(0, count, STRETCH):
+            part = slice(at, min(at + STRETCH, count))
+            rows = packing.encode(first + at, keys[part], values[part])
+            self._run(build_pack, pages, packing, page_row, first + at, rows, retained[part])
 
-    def _unpack(
-        self, pages: PackedPages, sides: tuple[Side, Side], channels: tuple[pack.Channels, pack.Channels], crossing: bool,
-        page_row: Tensor, first: int, count: int, decode: Encode,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _unpack(self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         layout = pages.layout
         assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
         keys, values = (torch.empty(count, layout.kv_heads, layout.head_size) for _ in range(2))
-        for at in range(0, count, pack.STRETCH):
-            stretch = slice(at, min(at + pack.STRETCH, count))
-            rows = (keys[stretch], values[stretch])
-            self._run_pack(build_unpack, pages, sides, channels, crossing, page_row, first + at, rows, torch.empty(0))
-            for target, decoded in zip(rows, decode(first + at, *rows), strict=True):
-                target.copy_(decoded)
+        for at in range(0, count, STRETCH):
+            part = slice(at, min(at + STRETCH, count))
+            self._run(build_unpack, pages, packing, page_row, first + at, (keys[part], values[part]), torch.empty(0))
+            decoded = packing.decode(first + at, keys[part], values[part])
+            for target, found in zip((keys[part], values[part]), decoded, strict=True):
+                if found is not target:
+                    target.copy_(found)
         return keys, values
 
-    def _run_pack(
-        self, build: Build, pages: PackedPages, sides: tuple[Side, Side], channels: tuple[pack.Channels, pack.Channels],
-        crossing: bool, page_row: Tensor, first: int, rows: tuple[Tensor, Tensor], retained: Tensor,
-    ) -> None:  # fmt: skip
-        flags, table = retained.contiguous(), page_row.to(torch.int32).contiguous()
-        assert all(r.dtype == torch.float32 and r.is_contiguous() for r in rows)
-        fields = attend.page_fields(pages) | {
-            "keys": rows[0].data_ptr(), "values": rows[1].data_ptr(), "retained": flags.data_ptr(), "page_row": table.data_ptr(),
-            "first": first, "count": len(rows[0]),
-        }  # fmt: skip
+    def _run(
+        self,
+        build: Build,
+        pages: PackedPages,
+        packing: Packing,
+        row: Tensor,
+        first: int,
+        rows: tuple[Tensor, Tensor],
+        flags: Tensor,
+    ) -> None:
         threads = torch.get_num_threads()
-        job, kept = pack.pack_job(fields, pages.layout, sides, channels, crossing, threads)
-        self._team.run(self._kernels.address(build), job, threads)
-        del kept
+        job, kept = pack_job(pages, packing, row, first, rows, flags, threads)
+        self._team.run(self._kernels.function(build), job, threads)
+        del kept  # the job holds addresses only
 
     # --- what follows from a codec, computed once ---
 
-    def _tables(self, rope: RopeFrequencies, mean: Tensor, tile: int) -> MeanTables:
-        return self._derive(mean, ("mean", tile), lambda: mean_tables(rope, mean, tile))
+    def _heads(self, codec: HeadCodec, layout: PageLayout) -> Packing:
+        channels = self._derive(codec.keys.unit, layout, lambda: contiguous_channels(layout))
+        return heads_packing(codec, channels, layout.tile)
 
-    def _contiguous(self, owner: Tensor, layout: PageLayout) -> tuple[pack.Channels, pack.Channels]:
-        channels = self._derive(owner, (layout.kv_heads, layout.groups), lambda: pack.contiguous_channels(layout))
-        return channels, channels
-
-    def _labelled(self, codec: LabelCodec, layout: PageLayout) -> tuple[pack.Channels, pack.Channels]:
+    def _labels(self, codec: LabelCodec, layout: PageLayout) -> Packing:
         groups = layout.kv_heads * layout.groups
-        keys, values = (
-            self._derive(labels, groups, lambda labels=labels: pack.channels_of(labels, groups))
-            for labels in (codec.key_labels, codec.value_labels)
-        )
-        return keys, values
+        keys = self._derive(codec.key_labels, groups, lambda: channels_of(codec.key_labels, groups))
+        values = self._derive(codec.value_labels, groups, lambda: channels_of(codec.value_labels, groups))
+        return labels_packing(codec, (keys, values), layout.tile)
 
-    def _derive(self, owner: Tensor, key: Any, make: Callable[[], Found]) -> Found:
+    def _derive(self, owner: Tensor, key: object, make: Callable[[], Found]) -> Found:
         """``make()``, kept as long as ``owner`` lives and is not written to."""
-        found = self._derived.get(owner)
-        if found is None or found[0] != owner._version:
-            found = (owner._version, {})
-            self._derived[owner] = found
-        if key not in found[1]:
-            found[1][key] = make()
-        derived: Found = found[1][key]
-        return derived
+        version, derived = self._derived.get(owner, (owner._version, {}))  # type: ignore[no-untyped-call]
+        if version != owner._version:
+            derived = {}
+        if key not in derived:
+            derived[key] = make()
+            self._derived[owner] = (owner._version, derived)
+        found: Found = derived[key]
+        return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from skvq.kernels.numba_cpu.launch import Build, Kernels, Team, _torch_openmp
+from skvq.kernels.numba_cpu.launch import Build, Function, Kernels, Team
 
 
 @functools.cache
-def _process() -> tuple[Kernels, Team, Any]:
+def _process() -> tuple[Kernels, Team]:
     """Compiled entry points, and threads to run them on, of this process."""
-    return Kernels(), Team(), _torch_openmp()
+    return Kernels(), Team()
 
 
 class Entry:
@@ -28,26 +28,16 @@ class Entry:
     """
 
     def __init__(self, build: Build, fields: Sequence[str]) -> None:
-        self._build = build
-        self._job = ctypes.c_int64 * len(fields)
-        self._address = 0
-        self._function: Any = None
-        self._team: Any = None
-        self._parallel: Any = None
+        self._build, self._count = build, len(fields)
+        self._function: Function | None = None
+        self._team: Team | None = None
 
     def __call__(self, threads: int, *fields: int) -> None:
-        if self._function is None:
-            kernels, self._team, self._parallel = _process()
-            self._address = kernels.address(self._build)
-            self._function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self._address)
-        assert len(fields) == self._job._length_, (len(fields), self._job._length_)
-        job = self._job(*fields)
-        if threads <= 1:
-            self._function(ctypes.addressof(job))
-        elif self._parallel is not None:
-            self._parallel(self._address, ctypes.addressof(job), threads, 0)
-        else:
-            self._team.run(self._address, np.frombuffer(job, np.int64), threads)
+        if self._function is None or self._team is None:
+            kernels, self._team = _process()
+            self._function = kernels.function(self._build)
+        assert len(fields) == self._count, (len(fields), self._count)
+        self._team.run(self._function, array("q", fields), max(1, threads))
 
 
 def job_reader(fields: Sequence[str]) -> Any:

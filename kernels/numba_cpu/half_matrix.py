@@ -35,7 +35,8 @@ class HalfMatrix:
         assert out.shape == (count, rows) and out.stride(1) == 1, (out.shape, out.stride())
         MULTIPLY(
             min(threads, rows), 0, self.data.data_ptr(), KINDS[self.data.dtype], rows, columns, x.data_ptr(), count,
-            0 if bias is None else bias.data_ptr(), out.data_ptr(), 4 * out.stride(0), max(1, rows // (CHUNKS_PER_THREAD * threads)),
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), 4 * out.stride(0),
+            max(1, rows // (CHUNKS_PER_THREAD * threads)),
         )  # fmt: skip
 
     def expand(self, start: int, stop: int, out: Tensor) -> Tensor:

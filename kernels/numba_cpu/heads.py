@@ -1,8 +1,8 @@
 """Fused attention over packed pages whose groups lie inside a head (methods ``rotate`` and ``plain``).
 
-Score of a token: ``sum_g scale_g (qu_g . (code - half)) + mid_g sum(q_g)``, the q of the stored basis times log2(e)/sqrt(D) in two
-int8 limbs. Values: ``sum_t p_t (mid_g + scale_g (code - half))``, with ``p_t scale_g`` in two limbs under one factor a tile. Both
-are the same dot product of bytes (``simd``), 2 D codes a token and kv head, each unpacked once for all queries.
+Score of a token: ``sum_g scale_g (q_g . (code - half)) + mid_g sum(q_g)``, the q of the stored basis times log2(e)/sqrt(D) in
+two int8 limbs. Values: ``sum_t p_t (mid_g + scale_g (code - half))``, with ``p_t scale_g`` in two limbs under one factor a tile.
+Both are the same dot product of bytes (``products.py``), 2 D codes a token and kv head, each unpacked once for all queries.
 Reads (key bits + value bits) D / 8 + 4 G bytes a token and kv head; writes nothing but the state.
 """
 

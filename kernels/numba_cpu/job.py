@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from typing import TypeAlias
 
 import numpy as np
 
 CALL_FIELDS = (
     "q", "out", "lse", "slots", "positions", "packed", "page_table", "page_table_stride", "span",
-    "full_keys", "full_values", "full_slot", "full_head", "full_row", "full_positions", "full_positions_stride", "counters", "work",
+    "full_keys", "full_values", "full_slot", "full_head", "full_row", "full_positions", "full_positions_stride",
+    "counters", "work",
 )  # fmt: skip
 PAGE_FIELDS = ("key_codes", "key_page", "key_head", "value_codes", "value_page", "value_head", "meta", "meta_page", "meta_head")
 CODEC_FIELDS = (
@@ -57,4 +59,4 @@ def offsets(sizes: dict[str, int], names: tuple[str, ...]) -> tuple[tuple[int, .
     return tuple(found[name] for name in names), end
 
 
-Job = array[int]
+Job: TypeAlias = "array[int]"

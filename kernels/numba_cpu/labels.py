@@ -1,7 +1,7 @@
 """Fused attention over packed pages whose groups are labels of channels and whose keys lie before RoPE (method ``reorder``).
 
-Keys of a tile are turned by one fixed table, position within the tile around its centre; the query is turned back by the centre:
-``q . RoPE_t(k) = RoPE_-c(q) . RoPE_{t-c}(k)``. Channels are dequantized to float32 with the row of scales their label names, 16
+Keys of a tile are turned by one fixed table, position within the tile around its centre; the query is turned back by the
+centre: ``q . RoPE_t(k) = RoPE_-c(q) . RoPE_{t-c}(k)``. Channels are dequantized to float32 with the row of scales their label names, 16
 tokens at a time; values by ``sum_t (p_t scale_t) code_t``. The metadata of a tile are those of all kv heads.
 """
 

@@ -11,18 +11,20 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.numeric import e4m3
+from skvq.kernels.numba_cpu.products import add_outer, mix, mix_1
 from skvq.kernels.numba_cpu.quantizer import E4M3_MIN, e4m3_encode
-from skvq.kernels.numba_cpu.simd import add_outer, f32, i32, mix_1
-from skvq.kernels.numba_cpu.tiles import FAST
+from skvq.kernels.numba_cpu.simd import f32, i32
+from skvq.kernels.numba_cpu.tiles import FAST, round_up
 
 LATTICE_FITS, LATTICE_ROUNDS, LATTICE_SWEEPS = 2, 2, 2  # reference.LATTICE_*
 LANES = 32
 ROW = 4 * LANES  # bytes of a row
+BLOCK = 16  # rows whose effect on all others is applied at once, as a matrix product
 
 
-def lattice_bytes(size, groups):
-    """Workspace of ``quantize_lattice``: y, codes, errors and slopes, then scale and mid of each group, then sums."""
-    return 4 * LANES * (4 * size + 2 * groups + 8)
+def lattice_bytes(size: int, groups: int) -> int:
+    """Workspace of ``quantize_lattice``: y, codes, errors and slopes, then scale and mid of each group, sums, and a block."""
+    return ROW * (4 * size + 2 * groups + 4 + BLOCK) + 4 * groups + 64
 
 
 @njit(**FAST)
@@ -32,7 +34,7 @@ def fit_range(y, count, levels, clip, tiny, scale, mid, sums):
     n, scale, mid = np.float32(count), f32(scale), f32(mid)
     mean, a, b, c = f32(sums), f32(sums + ROW), f32(sums + 2 * ROW), f32(sums + 3 * ROW)
     for t in range(LANES):
-        a[t], b[t], mean[t] = np.float32(np.inf), np.float32(-np.inf), np.float32(0)
+        a[t], b[t], mean[t] = f32(y)[t], f32(y)[t], np.float32(0)
     for i in range(count):
         x = f32(y + i * ROW)
         for t in range(LANES):
@@ -61,6 +63,13 @@ def fit_range(y, count, levels, clip, tiny, scale, mid, sums):
 
 
 @njit(**FAST)
+def clear(out, rows):
+    numbers = f32(out)
+    for i in range(rows * LANES):
+        numbers[i] = np.float32(0)
+
+
+@njit(**FAST)
 def slope_of(y, code, scale, mid, error, slope, metric, size, width):
     """``error = y - mid - scale * code`` and ``slope = metric error``."""
     for i in range(size):
@@ -69,37 +78,51 @@ def slope_of(y, code, scale, mid, error, slope, metric, size, width):
         s, m = f32(scale + g), f32(mid + g)
         for t in range(LANES):
             e[t] = x[t] - m[t] - s[t] * c[t]
-    for i in range(size):
-        out = f32(slope + i * ROW)
-        for t in range(LANES):
-            out[t] = np.float32(0)
-        mix_1(error, ROW, size, metric + 4 * i * size, 0, slope + i * ROW, 0)
+    clear(slope, size)
+    mix(size, error, ROW, size, metric, 4 * size, slope, ROW, LANES)
 
 
 @njit(**FAST)
-def descend(code, slope, scale, metric, size, width, half, sums):
-    """Sweeps of coordinate descent over centred codes; ``slope`` follows."""
-    step = f32(sums)
-    for _ in range(LATTICE_SWEEPS):
-        for i in range(size):
-            row = f32(metric + 4 * i * size)
-            c, x, s = f32(code + i * ROW), f32(slope + i * ROW), f32(scale + i // width * ROW)
-            inverse, moves = np.float32(1) / row[i], np.float32(0)
+def descend(code, slope, scale, metric, size, width, half, steps):
+    """Sweeps of coordinate descent over centred codes; ``slope`` follows, outside a block of rows once the block is done.
+
+    ``steps`` is room for BLOCK rows.
+    """
+    whole = round_up(size, BLOCK)
+    for start in range(0, LATTICE_SWEEPS * whole, BLOCK):
+        first = start % whole
+        count, moves = min(BLOCK, size - first), np.float32(0)
+        for i in range(first, first + count):
+            here = 4 * (i * size + first)
+            c, x, s, step = (
+                f32(code + i * ROW),
+                f32(slope + i * ROW),
+                f32(scale + i // width * ROW),
+                f32(steps + (i - first) * ROW),
+            )
+            inverse, moved = np.float32(1) / f32(metric + 4 * i * size)[i], np.float32(0)
             for t in range(LANES):
-                moved = min(max(np.rint(c[t] + x[t] * inverse / s[t] + half), np.float32(0)), half + half) - half
-                step[t] = (c[t] - moved) * s[t]
-                moves += abs(step[t])
-                c[t] = moved
-            if moves > np.float32(0):
-                add_outer(sums, metric + 4 * i * size, size, slope, ROW)
+                wanted = min(max(np.rint(c[t] + x[t] * inverse / s[t] + half), np.float32(0)), half + half) - half
+                step[t] = (c[t] - wanted) * s[t]
+                moved += abs(step[t])
+                c[t] = wanted
+            if moved > np.float32(0):
+                add_outer(steps + (i - first) * ROW, metric + here, count, slope + first * ROW, ROW)
+            moves += moved
+        if moves > np.float32(0):
+            after = first + count
+            mix(first, steps, ROW, count, metric + 4 * first, 4 * size, slope, ROW, LANES)
+            mix(size - after, steps, ROW, count, metric + 4 * (after * size + first), 4 * size, slope + after * ROW, ROW, LANES)
 
 
 @njit(**FAST)
 def fit_metric(code, slope, scale, mid, metric, tiny, size, width, turned, sums):
-    """Least squares in the metric of scale and mid, group after group; ``slope`` follows. ``turned`` is room for a row."""
-    cc, c1, cs, s1, turn = f32(sums), f32(sums + ROW), f32(sums + 2 * ROW), f32(sums + 3 * ROW), f32(turned)
+    """Least squares in the metric of scale and mid, group after group; ``slope`` follows. ``turned`` is room for D / G rows."""
+    cc, c1, cs, s1 = f32(sums), f32(sums + ROW), f32(sums + 2 * ROW), f32(sums + 3 * ROW)
     for g in range(size // width):
-        one = np.float32(0)
+        one, block = np.float32(0), metric + 4 * g * width * (size + 1)
+        clear(turned, width)
+        mix(width, code + g * width * ROW, ROW, width, block, 4 * size, turned, ROW, LANES)
         for t in range(LANES):
             cc[t], c1[t], cs[t], s1[t] = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for i in range(g * width, (g + 1) * width):
@@ -108,10 +131,7 @@ def fit_metric(code, slope, scale, mid, metric, tiny, size, width, turned, sums)
             for j in range(width):
                 total += row[j]
             one += total
-            for t in range(LANES):
-                turn[t] = np.float32(0)
-            mix_1(code + g * width * ROW, ROW, width, metric + 4 * (i * size + g * width), 0, turned, 0)
-            c, x = f32(code + i * ROW), f32(slope + i * ROW)
+            c, x, turn = f32(code + i * ROW), f32(slope + i * ROW), f32(turned + (i - g * width) * ROW)
             for t in range(LANES):
                 cc[t] += c[t] * turn[t]
                 c1[t] += c[t] * total
@@ -129,26 +149,33 @@ def fit_metric(code, slope, scale, mid, metric, tiny, size, width, turned, sums)
             m[t] += move
             cc[t], c1[t] = step, move
         for i in range(g * width, (g + 1) * width):
-            c = f32(code + i * ROW)
+            c, turn = f32(code + i * ROW), f32(turned + (i - g * width) * ROW)
             for t in range(LANES):
                 turn[t] = -c1[t] - cc[t] * c[t]
-            add_outer(turned, metric + 4 * i * size, size, slope, ROW)
+        mix(size, turned, ROW, width, metric + 4 * g * width, 4 * size, slope, ROW, LANES)
 
 
 @njit(**FAST)
-def nearest_plane(y, code, error, scale, mid, factor, size, width, half, sums):
-    """Centred codes from the last channel to the first, each making up for the errors of those before."""
-    wanted = f32(sums)
-    for i in range(size - 1, -1, -1):
-        g, x, c, e = i // width * ROW, f32(y + i * ROW), f32(code + i * ROW), f32(error + i * ROW)
-        s, m = f32(scale + g), f32(mid + g)
-        for t in range(LANES):
-            wanted[t] = x[t] - m[t]
-        mix_1(error + (i + 1) * ROW, ROW, size - 1 - i, factor + 4 * (i * size + i + 1), 0, sums, 0)
-        for t in range(LANES):
-            moved = min(max(np.rint(wanted[t] / s[t] + half), np.float32(0)), half + half) - half
-            c[t] = moved
-            e[t] = x[t] - m[t] - s[t] * moved
+def nearest_plane(y, code, error, scale, mid, factor, size, width, half, wanted):
+    """Centred codes from the last channel to the first, each making up for the errors of those before.
+
+    A block of rows first takes up the errors of all later blocks at once. ``wanted`` is room for BLOCK rows.
+    """
+    for first in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        count, after = min(BLOCK, size - first), min(first + BLOCK, size)
+        for i in range(first, after):
+            x, m, w = f32(y + i * ROW), f32(mid + i // width * ROW), f32(wanted + (i - first) * ROW)
+            for t in range(LANES):
+                w[t] = x[t] - m[t]
+        mix(count, error + after * ROW, ROW, size - after, factor + 4 * (first * size + after), 4 * size, wanted, ROW, LANES)
+        for i in range(after - 1, first - 1, -1):
+            w, g = wanted + (i - first) * ROW, i // width * ROW
+            mix_1(error + (i + 1) * ROW, ROW, after - 1 - i, factor + 4 * (i * size + i + 1), 0, w, 0)
+            x, c, e, s, m, v = f32(y + i * ROW), f32(code + i * ROW), f32(error + i * ROW), f32(scale + g), f32(mid + g), f32(w)
+            for t in range(LANES):
+                moved = min(max(np.rint(v[t] / s[t] + half), np.float32(0)), half + half) - half
+                c[t] = moved
+                e[t] = x[t] - m[t] - s[t] * moved
 
 
 @njit(**FAST)
@@ -186,15 +213,15 @@ def quantize_lattice(work, size, groups, levels, units, clips, metric, factor, w
     width, half, rows = size // groups, np.float32((levels - 1) * 0.5), ROW * size
     y, code, error, slope = work, work + rows, work + 2 * rows, work + 3 * rows
     scale, mid, sums = work + 4 * rows, work + 4 * rows + groups * ROW, work + 4 * rows + 2 * groups * ROW
-    tiny = f32(sums + 4 * ROW)
+    tiny, steps = f32(sums + 4 * ROW), sums + 4 * ROW + round_up(4 * groups, 64)
     for g in range(groups):
         tiny[g] = units[g] * E4M3_MIN
         fit_range(y + g * width * ROW, width, levels, clips[g], tiny[g], scale + g * ROW, mid + g * ROW, sums)
-    nearest_plane(y, code, error, scale, mid, factor, size, width, half, sums)
+    nearest_plane(y, code, error, scale, mid, factor, size, width, half, slope)
     slope_of(y, code, scale, mid, error, slope, metric, size, width)
     for _ in range(LATTICE_ROUNDS):
-        descend(code, slope, scale, metric, size, width, half, sums)
+        descend(code, slope, scale, metric, size, width, half, steps)
         fit_metric(code, slope, scale, mid, metric, tiny, size, width, error, sums)
     round_meta(code, slope, scale, mid, y, error, metric, units, size, width, words)
     slope_of(y, code, scale, mid, error, slope, metric, size, width)
-    descend(code, slope, scale, metric, size, width, half, sums)
+    descend(code, slope, scale, metric, size, width, half, steps)

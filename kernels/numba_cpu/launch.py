@@ -8,50 +8,79 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numba import cfunc, types
 
+from skvq.kernels.numba_cpu.job import Job
+
 Build = Callable[[int], Callable[[int], None]]
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
-def source_stamp() -> int:
-    """A number that changes with any source of this package: numba's cache looks at one file only."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A compiled function of a job's address, for other threads and for this one."""
+
+    address: int
+    call: Callable[[int], None]
+
+
+def source_stamp(module: str) -> int:
+    """A number that changes with the source of a module and of all of this package that it imports.
+
+    numba's cache looks at one file only, and would run yesterday's code of the others.
+    """
+    package, found, waiting = __package__ or "", dict[str, bytes](), [module.rpartition(".")[2]]
+    while waiting:
+        name = waiting.pop()
+        path = Path(__file__).parent / f"{name}.py"
+        if name not in found and path.exists():
+            found[name] = path.read_bytes()
+            text = found[name].decode()
+            waiting += re.findall(rf"^from {re.escape(package)}\.(\w+) import", text, re.MULTILINE)
+            for names in re.findall(rf"^from {re.escape(package)} import (.+)$", text, re.MULTILINE):
+                waiting += re.findall(r"\w+", names)
+    digest = hashlib.sha256(b"".join(found[name] for name in sorted(found)))
     return int.from_bytes(digest.digest()[:4], "little") + 1
 
 
 class Kernels:
-    """Entry points by name, compiled when first asked for."""
+    """Entry points, compiled when first asked for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._compiled: dict[Build, Any] = {}
-        self._stamp = source_stamp()
+        self._compiled: dict[Build, tuple[Any, Function]] = {}
         self._announced = False
 
     def address(self, build: Build) -> int:
         """Address of the C function that ``build`` makes."""
+        return self.function(build).address
+
+    def function(self, build: Build) -> Function:
+        """The C function that ``build`` makes."""
         found = self._compiled.get(build)
         if found is None:
             with self._lock:
-                found = self._compiled.get(build) or self._compile(build)
-                self._compiled[build] = found
-        return int(found.address)
+                found = self._compiled.get(build)
+                if found is None:
+                    compiled = self._compile(build)
+                    found = compiled, Function(int(compiled.address), _FUNCTION(compiled.address))
+                    self._compiled[build] = found
+        return found[1]
 
     def _compile(self, build: Build) -> Any:
         signature = types.void(types.int64)
-        body = build(self._stamp)
+        body = build(source_stamp(build.__module__))
         began = time.perf_counter()
         timer = threading.Timer(1.0, self._announce)
         timer.start()
@@ -80,19 +109,16 @@ class Team:
         self._parallel = _torch_openmp()
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, address: int, job: np.ndarray[Any, Any], threads: int) -> None:
+    def run(self, function: Function, job: Job, threads: int) -> None:
         """``job`` is the argument's memory; it must outlive the call, which it does: this waits."""
-        argument = job.ctypes.data
+        argument = job.buffer_info()[0]
         if threads == 1:
-            _FUNCTION(address)(argument)
+            function.call(argument)
         elif self._parallel is not None:
-            self._parallel(address, argument, threads, 0)
+            self._parallel(function.address, argument, threads, 0)
         else:
             self._pool = self._pool or ThreadPoolExecutor(max(1, torch.get_num_threads()))
-            list(self._pool.map(_FUNCTION(address), [argument] * threads))
-
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+            list(self._pool.map(function.call, [argument] * threads))
 
 
 def _torch_openmp() -> Any:

@@ -21,7 +21,8 @@ MULTIPLY_FIELDS = (
     "x", "count", "bias", "out", "out_stride", "chunk", "work", "work_bytes",  # strides in bytes
 )  # fmt: skip
 EXPAND_FIELDS = (
-    "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "block_bytes", "ids", "count", "out", "out_stride", "chunk",
+    "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "block_bytes",
+    "ids", "count", "out", "out_stride", "chunk",
 )  # fmt: skip
 multiply_job = job_reader(MULTIPLY_FIELDS)
 expand_job = job_reader(EXPAND_FIELDS)

@@ -8,7 +8,7 @@ sixteen rows that cover the same 32 columns lie together, in as many bytes as be
     high    fifth bits: one word a row, bit p is column 2 p (p < 16) or 2 (p - 16) + 1
     d, m    float16 [16] each
 
-so that ``(word >> 4 k) & 0x000f000f`` is a pair of neighbouring columns as two 16-bit integers in every lane, and a lane is a row.
+so that ``(word >> 4 k) & 0x000f000f`` is a pair of neighbouring columns as two 16-bit integers, in every lane that of its row.
 Rows are filled up with zeros to a multiple of sixteen.
 """
 
@@ -80,19 +80,18 @@ def pack_blocks(data: Tensor, form: BlockFormat) -> Tensor:
     out[..., : form.high_at] = codes.flatten(2)
     if form.bits == 5:
         out[..., form.high_at : form.scale_at] = _high_bits(parts[..., heads:at]).flatten(2)
-    out[..., form.scale_at :] = parts[..., :heads].unflatten(3, (heads // 2, 2)).transpose(2, 3).flatten(2)
+    out[..., form.scale_at :] = _last(parts[..., :heads], heads // 2, 2).transpose(2, 3).flatten(2)
     return out
 
 
 def _bytes(codes: Tensor) -> Tensor:
     """[..., 16, 32] bytes to [..., 8, 16, 4] in the column order 0, 2, 1, 3."""
-    words = codes.unflatten(-1, (8, 4))[..., [0, 2, 1, 3]]
-    return words.transpose(-3, -2)
+    return _last(codes, 8, 4)[..., [0, 2, 1, 3]].transpose(-3, -2)
 
 
 def _nibbles(codes: Tensor) -> Tensor:
     """[..., 16, 16] bytes, byte i holding columns i (low) and 16 + i, to [..., 4, 16, 4] bytes of words."""
-    columns = torch.cat([codes & 15, codes >> 4], -1).unflatten(-1, (4, 4, 2))  # [..., 16, word, pair, 2]
+    columns = _last(torch.cat([codes & 15, codes >> 4], -1), 4, 4, 2)  # [..., 16, word, pair, 2]
     even, odd = columns.unbind(-1)  # nibbles 0 to 3, and 4 to 7
     low, high = (part[..., 0::2] | part[..., 1::2] << 4 for part in (even, odd))
     return torch.cat([low, high], -1).transpose(-3, -2)
@@ -102,5 +101,10 @@ def _high_bits(words: Tensor) -> Tensor:
     """[..., 16, 4] bytes, bit i being column i, to the same with bit p being column 2 p, bit 16 + p column 2 p + 1."""
     places = torch.arange(8, dtype=torch.uint8)
     bits = (words[..., None] >> places & 1).flatten(-2)  # [..., 16, 32 columns]
-    order = torch.cat([bits[..., 0::2], bits[..., 1::2]], -1).unflatten(-1, (4, 8))
+    order = _last(torch.cat([bits[..., 0::2], bits[..., 1::2]], -1), 4, 8)
     return (order << places).sum(-1, dtype=torch.uint8)
+
+
+def _last(x: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as several."""
+    return x.reshape(*x.shape[:-1], *sizes)

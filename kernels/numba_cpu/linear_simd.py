@@ -54,7 +54,7 @@ def _signed_bytes(builder, words, shift):
 
 
 def _code_pairs(builder, form, block):
-    """Pairs of neighbouring columns of sixteen rows as 16-bit codes: sixteen WORDS, columns ``2 p`` and ``2 p + 1`` in the p-th."""
+    """Codes of sixteen rows as pairs of 16-bit integers: sixteen WORDS, columns ``2 p`` and ``2 p + 1`` in the p-th."""
     if form.bits == 8:
         for v in range(8):
             words = builder.load(_at(builder, block, 64 * v, WORDS), align=4)
@@ -128,7 +128,7 @@ def make_dot(form: BlockFormat):
 
 
 def make_expand(form: BlockFormat):
-    """``expand(block, row, out)``: the 32 weights of one row (0 to 15) of a block, float32, rounded as the format defines them."""
+    """``expand(block, row, out)``: the 32 weights of a row (0 to 15) of a block in float32, rounded as the format says."""
     order = (0, 16, 8, 24) if form.bits == 8 else (0, 16, 4, 20, 8, 24, 12, 28)
     per_vector = LANES // len(order)
 

@@ -73,7 +73,8 @@ def _norm(x: Tensor, delta: int, total: int, weight: Tensor, eps: float) -> Tens
     out = torch.empty_like(x)
     rows, threads = _share(x.numel(), columns)
     (bits,) = struct.unpack("q", struct.pack("d", eps))
-    NORM(threads, 0, x.data_ptr(), delta, total, weight.data_ptr(), out.data_ptr(), rows, columns, -(-rows // (4 * threads)), bits)
+    chunk = -(-rows // (4 * threads))
+    NORM(threads, 0, x.data_ptr(), delta, total, weight.data_ptr(), out.data_ptr(), rows, columns, chunk, bits)
     return out
 
 

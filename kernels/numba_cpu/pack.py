@@ -1,18 +1,19 @@
-"""Packing wrappers: into the stored basis with torch's matrix products, a bounded stretch of tokens at a time, then the kernels."""
+"""Packing wrappers: into the stored basis by torch, a bounded stretch of tokens at a time, then the kernels; and back."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies, Side
+from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, PackedPages, RopeFrequencies, Side
 from skvq.kernels.layout import PageLayout
-from skvq.kernels.numba_cpu.attend import Fields
-from skvq.kernels.numba_cpu.job import PACK, PACK_FIELDS
+from skvq.kernels.numba_cpu.attend import layout_fields, page_fields
+from skvq.kernels.numba_cpu.job import Job, offsets
+from skvq.kernels.numba_cpu.lattice import LANES as LATTICE_LANES
 from skvq.kernels.numba_cpu.lattice import lattice_bytes
 from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
@@ -95,41 +96,81 @@ def decode_labels(codec: LabelCodec, first: int, tile: int, keys: Tensor, values
     return turn(keys, turns(first, len(keys), tile, codec.rope), codec.rope.scale), values
 
 
-def metric_fields(name: str, side: Side) -> Fields:
-    """Addresses of a side's metric and its factor; none where every code is rounded on its own."""
-    if not (isinstance(side, HeadSide) and side.has_metric):
-        return {}
-    for matrix in (side.metric, side.factor):
-        assert matrix.dtype == torch.float32 and matrix.is_contiguous(), (matrix.dtype, matrix.stride())
-    return {f"{name}_metric": side.metric.data_ptr(), f"{name}_factor": side.factor.data_ptr()}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """All that packing asks of a codec: sides, groups, and the way to the stored basis and back.
+
+    ``encode`` and ``decode`` take the first position, keys and values [T, KH, D], and return float32.
+    """
+
+    sides: tuple[Side, Side]
+    channels: tuple[Channels, Channels]
+    crossing: bool  # groups hold channels of several heads
+    encode: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+    decode: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def heads_packing(codec: HeadCodec, channels: Channels, tile: int) -> Packing:
+    return Packing(
+        sides=(codec.keys, codec.values),
+        channels=(channels, channels),
+        crossing=False,
+        encode=lambda first, keys, values: encode_heads(codec, first, tile, keys, values),
+        decode=lambda first, keys, values: decode_heads(codec, first, tile, keys, values),
+    )
+
+
+def labels_packing(codec: LabelCodec, channels: tuple[Channels, Channels], tile: int) -> Packing:
+    return Packing(
+        sides=(codec.keys, codec.values),
+        channels=channels,
+        crossing=True,
+        encode=lambda first, keys, values: encode_labels(codec, first, tile, keys, values),
+        decode=lambda first, keys, values: decode_labels(codec, first, tile, keys, values),
+    )
+
+
+def side_fields(side: Side, channels: Channels, layout: PageLayout) -> tuple[int, ...]:
+    """Unit, clip, channels by group, and the metric and its factor, 0 where every code is rounded on its own."""
+    tensors, matrices, heads, size = [side.unit, side.clip], list[Tensor](), layout.kv_heads, layout.head_size
+    if isinstance(side, HeadSide) and side.has_metric:
+        matrices = [side.metric, side.factor]
+        assert side.metric.shape == side.factor.shape == (heads, size, size), (side.metric.shape, side.factor.shape)
+    for t in tensors + matrices:
+        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
+    assert side.unit.numel() == side.clip.numel() == heads * layout.groups, (side.unit.shape, side.clip.shape)
+    tensors += [channels.starts, channels.order, channels.labels]
+    return (*(t.data_ptr() for t in tensors), *([t.data_ptr() for t in matrices] or (0, 0)))
 
 
 def pack_job(
-    fields: Fields, layout: PageLayout, sides: tuple[Side, Side], channels: tuple[Channels, Channels], crossing: bool, threads: int
-) -> tuple[np.ndarray[Any, Any], list[np.ndarray[Any, Any]]]:
-    """The job and what must live as long as it. ``fields`` names keys, values, retained, page_row, first, count and the pages."""
+    pages: PackedPages,
+    packing: Packing,
+    page_row: Tensor,
+    first: int,
+    rows: tuple[Tensor, Tensor],
+    retained: Tensor,
+    threads: int,
+) -> tuple[Job, tuple[Tensor, ...]]:
+    """The job of packing ``rows`` or unpacking into them, and tensors that must live as long as it."""
+    layout = pages.layout
+    keys, values = rows
+    assert keys.dtype == values.dtype == torch.float32 and keys.is_contiguous() and values.is_contiguous(), keys.dtype
+    flags, table = retained.contiguous(), page_row.to(torch.int32).contiguous()
+    together = layout.kv_heads if packing.crossing else 1
     lanes = -(-layout.head_size // LANE_BLOCK) * LANE_BLOCK
-    together = layout.kv_heads if crossing else 1
-    flat = layout.kv_heads * layout.head_size
     sizes = {
-        "w_codes": together * lanes * layout.tile, "w_group": max(5 * flat, 4 * layout.tile),
+        "w_codes": together * lanes * layout.tile,
+        "w_group": max(9 * layout.kv_heads * layout.head_size, 4 * layout.tile, 4 * LATTICE_LANES * layout.groups),
         "w_meta": 16 * layout.kv_heads * layout.groups * layout.tile,
-        "w_lattice": int(lattice_bytes(layout.head_size, layout.groups)),
-    }  # fmt: skip
-    f = {name: int(value) for name, value in fields.items()}
-    f |= {"kv_heads": layout.kv_heads, "size": layout.head_size, "heads_together": together}
-    for name, side, group in zip(("key", "value"), sides, channels, strict=True):
-        assert side.unit.dtype == side.clip.dtype == torch.float32 and side.unit.is_contiguous() and side.clip.is_contiguous()
-        assert side.unit.numel() == side.clip.numel() == layout.kv_heads * layout.groups, side.unit.shape
-        f |= {
-            f"{name}_unit": side.unit.data_ptr(), f"{name}_clip": side.clip.data_ptr(), f"{name}_starts": group.starts.data_ptr(),
-            f"{name}_channels": group.order.data_ptr(), f"{name}_labels": group.labels.data_ptr(), **metric_fields(name, side),
-        }  # fmt: skip
-    work_bytes = 0
-    for name, nbytes in sizes.items():
-        f[name] = work_bytes
-        work_bytes += -(-nbytes // 64) * 64
-    work = np.empty(threads * work_bytes + 64, np.uint8)
-    counters = np.zeros(2, np.int64)
-    f |= {"counters": counters.ctypes.data, "work": -(-work.ctypes.data // 64) * 64, "work_bytes": work_bytes}
-    return np.array([tuple(f.get(name, 0) for name in PACK_FIELDS)], PACK), [work, counters]
+        "w_lattice": lattice_bytes(layout.head_size, layout.groups),
+    }
+    where, work_bytes = offsets(sizes, ("w_codes", "w_group", "w_meta", "w_lattice"))
+    work, counters = torch.empty(threads * work_bytes, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    job = array("q", (
+        keys.data_ptr(), values.data_ptr(), flags.data_ptr(), table.data_ptr(), first, len(keys), layout.kv_heads,
+        layout.head_size, *page_fields(pages), *layout_fields(layout)[:5], layout.tile, layout.tiles, together,
+        *side_fields(packing.sides[0], packing.channels[0], layout), *side_fields(packing.sides[1], packing.channels[1], layout),
+        counters.data_ptr(), work.data_ptr(), work_bytes, *where,
+    ))  # fmt: skip
+    return job, (flags, table, work, counters)

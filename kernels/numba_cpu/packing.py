@@ -29,9 +29,9 @@ def quantize_side(job, work, start, head, heads, side):
     else:
         source, levels, units, clips = job.values, job.value_levels, f32(job.value_unit), f32(job.value_clip)
         starts, channels = i64(job.value_starts), i64(job.value_channels)
-    group, coded, codes = f32(work + job.w_group), u8(work + job.w_group + 4 * channels_all), u8(work + job.w_codes)
+    group, coded, codes = f32(work + job.w_group), u8(work + job.w_group + 8 * channels_all), u8(work + job.w_codes)
     by_channel, by_token = (1, heads * size) if side == 0 else (tile, 1)
-    flags = u8(job.retained + start - job.first)
+    flags, at = u8(job.retained + start - job.first), work + job.w_group
     if (job.key_metric if side == 0 else job.value_metric) != 0:
         quantize_head(job, work, start, head, side)
         return
@@ -42,7 +42,7 @@ def quantize_side(job, work, start, head, heads, side):
             row = f32(source + 4 * (start - job.first + t) * channels_all)
             for i in range(count):
                 group[i] = row[channels[begin + i]]
-            word = quantize(work + job.w_group, count, levels, units[j], clips[j], work + job.w_group + 4 * channels_all)
+            word = quantize(at, count, levels, units[j], clips[j], at + 4 * channels_all, at + 8 * channels_all)
             if side == 0:
                 words[t] = word | (128 if flags[t] and j % groups == 0 else 0)
             else:
@@ -98,7 +98,7 @@ def page_of(job, start):
 
 @njit(**FAST)
 def pack_planes(codes, stride, rows, count, out, levels, across):
-    """Planes of ``rows`` x ``count`` codes: planes divide the row, or (``across``) the rows, whose ``count`` codes share a shift."""
+    """Planes of ``rows`` x ``count`` codes: they divide the row, or (``across``) the rows, whose ``count`` codes share a shift."""
     widths = 2 if levels <= 8 else 4 if levels == 16 else 8
     place = 0
     while True:
@@ -129,7 +129,7 @@ def pack_planes(codes, stride, rows, count, out, levels, across):
 
 @njit(**FAST)
 def pack_trits(codes, slot_step, plane_step, rows, row_step, count, out):
-    """Bytes ``[rows][count]`` of five trits each: trit p of a byte lies ``p * plane_step`` on; ``count`` codes at ``slot_step``."""
+    """Bytes ``[rows][count]`` of five trits: trit p of a byte lies ``p * plane_step`` on, the next byte's ``slot_step`` on."""
     for r in range(rows):
         given, to = u8(codes + r * row_step), u8(out + r * count)
         for b in range(count):

@@ -1,12 +1,177 @@
-"""Small matrix products over blocks of 32 lanes: bytes by two-limb integers, and float32."""
+"""Small matrix products over blocks of 32 lanes, accumulators in registers: bytes by two-limb integers, and float32.
+
+Only ``_multiply_add`` names instructions: ``vpdpbusd`` (AVX-512 or AVX VNNI), ``vpmaddubsw`` + ``vpmaddwd`` (AVX2), or plain
+integer arithmetic. All three give the same integers, because no caller lets ``vpmaddubsw`` saturate.
+"""
 
 # mypy: ignore-errors
 from __future__ import annotations
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from skvq.kernels.numba_cpu import simd
+from skvq.kernels.numba_cpu.simd import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    WORDS,
+    _all,
+    _at,
+    _intrinsic,
+    _pick,
+    _splat,
+    host_features,
+    prefetch,
+)  # fmt: skip
 from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK
+
+
+def _multiply_add(builder, features, total, codes, limbs):
+    """``total[i] + sum_k codes[4 i + k] * limbs[4 i + k]``: unsigned bytes times signed bytes, all as WORDS."""
+    module = builder.module
+    if {"+avx512vnni", "+avx512f"} <= features:
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        return builder.call(_intrinsic(module, name, WORDS, [WORDS] * 3), [total, codes, limbs])
+    if "+avx2" not in features:
+        for k in range(4):
+            unsigned = builder.and_(builder.lshr(codes, _all(8 * k)), _all(255))
+            signed = builder.ashr(builder.shl(limbs, _all(24 - 8 * k)), _all(24))
+            total = builder.add(total, builder.mul(unsigned, signed))
+        return total
+    half, bytes32, shorts = ir.VectorType(I32, 8), ir.VectorType(I8, 32), ir.VectorType(I16, 16)
+    parts = []
+    for start in (0, 8):
+        t, c, w = (_pick(builder, x, x, range(start, start + 8)) for x in (total, codes, limbs))
+        if "+avxvnni" in features:
+            parts.append(builder.call(_intrinsic(module, "llvm.x86.avx512.vpdpbusd.256", half, [half] * 3), [t, c, w]))
+            continue
+        pairs = _intrinsic(module, "llvm.x86.avx2.pmadd.ub.sw", shorts, [bytes32, bytes32])
+        fours = _intrinsic(module, "llvm.x86.avx2.pmadd.wd", half, [shorts, shorts])
+        products = builder.call(pairs, [builder.bitcast(c, bytes32), builder.bitcast(w, bytes32)])
+        parts.append(builder.add(t, builder.call(fours, [products, ir.Constant(shorts, [1] * 16)])))
+    return _pick(builder, parts[0], parts[1], range(16))
+
+
+def _make_dot(rows):
+    """``rows`` two-limb vectors against 32 lanes of codes; the accumulators stay in registers (16 for four rows)."""
+    unroll = 1 if rows > 2 else 2  # enough independent chains to hide the latency
+
+    def dot(typingctx, codes, step, count, limbs, limb_stride, row_stride, out, out_stride, shift):
+        def codegen(context, builder, signature, args):
+            codes, step, count, limbs, limb_stride, row_stride, out, out_stride, shift = args
+            features = host_features(context)
+            keys = [(u, r, limb, v) for u in range(unroll) for r in range(rows) for limb in (0, 1) for v in (0, 1)]
+            acc = {key: cgutils.alloca_once_value(builder, ir.Constant(WORDS, None)) for key in keys}
+            base = [
+                [builder.add(limbs, builder.add(builder.mul(ir.Constant(I64, r), row_stride), extra)) for extra in pair]
+                for r, pair in ((r, (ir.Constant(I64, 0), limb_stride)) for r in range(rows))
+            ]
+
+            def contract(j, u):
+                at = builder.add(codes, builder.mul(j, step))
+                block = [builder.load(_at(builder, at, 64 * v, WORDS), align=4) for v in (0, 1)]
+                word = builder.mul(j, ir.Constant(I64, 4))
+                for r in range(rows):
+                    for limb in (0, 1):
+                        weight = _splat(builder, builder.load(_at(builder, base[r][limb], word, I32), align=4))
+                        for v in (0, 1):
+                            slot = acc[u, r, limb, v]
+                            builder.store(_multiply_add(builder, features, builder.load(slot), block[v], weight), slot)
+
+            turns = builder.sdiv(count, ir.Constant(I64, unroll))
+            done = builder.mul(turns, ir.Constant(I64, unroll))
+            with cgutils.for_range(builder, turns) as loop:
+                first = builder.mul(loop.index, ir.Constant(I64, unroll))
+                for u in range(unroll):
+                    contract(builder.add(first, ir.Constant(I64, u)), u)
+            with cgutils.for_range(builder, builder.sub(count, done)) as loop:
+                contract(builder.add(done, loop.index), 0)
+            places = _splat(builder, builder.trunc(shift, I32))
+            for r in range(rows):
+                for v in (0, 1):
+                    low, high = (_sum(builder, [builder.load(acc[u, r, limb, v]) for u in range(unroll)]) for limb in (0, 1))
+                    whole = builder.add(builder.shl(high, places), low)
+                    target = builder.add(out, builder.mul(ir.Constant(I64, r), out_stride))
+                    floats = builder.sitofp(whole, ir.VectorType(F32, LANES))
+                    builder.store(floats, _at(builder, target, 64 * v, ir.VectorType(F32, LANES)), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), codegen
+
+    dot.__name__ = f"dot_{rows}"
+    return intrinsic(dot)
+
+
+def _sum(builder, vectors):
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = builder.add(total, vector)
+    return total
+
+
+dot_1, dot_2, dot_3, dot_4 = (_make_dot(rows) for rows in (1, 2, 3, 4))
+
+
+def _make_mix(rows):
+    """``out[r, lane] += sum_j coefs[r, j] * table[j, lane]`` for 32 lanes of float32."""
+
+    def mix(typingctx, table, step, count, coefs, coef_stride, out, out_stride):
+        def codegen(context, builder, signature, args):
+            table, step, count, coefs, coef_stride, out, out_stride = args
+            floats = ir.VectorType(F32, LANES)
+            fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", floats, [floats] * 3)
+            acc, targets, weights = {}, {}, []
+            for r in range(rows):
+                weights.append(builder.add(coefs, builder.mul(ir.Constant(I64, r), coef_stride)))
+                for v in (0, 1):
+                    at = builder.add(out, builder.mul(ir.Constant(I64, r), out_stride))
+                    targets[r, v] = _at(builder, at, 64 * v, floats)
+                    acc[r, v] = cgutils.alloca_once_value(builder, builder.load(targets[r, v], align=4))
+            with cgutils.for_range(builder, count) as loop:
+                at, word = builder.add(table, builder.mul(loop.index, step)), builder.mul(loop.index, ir.Constant(I64, 4))
+                block = [builder.load(_at(builder, at, 64 * v, floats), align=4) for v in (0, 1)]
+                for r in range(rows):
+                    number = builder.load(_at(builder, weights[r], word, I32), align=4)
+                    weight = builder.bitcast(_splat(builder, number), floats)
+                    for v in (0, 1):
+                        builder.store(builder.call(fma, [block[v], weight, builder.load(acc[r, v])]), acc[r, v])
+            for key, slot in acc.items():
+                builder.store(builder.load(slot), targets[key], align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    mix.__name__ = f"mix_{rows}"
+    return intrinsic(mix)
+
+
+mix_1, mix_2, mix_3, mix_4 = (_make_mix(rows) for rows in (1, 2, 3, 4))
+
+
+@intrinsic
+def add_outer(typingctx, lanes, coefs, count, out, step):
+    """``out[j, lane] += coefs[j] * lanes[lane]`` for 32 lanes of float32 and ``count`` rows ``step`` bytes apart."""
+
+    def codegen(context, builder, signature, args):
+        lanes, coefs, count, out, step = args
+        floats = ir.VectorType(F32, LANES)
+        fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", floats, [floats] * 3)
+        given = [builder.load(_at(builder, lanes, 64 * v, floats), align=4) for v in (0, 1)]
+        with cgutils.for_range(builder, count) as loop:
+            number = builder.load(_at(builder, coefs, builder.mul(loop.index, ir.Constant(I64, 4)), I32), align=4)
+            weight = builder.bitcast(_splat(builder, number), floats)
+            row = builder.add(out, builder.mul(loop.index, step))
+            for v in (0, 1):
+                place = _at(builder, row, 64 * v, floats)
+                builder.store(builder.call(fma, [given[v], weight, builder.load(place, align=4)]), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
 
 
 @njit(**FAST)
@@ -17,19 +182,19 @@ def dots(rows, codes, step, count, limbs, limb_stride, row_stride, out, out_stri
     """
     part = ahead_bytes * LANE_BLOCK // lanes
     for lane in range(0, 4 * lanes, 4 * LANE_BLOCK):
-        simd.prefetch(ahead, part)
+        prefetch(ahead, part)
         ahead += part
         for m in range(0, rows, 4):
             left = rows - m
             a, o = limbs + m * row_stride, out + m * out_stride + lane
             if left >= 4:
-                simd.dot_4(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
+                dot_4(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
             elif left == 3:
-                simd.dot_3(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
+                dot_3(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
             elif left == 2:
-                simd.dot_2(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
+                dot_2(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
             else:
-                simd.dot_1(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
+                dot_1(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
 
 
 @njit(**FAST)
@@ -40,10 +205,10 @@ def mix(rows, table, step, count, coefs, coef_stride, out, out_stride, lanes):
             left = rows - m
             a, o = coefs + m * coef_stride, out + m * out_stride + lane
             if left >= 4:
-                simd.mix_4(table + lane, step, count, a, coef_stride, o, out_stride)
+                mix_4(table + lane, step, count, a, coef_stride, o, out_stride)
             elif left == 3:
-                simd.mix_3(table + lane, step, count, a, coef_stride, o, out_stride)
+                mix_3(table + lane, step, count, a, coef_stride, o, out_stride)
             elif left == 2:
-                simd.mix_2(table + lane, step, count, a, coef_stride, o, out_stride)
+                mix_2(table + lane, step, count, a, coef_stride, o, out_stride)
             else:
-                simd.mix_1(table + lane, step, count, a, coef_stride, o, out_stride)
+                mix_1(table + lane, step, count, a, coef_stride, o, out_stride)

@@ -26,34 +26,43 @@ def e4m3_encode(x):
     return byte | ((as_bits(x) >> 24) & 128)
 
 
+@njit(fastmath={"nnan", "ninf", "nsz"}, error_model="numpy", nogil=True)
+def round_codes(values, count, scale, mid, top, half, out):
+    """Centred codes, float32 at ``out``. No sum may be reordered and no division replaced: ties must fall as they should."""
+    y, code = f32(values), f32(out)
+    for i in range(count):
+        code[i] = min(max(np.rint((y[i] - mid) / scale + half), np.float32(0)), top) - half
+
+
 @njit(**FAST)
-def quantize(values, count, levels, unit, clip, codes):
-    """Write the codes of ``count`` float32 at ``values`` as bytes at ``codes``; returns scale byte | mid byte << 8."""
-    y = f32(values)
+def quantize(values, count, levels, unit, clip, rounded, codes):
+    """Write the codes of ``count`` float32 at ``values`` as bytes at ``codes``; returns scale byte | mid byte << 8.
+
+    ``rounded`` is room for ``count`` float32.
+    """
+    y, code = f32(values), f32(rounded)
     top, half = np.float32(levels - 1), np.float32((levels - 1) * 0.5)
     total = np.float32(0)
     for i in range(count):
         total += y[i]
-    mean = total / np.float32(count)
+    mean, tiny = total / np.float32(count), unit * E4M3_MIN
     low, high = smallest(values, count) * clip, largest(values, count) * clip
-    scale, mid = (high - low) / top, (high + low) * np.float32(0.5)
-    tiny = unit * E4M3_MIN
+    scale, mid = max((high - low) / top, tiny), (high + low) * np.float32(0.5)
     for _ in range(REFINE_STEPS):
-        inverse = np.float32(1) / max(scale, tiny)
+        round_codes(values, count, scale, mid, top, half, rounded)
         codes_sum, squares, products = np.float32(0), np.float32(0), np.float32(0)
         for i in range(count):
-            code = min(max(np.rint((y[i] - mid) * inverse + half), np.float32(0)), top) - half
-            codes_sum += code
-            squares += code * code
-            products += code * (y[i] - mean)
+            codes_sum += code[i]
+            squares += code[i] * code[i]
+            products += code[i] * (y[i] - mean)
         code_mean = codes_sum / np.float32(count)
         spread = squares - codes_sum * code_mean
         if spread > np.float32(0.25):  # two codes differ: at least 1/2
-            scale = products / spread
+            scale = max(products / spread, tiny)
         mid = mean - scale * code_mean
-    scale_byte, mid_byte = e4m3_encode(max(scale, tiny) / unit), e4m3_encode(mid / unit)
-    scale, mid = e4m3(scale_byte) * unit, e4m3(mid_byte) * unit
-    inverse, out = np.float32(1) / scale, u8(codes)
+    scale_byte, mid_byte = e4m3_encode(scale / unit), e4m3_encode(mid / unit)
+    round_codes(values, count, e4m3(scale_byte) * unit, e4m3(mid_byte) * unit, top, half, rounded)
+    out = u8(codes)
     for i in range(count):
-        out[i] = np.uint8(min(max(np.rint((y[i] - mid) * inverse + half), np.float32(0)), top))
+        out[i] = np.uint8(code[i] + half)
     return scale_byte | (mid_byte << 8)

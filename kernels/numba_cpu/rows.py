@@ -6,10 +6,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.numeric import HIDDEN, row_to_float
+from skvq.kernels.numba_cpu.numeric import FLOAT32, HIDDEN, row_to_float
 from skvq.kernels.numba_cpu.products import mix
-from skvq.kernels.numba_cpu.simd import f32, i32, i64, transpose
+from skvq.kernels.numba_cpu.simd import f32, i32, i64, u8
 from skvq.kernels.numba_cpu.softmax import take
+from skvq.kernels.numba_cpu.spread import transpose
 from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK
 
 
@@ -36,7 +37,8 @@ def attend_slots(job, work, row, head, query, rows):
     for first in range(0, job.full, job.tile):
         count = min(job.tile, job.full - first)
         attend_rows(
-            job, work, row, query, rows, job.full_keys + base + first * job.full_row, job.full_values + base + first * job.full_row,
+            job, work, row, query, rows,
+            job.full_keys + base + first * job.full_row, job.full_values + base + first * job.full_row,
             job.full_row, job.full_kind, held, first, count, True,
         )  # fmt: skip
 
@@ -45,40 +47,49 @@ def attend_slots(job, work, row, head, query, rows):
 def mark_visible(job, work, row, query, rows, held, first, count, slots):
     """Scores start at 0 where query row m sees row ``first + i``, at HIDDEN elsewhere and up to the next 32 lanes.
 
-    ``slots``: positions are ``held[i]`` and each query sees only those up to its own; else row i lies at position i.
+    ``slots``: positions are ``held[first + i]`` and each query sees only those up to its own; else row i lies at position
+    ``first + i``. ``w_seen`` says which rows anybody sees; returns how many.
     """
     share, tile = job.heads // job.kv_heads, job.tile
-    positions = i32(job.positions + 4 * row * job.queries)
-    anyone = False
+    positions, seen = i32(job.positions + 4 * row * job.queries), u8(work + job.w_seen)
+    lanes = (count + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    for i in range(lanes):
+        seen[i] = 0
     for m in range(0, rows, share):
-        t = np.int64(positions[query + m // share])
-        for i in range((count + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK):
-            at = np.int64(held[first + i]) if slots and i < count else first + i
-            sees = i < count and t - at < job.span and at >= 0 and (at <= t or not slots)
-            anyone = anyone or sees
-            for r in range(m, m + share):
-                f32(work + job.w_scores + 4 * r * tile)[i] = np.float32(0) if sees else HIDDEN
-    return anyone
+        t, start = np.int64(positions[query + m // share]), f32(work + job.w_scores + 4 * m * tile)
+        for i in range(count):
+            at = np.int64(held[first + i]) if slots else first + i
+            sees = t - at < job.span and at >= 0 and (at <= t or not slots)
+            start[i] = np.float32(0) if sees else HIDDEN
+            seen[i] |= np.uint8(1) if sees else np.uint8(0)
+        for i in range(count, lanes):
+            start[i] = HIDDEN
+        for r in range(m + 1, m + share):
+            scores = f32(work + job.w_scores + 4 * r * tile)
+            for i in range(lanes):
+                scores[i] = start[i]
+    total = 0
+    for i in range(count):
+        total += np.int64(seen[i])
+    return total
 
 
 @njit(**FAST)
-def load_rows(job, work, source, step, kind, first, count, rows, floor):
-    """Up to 32 rows as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows that nobody sees, which may hold anything.
-
-    A row is seen where any score exceeds ``floor``.
-    """
+def load_rows(job, work, source, step, kind, first):
+    """Rows ``first .. first+31`` as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows nobody sees, which may hold anything."""
     size, lanes = job.size, (job.size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    seen, all_seen = u8(work + job.w_seen + first), 0
+    for i in range(LANE_BLOCK):
+        all_seen += np.int64(seen[i])
+    if all_seen == LANE_BLOCK and lanes == size and step == size * (4 if kind == FLOAT32 else 2):
+        row_to_float(source + first * step, work + job.w_rows, LANE_BLOCK * size, kind)
+        return
     for i in range(LANE_BLOCK):
         out = work + job.w_rows + 4 * i * lanes
-        seen = False
-        for m in range(rows):
-            seen = seen or (i < count and f32(work + job.w_scores + 4 * (m * job.tile + first))[i] > floor)
-        begin = 0
-        if seen:
+        if seen[i]:
             row_to_float(source + (first + i) * step, out, size, kind)
-            begin = size
         padding = f32(out)
-        for c in range(begin, lanes):
+        for c in range(size if seen[i] else 0, lanes):
             padding[c] = np.float32(0)
 
 
@@ -86,13 +97,13 @@ def load_rows(job, work, source, step, kind, first, count, rows, floor):
 def attend_rows(job, work, row, query, rows, keys, values, step, kind, held, first, count, slots):
     """Scores, softmax and weighted values of ``count`` rows of at most a tile, ``step`` bytes apart (``mark_visible``)."""
     size, tile, width = job.size, job.tile, job.size + job.groups
-    if not mark_visible(job, work, row, query, rows, held, first, count, slots):
+    if mark_visible(job, work, row, query, rows, held, first, count, slots) == 0:
         return
     lanes = (size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
     scores, acc = work + job.w_scores, work + job.w_acc
     turned = work + job.w_rows + 4 * LANE_BLOCK * lanes  # [D][32]
     for block in range(0, count, LANE_BLOCK):
-        load_rows(job, work, keys, step, kind, block, min(LANE_BLOCK, count - block), rows, HIDDEN / np.float32(2))
+        load_rows(job, work, keys, step, kind, block)
         for half in range(2):
             for c in range(0, size, 8):
                 at = work + job.w_rows + 4 * (16 * half * lanes + c)
@@ -100,5 +111,15 @@ def attend_rows(job, work, row, query, rows, keys, values, step, kind, held, fir
         mix(rows, turned, 4 * LANE_BLOCK, size, work + job.w_q, 4 * size, scores + 4 * block, 4 * tile, LANE_BLOCK)
     take(scores, tile, count, rows, work + job.w_top, work + job.w_total, acc, width)
     for block in range(0, count, LANE_BLOCK):
-        load_rows(job, work, values, step, kind, block, min(LANE_BLOCK, count - block), rows, np.float32(0))
-        mix(rows, work + job.w_rows, 4 * lanes, min(LANE_BLOCK, count - block), scores + 4 * block, 4 * tile, acc, 4 * width, lanes)
+        load_rows(job, work, values, step, kind, block)
+        mix(
+            rows,
+            work + job.w_rows,
+            4 * lanes,
+            min(LANE_BLOCK, count - block),
+            scores + 4 * block,
+            4 * tile,
+            acc,
+            4 * width,
+            lanes,
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu import simd
+from skvq.kernels.numba_cpu import spread
 from skvq.kernels.numba_cpu.simd import i8, u8
 
 SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES
@@ -75,26 +75,26 @@ def _key_planes(source, target, width, place, size, tile):
             for word in range(0, words, 8):
                 at, to = source + token * row + word * 4, target + word * step + token * 4
                 if width == 1:
-                    simd.spread_1_rows(at, row, to, plane, step)
+                    spread.spread_1_rows(at, row, to, plane, step)
                 elif width == 2:
-                    simd.spread_2_rows(at, row, to, plane, step)
+                    spread.spread_2_rows(at, row, to, plane, step)
                 elif width == 4:
-                    simd.spread_4_rows(at, row, to, plane, step)
+                    spread.spread_4_rows(at, row, to, plane, step)
                 else:
-                    simd.spread_8_rows(at, row, to, plane, step)
+                    spread.spread_8_rows(at, row, to, plane, step)
     elif (row == 32 and width != 8) or (row == 16 and width <= 2) or (row == 8 and width == 1):
         for token in range(0, tile, 16):
             at, to = source + token * row, target + token * 4
             if width == 4:
-                simd.spread_4x8(at, row, to, plane, step)
+                spread.spread_4x8(at, row, to, plane, step)
             elif width == 2 and row == 32:
-                simd.spread_2x8(at, row, to, plane, step)
+                spread.spread_2x8(at, row, to, plane, step)
             elif width == 2:
-                simd.spread_2x4(at, row, to, plane, step)
+                spread.spread_2x4(at, row, to, plane, step)
             elif row == 16:
-                simd.spread_1x4(at, row, to, plane, step)
+                spread.spread_1x4(at, row, to, plane, step)
             else:
-                simd.spread_1x2(at, row, to, plane, step)
+                spread.spread_1x2(at, row, to, plane, step)
     else:
         packed, codes, mask = u8(source), i8(target), (1 << width) - 1
         for token in range(tile):
@@ -114,16 +114,16 @@ def _value_planes(source, target, width, place, size, tile):
             for word in range(0, tile // 4, 8):
                 at, to = source + row * tile + word * 4, target + word * step + row * 4
                 if width == 1:
-                    simd.spread_1_rows(at, tile, to, rows * 4, step)
+                    spread.spread_1_rows(at, tile, to, rows * 4, step)
                 elif width == 2:
-                    simd.spread_2_rows(at, tile, to, rows * 4, step)
+                    spread.spread_2_rows(at, tile, to, rows * 4, step)
                 elif width == 4:
-                    simd.spread_4_rows(at, tile, to, rows * 4, step)
+                    spread.spread_4_rows(at, tile, to, rows * 4, step)
                 else:
-                    simd.spread_8_rows(at, tile, to, rows * 4, step)
+                    spread.spread_8_rows(at, tile, to, rows * 4, step)
     elif rows == 8 and width == 1:
         for word in range(0, tile // 4, 8):
-            simd.spread_1_half(source + word * 4, tile, target + word * step, 64, step)
+            spread.spread_1_half(source + word * 4, tile, target + word * step, 64, step)
     else:
         packed, codes, mask = u8(source), i8(target), (1 << width) - 1
         for channel in range(size):
@@ -140,7 +140,7 @@ def _key_trits(source, target, size, tile):
     if size % 32 == 0:
         for slot in range(0, SLOTS, 16):
             for word in range(0, size // 4, 8):
-                simd.spread_trits(source + slot * size + word * 4, size, target + word * step + slot * 4, plane, step)
+                spread.spread_trits(source + slot * size + word * 4, size, target + word * step + slot * 4, plane, step)
         return
     packed, codes = u8(source), i8(target)
     for slot in range(SLOTS):
@@ -158,7 +158,7 @@ def _value_trits(source, target, size, tile):
     plane = SLOTS // 4 * step
     if size % 16 == 0:
         for row in range(0, size, 16):
-            simd.spread_trits(source + row * SLOTS, SLOTS, target + row * 4, plane, step)
+            spread.spread_trits(source + row * SLOTS, SLOTS, target + row * 4, plane, step)
         return
     packed, codes = u8(source), i8(target)
     for channel in range(size):

@@ -84,7 +84,7 @@ def task_count(job):
 
 @njit(**FAST)
 def begin_task(job, work, task):
-    """Queries and an empty state; full-precision slots are taken here. Returns row, head, first query, rows, and tiles to take."""
+    """Queries and an empty state; full-precision slots are taken here. Returns row, head, first query, rows, tiles."""
     unit, part = task // (job.splits + 1), task % (job.splits + 1)
     query = unit % job.chunks * job.chunk
     head, row = unit // job.chunks % job.kv_heads, unit // job.chunks // job.kv_heads

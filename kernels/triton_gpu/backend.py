@@ -15,7 +15,7 @@ from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout
 from skvq.kernels.registry import BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
-from skvq.kernels.triton_gpu.labels import attend_labels_kernel
+from skvq.kernels.triton_gpu.labels import attend_labels_blocks_kernel, attend_labels_kernel
 from skvq.kernels.triton_gpu.pack import pack_kernel, quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
 from skvq.kernels.triton_gpu.prepare import prepare_heads_kernel
@@ -25,6 +25,7 @@ from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 64
+LABEL_WARPS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,11 @@ class Columns:
 def bits_code(bits: float) -> int:
     """Bits as kernels name them: 15 for 1.5."""
     return 15 if bits == 1.5 else int(bits)
+
+
+def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
+    """How fragments of q are stored (``packed.load_rows``): as the registers allow, counted ahead of time."""
+    return tile == 128 and not has_span and not (has_mean and groups > 1)
 
 
 class TritonGpu:
@@ -105,6 +111,7 @@ class TritonGpu:
         pad = 2 if width == 4 else 1
         key_bits, value_bits = bits_code(layout.key_bits), bits_code(layout.value_bits)
         key_normal, value_normal = not self.subnormals, not self.subnormals or value_bits in (4, 8)
+        by_column = rows_by_column(layout.tile, groups, has_mean=codec.has_key_mean, has_span=_is_limited(step))
         rows = self.scratch.take("rows", programs * (2 if key_bits == 3 else 1) * size * width * pad, torch.float16)
         qsum = self.scratch.take("qsum", programs * groups * width, torch.float32)
         scale = self.scratch.take("scale", programs * 2, torch.float32)
@@ -119,7 +126,7 @@ class TritonGpu:
             columns.chunks, columns.queries, columns.repeat, rope_scale,
             D=size, BITS=key_bits, G=groups, NH=width, NORMAL=key_normal, META=1.0 if self.fp8 else 256.0,
             HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean,
-            BY_COLUMN=layout.tile == 128, ASM=not self.interpreted, num_warps=4,
+            BY_COLUMN=by_column, ASM=not self.interpreted, num_warps=4,
         )  # fmt: skip
         attend_packed_kernel[(columns.heads, splits, q.shape[0] * columns.chunks)](
             rows, qsum, scale, coefficient, turn, table, pages.key_codes, pages.value_codes, pages.meta, codec.values.unit,
@@ -127,8 +134,8 @@ class TritonGpu:
             *_page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
             step.span,
             D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, KEY_NORMAL=key_normal,
-            VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean, ASM=not self.interpreted,
-            FP8=self.fp8, num_warps=1, num_stages=self.stages,
+            VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
+            BY_COLUMN=by_column, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=self.stages,
         )  # fmt: skip
 
     def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
@@ -156,19 +163,28 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             return reference.attend_labels(q, pages, codec, full, step)
         columns = self._check(q, layout.kv_heads, layout.head_size, full, step)
-        splits = self._splits(columns, step, layout.tile, warps=4)
+        splits = self._splits(columns, step, layout.tile, warps=LABEL_WARPS)
         part, stat = self._partials("packed", columns, q, splits)
         if splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
-            attend_labels_kernel[(columns.heads, splits, q.shape[0] * columns.chunks)](
+            shared = (
                 q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
                 *_page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
                 step.span, columns.total, tables.scale,
-                D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
-                NH=max(columns.width, 8), num_warps=4, num_stages=2,
             )  # fmt: skip
+            grid = (columns.heads, splits, q.shape[0] * columns.chunks)
+            bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
+            forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
+            if set(bits.values()) <= {2, 4, 8}:
+                groups = layout.kv_heads * layout.groups
+                attend_labels_blocks_kernel[grid](
+                    *shared, groups, **forms, GROUPS=max(16, triton.next_power_of_2(groups)), WIDE=self.interpreted,
+                    num_warps=LABEL_WARPS, num_stages=2,
+                )  # fmt: skip
+            else:
+                attend_labels_kernel[grid](*shared, **forms, num_warps=4, num_stages=2)
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 
     def _finish(
@@ -207,7 +223,12 @@ class TritonGpu:
             return reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
         y_keys, y_values = (y.contiguous() for y in reference.encode_heads(codec, first, keys, values))
         sides = (codec.keys.unit, codec.keys.clip, codec.values.unit, codec.values.clip)
-        self._pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
+        if not (codec.keys.has_metric or codec.values.has_metric):
+            return self._pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
+        # codes that are chosen together come channel after channel: torch does that, for all tokens and heads at once
+        key, ks, km = reference.quantize_heads(y_keys, layout.key_bits, codec.keys)
+        value, vs, vm = reference.quantize_heads(y_values, layout.value_bits, codec.values)
+        self._pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
 
     def pack_labels(
         self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
@@ -228,9 +249,9 @@ class TritonGpu:
             codes = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
             scale, mid = (torch.empty(count, groups, dtype=torch.uint8, device=y.device) for _ in range(2))
             widest = members.shape[1]
-            quantize_kernel[(-(-count // 32), groups)](
+            quantize_kernel[(-(-count // 16), groups)](
                 y, side.unit, side.clip, members, sizes, codes, scale, mid, count, groups, y.shape[1], widest,
-                LEVELS=LEVELS[bits], WIDTH=triton.next_power_of_2(widest), BLOCK=32, num_warps=4,
+                LEVELS=LEVELS[bits], WIDTH=triton.next_power_of_2(widest), BLOCK=16, num_warps=8,
             )  # fmt: skip
             done.append((codes, scale, mid))
         (key, ks, km), (value, vs, vm) = done

@@ -43,19 +43,20 @@ def fit_groups(y, there, count, unit, clip, LEVELS: tl.constexpr):
     half: tl.constexpr = (LEVELS - 1) / 2
     low = tl.min(tl.where(there, y, float("inf")), 1) * clip
     high = tl.max(tl.where(there, y, float("-inf")), 1) * clip
-    scale, mid = tl.div_rn(high - low, tl.full(high.shape, LEVELS - 1.0, tl.float32)), (high + low) * 0.5
     tiny = unit * TINY
+    scale = tl.maximum(tl.div_rn(high - low, tl.full(high.shape, LEVELS - 1.0, tl.float32)), tiny)
+    mid = (high + low) * 0.5
     size = tl.full(high.shape, 1.0, tl.float32) * count
     mean = tl.div_rn(tl.sum(tl.where(there, y, 0.0), 1), size)
     for _ in tl.static_range(REFINE_STEPS):
-        code = tl.where(there, nearest_code(y, tl.maximum(scale, tiny), mid, LEVELS) - half, 0.0)
+        code = tl.where(there, nearest_code(y, scale, mid, LEVELS) - half, 0.0)
         code_mean = tl.div_rn(tl.sum(code, 1), size)
         centred = tl.where(there, code - code_mean[:, None], 0.0)
         spread = tl.sum(centred * centred, 1)
-        fitted = tl.div_rn(tl.sum(centred * tl.where(there, y, 0.0), 1), tl.maximum(spread, 1e-6))
+        fitted = tl.maximum(tl.div_rn(tl.sum(centred * tl.where(there, y, 0.0), 1), tl.maximum(spread, 1e-6)), tiny)
         scale = tl.where(spread > 0, fitted, scale)
         mid = mean - scale * code_mean
-    scale_byte = e4m3_encode(tl.maximum(scale, tiny) / unit)
+    scale_byte = e4m3_encode(scale / unit)
     mid_byte = e4m3_encode(mid / unit)
     code = nearest_code(y, e4m3_decode(scale_byte) * unit, e4m3_decode(mid_byte) * unit, LEVELS)
     return code.to(tl.int32), scale_byte, mid_byte

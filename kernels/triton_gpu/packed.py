@@ -292,7 +292,7 @@ def attend_packed_kernel(
     stride_pages_slot, heads, chunks, queries, repeat, span,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr,
     KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
-    ASM: tl.constexpr, FP8: tl.constexpr,
+    BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
 
@@ -325,10 +325,10 @@ def attend_packed_kernel(
     program = tl.program_id(2) * heads + head
     h = tl.arange(0, NH)
     t = perm4(tl.arange(0, SHARE), ASM)
-    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, TILE == 128)
+    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
     q_high = ()
     if KEY_BITS == 3:
-        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N, TILE == 128)
+        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N, BY_COLUMN)
     qsum = ()
     for g in tl.static_range(G):
         qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
@@ -376,7 +376,7 @@ def attend_packed_kernel(
         page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // TILES).to(tl.int64)
 
         # before or after the scores: whichever leaves the registers (counted ahead of time)
-        if HAS_MEAN and SHARES == 5:
+        if HAS_MEAN and (SHARES == 5 or G > 1):
             mean = mean_scores(turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, D, NH)
         raw = ()
         if KEY_BITS == 15:
@@ -385,7 +385,7 @@ def attend_packed_kernel(
             for s in tl.static_range(SHARES):
                 share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
                 raw = raw + (share,)
-        if HAS_MEAN and SHARES == 1:
+        if HAS_MEAN and SHARES == 1 and G == 1:
             mean = mean_scores(turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, D, NH)
         words = ()
         for s in tl.static_range(SHARES):
@@ -404,7 +404,7 @@ def attend_packed_kernel(
                 x += mean[s] * mean_scale
             x = tl.where(retained[:, None], NEVER, x)
             if HAS_SPAN:
-                x = tl.where((i * TILE + s * SHARE + t)[:, None] < oldest[None, :], NEVER, x)
+                x = tl.where(t[:, None] < (oldest - (i * TILE + s * SHARE))[None, :], NEVER, x)
             scores = scores + (x,)
 
         top = scores[0]

@@ -25,11 +25,20 @@ def load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, 
 
 
 @triton.jit
-def in_basis(q, basis, channel, D: tl.constexpr, HAS_BASIS: tl.constexpr):
-    """Rows ``channel`` of ``basis q``, float32."""
-    d = tl.arange(0, D)
-    matrix = tl.load(basis + channel[:, None] * D + d[None, :], mask=channel[:, None] < D, other=0.0)
-    return tl.dot(matrix, q, input_precision="ieee")
+def in_basis(q_ptr, basis, channel, column, real, row, head, queries, repeat, heads, D: tl.constexpr, HAS_BASIS: tl.constexpr):
+    """Rows ``channel`` of ``basis q`` [channels, columns], float32; rows past D are zero."""
+    inside = channel < D
+    if HAS_BASIS:
+        y = tl.zeros([channel.shape[0], column.shape[0]], tl.float32)
+        for start in range(0, D, 32):
+            d = start + tl.arange(0, 32)
+            matrix = tl.load(basis + channel[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+            q = load_query(q_ptr, d, column, real, row, head, queries, repeat, heads, D)
+            y = tl.dot(matrix, q, y, input_precision="ieee")
+        return y
+    else:
+        y = load_query(q_ptr, channel % D, column, real, row, head, queries, repeat, heads, D)
+        return tl.where(inside[:, None], y, 0.0)
 
 
 @triton.jit
@@ -70,24 +79,16 @@ def prepare_heads_kernel(
     real = (c < NH) & (column < queries * repeat)
     channel = perm4(r, ASM)
     unit = tl.load(unit_ptr + head * G + channel // (D // G))[:, None]
-    if HAS_BASIS:
-        q = load_query(q_ptr, r, column, real, row, head, queries, repeat, heads, D)
-        basis = basis_ptr + head * (D * D)
-        y = in_basis(q, basis, channel, D, HAS_BASIS) * unit
-    else:
-        y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
+    basis = basis_ptr + head * (D * D)
+    y = in_basis(q_ptr, basis, channel, column, real, row, head, queries, repeat, heads, D, HAS_BASIS) * unit
     up, down = power_of_two_scale(tl.max(tl.max(tl.abs(y), 1), 0))
     place = 1.0 / tl.exp2((channel // STEP * LOW).to(tl.float32))
     fragment = y * (up * place[:, None])
     weight = 1.0 / place
     if CUMULATIVE:
         # a field with all below it, x_p: code_p 4^p = x_p - x_(p-1), so row p takes q_p 4^-p - q_(p+1) 4^-(p+1)
-        if HAS_BASIS:
-            above = in_basis(q, basis, channel + STEP, D, HAS_BASIS) * unit
-        else:
-            beyond = (channel + STEP < D)[:, None]
-            above = load_query(q_ptr, (channel + STEP) % D, column, real, row, head, queries, repeat, heads, D)
-            above = tl.where(beyond, above * unit, 0.0)
+        above = channel + STEP
+        above = in_basis(q_ptr, basis, above, column, real, row, head, queries, repeat, heads, D, HAS_BASIS) * unit
         fragment -= above * (up * 0.25 * place[:, None])
         weight = (4.0 / place - 1.0) / 3.0
     rounded = fragment.to(tl.float16)
@@ -100,10 +101,7 @@ def prepare_heads_kernel(
             channel = (r // 16 * 2 + place_high % 2) * 8 + perm4(place_high // 2, ASM)
         plane = channel // (D // 8)
         unit = tl.load(unit_ptr + head * G + channel // (D // G))[:, None]
-        if HAS_BASIS:
-            y = in_basis(q, basis, channel, D, HAS_BASIS) * unit
-        else:
-            y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
+        y = in_basis(q_ptr, basis, channel, column, real, row, head, queries, repeat, heads, D, HAS_BASIS) * unit
         at = fragment_places(r, c * PAD, 16, NH * PAD, BY_COLUMN)
         high = y * (up * 4.0 / tl.exp2(plane.to(tl.float32)))[:, None]
         tl.store(out_ptr + program * (ROWS * NH * PAD) + D * NH * PAD + at, high.to(tl.float16), mask=used)

@@ -1,0 +1,194 @@
+"""How fast is decode attention over packed pages on this CPU, and what could it be at most?
+
+Prints the copy bandwidth of the machine first, then checks the kernel against the specification, then measures one layer of
+Mistral-7B at long contexts and all 30 layers of SmolLM2-135M at short ones, with random codes: the best of many calls (of each
+layer), the median, and the CPU time of one thread, which other processes disturb least. Last line: JSON.
+
+    python benchmarks/attention_cpu.py [--quick] [--key-bits 2 --value-bits 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import torch
+from torch import Tensor
+
+from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, PackedPages, RopeFrequencies, Step
+from skvq.kernels.layout import LEVELS, PageLayout, pages_for
+from skvq.kernels.numba_cpu import NumbaCpu
+from skvq.kernels.reference import Reference
+
+FULL_SPAN = 2**31 - 1
+
+
+def say(*words: object) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def timed(function: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Times of calls for about so many seconds, at least five, after one that is not counted."""
+    function()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < until:
+        start = clock()
+        function()
+        times.append(clock() - start)
+    return times
+
+
+def cpu_seconds(function: Callable[[], object], seconds: float) -> float:
+    """CPU time of a call on one thread, the best of several: what else the machine does hardly shows in it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best = min(timed(function, seconds, time.thread_time))
+    torch.set_num_threads(threads)
+    return best
+
+
+def copy_bandwidth(seconds: float) -> float:
+    """Bytes read and written a second by a copy of 256 MiB, the best of several."""
+    source = torch.ones(1 << 28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(timed(lambda: target.copy_(source), seconds))
+
+
+def head_side(layout: PageLayout) -> HeadSide:
+    heads, size = layout.kv_heads, layout.head_size
+    eye = torch.eye(size).repeat(heads, 1, 1)
+    ones = torch.ones(heads, layout.groups)
+    return HeadSide(unit=ones, clip=ones, metric=eye, factor=eye, has_metric=False)
+
+
+def make_codec(layout: PageLayout, active_pairs: int) -> HeadCodec:
+    """Random orthogonal bases; a key mean in the ``active_pairs`` slowest pairs."""
+    heads, size = layout.kv_heads, layout.head_size
+    gen = torch.Generator().manual_seed(0)
+    basis, other = (torch.linalg.qr(torch.randn(heads, size, size, generator=gen))[0].contiguous() for _ in range(2))
+    mean = torch.zeros(heads, 2, size // 2)
+    mean[:, :, size // 2 - active_pairs :] = torch.randn(heads, 2, active_pairs, generator=gen)
+    return HeadCodec(
+        keys=head_side(layout), values=head_side(layout), key_mean=mean.flatten(1), key_basis=basis, query_basis=basis,
+        value_mean=torch.randn(heads, size, generator=gen), value_basis=other, output_basis=other.transpose(1, 2).contiguous(),
+        rope=RopeFrequencies(inv_freq=1e4 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size), scale=1.0),
+        has_key_mean=active_pairs > 0, has_basis=True,
+    )  # fmt: skip
+
+
+Call = tuple[Tensor, PackedPages, HeadCodec, FullSlots, Step]
+
+
+def make_call(layout: PageLayout, query_heads: int, tokens: int, window: int, active_pairs: int) -> Call:
+    """One sequence of ``tokens`` packed tokens on shuffled pages and ``window`` in 16 bits; random codes, sane metadata."""
+    tokens = tokens // layout.tile * layout.tile
+    heads, size, count = layout.kv_heads, layout.head_size, pages_for(tokens)
+    codes, values = (
+        torch.empty(count, heads, nbytes, dtype=torch.uint8).random_(0, 243 if bits == 1.5 else 256)
+        for bits, nbytes in ((layout.key_bits, layout.key_bytes), (layout.value_bits, layout.value_bytes))
+    )
+    meta = torch.empty(count, heads, layout.meta_words, dtype=torch.int32)
+    for place, (low, high) in enumerate(((0x20, 0x30), (0, 0x20), (0x20, 0x30), (0, 0x20))):
+        meta.view(torch.uint8).view(-1, 4)[:, place].random_(low, high)
+    keys, slots = (torch.randn(1, heads, window, size).bfloat16() for _ in range(2))
+    return (
+        torch.randn(1, 1, query_heads, size),
+        PackedPages(layout=layout, key_codes=codes, value_codes=values, meta=meta),
+        make_codec(layout, active_pairs),
+        FullSlots(keys=keys, values=slots, positions=torch.arange(tokens, tokens + window, dtype=torch.int32)[None]),
+        Step(
+            slots=torch.zeros(1, dtype=torch.int64), positions=torch.full((1, 1), tokens + window, dtype=torch.int32),
+            packed=torch.tensor([tokens], dtype=torch.int32), page_table=torch.randperm(count).int()[None].contiguous(),
+            max_packed=tokens, span=FULL_SPAN,
+        ),
+    )  # fmt: skip
+
+
+def check(backend: NumbaCpu, layout: PageLayout, query_heads: int) -> None:
+    """The gate: no figure is reported unless the answer is right."""
+    call = make_call(layout, query_heads, 4096, 100, 20)
+    out, lse = backend.attend_heads(*call)
+    expected, expected_lse = Reference().attend_heads(*call)
+    error = float((out - expected).norm() / expected.norm())
+    assert error < 5e-4 and float((lse - expected_lse).abs().max()) < 1e-2, f"wrong by {error}: nothing is measured"
+    say(f"gate: error {error:.1e} against float32, {layout.head_size}-channel heads, group {layout.group_size}")
+
+
+def measure(
+    backend: NumbaCpu, name: str, layout: PageLayout, query_heads: int, tokens: int, args: argparse.Namespace, copy: float
+) -> dict[str, object]:
+    layers = 30 if name == "smollm2-135m" else 1
+    calls = [make_call(layout, query_heads, tokens, args.window, args.mean_pairs) for _ in range(layers)]
+    times = [timed(lambda call=call: backend.attend_heads(*call), args.seconds / layers) for call in calls]
+    best, median, packed = sum(map(min, times)), sum(map(statistics.median, times)), calls[0][4].max_packed
+    core = cpu_seconds(lambda: backend.attend_heads(*calls[0]), args.seconds / 2) * layers
+    nbytes, codes = layers * packed * layout.bytes_per_token, layers * packed * layout.kv_heads * layout.head_size * 2
+    row: dict[str, object] = {
+        "shape": name, "layers": layers, "group": layout.group_size, "ctx": tokens, "ms": round(best * 1e3, 3),
+        "median_ms": round(median * 1e3, 3), "gbps": round(nbytes / best / 1e9, 2),
+        "share_of_copy": round(nbytes / best / copy, 3), "gcodes_per_s": round(codes / best / 1e9, 2),
+        "gcodes_per_s_and_core": round(codes / core / 1e9, 2),
+    }  # fmt: skip
+    say(
+        f"{name:13} g{layout.group_size:<3} {tokens:>8} tokens x {layers:2} layers: {best * 1e3:8.3f} ms "
+        f"(median {row['median_ms']}), {row['gbps']} GB/s, {100 * nbytes / best / copy:.0f} % of copy, {row['gcodes_per_s']} G codes/s; "
+        f"{row['gcodes_per_s_and_core']} a core of CPU time"
+    )
+    return row
+
+
+def git_commit() -> str:
+    try:
+        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave out the million tokens")
+    parser.add_argument("--key-bits", type=float, default=2.0, choices=sorted(LEVELS))
+    parser.add_argument("--value-bits", type=float, default=2.0, choices=sorted(LEVELS))
+    parser.add_argument("--mean-pairs", type=int, default=0, help="channel pairs with a key mean")
+    parser.add_argument("--window", type=int, default=200, help="full-precision tokens")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    copy = copy_bandwidth(args.seconds)
+    say(f"ceiling: copy {copy / 1e9:.1f} GB/s (read + write), {args.threads} threads, {processor()}")
+    backend = NumbaCpu()
+    bits = {"key_bits": args.key_bits, "value_bits": args.value_bits}
+    rows = []
+    for group in (128, 64):
+        layout = PageLayout(head_size=128, kv_heads=8, group_size=group, **bits)
+        check(backend, layout, 32)
+        for tokens in (32_768, 131_072) if args.quick else (32_768, 131_072, 1_048_576):
+            rows.append(measure(backend, "mistral-7b", layout, 32, tokens, args, copy))
+    layout = PageLayout(head_size=64, kv_heads=3, group_size=64, **bits)
+    check(backend, layout, 9)
+    rows += [measure(backend, "smollm2-135m", layout, 9, tokens, args, copy) for tokens in (256, 2048, 7900)]
+    stamp = {"device": processor(), "threads": args.threads, "torch": torch.__version__, "numba": numba.__version__}
+    print(json.dumps({**stamp, "commit": git_commit(), **bits, "copy_gbps": round(copy / 1e9, 1), "results": rows}))
+
+
+if __name__ == "__main__":
+    main()

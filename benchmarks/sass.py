@@ -1,0 +1,229 @@
+"""What the compiler makes of the kernels, with no GPU: registers, spills, shared memory and instructions per element.
+
+Compiles for sm_80 and sm_90 ahead of time, disassembles with the tools of the Triton wheel, prints a table and writes
+``results/sass.json``. An element is one cached number; a lane-instruction is one of the 32 lanes of a warp-instruction, so that at full
+bandwidth a card may spend at 2.125 bits an element: A100 2.59, H100 2.35, H200 1.64. ``python benchmarks/sass.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import platform
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from skvq.kernels.triton_gpu import combine, dense, fused, labels, pack, packed, prepare, unpack
+from skvq.kernels.triton_gpu.backend import rows_by_column
+
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+HALVES, BYTES, WORDS, LONGS = "*fp16", "*u8", "*i32", "*i64"
+POINTERS = {  # by name, where it is not float32
+    **dict.fromkeys(("pages_ptr", "packed_ptr", "positions_ptr", "meta_ptr", "page_ptr", "held_ptr", "places_ptr", "member_ptr"), WORDS),
+    **dict.fromkeys(("size_ptr", "key_label_ptr", "value_label_ptr"), WORDS),
+    **dict.fromkeys(("table_ptr", "residual_ptr", "x_ptr", "gate_ptr", "up_ptr", "k_ptr", "v_ptr"), HALVES),
+    **dict.fromkeys(("retained_ptr", "key_code_ptr", "value_code_ptr", "code_ptr"), BYTES),
+    **dict.fromkeys(("key_scale_ptr", "key_mid_ptr", "value_scale_ptr", "value_mid_ptr", "mid_ptr"), BYTES),
+    "slots_ptr": LONGS,
+    "inv_freq_ptr": "*fp64",
+}
+FLOATS = {"rope_scale", "eps"}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One compilation: a kernel, its constants, and what the gates of kernels.md ask of it."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    pointers: dict[str, str]
+    elements: int = 0  # cached numbers that one pass of the inner loop covers; 0: no loop to count
+    limit: float = 0.0  # lane-instructions per element
+    registers: int = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one compilation came to."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    loop: int
+    per_element: float
+    conversions: int  # integer-to-float conversions in the loop
+    limit: float
+    operations: dict[str, int]
+
+
+def attend_variant(
+    name: str, *, limit: float, registers: int = 255, size: int = 128, key_bits: int = 2, value_bits: int = 2, groups: int = 1,
+    width: int = 4, span: bool = False, mean: bool = False, fp8: bool = False, normal: bool = False,
+) -> Variant:  # fmt: skip
+    """One form of ``attend_packed_kernel``; bits 15 stand for 1.5."""
+    tile = 160 if 15 in (key_bits, value_bits) else 128
+    constants = {
+        "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "KEY_NORMAL": normal,
+        "VALUE_NORMAL": normal or value_bits in (4, 8), "HAS_SPAN": span, "HAS_MEAN": mean,
+        "BY_COLUMN": rows_by_column(tile, groups, has_mean=mean, has_span=span), "ASM": True, "FP8": fp8,
+    }  # fmt: skip
+    pointers = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
+    return Variant(name, packed.attend_packed_kernel, constants, 1, 2, pointers, 2 * size * tile, limit, registers)
+
+
+def attend_variants(arch: int) -> list[Variant]:
+    """Decode attention in the forms that matter, and the limits they must keep."""
+    fp8 = arch >= 89
+    return [
+        attend_variant("K2V2 g128", limit=1.35, registers=168, fp8=fp8),
+        attend_variant("K2V2 g128 span", limit=1.4, registers=200, span=True, fp8=fp8),
+        attend_variant("K2V2 g128 8 columns", limit=1.6, registers=208, width=8, fp8=fp8),
+        attend_variant("K2V2 g128 mean", limit=1.7, mean=True, fp8=fp8),
+        attend_variant("K2V2 g64", limit=1.85, registers=224, groups=2, fp8=fp8),
+        attend_variant("K2V2 g64 mean", limit=2.2, groups=2, mean=True, fp8=fp8),
+        attend_variant("K2V2 g32", limit=2.7 if arch < 89 else 2.3, groups=4, fp8=fp8),
+        attend_variant("K2V1.5 g128", limit=1.8, registers=168, value_bits=15, fp8=fp8),
+        attend_variant("K2V1.5 g128 mean", limit=2.2, value_bits=15, mean=True, fp8=fp8),
+        attend_variant("K2V1.5 g64", limit=2.3, registers=184, value_bits=15, groups=2, fp8=fp8),
+        attend_variant("K1.5V2 g128", limit=1.8, registers=184, key_bits=15, fp8=fp8),
+        attend_variant("K3V3 g128", limit=2.2, key_bits=3, value_bits=3, fp8=fp8),
+        attend_variant("K4V4 g128", limit=2.2, key_bits=4, value_bits=4, fp8=fp8),
+        attend_variant("K8V8 g128", limit=2.2, key_bits=8, value_bits=8, fp8=fp8),
+        attend_variant("K2V2 g64, head 64", limit=2.0, registers=168, size=64, fp8=fp8),
+        attend_variant("K2V2 g128, normal numbers", limit=2.5, normal=True, fp8=fp8),
+    ]
+
+
+def other_variants(arch: int) -> list[Variant]:
+    """The other kernels: they must compile and not spill."""
+    codes = {"D": 128, "KEY_BITS": 2, "VALUE_BITS": 15, "G": 2}
+    halves = {"q_ptr": HALVES, "key_ptr": HALVES, "value_ptr": HALVES, "out_ptr": HALVES}
+    meta = 1.0 if arch >= 89 else 256.0
+    prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
+    reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
+    tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
+    return [
+        Variant("prepare", prepare.prepare_heads_kernel, {**prepared, "BY_COLUMN": True, "ASM": True}, 4, 1, halves),
+        Variant("combine", combine.combine_kernel, {"D": 128, "BLOCK": 16, "HAS_BASIS": True}, 4, 1, halves),
+        Variant("slots", dense.attend_slots_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 1, halves),
+        Variant("plain", dense.attend_plain_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 3, halves),
+        Variant("reorder K2V2 g64", labels.attend_labels_blocks_kernel, {**reorder, "GROUPS": 16, "WIDE": False}, 1, 2, tensors, 8192),
+        Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3}, 4, 2, tensors, 8192),
+        Variant("pack", pack.pack_kernel, {**codes, "QUANTIZED": False}, 4, 1, {}),
+        Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
+        Variant("unpack", unpack.unpack_kernel, codes, 4, 1, {}),
+        Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
+        Variant("rope", fused.rope_write_kernel, {"D": 128}, 1, 1, halves),
+        Variant("silu", fused.silu_mul_kernel, {"BLOCK": 1024}, 4, 1, halves),
+    ]
+
+
+def compile_variant(variant: Variant, arch: int) -> Any:
+    """The compiled kernel; pointers and page strides are declared divisible by 16, as they are at run time."""
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for index, name in enumerate(variant.kernel.arg_names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = variant.pointers.get(name) or POINTERS.get(name, "*fp32")
+        else:
+            floating = name in FLOATS or (name == "scale" and variant.kernel is fused.rope_write_kernel)
+            signature[name] = "fp32" if floating else "i32"
+        if name.endswith("_ptr") or (name.startswith("stride_") and name not in ("stride_pages_slot", "stride_held")):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], str]:
+    """Instructions with their addresses, and the tool's line on resources."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass, usage = (
+            subprocess.run([str(TOOL), option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "-res-usage")
+        )
+    found = (re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line) for line in sass.splitlines())
+    return [(int(m.group(1), 16), m.group(2)) for m in found if m], usage
+
+
+def inner_loop(instructions: list[tuple[int, str]]) -> list[str]:
+    """The longest loop that holds no other."""
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < address:
+            loops.append((int(target.group(1), 16), address))
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    if not inner:
+        return []
+    low, high = max(inner, key=lambda x: x[1] - x[0])
+    return [text for address, text in instructions if low <= address <= high]
+
+
+def operation(text: str) -> str:
+    """Name of an instruction without its predicate and modifiers."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
+
+
+def measure(variant: Variant, arch: int) -> Measured:
+    """Compile and count."""
+    kernel = compile_variant(variant, arch)
+    instructions, usage = disassemble(kernel.asm["cubin"])
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert numbers, usage
+    loop = inner_loop(instructions) if variant.elements else []
+    counted = collections.Counter(operation(text) for text in loop)
+    per_element = len(loop) * 32 * variant.warps / variant.elements if variant.elements else 0.0
+    return Measured(
+        variant.name, arch, int(numbers.group(1)), int(numbers.group(2)), int(kernel.metadata.shared), len(loop),
+        round(per_element, 3), counted["I2F"] + counted["I2FP"], variant.limit, dict(counted.most_common(12)),
+    )  # fmt: skip
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sass.json")
+    output = parser.parse_args().output
+    print("limits at full bandwidth, 2.125 bits: A100 2.59, H100 2.35, H200 1.64 lane-instructions an element")
+    print(f"{'kernel':28} {'sm':>3} {'regs':>4} {'stack':>5} {'shared':>6} {'loop':>5} {'per element':>11} {'limit':>6} {'I2F':>4}")
+    results = []
+    for arch in (80, 90):
+        for variant in attend_variants(arch) + other_variants(arch):
+            m = measure(variant, arch)
+            results.append(asdict(m))
+            print(
+                f"{m.name:28} {m.arch:3} {m.registers:4} {m.stack:5} {m.shared:6} {m.loop:5} {m.per_element:11.3f}"
+                f" {m.limit:6.2f} {m.conversions:4}",
+                flush=True,
+            )
+    record = {"device": "aot", "triton": triton.__version__, "python": platform.python_version(), "commit": commit()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+    print(json.dumps(record | {"kernels": len(results), "output": str(output)}))
+
+
+if __name__ == "__main__":
+    main()

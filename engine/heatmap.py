@@ -1,0 +1,56 @@
+"""The needle's heat map, through matplotlib where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skvq.engine.errors import OptionError
+
+
+def require_matplotlib() -> None:
+    """Raise OptionError, before any work is done, where there is no matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise OptionError("--plot needs matplotlib: pip install 'skvq[plot]', or leave --plot out") from None
+
+
+def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Write a PNG: log-probability of the answer by context and depth, and against the 16-bit cache where that was measured.
+
+    ``rows`` as ``Needle.as_dict`` gives them; a cross marks places where the answer was not retrieved. Raises OptionError.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    contexts, depths = (sorted({row[name] for row in rows}) for name in ("context", "depth"))
+    compared = all("logprob_fp" in row for row in rows)
+    panels = [("log-probability of the answer, nats per token", "viridis", [float(row["logprob"]) for row in rows])]
+    if compared:
+        panels.append(("minus that of the 16-bit cache", "RdBu", [row["logprob"] - row["logprob_fp"] for row in rows]))
+    figure = Figure(
+        figsize=(2.4 + (1.6 + 0.5 * len(contexts)) * 1.6 * len(panels), 1.6 + 0.5 * len(depths)), layout="constrained"
+    )
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, colours, values) in zip(axes, panels, strict=True):
+        grid = [[float("nan")] * len(contexts) for _ in depths]
+        for row, value in zip(rows, values, strict=True):
+            grid[depths.index(row["depth"])][contexts.index(row["context"])] = value
+        most = max(0.1, *map(abs, values))
+        limits = {"vmin": -most, "vmax": most} if colours == "RdBu" else {"vmax": 0.0}
+        image = axis.imshow(grid, cmap=colours, aspect="auto", **limits)
+        for row in (r for r in rows if not r["retrieved"]):
+            axis.text(contexts.index(row["context"]), depths.index(row["depth"]), "×", ha="center", va="center", color="white")
+        axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts])
+        axis.set_yticks(range(len(depths)), [f"{d:g} %" for d in depths])
+        axis.set_xlabel("tokens of context")
+        axis.set_title(label, fontsize="small")
+        figure.colorbar(image, ax=axis)
+    axes[0].set_ylabel("depth of the needle")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot write {path}: {error}") from None

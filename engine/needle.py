@@ -1,0 +1,203 @@
+"""``skvq needle``: a fact hidden at some depth of a long text, read through the real packed cache, then asked for.
+
+Two scores, so that a small model says something too: whether greedy decoding gives the answer, and the log-probability and
+rank of the answer's tokens against those of the same model over a 16-bit cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import OptionError
+from skvq.engine.generate import Engine
+from skvq.engine.machine import available_memory
+from skvq.engine.planner import arena_shape
+from skvq.engine.steps import DecodeBatch
+
+NEEDLE = "The secret number of the harbour master is {answer}."
+QUESTION = "\n\nQuestion: what is the secret number of the harbour master?\nAnswer: The secret number of the harbour master is"
+ANSWER = "{number}"
+EXTRA_TOKENS = 4
+"""Tokens generated beyond the answer's length: a model may begin with a space or a quotation mark."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needle:
+    """One place of the map. Log-probabilities are means over the answer's tokens, in nats; ranks the worst, 0 the best."""
+
+    context: int
+    depth: float
+    answer: str
+    text: str  # what greedy decoding gave
+    retrieved: bool
+    logprob: float
+    rank: int
+    reference: Reference
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"{self.context:>9,} tokens  depth {self.depth:5.1f} %  {'found' if self.retrieved else 'lost '}  "
+            f"log-probability {self.logprob:7.3f}, worst rank {self.rank}{self.reference.line()}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        found = asdict(self)
+        return {**{k: v for k, v in found.items() if k != "reference"}, **self.reference.as_dict()}
+
+
+class Reference:
+    """What a 16-bit cache gave: nothing, where it was not asked."""
+
+    def line(self) -> str:
+        """Added to a needle's line."""
+        return ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Added to a needle's JSON."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured(Reference):
+    """The same question over a 16-bit cache; KL is the mean over the answer's tokens, in nats."""
+
+    logprob_fp: float
+    rank_fp: int
+    retrieved_fp: bool
+    kl: float
+
+    def line(self) -> str:
+        return (
+            f"   16-bit: {'found' if self.retrieved_fp else 'lost '} {self.logprob_fp:7.3f}, {self.rank_fp}   KL {self.kl:.4f}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt of token ids and the answer that should follow."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, number: int) -> Question:
+    """A prompt that, with its answer, fills ``context`` tokens: the needle at ``depth`` per cent of the haystack."""
+    encode = engine.parts.tokenizer.encode
+    needle = encode(" " + NEEDLE.format(answer=number) + " ", bos=False)
+    question = encode(QUESTION, bos=False)
+    answer = encode(QUESTION + " " + ANSWER.format(number=number), bos=False)[len(question) :]
+    first = encode("x", bos=True)[: -len(encode("x", bos=False))]
+    room = context - len(first) - len(needle) - len(question) - len(answer) - EXTRA_TOKENS
+    if room < 16 or not answer:
+        least = context - room + 16
+        raise OptionError(f"a context of {context} tokens has no room for the needle and its question: at least {least}")
+    hay = [haystack[i % len(haystack)] for i in range(room)]
+    at = round(depth / 100 * room)
+    return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer)
+
+
+@torch.inference_mode()
+def answer_logits(engine: Engine, question: Question) -> tuple[str, Tensor]:
+    """Read the prompt; the text greedy decoding gives, and logits float32 [N, V] before each of the answer's tokens."""
+    sequence = engine.prefill(question.prompt[:-1])
+    twin = sequence.fork()
+    try:
+        sampling = SamplingConfig(max_new_tokens=len(question.answer) + EXTRA_TOKENS)
+        text = "".join(engine.stream(question.prompt[-1:], sampling, sequence=twin))
+        batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+        tokens = [question.prompt[-1], *question.answer[:-1]]
+        return text, torch.cat([engine.decode_step(batch, [token]) for token in tokens])
+    finally:
+        sequence.free()
+        twin.free()
+
+
+def score(logits: Tensor, answer: Sequence[int]) -> tuple[float, int]:
+    """Mean log-probability and worst rank of the answer's tokens."""
+    ids = torch.tensor(answer, device=logits.device)[:, None]
+    chosen = logits.gather(1, ids)
+    return float(logits.log_softmax(-1).gather(1, ids).mean()), int((logits > chosen).sum(-1).max())
+
+
+def needles(
+    engine: Engine,
+    references: Sequence[Engine],
+    haystack: str,
+    contexts: Sequence[int],
+    depths: Sequence[float],
+    *,
+    seed: int,
+    seen: Callable[[Needle], None],
+) -> list[Needle]:
+    """Ask at every context and depth, of ``references`` (none, or one over a 16-bit cache) too; ``seen`` gets each at once."""
+    if not all(0 <= d <= 100 for d in depths):
+        raise OptionError(f"depths are percentages from 0 to 100, got {', '.join(f'{d:g}' for d in depths)}")
+    hay = engine.parts.tokenizer.encode(haystack, bos=False)
+    if not hay:
+        raise OptionError("the haystack is empty: give a text file with some words in it")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for context in contexts:
+        for depth in depths:
+            number = int(torch.randint(10_000, 100_000, (1,), generator=generator))
+            question = ask(engine, hay, context, depth, number)
+            text, logits = answer_logits(engine, question)
+            logprob, rank = score(logits, question.answer)
+            reference: Reference = Reference()
+            for other in references:
+                reference = _measured(other, question, logits, str(number))
+            found.append(
+                Needle(
+                    context=context,
+                    depth=depth,
+                    answer=str(number),
+                    text=text,
+                    retrieved=str(number) in text,
+                    logprob=logprob,
+                    rank=rank,
+                    reference=reference,
+                )
+            )
+            seen(found[-1])
+    return found
+
+
+def _measured(engine: Engine, question: Question, packed: Tensor, answer: str) -> Measured:
+    text, logits = answer_logits(engine, question)
+    logprob, rank = score(logits, question.answer)
+    p, q = (t.log_softmax(-1) for t in (logits, packed))
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    return Measured(logprob_fp=logprob, rank_fp=rank, retrieved_fp=answer in text, kl=kl)
+
+
+def reference_of(engine: Engine) -> list[Engine]:
+    """An engine over a 16-bit cache beside this one; none, with a message that says so, where memory does not hold it."""
+    parts = engine.parts
+    cache, embedding = replace(parts.cache, method="fp"), parts.model.weights.embedding
+    shape = arena_shape(parts.model.config, cache, max_context=parts.setup.max_context, max_sequences=2, dtype=embedding.dtype)
+    memory = available_memory(embedding.device)
+    if shape.nbytes > memory:
+        engine.report.message(
+            f"no comparison with a 16-bit cache: it takes {shape.nbytes / 2**30:.1f} GiB, {memory / 2**30:.1f} GiB are there"
+        )
+        return []
+    return [engine.with_cache(cache, max_sequences=2)]
+
+
+def summary(found: Sequence[Needle]) -> dict[str, Any]:
+    """Shares and means over the map, and every place of it."""
+    rows = [n.as_dict() for n in found]
+    names: list[str] = [n for n in ("retrieved", "logprob", "retrieved_fp", "logprob_fp", "kl") if n in rows[0]]
+    means: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    return {**means, "results": rows}

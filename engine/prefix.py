@@ -1,0 +1,134 @@
+"""Prompts that begin alike share pages: whole packed pages, by the hash of all tokens up to their end, while there is room.
+
+A prompt read exactly attends to all of itself in full precision. With a reused prefix only the rest is read, by streaming,
+against the packed pages: faster, and not the same to the last bit. Hence it is off unless asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.kernels.layout import PAGE_TOKENS
+
+SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
+
+
+class Prefixes(Protocol):
+    """What the engine asks before and after it reads."""
+
+    def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
+        """Give an empty sequence the longest known beginning of ``ids``; how many tokens that is."""
+
+    def keep(self, sequence: SequenceCache) -> None:
+        """Remember the whole packed pages of a sequence beyond its life."""
+
+    @property
+    def pages(self) -> list[int]:
+        """Pages held, for ``Arena.check``."""
+
+
+class NoPrefixes:
+    """Nothing is shared unless forked."""
+
+    def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
+        return 0
+
+    def keep(self, sequence: SequenceCache) -> None: ...
+
+    @property
+    def pages(self) -> list[int]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    page: int
+    retained: dict[str, Tensor]  # retained slots [L, ..., R, ...] when the page was kept, shared by the pages of a sequence
+
+
+class PagePrefixes:
+    """Pages by the hash of their prefix, the least recently used given back first when the arena runs short.
+
+    Retained tokens are kept beside, on the host: a few per sequence. Off where a rule looks at attention mass, which tokens
+    get from what follows the page.
+    """
+
+    def __init__(self, setup: CacheSetup) -> None:
+        self._setup = setup
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        setup.arena.when_short(self._give_back)
+
+    @property
+    def pages(self) -> list[int]:
+        return [entry.page for entry in self._entries.values()]
+
+    def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
+        """Whole pages only, and none that would lie in the window of a sequence of these ids."""
+        assert sequence.length == 0, "a prefix is reused by an empty sequence"
+        found: list[tuple[bytes, _Entry]] = []
+        for key in _chain(ids, self._setup.regions.packed(len(ids))):
+            if key not in self._entries:
+                break
+            found.append((key, self._entries[key]))
+        if not found:
+            return 0
+        count = len(found) * PAGE_TOKENS
+        self._touch([key for key, _ in found])
+        sequence.share([entry.page for _, entry in found], ids[:count])
+        self._restore(sequence, found[-1][1].retained, count)
+        return count
+
+    def keep(self, sequence: SequenceCache) -> None:
+        if self._setup.needs_mass:
+            return
+        keys = list(_chain(sequence.token_ids, sequence.packed))
+        new = [(key, page) for key, page in zip(keys, sequence.pages, strict=False) if key not in self._entries]
+        if new:
+            retained = self._retained(sequence)
+            for key, page in new:
+                self._setup.arena.share(page)
+                self._entries[key] = _Entry(page, retained)
+        self._touch(keys)
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """Used now; a page goes before those it continues, which are of use without it."""
+        for key in reversed(keys):
+            self._entries.move_to_end(key)
+
+    def _give_back(self, count: int) -> None:
+        while self._entries and self._setup.arena.free_pages < count:
+            self._setup.arena.release(self._entries.popitem(last=False)[1].page)
+
+    def _retained(self, sequence: SequenceCache) -> dict[str, Tensor]:
+        count, tensors = self._setup.regions.retained, self._setup.arena.tensors
+        positions = tensors["full_positions"][:, sequence.slot, :count]
+        kept = {name: tensors[name][:, sequence.slot, :, :count] for name in ("full_keys", "full_values")}
+        kept |= {"full_positions": positions, "full_mass": tensors["full_mass"][:, sequence.slot, :count]}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in kept.items()}
+
+    def _restore(self, sequence: SequenceCache, retained: dict[str, Tensor], count: int) -> None:
+        """Retained tokens before position ``count``: a rule fills its slots in order of position, so these were the first."""
+        slots, tensors = self._setup.regions.retained, self._setup.arena.tensors
+        for name in SLOT_TENSORS:
+            target = tensors[name][:, sequence.slot]
+            part = target[:, :, :slots] if target.dim() == 4 else target[:, :slots]
+            part.copy_(retained[name])
+        positions = tensors["full_positions"][:, sequence.slot, :slots]
+        positions.masked_fill_(positions >= count, -1)
+
+
+def _chain(ids: Sequence[int], packed: int) -> Iterator[bytes]:
+    """A key for each whole page of the first ``packed`` tokens: the hash of its tokens and of the key before it."""
+    key = b""
+    for start in range(0, packed // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
+        tokens = np.asarray(ids[start : start + PAGE_TOKENS], dtype=np.int64)
+        key = hashlib.blake2b(key + tokens.tobytes(), digest_size=16).digest()
+        yield key

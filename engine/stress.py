@@ -1,0 +1,170 @@
+"""Caches without a model: an arena of any shape, filled with random tokens through the real packing path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.engine.arena import Arena
+from skvq.engine.cache import PIECE_TOKENS, CacheSetup, SequenceCache
+from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
+from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import CapacityError
+from skvq.engine.identity import identity_of
+from skvq.engine.loading import bind_method
+from skvq.engine.machine import available_memory
+from skvq.engine.planner import arena_shape, gib, page_layout, regions_of, rules_of
+from skvq.engine.report import Reporter
+from skvq.engine.rope import frequencies
+from skvq.kernels.interface import Backend
+from skvq.kernels.layout import PAGE_TOKENS
+from skvq.kernels.ops import ops_for
+
+RANDOM_UNIT = 0.25
+"""Unit of metadata for numbers of order one: scales from 3 levels to 256 are normal E4M3 numbers in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plant:
+    """A token that stands out among random ones, the same in every layer."""
+
+    position: int
+    key: Tensor  # [KH, D], after RoPE
+    value: Tensor  # [KH, D]
+
+
+def bare_setup(
+    config: ModelConfig,
+    cache: CacheConfig,
+    *,
+    max_context: int,
+    max_sequences: int,
+    backend: Backend,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> CacheSetup:
+    """What sequences share, without weights: a calibration is made up. Raises CapacityError if the arena does not fit."""
+    cache = cache.fitted(config)
+    shape = arena_shape(config, cache, max_context=max_context, max_sequences=max_sequences, dtype=dtype)
+    memory = available_memory(device)
+    if shape.nbytes > memory:
+        raise CapacityError(
+            f"the arena for {max_context:,} tokens takes {gib(shape.nbytes)}, {gib(memory)} are there: choose a smaller --ctx, "
+            "fewer --layers or fewer bits"
+        )
+    rope = frequencies(config, max_context, device)
+    tensors = made_up_calibration(config, cache)
+    arena = Arena(shape, device)
+    return CacheSetup(
+        arena=arena,
+        method=bind_method(arena, config, cache, tensors, rope, backend),
+        ops=ops_for(backend.name),
+        regions=regions_of(cache, config),
+        rules=rules_of(cache),
+        max_context=max_context,
+        packed_token_bytes=page_layout(cache, config).bytes_per_token,
+        identity=identity_of(cache, rules_of(cache), "no model", tensors, rope, shape.dtype),
+    )
+
+
+def made_up_calibration(config: ModelConfig, cache: CacheConfig, seed: int = 0) -> Mapping[str, Tensor]:
+    """A valid calibration for normal numbers: random orthogonal bases and small means for ``rotate``, labels in order."""
+    if cache.method == "fp":
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    shapes = tensor_shapes(cache, config)
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    for side in SIDES:
+        tensors[f"{side}_unit"] *= RANDOM_UNIT
+        if cache.method == "reorder":
+            labels = torch.arange(config.num_kv_heads * config.head_size) // cache.group_size
+            tensors[f"{side}_labels"] = labels.expand(config.num_layers, -1).contiguous()
+    if cache.method == "rotate":
+        size = config.head_size
+        turns = torch.linalg.qr(torch.randn(shapes["key_basis"], generator=generator)).Q
+        tensors |= {name: torch.eye(size).expand(shapes[name]).contiguous() for name in MATRICES if name.endswith("metric")}
+        tensors |= dict.fromkeys(("key_basis", "query_basis", "value_basis"), turns)
+        tensors["output_basis"] = turns.transpose(2, 3).contiguous()
+        tensors |= {f"{s}_mean": 0.1 * torch.randn(shapes[f"{s}_mean"], generator=generator) for s in SIDES}
+    return tensors
+
+
+def append(sequence: SequenceCache, keys: Sequence[Tensor], values: Sequence[Tensor], ids: Sequence[int]) -> None:
+    """Cache tokens whose keys (after RoPE) and values are given, [T, KH, D] a layer, as a forward pass would."""
+    setup = sequence.setup
+    sequence.reserve(len(ids))
+    new_ids = torch.tensor(ids, dtype=torch.int64, device=sequence.page_row.device)
+    for layer, (new_keys, new_values) in enumerate(zip(keys, values, strict=True)):
+        old_keys, old_values, old_mass = sequence.window(layer, sequence.length)
+        sequence.absorb(
+            layer,
+            torch.cat([old_keys, new_keys.to(setup.arena.shape.dtype)]),
+            torch.cat([old_values, new_values.to(setup.arena.shape.dtype)]),
+            torch.cat([old_mass, old_mass.new_zeros(len(ids))]),
+            new_ids,
+        )
+    sequence.commit(ids)
+
+
+@torch.inference_mode()
+def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: Reporter, plants: Sequence[Plant] = ()) -> None:
+    """Append ``count`` random tokens: normal keys and values, packed by the real kernel; layers differ by a shift.
+
+    A plant takes the place of the random token at its position. Raises CapacityError before anything is written.
+    """
+    shape, device = sequence.setup.arena.shape, sequence.page_row.device
+    last = sequence.length + count
+    if last > sequence.setup.max_context:
+        sequence.reserve(count)  # raises
+    generator = torch.Generator().manual_seed(seed)
+    size = (min(count, PIECE_TOKENS), shape.kv_heads, shape.head_size)
+    with report.bar(f"filling {count:,} random tokens", count) as bar:
+        for start in range(sequence.length, last, PIECE_TOKENS):
+            stop = min(start + PIECE_TOKENS, last)
+            ids = torch.randint(vocab, (stop - start,), generator=generator).tolist()
+            both = [torch.randn(size, generator=generator)[: stop - start].to(shape.dtype).to(device) for _ in range(2)]
+            here = [p for p in plants if start <= p.position < stop]
+            keys, values = (_Layers(t, shape.layers, start, here, name) for t, name in zip(both, ("key", "value"), strict=True))
+            append(sequence, keys, values, ids)
+            bar.advance(stop - start)
+
+
+def fill_fast(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: Reporter) -> None:
+    """``fill``, where a long run of an empty sequence repeats the packed bytes of its second piece: as fast as memory is.
+
+    The same bytes are read and the same work is done when it is attended to; as a text it makes even less sense.
+    """
+    regions = sequence.setup.regions
+    lead = 2 * PIECE_TOKENS
+    tail = lead + regions.ring + PAGE_TOKENS
+    if sequence.length or count < lead + tail or count > sequence.setup.max_context:
+        fill(sequence, count, seed=seed, vocab=vocab, report=report)
+        return
+    fill(sequence, lead + regions.ring, seed=seed, vocab=vocab, report=report)
+    sequence.truncate(lead)  # to whole pages: nothing is left in the window
+    middle = (count - tail) // PAGE_TOKENS * PAGE_TOKENS
+    ids = torch.randint(vocab, (middle,), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    pages = PIECE_TOKENS // PAGE_TOKENS
+    sequence.repeat(pages, pages, ids)
+    fill(sequence, count - sequence.length, seed=seed + 2, vocab=vocab, report=report)
+
+
+class _Layers(Sequence[Tensor]):
+    """The same random tokens for every layer, shifted by its number, with plants in place: made when asked for."""
+
+    def __init__(self, tokens: Tensor, layers: int, first: int, plants: Sequence[Plant], name: str) -> None:
+        self._tokens, self._layers, self._first, self._plants, self._name = tokens, layers, first, plants, name
+
+    def __len__(self) -> int:
+        return self._layers
+
+    def __getitem__(self, layer: int) -> Tensor:  # type: ignore[override]
+        if layer >= self._layers:
+            raise IndexError(layer)
+        tokens = self._tokens.roll(layer, 0)
+        for plant in self._plants:
+            tokens[plant.position - self._first] = getattr(plant, self._name).to(tokens)
+        return tokens

@@ -1,0 +1,361 @@
+"""The command line: what it prints where, and every bad input: one line, exit 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from skvq.cli import main, run
+from skvq.engine.config import RopeConfig
+from skvq.loaders.files import cache_folder
+from skvq.tests.loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+def call(command: str, *args: object, stdin: str | bytes | None = None) -> Result:
+    """Run a command with the backend that needs no compiling, unless it names another."""
+    backend = ("--backend", "reference") if command in ("run", "eval", "calibrate") else ()
+    return CliRunner().invoke(main, [command, *backend, *map(str, args)], input=stdin, catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a tokenizer, a chat template, and logits that are neither flat nor wild."""
+    config = tiny_config(trained_context=4096, rope=RopeConfig(original_context=4096))
+    weights = {n: w if w.ndim == 1 else w / w.shape[1] ** 0.5 for n, w in random_weights(config).items()}
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), config, weights)
+    byte_level_pipeline().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture
+def broken(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model, to be spoilt."""
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
+def refused(result: Result, *fragments: str) -> None:
+    """One line on stderr that begins as it should and holds the fragments; nothing on stdout; exit 2."""
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 2 and result.stdout == ""
+    assert len(lines) == 1 and lines[0].startswith("skvq: error: ") and len(lines[0]) < 700, lines
+    for fragment in fragments:
+        assert fragment in lines[0], lines[0]
+
+
+def files_under(*folders: Path) -> set[tuple[str, int]]:
+    return {(str(f), f.stat().st_mtime_ns) for folder in folders for f in folder.rglob("*")}
+
+
+# --- what works ----------------------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_the_answer_alone_and_one_closing_line(model: Path) -> None:
+    result = call("run", "--model", model, "-p", "the quick brown", "-n", 7, "--method", "fp")
+    assert result.exit_code == 0 and result.stdout.endswith("\n") and "skvq" not in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("skvq: read ")
+    for word in ("tokens/s", "MB", "bits per element", "times smaller than 16-bit"):
+        assert word in lines[0]
+
+
+def test_run_json_is_the_last_line_and_repeats_the_text(model: Path) -> None:
+    options = ("--model", model, "-p", "the quick brown", "-n", 7, "--temperature", 0.8, "--seed", 5, "--ignore-eos")
+    found = json.loads(call("run", *options, "--json").stdout.splitlines()[-1])
+    assert found["text"] == call("run", *options).stdout.removesuffix("\n")
+    assert found["new_tokens"] == 7 - 1 and found["method"] == "rotate" and found["cached_tokens"] == found["prompt_tokens"] + 6
+    assert 1 < found["bits_per_element"] <= 16 and found["times_smaller"] == pytest.approx(16 / found["bits_per_element"])
+
+
+def test_skvq_run_is_skvq_run(model: Path) -> None:
+    options = ["--model", str(model), "-p", "over the lazy dogs", "-n", "5"]
+    assert CliRunner().invoke(run, [*options, "--backend", "reference"]).stdout == call("run", *options).stdout != "\n"
+
+
+def test_text_comes_from_a_file_from_standard_input_and_before_the_prompt(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("naïve — déjà vu! 日本 😀", encoding="utf-8")
+    options = ("--model", model, "-n", 4, "--method", "fp", "--json")
+
+    def tokens(*more: object, stdin: str | None = None) -> int:
+        return int(json.loads(call("run", *options, *more, stdin=stdin).stdout)["prompt_tokens"])
+
+    assert tokens("-f", file) == tokens("-f", "-", stdin=file.read_text(encoding="utf-8"))
+    assert tokens("-f", file, "-p", "jumps") == tokens("-p", file.read_text(encoding="utf-8") + "\n\njumps")
+
+
+def test_chat_uses_the_template(model: Path) -> None:
+    def tokens(*more: str) -> int:
+        return int(json.loads(call("run", "--model", model, "-n", 1, "--method", "fp", "--json", *more).stdout)["prompt_tokens"])
+
+    assert tokens("--chat", "-p", "hi") == tokens("-p", "user: hi\nassistant:")
+    assert tokens("--chat", "--system", "be brief", "-p", "hi") == tokens("-p", "system: be brief\nuser: hi\nassistant:")
+
+
+def test_no_new_tokens_are_no_text(model: Path) -> None:
+    assert call("run", "--model", model, "-p", "the", "-n", 0, "--method", "fp").stdout == "\n"
+
+
+def test_an_answer_ends_where_the_context_is_full(model: Path) -> None:
+    prompt = ("run", "--model", model, "-p", "the quick brown fox", "--method", "fp", "--ignore-eos", "--json")
+    count = json.loads(call(*prompt, "-n", 1).stdout)["prompt_tokens"]
+    found = json.loads(call(*prompt, "-n", 50, "--ctx", count + 3).stdout)
+    assert found["cached_tokens"] == count + 3
+
+
+def test_a_calibration_that_is_made_is_used(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "made.safetensors"
+    made = call("calibrate", "--model", model, "-o", file, "--tokens", 64, "--value-bits", 1.5)
+    assert made.exit_code == 0 and made.stdout == "" and str(file) in made.stderr
+    before = files_under(cache_folder())
+    result = call("run", "--model", model, "-p", "the", "-n", 2, "--calibration", file, "--value-bits", 1.5)
+    assert result.exit_code == 0 and files_under(cache_folder()) == before
+
+
+def test_eval_prints_the_figures_that_were_promised(model: Path) -> None:
+    found = json.loads(call("eval", "--model", model, "--tokens", 333, "--stride", 200, "--window", 16, "--json").stdout.splitlines()[-1])
+    assert {"ppl_fp", "ppl", "kl", "top1", "bits_per_element", "key_bits", "value_bits", "tokens"} <= set(found)
+    assert found["tokens"] == 333 and found["kl"] > 0 and 0 <= found["top1"] <= 1
+    several = json.loads(call("eval", "--model", model, "--tokens", 99, "--methods", "fp,rotate:4:4", "--json").stdout.splitlines()[-1])
+    assert [r["method"] for r in several["results"]] == ["fp", "rotate"] and several["results"][1]["value_bits"] == 4
+
+
+def test_plan_reads_the_config_only(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    options = ("plan", "--model", tmp_path, "--ctx", 100_000, "--device", "h100")
+    found = json.loads(call(*options, "--json").stdout.splitlines()[-1])
+    assert found["fits"] and found["total"] == sum(found["parts"].values()) and found["device"] == "h100"
+    assert found["predicted_prefill_seconds"] > 0 and found["predicted_decode_ms_per_token"] > 0
+    table = call(*options)
+    assert table.exit_code == 0 and "fits" in table.stdout and "largest context" in table.stdout
+
+
+def test_a_plan_that_does_not_fit_is_printed_and_fails(model: Path) -> None:
+    result = call("plan", "--model", model, "--ctx", 100_000, "--device", "h100", "--memory", "1MiB", "--json")
+    assert result.exit_code == 2 and not json.loads(result.stdout)["fits"]
+    assert result.stderr.startswith("skvq: error: a context of 100,000 tokens needs") and result.stderr.count("\n") == 1
+
+
+def test_models_lists_the_aliases() -> None:
+    rows = json.loads(call("models", "--json").stdout)["models"]
+    assert {"mistral-7b", "llama-2-7b", "llama-3.1-8b", "smollm2-135m"} <= {r["alias"] for r in rows}
+    assert len(call("models").stdout.splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize("args", [("--help",), ("run", "--help"), ("plan", "-h"), ("--version",), ("-h",)])
+def test_help_is_no_error(args: tuple[str, ...]) -> None:
+    result = call(*args)
+    assert result.exit_code == 0 and result.stderr == "" and result.stdout
+
+
+# --- what does not ----------------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
+    "no text": ((), ("no text", "-p", "-f")),
+    "empty prompt": (("-p", ""), ("empty",)),
+    "blank prompt": (("-p", " \n "), ("empty",)),
+    "half a character": (("-p", "caf\udcc3"), ("cannot be encoded",)),
+    "no such file": (("-f", "/nowhere/text.txt"), ("/nowhere/text.txt", "No such file")),
+    "a folder for a file": (("-f", "/tmp"), ("/tmp", "directory")),
+    "a prompt longer than the context": (("-p", "brown fox " * 40, "--ctx", 20), ("context of 20", "--ctx")),
+    "a context that cannot fit": (("-p", "x", "--ctx", 2_000_000_000), ("2,000,000,000", "largest context that fits")),
+    "no context": (("-p", "x", "--ctx", 0), ("--ctx",)),
+    "an unknown option": (("-p", "x", "--windw", 3), ("--windw", "--window")),
+    "an unknown method": (("-p", "x", "--method", "rotat"), ("'rotate'",)),
+    "unknown bits": (("-p", "x", "--key-bits", 5), ("'5'", "1.5, 2, 3, 4, 8")),
+    "a group that does not divide": (("-p", "x", "--group-size", 48), ("32, 64, 128", "48")),
+    "a window below nothing": (("-p", "x", "--window", -1), ("window", "-1")),
+    "sinks below nothing": (("-p", "x", "--sinks", -1), ("-1",)),
+    "a filter nobody knows": (("-p", "x", "--filter", "heavy-hiters"), ("did you mean 'heavy-hitters'",)),
+    "a filter nobody can import": (("-p", "x", "--filter", "no.such:Rule"), ("no.such", "imported")),
+    "fewer than no tokens": (("-p", "x", "-n", -1), ("max_new_tokens", "-1")),
+    "a negative temperature": (("-p", "x", "--temperature", -0.5), ("temperature", "-0.5")),
+    "a temperature that is no number": (("-p", "x", "--temperature", "nan"), ("temperature", "nan")),
+    "nothing to draw from": (("-p", "x", "--top-p", 0), ("top_p",)),
+    "a seed too large": (("-p", "x", "--seed", 2**64), ("seed",)),
+    "a stop of nothing": (("-p", "x", "--stop", ""), ("stop",)),
+    "an unknown RoPE scaling": (("-p", "x", "--rope-scaling", "yarm:4"), ("yarm:4",)),
+    "a RoPE factor that is no number": (("-p", "x", "--rope-scaling", "yarn:four"), ("four",)),
+    "an unknown device": (("-p", "x", "--device", "tpu"), ("tpu",)),
+    "a GPU that is not here": (("-p", "x", "--device", "cuda:7"), ("cuda:7",)),
+    "an unknown dtype": (("-p", "x", "--dtype", "float23"), ("float23", "float32")),
+    "an unknown backend": (("-p", "x", "--backend", "numbra"), ("did you mean 'numba'",)),
+    "a GPU's backend without one": (("-p", "x", "--backend", "triton", "--device", "cpu"), ("triton",)),
+    "no calibration there": (("-p", "x", "--calibration", "/nowhere/c.safetensors"), ("/nowhere/c.safetensors", "skvq calibrate")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_a_bad_option_is_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    options, fragments = BAD_OPTIONS[name]
+    monkeypatch.chdir(tmp_path)
+    method = () if "--method" in options or "--calibration" in options else ("--method", "fp")
+    before = files_under(tmp_path, model, cache_folder())
+    refused(call("run", "--model", model, *method, *options), *fragments)
+    assert files_under(tmp_path, model, cache_folder()) == before
+
+
+def spoil(name: str) -> Callable[[Path], None]:
+    weights = "model.safetensors"
+
+    def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+        found = load_file(folder / weights) | tensors
+        save_file({n: t for n, t in found.items() if t is not None}, folder / weights)
+
+    def config(folder: Path, **values: object) -> None:
+        data = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(data | values))
+
+    head, q = "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
+    nan = torch.randn(128, 64).index_fill_(0, torch.tensor([77]), torch.nan)
+    return {
+        "no weights": lambda f: (f / weights).unlink(),
+        "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+        "no config": lambda f: (f / "config.json").unlink(),
+        "truncated weights": lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:-1000]),
+        "truncated header": lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:100]),
+        "empty weights": lambda f: (f / weights).write_bytes(b""),
+        "weights of noise": lambda f: (f / weights).write_bytes(bytes(range(256)) * 40),
+        "a broken tokenizer": lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "BP'),
+        "a broken config": lambda f: (f / "config.json").write_text('{"architectures": ["Llama'),
+        "a config that is no object": lambda f: (f / "config.json").write_text("[1, 2]"),
+        "a tensor too few": lambda f: change(f, **{head: None}),
+        "a tensor too many": lambda f: change(f, **{"model.layers.7.extra.weight": torch.zeros(3)}),
+        "a misshapen tensor": lambda f: change(f, **{q: torch.zeros(5, 64)}),
+        "a weight of NaN": lambda f: change(f, **{q: nan}),
+        "an unknown architecture": lambda f: config(f, architectures=["MambaForCausalLM"]),
+        "an unknown RoPE": lambda f: config(f, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
+        "an absurd size": lambda f: config(f, num_hidden_layers=10**9),
+        "a size of nothing": lambda f: config(f, hidden_size=0),
+    }[name]  # type: ignore[return-value]
+
+
+SPOILT = {
+    "no weights": ("safetensors",),
+    "no tokenizer": ("tokenizer.json",),
+    "no config": ("config.json",),
+    "truncated weights": ("model.safetensors",),
+    "truncated header": ("model.safetensors",),
+    "empty weights": ("model.safetensors",),
+    "weights of noise": ("model.safetensors",),
+    "a broken tokenizer": ("tokenizer.json",),
+    "a broken config": ("config.json",),
+    "a config that is no object": ("config.json",),
+    "a tensor too few": ("lm_head.weight",),
+    "a tensor too many": ("model.layers.7.extra.weight",),
+    "a misshapen tensor": ("q_proj.weight", "5"),
+    "a weight of NaN": ("q_proj.weight", "NaN"),
+    "an unknown architecture": ("MambaForCausalLM", "LlamaForCausalLM"),
+    "an unknown RoPE": ("spiral",),
+    "an absurd size": ("1000000000",),
+    "a size of nothing": ("hidden_size", "0"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_model_is_one_line(broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spoil(name)(broken)
+    monkeypatch.chdir(tmp_path)
+    before = files_under(tmp_path, cache_folder())
+    refused(call("run", "--model", broken, "-p", "the quick", "-n", 2), *SPOILT[name])
+    assert files_under(tmp_path, cache_folder()) == before
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "", "-", "smollm", "no such/model/at all", "tests\x00"])
+def test_a_model_that_is_not_there_is_one_line(name: str) -> None:
+    refused(call("run", "--model", name, "-p", "x", "--no-download"))
+
+
+def test_text_that_is_not_utf8_is_one_line_wherever_it_comes_from(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes("déjà vu".encode("latin-1"))
+    refused(call("run", "--model", model, "-f", file), str(file), "not UTF-8", "byte 1")
+    refused(call("run", "--model", model, "-f", "-", stdin=file.read_bytes()), "not UTF-8")
+    refused(call("eval", "--model", model, "--text", file, "--method", "fp"), "not UTF-8")
+
+
+def test_a_chat_without_a_template_is_one_line(broken: Path) -> None:
+    (broken / "tokenizer_config.json").write_text("{}")
+    refused(call("run", "--model", broken, "-p", "hi", "--chat", "--method", "fp"), "chat template")
+
+
+def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path) -> None:
+    """Broken, foreign, for other options, for another model: both values named where there are two."""
+    made, other = tmp_path / "made.safetensors", tmp_path / "other.safetensors"
+    assert call("calibrate", "--model", model, "-o", made, "--tokens", 64).exit_code == 0
+    use = ("run", "--model", model, "-p", "the", "-n", 2, "--calibration")
+    other.write_bytes(made.read_bytes()[:-50])
+    refused(call(*use, other), str(other), "broken")
+    other.write_bytes(b"no safetensors at all")
+    refused(call(*use, other), str(other), "broken")
+    refused(call(*use, model / "model.safetensors"), "no calibration of skvq")
+    refused(call(*use, made, "--value-bits", 3), "value_bits", "2.0", "3.0")
+    refused(call(*use, made, "--method", "reorder"), "method", "'rotate'", "'reorder'")
+    found = load_file(made)
+    assert call("calibrate", "--model", model, "-o", other, "--tokens", 64, "--method", "plain").exit_code == 0
+    refused(call(*use, other), "method", "'plain'", "'rotate'")
+    from safetensors import safe_open
+
+    with safe_open(str(made), "pt") as file:
+        header = file.metadata()
+    save_file({**found, "key_unit": found["key_unit"] * torch.nan}, other, metadata=header)
+    refused(call(*use, other), "key_unit", "NaN")
+    save_file({n: t for n, t in found.items() if n != "key_unit"}, other, metadata=header)
+    refused(call(*use, other), "key_unit")
+    fingerprint = json.loads(header["skvq.calibration"])["fingerprint"]
+    header["skvq.calibration"] = header["skvq.calibration"].replace(fingerprint, "0" * len(fingerprint))
+    save_file(found, other, metadata=header)
+    refused(call(*use, other), "0" * len(fingerprint), fingerprint)
+
+
+@pytest.mark.parametrize(
+    "args, fragment",
+    [
+        (("calibrate", "-o", "/proc/nowhere/c.safetensors", "--tokens", 64, "--method", "plain"), "/proc/nowhere"),
+        (("calibrate", "-o", "never", "--method", "fp"), "fp"),
+        (("calibrate", "-o", "never", "--seed", -1, "--method", "reorder"), "seed"),
+        (("calibrate", "-o", "never", "--text", "/dev/null"), "tokens"),
+        (("eval", "--text", "/dev/null", "--method", "fp"), "empty"),
+        (("eval", "--methods", "rotate:2", "--tokens", 9), "rotate:2"),
+        (("eval", "--methods", "rotat", "--tokens", 9), "did you mean 'rotate'"),
+        (("plan", "--ctx", 1000, "--memory", "lots"), "lots"),
+        (("plan", "--ctx", 1000, "--device", "h10"), "did you mean 'h100'"),
+        (("plan",), "--ctx"),
+        (("rnu",), "rnu"),
+    ],
+)
+def test_other_commands_refuse_in_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[object, ...], fragment: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = files_under(tmp_path, cache_folder())
+    refused(call(*args, *(("--model", model) if args[0] != "rnu" else ())), fragment)
+    assert files_under(tmp_path, cache_folder()) == before
+
+
+VALUES = st.sampled_from(["0", "-1", "1.5", "2", "nan", "inf", "1e400", "", "x", "64", "99999999999999999999", "rotate", "fp", "é", "--"])
+OPTIONS = ["--ctx", "--method", "--key-bits", "--group-size", "--window", "--sinks", "--filter", "-n", "--temperature", "--top-p",
+           "--top-k", "--min-p", "--repeat-penalty", "--seed", "--stop", "--dtype", "--device", "--backend", "--rope-scaling",
+           "--prefill", "--calibration"]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(options=st.lists(st.tuples(st.sampled_from(OPTIONS), VALUES), max_size=3))
+def test_any_options_work_or_are_one_line(model: Path, options: list[tuple[str, str]]) -> None:
+    args = [part for option in options for part in option]
+    result = call("run", "--model", model, "-p", "the quick", "-n", 1, "--method", "fp", *args)
+    assert result.exit_code in (0, 2), result.output
+    if result.exit_code == 2:
+        assert result.stderr.count("skvq: error: ") == 1 and "Traceback" not in result.stderr

@@ -1,0 +1,228 @@
+"""The engine's loop on tiny models: streams, batches, conversations, limits; with the specification and with numba."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.generate import Engine
+from skvq.engine.report import Quiet
+from skvq.loaders.text import ByteTokenizer
+from skvq.tests.tiny import arena_of, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROMPT = "It was the best of times, it was the worst of times. "
+CACHES = {"fp": {"method": "fp"}, "rotate": {}, "reorder": {"method": "reorder", "value_bits": 1.5}}
+
+
+class Ending(ByteTokenizer):
+    """A tokenizer of bytes for which a chosen token ends an answer."""
+
+    def __init__(self, vocab_size: int, end: int) -> None:
+        super().__init__(vocab_size)
+        self._end = end
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return (self._end,)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"), family="qwen2", qkv_bias=True)
+
+
+@pytest.fixture(scope="module", params=["reference", "numba"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, backend: str) -> Engine:
+    return tiny_engine(folder, tiny_cache(), backend=backend, max_context=700)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(engine: Engine) -> None:
+    engine.parts.setup.arena.check(arena_of())
+
+
+def answer_ids(engine: Engine, count: int, prompt: str = PROMPT, **options: object) -> list[int]:
+    """The tokens of an answer, which its sequence holds afterwards."""
+    sequence = engine.new_sequence()
+    for _ in engine.stream(prompt, SamplingConfig(max_new_tokens=count, **options), sequence=sequence):
+        pass
+    found = [*sequence.token_ids, *sequence.pending][len(engine.encode(prompt)) :]
+    sequence.free()
+    return found
+
+
+def with_end(engine: Engine, token: int) -> Engine:
+    tokenizer = Ending(engine.parts.model.config.vocab_size, token)
+    return Engine(replace(engine.parts, loaded=replace(engine.parts.loaded, tokenizer=tokenizer)), engine.report)
+
+
+# --- every mode with every backend -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_scores_are_those_of_decode_step_by_step(folder: Path, backend: str, name: str) -> None:
+    """To a hundredth of what quantization itself does, in the mean: float32 sums in another order flip a code now and then."""
+    engine = tiny_engine(folder, tiny_cache(**CACHES[name]), backend=backend)
+    ids = random_ids(16 + 2 * 160 + 21)
+    found, steps = engine.nll(ids), stepped_nll(engine, ids)
+    dense = -engine.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    bound = 1e-4 if name == "fp" else (found - dense).abs().mean() / 100
+    assert (found - steps).abs().mean() <= bound
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_backends_agree(folder: Path, backend: str, name: str) -> None:
+    ids = random_ids(16 + 2 * 160 + 21, seed=4)
+    ours, specified = (tiny_engine(folder, tiny_cache(**CACHES[name]), backend=b) for b in (backend, "reference"))
+    found, wanted, dense = ours.nll(ids), specified.nll(ids), specified.logits(ids)[:-1].log_softmax(-1)
+    error = (wanted + dense.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).abs().mean()
+    assert (found - wanted).abs().mean() <= (1e-4 if name == "fp" else error / 100)
+
+
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+def test_a_batch_answers_as_its_singles_would(engine: Engine, prefill: str) -> None:
+    """Five texts, four at a time, of lengths that end at different steps; greedy, so near ties could differ: there are none."""
+    engine = Engine(replace(engine.parts, prefill=prefill), engine.report)
+    texts = [PROMPT * n for n in (1, 5, 2, 1, 3)]
+    texts[3] = "x"
+    sampling = SamplingConfig(max_new_tokens=11)
+    assert engine.generate(texts, sampling) == [engine.generate(text, sampling) for text in texts]
+
+
+def test_an_evaluation_calibrates_with_the_backend_it_runs_on(engine: Engine) -> None:
+    rows = engine.evaluate(PROMPT * 6, [tiny_cache(value_bits=3), tiny_cache(method="fp")], tokens=300, stride=170)
+    assert [r["tokens"] for r in rows] == [300, 300] and rows[0]["kl"] > rows[1]["kl"]
+
+
+# --- text ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_the_answer_and_a_seed_repeats_it(engine: Engine) -> None:
+    sampling = SamplingConfig(max_new_tokens=20, temperature=1.0, seed=3)
+    pieces = list(engine.stream(PROMPT, sampling))
+    assert len(pieces) > 5 and "".join(pieces) == engine.generate(PROMPT, sampling)
+    assert engine.generate(PROMPT, replace(sampling, seed=4)) != "".join(pieces)
+
+
+def test_no_tokens_asked_are_no_text_and_a_cached_prompt(engine: Engine) -> None:
+    sequence = engine.new_sequence()
+    assert list(engine.stream(PROMPT, SamplingConfig(max_new_tokens=0), sequence=sequence)) == []
+    assert sequence.token_ids == engine.encode(PROMPT) and sequence.pending == []
+    sequence.free()
+
+
+def test_an_answer_stops_before_its_stop_string(engine: Engine) -> None:
+    whole = engine.generate(PROMPT, SamplingConfig(max_new_tokens=24))
+    stop = whole[7:10]
+    sampling = SamplingConfig(max_new_tokens=24, stop=("never there", stop))
+    assert engine.generate(PROMPT, sampling) == whole[: whole.index(stop)]
+
+
+def test_what_looked_like_a_stop_string_is_shown_when_the_answer_ends(engine: Engine) -> None:
+    """Held back because a stop string might begin there: an end of sequence must let it out, as the token limit does."""
+    ids = answer_ids(engine, 40)
+    count = next(n for n in range(3, 40) if ids[n] not in ids[:n])
+    text = engine.parts.tokenizer.decode(ids[:count])
+    sampling = SamplingConfig(max_new_tokens=40, stop=(text[-2:] + "\x00",))
+    assert with_end(engine, ids[count]).generate(PROMPT, sampling) == text
+    assert engine.generate(PROMPT, replace(sampling, max_new_tokens=count)) == text
+
+
+def test_an_end_token_ends_an_answer_unless_told_otherwise(engine: Engine) -> None:
+    ids = answer_ids(engine, 40)
+    count = next(n for n in range(3, 40) if ids[n] not in ids[:n])
+    ending = with_end(engine, ids[count])
+    assert answer_ids(ending, 40) == ids[: count + 1]
+    assert answer_ids(ending, 40, ignore_eos=True) == ids
+
+
+def test_a_batch_whose_answers_end_at_different_times(engine: Engine) -> None:
+    ids = answer_ids(engine, 40)
+    ending = with_end(engine, ids[5])
+    texts = [PROMPT, "y", PROMPT * 2]
+    sampling = SamplingConfig(max_new_tokens=30)
+    assert ending.generate(texts, sampling) == [ending.generate(text, sampling) for text in texts]
+
+
+# --- sequences ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_keeps_every_token_of_its_answers(engine: Engine) -> None:
+    sequence = engine.new_sequence()
+    wanted: list[int] = []
+    for text in (PROMPT, "Go on. ", "And on. "):
+        wanted += engine.encode(text)
+        list(engine.stream(text, SamplingConfig(max_new_tokens=9), sequence=sequence))
+        held = [*sequence.token_ids, *sequence.pending]
+        assert held[: len(wanted)] == wanted and len(held) == len(wanted) + 9
+        wanted = held
+    sequence.free()
+
+
+def test_a_reader_who_leaves_early_leaves_nothing_behind(engine: Engine) -> None:
+    pieces = engine.stream(PROMPT, SamplingConfig(max_new_tokens=50))
+    next(pieces)
+    pieces.close()
+
+
+def test_a_prompt_too_long_in_a_batch_frees_the_others(engine: Engine) -> None:
+    with pytest.raises(CapacityError, match="context of 700"):
+        engine.generate(["short", PROMPT * 30])
+
+
+def test_an_interrupted_prefill_frees_its_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.parts.model, "layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.prefill(PROMPT)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 5])
+def test_an_answer_ends_where_the_context_is_full(engine: Engine, spare: int) -> None:
+    """A full context still gives the token that its last position predicts."""
+    ids = random_ids(700 - spare, vocab=256)
+    sequence = engine.new_sequence()
+    list(engine.stream(ids, SamplingConfig(max_new_tokens=50), sequence=sequence))
+    assert sequence.length == 700 and len(sequence.pending) == 1
+    sequence.free()
+
+
+@pytest.mark.parametrize("text", ["", []])
+def test_an_empty_prompt_is_refused(engine: Engine, text: str | list[int]) -> None:
+    for call in (lambda: list(engine.stream(text)), lambda: engine.prefill(text), lambda: engine.logits(text)):
+        with pytest.raises(OptionError, match="empty"):
+            call()
+
+
+@pytest.mark.parametrize("token", [-1, 320])
+def test_a_token_that_is_not_there_is_refused(engine: Engine, token: int) -> None:
+    with pytest.raises(OptionError, match=f"{token}.*320"):
+        engine.nll([5, token])
+
+
+def test_an_engine_over_the_same_weights_with_another_cache(engine: Engine) -> None:
+    ids = random_ids(400)
+    plain = engine.with_cache(tiny_cache(method="fp"))
+    dense = -engine.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert plain.parts.model is engine.parts.model
+    assert (plain.nll(ids) - dense).abs().mean() < (engine.nll(ids) - dense).abs().mean() / 10
+
+
+def test_loading_names_the_option_that_was_meant(folder: Path) -> None:
+    with pytest.raises(OptionError, match="did you mean 'max_context'"):
+        Engine.load(folder, max_contxt=5, report=Quiet())
+    with pytest.raises(OptionError, match="did you mean 'streaming'"):
+        Engine.load(folder, prefill="streamed", report=Quiet())

@@ -1,0 +1,106 @@
+"""`skvq eval`'s figures against their definitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from skvq.engine.errors import OptionError
+from skvq.engine.evaluate import StrictWindowLayer, compare
+from skvq.engine.generate import Engine
+from skvq.kernels.reference import masked_attention
+from skvq.tests.attending import trace
+from skvq.tests.simulated import SimulatedLayer, schedule
+from skvq.tests.test_steps import SAME, SINKS, WINDOW
+from skvq.tests.tiny import tiny_cache, tiny_engine, tiny_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 5
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return tiny_engine(tiny_folder(tmp_path_factory.mktemp("tiny")), tiny_cache(), max_context=600)
+
+
+def test_every_figure_is_what_its_name_says(engine: Engine) -> None:
+    ids = torch.tensor(engine.encode(TEXT)[:401])
+    row = engine.evaluate(TEXT, [tiny_cache()], tokens=401, stride=401)[0]
+    with torch.inference_mode():
+        p = engine.logits(ids.tolist()).double().log_softmax(-1)
+        q = engine.parts.model.head(engine.regime_hidden(ids)).double().log_softmax(-1)
+    rows = torch.arange(400)
+    assert row["ppl_fp"] == pytest.approx(float((-p[rows, ids[1:]]).mean().exp()), rel=1e-4)
+    assert row["ppl"] == pytest.approx(float((-q[rows, ids[1:]]).mean().exp()), rel=1e-4)
+    assert row["ppl"] == pytest.approx(float(engine.nll(ids.tolist()).mean().exp()), rel=1e-4)
+    assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert row["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert (row["tokens"], row["key_bits"], row["value_bits"], row["method"]) == (401, 2, 2, "rotate")
+    assert row["bits_per_element"] == 2.5, "2 bits and 16 of metadata for 32 channels"
+
+
+def test_the_16_bit_cache_is_its_own_equal(engine: Engine) -> None:
+    row = engine.evaluate(TEXT, [tiny_cache(method="fp")], tokens=300, stride=300)[0]
+    assert abs(row["kl"]) < 1e-5 and row["ppl"] == pytest.approx(row["ppl_fp"], rel=1e-4) and row["bits_per_element"] == 16
+
+
+def test_stretches_are_scored_each_on_its_own(engine: Engine) -> None:
+    whole = engine.evaluate(TEXT, [tiny_cache()], tokens=400, stride=200)[0]
+    first = engine.evaluate(TEXT, [tiny_cache()], tokens=200, stride=200)[0]
+    second = engine.evaluate(engine.parts.tokenizer.decode(engine.encode(TEXT)[200:400]), [tiny_cache()], tokens=200, stride=200)[0]
+    assert whole["kl"] == pytest.approx((first["kl"] + second["kl"]) / 2, rel=1e-3)
+    assert whole["tokens"] == 400
+
+
+def test_error_by_position_is_nothing_where_nothing_is_packed(engine: Engine) -> None:
+    parts = engine.evaluate(TEXT, [tiny_cache()], tokens=400, stride=400)[0]["by_position"]
+    assert [p["first"] for p in parts] == [50 * i for i in range(8)] and parts[-1]["last"] == 399
+    assert abs(parts[0]["kl"]) < 1e-5 < parts[-1]["kl"], "window and tile are 144 tokens"
+
+
+def test_comparing_in_pieces_is_comparing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.tensor(engine.encode(TEXT)[:43])
+    a, b = torch.randn(2, 43, 64, generator=torch.Generator().manual_seed(0))
+    whole = compare(engine.parts.model, a, b, ids)
+    monkeypatch.setattr("skvq.engine.evaluate.ROWS", 7)
+    pieces = compare(engine.parts.model, a, b, ids)
+    assert len(pieces.nll) == 42 and len(pieces.kl) == 43
+    assert torch.equal(whole.same_top, pieces.same_top)
+    for name in ("nll_fp", "nll", "kl"):
+        assert (getattr(whole, name) - getattr(pieces, name)).abs().max() <= 100 * SAME
+
+
+def test_an_exact_window_is_what_papers_simulate(engine: Engine) -> None:
+    """Each query sees exactly WINDOW recent tokens, its own included, and what is never packed; the rest as packed."""
+    text = trace(engine, WINDOW + 2 * 128 + 37)
+    rope = engine_rope(engine, len(text))
+    sequence = engine.new_sequence()
+    sequence.reserve(len(text))
+    found = StrictWindowLayer(sequence, 0, 2**31 - 1, torch.tensor(text.ids)).attend(text.q, text.k, text.v, rope)[0]
+    sequence.free()
+    q, k, v = rope.turn(text.q)[0], rope.turn(text.k)[0].half(), text.v[0].half()
+    far_k, far_v = SimulatedLayer(engine, 0, SINKS, *schedule(len(text), []))._rounded(k, v)
+    i, j = torch.arange(len(text))[:, None], torch.arange(len(text))[None]
+    near = (i - j < WINDOW) | (j >= 256) | (j < SINKS)
+    seen = torch.cat([(j <= i) & near, (j <= i) & ~near], 1)
+    wanted = masked_attention(q, torch.cat([k.float(), far_k]), torch.cat([v.float(), far_v]), seen)[0]
+    assert (found - wanted).abs().max() <= SAME
+
+
+def engine_rope(engine: Engine, count: int):  # noqa: ANN201
+    from skvq.engine.rope import at_positions
+
+    return at_positions(engine.parts.rope, torch.arange(count)[None])
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_a_text_too_short_to_score_is_refused(engine: Engine, text: str) -> None:
+    with pytest.raises(OptionError, match="empty|at least 2"):
+        engine.evaluate(text, [tiny_cache()], tokens=5, stride=5)
+
+
+def test_a_text_longer_than_the_context_is_refused(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="context of 600"):
+        engine.evaluate(TEXT * 2, [tiny_cache()], tokens=700, stride=700)

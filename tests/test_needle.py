@@ -1,0 +1,123 @@
+"""The needle test: prompts are built as promised, scores are those of the cache asked about, the map is drawn."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from skvq.cli import main
+from skvq.engine.generate import Engine
+from skvq.engine.heatmap import heat_map
+from skvq.engine.needle import ask, needles, reference_of, score, summary
+from skvq.tests.loader_fixtures import refused
+from skvq.tests.tiny import tiny_cache, tiny_engine, tiny_folder
+
+HAY = "The quick brown fox jumps over the lazy dog. " * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return tiny_engine(folder, tiny_cache(), max_context=800, max_sequences=2)
+
+
+def test_a_prompt_has_the_length_and_the_depth_asked_for(engine: Engine) -> None:
+    hay = engine.encode(HAY, bos=False)
+    for depth, share in ((0, 0.0), (50, 0.5), (100, 1.0)):
+        question = ask(engine, hay, 700, depth, 12345)
+        text = engine.parts.tokenizer.decode(question.prompt)
+        assert len(question.prompt) + len(question.answer) + 4 == 700
+        assert text.count("12345") == 1
+        assert engine.parts.tokenizer.decode(question.answer) == " 12345"
+        hay_before = text.index(" The secret number")
+        room = text.index("\n\nQuestion") - len(" The secret number of the harbour master is 12345. ")
+        assert hay_before / room == pytest.approx(share, abs=0.01)
+
+
+def test_a_16_bit_cache_measured_against_itself_is_no_worse(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(method="fp"), max_context=600, max_sequences=2)
+    found = needles(engine, reference_of(engine), HAY, [600], [50], seed=0, seen=lambda one: None)[0].as_dict()
+    assert found["logprob"] == found["logprob_fp"]
+    assert found["rank"] == found["rank_fp"]
+    assert abs(found["kl"]) < 1e-9
+
+
+def test_scores_of_the_map(engine: Engine) -> None:
+    lines: list[str] = []
+    found = needles(engine, reference_of(engine), HAY, [500, 800], [0, 100], seed=0, seen=lambda one: lines.append(one.line()))
+    result = summary(found)
+    assert len(result["results"]) == len(lines) == 4
+    assert result["kl"] > 0
+    assert all(row["logprob"] < 0 and 0 <= row["rank"] < 320 for row in result["results"])
+    engine.parts.setup.arena.check({})
+
+
+def test_rank_and_log_probability() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 0.0]])
+    logprob, rank = score(logits, [1, 0])
+    assert rank == 1
+    assert logprob == pytest.approx(float((logits.log_softmax(-1)[0, 1] + logits.log_softmax(-1)[1, 0]) / 2))
+
+
+def test_a_known_answer_is_retrieved(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = engine.parts.tokenizer.encode(" 12345", bos=False)
+    question = ask(engine, engine.encode(HAY, bos=False), 400, 50, 12345)
+    start = len(question.prompt) - 1
+
+    def parrot(batch: Any, tokens: Any) -> torch.Tensor:
+        batch.begin()
+        rows = torch.zeros(len(batch.sequences), 320)
+        for row, sequence in zip(rows, batch.sequences, strict=True):
+            row[answer[min(sequence.length - start, len(answer) - 1)]] = 9.0
+        batch.commit(tokens)
+        return rows
+
+    monkeypatch.setattr(engine, "decode_step", parrot)
+    monkeypatch.setattr(engine.parts.model, "head", lambda x: torch.nn.functional.one_hot(torch.tensor(answer[0]), 320) * 9.0)
+    monkeypatch.setattr("skvq.engine.needle.ask", lambda *rest: question)
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor([12345]))
+    found = needles(engine, [], HAY, [400], [50], seed=0, seen=lambda one: None)[0]
+    assert "1234" in found.text
+    assert found.rank == 0
+
+
+def test_too_short_a_context_is_refused(engine: Engine) -> None:
+    refused(lambda: ask(engine, [1], 100, 50, 12345), "100 tokens has no room", "at least")
+    refused(lambda: needles(engine, [], HAY, [500], [120], seed=0, seen=lambda one: None), "0 to 100", "120")
+    refused(lambda: needles(engine, [], "", [500], [50], seed=0, seen=lambda one: None), "haystack is empty")
+
+
+def test_the_command_prints_json_and_draws_the_map(folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "needle", "--model", str(folder), "--dummy-weights", "--ctx", "400,600", "--depths", "0,50,100", "--group-size", "32",
+        "--window", "16", "--backend", "reference", "--device", "cpu", "--json", "--plot", str(tmp_path / "map.png"),
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert [(r["context"], r["depth"]) for r in found["results"]] == [(c, d) for c in (400, 600) for d in (0, 50, 100)]
+    assert {"retrieved", "logprob", "logprob_fp", "kl", "rank"} <= set(found["results"][0]) | set(found)
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    row = {"context": 1, "depth": 0.0, "logprob": -1.0, "retrieved": True}
+    refused(lambda: heat_map([row], "", tmp_path / "a.png"), "pip install 'skvq[plot]'")

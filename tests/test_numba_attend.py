@@ -1,0 +1,179 @@
+"""Attention of the numba backend against the specification: every format, shape and mask, and what must not change a result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from skvq.kernels import reference
+from skvq.kernels.interface import Step
+from skvq.kernels.numba_cpu import NumbaCpu
+from skvq.tests.triton_cases import Case, make_case
+
+METHODS = ("heads", "labels", "plain")
+BACKEND = NumbaCpu()
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def attend(backend: object, method: str, case: Case, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    function: Callable[..., tuple[Tensor, Tensor]] = getattr(backend, f"attend_{method}")
+    if method == "plain":
+        return function(q, case.plain, case.full, step)
+    return function(q, case.pages, getattr(case, method), case.full, step)
+
+
+def torch_in_16_bits(method: str, case: Case) -> Tensor:
+    """Attention by torch with queries, keys and values in q's 16-bit dtype: its error is the yardstick."""
+    outs = []
+    for row, slot in enumerate(case.step.slots.tolist()):
+        count, table = int(case.step.packed[row]), case.step.page_table[slot]
+        retained = torch.zeros(count, dtype=torch.bool)
+        if method == "plain":
+            used = table[: -(-count // 1280)].long()
+            k, v = (t[used].transpose(1, 2).flatten(0, 1)[:count] for t in (case.plain.keys, case.plain.values))
+        else:
+            codec = getattr(case, method)
+            k, v = getattr(reference, f"unpack_{method}")(case.pages, codec, table, 0, count)
+            retained = getattr(reference, f"read_{method}")(case.pages, codec, table, 0, count)[2]
+        t, held = case.step.positions[row][:, None].long(), case.full.positions[slot].long()[None]
+        near = (held >= 0) & (held <= t) & (t - held < case.step.span)
+        visible = torch.cat([~retained & (t - torch.arange(count)[None] < case.step.span), near], 1)
+        k, v = (torch.cat([a.to(b.dtype), b[slot].transpose(0, 1)]) for a, b in ((k, case.full.keys), (v, case.full.values)))
+        seen = visible.any(0)
+        share = case.q.shape[2] // k.shape[1]
+        k, v = (x[seen].transpose(0, 1).repeat_interleave(share, 0) for x in (k, v))
+        mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, seen].to(k.dtype)
+        q = case.q[row].transpose(0, 1)
+        outs.append(
+            torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)[0].transpose(0, 1)
+        )
+    return torch.stack(outs)
+
+
+def assert_accurate(method: str, case: Case) -> None:
+    """The rule of flash-attention: error against float32 at most twice that of torch in 16 bits; log-sum-exp alike."""
+    exact, exact_lse = attend(reference.Reference(), method, case, case.q.float(), case.step)
+    out, lse = attend(BACKEND, method, case, case.q, case.step)
+    assert out.dtype == case.q.dtype and lse.dtype == torch.float32
+    theirs, ours = (float((x.float() - exact).square().mean().sqrt()) for x in (torch_in_16_bits(method, case), out))
+    assert ours <= 2 * theirs, (ours, theirs)
+    # and with exact queries the arithmetic itself is far better than 16 bits
+    wide, _ = attend(BACKEND, method, case, case.q.float(), case.step)
+    assert float((wide - exact).square().mean().sqrt()) <= theirs, (ours, theirs)
+    assert torch.equal(torch.isinf(lse), torch.isinf(exact_lse))
+    finite = torch.isfinite(exact_lse)
+    torch.testing.assert_close(lse[finite], exact_lse[finite], rtol=1e-4, atol=2e-3)
+
+
+FORMATS = [
+    (2.0, 2.0, 128, 128), (2.0, 2.0, 64, 128), (2.0, 2.0, 64, 64), (2.0, 2.0, 32, 64), (1.5, 1.5, 128, 128), (1.5, 1.5, 64, 64),
+    (2.0, 1.5, 128, 128), (1.5, 4.0, 32, 128), (3.0, 3.0, 64, 64), (3.0, 2.0, 32, 128), (4.0, 4.0, 64, 128), (4.0, 3.0, 32, 64),
+    (8.0, 8.0, 128, 128), (8.0, 2.0, 64, 64), (3.0, 8.0, 48, 96), (2.0, 4.0, 96, 96), (1.5, 8.0, 9, 72), (4.0, 2.0, 40, 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key_bits, value_bits, group, size", FORMATS)
+@pytest.mark.parametrize("method", ["heads", "labels"])
+def test_every_format(method: str, key_bits: float, value_bits: float, group: int, size: int) -> None:
+    case = make_case(size=size, key_bits=key_bits, value_bits=value_bits, group_size=group, packed=(3, 11), repeat=3)
+    assert_accurate(method, case)
+
+
+@pytest.mark.parametrize("repeat, kv_heads, queries", [(1, 3, 1), (1, 2, 3), (2, 1, 3), (5, 2, 1), (7, 1, 2), (4, 2, 19)])
+@pytest.mark.parametrize("method", METHODS)
+def test_query_heads_and_several_queries(method: str, repeat: int, kv_heads: int, queries: int) -> None:
+    case = make_case(size=64, group_size=32, repeat=repeat, kv_heads=kv_heads, queries=queries, packed=(9, 2))
+    assert_accurate(method, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_dtypes(method: str, dtype: torch.dtype) -> None:
+    assert_accurate(method, make_case(dtype=dtype, packed=(12,)))
+
+
+@pytest.mark.parametrize("has_key_mean, has_basis", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("tiles, size", [(12, 64), (11, 128)])
+def test_means_and_bases(has_key_mean: bool, has_basis: bool, tiles: int, size: int) -> None:
+    case = make_case(
+        size=size, has_key_mean=has_key_mean, has_basis=has_basis, packed=(tiles,), key_bits=1.5 if size == 64 else 2.0
+    )
+    assert_accurate("heads", case)
+    some = case.heads.key_mean.clone()
+    some[0, 3:] = 0  # few active pairs in one head
+    assert_accurate("heads", replace(case, heads=replace(case.heads, key_mean=some)))
+
+
+def test_key_means_that_dwarf_the_keys() -> None:
+    """Key biases of Qwen reach hundreds; their share of the scores is exact at positions far out."""
+    case = make_case(has_key_mean=True, packed=(12,))
+    mean = torch.zeros_like(case.heads.key_mean)
+    mean[:, 40], mean[:, 104], mean[:, 2] = 90.0, -350.0, 4.0
+    assert_accurate("heads", replace(case, heads=replace(case.heads, key_mean=mean)))
+
+
+@pytest.mark.parametrize("span", [1, 36, 37, 38, 39, 164, 165, 166, 300, 1400, 1500])
+@pytest.mark.parametrize("method", METHODS)
+def test_spans(method: str, span: int) -> None:
+    assert_accurate(method, make_case(size=64, group_size=64, queries=2, span=span, packed=(11,)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_visible(method: str) -> None:
+    case = make_case(packed=(3, 1), size=64, window=9)
+    hidden = replace(case, full=replace(case.full, positions=torch.full_like(case.full.positions, -1)))
+    out, lse = attend(BACKEND, method, hidden, case.q, replace(case.step, packed=torch.zeros_like(case.step.packed)))
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    if method != "plain":
+        hidden.pages.meta.fill_(0x38383838 | 0x80)
+        out, lse = attend(BACKEND, method, hidden, case.q, case.step)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_equals_singles_and_pages_may_lie_anywhere(method: str) -> None:
+    case = make_case(packed=(1, 13, 4), queries=2, has_key_mean=True)
+    out, lse = attend(BACKEND, method, case, case.q, case.step)
+    for row in range(3):
+        one = slice(row, row + 1)
+        step = replace(case.step, slots=case.step.slots[one], positions=case.step.positions[one], packed=case.step.packed[one])
+        single, single_lse = attend(BACKEND, method, case, case.q[one].contiguous(), step)
+        torch.testing.assert_close(single, out[one], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(single_lse, lse[one], rtol=1e-5, atol=1e-5)
+    order = torch.randperm(len(case.pages.meta), generator=torch.Generator().manual_seed(1))
+    moved = torch.empty_like(order)
+    moved[order] = torch.arange(len(order))
+    pages = replace(case.pages, **{name: getattr(case.pages, name)[order] for name in ("key_codes", "value_codes", "meta")})
+    plain = replace(case.plain, keys=case.plain.keys[order], values=case.plain.values[order])
+    table = moved[case.step.page_table.long()].to(torch.int32)
+    again = attend(BACKEND, method, replace(case, pages=pages, plain=plain), case.q, replace(case.step, page_table=table))
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
+@pytest.mark.parametrize("method, threads", list(itertools.product(METHODS, (1, 2, 3))))
+def test_any_number_of_threads(method: str, threads: int) -> None:
+    case = make_case(packed=(40, 3), size=64)
+    out, _ = attend(BACKEND, method, case, case.q.float(), case.step)
+    torch.set_num_threads(threads)
+    again, _ = attend(BACKEND, method, case, case.q.float(), case.step)
+    torch.set_num_threads(1)
+    torch.testing.assert_close(again, out, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_of_the_arena_is_read_where_it_lies() -> None:
+    """Pages of one layer are a view with strides of its own; nothing is copied."""
+    case = make_case(packed=(3,), size=64)
+    out, _ = attend(BACKEND, "heads", case, case.q, case.step)
+    wide = {}
+    for name in ("key_codes", "value_codes", "meta"):
+        t = getattr(case.pages, name)
+        wide[name] = torch.full((len(t), 3, *t.shape[1:]), 0x55, dtype=t.dtype)[:, 1]
+        wide[name].copy_(t)
+    again, _ = attend(BACKEND, "heads", replace(case, pages=replace(case.pages, **wide)), case.q, case.step)
+    assert torch.equal(again, out)

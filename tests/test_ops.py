@@ -1,0 +1,70 @@
+"""The fused small operations equal the torch ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from skvq.kernels.interface import FullSlots
+from skvq.kernels.numba_cpu.ops import NumbaOps
+from skvq.kernels.ops import TorchOps
+
+TORCH, NUMBA = TorchOps(), NumbaOps()
+SHAPES = [(1, 1, 64), (3, 1, 577), (1, 300, 576), (5, 16)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norms(shape: tuple[int, ...]) -> None:
+    x, delta, weight = 3 * random(*shape), random(*shape, seed=1), random(shape[-1], seed=2)
+    kept = x.clone()
+    close(NUMBA.rms_norm(x, weight, 1e-5), TORCH.rms_norm(x, weight, 1e-5))
+    total, normed = NUMBA.add_rms_norm(x, delta, weight, 1e-5)
+    assert torch.equal(total, x + delta)
+    close(normed, TORCH.add_rms_norm(x, delta, weight, 1e-5)[1])
+    assert torch.equal(x, kept)
+    half = x.bfloat16()
+    assert torch.equal(NUMBA.rms_norm(half, weight.bfloat16(), 1e-5), TORCH.rms_norm(half, weight.bfloat16(), 1e-5))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    gate_up = 4 * random(*shape[:-1], 2 * shape[-1])
+    gate_up.view(-1)[:5] = torch.tensor([0.0, -200.0, 200.0, 88.0, -20.0])
+    gate, up = gate_up.double().chunk(2, -1)
+    torch.testing.assert_close(NUMBA.swiglu(gate_up).double(), gate * torch.sigmoid(gate) * up, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_turn_to_slots(dtype: torch.dtype, size: int) -> None:
+    heads, kv_heads = 6, 2
+    slots, ring_slots = torch.tensor([4, 0, 2]), torch.tensor([9, 260, 30])
+    qkv = random(3, 1, heads + 2 * kv_heads, size) * (4 * random(3, 1, heads + 2 * kv_heads, size, seed=1)).exp()
+    q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + kv_heads], qkv[:, :, heads + kv_heads :]
+    v[0, 0, 0, :6] = torch.tensor([1e9, torch.inf, -torch.inf, torch.nan, 1e-9, 65519.0])
+    angle = random(3, 1, 1, size // 2, seed=2)
+    full = [
+        FullSlots(
+            keys=torch.zeros(5, kv_heads, 261, size, dtype=dtype),
+            values=torch.zeros(5, kv_heads, 261, size, dtype=dtype),
+            positions=torch.zeros(5, 261, dtype=torch.int32),
+        )
+        for _ in range(2)
+    ]
+    got, want = (
+        ops.turn_to_slots(q, k, v, angle.cos(), angle.sin(), target, slots, ring_slots)
+        for ops, target in zip((NUMBA, TORCH), full, strict=True)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * float(q.abs().max()))
+    assert torch.equal(full[0].values.float().nan_to_num(7), full[1].values.float().nan_to_num(7))
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(full[0].keys.float(), full[1].keys.float(), rtol=2 * step, atol=1e-6 * float(k.abs().max()))

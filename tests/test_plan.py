@@ -1,0 +1,153 @@
+"""The planner: what it prints is what is allocated, to the byte, and what does not fit is refused before anything is."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skvq.engine import loading, planner
+from skvq.engine.arena import Arena
+from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.filters import AttentionSinks, HeavyHitters
+from skvq.engine.plan_report import parse_bytes, plan_report
+from skvq.engine.planner import arena_shape, largest_context, make_plan, page_layout, regions_of
+from skvq.tests.loader_fixtures import tiny_config
+from skvq.tests.tiny import tiny_cache, tiny_engine, tiny_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WIDTHS = (1.5, 2.0, 3.0, 4.0, 8.0)
+
+
+def cache_parts(plan: planner.Plan) -> int:
+    return sum(size for part, size in plan.parts.items() if part.startswith("cache"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    method=st.sampled_from(["fp", "plain", "reorder", "rotate"]),
+    bits=st.sampled_from(list(itertools.product(WIDTHS, WIDTHS))),
+    window=st.integers(0, 300),
+    rules=st.sampled_from([(), (AttentionSinks(5),), (AttentionSinks(1), HeavyHitters(budget=9))]),
+    context=st.integers(1, 9000),
+    sequences=st.integers(1, 5),
+    layers=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    size=st.sampled_from([32, 64, 96]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_the_arena_is_what_the_plan_says_to_the_byte(
+    method: str,
+    bits: tuple[float, float],
+    window: int,
+    rules: tuple[AttentionSinks, ...],
+    context: int,
+    sequences: int,
+    layers: int,
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
+) -> None:
+    model = tiny_config(num_layers=layers, num_heads=heads, num_kv_heads=heads, head_size=size)
+    cache = CacheConfig(method=method, key_bits=bits[0], value_bits=bits[1], group_size=32, window=window, filters=rules)
+    shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
+    plan = make_plan(model, cache, context=context, sequences=sequences, dtype=dtype, memory=2**40)
+    arena = Arena(shape, torch.device("cpu"))
+    assert arena.nbytes == shape.nbytes == cache_parts(plan)
+    packed = regions_of(cache, model).packed(context)
+    assert shape.pages * planner.PAGE_TOKENS >= packed
+    least = packed * layers * page_layout(cache, model).bytes_per_token
+    assert shape.page_bytes * shape.pages >= least
+
+
+def test_an_engine_allocates_what_it_planned(tmp_path: Path) -> None:
+    engine = tiny_engine(tiny_folder(tmp_path), tiny_cache(key_bits=1.5), max_context=3001, max_sequences=3)
+    assert engine.parts.setup.arena.nbytes == cache_parts(engine.parts.plan)
+    assert engine.parts.model.weights.nbytes == engine.parts.plan.parts["weights"]
+
+
+def mistral(**changes: object) -> ModelConfig:
+    shape = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32}
+    return tiny_config(**(shape | {"num_kv_heads": 8, "head_size": 128, "trained_context": 32768} | changes))
+
+
+@pytest.mark.parametrize(
+    "model, key_bits, value_bits, gigabytes",
+    [
+        (mistral(), 2.0, 2.0, 18.3),
+        (mistral(intermediate_size=11008, num_kv_heads=32), 2.0, 1.5, 66.1),
+    ],
+)
+def test_a_million_tokens_take_the_gigabytes_that_were_promised(
+    model: ModelConfig, key_bits: float, value_bits: float, gigabytes: float
+) -> None:
+    """Mistral-7B and Llama-2-7B, groups of 128: packed pages as in design.md, section 9 (to the digit it prints)."""
+    cache = CacheConfig(key_bits=key_bits, value_bits=value_bits, group_size=128)
+    plan = make_plan(model, cache, context=2**20, sequences=1, dtype=torch.bfloat16, memory=2**40)
+    assert plan.parts["cache: packed pages"] / 1e9 == pytest.approx(gigabytes, abs=0.1)
+
+
+@pytest.mark.parametrize("method", ["fp", "rotate"])
+def test_the_largest_context_fits_and_a_page_more_does_not(method: str) -> None:
+    options = {"sequences": 2, "dtype": torch.bfloat16, "memory": 40 * 2**30, "prefill": "streaming"}
+    cache = CacheConfig(method=method, group_size=128)
+    most = largest_context(mistral(), cache, **options)
+    assert make_plan(mistral(), cache, context=most, **options).total <= 40 * 2**30
+    assert make_plan(mistral(), cache, context=most + planner.PAGE_TOKENS, **options).total > 40 * 2**30
+    assert largest_context(mistral(), cache, **{**options, "memory": 2**20}) == 0
+
+
+def test_a_context_that_cannot_fit_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path)
+    memory = 8 * 2**20
+    monkeypatch.setattr(loading, "available_memory", lambda device: memory)
+    with monkeypatch.context() as patch:
+        patch.setattr("skvq.loaders.dummy.DummySource.read", lambda self, name: pytest.fail("a weight was read"))
+        patch.setattr(Arena, "__init__", lambda *args: pytest.fail("an arena was made"))
+        with pytest.raises(CapacityError, match=r"a context of 500,000 .* 8.0 MiB are there .* largest context that fits is") as caught:
+            tiny_engine(folder, tiny_cache(), max_context=500_000)
+    most = int(str(caught.value).rsplit(" ", 1)[1].replace(",", ""))
+    tiny_engine(folder, tiny_cache(), max_context=most)
+    with pytest.raises(CapacityError):
+        tiny_engine(folder, tiny_cache(), max_context=most + planner.PAGE_TOKENS)
+
+
+@pytest.mark.parametrize("value", [0, -5, 2**31, True, "many", 1.5])
+def test_a_context_that_is_no_number_of_tokens_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(OptionError, match="max_context"):
+        tiny_engine(tiny_folder(tmp_path), tiny_cache(), max_context=value)
+
+
+@pytest.mark.parametrize(
+    "text, size", [("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("1.5 MiB", 3 * 2**19), ("4096", 4096), ("7B", 7), ("2KB", 2000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "80 GiBs", "-1GiB", "1e3", "9" * 400, "GiB", "١GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="not a size"):
+        parse_bytes(text)
+
+
+@given(text=st.text(max_size=12) | st.from_regex(r"[0-9.]{1,400}[KMGT]?i?B?", fullmatch=True))
+def test_any_text_is_a_size_or_refused(text: str) -> None:
+    try:
+        assert parse_bytes(text) >= 0
+    except OptionError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("context", [1, 1_000_000, 2**40])
+def test_a_report_for_any_context_is_json_and_a_table(tmp_path: Path, context: int) -> None:
+    options = {"sequences": 1, "memory": "80GiB", "device": "h100", "dtype": None, "prefill": "exact"}
+    report = plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=context, **options)
+    found = report.as_dict()
+    assert found["total"] == sum(found["parts"].values()) and found["fits"] == (found["total"] <= 80 * 2**30)
+    assert "largest context" in report.table()

@@ -1,0 +1,187 @@
+"""Drawing tokens, stopping, and text that appears in whole characters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.sampling import Sampler, StopWatch, filtered_probabilities
+from skvq.loaders.text import ByteTokenizer, TextStream
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0, 1.5, 0.0])
+
+
+def draws(count: int, logits: Tensor = LOGITS, **options: object) -> Tensor:
+    sampler = Sampler(SamplingConfig(**options), [], len(logits), torch.device("cpu"))
+    return torch.tensor([sampler.draw(logits) for _ in range(count)])
+
+
+def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
+    assert draws(5).tolist() == [0] * 5
+    assert draws(5, torch.tensor([1.0, 3.0, 3.0])).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
+    """Chi-square of 5,000 draws over 7 tokens: 6 degrees of freedom, 22.5 is exceeded once in a thousand; the seed is fixed."""
+    count = torch.bincount(draws(5000, temperature=temperature, seed=3), minlength=7)
+    wanted = 5000 * (LOGITS.double() / temperature).softmax(0)
+    assert ((count - wanted).square() / wanted).sum() < 22.5
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 100])
+def test_top_k_keeps_the_k_likeliest(k: int) -> None:
+    kept = filtered_probabilities(LOGITS, SamplingConfig(top_k=k)).nonzero()[:, 0]
+    assert sorted(kept.tolist()) == sorted(LOGITS.topk(min(k, 7)).indices.tolist())
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.6, 0.9, 0.999])
+def test_top_p_keeps_the_fewest_tokens_that_sum_to_p(p: float) -> None:
+    full = LOGITS.softmax(0)
+    kept = filtered_probabilities(LOGITS, SamplingConfig(top_p=p)) > 0
+    assert full[kept].sum() >= p > full[kept].sum() - full[kept].min()
+    assert full[kept].min() >= full[~kept].max() if (~kept).any() else True
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_min_p_is_relative_to_the_likeliest(p: float) -> None:
+    full = LOGITS.softmax(0)
+    kept = filtered_probabilities(LOGITS, SamplingConfig(min_p=p)) > 0
+    assert torch.equal(kept, full >= p * full.max())
+
+
+@given(
+    logits=st.lists(st.floats(-80, 80, width=32), min_size=1, max_size=20),
+    temperature=st.floats(0, 1e6, allow_subnormal=True),
+    top_k=st.integers(0, 30),
+    top_p=st.floats(0, 1, exclude_min=True, allow_subnormal=True),
+    min_p=st.floats(0, 1),
+    penalty=st.floats(0.01, 100),
+)
+@settings(deadline=None)
+def test_any_options_draw_a_token(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=penalty)
+    sampler = Sampler(config, [0], len(logits), torch.device("cpu"))
+    for _ in range(3):
+        assert 0 <= sampler.draw(torch.tensor(logits)) < len(logits)
+
+
+def test_a_cold_temperature_is_greedy() -> None:
+    assert draws(20, temperature=1e-40).tolist() == [0] * 20
+
+
+def test_the_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_seen() -> None:
+    sampler = Sampler(SamplingConfig(repeat_penalty=2.0), [0], 3, torch.device("cpu"))
+    logits = torch.tensor([1.9, 1.0, -1.0])
+    assert sampler.draw(logits) == 1, "1.9 / 2 < 1.0"
+    assert sampler.draw(logits) == 0, "1.0 / 2 < 1.9 / 2"
+    sampler = Sampler(SamplingConfig(repeat_penalty=2.0), [2], 3, torch.device("cpu"))
+    assert sampler.draw(torch.tensor([-3.0, -2.5, -2.0])) == 1, "-2.0 * 2 < -2.5"
+
+
+def test_a_seed_repeats_itself_and_another_does_not() -> None:
+    a, b, c = (draws(50, temperature=1.0, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_each_sequence_of_a_batch_draws_what_it_would_alone() -> None:
+    config = SamplingConfig(temperature=1.0, seed=4)
+    one, other = (Sampler(config, [], 7, torch.device("cpu")) for _ in range(2))
+    mixed = []
+    for _ in range(10):
+        mixed.append(one.draw(LOGITS))
+        other.draw(LOGITS)
+    assert mixed == draws(10, temperature=1.0, seed=4).tolist()
+
+
+# --- stop strings ----------------------------------------------------------------------------------------------------------------
+
+
+def shown(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
+    watch = StopWatch(stops)
+    return "".join(watch.push(p) for p in pieces) + ("" if watch.stopped else watch.flush()), watch.stopped
+
+
+def test_a_stop_string_across_pieces_is_never_shown() -> None:
+    assert shown(["abc<", "/", "s>", "def"], ("</s>",)) == ("abc", True)
+    assert shown(["abc<", "/", "t>"], ("</s>",)) == ("abc</t>", False)
+    assert shown(["ab", "ab", "abc"], ("ababc",)) == ("ab", True)
+
+
+def test_what_cannot_be_a_stop_string_is_shown_at_once() -> None:
+    watch = StopWatch(("</s>",))
+    assert [watch.push(p) for p in ("a", "b<", "c", "</")] == ["a", "b", "<c", ""]
+    assert watch.flush() == "</"
+
+
+@given(text=st.text("ab<", max_size=30), cuts=st.lists(st.integers(0, 30), max_size=6), stops=st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3))
+def test_pieces_show_the_text_up_to_the_first_stop(text: str, cuts: list[int], stops: list[str]) -> None:
+    edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    pieces = [text[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    found, stopped = shown(pieces, tuple(stops))
+    assert stopped == any(s in text for s in stops)
+    assert text.startswith(found) and not any(s in found for s in stops)
+    if not stopped:
+        assert found == text
+
+
+# --- characters ------------------------------------------------------------------------------------------------------------------
+
+
+@given(text=st.text(max_size=20), broken=st.binary(max_size=4))
+def test_streamed_text_is_the_decoded_text_in_whole_characters(text: str, broken: bytes) -> None:
+    tokenizer = ByteTokenizer(256)
+    ids = [*tokenizer.encode(text), *broken]
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    if not broken:
+        assert all("\ufffd" not in p or "\ufffd" in text for p in pieces)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------------------
+
+ANYTHING = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers() | st.text(max_size=3), max_size=3)
+    | st.sampled_from(["fp", "rotate", 1.5, 2, 64, 64.0, 0, 128, 10**400])
+)
+
+
+@given(options=st.dictionaries(st.sampled_from([*SamplingConfig.__dataclass_fields__, "topk", "Temperature"]), ANYTHING, max_size=4))
+def test_sampling_options_are_taken_or_refused_in_one_line(options: dict[str, object]) -> None:
+    try:
+        config = SamplingConfig(**options)
+    except SkvqError as error:
+        assert "\n" not in str(error)
+        return
+    sampler = Sampler(config, [1], 7, torch.device("cpu"))
+    assert 0 <= sampler.draw(LOGITS) < 7
+    StopWatch(config.stop).push("text")
+
+
+@given(options=st.dictionaries(st.sampled_from([*CacheConfig.__dataclass_fields__, "key_bit", "windw"]), ANYTHING, max_size=4))
+def test_cache_options_are_taken_or_refused_in_one_line(options: dict[str, object]) -> None:
+    try:
+        config = CacheConfig(**options)
+    except SkvqError as error:
+        assert "\n" not in str(error)
+        return
+    assert isinstance(config.group_size, int) and isinstance(config.key_bits, float)
+
+
+@pytest.mark.parametrize("kind, name, nearest", [(SamplingConfig, "temprature", "temperature"), (CacheConfig, "windw", "window")])
+def test_an_unknown_option_names_the_nearest(kind: type, name: str, nearest: str) -> None:
+    with pytest.raises(OptionError, match=f"'{name}'; did you mean '{nearest}'"):
+        kind(**{name: 1})

