@@ -140,8 +140,8 @@ def measure(
     }  # fmt: skip
     say(
         f"{name:13} g{layout.group_size:<3} {tokens:>8} tokens x {layers:2} layers: {best * 1e3:8.3f} ms "
-        f"(median {row['median_ms']}), {row['gbps']} GB/s, {100 * nbytes / best / copy:.0f} % of copy, {row['gcodes_per_s']} G codes/s; "
-        f"{row['gcodes_per_s_and_core']} a core of CPU time"
+        f"(median {row['median_ms']}), {row['gbps']} GB/s, {100 * nbytes / best / copy:.0f} % of copy, "
+        f"{row['gcodes_per_s']} G codes/s; {row['gcodes_per_s_and_core']} a core of CPU time"
     )
     return row
 

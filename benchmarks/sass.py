@@ -1,8 +1,8 @@
 """What the compiler makes of the kernels, with no GPU: registers, spills, shared memory and instructions per element.
 
 Compiles for sm_80 and sm_90 ahead of time, disassembles with the tools of the Triton wheel, prints a table and writes
-``results/sass.json``. An element is one cached number; a lane-instruction is one of the 32 lanes of a warp-instruction, so that at full
-bandwidth a card may spend at 2.125 bits an element: A100 2.59, H100 2.35, H200 1.64. ``python benchmarks/sass.py``.
+``results/sass.json``. An element is one cached number; a lane-instruction is one of the 32 lanes of a warp-instruction. At
+full bandwidth a card may spend at 2.125 bits an element: A100 2.59, H100 2.35, H200 1.64. ``python benchmarks/sass.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from skvq.kernels.triton_gpu.backend import rows_by_column
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HALVES, BYTES, WORDS, LONGS = "*fp16", "*u8", "*i32", "*i64"
 POINTERS = {  # by name, where it is not float32
-    **dict.fromkeys(("pages_ptr", "packed_ptr", "positions_ptr", "meta_ptr", "page_ptr", "held_ptr", "places_ptr", "member_ptr"), WORDS),
+    **dict.fromkeys(
+        ("pages_ptr", "packed_ptr", "positions_ptr", "meta_ptr", "page_ptr", "held_ptr", "places_ptr", "member_ptr"), WORDS
+    ),
     **dict.fromkeys(("size_ptr", "key_label_ptr", "value_label_ptr"), WORDS),
     **dict.fromkeys(("table_ptr", "residual_ptr", "x_ptr", "gate_ptr", "up_ptr", "k_ptr", "v_ptr"), HALVES),
     **dict.fromkeys(("retained_ptr", "key_code_ptr", "value_code_ptr", "code_ptr"), BYTES),
@@ -121,7 +123,15 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("combine", combine.combine_kernel, {"D": 128, "BLOCK": 16, "HAS_BASIS": True}, 4, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 3, halves),
-        Variant("reorder K2V2 g64", labels.attend_labels_blocks_kernel, {**reorder, "GROUPS": 16, "WIDE": False}, 1, 2, tensors, 8192),
+        Variant(
+            "reorder K2V2 g64",
+            labels.attend_labels_blocks_kernel,
+            {**reorder, "GROUPS": 16, "WIDE": False},
+            2,
+            2,
+            tensors,
+            8192,
+        ),
         Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3}, 4, 2, tensors, 8192),
         Variant("pack", pack.pack_kernel, {**codes, "QUANTIZED": False}, 4, 1, {}),
         Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
@@ -208,7 +218,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sass.json")
     output = parser.parse_args().output
     print("limits at full bandwidth, 2.125 bits: A100 2.59, H100 2.35, H200 1.64 lane-instructions an element")
-    print(f"{'kernel':28} {'sm':>3} {'regs':>4} {'stack':>5} {'shared':>6} {'loop':>5} {'per element':>11} {'limit':>6} {'I2F':>4}")
+    print(f"{'kernel':28} {'sm':>3} {'regs':>4} {'stack':>5} {'shared':>6} {'loop':>5} {'per element':>11} {'limit':>6}  I2F")
     results = []
     for arch in (80, 90):
         for variant in attend_variants(arch) + other_variants(arch):

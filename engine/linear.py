@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 16
-"""Most vectors that are multiplied with the stored form directly; for more, expanding it once is less work."""
+ANY_NUMBER = 1 << 62
 TILE_NUMBERS = 1 << 21
 """Weights expanded to float32 at a time, 8 MB: a layer of a small model, a few hundred rows of a large one."""
 
@@ -48,6 +47,7 @@ class StoredMatrix(Protocol):
 
     data: Tensor
     shape: tuple[int, int]
+    most: int  # vectors that ``multiply`` is good for; for more, expanding it once is less work
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias``; x [N, in] contiguous, out [N, out] with rows at any stride."""
@@ -85,6 +85,8 @@ class DenseLinear:
 class FloatMatrix:
     """A float32 matrix among stored ones."""
 
+    most = ANY_NUMBER
+
     def __init__(self, data: Tensor) -> None:
         assert data.dtype == torch.float32 and data.dim() == 2, (data.dtype, data.shape)
         self.data, self.shape = data, (data.shape[0], data.shape[1])
@@ -110,14 +112,13 @@ class StoredLinear:
         columns = self.parts[0].shape[1]
         flat = x.reshape(-1, columns).contiguous()
         out = torch.empty(*x.shape[:-1], sum(part.shape[0] for part in self.parts))
-        multiply = _multiply_few if flat.shape[0] <= FEW else _multiply_many
         if len(self.parts) == 1:
-            multiply(self.parts[0], flat, self.bias, out.view(flat.shape[0], -1))
+            _multiply(self.parts[0], flat, self.bias, out.view(flat.shape[0], -1))
             return out
         first = 0
         for part in self.parts:
             stop = first + part.shape[0]
-            multiply(part, flat, None if self.bias is None else self.bias[first:stop], out.flatten(0, -2)[:, first:stop])
+            _multiply(part, flat, None if self.bias is None else self.bias[first:stop], out.flatten(0, -2)[:, first:stop])
             first = stop
         return out
 
@@ -129,13 +130,12 @@ class StoredLinear:
         return tuple(part.data for part in self.parts) + (() if self.bias is None else (self.bias,))
 
 
-def _multiply_few(matrix: StoredMatrix, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    matrix.multiply(x, bias, out)
-
-
-def _multiply_many(matrix: StoredMatrix, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Tile by tile of rows: expand, multiply in float32, and overwrite it with the next."""
+def _multiply(matrix: StoredMatrix, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """As stored, or tile by tile of rows: expand, multiply in float32, and overwrite it with the next."""
     rows, columns = matrix.shape
+    if x.shape[0] <= matrix.most:
+        matrix.multiply(x, bias, out)
+        return
     step = min(rows, max(1, TILE_NUMBERS // columns))
     scratch = torch.empty(step, columns)
     for start in range(0, rows, step):

@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from skvq.engine.linear import FEW, FloatMatrix, StoredEmbedding, StoredLinear
+from skvq.engine.linear import FloatMatrix, StoredEmbedding, StoredLinear
 from skvq.engine.report import Quiet
 from skvq.engine.storage import StoredStorage, WeightReader
 from skvq.kernels.numba_cpu import linear_simd
@@ -20,7 +20,7 @@ from skvq.kernels.numba_cpu.linear_pack import BLOCK, FORMATS
 from skvq.loaders.source import QuantizedBlocks
 
 KINDS = list(FORMATS)
-COUNTS = (1, 3, FEW, FEW + 1, 40, 300)
+COUNTS = (1, 3, 4, 16, 17, 40, 300)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -67,8 +67,14 @@ def test_product_of_blocks(kind: str, rows: int, count: int) -> None:
 
 def test_a_vector_in_a_batch_is_what_it_is_alone() -> None:
     data, _ = blocks_of("Q4_1", 100, 96)
-    linear, x = StoredLinear((BlockMatrix(data, "Q4_1"),), None), random(FEW, 96)
+    linear, x = StoredLinear((BlockMatrix(data, "Q4_1"),), None), random(7, 96)
     assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
+
+
+def test_more_vectors_than_stay_in_the_cache() -> None:
+    data, _ = blocks_of("Q5_1", 40, 4096)
+    linear, x = StoredLinear((BlockMatrix(data, "Q5_1"),), None), random(151, 4096)
+    assert torch.equal(linear(x)[140:], linear(x[140:]))
 
 
 def test_outliers_zeros_and_what_is_not_finite() -> None:
@@ -127,12 +133,12 @@ def test_every_instruction_set_gives_the_same_integers(lacking: str, monkeypatch
     whole = simd.host_features
     monkeypatch.setattr(linear_simd, "host_features", lambda context: whole(context) - names)
     for kind in KINDS:
-        dot = linear_simd.make_dot(FORMATS[kind])
+        dot = linear_simd.make_dot(FORMATS[kind], 1)
 
         @njit
         def run(matrix: int, x: int, work: int, out: int, dot=dot) -> None:  # type: ignore[no-untyped-def]
             linear.round_vector(x, 3, work)
-            dot(matrix, 3, work, work + 192, work + 204, out)
+            dot(matrix, 3, work, 0, out)
 
         data, weight = blocks_of(kind, 16, 96)
         packed = BlockMatrix(data, kind)
@@ -225,9 +231,7 @@ def test_smollm2_in_blocks_is_smollm2() -> None:
     assert dense.parts.model.weights.nbytes == 538_060_032
     assert blocks.parts.model.weights.nbytes < 97_000_000
     ids = blocks.encode("The Nile is the longest river of Africa. It rises near the equator and flows north for")
-    few = slice(0, FEW)
-    assert float((blocks.logits(ids * 2) - dense.logits(ids * 2)).abs().max()) < 1e-3  # expanded: sums in another order
-    apart = (blocks.logits(ids[few]) - dense.logits(ids[few])).abs()
+    apart = (blocks.logits(ids) - dense.logits(ids)).abs()
     assert float(apart.max()) < 0.02 and float(apart.mean()) < 2e-3  # llama.cpp's 8 bits are 0.2 away on average
     batches, rows = [], []
     for engine in (blocks, dense):

@@ -240,7 +240,7 @@ def test_the_default_cache_is_saved_too(folder: Path, tmp_path: Path) -> None:
     assert engine.restore(tmp_path / "s").packed == sequence.packed > 0
 
 
-# --- the command line ----------------------------------------------------------------------------------------------------------
+# --- the command line -------
 
 
 def run(folder: Path, *arguments: object) -> Result:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from skvq.cli import main
 from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig
@@ -125,3 +128,17 @@ def test_filling_is_bounded_and_decode_goes_on_from_it(tmp_path: Path) -> None:
     assert sequence.length == 2000
     with pytest.raises(SkvqError):
         engine.read(sequence, [1])
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    soaked = CliRunner().invoke(main, ["bench", "soak", "--steps", "20", "--backend", "reference", "--json"])
+    assert soaked.exit_code == 0, soaked.output
+    assert json.loads(soaked.stdout.splitlines()[-1])["steps"] == 20
+    shape = ["--shape", str(tiny_folder(tmp_path)), "--backend", "reference", "--device", "cpu", "--group-size", "32"]
+    looked = CliRunner().invoke(main, ["bench", "planted", *shape, "--ctx", "600,1500", "--depths", "0,50", "--json"])
+    assert looked.exit_code == 0, looked.output
+    results = json.loads(looked.stdout.splitlines()[-1])["results"]
+    assert [(r["context"], r["depth"], r["found"]) for r in results] == [(c, d, True) for c in (600, 1500) for d in (0.0, 50.0)]
+    refused = CliRunner().invoke(main, ["bench", "planted", *shape, "--ctx", "many"])
+    assert refused.exit_code == 2
+    assert "4096,32768" in refused.stderr

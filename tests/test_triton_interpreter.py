@@ -15,7 +15,16 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-QUICK = ["attend_heads", "attend_spans", "attend_others", "attend_formats", "normal_planes", "invariants", "packing", "odd_shapes"]
+QUICK = [
+    "attend_heads",
+    "attend_spans",
+    "attend_others",
+    "attend_formats",
+    "normal_planes",
+    "invariants",
+    "packing",
+    "odd_shapes",
+]
 
 
 def run_checks(name: str) -> None:

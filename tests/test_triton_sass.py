@@ -1,4 +1,4 @@
-"""Gates of the Triton kernels that need no GPU: what the compiler makes of them for sm_80 and sm_90, and the assembly itself."""
+"""Gates of the Triton kernels that need no GPU: what the compiler makes of them for sm_80 and sm_90, and the assembly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ if not isinstance(sass.packed.attend_packed_kernel, triton.JITFunction):
 
 QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean"}
 SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
-SLOW_SINE = {"rope"}  # its stack is the reduction of huge angles in the library's sine, never reached
+SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
+    "rope": 32,  # the library's sine keeps room to reduce huge angles, which never come
+    "quantize": 16,  # Triton 3.6 only; packing under labels
+    "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
+    "reorder, odd bits": 1024,  # codes of 1.5 and 3 bits under labels: right, and slow
+}
 
 
 def cases(quick: bool) -> list[tuple[int, str]]:
@@ -47,7 +52,7 @@ def cases(quick: bool) -> list[tuple[int, str]]:
 def check(arch: int, name: str) -> None:
     variant = next(v for v in sass.attend_variants(arch) + sass.other_variants(arch) if v.name == name)
     m = sass.measure(variant, arch)
-    assert m.stack == 0 or name in SLOW_SINE, m
+    assert m.stack <= SPILLS.get(name, 0), m
     assert m.registers <= variant.registers, m
     if variant.limit:
         assert 0 < m.per_element <= variant.limit, m

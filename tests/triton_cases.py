@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
+from skvq.kernels.interface import (
+    FullSlots,
+    HeadCodec,
+    HeadSide,
+    LabelCodec,
+    PackedPages,
+    PlainPages,
+    RopeFrequencies,
+    Side,
+    Step,
+)
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout
 
 FULL_SPAN = 2**31 - 1
@@ -117,8 +127,9 @@ def make_case(
         key_basis=(basis * 2).to(dev), query_basis=(basis / 2).to(dev),
         value_basis=value_basis.to(dev), output_basis=value_basis.transpose(1, 2).contiguous().to(dev),
     )  # fmt: skip
-    labels = [torch.cat([torch.arange(kv_heads * groups).repeat(4), torch.randint(0, kv_heads * groups, (kv_heads * size - 4 * kv_heads * groups,), generator=gen)]) for _ in range(2)]  # fmt: skip
-    labels = [t[torch.randperm(len(t), generator=gen)].to(dev) for t in labels]
+    every = torch.arange(kv_heads * groups).repeat(4)  # at least four channels a group
+    rest = torch.randint(0, kv_heads * groups, (2, kv_heads * size - len(every)), generator=gen)
+    labels = [torch.cat([every, rest[i]])[torch.randperm(kv_heads * size, generator=gen)].to(dev) for i in range(2)]
     flat = [Side(unit=s.unit.reshape(-1), clip=s.clip.reshape(-1)) for s in sides]
     return Case(
         layout=layout, pages=pages, heads=heads,

@@ -150,7 +150,10 @@ def invariants() -> None:
     order = torch.randperm(len(case.pages.meta))
     inverse = torch.argsort(order)
     moved = dataclasses.replace(
-        case.pages, key_codes=case.pages.key_codes[order], value_codes=case.pages.value_codes[order], meta=case.pages.meta[order]
+        case.pages,
+        key_codes=case.pages.key_codes[order],
+        value_codes=case.pages.value_codes[order],
+        meta=case.pages.meta[order],
     )
     table = inverse[step.page_table.long()].to(torch.int32)
     for buffer in made.scratch._held:

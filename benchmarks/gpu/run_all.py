@@ -1,8 +1,8 @@
 """Measure on a GPU everything that README.md lists: one call, at most nine minutes, resumable, no network.
 
 ``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520] [--only NAME ...]``. Results are written after every step; a
-second call goes on where the first stopped. The correctness gate comes first: a red gate stops all timing. Needs torch and Triton only.
-The compact table is printed last.
+second call goes on where the first stopped. The correctness gate comes first: a red gate stops all timing. Needs torch and
+Triton only. The compact table is printed last.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
 CONTEXTS = (32_768, 131_072, 1_048_576)
-CORE = [(2.0, 2.0, 128, 128), (2.0, 2.0, 64, 128), (2.0, 1.5, 128, 128), (4.0, 4.0, 64, 128), (3.0, 3.0, 128, 128), (2.0, 2.0, 64, 64)]
+CORE = [
+    (2.0, 2.0, 128, 128),
+    (2.0, 2.0, 64, 128),
+    (2.0, 1.5, 128, 128),
+    (4.0, 4.0, 64, 128),
+    (3.0, 3.0, 128, 128),
+    (2.0, 2.0, 64, 64),
+]
 TIMED = [(2.0, 2.0, 128, False), (2.0, 2.0, 64, True), (2.0, 1.5, 128, False), (2.0, 2.0, 64, False), (2.0, 2.0, 128, True)]
 
 
@@ -143,7 +150,8 @@ def check_packing(key_bits: float, value_bits: float, method: str) -> dict[str, 
     for made in (reference.Reference(), TritonGpu(DEVICE)):
         pages.append(
             dataclasses.replace(
-                case.pages, key_codes=torch.zeros_like(case.pages.key_codes), value_codes=torch.zeros_like(case.pages.value_codes),
+                case.pages, key_codes=torch.zeros_like(case.pages.key_codes),
+                value_codes=torch.zeros_like(case.pages.value_codes),
                 meta=torch.zeros_like(case.pages.meta),
             )
         )  # fmt: skip
@@ -160,10 +168,12 @@ def correctness(log: Log) -> bool:
         for mean in (False, True):
             name = f"gate K{kb:g}V{vb:g} g{group} head {size}{' mean' if mean else ''}"
             log.step(name, lambda kb=kb, vb=vb, group=group, size=size, mean=mean: error_of(
-                make_case(key_bits=kb, value_bits=vb, group_size=group, size=size, has_key_mean=mean, packed=(3, 23), device="cuda")
+                make_case(key_bits=kb, value_bits=vb, group_size=group, size=size, has_key_mean=mean,
+                    packed=(3, 23), device="cuda")
             ), 20)  # fmt: skip
     paths: dict[str, dict[str, Any]] = {
-        "8 columns": {"repeat": 8}, "mha, 3 queries": {"repeat": 1, "queries": 3}, "span": {"span": 700}, "bf16": {"dtype": torch.bfloat16},
+        "8 columns": {"repeat": 8}, "mha, 3 queries": {"repeat": 1, "queries": 3}, "span": {"span": 700},
+        "bf16": {"dtype": torch.bfloat16},
         "long": {"packed": (803,), "kv_heads": 2},
     }  # fmt: skip
     for label, options in paths.items():
@@ -174,7 +184,11 @@ def correctness(log: Log) -> bool:
         if label == "bf16" and "largest" in result:
             result["good"] = result["error"] <= good * max(1.0, result["largest"])
     for method in ("labels", "plain"):
-        log.step(f"gate {method}", lambda method=method: error_of(make_case(packed=(3, 23), group_size=64, device="cuda"), method), 30)
+        log.step(
+            f"gate {method}",
+            lambda method=method: error_of(make_case(packed=(3, 23), group_size=64, device="cuda"), method),
+            30,
+        )
     for kb, vb in ((2.0, 2.0), (2.0, 1.5), (3.0, 4.0)):
         for method in ("heads", "labels"):
             log.step(f"gate pack K{kb:g}V{vb:g} {method}", lambda kb=kb, vb=vb, m=method: check_packing(kb, vb, m), 30)
@@ -189,7 +203,8 @@ def arena(shape: str, context: int, key_bits: float, value_bits: float, group: i
     """Cases of one layer with random codes, as many as outgrow the L2 cache four times."""
     kv_heads, repeat = SHAPES[shape]
     case = make_case(
-        kv_heads=kv_heads, repeat=repeat, key_bits=key_bits, value_bits=value_bits, group_size=group, has_key_mean=mean, packed=(1,),
+        kv_heads=kv_heads, repeat=repeat, key_bits=key_bits, value_bits=value_bits, group_size=group,
+        has_key_mean=mean, packed=(1,),
         window=128, retained=0.0,
     )  # fmt: skip
     count = -(-context // PAGE_TOKENS)
@@ -200,12 +215,16 @@ def arena(shape: str, context: int, key_bits: float, value_bits: float, group: i
     for seed in range(max(1, math.ceil(256e6 / each))):
         move = {name: getattr(case, name) for name in ("heads", "full", "q")}
         pages = dataclasses.replace(
-            small, key_codes=small.key_codes[pick].to(DEVICE), value_codes=small.value_codes[pick].to(DEVICE), meta=small.meta[pick].to(DEVICE)
+            small,
+            key_codes=small.key_codes[pick].to(DEVICE),
+            value_codes=small.value_codes[pick].to(DEVICE),
+            meta=small.meta[pick].to(DEVICE),
         )
         table = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32).expand(2, -1).contiguous()
         packed = context // layout.tile * layout.tile
         step = dataclasses.replace(
-            case.step, slots=case.step.slots.to(DEVICE), positions=torch.tensor([[packed + 127]], dtype=torch.int32, device=DEVICE),
+            case.step, slots=case.step.slots.to(DEVICE), positions=torch.tensor([[packed + 127]], dtype=torch.int32,
+            device=DEVICE),
             packed=torch.tensor([packed], dtype=torch.int32, device=DEVICE), page_table=table.to(DEVICE), max_packed=packed,
         )  # fmt: skip
         cases.append(dataclasses.replace(case, pages=pages, step=step, **{k: on_device(v) for k, v in move.items()}))
@@ -265,7 +284,11 @@ def sweep(cases: list[Case], copy_gbps: float, context: int, log: Log) -> None:
     for stages in (1, 2, 3):
         for programs in (4, 8, 12, 16, 24):
             made.programs, made.stages = processors * programs, stages
-            log.step(f"sweep {context} stages {stages} programs {programs}", lambda: time_attention(cases, made, copy_gbps, context), 8)
+            log.step(
+                f"sweep {context} stages {stages} programs {programs}",
+                lambda: time_attention(cases, made, copy_gbps, context),
+                8,
+            )
 
 
 def measure(log: Log) -> None:
@@ -279,7 +302,8 @@ def measure(log: Log) -> None:
                 name = f"attend {shape} {context} K{kb:g}V{vb:g} g{group}{' mean' if mean else ''}"
                 log.step(
                     name,
-                    lambda a=(shape, context, kb, vb, group, mean): time_attention(arena(*a), TritonGpu(DEVICE), copy_gbps, a[1]), 12,
+                    lambda a=(shape, context, kb, vb, group, mean): time_attention(arena(*a), TritonGpu(DEVICE),
+                    copy_gbps, a[1]), 12,
                 )  # fmt: skip
                 torch.cuda.empty_cache()
                 if (kb, vb, group, mean) == TIMED[0]:
@@ -300,7 +324,9 @@ def table(results: dict[str, Any]) -> None:
     """What matters, last."""
     gates = {k: v for k, v in results.items() if k.startswith("gate ")}
     good = sum(bool(v.get("good")) for v in gates.values())
-    print(f"\n{results.get('device')}: copy {results.get('copy', {}).get('gbps', 0):.0f} GB/s; gates {good} of {len(gates)} green")
+    print(
+        f"\n{results.get('device')}: copy {results.get('copy', {}).get('gbps', 0):.0f} GB/s; gates {good} of {len(gates)} green"
+    )
     print(f"{'shape':12} {'context':>8} {'format':18} {'ms':>8} {'GB/s':>6} {'share':>6} {'x SDPA':>7}")
     for name, value in results.items():
         if name.startswith("attend ") and "ms" in value:
@@ -308,7 +334,9 @@ def table(results: dict[str, Any]) -> None:
             base = results.get(f"sdpa {shape} {context}", {}).get("ms")
             times = f"{base / value['ms']:7.2f}" if base else "      -"
             form_name = " ".join(form)
-            print(f"{shape:12} {context:>8} {form_name:18} {value['ms']:8.3f} {value['gbps']:6.0f} {value['share']:6.2f} {times}")
+            print(
+                f"{shape:12} {context:>8} {form_name:18} {value['ms']:8.3f} {value['gbps']:6.0f} {value['share']:6.2f} {times}"
+            )
 
 
 def main() -> None:
@@ -320,8 +348,16 @@ def main() -> None:
     output = options.output or ROOT / "benchmarks/results" / f"gpu-{name.replace(' ', '-').lower()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(output.read_text()) if output.exists() else {}
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-    stamp = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "commit": head}
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    ).stdout.strip()
+    stamp = {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": head,
+    }
     log = Log(output, time.monotonic() + options.seconds, known | stamp)
     try:
         measure(log)

@@ -6,11 +6,21 @@ import torch
 from torch import Tensor
 
 from skvq.kernels.numba_cpu.entry import Entry
-from skvq.kernels.numba_cpu.linear import EXPAND_FIELDS, MULTIPLY_FIELDS, build_expand, build_multiply, rounded_bytes
+from skvq.kernels.numba_cpu.linear import (
+    EXPAND_FIELDS,
+    FOUND_BYTES,
+    MULTIPLY_FIELDS,
+    build_expand,
+    build_multiply,
+    rounded_bytes,
+)
 from skvq.kernels.numba_cpu.linear_pack import BLOCK, FORMATS, LANES, pack_blocks
+from skvq.kernels.numba_cpu.linear_simd import TOGETHER
 
 CHUNKS_PER_THREAD = 4
 """Pieces a thread takes one after another, so that a thread that is interrupted leaves its share to the others."""
+ROUNDED_BYTES = 1 << 19
+"""Rounded vectors of a thread that stay in its cache while the matrix goes by."""
 EXPAND_ROWS = 16
 """Rows a thread expands at a time."""
 
@@ -21,12 +31,15 @@ MULTIPLY, EXPAND = Entry(build_multiply, MULTIPLY_FIELDS), Entry(build_expand, E
 class BlockMatrix:
     """Weights uint8 ``data`` in blocks of type ``kind``, (rows, columns) = ``shape`` when expanded. Immutable."""
 
+    most = 1 << 62  # unpacking into registers is always less work than expanding
+
     def __init__(self, blocks: Tensor, kind: str) -> None:
         """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them; it is copied."""
         self.form = FORMATS[kind]
         rows, columns = len(blocks), blocks.shape[1] * LANES // self.form.block_bytes * BLOCK
         self.shape = rows, columns
         self.data = pack_blocks(blocks, self.form)
+        self._groups = self.data.shape[0]
         counter, members, number = 0, 0, list(FORMATS).index(kind)
         self._fields = (
             counter, members, self.data.data_ptr(), number, rows, len(self.data), columns // BLOCK, self.form.block_bytes,
@@ -50,8 +63,17 @@ class BlockMatrix:
         count, columns = x.shape
         assert x.dtype == out.dtype == torch.float32 and columns == self.shape[1] and x.is_contiguous(), (x.dtype, x.shape)
         assert out.shape == (count, self.shape[0]) and out.stride(1) == 1, (out.shape, out.stride())
-        threads, groups = torch.get_num_threads(), len(self.data)
-        work_bytes = rounded_bytes(columns) * (count + 1)
+        size = rounded_bytes(columns)
+        step = max(TOGETHER, ROUNDED_BYTES // size // TOGETHER * TOGETHER)
+        if count <= step:
+            self._multiply(x, bias, out, size)
+            return
+        for start in range(0, count, step):
+            self._multiply(x[start : start + step], bias, out[start : start + step], size)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, size: int) -> None:
+        threads, groups, count = torch.get_num_threads(), self._groups, x.shape[0]
+        work_bytes = size * count + FOUND_BYTES
         work = torch.empty(threads * work_bytes, dtype=torch.uint8)
         MULTIPLY(
             min(threads, groups), *self._fields, x.data_ptr(), count, 0 if bias is None else bias.data_ptr(), out.data_ptr(),

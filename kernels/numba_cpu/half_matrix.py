@@ -18,6 +18,8 @@ STEP = 16
 class HalfMatrix:
     """Weights bfloat16 or float16 [rows, columns], held as they are: every number is exact in float32. Immutable."""
 
+    most = 16
+
     def __init__(self, data: Tensor) -> None:
         assert data.dim() == 2 and data.is_contiguous() and self.takes(data), (data.dtype, data.shape)
         self.data, self.shape = data, (data.shape[0], data.shape[1])

@@ -1,7 +1,7 @@
 """Fused attention over packed pages whose groups lie inside a head (methods ``rotate`` and ``plain``).
 
 Score of a token: ``sum_g scale_g (q_g . (code - half)) + mid_g sum(q_g)``, the q of the stored basis times log2(e)/sqrt(D) in
-two int8 limbs. Values: ``sum_t p_t (mid_g + scale_g (code - half))``, with ``p_t scale_g`` in two limbs under one factor a tile.
+two int8 limbs. Values: ``sum_t p_t (mid_g + scale_g (code - half))``, with ``p_t scale_g`` in two limbs under one factor.
 Both are the same dot product of bytes (``products.py``), 2 D codes a token and kv head, each unpacked once for all queries.
 Reads (key bits + value bits) D / 8 + 4 G bytes a token and kv head; writes nothing but the state.
 """
@@ -157,7 +157,7 @@ def tile_address(job, table, head, number):
     )
 
 
-@njit(**FAST)
+@njit(**FAST, inline="always")
 def attend_packed(job, work, row, head, query, rows, begin, end):
     """Take tiles ``begin .. end-1`` of packed tokens."""
     tile, groups, size = job.tile, job.groups, job.size

@@ -1,8 +1,8 @@
 """Fused attention over packed pages whose groups are labels of channels and whose keys lie before RoPE (method ``reorder``).
 
 Keys of a tile are turned by one fixed table, position within the tile around its centre; the query is turned back by the
-centre: ``q . RoPE_t(k) = RoPE_-c(q) . RoPE_{t-c}(k)``. Channels are dequantized to float32 with the row of scales their label names, 16
-tokens at a time; values by ``sum_t (p_t scale_t) code_t``. The metadata of a tile are those of all kv heads.
+centre: ``q . RoPE_t(k) = RoPE_-c(q) . RoPE_{t-c}(k)``. A channel of a tile becomes a row of float32 with the scales and
+mids that its label names, whichever kv head they lie with. Unpacking is shared by all queries of a kv head.
 """
 
 # mypy: ignore-errors
@@ -101,7 +101,7 @@ def label_values(job, work, head, rows):
             f32(work + job.w_acc + 4 * m * width)[channel] += dot * unit
 
 
-@njit(**FAST)
+@njit(**FAST, inline="always")
 def attend_packed(job, work, row, head, query, rows, begin, end):
     """Take tiles ``begin .. end-1`` of packed tokens."""
     tile, size = job.tile, job.size

@@ -11,7 +11,6 @@ import hashlib
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from numba import cfunc, types
 from skvq.kernels.numba_cpu.job import Job
 
 Build = Callable[[int], Callable[[int], None]]
+NOTICE_SECONDS = 2.0
+"""After so long a kernel is not being read from numba's cache, it is being compiled."""
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
@@ -81,8 +82,7 @@ class Kernels:
     def _compile(self, build: Build) -> Any:
         signature = types.void(types.int64)
         body = build(source_stamp(build.__module__))
-        began = time.perf_counter()
-        timer = threading.Timer(1.0, self._announce)
+        timer = threading.Timer(NOTICE_SECONDS, self._announce)
         timer.start()
         try:
             try:
@@ -93,8 +93,6 @@ class Kernels:
                 return cfunc(signature)(body)
         finally:
             timer.cancel()
-            if self._announced:
-                print(f"  {body.__name__}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
 
     def _announce(self) -> None:
         if not self._announced:

@@ -1,8 +1,9 @@
 """Products with block-quantized matrices that stay as they are in memory (``linear_pack.py``), on all threads.
 
 The vector is rounded to 16-bit integers, with a scale for each block of 32 columns, not to 8 bits as in llama.cpp: its error is
-then at most 1.6e-5 of the largest of 32 neighbours, logits are those of the expanded weights within about 1e-4, and reading the
-weights from memory still takes longer than the arithmetic, which is the same number of instructions as two 8-bit halves.
+then at most 1.6e-5 of the largest of 32 neighbours. Logits of SmolLM2 differ from those of the expanded weights by 7e-4 on
+average (largest of 10 million: 7e-3), with 8 bits by 0.18 (1.5). It costs nothing for one vector, whose time is that of reading
+the weights; for many, unpacked once for four, it is 1.5 to 3.5 times as fast as expanding to float32 and torch.mm.
 """
 
 # mypy: ignore-errors
@@ -13,6 +14,7 @@ from numba import njit
 from skvq.kernels.numba_cpu import linear_simd as simd
 from skvq.kernels.numba_cpu.entry import job_reader
 from skvq.kernels.numba_cpu.linear_pack import BLOCK, LANES
+from skvq.kernels.numba_cpu.linear_simd import TOGETHER
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i64
 from skvq.kernels.numba_cpu.tiles import FAST
 
@@ -26,6 +28,7 @@ EXPAND_FIELDS = (
 )  # fmt: skip
 multiply_job = job_reader(MULTIPLY_FIELDS)
 expand_job = job_reader(EXPAND_FIELDS)
+FOUND_BYTES = 4 * LANES * TOGETHER
 Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = range(5)
 
 
@@ -35,20 +38,33 @@ def rounded_bytes(columns: int) -> int:
 
 
 @njit(**FAST)
-def dot(kind, matrix, blocks, rounded, out):
+def dot(kind, matrix, blocks, rounded, step, out):
     """Sixteen rows times a rounded vector."""
-    scales = rounded + blocks * 2 * BLOCK
-    sums = scales + blocks * 4
     if kind == Q4_0:
-        simd.dot_q4_0(matrix, blocks, rounded, scales, sums, out)
+        simd.dot_q4_0(matrix, blocks, rounded, step, out)
     elif kind == Q4_1:
-        simd.dot_q4_1(matrix, blocks, rounded, scales, sums, out)
+        simd.dot_q4_1(matrix, blocks, rounded, step, out)
     elif kind == Q5_0:
-        simd.dot_q5_0(matrix, blocks, rounded, scales, sums, out)
+        simd.dot_q5_0(matrix, blocks, rounded, step, out)
     elif kind == Q5_1:
-        simd.dot_q5_1(matrix, blocks, rounded, scales, sums, out)
+        simd.dot_q5_1(matrix, blocks, rounded, step, out)
     else:
-        simd.dot_q8_0(matrix, blocks, rounded, scales, sums, out)
+        simd.dot_q8_0(matrix, blocks, rounded, step, out)
+
+
+@njit(**FAST)
+def dots(kind, matrix, blocks, rounded, step, out):
+    """Sixteen rows times TOGETHER rounded vectors."""
+    if kind == Q4_0:
+        simd.dots_q4_0(matrix, blocks, rounded, step, out)
+    elif kind == Q4_1:
+        simd.dots_q4_1(matrix, blocks, rounded, step, out)
+    elif kind == Q5_0:
+        simd.dots_q5_0(matrix, blocks, rounded, step, out)
+    elif kind == Q5_1:
+        simd.dots_q5_1(matrix, blocks, rounded, step, out)
+    else:
+        simd.dots_q8_0(matrix, blocks, rounded, step, out)
 
 
 @njit(**FAST)
@@ -83,7 +99,7 @@ def build_multiply(stamp):
             return
         job = multiply_job(address)
         work = job.work + fetch_add(address + 8, 1) * job.work_bytes
-        blocks, size = job.blocks, job.work_bytes // (job.count + 1)
+        blocks, size = job.blocks, (job.work_bytes - FOUND_BYTES) // job.count
         found = work + job.count * size
         ready = False
         while True:
@@ -96,8 +112,13 @@ def build_multiply(stamp):
                 ready = True
             for group in range(first, min(first + job.chunk, job.groups)):
                 matrix = job.matrix + group * blocks * job.block_bytes
-                for n in range(job.count):
-                    dot(job.kind, matrix, blocks, work + n * size, found)
+                whole = job.count // TOGETHER * TOGETHER
+                for n in range(0, whole, TOGETHER):
+                    dots(job.kind, matrix, blocks, work + n * size, size, found)
+                    for m in range(TOGETHER):
+                        put(job, found + 4 * LANES * m, group, n + m)
+                for n in range(whole, job.count):
+                    dot(job.kind, matrix, blocks, work + n * size, size, found)
                     put(job, found, group, n)
 
     return multiply

@@ -17,6 +17,7 @@ from skvq.kernels.numba_cpu.simd import F32, I16, I32, I64, WORDS, _all, _at, _i
 
 FLOATS = ir.VectorType(F32, LANES)
 PAIRS = ir.VectorType(I16, 2 * LANES)
+TOGETHER = 4  # vectors that share one unpacking
 CHAINS = 4  # integer sums in flight, to hide the latency of a multiply-add
 
 
@@ -84,46 +85,66 @@ def _halves(context, builder, address):
     return builder.bitcast(builder.or_(builder.bitcast(size, WORDS), sign), FLOATS)
 
 
+def _sum(builder, vectors):
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = builder.add(total, vector)
+    return total
+
+
 def _splat_float(builder, value):
     vector = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(I32, 0))
     return builder.shuffle_vector(vector, vector, ir.Constant(WORDS, [0] * LANES))
 
 
-def make_dot(form: BlockFormat):
-    """``dot(matrix, blocks, pairs, scales, sums, out)``: sixteen rows times one rounded vector, float32 [16] to ``out``."""
+def make_dot(form: BlockFormat, vectors: int):
+    """``dot(matrix, blocks, rounded, step, out)``: sixteen rows times rounded vectors, float32 [vectors, 16] to ``out``.
 
-    def dot(typingctx, matrix, blocks, pairs, scales, sums, out):
+    A rounded vector is ``[blocks][32]`` 16-bit integers, ``[blocks]`` scales, ``[blocks]`` sums; the next is ``step`` bytes on.
+    Codes are unpacked once for all of them.
+    """
+    chains = CHAINS if vectors == 1 else 1
+
+    def dot(typingctx, matrix, blocks, rounded, step, out):
         def codegen(context, builder, signature, args):
-            matrix, blocks, pairs, scales, sums, out = args
+            matrix, blocks, rounded, step, out = args
             features = host_features(context)
-            acc = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES))
+            starts = [builder.add(rounded, builder.mul(ir.Constant(I64, n), step)) for n in range(vectors)]
+            scales_at = builder.mul(blocks, ir.Constant(I64, 2 * BLOCK))
+            sums_at = builder.add(scales_at, builder.mul(blocks, ir.Constant(I64, 4)))
+            acc = [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES)) for _ in range(vectors)]
             with cgutils.for_range(builder, blocks) as loop:
                 at = builder.add(matrix, builder.mul(loop.index, ir.Constant(I64, form.block_bytes)))
-                x = builder.add(pairs, builder.mul(loop.index, ir.Constant(I64, 2 * BLOCK)))
+                place = builder.mul(loop.index, ir.Constant(I64, 2 * BLOCK))
                 four = builder.mul(loop.index, ir.Constant(I64, 4))
-                scale = builder.load(_at(builder, scales, four, F32), align=4)
-                total = builder.load(_at(builder, sums, four, I32), align=4)
-                chains = [ir.Constant(WORDS, None)] * CHAINS
+                x = [builder.add(start, place) for start in starts]
+                scales = [builder.load(_at(builder, builder.add(s, scales_at), four, F32), align=4) for s in starts]
+                sums = [builder.load(_at(builder, builder.add(s, sums_at), four, I32), align=4) for s in starts]
+                totals = [[ir.Constant(WORDS, None)] * chains for _ in starts]
                 if form.offset:
-                    chains[0] = _splat(builder, builder.mul(total, ir.Constant(I32, -form.offset)))
+                    for total, whole in zip(totals, sums, strict=True):
+                        total[0] = _splat(builder, builder.mul(whole, ir.Constant(I32, -form.offset)))
                 for p, codes in enumerate(_code_pairs(builder, form, at)):
-                    pair = _splat(builder, builder.load(_at(builder, x, 4 * p, I32), align=4))
-                    chains[p % CHAINS] = _multiply_pairs(builder, features, chains[p % CHAINS], codes, pair)
-                whole = builder.add(builder.add(chains[0], chains[1]), builder.add(chains[2], chains[3]))
-                term = builder.fmul(builder.sitofp(whole, FLOATS), _splat_float(builder, scale))
+                    for total, source in zip(totals, x, strict=True):
+                        pair = _splat(builder, builder.load(_at(builder, source, 4 * p, I32), align=4))
+                        total[p % chains] = _multiply_pairs(builder, features, total[p % chains], codes, pair)
                 unit = _halves(context, builder, builder.add(at, ir.Constant(I64, form.scale_at)))
-                result = builder.fadd(builder.load(acc), builder.fmul(term, unit, flags=("contract",)), flags=("contract",))
-                if form.has_min:
-                    low = _halves(context, builder, builder.add(at, ir.Constant(I64, form.min_at)))
-                    sum_x = _splat_float(builder, builder.fmul(scale, builder.sitofp(total, F32)))
-                    result = builder.fadd(result, builder.fmul(low, sum_x, flags=("contract",)), flags=("contract",))
-                builder.store(result, acc)
-            builder.store(builder.load(acc), _at(builder, out, 0, FLOATS), align=4)
+                low = _halves(context, builder, builder.add(at, ir.Constant(I64, form.min_at))) if form.has_min else None
+                for slot, total, scale, whole in zip(acc, totals, scales, sums, strict=True):
+                    term = builder.fmul(builder.sitofp(_sum(builder, total), FLOATS), _splat_float(builder, scale))
+                    product = builder.fmul(term, unit, flags=("contract",))
+                    result = builder.fadd(builder.load(slot), product, flags=("contract",))
+                    if low is not None:
+                        sum_x = _splat_float(builder, builder.fmul(scale, builder.sitofp(whole, F32)))
+                        result = builder.fadd(result, builder.fmul(low, sum_x, flags=("contract",)), flags=("contract",))
+                    builder.store(result, slot)
+            for n, slot in enumerate(acc):
+                builder.store(builder.load(slot), _at(builder, out, 4 * LANES * n, FLOATS), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 5), codegen
 
-    dot.__name__ = f"dot_{form.kind}"
+    dot.__name__ = f"dot_{form.kind}_{vectors}"
     return intrinsic(dot)
 
 
@@ -216,5 +237,6 @@ def round_block(typingctx, source, pairs, scale_to, sum_to):
     return types.void(*[types.int64] * 4), codegen
 
 
-dot_q4_0, dot_q4_1, dot_q5_0, dot_q5_1, dot_q8_0 = (make_dot(form) for form in FORMATS.values())
+dot_q4_0, dot_q4_1, dot_q5_0, dot_q5_1, dot_q8_0 = (make_dot(form, 1) for form in FORMATS.values())
+dots_q4_0, dots_q4_1, dots_q5_0, dots_q5_1, dots_q8_0 = (make_dot(form, TOGETHER) for form in FORMATS.values())
 expand_q4_0, expand_q4_1, expand_q5_0, expand_q5_1, expand_q8_0 = (make_expand(form) for form in FORMATS.values())

@@ -1,9 +1,9 @@
 """The key mean's share of a score, ``q . RoPE_t(mu)``, for all tokens of a tile at once.
 
 A pair of channels adds ``A cos(t w) + B sin(t w)`` with ``A = q1 m1 + q2 m2, B = q2 m1 - q1 m2``. Once a tile, (A, B) are
-turned to the tile's centre; inside the tile a fast pair adds two table rows. All slow pairs together (``turns.SLOW_ANGLE``) are one
-Chebyshev series of 16 terms: cosines fill the even ones, sines the odd ones. Pairs whose mean is zero are not listed and cost
-nothing.
+turned to the tile's centre; inside the tile a fast pair adds two table rows. All slow pairs (``turns.SLOW_ANGLE``) together are
+one Chebyshev series of 16 terms: cosines fill the even ones, sines the odd ones. Pairs whose mean is zero are not listed
+and cost nothing.
 """
 
 # mypy: ignore-errors

@@ -170,7 +170,8 @@ def pack_job(
     job = array("q", (
         keys.data_ptr(), values.data_ptr(), flags.data_ptr(), table.data_ptr(), first, len(keys), layout.kv_heads,
         layout.head_size, *page_fields(pages), *layout_fields(layout)[:5], layout.tile, layout.tiles, together,
-        *side_fields(packing.sides[0], packing.channels[0], layout), *side_fields(packing.sides[1], packing.channels[1], layout),
+        *side_fields(packing.sides[0], packing.channels[0], layout),
+        *side_fields(packing.sides[1], packing.channels[1], layout),
         counters.data_ptr(), work.data_ptr(), work_bytes, *where,
     ))  # fmt: skip
     return job, (flags, table, work, counters)

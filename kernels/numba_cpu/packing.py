@@ -98,7 +98,7 @@ def page_of(job, start):
 
 @njit(**FAST)
 def pack_planes(codes, stride, rows, count, out, levels, across):
-    """Planes of ``rows`` x ``count`` codes: they divide the row, or (``across``) the rows, whose ``count`` codes share a shift."""
+    """Planes of ``rows`` x ``count`` codes: they divide a row, or (``across``) the rows, whose codes then share a shift."""
     widths = 2 if levels <= 8 else 4 if levels == 16 else 8
     place = 0
     while True:

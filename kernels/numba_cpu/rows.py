@@ -76,7 +76,7 @@ def mark_visible(job, work, row, query, rows, held, first, count, slots):
 
 @njit(**FAST)
 def load_rows(job, work, source, step, kind, first):
-    """Rows ``first .. first+31`` as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows nobody sees, which may hold anything."""
+    """Rows ``first .. first+31`` as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows nobody sees: they hold anything."""
     size, lanes = job.size, (job.size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
     seen, all_seen = u8(work + job.w_seen + first), 0
     for i in range(LANE_BLOCK):

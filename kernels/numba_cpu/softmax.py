@@ -54,7 +54,7 @@ def take(scores, stride, count, rows, tops, totals, acc, width):
 
 @njit(**FAST)
 def merge(partials, count, step, rows, size, out, tops, totals):
-    """Merge ``count`` states ``step`` bytes apart, rows ``[top, total, acc (size)]``, to ``out`` [rows, size], not normalized."""
+    """Merge ``count`` states ``step`` bytes apart, rows ``[top, total, acc]``, to ``out`` [rows, size], not normalized."""
     top, total = f32(tops), f32(totals)
     for m in range(rows):
         at = partials + 4 * m * (size + 2)

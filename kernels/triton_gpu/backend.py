@@ -11,21 +11,21 @@ from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
-from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout
+from skvq.kernels.layout import LEVELS, PAGE_TOKENS
 from skvq.kernels.registry import BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_blocks_kernel, attend_labels_kernel
-from skvq.kernels.triton_gpu.pack import pack_kernel, quantize_kernel
+from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
+from skvq.kernels.triton_gpu.packing import bits_code, decode_heads, launch_pack, launch_unpack, page_strides
 from skvq.kernels.triton_gpu.prepare import prepare_heads_kernel
-from skvq.kernels.triton_gpu.unpack import unpack_kernel
 from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 64
-LABEL_WARPS = 1
+LABEL_WARPS = 2  # one would spill
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,6 @@ class Columns:
     def total(self) -> int:
         """Columns of a kv head, the idle ones of the last chunk included."""
         return self.width * self.chunks
-
-
-def bits_code(bits: float) -> int:
-    """Bits as kernels name them: 15 for 1.5."""
-    return 15 if bits == 1.5 else int(bits)
 
 
 def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
@@ -103,7 +98,15 @@ class TritonGpu:
         return self._finish(q, columns, full, step, (part, stat, splits), codec)
 
     def _attend_packed(
-        self, q: Tensor, pages: PackedPages, codec: HeadCodec, step: Step, columns: Columns, splits: int, part: Tensor, stat: Tensor
+        self,
+        q: Tensor,
+        pages: PackedPages,
+        codec: HeadCodec,
+        step: Step,
+        columns: Columns,
+        splits: int,
+        part: Tensor,
+        stat: Tensor,
     ) -> None:
         layout = pages.layout
         size, groups, width = layout.head_size, layout.groups, columns.width
@@ -131,7 +134,7 @@ class TritonGpu:
         attend_packed_kernel[(columns.heads, splits, q.shape[0] * columns.chunks)](
             rows, qsum, scale, coefficient, turn, table, pages.key_codes, pages.value_codes, pages.meta, codec.values.unit,
             part, stat, step.page_table, step.slots, step.packed, step.positions,
-            *_page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+            *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
             step.span,
             D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, KEY_NORMAL=key_normal,
             VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
@@ -150,7 +153,8 @@ class TritonGpu:
         if splits:
             attend_plain_kernel[(kv_heads, splits, q.shape[0] * columns.chunks)](
                 q, pages.keys, pages.values, step.page_table, step.slots, step.packed, step.positions, part, stat,
-                pages.keys.stride(0), pages.keys.stride(1), step.page_table.stride(0), kv_heads, columns.chunks, columns.queries,
+                pages.keys.stride(0), pages.keys.stride(1), step.page_table.stride(0), kv_heads, columns.chunks,
+                columns.queries,
                 columns.repeat, step.span, columns.total,
                 D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, WIDE=self.interpreted, num_warps=4, num_stages=3,
             )  # fmt: skip
@@ -169,9 +173,10 @@ class TritonGpu:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
             shared = (
-                q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
+                q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
+                codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
-                *_page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+                *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
                 step.span, columns.total, tables.scale,
             )  # fmt: skip
             grid = (columns.heads, splits, q.shape[0] * columns.chunks)
@@ -188,7 +193,13 @@ class TritonGpu:
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 
     def _finish(
-        self, q: Tensor, columns: Columns, full: FullSlots, step: Step, packed: tuple[Tensor, Tensor, int], codec: HeadCodec | None
+        self,
+        q: Tensor,
+        columns: Columns,
+        full: FullSlots,
+        step: Step,
+        packed: tuple[Tensor, Tensor, int],
+        codec: HeadCodec | None,
     ) -> tuple[Tensor, Tensor]:
         """Attend the full-precision slots and merge them with the packed partial sums."""
         batch, queries, heads, size = q.shape
@@ -199,7 +210,8 @@ class TritonGpu:
         if full_splits:
             attend_slots_kernel[(columns.heads, full_splits, batch * columns.chunks)](
                 q, full.keys, full.values, full.positions, step.slots, step.positions, full_part, full_stat,
-                *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, queries, columns.repeat, slots,
+                *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, queries,
+                columns.repeat, slots,
                 step.span, columns.total,
                 D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, WIDE=self.interpreted, num_warps=4, num_stages=1,
             )  # fmt: skip
@@ -220,22 +232,32 @@ class TritonGpu:
     ) -> None:
         layout = pages.layout
         if self._is_odd(layout.head_size, layout.group_size):
-            return reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
+            reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
+            return
         y_keys, y_values = (y.contiguous() for y in reference.encode_heads(codec, first, keys, values))
         sides = (codec.keys.unit, codec.keys.clip, codec.values.unit, codec.values.clip)
         if not (codec.keys.has_metric or codec.values.has_metric):
-            return self._pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
+            launch_pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
+            return
         # codes that are chosen together come channel after channel: torch does that, for all tokens and heads at once
         key, ks, km = reference.quantize_heads(y_keys, layout.key_bits, codec.keys)
         value, vs, vm = reference.quantize_heads(y_values, layout.value_bits, codec.values)
-        self._pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
+        launch_pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
 
     def pack_labels(
-        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+        self,
+        pages: PackedPages,
+        codec: LabelCodec,
+        page_row: Tensor,
+        first: int,
+        keys: Tensor,
+        values: Tensor,
+        retained: Tensor,
     ) -> None:
         layout, count = pages.layout, len(keys)
         if self._is_odd(layout.head_size, layout.group_size):
-            return reference.pack_labels(pages, codec, page_row, first, keys, values, retained)
+            reference.pack_labels(pages, codec, page_row, first, keys, values, retained)
+            return
         groups = layout.kv_heads * layout.groups
         labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, groups)
         positions = torch.arange(first, first + count, device=keys.device)
@@ -256,23 +278,7 @@ class TritonGpu:
             done.append((codes, scale, mid))
         (key, ks, km), (value, vs, vm) = done
         sides = (codec.keys.unit, codec.keys.clip, codec.values.unit, codec.values.clip)
-        self._pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
-
-    def _pack(
-        self, pages: PackedPages, page_row: Tensor, first: int, keys: Tensor, values: Tensor,
-        sides: tuple[Tensor, Tensor, Tensor, Tensor], meta: tuple[Tensor, ...], retained: Tensor, *, quantized: bool,
-    ) -> None:  # fmt: skip
-        layout, count = pages.layout, len(retained)
-        assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
-        assert page_row.dtype == torch.int32 and page_row.is_contiguous(), page_row.dtype
-        if not count:
-            return
-        pack_kernel[(count // layout.tile, layout.kv_heads)](
-            keys, values, *sides, *meta, retained.view(torch.uint8), pages.key_codes, pages.value_codes, pages.meta, page_row,
-            first // layout.tile, *_page_strides(pages),
-            D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
-            QUANTIZED=quantized, num_warps=4,
-        )  # fmt: skip
+        launch_pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
 
     def unpack_heads(
         self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
@@ -282,8 +288,8 @@ class TritonGpu:
             return reference.unpack_heads(pages, codec, page_row, first, count)
         channels = torch.arange(layout.kv_heads * layout.head_size, device=page_row.device)
         label = torch.div(channels, layout.group_size, rounding_mode="floor").to(torch.int32)
-        keys, values = self._unpack(pages, page_row, first, count, codec, label, label)
-        return _decode_heads(codec, first, keys, values)
+        keys, values = launch_unpack(pages, page_row, first, count, codec, label, label)
+        return decode_heads(codec, first, keys, values)
 
     def unpack_labels(
         self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int
@@ -291,38 +297,26 @@ class TritonGpu:
         layout = pages.layout
         if self._is_odd(layout.head_size, layout.group_size):
             return reference.unpack_labels(pages, codec, page_row, first, count)
-        keys, values = self._unpack(
+        keys, values = launch_unpack(
             pages, page_row, first, count, codec, codec.key_labels.to(torch.int32), codec.value_labels.to(torch.int32)
         )
         positions = torch.arange(first, first + count, device=keys.device)
         return reference.rotary(keys, positions, codec.rope), values
-
-    def _unpack(
-        self, pages: PackedPages, page_row: Tensor, first: int, count: int, codec: HeadCodec | LabelCodec,
-        key_label: Tensor, value_label: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Keys and values [T, KH, D] float32 in the stored basis."""
-        layout = pages.layout
-        assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
-        shape = (count, layout.kv_heads, layout.head_size)
-        keys, values = (torch.empty(shape, dtype=torch.float32, device=page_row.device) for _ in range(2))
-        if count:
-            unpack_kernel[(count // 32, layout.kv_heads)](
-                keys, values, pages.key_codes, pages.value_codes, pages.meta, page_row, codec.keys.unit, codec.values.unit,
-                key_label, value_label, first // layout.tile, *_page_strides(pages),
-                D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
-                num_warps=4,
-            )  # fmt: skip
-        return keys, values
 
     # --- shapes -------------------------------------------------------------------------------------------------------
 
     def _check(self, q: Tensor, kv_heads: int, size: int, full: FullSlots, step: Step) -> Columns:
         assert q.ndim == 4 and q.is_contiguous() and q.shape[3] == size and q.shape[2] % kv_heads == 0, (q.shape, q.stride())
         assert step.positions.shape == q.shape[:2] and step.positions.dtype == torch.int32, step.positions
-        assert step.packed.dtype == torch.int32 and step.page_table.dtype == torch.int32, (step.packed.dtype, step.page_table.dtype)
+        assert step.packed.dtype == torch.int32 and step.page_table.dtype == torch.int32, (
+            step.packed.dtype,
+            step.page_table.dtype,
+        )
         assert step.slots.dtype == torch.int64 and step.page_table.stride(1) == 1, step.page_table.stride()
-        assert full.keys.stride() == full.values.stride() and full.keys.stride(3) == 1, (full.keys.stride(), full.values.stride())
+        assert full.keys.stride() == full.values.stride() and full.keys.stride(3) == 1, (
+            full.keys.stride(),
+            full.values.stride(),
+        )
         assert full.positions.stride(1) == 1 and full.positions.dtype == torch.int32, full.positions.dtype
         return Columns.of(q, kv_heads)
 
@@ -347,26 +341,6 @@ class TritonGpu:
             self._told.add(shape)
             print(f"skvq: no Triton kernel for {shape}; torch computes it, correct and slow", file=sys.stderr)
         return True
-
-
-def _page_strides(pages: PackedPages) -> tuple[int, ...]:
-    """Page and head strides of key codes, value codes and metadata."""
-    parts = (pages.key_codes, pages.value_codes, pages.meta)
-    for part, dtype in zip(parts, (torch.uint8, torch.uint8, torch.int32), strict=True):
-        assert part.dtype == dtype and part.stride(2) == 1, (part.dtype, part.stride())
-    return tuple(stride for part in parts for stride in part.stride()[:2])
-
-
-def _decode_heads(codec: HeadCodec, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo bases and means of stored keys and values [T, KH, D], as ``reference.unpack_heads`` does."""
-    if codec.has_basis:
-        keys = torch.einsum("hij,thi->thj", codec.query_basis, keys)
-        if codec.has_key_mean:
-            count = len(keys)
-            positions = torch.arange(first, first + count, device=keys.device)
-            keys = keys + reference.rotary(codec.key_mean.expand(count, -1, -1), positions, codec.rope)
-        values = torch.einsum("hij,thj->thi", codec.output_basis, values) + codec.value_mean
-    return keys, values
 
 
 def _is_limited(step: Step) -> bool:

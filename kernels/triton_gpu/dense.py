@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa: N803
 """Decode attention over 16-bit tokens: full-precision slots, and the pages of method ``fp``."""
 
 from __future__ import annotations
@@ -5,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skvq.kernels.triton_gpu.packed import NEVER
 from skvq.kernels.triton_gpu.prepare import LOG2E
+from skvq.kernels.triton_gpu.tiles import NEVER
 
 
 @triton.jit

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
+# ruff: noqa: N803
 """Small fused operations of a decode step: everything between the matrix products that would else be a launch each."""
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ def rope_write_kernel(
 ):  # fmt: skip
     """RoPE of one head of one token: of q to ``out``, of k to its slot, and v copied beside it; the slot's position is set.
 
-    ``cos`` and ``sin`` of ``position * inv_freq`` are taken in float64: at a million a float32 angle is off by 0.03. Program 0 of a
-    token writes the position. Reads and writes each of q, k and v once.
+    The angle ``position * inv_freq`` is reduced in float64: at a million a float32 angle is off by 0.03. The first kv head
+    writes the position. Reads and writes each of q, k and v once.
     """
     token, head = tl.program_id(0), tl.program_id(1)
     j = tl.arange(0, D // 2)
@@ -90,8 +92,9 @@ def rope_and_write(
 ) -> Tensor:  # fmt: skip
     """Turned q [B, N, H, D]; k and v go to full-precision slots.
 
-    ``q`` [B, N, H, D], ``k`` and ``v`` [B, N, KH, D] before RoPE (strided over tokens, heads contiguous); ``positions`` and ``places``
-    int32 [B, N] are each token's position and slot index; ``keys``, ``values`` [S, KH, F, D] and ``held`` int32 [S, F] are written.
+    ``q`` [B, N, H, D], ``k`` and ``v`` [B, N, KH, D] before RoPE (strided over tokens, heads contiguous); ``positions`` and
+    ``places`` int32 [B, N] are each token's position and slot index; ``keys``, ``values`` [S, KH, F, D] and ``held`` int32
+    [S, F] are written.
     """
     batch, queries, heads, size = q.shape
     kv_heads = k.shape[2]
@@ -124,5 +127,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     rows, width = gate.shape
     assert up.shape == gate.shape and gate.stride(1) == up.stride(1) == 1, (gate.stride(), up.stride())
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
-    silu_mul_kernel[(rows, triton.cdiv(width, 1024))](gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=1024, num_warps=4)
+    silu_mul_kernel[(rows, triton.cdiv(width, 1024))](
+        gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=1024, num_warps=4
+    )
     return out

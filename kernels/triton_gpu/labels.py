@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RUF005
 """Decode attention over packed pages whose groups cross heads and whose keys are stored before RoPE (method ``reorder``)."""
 
 from __future__ import annotations
@@ -7,8 +9,8 @@ import triton.language as tl
 
 from skvq.kernels.triton_gpu.dense import load_columns
 from skvq.kernels.triton_gpu.pack import e4m3_decode
-from skvq.kernels.triton_gpu.packed import NEVER, load_planes, zero_rows
 from skvq.kernels.triton_gpu.prepare import LOG2E
+from skvq.kernels.triton_gpu.tiles import NEVER, load_planes, zero_rows
 from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
 
 
@@ -101,7 +103,7 @@ def key_channels(
 
 @triton.jit
 def one_hot(label, G: tl.constexpr, unit, WIDE: tl.constexpr):
-    """[G, channels]: ``unit`` where a channel's label is the row, else 0. Bytes of metadata and powers of two are exact in bfloat16."""
+    """[G, channels]: ``unit`` where a channel's label is the row, else 0; exact in bfloat16, as are bytes of metadata."""
     hot = tl.where(tl.arange(0, G)[:, None] == label[None, :], unit[None, :], 0.0)
     return hot if WIDE else hot.to(tl.bfloat16)
 
@@ -174,11 +176,28 @@ def attend_labels_blocks_kernel(
         words = tl.load(meta + place[None, :] + t[:, None], mask=(group < all_groups)[None, :], other=0)  # [32, GROUPS]
         flag = tl.load(meta + t) & 0x80
         ks, km = group_bytes(words & 0x7F, 0, WIDE), group_bytes(words, 8, WIDE)
-        code = load_planes(key, 0, 32, KEY_EACH, KEY_ROW, 1, KEY_ROW // KEY_EACH, KEY_EACH, KEY_BITS, 2 ** (KEY_BITS - 1), False, True, False, False)
+        code = load_planes(
+            key,
+            0,
+            32,
+            KEY_EACH,
+            KEY_ROW,
+            1,
+            KEY_ROW // KEY_EACH,
+            KEY_EACH,
+            KEY_BITS,
+            2 ** (KEY_BITS - 1),
+            False,
+            True,
+            False,
+            False,
+        )
         x = tl.zeros([32, NH], tl.float32)
         for b in tl.static_range(H // KEY_EACH):
             ka = label_channels(code[b], ks, km, key_hot[b], KEY_BITS, b * KEY_EACH // KEY_ROW)
-            kb = label_channels(code[b + H // KEY_EACH], ks, km, key_hot[b + H // KEY_EACH], KEY_BITS, (b * KEY_EACH + H) // KEY_ROW)
+            kb = label_channels(
+                code[b + H // KEY_EACH], ks, km, key_hot[b + H // KEY_EACH], KEY_BITS, (b * KEY_EACH + H) // KEY_ROW
+            )
             angle = table_ptr + (share * 32 + t)[:, None] * D + (b * KEY_EACH + e)[None, :]
             cos, sin = tl.load(angle).to(tl.float32), tl.load(angle + H).to(tl.float32)
             base_cos = tl.load(turn_ptr + i * D + b * KEY_EACH + e)[:, None]
@@ -194,7 +213,22 @@ def attend_labels_blocks_kernel(
         m_i = m_new
         words = tl.trans(words)
         vs, vm = group_bytes(words, 16, WIDE), group_bytes(words, 24, WIDE)
-        code = load_planes(value, 0, VALUE_EACH, 32, TILE, 1, VALUE_ROW // VALUE_EACH, VALUE_EACH * TILE, VALUE_BITS, 2 ** (VALUE_BITS - 1), False, True, False, False)
+        code = load_planes(
+            value,
+            0,
+            VALUE_EACH,
+            32,
+            TILE,
+            1,
+            VALUE_ROW // VALUE_EACH,
+            VALUE_EACH * TILE,
+            VALUE_BITS,
+            2 ** (VALUE_BITS - 1),
+            False,
+            True,
+            False,
+            False,
+        )
         weights = p.to(tl.float16)
         new = ()
         for b in tl.static_range(D // VALUE_EACH):

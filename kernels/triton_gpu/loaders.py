@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, RET505, RUF005
 """Tile loaders: bytes of codes -> fp16 planes for the tensor cores, without one integer-to-float conversion.
 
 A code left in the low mantissa bits of a half IS the number ``code * 2^-24`` (a subnormal), so unpacking is a mask. The
@@ -90,7 +92,8 @@ def _half(x):
 def _planes_1(x, ASM: tl.constexpr):
     if ASM:
         return tl.inline_asm_elementwise(
-            ASM_1, REGS_1, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+            ASM_1, REGS_1, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+            tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
         out = ()

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, N806
 """Quantize-and-pack: stored-basis keys and values in, codes and metadata out, each number read once."""
 
 from __future__ import annotations
@@ -115,7 +117,9 @@ def side_of_share(y_ptr, at, unit_ptr, clip_ptr, D: tl.constexpr, G: tl.constexp
     """Codes [32, D] and metadata bytes [32 * G] of 32 tokens of one head: a row a group."""
     size: tl.constexpr = D // G
     rows = tl.arange(0, 32 * G)
-    y = tl.load(y_ptr + at + (rows // G)[:, None] * tl.num_programs(1) * D + (rows % G)[:, None] * size + tl.arange(0, size)[None, :])
+    y = tl.load(
+        y_ptr + at + (rows // G)[:, None] * tl.num_programs(1) * D + (rows % G)[:, None] * size + tl.arange(0, size)[None, :]
+    )
     unit = tl.load(unit_ptr + rows % G)
     clip = tl.load(clip_ptr + rows % G)
     code, scale, mid = fit_groups(y, tl.full([32 * G, size], True, tl.int1), size * 1.0, unit, clip, LEVELS)
@@ -143,15 +147,20 @@ def pack_kernel(
 ):  # fmt: skip
     """Write codes and metadata of one tile of one kv head, 32 tokens at a time.
 
-    ``key`` and ``value`` are float32 [T, KH, D] in the stored basis, or with QUANTIZED their codes uint8 with the bytes of scale
-    and mid beside them. Reads each once, writes (key_bits + value_bits) D / 8 + 4 G bytes a token.
+    ``key`` and ``value`` are float32 [T, KH, D] in the stored basis, or with QUANTIZED their codes uint8, with the bytes of
+    scale and mid beside them. Reads each once, writes (key_bits + value_bits) D / 8 + 4 G bytes a token.
     """
     TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
     TILES: tl.constexpr = 1280 // TILE
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     page = tl.load(page_ptr + (first_tile + tile) // TILES).to(tl.int64)
     place = (first_tile + tile) % TILES
-    key_out = key_code_ptr + page * stride_key_page + head * stride_key_head + place * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
+    key_out = (
+        key_code_ptr
+        + page * stride_key_page
+        + head * stride_key_head
+        + place * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
+    )
     value_out = value_code_ptr + page * stride_value_page + head * stride_value_head
     value_out += place * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
     meta_out = meta_ptr + page * stride_meta_page + head * stride_meta_head + place * (G * TILE)

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RET505
 """Queries made ready for the packed pages: basis, scale and the order of the planes, once a step."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RET505
 """Unpacking to the stored basis: what streaming prefill stages, a tile a program."""
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def unpack_kernel(
     label = tl.load(key_label_ptr + head * D + d)
     unit = tl.load(key_unit_ptr + label)
     word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
-    code = load_codes(base, share, s, d, D, KEY_BITS, TILE, True).to(tl.float32) - ((3 if KEY_BITS == 15 else 2**KEY_BITS) - 1) / 2
+    code = (
+        load_codes(base, share, s, d, D, KEY_BITS, TILE, True).to(tl.float32) - ((3 if KEY_BITS == 15 else 2**KEY_BITS) - 1) / 2
+    )
     tl.store(key_out_ptr + out, e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code)
 
     base = value_code_ptr + page * stride_value_page + head * stride_value_head
@@ -77,5 +81,8 @@ def unpack_kernel(
     label = tl.load(value_label_ptr + head * D + d)
     unit = tl.load(value_unit_ptr + label)
     word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
-    code = load_codes(base, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32) - ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
+    code = (
+        load_codes(base, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32)
+        - ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
+    )
     tl.store(value_out_ptr + out, e4m3_decode((word >> 24) & 0xFF) * unit + e4m3_decode((word >> 16) & 0xFF) * unit * code)

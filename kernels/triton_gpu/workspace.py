@@ -29,18 +29,18 @@ class Scratch:
 class RopeTables:
     """Sines and cosines for kernels, cos then sin in each row of D.
 
-    ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``table`` float16 [tile, D]: of every place in
-    a tile.
+    ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``table`` float16 [tile, D]: of
+    every place in a tile.
     """
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
         self.rope = rope  # held, so that its identity stays its own
         self.tiles = tiles
         self.scale = float(rope.scale)
-        count = {"device": rope.inv_freq.device, "dtype": torch.float64}
-        base = torch.cat([torch.arange(6, **count) * 32, torch.arange(tiles, **count) * tile])[:, None] * rope.inv_freq
+        count = torch.arange(max(6, tile, tiles), dtype=torch.float64, device=rope.inv_freq.device)
+        base = torch.cat([count[:6] * 32, count[:tiles] * tile])[:, None] * rope.inv_freq
         self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()
-        place = torch.arange(tile, **count)[:, None] * rope.inv_freq
+        place = count[:tile, None] * rope.inv_freq
         self.table = torch.cat([place.cos(), place.sin()], 1).half().contiguous()
 
 

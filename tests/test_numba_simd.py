@@ -1,0 +1,143 @@
+"""Instructions: the same integers on every CPU, every tile loader against the specification, one compilation per machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+import skvq
+from skvq.kernels.layout import LEVELS
+from skvq.kernels.numba_cpu import launch, numeric, products, simd, tiles
+from skvq.kernels.numba_cpu.heads import build_attend_heads
+from skvq.kernels.numba_cpu.plain import build_attend_plain
+from skvq.kernels.reference import e4m3_decode, pack_codes
+
+CPUS = {
+    "this": {},
+    "vnni": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+avxvnni"},
+    "avx2": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"},
+    "any": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+}
+
+
+def check_dots() -> None:
+    """Two-limb dot products of the largest and of random codes, 1 to 4 rows at once and 7 in all."""
+    gen = np.random.default_rng(0)
+    for largest, bits, rows, words in ((255, 7, 7, 33), (15, 8, 6, 32), (3, 8, 1, 5)):
+        codes = gen.integers(0, largest + 1, (words, 64, 4), dtype=np.uint8)
+        codes[:, 0] = largest
+        limit = int(numeric.limb_limit(bits))
+        numbers = gen.integers(-limit, limit + 1, (rows, 4 * words))
+        numbers[0], numbers[-1, ::2] = limit, -limit
+        limbs = np.zeros((rows, 2, 4 * words), np.int8)
+        given = numbers.astype(np.float32)
+        for r in range(rows):
+            low = limbs[r].ctypes.data
+            total = numeric.split_limbs(given[r].ctypes.data, np.float32(1), 4 * words, low, low + 4 * words, bits)
+            assert total == np.float32(numbers[r].sum())
+        out = np.empty((rows, 64), np.float32)
+        products.dots(
+            rows, codes.ctypes.data, 256, words, limbs.ctypes.data, 4 * words, 8 * words, out.ctypes.data, 256, bits, 64,
+            codes.ctypes.data, 64,
+        )  # fmt: skip
+        expected = np.einsum("jtk,rjk->rt", codes.astype(np.int64), numbers.reshape(rows, words, 4))
+        assert np.array_equal(out, expected.astype(np.float32)), (largest, bits)
+
+
+def check_halves() -> None:
+    """All finite float16, denormals included, to float32."""
+    numbers = np.arange(65536, dtype=np.uint16).view(np.float16)
+    numbers = np.ascontiguousarray(numbers[np.isfinite(numbers)])
+    out = np.empty(len(numbers), np.float32)
+    numeric.row_to_float(numbers.ctypes.data, out.ctypes.data, len(numbers), numeric.FLOAT16)
+    assert np.array_equal(out, numbers.astype(np.float32))
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_every_cpu_computes_the_same(cpu: str) -> None:
+    """The forms for other CPUs are compiled and run here, in a process that numba is told such a CPU is in."""
+    script = "from skvq.tests import test_numba_simd as t\nt.check_dots()\nt.check_halves()"
+    path = os.pathsep.join([str(Path(skvq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, **CPUS[cpu], "PYTHONPATH": path}, check=True)
+
+
+@pytest.mark.parametrize("size", [40, 64, 72, 96, 128, 256])
+def test_tile_loaders(size: int) -> None:
+    gen = np.random.default_rng(size)
+    lanes = -(-size // 32) * 32
+    for bits, levels in LEVELS.items():
+        for tile in (160,) if bits == 1.5 else (128, 160):
+            codes = torch.from_numpy(gen.integers(0, levels, (tile, 1, size), dtype=np.uint8))
+            keys, values = (pack_codes(codes, bits, tile, token_major=major).numpy().copy() for major in (True, False))
+            out = np.full(tile * size, 0xA5, np.uint8)
+            tiles.load_keys(keys.ctypes.data, out.ctypes.data, levels, size, tile)
+            assert (out.reshape(size // 4, tile, 4).transpose(1, 0, 2).reshape(tile, size) == codes[:, 0].numpy()).all()
+            out = np.full(tile * lanes, 0xA5, np.uint8)
+            tiles.load_values(values.ctypes.data, out.ctypes.data, levels, size, tile)
+            assert (
+                out.reshape(tile // 4, lanes, 4).transpose(0, 2, 1).reshape(tile, lanes)[:, :size] == codes[:, 0].numpy()
+            ).all()
+            out = np.full(tile * size, 0xA5, np.uint8)
+            tiles.load_value_rows(values.ctypes.data, out.ctypes.data, levels, size, tile)
+            assert (codes[:, 0].numpy() == out.reshape(size, tile).T).all()
+
+
+def test_metadata_even_where_denormals_are_flushed() -> None:
+    words = np.arange(256, dtype=np.int32) * 0x01010101
+    words = np.concatenate([words, words[::-1]]).reshape(4, 128).copy()
+    out, bias = np.empty((4, 4, 128), np.float32), np.empty(128, np.float32)
+    torch.set_flush_denormal(True)
+    numeric.decode_meta(words.ctypes.data, out.ctypes.data, bias.ctypes.data, 4, 128)
+    torch.set_flush_denormal(False)
+    for part in range(4):
+        byte = torch.from_numpy(words.view(np.uint8).reshape(4, 128, 4)[..., part] & (0x7F if part == 0 else 0xFF))
+        expected = e4m3_decode(byte).numpy()
+        assert np.array_equal(out[part], expected) or np.array_equal(np.isnan(expected), (byte.numpy() & 0x7F) == 0x7F)
+        fine = ~np.isnan(expected)
+        assert np.array_equal(out[part][fine], expected[fine])
+    assert np.array_equal(bias < 0, (words[0] & 0x80) != 0)
+
+
+@njit(**tiles.FAST)
+def powers(x: int, out: int, count: int) -> None:
+    given, found = simd.f32(x), simd.f32(out)
+    for i in range(count):
+        found[i] = numeric.exp2(given[i])
+
+
+def test_exp2() -> None:
+    x = np.concatenate([np.linspace(-126, 0, 100_001), [-126.5, -200, -1e30]]).astype(np.float32)
+    out = np.empty_like(x)
+    powers(x.ctypes.data, out.ctypes.data, len(x))
+    exact = np.exp2(x.astype(np.float64))
+    assert (np.abs(out[:-3] / exact[:-3] - 1) < 4e-7).all() and (out[-3:] == 0).all() and out[100_000] == 1
+
+
+def test_compiled_once_per_machine(tmp_path: Path) -> None:
+    """A second process reads what the first has compiled; no folder of the package need be writable."""
+    script = (
+        "from skvq.kernels.numba_cpu import launch, plain\nkernels = launch.Kernels()\n"
+        "kernels.function(plain.build_attend_plain)\nprint(kernels._compiled[plain.build_attend_plain][0].cache_hits)"
+    )
+    path = os.pathsep.join([str(Path(skvq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    hits = [
+        subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True).stdout for _ in "12"
+    ]
+    assert hits == ["0\n", "1\n"]
+
+
+def test_a_change_in_any_source_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, plain = build_attend_heads.__module__, build_attend_plain.__module__
+    before = launch.source_stamp(heads), launch.source_stamp(plain)
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "mean.py" else b""))
+    assert launch.source_stamp(heads) != before[0], "heads imports mean"
+    assert launch.source_stamp(plain) == before[1], "plain does not"
