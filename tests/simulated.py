@@ -1,4 +1,4 @@
-"""What decode and prefill should see, by definition: no pages, no ring, no merge; one masked softmax over fake-quantized tokens."""
+"""What decode and prefill should see, by definition: no pages, no ring; one masked softmax over fake-quantized tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def _by_head(codec: HeadCodec, layout: PageLayout, k: Tensor, v: Tensor) -> tupl
     ):
         codes, scale, mid = quantize_heads(y, bits, side)
         groups = codes.view(*y.shape[:2], layout.groups, layout.group_size)
-        found.append(dequantize(groups, e4m3_decode(scale) * side.unit, e4m3_decode(mid) * side.unit, LEVELS[bits]).view(y.shape))
+        found.append(
+            dequantize(groups, e4m3_decode(scale) * side.unit, e4m3_decode(mid) * side.unit, LEVELS[bits]).view(y.shape)
+        )
     mean = rotary(codec.key_mean.expand(len(k), -1, -1), torch.arange(len(k)), codec.rope)
     keys = torch.einsum("hij,thi->thj", codec.query_basis, found[0]) + mean
     return keys, torch.einsum("hij,thj->thi", codec.output_basis, found[1]) + codec.value_mean
@@ -85,7 +87,7 @@ def _by_label(codec: LabelCodec, layout: PageLayout, k: Tensor, v: Tensor) -> tu
 
 
 def schedule(count: int, chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """``cached`` and ``alone`` of SimulatedLayer for a text of which chunks of these lengths are prefilled, the rest decoded."""
+    """``cached`` and ``alone`` of SimulatedLayer for a text whose first chunks, of these lengths, are prefilled."""
     cached = torch.arange(count)
     start = 0
     for length in chunks:

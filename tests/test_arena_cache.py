@@ -132,7 +132,9 @@ def test_any_life_keeps_every_token_and_loses_no_page(engines: Engines, actions:
 # --- forks -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, count", [*((n, c) for n in METHODS for c in (7, WINDOW + 160 + 157)), (METHODS[1], 1280 + WINDOW + 120)])
+@pytest.mark.parametrize(
+    "name, count", [*((n, c) for n in METHODS for c in (7, WINDOW + 160 + 157)), (METHODS[1], 1280 + WINDOW + 120)]
+)
 def test_a_fork_goes_on_as_a_fresh_prefill_would(engines: Engines, name: str, count: int) -> None:
     engine = engines[name]
     text, left, right = trace(engine, count), trace(engine, 23, seed=1), trace(engine, 23, seed=2)
@@ -222,7 +224,7 @@ def test_truncation_equals_a_fresh_prefill(engines: Engines, name: str, length: 
 
 
 def test_tokens_of_a_cut_tile_are_rounded_at_most_twice(engines: Engines) -> None:
-    """They go back into the window as they were packed and are packed again: two roundings, so at most twice the square error."""
+    """They go back into the window as they were packed and are packed again: at most twice the square error."""
     engine = engines["rotate K2V2"]
     text = trace(engine, 460)
     precise = defined(engines["fp"], text, [], 0)
@@ -328,7 +330,7 @@ def test_nbytes_counts_packed_tokens_window_and_retained(engines: Engines) -> No
 
 
 def test_six_thousand_tokens_of_smollm2_are_packed_as_small_as_promised(tmp_path: Path) -> None:
-    """SmolLM2: 30 layers, 3 kv heads of 64, groups of 64, window 128, 5 sinks: 5.5 times smaller at K2V2, 6 at K2V1.5, all counted."""
+    """30 layers, 3 kv heads of 64, groups of 64, window 128, 5 sinks: 5.5 times at K2V2, 6 at K2V1.5, all counted."""
     smollm = {"num_layers": 30, "num_heads": 3, "num_kv_heads": 3, "head_size": 64, "trained_context": 8192}
     folder = tiny_folder(tmp_path, **smollm)
     for value_bits, least in ((2.0, 5.5), (1.5, 6.0)):

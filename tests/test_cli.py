@@ -59,7 +59,7 @@ def files_under(*folders: Path) -> set[tuple[str, int]]:
     return {(str(f), f.stat().st_mtime_ns) for folder in folders for f in folder.rglob("*")}
 
 
-# --- what works ----------------------------------------------------------------------------------------------------------------
+# --- what works -------------------------------------------------------------------------------------------------------
 
 
 def test_run_prints_the_answer_alone_and_one_closing_line(model: Path) -> None:
@@ -98,7 +98,9 @@ def test_text_comes_from_a_file_from_standard_input_and_before_the_prompt(model:
 
 def test_chat_uses_the_template(model: Path) -> None:
     def tokens(*more: str) -> int:
-        return int(json.loads(call("run", "--model", model, "-n", 1, "--method", "fp", "--json", *more).stdout)["prompt_tokens"])
+        return int(
+            json.loads(call("run", "--model", model, "-n", 1, "--method", "fp", "--json", *more).stdout)["prompt_tokens"]
+        )
 
     assert tokens("--chat", "-p", "hi") == tokens("-p", "user: hi\nassistant:")
     assert tokens("--chat", "--system", "be brief", "-p", "hi") == tokens("-p", "system: be brief\nuser: hi\nassistant:")
@@ -125,10 +127,14 @@ def test_a_calibration_that_is_made_is_used(model: Path, tmp_path: Path) -> None
 
 
 def test_eval_prints_the_figures_that_were_promised(model: Path) -> None:
-    found = json.loads(call("eval", "--model", model, "--tokens", 333, "--stride", 200, "--window", 16, "--json").stdout.splitlines()[-1])
+    found = json.loads(
+        call("eval", "--model", model, "--tokens", 333, "--stride", 200, "--window", 16, "--json").stdout.splitlines()[-1]
+    )
     assert {"ppl_fp", "ppl", "kl", "top1", "bits_per_element", "key_bits", "value_bits", "tokens"} <= set(found)
     assert found["tokens"] == 333 and found["kl"] > 0 and 0 <= found["top1"] <= 1
-    several = json.loads(call("eval", "--model", model, "--tokens", 99, "--methods", "fp,rotate:4:4", "--json").stdout.splitlines()[-1])
+    several = json.loads(
+        call("eval", "--model", model, "--tokens", 99, "--methods", "fp,rotate:4:4", "--json").stdout.splitlines()[-1]
+    )
     assert [r["method"] for r in several["results"]] == ["fp", "rotate"] and several["results"][1]["value_bits"] == 4
 
 
@@ -160,7 +166,7 @@ def test_help_is_no_error(args: tuple[str, ...]) -> None:
     assert result.exit_code == 0 and result.stderr == "" and result.stdout
 
 
-# --- what does not ----------------------------------------------------------------------------------------------------------------
+# --- what does not ----------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no text": ((), ("no text", "-p", "-f")),
@@ -193,7 +199,10 @@ BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "an unknown dtype": (("-p", "x", "--dtype", "float23"), ("float23", "float32")),
     "an unknown backend": (("-p", "x", "--backend", "numbra"), ("did you mean 'numba'",)),
     "a GPU's backend without one": (("-p", "x", "--backend", "triton", "--device", "cpu"), ("triton",)),
-    "no calibration there": (("-p", "x", "--calibration", "/nowhere/c.safetensors"), ("/nowhere/c.safetensors", "skvq calibrate")),
+    "no calibration there": (
+        ("-p", "x", "--calibration", "/nowhere/c.safetensors"),
+        ("/nowhere/c.safetensors", "skvq calibrate"),
+    ),
 }
 
 
@@ -345,10 +354,11 @@ def test_other_commands_refuse_in_one_line(
     assert files_under(tmp_path, cache_folder()) == before
 
 
-VALUES = st.sampled_from(["0", "-1", "1.5", "2", "nan", "inf", "1e400", "", "x", "64", "99999999999999999999", "rotate", "fp", "é", "--"])
-OPTIONS = ["--ctx", "--method", "--key-bits", "--group-size", "--window", "--sinks", "--filter", "-n", "--temperature", "--top-p",
-           "--top-k", "--min-p", "--repeat-penalty", "--seed", "--stop", "--dtype", "--device", "--backend", "--rope-scaling",
-           "--prefill", "--calibration"]  # fmt: skip
+VALUES = st.sampled_from(
+    ["0", "-1", "1.5", "2", "nan", "inf", "1e400", "", "x", "64", "99999999999999999999", "rotate", "fp", "é", "--"]
+)
+OPTIONS = """--ctx --method --key-bits --group-size --window --sinks --filter -n --temperature --top-p --top-k --min-p --repeat-penalty
+--seed --stop --dtype --device --backend --rope-scaling --prefill --calibration""".split()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

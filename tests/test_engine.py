@@ -67,7 +67,7 @@ def with_end(engine: Engine, token: int) -> Engine:
     return Engine(replace(engine.parts, loaded=replace(engine.parts.loaded, tokenizer=tokenizer)), engine.report)
 
 
-# --- every mode with every backend -----------------------------------------------------------------------------------------------
+# --- every mode with every backend ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -105,7 +105,7 @@ def test_an_evaluation_calibrates_with_the_backend_it_runs_on(engine: Engine) ->
     assert [r["tokens"] for r in rows] == [300, 300] and rows[0]["kl"] > rows[1]["kl"]
 
 
-# --- text ------------------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def test_pieces_are_the_answer_and_a_seed_repeats_it(engine: Engine) -> None:
@@ -155,7 +155,7 @@ def test_a_batch_whose_answers_end_at_different_times(engine: Engine) -> None:
     assert ending.generate(texts, sampling) == [ending.generate(text, sampling) for text in texts]
 
 
-# --- sequences ---------------------------------------------------------------------------------------------------------------------
+# --- sequences --------------------------------------------------------------------------------------------------------
 
 
 def test_a_conversation_keeps_every_token_of_its_answers(engine: Engine) -> None:

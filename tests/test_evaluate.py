@@ -49,7 +49,9 @@ def test_the_16_bit_cache_is_its_own_equal(engine: Engine) -> None:
 def test_stretches_are_scored_each_on_its_own(engine: Engine) -> None:
     whole = engine.evaluate(TEXT, [tiny_cache()], tokens=400, stride=200)[0]
     first = engine.evaluate(TEXT, [tiny_cache()], tokens=200, stride=200)[0]
-    second = engine.evaluate(engine.parts.tokenizer.decode(engine.encode(TEXT)[200:400]), [tiny_cache()], tokens=200, stride=200)[0]
+    second = engine.evaluate(
+        engine.parts.tokenizer.decode(engine.encode(TEXT)[200:400]), [tiny_cache()], tokens=200, stride=200
+    )[0]
     assert whole["kl"] == pytest.approx((first["kl"] + second["kl"]) / 2, rel=1e-3)
     assert whole["tokens"] == 400
 
@@ -89,7 +91,7 @@ def test_an_exact_window_is_what_papers_simulate(engine: Engine) -> None:
     assert (found - wanted).abs().max() <= SAME
 
 
-def engine_rope(engine: Engine, count: int):  # noqa: ANN201
+def engine_rope(engine: Engine, count: int):
     from skvq.engine.rope import at_positions
 
     return at_positions(engine.parts.rope, torch.arange(count)[None])
@@ -97,7 +99,7 @@ def engine_rope(engine: Engine, count: int):  # noqa: ANN201
 
 @pytest.mark.parametrize("text", ["", "x"])
 def test_a_text_too_short_to_score_is_refused(engine: Engine, text: str) -> None:
-    with pytest.raises(OptionError, match="empty|at least 2"):
+    with pytest.raises(OptionError, match=r"empty|at least 2"):
         engine.evaluate(text, [tiny_cache()], tokens=5, stride=5)
 
 

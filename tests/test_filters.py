@@ -66,7 +66,7 @@ def engine_with(folder: Path, *rules: FilterRule, **cache: object) -> Engine:
     return tiny_engine(tiny_folder(folder, num_layers=1), tiny_cache(filters=rules, method="plain", **cache), max_context=900)
 
 
-# --- each rule alone -------------------------------------------------------------------------------------------------------------
+# --- each rule alone --------------------------------------------------------------------------------------------------
 
 
 def test_sinks_are_the_first_tokens() -> None:
@@ -75,7 +75,18 @@ def test_sinks_are_the_first_tokens() -> None:
 
 
 def test_token_ids_are_found_anywhere() -> None:
-    assert TokenIds(frozenset({7, 49})).keep(leaving()).nonzero()[:, 0].tolist() == [7, 49, 57, 99, 107, 149, 157, 199, 207, 249]
+    assert TokenIds(frozenset({7, 49})).keep(leaving()).nonzero()[:, 0].tolist() == [
+        7,
+        49,
+        57,
+        99,
+        107,
+        149,
+        157,
+        199,
+        207,
+        249,
+    ]
 
 
 @pytest.mark.parametrize("factor", [0.01, 3.0])
@@ -94,7 +105,9 @@ def test_planted_heavy_hitters_are_found_and_nothing_else() -> None:
     assert not HeavyHitters().keep(leaving()).any()
 
 
-@pytest.mark.parametrize("rule", [AttentionSinks(130), TokenIds(frozenset({7})), KeyOutliers(0.7), HeavyHitters(1.2), EveryTenth()])
+@pytest.mark.parametrize(
+    "rule", [AttentionSinks(130), TokenIds(frozenset({7})), KeyOutliers(0.7), HeavyHitters(1.2), EveryTenth()]
+)
 def test_an_answer_does_not_depend_on_how_many_tiles_leave_at_once(rule: FilterRule) -> None:
     whole = leaving()
     names = ("positions", "token_ids", "keys", "values", "attention_mass")
@@ -104,7 +117,7 @@ def test_an_answer_does_not_depend_on_how_many_tiles_leave_at_once(rule: FilterR
     assert torch.equal(kept, torch.cat([rule.keep(tile) for tile in tiles]))
 
 
-# --- in a cache ------------------------------------------------------------------------------------------------------------------
+# --- in a cache -------------------------------------------------------------------------------------------------------
 
 
 def read(engine: Engine, text: Trace, how: str) -> SequenceCache:
@@ -189,7 +202,7 @@ def test_a_16_bit_cache_asks_no_rule(tmp_path: Path) -> None:
     assert engine.parts.setup.regions.retained == 0 and not engine.parts.setup.needs_mass
 
 
-# --- from text ---------------------------------------------------------------------------------------------------------------------
+# --- from text --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +256,10 @@ def test_a_bad_rule_is_refused_in_one_line(text: str) -> None:
     assert BAD[text] in str(caught.value) and "\n" not in str(caught.value)
 
 
-@given(text=st.text(max_size=30) | st.from_regex(r"(sinks|token-ids|key-outliers|heavy-hitters)\([a-z0-9=\[\], .'-]{0,20}\)", fullmatch=True))
+@given(
+    text=st.text(max_size=30)
+    | st.from_regex(r"(sinks|token-ids|key-outliers|heavy-hitters)\([a-z0-9=\[\], .'-]{0,20}\)", fullmatch=True)
+)
 def test_any_text_is_a_rule_or_refused(text: str) -> None:
     try:
         rule = rule_from_text(text)

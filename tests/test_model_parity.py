@@ -85,7 +85,9 @@ def oracle(family: str, **changes: Any) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.3 * noise if "norm" in name else noise if weight.ndim == 1 else 1.5 * noise / weight.shape[1] ** 0.5)
+            weight.copy_(
+                1 + 0.3 * noise if "norm" in name else noise if weight.ndim == 1 else 1.5 * noise / weight.shape[1] ** 0.5
+            )
     return model
 
 
@@ -98,7 +100,13 @@ def load(model: Any, folder: Path, context: int, **options: Any) -> Engine:
     model.save_pretrained(folder, **options)
     byte_level_pipeline(size=VOCAB).save(str(folder / "tokenizer.json"))
     return Engine.load(
-        folder, cache=CacheConfig(method="fp"), max_context=context, backend="reference", device="cpu", dtype="float32", report=Quiet()
+        folder,
+        cache=CacheConfig(method="fp"),
+        max_context=context,
+        backend="reference",
+        device="cpu",
+        dtype="float32",
+        report=Quiet(),
     )
 
 
@@ -146,8 +154,12 @@ def test_shards_equal_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefill", ["exact", "streaming"])
-@pytest.mark.parametrize("name", ["llama with grouped heads", "mistral with a window", "qwen2 with a window in its second layer"])
-def test_prefill_in_chunks_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, prefill: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["llama with grouped heads", "mistral with a window", "qwen2 with a window in its second layer"]
+)
+def test_prefill_in_chunks_equals_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, prefill: str
+) -> None:
     """Exact prefill keeps full precision; streaming reads 16-bit keys back, and may be as wrong as 16 bits make it."""
     monkeypatch.setattr("skvq.engine.prefill.CHUNK_TOKENS", 11)
     family, changes = FAMILIES[name]

@@ -166,6 +166,17 @@ def test_any_number_of_threads(method: str, threads: int) -> None:
     torch.testing.assert_close(again, out, rtol=1e-3, atol=1e-4)
 
 
+def test_threads_where_torch_has_no_openmp_of_gnu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's torch, say: Python threads call the same function, which runs without the interpreter's lock."""
+    case = make_case(packed=(40, 3), size=64)
+    out, _ = attend(BACKEND, "heads", case, case.q.float(), case.step)
+    monkeypatch.setattr(BACKEND._team, "_parallel", None)
+    torch.set_num_threads(3)
+    again, _ = attend(BACKEND, "heads", case, case.q.float(), case.step)
+    torch.set_num_threads(1)
+    torch.testing.assert_close(again, out, rtol=1e-3, atol=1e-4)
+
+
 def test_a_layer_of_the_arena_is_read_where_it_lies() -> None:
     """Pages of one layer are a view with strides of its own; nothing is copied."""
     case = make_case(packed=(3,), size=64)

@@ -20,7 +20,6 @@ from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.reference import e4m3_decode, pack_codes
 
 CPUS = {
-    "this": {},
     "vnni": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+avxvnni"},
     "avx2": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"},
     "any": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
@@ -58,6 +57,11 @@ def check_halves() -> None:
     out = np.empty(len(numbers), np.float32)
     numeric.row_to_float(numbers.ctypes.data, out.ctypes.data, len(numbers), numeric.FLOAT16)
     assert np.array_equal(out, numbers.astype(np.float32))
+
+
+def test_this_cpu() -> None:
+    check_dots()
+    check_halves()
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -123,8 +127,8 @@ def test_exp2() -> None:
 def test_compiled_once_per_machine(tmp_path: Path) -> None:
     """A second process reads what the first has compiled; no folder of the package need be writable."""
     script = (
-        "from skvq.kernels.numba_cpu import launch, plain\nkernels = launch.Kernels()\n"
-        "kernels.function(plain.build_attend_plain)\nprint(kernels._compiled[plain.build_attend_plain][0].cache_hits)"
+        "from skvq.kernels.numba_cpu import launch, small\nkernels = launch.Kernels()\n"
+        "kernels.function(small.build_swiglu)\nprint(kernels._compiled[small.build_swiglu][0].cache_hits)"
     )
     path = os.pathsep.join([str(Path(skvq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}

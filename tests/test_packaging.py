@@ -30,8 +30,22 @@ def modules() -> set[str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built from a copy, so that nothing is written here."""
     copy, out = tmp_path_factory.mktemp("copy") / "skvq", tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "build", "*.egg-info", ".venv", "results", ".*_cache"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out), str(copy)]
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "build", "*.egg-info", ".venv", "results", ".*_cache")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-q",
+        "-w",
+        str(out),
+        str(copy),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
@@ -52,7 +66,8 @@ def test_the_wheel_declares_version_and_console_scripts(wheel: zipfile.ZipFile) 
 
 def test_the_wheel_works_where_nothing_else_of_skvq_is(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import skvq.cli; print(skvq.__file__); skvq.cli.main(['--version'])"
+    show = "print(skvq.__file__); skvq.cli.main(['--version'])"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import skvq.cli; {show}"
     found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines() == [str(tmp_path / "skvq" / "__init__.py"), f"skvq, version {__version__}"]

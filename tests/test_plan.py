@@ -109,7 +109,9 @@ def test_a_context_that_cannot_fit_is_refused_before_weights_are_read(tmp_path: 
     with monkeypatch.context() as patch:
         patch.setattr("skvq.loaders.dummy.DummySource.read", lambda self, name: pytest.fail("a weight was read"))
         patch.setattr(Arena, "__init__", lambda *args: pytest.fail("an arena was made"))
-        with pytest.raises(CapacityError, match=r"a context of 500,000 .* 8.0 MiB are there .* largest context that fits is") as caught:
+        with pytest.raises(
+            CapacityError, match=r"a context of 500,000 .* 8.0 MiB are there .* largest context that fits is"
+        ) as caught:
             tiny_engine(folder, tiny_cache(), max_context=500_000)
     most = int(str(caught.value).rsplit(" ", 1)[1].replace(",", ""))
     tiny_engine(folder, tiny_cache(), max_context=most)
@@ -124,7 +126,8 @@ def test_a_context_that_is_no_number_of_tokens_is_refused(tmp_path: Path, value:
 
 
 @pytest.mark.parametrize(
-    "text, size", [("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("1.5 MiB", 3 * 2**19), ("4096", 4096), ("7B", 7), ("2KB", 2000)]
+    "text, size",
+    [("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("1.5 MiB", 3 * 2**19), ("4096", 4096), ("7B", 7), ("2KB", 2000)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -139,9 +142,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 @given(text=st.text(max_size=12) | st.from_regex(r"[0-9.]{1,400}[KMGT]?i?B?", fullmatch=True))
 def test_any_text_is_a_size_or_refused(text: str) -> None:
     try:
-        assert parse_bytes(text) >= 0
-    except OptionError as error:
-        assert "\n" not in str(error)
+        size = parse_bytes(text)
+    except OptionError:
+        return
+    assert size >= 0
 
 
 @pytest.mark.parametrize("context", [1, 1_000_000, 2**40])

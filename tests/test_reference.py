@@ -46,7 +46,7 @@ def test_worked_examples_of_docstrings(module: object) -> None:
     assert outcome.attempted and not outcome.failed
 
 
-# --- codes ---------------------------------------------------------------------------------------------------------------
+# --- codes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token_major", [True, False])
@@ -86,7 +86,7 @@ def test_two_bit_keys_lie_in_planes_as_the_layout_says() -> None:
     assert int((keys != 0).sum()) == int((values != 0).sum()) == 1
 
 
-# --- metadata --------------------------------------------------------------------------------------------------------------
+# --- metadata ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_e4m3_byte_is_its_own_encoding() -> None:
@@ -123,7 +123,7 @@ def test_bytes_of_a_metadata_word_are_in_the_order_of_the_layout() -> None:
     assert words[0] == 0x44332211 and words[3] == 0x44332291
 
 
-# --- quantization ------------------------------------------------------------------------------------------------------------
+# --- quantization -----------------------------------------------------------------------------------------------------
 
 
 def groups_of(kind: str, size: int = 64, count: int = 301) -> Tensor:
@@ -175,7 +175,9 @@ def test_a_constant_group_comes_back_as_near_as_its_mid_byte_allows(bits: float,
     y = torch.full((1, 33), value)
     found = decoded(y, bits, ONE)
     assert found.isfinite().all()
-    step = max(min(abs(value), E4M3_MAX) / 16, E4M3_MIN / 2) + LEVELS[bits] * E4M3_MIN  # half a mantissa step; the scale is never 0
+    step = (
+        max(min(abs(value), E4M3_MAX) / 16, E4M3_MIN / 2) + LEVELS[bits] * E4M3_MIN
+    )  # half a mantissa step; the scale is never 0
     assert (found - y.clamp(-E4M3_MAX, E4M3_MAX)).abs().max() <= step + max(0.0, abs(value) - E4M3_MAX)
 
 
@@ -239,7 +241,7 @@ def test_codes_chosen_together_err_less_in_their_metric(bits: float, spread: flo
     assert error(quantize_heads(y, bits, side)) <= error(alone)
 
 
-# --- rotary, attention ---------------------------------------------------------------------------------------------------------
+# --- rotary, attention ------------------------------------------------------------------------------------------------
 
 
 def test_turning_back_undoes_turning_at_a_million() -> None:
@@ -260,7 +262,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[T
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
-@pytest.mark.parametrize("count, tokens, span", [(1, 37, 37), (5, 37, 2**31 - 1), (37, 37, 38), (37, 37, 1), (300, 331, 17), (5, 37, 36)])
+@pytest.mark.parametrize(
+    "count, tokens, span", [(1, 37, 37), (5, 37, 2**31 - 1), (37, 37, 38), (37, 37, 1), (300, 331, 17), (5, 37, 36)]
+)
 def test_dense_attention_equals_its_definition(kv_heads: int, count: int, tokens: int, span: int) -> None:
     q = torch.randn(count, 6, 40, generator=generator(1))
     k, v = torch.randn(2, kv_heads, tokens, 40, generator=generator(2))
@@ -292,7 +296,7 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
     assert not out[0].any() and (lse[0] == -torch.inf).all() and lse[1].isfinite().all()
 
 
-# --- layout ----------------------------------------------------------------------------------------------------------------------
+# --- layout -----------------------------------------------------------------------------------------------------------
 
 
 @given(length=st.integers(0, 10**7), window=st.integers(0, 4096), tile=st.sampled_from([128, 160]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,7 +103,7 @@ def test_each_sequence_of_a_batch_draws_what_it_would_alone() -> None:
     assert mixed == draws(10, temperature=1.0, seed=4).tolist()
 
 
-# --- stop strings ----------------------------------------------------------------------------------------------------------------
+# --- stop strings -----------------------------------------------------------------------------------------------------
 
 
 def shown(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
@@ -121,10 +123,14 @@ def test_what_cannot_be_a_stop_string_is_shown_at_once() -> None:
     assert watch.flush() == "</"
 
 
-@given(text=st.text("ab<", max_size=30), cuts=st.lists(st.integers(0, 30), max_size=6), stops=st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3))
+@given(
+    text=st.text("ab<", max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+    stops=st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3),
+)
 def test_pieces_show_the_text_up_to_the_first_stop(text: str, cuts: list[int], stops: list[str]) -> None:
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    pieces = [text[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     found, stopped = shown(pieces, tuple(stops))
     assert stopped == any(s in text for s in stops)
     assert text.startswith(found) and not any(s in found for s in stops)
@@ -132,7 +138,7 @@ def test_pieces_show_the_text_up_to_the_first_stop(text: str, cuts: list[int], s
         assert found == text
 
 
-# --- characters ------------------------------------------------------------------------------------------------------------------
+# --- characters -------------------------------------------------------------------------------------------------------
 
 
 @given(text=st.text(max_size=20), broken=st.binary(max_size=4))
@@ -146,7 +152,12 @@ def test_streamed_text_is_the_decoded_text_in_whole_characters(text: str, broken
         assert all("\ufffd" not in p or "\ufffd" in text for p in pieces)
 
 
-# --- options ---------------------------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def one_line(error: SkvqError) -> None:
+    assert "\n" not in str(error)
+
 
 ANYTHING = (
     st.none()
@@ -159,12 +170,16 @@ ANYTHING = (
 )
 
 
-@given(options=st.dictionaries(st.sampled_from([*SamplingConfig.__dataclass_fields__, "topk", "Temperature"]), ANYTHING, max_size=4))
+@given(
+    options=st.dictionaries(
+        st.sampled_from([*SamplingConfig.__dataclass_fields__, "topk", "Temperature"]), ANYTHING, max_size=4
+    )
+)
 def test_sampling_options_are_taken_or_refused_in_one_line(options: dict[str, object]) -> None:
     try:
         config = SamplingConfig(**options)
     except SkvqError as error:
-        assert "\n" not in str(error)
+        one_line(error)
         return
     sampler = Sampler(config, [1], 7, torch.device("cpu"))
     assert 0 <= sampler.draw(LOGITS) < 7
@@ -176,12 +191,14 @@ def test_cache_options_are_taken_or_refused_in_one_line(options: dict[str, objec
     try:
         config = CacheConfig(**options)
     except SkvqError as error:
-        assert "\n" not in str(error)
+        one_line(error)
         return
     assert isinstance(config.group_size, int) and isinstance(config.key_bits, float)
 
 
-@pytest.mark.parametrize("kind, name, nearest", [(SamplingConfig, "temprature", "temperature"), (CacheConfig, "windw", "window")])
+@pytest.mark.parametrize(
+    "kind, name, nearest", [(SamplingConfig, "temprature", "temperature"), (CacheConfig, "windw", "window")]
+)
 def test_an_unknown_option_names_the_nearest(kind: type, name: str, nearest: str) -> None:
     with pytest.raises(OptionError, match=f"'{name}'; did you mean '{nearest}'"):
         kind(**{name: 1})

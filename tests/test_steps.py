@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from skvq.engine.config import FULL_SPAN
 from skvq.engine.errors import CapacityError
 from skvq.engine.generate import Engine
 from skvq.tests.attending import decode, defined, exact, scored, stream, trace
@@ -127,9 +126,7 @@ def test_streaming_in_odd_chunks_then_decode(
 
 @pytest.mark.parametrize("span", [1, 21, 150])
 @pytest.mark.parametrize("name", FEW)
-def test_a_sliding_window_holds_in_every_mode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, span: int
-) -> None:
+def test_a_sliding_window_holds_in_every_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, span: int) -> None:
     engine = Engines(tmp_path, family="mistral", attention_spans=(span,))[name]
     tile, sinks = engine.parts.setup.regions.tile, sinks_of(engine)
     monkeypatch.setattr("skvq.engine.steps.SEGMENT_TOKENS", tile)

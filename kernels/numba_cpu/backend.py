@@ -24,9 +24,10 @@ from skvq.kernels.numba_cpu.pack import (
     labels_packing,
     pack_job,
 )
-from skvq.kernels.numba_cpu.packing import build_pack, build_unpack
+from skvq.kernels.numba_cpu.packing import build_pack
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.numba_cpu.turns import all_turns, mean_tables
+from skvq.kernels.numba_cpu.unpacking import build_unpack
 
 Found = TypeVar("Found")
 

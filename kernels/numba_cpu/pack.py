@@ -164,8 +164,9 @@ def pack_job(
         "w_group": max(9 * layout.kv_heads * layout.head_size, 4 * layout.tile, 4 * LATTICE_LANES * layout.groups),
         "w_meta": 16 * layout.kv_heads * layout.groups * layout.tile,
         "w_lattice": lattice_bytes(layout.head_size, layout.groups),
+        "w_rows": 4 * layout.head_size * layout.tile,
     }
-    where, work_bytes = offsets(sizes, ("w_codes", "w_group", "w_meta", "w_lattice"))
+    where, work_bytes = offsets(sizes, ("w_codes", "w_group", "w_meta", "w_lattice", "w_rows"))
     work, counters = torch.empty(threads * work_bytes, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     job = array("q", (
         keys.data_ptr(), values.data_ptr(), flags.data_ptr(), table.data_ptr(), first, len(keys), layout.kv_heads,

@@ -1,4 +1,4 @@
-"""Quantize and pack whole tiles, and the way back: float32 rows in the stored basis to pages and from pages.
+"""Quantize and pack whole tiles: float32 rows in the stored basis to pages.
 
 A task is a tile and the groups of one kv head, or of all where groups cross heads. Group j of a side holds the channels
 ``channels[starts[j] : starts[j + 1]]`` of all KH * D; its metadata lie with kv head ``j // G``.
@@ -11,10 +11,9 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.lattice import LANES, quantize_lattice
-from skvq.kernels.numba_cpu.numeric import decode_meta
 from skvq.kernels.numba_cpu.quantizer import quantize
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, pack_job_at, u8
-from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK, SLOTS, TRITS, load_keys, load_values, round_up
+from skvq.kernels.numba_cpu.tiles import FAST, SLOTS, TRITS
 
 
 @njit(**FAST)
@@ -180,69 +179,3 @@ def build_pack(stamp):
                 write_codes(job, work, start, head, job.heads_together, side)
 
     return pack
-
-
-@njit(**FAST)
-def read_keys(job, work, start, head):
-    """Stored keys of a tile and head as float32 rows."""
-    size, tile, groups = job.size, job.tile, job.groups
-    half = np.float32((job.key_levels - 1) * 0.5)
-    for word in range(size // 4):
-        words = i32(work + job.w_codes + word * tile * 4)
-        for k in range(4):
-            channel = head * size + 4 * word + k
-            label = i64(job.key_labels)[channel]
-            unit = f32(job.key_unit)[label]
-            meta = work + job.w_meta + 4 * tile * (4 * groups * (label // groups) + label % groups)
-            scale, mid = f32(meta), f32(meta + 4 * groups * tile)
-            out = f32(job.keys + 4 * ((start - job.first) * job.kv_heads * size + channel))
-            for t in range(tile):
-                code = np.float32((words[t] >> np.int32(8 * k)) & np.int32(255))
-                out[t * job.kv_heads * size] = mid[t] * unit + scale[t] * unit * (code - half)
-
-
-@njit(**FAST)
-def read_values(job, work, start, head):
-    """Stored values of a tile and head as float32 rows."""
-    size, tile, groups = job.size, job.tile, job.groups
-    half, lanes = np.float32((job.value_levels - 1) * 0.5), round_up(size, LANE_BLOCK)
-    for c in range(size):
-        channel = head * size + c
-        label = i64(job.value_labels)[channel]
-        unit = f32(job.value_unit)[label]
-        meta = work + job.w_meta + 4 * tile * (4 * groups * (label // groups) + 2 * groups + label % groups)
-        scale, mid = f32(meta), f32(meta + 4 * groups * tile)
-        out = f32(job.values + 4 * ((start - job.first) * job.kv_heads * size + channel))
-        codes = u8(work + job.w_codes + 4 * c)
-        for t in range(tile):
-            code = np.float32(codes[t // 4 * lanes * 4 + t % 4])
-            out[t * job.kv_heads * size] = mid[t] * unit + scale[t] * unit * (code - half)
-
-
-def build_unpack(stamp):
-    """Entry point: the job's address."""
-
-    def unpack(address):
-        if stamp == 0:
-            return
-        job = pack_job_at(address)
-        work = job.work + fetch_add(job.counters + 8, 1) * job.work_bytes
-        size, tile, words = job.size, job.tile, 4 * job.groups * job.tile
-        while True:
-            task = fetch_add(job.counters, 1)
-            if task >= job.count // tile * job.kv_heads:
-                break
-            start, head = job.first + task // job.kv_heads * tile, task % job.kv_heads
-            page, inside = page_of(job, start)
-            for other in range(job.kv_heads):
-                if other == head or job.heads_together > 1:
-                    meta = job.meta + page * job.meta_page + other * job.meta_head + inside * words
-                    decode_meta(meta, work + job.w_meta + 4 * other * words, work + job.w_group, job.groups, tile)
-            keys = job.key_codes + page * job.key_page + head * job.key_head + inside * job.key_tile
-            values = job.value_codes + page * job.value_page + head * job.value_head + inside * job.value_tile
-            load_keys(keys, work + job.w_codes, job.key_levels, size, tile)
-            read_keys(job, work, start, head)
-            load_values(values, work + job.w_codes, job.value_levels, size, tile)
-            read_values(job, work, start, head)
-
-    return unpack
