@@ -32,7 +32,7 @@ def tensor_shapes(config: CacheConfig, model: ModelConfig) -> dict[str, tuple[in
     shapes: dict[str, tuple[int, ...]] = {f"{side}_{what}": groups for side in SIDES for what in ("unit", "clip")}
     if config.method == "rotate":
         shapes |= {f"{side}_mean": (layers, heads, size) for side in SIDES}
-        shapes |= {name: (layers, heads, size, size) for name in MATRICES}
+        shapes |= dict.fromkeys(MATRICES, (layers, heads, size, size))
     if config.method == "reorder":
         shapes |= {f"{side}_labels": (layers, heads * size) for side in SIDES}
     return shapes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.checkpoint import FileCheckpoint, NoCheckpoint
@@ -33,13 +34,11 @@ from skvq.engine.prefill import exact_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.rope import at_positions
-from skvq.engine.sampling import Sampler, StopWatch
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.stress import fill_fast
 from skvq.engine.summary import Summary
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
-from skvq.loaders.text import TextStream
 
 PREFILLS = ("exact", "streaming")
 
@@ -53,49 +52,6 @@ class Timing:
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0
-
-
-class _Answer:
-    """One sequence being continued: sampler, text, and whether it is over."""
-
-    def __init__(self, engine: Engine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig) -> None:
-        self.sequence, self.config = sequence, config
-        self._ends = () if config.ignore_eos else engine.parts.tokenizer.eos_token_ids
-        self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
-        self._text = TextStream(engine.parts.tokenizer)
-        self._stop = StopWatch(config.stop)
-        self._room = engine.parts.setup.max_context - sequence.length
-        self.count = 0
-        self.done = False
-        self.token = -1
-        self.take(logits)
-
-    def take(self, logits: Tensor) -> None:
-        """Draw the next token from ``logits`` [V]; it is the next to be decoded unless the answer is over."""
-        if self.count >= self.config.max_new_tokens:
-            self.done = True
-            return
-        self.token = self._sampler.draw(logits)
-        self.sequence.pending = [self.token]
-        self.count += 1
-        self.done = self.token in self._ends
-
-    def piece(self) -> str:
-        """Text that the token just drawn completes; called once a token."""
-        if self.done or self.count == 0:
-            return self.rest()
-        shown = self._stop.push(self._text.push(self.token))
-        self.done = self._stop.stopped or self.count >= self.config.max_new_tokens or self.count > self._room
-        return shown + self.rest() if self.done and not self._stop.stopped else shown
-
-    @property
-    def cut_off(self) -> bool:
-        """Whether the answer is over only because the context is full."""
-        return self.done and self._room < self.count < self.config.max_new_tokens and self.token not in self._ends
-
-    def rest(self) -> str:
-        """What was held back, when the answer is over."""
-        return self._stop.push(self._text.flush()) + self._stop.flush()
 
 
 class Engine:
@@ -156,7 +112,9 @@ class Engine:
             download=download,
             report=chosen,
         )
-        return cls(parts, chosen, prefix_cache=prefix_cache)
+        engine = cls(parts, chosen, prefix_cache=prefix_cache)
+        engine.warm_up()
+        return engine
 
     @names_options
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
@@ -165,6 +123,17 @@ class Engine:
         path = Path(calibration) if calibration is not None else None
         setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.report)
         return Engine(replace(self.parts, cache=cache, setup=setup), self.report)
+
+    def warm_up(self) -> None:
+        """Read and decode a token, so that kernels which are compiled when first called are not part of anybody's timing."""
+        sequence = self.new_sequence()
+        try:
+            self.read(sequence, [0])
+            if self.parts.setup.max_context > 1:
+                self.decode_step(DecodeBatch([sequence], self.parts.model.config.attention_spans), [0])
+        finally:
+            sequence.free()
+        self.timing = Timing()
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
@@ -301,7 +270,7 @@ class Engine:
     ) -> Iterator[tuple[int, str]]:
         """Continue sequences together; yields (index, piece of text)."""
         start = time.perf_counter()
-        answers = [_Answer(self, s, row, config) for s, row in zip(sequences, logits, strict=True)]
+        answers = [Answer(self.parts.tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
         live = list(enumerate(answers))
         batch: DecodeBatch | None = None
         while live:

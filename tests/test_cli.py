@@ -357,8 +357,11 @@ def test_other_commands_refuse_in_one_line(
 VALUES = st.sampled_from(
     ["0", "-1", "1.5", "2", "nan", "inf", "1e400", "", "x", "64", "99999999999999999999", "rotate", "fp", "é", "--"]
 )
-OPTIONS = """--ctx --method --key-bits --group-size --window --sinks --filter -n --temperature --top-p --top-k --min-p --repeat-penalty
---seed --stop --dtype --device --backend --rope-scaling --prefill --calibration""".split()
+OPTIONS = [
+    "--ctx", "--method", "--key-bits", "--group-size", "--window", "--sinks", "--filter", "-n", "--temperature", "--top-p",
+    "--top-k", "--min-p", "--repeat-penalty", "--seed", "--stop", "--dtype", "--device", "--backend", "--rope-scaling",
+    "--prefill", "--calibration",
+]  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
