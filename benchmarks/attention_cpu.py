@@ -128,7 +128,7 @@ def measure(
 ) -> dict[str, object]:
     layers = 30 if name == "smollm2-135m" else 1
     calls = [make_call(layout, query_heads, tokens, args.window, args.mean_pairs) for _ in range(layers)]
-    times = [timed(lambda call=call: backend.attend_heads(*call), args.seconds / layers) for call in calls]
+    times = [timed(lambda call=call: backend.attend_heads(*call), max(0.3, args.seconds / layers)) for call in calls]
     best, median, packed = sum(map(min, times)), sum(map(statistics.median, times)), calls[0][4].max_packed
     core = cpu_seconds(lambda: backend.attend_heads(*calls[0]), args.seconds / 2) * layers
     nbytes, codes = layers * packed * layout.bytes_per_token, layers * packed * layout.kv_heads * layout.head_size * 2

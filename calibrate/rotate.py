@@ -78,14 +78,14 @@ def synthesis(covariance: Tensor, metric: Tensor, power: float) -> Tensor:
     m = torch.linalg.solve(root_metric, u * s[:, None, :] ** power) @ spread_matrix(metric.shape[-1]).to(metric).T
     inverse = torch.linalg.inv(m)
     variance = torch.einsum("hij,hjk,hik->hi", inverse, covariance, inverse).mean(-1)
-    return m * variance.clamp_min(1e-30).sqrt()[:, None, None]
+    return torch.mul(m, variance.clamp_min(1e-30).sqrt()[:, None, None])
 
 
 def _root(matrix: Tensor) -> Tensor:
     """Symmetric square root, eigenvalues no smaller than 1e-5 of the largest."""
     values, vectors = torch.linalg.eigh(matrix)
     least = values.amax(-1, keepdim=True).clamp_min(1e-12) * 1e-5
-    return (vectors * values.maximum(least).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
+    return torch.matmul(vectors * values.maximum(least).sqrt()[:, None, :], vectors.transpose(1, 2))
 
 
 Store = Callable[[Tensor, float, HeadSide], Tensor]
@@ -180,4 +180,4 @@ def fit_reading(stats: LayerStats, chosen: Tensor, stored: Tensor, values: Tenso
     ridge = ridge * torch.eye(size, dtype=xx.dtype, device=xx.device)
     scaled = gain[:, None, None] * m
     fitted = torch.linalg.solve(xx + ridge, (ox + scaled @ ridge).transpose(1, 2)).transpose(1, 2)
-    return (BLEND * fitted + (1 - BLEND) * scaled).float()
+    return torch.lerp(scaled, fitted, BLEND).float()

@@ -37,9 +37,7 @@ def make_artifact(
     """Calibrate on the first ``header.tokens`` of ``ids``."""
     texts = texts_of(ids, header.tokens)
     with report.bar(f"calibrating {cache.method} on {texts.numel():,} tokens", model.config.num_layers) as bar:
-        tensors = calibrate(
-            model, rope, texts, cache, backend, seed=header.seed, progress=lambda done, layers: bar.advance(1)
-        )
+        tensors = calibrate(model, rope, texts, cache, backend, seed=header.seed, progress=lambda done, layers: bar.advance(1))
     return Artifact(header, tensors)
 
 

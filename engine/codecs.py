@@ -99,8 +99,8 @@ def _head_side(tensors: Mapping[str, Tensor], side: str, layer: int, metric: Ten
 
 def unit_factor(metric: Tensor) -> Tensor:
     """Upper Cholesky factor of each metric [KH, D, D] with its rows divided by their diagonal, float32."""
-    upper = torch.linalg.cholesky(metric.double()).transpose(1, 2)
-    return (upper / upper.diagonal(dim1=1, dim2=2)[:, :, None]).float().contiguous()
+    upper: Tensor = torch.linalg.cholesky(metric.double()).transpose(1, 2)
+    return torch.div(upper, upper.diagonal(dim1=1, dim2=2)[:, :, None]).float().contiguous()
 
 
 def label_codecs(

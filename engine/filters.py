@@ -121,7 +121,7 @@ class KeyOutliers:
         norm = tokens.keys.float().norm(dim=-1).mean(-1).view(-1, tokens.tile)  # [tiles, tile]
         away = (norm - norm.median(1, keepdim=True).values).abs()
         deviation = 1.4826 * away.median(1, keepdim=True).values
-        return (away > self.threshold * deviation.clamp_min(1e-6)).flatten()
+        return torch.gt(away, self.threshold * deviation.clamp_min(1e-6)).flatten()
 
 
 @dataclass(frozen=True, slots=True)

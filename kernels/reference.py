@@ -11,7 +11,17 @@ import math
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, LabelCodec, PackedPages, PlainPages, RopeFrequencies, Side, Step
+from skvq.kernels.interface import (
+    FullSlots,
+    HeadCodec,
+    HeadSide,
+    LabelCodec,
+    PackedPages,
+    PlainPages,
+    RopeFrequencies,
+    Side,
+    Step,
+)
 from skvq.kernels.layout import (
     BIT_PLANES,
     E4M3_MAX,
@@ -198,12 +208,12 @@ def unpack_codes(packed: Tensor, bits: float, tile: int, size: int, *, token_maj
         shape = (TRIT_SLOTS, size) if token_major else (size, TRIT_SLOTS)
         x = packed.view(tiles, heads, *shape).to(torch.int32)
         x = x if token_major else x.transpose(2, 3)
-        planes = []
+        trits = []
         for _ in range(TRIT_PLANES):
             x = x * 3
-            planes.append(x >> 8)
+            trits.append(x >> 8)
             x = x & 0xFF
-        rows = torch.stack(planes, 2).reshape(tiles, heads, tile, size)
+        rows = torch.stack(trits, 2).reshape(tiles, heads, tile, size)
     else:
         rows = torch.zeros(tiles, heads, tile, size, dtype=torch.int32, device=packed.device)
         start = shift = 0

@@ -18,6 +18,8 @@ KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT3
 MAX_VECTORS = 32
 """Query vectors of a kv head that share one unpacking: more would leave the cache."""
 TASKS_PER_THREAD = 4
+NUMBERS_PER_THREAD = 400_000
+"""Keys and values in one call worth waking a thread for: about 15 microseconds of work."""
 MIN_TILES = 8
 """Fewest tiles worth a split: preparing the queries costs about one."""
 PLAIN_TILE = 128
@@ -130,7 +132,7 @@ class Division:
 @functools.lru_cache(maxsize=256)
 def divide(shape: Fields, layout: Fields, max_tiles: int, span: int, threads: int) -> Division:
     """Splits and chunks that keep ``threads`` busy, and where things lie in the workspace."""
-    rows, queries, heads, kv_heads, size, _, _ = shape
+    rows, queries, heads, kv_heads, size, full, _ = shape
     _, _, _, _, groups, group_size, tile, _, _ = layout
     share = heads // kv_heads
     assert heads % kv_heads == 0, (heads, kv_heads)
@@ -139,6 +141,7 @@ def divide(shape: Fields, layout: Fields, max_tiles: int, span: int, threads: in
     vectors = chunk * share
     units = rows * kv_heads * chunks
     tiles = min(max_tiles, span // tile + 2)
+    threads = max(1, min(threads, 2 * size * units * (tiles * tile + full) // NUMBERS_PER_THREAD))
     splits = max(1, min(-(-TASKS_PER_THREAD * threads // units), tiles // MIN_TILES))
     lanes, line = -(-size // LANE_BLOCK) * LANE_BLOCK, max(size, tile)
     words = groups * ((group_size + 3) // 4 + 1) * 4
