@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from numba import njit
 
 import skvq
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.numba_cpu import launch, numeric, products, simd, tiles
+from skvq.kernels.numba_cpu import job, launch, numeric, products, simd, tiles
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.reference import e4m3_decode, pack_codes
@@ -145,3 +146,8 @@ def test_a_change_in_any_source_compiles_anew(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "mean.py" else b""))
     assert launch.source_stamp(heads) != before[0], "heads imports mean"
     assert launch.source_stamp(plain) == before[1], "plain does not"
+
+
+def test_worked_examples_of_docstrings() -> None:
+    outcome = doctest.testmod(job)
+    assert outcome.attempted and not outcome.failed
