@@ -21,8 +21,11 @@ class SentencePieceTokenizer:
     def __init__(self, processor: Any, settings: TokenizerSettings) -> None:
         self._processor = processor
         self._settings = settings
-        size = processor.get_piece_size()
-        control = {processor.id_to_piece(index): index for index in range(size) if processor.is_control(index)}
+        try:
+            self._pieces = [str(processor.id_to_piece(index)) for index in range(processor.get_piece_size())]
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{settings.where}/tokenizer.model is broken ({reason(error)}): download it again") from error
+        control = {piece: index for index, piece in enumerate(self._pieces) if processor.is_control(index)}
         self._control = control
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
         digest = hashlib.sha256(processor.serialized_model_proto())
@@ -33,7 +36,7 @@ class SentencePieceTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
-        return int(self._processor.get_piece_size())
+        return len(self._pieces)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -92,11 +95,11 @@ class SentencePieceTokenizer:
             return b""
         if self._processor.is_unknown(token_id):
             return " \u2047 ".encode()
-        return piece_bytes(self._processor.id_to_piece(token_id))
+        return piece_bytes(self._pieces[token_id])
 
     def token_text(self, token_id: int) -> str:
         """The piece."""
-        return str(self._processor.id_to_piece(token_id)) if 0 <= token_id < self.vocab_size else f"<{token_id}>"
+        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else f"<{token_id}>"
 
     def _prefixes(self) -> bool:
         """Whether the model puts a space before a text."""
