@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from simulated import SimulatedLayer, schedule
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -16,7 +17,6 @@ from skvq.engine.evaluate import DecodeRegimeLayer
 from skvq.engine.generate import Engine
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch, ExactLayer, StreamingLayer
-from skvq.tests.simulated import SimulatedLayer, schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ if "CI" in os.environ:
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+sys.path.insert(0, str(ROOT / "tests"))  # helper modules: the tests are no part of the package
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from attending import decode, defined, exact, stream, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_steps import SAME, SINKS, WINDOW, Engines, apart
+from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -16,9 +19,6 @@ from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, TokenIds
 from skvq.engine.generate import Engine
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
-from skvq.tests.attending import decode, defined, exact, stream, trace
-from skvq.tests.test_steps import SAME, SINKS, WINDOW, Engines, apart
-from skvq.tests.tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["fp", "rotate K2V2", "reorder K2V1.5"]

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from loader_fixtures import refused
+from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import prefill as prefill_module
 from skvq.engine.errors import SessionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
-from skvq.tests.loader_fixtures import refused
-from skvq.tests.tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
 MASS = tiny_cache(filters=(AttentionSinks(3), HeavyHitters(threshold=2.0)))
 SLOW = """
@@ -26,8 +26,8 @@ import sys, time
 from pathlib import Path
 from skvq.engine import prefill
 from skvq.engine.model import Model
-from skvq.tests.test_checkpoint import MASS, reading
-from skvq.tests.tiny import *
+from test_checkpoint import MASS, reading
+from tiny import *
 folder, mode, delay = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 layer = Model.layer
 def slow(self, *args):

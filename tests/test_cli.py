@@ -12,12 +12,12 @@ import torch
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from skvq.cli import main, run
 from skvq.engine.config import RopeConfig
 from skvq.loaders.files import cache_folder
-from skvq.tests.loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import arena_of, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
 from skvq.loaders.text import ByteTokenizer
-from skvq.tests.tiny import arena_of, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = "It was the best of times, it was the worst of times. "

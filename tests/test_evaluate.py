@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from attending import trace
+from simulated import SimulatedLayer, schedule
+from test_steps import SAME, SINKS, WINDOW
+from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.errors import OptionError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.generate import Engine
 from skvq.kernels.reference import masked_attention
-from skvq.tests.attending import trace
-from skvq.tests.simulated import SimulatedLayer, schedule
-from skvq.tests.test_steps import SAME, SINKS, WINDOW
-from skvq.tests.tiny import tiny_cache, tiny_engine, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 5

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from attending import Trace, decode, exact, stream, trace
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -24,8 +26,6 @@ from skvq.engine.filters import (
     rule_from_text,
 )
 from skvq.engine.generate import Engine
-from skvq.tests.attending import Trace, decode, exact, stream, trace
-from skvq.tests.tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,7 +188,7 @@ def test_attention_mass_is_the_same_whichever_way_tokens_came(tmp_path: Path) ->
 
 
 def test_a_user_class_by_import_path_works_in_an_engine(tmp_path: Path) -> None:
-    rule = rule_from_text("skvq.tests.test_filters:EveryTenth(budget=3)")
+    rule = rule_from_text("test_filters:EveryTenth(budget=3)")
     assert (type(rule).__name__, rule.budget) == ("EveryTenth", 3)
     engine = tiny_engine(tiny_folder(tmp_path), tiny_cache(filters=(rule,)))
     sequence = engine.prefill(random_ids(150))
@@ -239,13 +239,13 @@ BAD = {
     "key-outliers(threshold='x')": "threshold",
     "heavy-hitters(budget=0)": "from 1 to 65536",
     "nowhere.at.all:Rule": "cannot be imported",
-    "skvq.tests.test_filters:Nothing": "cannot be imported",
+    "test_filters:Nothing": "cannot be imported",
     ":Rule": "cannot be imported",
     ".filters:Rule": "",
-    "skvq.tests.test_filters:NoRule": "lacks",
+    "test_filters:NoRule": "lacks",
     "os:getcwd": "lacks",
-    "skvq.tests.test_filters:EveryTenth(budget=-1)": "budget",
-    "skvq.tests.test_filters:EveryTenth(budget='x')": "budget",
+    "test_filters:EveryTenth(budget=-1)": "budget",
+    "test_filters:EveryTenth(budget='x')": "budget",
 }
 
 

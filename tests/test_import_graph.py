@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from skvq.tests.conftest import ROOT
+import skvq
 
 PACKAGES = ("engine", "kernels", "loaders", "calibrate")
 OUTSIDE = {
@@ -177,4 +178,4 @@ def test_importing_skvq_does_not_import(after_import: list[str], module: str) ->
     assert "skvq" in after_import and module not in after_import
 
 
-ROOT_PARENT = next(Path(p) for p in sys.path if (Path(p) / "skvq").exists() and (Path(p) / "skvq").resolve() == ROOT)
+ROOT_PARENT = Path(skvq.__file__).parent.parent

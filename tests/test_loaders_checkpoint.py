@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loader_fixtures import one_line, random_weights, refused, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -19,7 +20,6 @@ from skvq.engine.errors import SkvqError
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.names import check_shapes, expected_shapes
 from skvq.loaders.source import check_finite
-from skvq.tests.loader_fixtures import one_line, random_weights, refused, tiny_config, write_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 

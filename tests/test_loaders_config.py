@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loader_fixtures import one_line, refused, tiny_config
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from skvq.engine.config import FULL_SPAN, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.loaders.fields import Fields
 from skvq.loaders.hf import config_to_json, parse_config, read_config
-from skvq.tests.loader_fixtures import one_line, refused, tiny_config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loader_fixtures import one_line, random_weights, refused, tiny_config, write_gguf
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -27,7 +28,6 @@ from skvq.loaders.gguf_tokenizer import build_tokenizer
 from skvq.loaders.hub import resolve
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.published import ALIASES
-from skvq.tests.loader_fixtures import one_line, random_weights, refused, tiny_config, write_gguf
 
 Types = gguf.GGMLQuantizationType
 Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"

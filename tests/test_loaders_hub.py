@@ -13,14 +13,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
-
-from skvq.engine.config import FULL_SPAN
-from skvq.loaders import open_model
-from skvq.loaders.dummy import DummySource, dummy_tokenizer
-from skvq.loaders.hf import config_to_json, read_config
-from skvq.loaders.hub import ALIASES, PATTERNS, config_of, list_models, resolve
-from skvq.loaders.names import expected_shapes
-from skvq.tests.loader_fixtures import (
+from loader_fixtures import (
     byte_level_pipeline,
     random_weights,
     refused,
@@ -28,6 +21,13 @@ from skvq.tests.loader_fixtures import (
     write_checkpoint,
     write_gguf,
 )
+
+from skvq.engine.config import FULL_SPAN
+from skvq.loaders import open_model
+from skvq.loaders.dummy import DummySource, dummy_tokenizer
+from skvq.loaders.hf import config_to_json, read_config
+from skvq.loaders.hub import ALIASES, PATTERNS, config_of, list_models, resolve
+from skvq.loaders.names import expected_shapes
 
 
 class Hub:

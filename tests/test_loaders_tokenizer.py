@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from loader_fixtures import WORDS, byte_level_pipeline, one_line, refused, tiny_config
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -25,7 +26,6 @@ from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import resolve
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.tokenizer import TextStream, Tokenizer, load_tokenizer
-from skvq.tests.loader_fixtures import WORDS, byte_level_pipeline, one_line, refused, tiny_config
 
 CHATML = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>' + '\n' }}"

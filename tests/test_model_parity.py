@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from loader_fixtures import byte_level_pipeline
+from tiny import random_ids
 from torch import Tensor
 
 from skvq.engine.config import CacheConfig
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
-from skvq.tests.loader_fixtures import byte_level_pipeline
-from skvq.tests.tiny import random_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAX_DIFFERENCE = 1e-3  # the project's promise, in logits

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from loader_fixtures import refused
+from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
 from skvq.engine.generate import Engine
 from skvq.engine.heatmap import heat_map
 from skvq.engine.needle import ask, needles, reference_of, score, summary
-from skvq.tests.loader_fixtures import refused
-from skvq.tests.tiny import tiny_cache, tiny_engine, tiny_folder
 
 HAY = "The quick brown fox jumps over the lazy dog. " * 4
 

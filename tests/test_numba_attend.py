@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import Case, make_case
 
 from skvq.kernels import reference
 from skvq.kernels.interface import Step
 from skvq.kernels.numba_cpu import NumbaCpu
-from skvq.tests.triton_cases import Case, make_case
 
 METHODS = ("heads", "labels", "plain")
 BACKEND = NumbaCpu()

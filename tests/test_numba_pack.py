@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_cases import Case, make_case
 
 from skvq.kernels import reference
 from skvq.kernels.interface import PackedPages
 from skvq.kernels.layout import LEVELS
 from skvq.kernels.numba_cpu import NumbaCpu
-from skvq.tests.triton_cases import Case, make_case
 
 BACKEND = NumbaCpu()
 PARTS = ("key_codes", "value_codes", "meta")

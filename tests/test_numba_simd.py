@@ -68,8 +68,10 @@ def test_this_cpu() -> None:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_every_cpu_computes_the_same(cpu: str) -> None:
     """The forms for other CPUs are compiled and run here, in a process that numba is told such a CPU is in."""
-    script = "from skvq.tests import test_numba_simd as t\nt.check_dots()\nt.check_halves()"
-    path = os.pathsep.join([str(Path(skvq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    script = "import test_numba_simd as t\nt.check_dots()\nt.check_halves()"
+    path = os.pathsep.join(
+        [str(Path(skvq.__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
     subprocess.run([sys.executable, "-c", script], env={**os.environ, **CPUS[cpu], "PYTHONPATH": path}, check=True)
 
 
@@ -131,7 +133,9 @@ def test_compiled_once_per_machine(tmp_path: Path) -> None:
         "from skvq.kernels.numba_cpu import launch, small\nkernels = launch.Kernels()\n"
         "kernels.function(small.build_swiglu)\nprint(kernels._compiled[small.build_swiglu][0].cache_hits)"
     )
-    path = os.pathsep.join([str(Path(skvq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(Path(skvq.__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     hits = [
         subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True).stdout for _ in "12"

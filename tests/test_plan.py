@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loader_fixtures import tiny_config
+from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import loading, planner
 from skvq.engine.arena import Arena
@@ -17,8 +19,6 @@ from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.plan_report import parse_bytes, plan_report
 from skvq.engine.planner import arena_shape, largest_context, make_plan, page_layout, regions_of
-from skvq.tests.loader_fixtures import tiny_config
-from skvq.tests.tiny import tiny_cache, tiny_engine, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTHS = (1.5, 2.0, 3.0, 4.0, 8.0)

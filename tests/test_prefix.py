@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.config import SamplingConfig
 from skvq.engine.filters import AttentionSinks, HeavyHitters, TokenIds
 from skvq.engine.generate import Engine
-from skvq.tests.tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 RULES = (AttentionSinks(3), TokenIds(frozenset({5, 6}), 12))
 

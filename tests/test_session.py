@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from loader_fixtures import refused
 from safetensors import safe_open
+from tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
 from skvq.engine.cache import SequenceCache
@@ -18,8 +20,6 @@ from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
-from skvq.tests.loader_fixtures import refused
-from skvq.tests.tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 CACHES = {
     "rotate": tiny_cache(),
@@ -89,7 +89,7 @@ def test_another_process_gives_the_same_answer(folder: Path, tmp_path: Path) -> 
     program = """
 import sys, torch
 from pathlib import Path
-from skvq.tests.tiny import *
+from tiny import *
 engine = tiny_engine(Path(sys.argv[1]), tiny_cache())
 if sys.argv[2] == "save":
     sequence = engine.prefill(random_ids(600))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from loader_fixtures import refused, tiny_config
+from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
 from skvq.engine.arena import Arena
@@ -20,8 +22,6 @@ from skvq.engine.report import Quiet
 from skvq.engine.soak import SoakError, soak
 from skvq.engine.stress import bare_setup, fill, fill_fast
 from skvq.kernels.registry import get_backend
-from skvq.tests.loader_fixtures import refused, tiny_config
-from skvq.tests.tiny import tiny_cache, tiny_engine, tiny_folder
 
 CPU = torch.device("cpu")
 REFERENCE = get_backend("reference", CPU)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from attending import decode, defined, exact, scored, stream, trace
+from simulated import simulated_nll
+from tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine.errors import CapacityError
 from skvq.engine.generate import Engine
-from skvq.tests.attending import decode, defined, exact, scored, stream, trace
-from skvq.tests.simulated import simulated_nll
-from skvq.tests.tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loader_fixtures import tiny_config
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -18,7 +19,6 @@ from skvq.engine.report import Quiet
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.loaders.hf import config_to_json
-from skvq.tests.loader_fixtures import tiny_config
 
 
 def tiny_folder(folder: Path, **changes: Any) -> Path:
