@@ -17,7 +17,9 @@ if "CI" in os.environ:
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-sys.path.insert(0, str(ROOT / "tests"))  # helper modules: the tests are no part of the package
+HELPERS = str(ROOT / "tests")  # helper modules, here and in processes that tests start: the tests are no part of the package
+sys.path.insert(0, HELPERS)
+os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -68,12 +68,13 @@ def started(folder: Path, mode: str, delay: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path: Path, times: int) -> None:
-    """Until the file has been written that many times."""
+def wait_for(path: Path, times: int, process: subprocess.Popen[str]) -> None:
+    """Until the file has been written that many times by a process that is still alive."""
     seen: set[int] = set()
     end = time.monotonic() + 120
     while len(seen) < times:
         assert time.monotonic() < end, "no checkpoint was written"
+        assert process.poll() is None, process.communicate()
         if path.exists():
             seen.add(path.stat().st_ino)
         time.sleep(0.005)
@@ -82,7 +83,7 @@ def wait_for(path: Path, times: int) -> None:
 @pytest.mark.parametrize("mode", ["exact", "streaming"])
 def test_after_kill_9_it_goes_on_to_the_same_bytes(folder: Path, mode: str) -> None:
     process = started(folder, mode, 0.05)
-    wait_for(folder / "ck", 4)
+    wait_for(folder / "ck", 4, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "done").exists()
