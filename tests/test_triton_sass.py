@@ -42,6 +42,9 @@ SPILLS = {  # bytes of stack, each with its reason; nothing of the default decod
     "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
     "reorder, odd bits": 1024,  # codes of 1.5 and 3 bits under labels: right, and slow
 }
+SPILLS_OF_3_9 = {"K2V2 g128": 16, "K2V2 g64 mean": 16}  # on sm_90, from Triton 3.9 on; 3.6 and 3.7 keep them in registers
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+    SPILLS |= {f"{name} on 90": nbytes for name, nbytes in SPILLS_OF_3_9.items()}
 
 
 def cases(quick: bool) -> list[tuple[int, str]]:
@@ -52,7 +55,7 @@ def cases(quick: bool) -> list[tuple[int, str]]:
 def check(arch: int, name: str) -> None:
     variant = next(v for v in sass.attend_variants(arch) + sass.other_variants(arch) if v.name == name)
     m = sass.measure(variant, arch)
-    assert m.stack <= SPILLS.get(name, 0), m
+    assert m.stack <= SPILLS.get(f"{name} on {arch}", SPILLS.get(name, 0)), m
     assert m.registers <= variant.registers, m
     if variant.limit:
         assert 0 < m.per_element <= variant.limit, m
