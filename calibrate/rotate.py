@@ -21,7 +21,7 @@ from torch import Tensor
 
 from skvq.calibrate.clip import fit_unit, search_lattice_clip
 from skvq.calibrate.pages import read_back
-from skvq.calibrate.stats import LayerStats
+from skvq.calibrate.stats import SINKS, LayerStats
 from skvq.engine.codecs import unit_factor
 from skvq.engine.config import CacheConfig
 from skvq.kernels.interface import Backend, HeadSide, RopeFrequencies
@@ -38,9 +38,6 @@ RIDGE, BLEND = 0.02, 0.5
 """Of the regression: ridge towards the best multiple of M, and share of the fit in what is used. All of the fit is better still
 on text like the calibration's (KL .0043 against .0049 for values at 2 bits) and no better than M on other text (.0103, .0105;
 half of it: .0071)."""
-SINKS = 5
-"""First tokens of a text that take no part in the statistics: the cache keeps them in full precision."""
-
 FIT_TEXTS, FIT_STEP = 3, 8
 """Texts, and every how many queries of them, on which the reading of values is fitted."""
 

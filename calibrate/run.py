@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from skvq.calibrate.reorder import fit_plain, fit_reorder
-from skvq.calibrate.rotate import SINKS, fit_rotate
-from skvq.calibrate.stats import LayerStats, Recorder
+from skvq.calibrate.rotate import fit_rotate
+from skvq.calibrate.stats import SINKS, LayerStats, Recorder
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError
 from skvq.engine.model import Model

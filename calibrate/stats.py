@@ -10,6 +10,9 @@ from torch import Tensor
 from skvq.engine.rope import StepRope
 from skvq.engine.steps import DenseLayer
 
+SINKS = 5
+"""First tokens of a text that take no part in the statistics: the cache keeps them in full precision."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerStats:
