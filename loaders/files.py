@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,18 +14,17 @@ from skvq.engine.errors import SkvqError
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside ``path``, then rename over it. Raises SkvqError if the place cannot be written; nothing is left behind."""
-    temporary = ""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # a process of its own: two may make the same calibration
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise SkvqError(f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}") from None
 
 

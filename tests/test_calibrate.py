@@ -1,0 +1,77 @@
+"""Calibration: the same input gives the same bytes, and what it fits is worth having."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_cache, tiny_engine, tiny_folder
+
+from skvq.calibrate.rotate import query_metric, spread_matrix, synthesis
+from skvq.engine.codecs import unit_factor
+from skvq.engine.errors import SkvqError
+from skvq.kernels import reference
+from skvq.kernels.interface import HeadSide
+from skvq.loaders.files import write_atomically
+
+CORPUS = "In the beginning there was a text, of no great length but long enough to be cut in pieces. " * 40
+
+
+@pytest.mark.parametrize("method", ["rotate", "reorder", "plain"])
+def test_same_input_same_bytes(method: str, tmp_path: Path) -> None:
+    engine = tiny_engine(tiny_folder(tmp_path / "model"), tiny_cache(method="fp"))
+    for name in ("once", "again"):
+        engine.calibrate(tiny_cache(method=method), CORPUS, tmp_path / name, corpus_name="x", tokens=300)
+    assert (tmp_path / "once").read_bytes() == (tmp_path / "again").read_bytes()
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 128])
+def test_the_spread_matrix_is_orthogonal(size: int) -> None:
+    h = spread_matrix(size)
+    assert torch.allclose(h @ h.T, torch.eye(size, dtype=h.dtype), atol=1e-12)
+
+
+def test_the_query_metric_does_not_depend_on_position() -> None:
+    """Turning every query by one more position leaves the metric as it is, up to what a rotation leaves of a pair's energy."""
+    q = torch.randn(500, 4, 32, generator=torch.Generator().manual_seed(1))
+    angle = torch.linspace(0.1, 3.0, 16)
+    a, b = q.chunk(2, -1)
+    turned = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    assert torch.allclose(query_metric(q, 2), query_metric(turned, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [3, 4, 8])
+def test_codes_chosen_together_err_less_where_it_counts(levels: int) -> None:
+    """In an uneven metric the lattice quantizer beats rounding each code on its own, in that metric."""
+    gen = torch.Generator().manual_seed(levels)
+    metric = torch.diag(torch.logspace(0, -2, 64)).double().expand(2, -1, -1)
+    covariance = torch.eye(64, dtype=torch.float64).expand(2, -1, -1)
+    m = synthesis(covariance, metric, 0.7)
+    gram = m.transpose(1, 2) @ metric @ m
+    gram = (gram / gram.diagonal(dim1=1, dim2=2).mean() + 0.01 * torch.eye(64)).float()
+    y = torch.randn(257, 2, 64, generator=gen)
+    side = HeadSide(
+        unit=torch.full((2, 1), 2.0**-5),
+        clip=torch.full((2, 1), 0.8),
+        metric=gram,
+        factor=unit_factor(gram),
+        has_metric=True,
+    )
+    errors = []
+    for quantize in (
+        lambda: reference.quantize_lattice(y, levels, side),
+        lambda: reference.quantize(y.view(257, 2, 1, 64), levels, side.unit, side.clip),
+    ):
+        codes, scale, mid = quantize()
+        decoded = (reference.e4m3_decode(x) * side.unit for x in (scale, mid))
+        error = reference.dequantize(codes.view(257, 2, 1, 64), *decoded, levels).view(y.shape) - y
+        errors.append(float(torch.einsum("thi,hij,thj->", error, gram, error)))
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(SkvqError, match="cannot write"):
+        write_atomically(tmp_path / "taken", b"data")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
