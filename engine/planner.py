@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -137,8 +136,3 @@ def largest_context(model: ModelConfig, cache: CacheConfig, *, limit: int = 2**2
         plan = make_plan(model, cache, context=middle * PAGE_TOKENS, **options)  # type: ignore[arg-type]
         low, high = (middle, high) if plan.total <= plan.memory else (low, middle - 1)
     return low * PAGE_TOKENS
-
-
-def with_bits(cache: CacheConfig, pairs: Sequence[tuple[float, float]]) -> list[CacheConfig]:
-    """The cache at other widths, for tables."""
-    return [replace(cache, key_bits=k, value_bits=v) for k, v in pairs]

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
-from skvq.engine.config import FULL_SPAN
 from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal
 from skvq.kernels.interface import Step
@@ -217,6 +216,3 @@ def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int) ->
         t = torch.arange(last - (stop - start), last, device=q.device)[:, None]
         behind = t - torch.arange(first, last, device=q.device)[None]
         mass[first:last] += (weight * ((behind > 0) & (behind <= window))).sum((0, 1, 2))
-
-
-__all__ = ["FULL_SPAN", "DecodeBatch", "DecodeLayer", "DenseLayer", "ExactLayer", "LayerCache", "StreamingLayer"]
