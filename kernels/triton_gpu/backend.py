@@ -239,6 +239,7 @@ class TritonGpu:
         if not (codec.keys.has_metric or codec.values.has_metric):
             launch_pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
             return
+        self._say_once("quantizing with codes chosen together (method rotate)")
         # codes that are chosen together come channel after channel: torch does that, for all tokens and heads at once
         key, ks, km = reference.quantize_heads(y_keys, layout.key_bits, codec.keys)
         value, vs, vm = reference.quantize_heads(y_values, layout.value_bits, codec.values)
@@ -336,11 +337,14 @@ class TritonGpu:
         """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
         if head_size in (64, 128) and group_size in (32, 64, 128):
             return False
-        shape = f"head size {head_size}, group size {group_size}"
-        if shape not in self._told:
-            self._told.add(shape)
-            print(f"skvq: no Triton kernel for {shape}; torch computes it, correct and slow", file=sys.stderr)
+        self._say_once(f"head size {head_size}, group size {group_size}")
         return True
+
+    def _say_once(self, what: str) -> None:
+        """Nothing is slower than it might be without a word."""
+        if what not in self._told:
+            self._told.add(what)
+            print(f"skvq: no Triton kernel for {what}; torch computes it, correct and slow", file=sys.stderr)
 
 
 def _is_limited(step: Step) -> bool:
