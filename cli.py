@@ -16,9 +16,13 @@ import click
 
 from skvq import __version__
 from skvq.calibrate.run import built_in_corpus
-from skvq.engine.cache import SequenceCache
+from skvq.engine.bench import SPARE, Bench
+from skvq.engine.bench import bench_attention as bench_of_attention
+from skvq.engine.bench import bench_decode as bench_of_decode
+from skvq.engine.bench import bench_prefill as bench_of_prefill
+from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.calibration import BUILT_IN
-from skvq.engine.config import BITS, FULL_SPAN, METHODS, CacheConfig, SamplingConfig
+from skvq.engine.config import BITS, FULL_SPAN, METHODS, CacheConfig, ModelConfig, SamplingConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import AttentionSinks, rule_from_text
 from skvq.engine.generate import PREFILLS, Engine
@@ -415,6 +419,74 @@ def bench_soak(steps: int, seed: int, backend: str, as_json: bool) -> None:
         click.echo(json.dumps(result))
 
 
+bench_options = _stack(
+    click.option("--model", "-m", help="Alias, folder, .gguf file or org/name, with its weights."),
+    click.option("--shape", help="The same with random weights: only its config is read."),
+    ctxs_option,
+    place_options,
+    cache_options,
+    json_option,
+)
+
+
+def _bench_model(options: dict[str, Any]) -> str:
+    """The name given with --model or --shape; the latter means random weights."""
+    if (options["model"] is None) == (options["shape"] is None):
+        raise OptionError("give either --model (real weights) or --shape (random weights)")
+    options["dummy_weights"] = options["dummy_weights"] or options["shape"] is not None
+    options["model"] = options["model"] or options["shape"]
+    return str(options["model"])
+
+
+def _show_bench(measured: Bench, options: dict[str, Any]) -> None:
+    as_json, rows = options["as_json"], []
+    click.echo(measured.ceiling(), err=as_json)
+    for row in measured.rows:
+        click.echo(row.line(), err=as_json)
+        rows.append(row)
+    if as_json:
+        told = {key: options[key] for key in ("model", "dummy_weights", *CACHE_NAMES[:5])}
+        click.echo(json.dumps({**told, "version": __version__, **measured.as_dict(rows)}))
+
+
+@bench.command("decode", cls=OneLineCommand)
+@bench_options
+@click.option("--attention-only", is_flag=True, help="No weights, no step: only attention over the cache.")
+@click.option("--layers", type=click.IntRange(min=1), help="With --attention-only: layers to fill; default: the model's.")
+def bench_decode(**options: Any) -> None:
+    """Time of a decode step, and of its attention, at each length of context."""
+    name, contexts = _bench_model(options), options["ctx"]
+    if options["attention_only"]:
+        setup, config = _bare(name, options, max(contexts))
+        _show_bench(bench_of_attention(setup, config, contexts, StderrReporter()), options)
+        return
+    if options["layers"] is not None:
+        raise OptionError("--layers goes with --attention-only: a model has the layers it has")
+    engine = load_engine({**options, "ctx": max(contexts) + SPARE}, cache_config(dict(options)))
+    _show_bench(bench_of_decode(engine, contexts), options)
+
+
+@bench.command("prefill", cls=OneLineCommand)
+@bench_options
+def bench_prefill(**options: Any) -> None:
+    """Time to read a prompt, and of its attention, at each length."""
+    _bench_model(options)
+    engine = load_engine({**options, "ctx": max(options["ctx"])}, cache_config(dict(options)))
+    _show_bench(bench_of_prefill(engine, options["ctx"]), options)
+
+
+def _bare(shape: str, options: dict[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
+    """A cache without weights, of a shape and perhaps fewer layers."""
+    device = pick_device(options["device"])
+    config = config_of(shape)
+    layers = options["layers"] or config.num_layers
+    config = replace(config, num_layers=layers, attention_spans=(FULL_SPAN,) * layers)
+    backend, dtype = find_backend(options["backend"], device), pick_dtype(options["dtype"], device)
+    cache = cache_config(dict(options))
+    setup = bare_setup(config, cache, max_context=context, max_sequences=1, backend=backend, dtype=dtype, device=device)
+    return setup, config
+
+
 @bench.command("planted", cls=OneLineCommand)
 @click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file: only its config is read.")
 @ctxs_option
@@ -428,21 +500,20 @@ def bench_soak(steps: int, seed: int, backend: str, as_json: bool) -> None:
 @json_option
 def bench_planted(**options: Any) -> None:
     """Plant keys at chosen depths of a random cache: attention must find them, the answer is known."""
-    cache, device = cache_config(options), pick_device(options["device"])
-    config = config_of(options["shape"])
-    layers = options["layers"] or config.num_layers
-    config = replace(config, num_layers=layers, attention_spans=(FULL_SPAN,) * layers)
-    backend = find_backend(options["backend"], device)
-    dtype = pick_dtype(options["dtype"], device)
+    device = pick_device(options["device"])
     found = []
     for context in options["ctx"]:
-        setup = bare_setup(config, cache, max_context=context, max_sequences=1, backend=backend, dtype=dtype, device=device)
+        setup, config = _bare(options["shape"], options, context)
         some = planted(setup, config.num_heads, context, options["depths"], seed=options["seed"], report=StderrReporter())
         for one in some:
             click.echo(one.line(), err=options["as_json"])
         found += some
     if options["as_json"]:
-        click.echo(json.dumps({"device": str(device), "backend": backend.name, "results": found_rows(found)}))
+        click.echo(
+            json.dumps(
+                {"device": str(device), "backend": find_backend(options["backend"], device).name, "results": found_rows(found)}
+            )
+        )
     require_found(found)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import numba
 import torch
 from torch import Tensor
 
+from skvq.engine.measure import copy_bandwidth, device_name
 from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, PackedPages, RopeFrequencies, Step
 from skvq.kernels.layout import LEVELS, PageLayout, pages_for
 from skvq.kernels.numba_cpu import NumbaCpu
@@ -54,13 +54,6 @@ def cpu_seconds(function: Callable[[], object], seconds: float) -> float:
     best = min(timed(function, seconds, time.thread_time))
     torch.set_num_threads(threads)
     return best
-
-
-def copy_bandwidth(seconds: float) -> float:
-    """Bytes read and written a second by a copy of 256 MiB, the best of several."""
-    source = torch.ones(1 << 28, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / min(timed(lambda: target.copy_(source), seconds))
 
 
 def head_side(layout: PageLayout) -> HeadSide:
@@ -154,14 +147,6 @@ def git_commit() -> str:
         return "unknown"
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="leave out the million tokens")
@@ -173,8 +158,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    copy = copy_bandwidth(args.seconds)
-    say(f"ceiling: copy {copy / 1e9:.1f} GB/s (read + write), {args.threads} threads, {processor()}")
+    device = torch.device("cpu")
+    copy = copy_bandwidth(device)
+    say(f"ceiling: copy {copy / 1e9:.1f} GB/s (read + write), {device_name(device)}")
     backend = NumbaCpu()
     bits = {"key_bits": args.key_bits, "value_bits": args.value_bits}
     rows = []
@@ -186,7 +172,7 @@ def main() -> None:
     layout = PageLayout(head_size=64, kv_heads=3, group_size=64, **bits)
     check(backend, layout, 9)
     rows += [measure(backend, "smollm2-135m", layout, 9, tokens, args, copy) for tokens in (256, 2048, 7900)]
-    stamp = {"device": processor(), "threads": args.threads, "torch": torch.__version__, "numba": numba.__version__}
+    stamp = {"device": device_name(device), "threads": args.threads, "torch": torch.__version__, "numba": numba.__version__}
     print(json.dumps({**stamp, "commit": git_commit(), **bits, "copy_gbps": round(copy / 1e9, 1), "results": rows}))
 
 

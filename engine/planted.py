@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
-from skvq.engine.config import FULL_SPAN
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.report import Reporter
+from skvq.engine.steps import last_token_step
 from skvq.engine.stress import Plant, fill
-from skvq.kernels.interface import Step
 
 SCORE = 30.0
 LSE_TOLERANCE = 0.1
@@ -94,14 +93,7 @@ def _look(sequence: SequenceCache, plant: Plant, depth: float, heads: int) -> Fo
     setup, device = sequence.setup, sequence.page_row.device
     size = setup.arena.shape.head_size
     query = plant.key.to(device) * math.sqrt(size) / SCORE  # [KH, D], entries +-1
-    step = Step(
-        slots=torch.tensor([sequence.slot], device=device),
-        positions=torch.tensor([[sequence.length - 1]], dtype=torch.int32, device=device),
-        packed=torch.tensor([sequence.packed], dtype=torch.int32, device=device),
-        page_table=setup.arena.page_table,
-        max_packed=sequence.packed,
-        span=FULL_SPAN,
-    )
+    step = last_token_step(sequence)
     q = query.repeat_interleave(heads // len(query), 0)[None, None].to(setup.arena.shape.dtype)  # [1, 1, H, D]
     errors, times = [], []
     for layer in range(setup.arena.shape.layers):

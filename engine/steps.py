@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.config import FULL_SPAN
 from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal
 from skvq.kernels.interface import Step
@@ -122,6 +123,19 @@ class StreamingLayer:
                 outs.append(out)
                 lses.append(lse)
         return torch.cat(outs), torch.cat(lses)
+
+
+def last_token_step(sequence: SequenceCache) -> Step:
+    """A step that asks again for what the last token of a sequence sees, in a layer without a span."""
+    device = sequence.page_row.device
+    return Step(
+        slots=torch.tensor([sequence.slot], device=device),
+        positions=torch.tensor([[sequence.length - 1]], dtype=torch.int32, device=device),
+        packed=torch.tensor([sequence.packed], dtype=torch.int32, device=device),
+        page_table=sequence.setup.arena.page_table,
+        max_packed=sequence.packed,
+        span=FULL_SPAN,
+    )
 
 
 class DecodeBatch:

@@ -1,0 +1,279 @@
+"""``skvq bench decode`` and ``prefill``: how fast, beside what this machine could do at most, measured in the same run.
+
+Decode: a cache of random tokens, packed by the real kernel; the whole step and its attention apart. No figure is given unless
+attention over a sample agrees with the specification first. Prefill: random tokens read as any prompt is.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.config import ModelConfig
+from skvq.engine.errors import SkvqError
+from skvq.engine.generate import Engine
+from skvq.engine.machine import available_memory
+from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, timed
+from skvq.engine.planner import CHUNK_TOKENS
+from skvq.engine.prefill import chunks
+from skvq.engine.report import Reporter
+from skvq.engine.steps import DecodeBatch, last_token_step
+from skvq.engine.stress import fill_fast
+from skvq.kernels.dense import attend_all, attend_causal
+
+STEPS = 24
+"""Decode steps timed at each context."""
+
+WARM_UP = 4
+"""Calls before the first that counts."""
+
+SPARE = WARM_UP + STEPS
+"""Tokens written beyond a context while it is measured."""
+
+GATE_TOKENS = 3000
+GATE_ERROR = 0.02
+"""Largest relative error of attention against float32 over what the cache holds; 16-bit kernels have about 0.003."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow(ABC):
+    """Figures of one context. Times are medians; nan is what was not measured."""
+
+    ctx: int
+    ms_per_token: float
+    attention_ms: float  # all layers
+    tokens_per_s: float
+    gbps: float  # bytes of the cache over the time it takes
+    share_of_copy: float
+    peak_bytes: int
+
+    @abstractmethod
+    def line(self) -> str:
+        """For people."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: nan becomes null."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeRow(BenchRow):
+    """A step: ``gbps`` is what attention reads of the cache over its time; without a model there is no step, only attention."""
+
+    sdpa_ms: float  # torch's attention over 16-bit keys and values of this length, where they fit
+
+    def line(self) -> str:
+        """For people."""
+        step = "" if math.isnan(self.ms_per_token) else f"{self.ms_per_token:9.2f} ms a token ({self.tokens_per_s:,.1f}/s), "
+        times = self.sdpa_ms / self.attention_ms
+        beside = "" if math.isnan(times) else f"; SDPA over 16 bits {self.sdpa_ms:,.2f} ms, {times:.1f}x"
+        return (
+            f"{self.ctx:>9,} tokens: {step}attention {self.attention_ms:8.2f} ms, {self.gbps:.1f} GB/s, "
+            f"{self.share_of_copy:.0%} of copy{beside}; peak {self.peak_bytes / 1e9:.2f} GB"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillRow(BenchRow):
+    """A prompt: ``attention_ms`` is dense attention's share of ``ms_per_token``, ``gbps`` the cache written over the time."""
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"{self.ctx:>9,} tokens: {self.ms_per_token:8.3f} ms a token ({self.tokens_per_s:,.1f}/s), of which attention "
+            f"{self.attention_ms:.3f}; peak {self.peak_bytes / 1e9:.2f} GB"
+        )
+
+
+def random_query(setup: CacheSetup, heads: int) -> Tensor:
+    """[1, 1, H, D] in the cache's dtype."""
+    shape = setup.arena.shape
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 1, heads, shape.head_size, generator=generator).to(shape.dtype).to(setup.arena.page_table.device)
+
+
+@torch.inference_mode()
+def gate(setup: CacheSetup, heads: int, tokens: int, report: Reporter) -> float:
+    """Error of the first layer's attention against float32 over the cache as it unpacks. Raises SkvqError if it is wrong."""
+    sequence = SequenceCache(setup)
+    try:
+        fill_fast(sequence, tokens, seed=1, vocab=256, report=report)
+        q = random_query(setup, heads)
+        out, _ = setup.method.attend(0, q, last_token_step(sequence))
+        keys, values, _ = (t.float() for t in sequence.window(0, sequence.length))
+        if sequence.packed:
+            old_keys, old_values = sequence.stage(0, 0, sequence.packed)
+            keys, values = torch.cat([old_keys, keys]), torch.cat([old_values, values])
+        expected, _ = attend_all(q[0].float(), keys.transpose(0, 1), values.transpose(0, 1))
+        error = float((out[0].float() - expected).norm() / expected.norm())
+    finally:
+        sequence.free()
+    if not error < GATE_ERROR:
+        raise SkvqError(
+            f"attention is off by {error:.2%} from float32 over {tokens:,} tokens: nothing is measured; please report it"
+        )
+    return error
+
+
+@torch.inference_mode()
+def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
+    """Seconds of one step's attention through torch's SDPA over 16-bit keys and values; nan where they do not fit.
+
+    One layer's are read again and again: where they fit a processor's cache that is in SDPA's favour.
+    """
+    device, dtype = setup.arena.page_table.device, setup.arena.shape.dtype
+    shape = (1, config.num_kv_heads, tokens, config.head_size)
+    if 2 * math.prod(shape) * dtype.itemsize > available_memory(device) / 2:
+        return math.nan
+    keys, values = (torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))
+    q = random_query(setup, config.num_heads).transpose(1, 2)  # [1, H, 1, D]
+    shared = config.num_heads != config.num_kv_heads
+    times = timed(lambda: F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared), device, WARM_UP + 5)
+    return statistics.median(times[WARM_UP:]) * setup.arena.shape.layers
+
+
+@torch.inference_mode()
+def _attention_row(setup: CacheSetup, config: ModelConfig, context: int, copy: float, report: Reporter) -> DecodeRow:
+    """Attention alone, over a filled sequence."""
+    sequence, device = SequenceCache(setup), setup.arena.page_table.device
+    try:
+        fill_fast(sequence, context, seed=0, vocab=256, report=report)
+        q, step = random_query(setup, config.num_heads), last_token_step(sequence)
+
+        def attention() -> None:
+            for layer in range(setup.arena.shape.layers):
+                setup.method.attend(layer, q, step)
+
+        seconds = statistics.median(timed(attention, device, WARM_UP + STEPS)[WARM_UP:])
+        read = sequence.nbytes
+    finally:
+        sequence.free()
+    return DecodeRow(
+        ctx=context,
+        ms_per_token=math.nan,
+        attention_ms=1e3 * seconds,
+        sdpa_ms=1e3 * sdpa_seconds(config, context, setup),
+        tokens_per_s=math.nan,
+        gbps=read / seconds / 1e9,
+        share_of_copy=read / seconds / copy,
+        peak_bytes=peak_bytes(device),
+    )
+
+
+@torch.inference_mode()
+def step_seconds(engine: Engine, context: int) -> float:
+    """Median seconds of a decode step that ends at ``context`` tokens or a few more."""
+    sequence = engine.new_sequence()
+    try:
+        engine.fill(sequence, context)
+        batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+        token = [0]
+
+        def step() -> None:
+            token[0] = int(engine.decode_step(batch, token)[0].argmax())
+
+        return statistics.median(timed(step, sequence.page_row.device, WARM_UP + STEPS)[WARM_UP:])
+    finally:
+        sequence.free()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """A measurement under way: the ceiling is known, rows come one by one."""
+
+    device: str
+    copy: float  # bytes read and written a second by a copy
+    rows: Iterator[BenchRow]
+
+    def ceiling(self) -> str:
+        """For people, before the first row."""
+        return f"ceiling: a copy reads and writes {self.copy / 1e9:.1f} GB/s on {self.device}"
+
+    def as_dict(self, rows: Sequence[BenchRow]) -> dict[str, Any]:
+        """For programs, when the rows have come."""
+        told = {"device": self.device, "torch": torch.__version__, "copy_gbps": self.copy / 1e9}
+        return {**told, "results": [row.as_dict() for row in rows]}
+
+
+def bench_attention(setup: CacheSetup, config: ModelConfig, contexts: Sequence[int], report: Reporter) -> Bench:
+    """Attention alone at each context, without a model."""
+    device = setup.arena.page_table.device
+    copy = copy_bandwidth(device)
+    return Bench(device=device_name(device), copy=copy, rows=_attention_rows(setup, config, contexts, copy, report))
+
+
+def bench_decode(engine: Engine, contexts: Sequence[int]) -> Bench:
+    """Attention and the whole step at each context; the engine has room for the longest and ``SPARE`` more tokens."""
+    device = engine.parts.setup.arena.page_table.device
+    copy = copy_bandwidth(device)
+    return Bench(device=device_name(device), copy=copy, rows=_decode_rows(engine, contexts, copy))
+
+
+def bench_prefill(engine: Engine, contexts: Sequence[int]) -> Bench:
+    """Prompts of each length."""
+    device = engine.parts.setup.arena.page_table.device
+    copy = copy_bandwidth(device)
+    return Bench(device=device_name(device), copy=copy, rows=(_prefill_row(engine, context, copy) for context in contexts))
+
+
+def _attention_rows(
+    setup: CacheSetup, config: ModelConfig, contexts: Sequence[int], copy: float, report: Reporter
+) -> Iterator[DecodeRow]:
+    gate(setup, config.num_heads, min(GATE_TOKENS, max(contexts)), report)
+    for context in contexts:
+        yield _attention_row(setup, config, context, copy, report)
+
+
+def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterator[DecodeRow]:
+    parts = engine.parts
+    for row in _attention_rows(parts.setup, parts.model.config, contexts, copy, engine.report):
+        seconds = step_seconds(engine, row.ctx)
+        peak = peak_bytes(parts.setup.arena.page_table.device)
+        yield replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds, peak_bytes=peak)
+
+
+@torch.inference_mode()
+def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of causal attention over a prompt in chunks, as exact prefill does it, all layers (one is measured)."""
+    shape = (config.num_kv_heads, tokens, config.head_size)
+    keys, values = (torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))
+    q = torch.empty(CHUNK_TOKENS, config.num_heads, config.head_size, dtype=dtype, device=device).normal_()
+
+    def attend() -> None:
+        for start, stop in chunks(tokens):
+            attend_causal(q[: stop - start], keys[:, :stop], values[:, :stop], config.attention_spans[0])
+
+    return min(timed(attend, device, 1)) * config.num_layers
+
+
+@torch.inference_mode()
+def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
+    """Read ``context`` random tokens into an empty sequence, and one layer's dense attention at that length apart."""
+    config, setup = engine.parts.model.config, engine.parts.setup
+    device = setup.arena.page_table.device
+    ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
+    sequence = engine.new_sequence()
+    try:
+        (seconds,) = timed(lambda: engine.read(sequence, ids), device, 1)
+        written = sequence.nbytes
+    finally:
+        sequence.free()
+    attended = dense_seconds(config, context, engine.parts.model.weights.embedding.dtype, device)
+    return PrefillRow(
+        ctx=context,
+        ms_per_token=1e3 * seconds / context,
+        attention_ms=1e3 * attended / context,
+        tokens_per_s=context / seconds,
+        gbps=written / seconds / 1e9,
+        share_of_copy=written / seconds / copy,
+        peak_bytes=peak_bytes(device),
+    )

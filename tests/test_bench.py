@@ -1,0 +1,102 @@
+"""``skvq bench decode`` and ``prefill``: the contract of their JSON, the gate, what a user is told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tiny import tiny_folder
+from torch import Tensor
+
+from skvq.cli import main
+from skvq.engine.bench import gate
+from skvq.engine.config import CacheConfig
+from skvq.engine.errors import SkvqError
+from skvq.engine.methods import CacheMethod
+from skvq.engine.report import Quiet
+from skvq.engine.soak import SHAPE
+from skvq.engine.stress import bare_setup
+from skvq.kernels.interface import Step
+from skvq.kernels.reference import Reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONTRACT = {"ctx", "ms_per_token", "attention_ms", "tokens_per_s", "gbps", "share_of_copy", "peak_bytes"}
+
+
+def bench(*args: object) -> Result:
+    options = ("--backend", "reference", "--group-size", 32, "--window", 16)
+    return CliRunner().invoke(main, ["bench", *map(str, (*args, *options))], catch_exceptions=False)
+
+
+def results(*args: object) -> list[dict[str, Any]]:
+    """Rows of a good run, from the last line of stdout, which is all there is there."""
+    result = bench(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    found = json.loads(line)
+    assert found["device"] and found["copy_gbps"] > 0
+    rows: list[dict[str, Any]] = found["results"]
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_json_holds_what_the_contract_says(tmp_path: Path, kind: str) -> None:
+    rows = results(kind, "--shape", tiny_folder(tmp_path), "--ctx", "100,600")
+    assert [row["ctx"] for row in rows] == [100, 600]
+    for row in rows:
+        assert set(row) >= CONTRACT and all(row[name] > 0 for name in CONTRACT)
+        assert row["ms_per_token"] * row["tokens_per_s"] == pytest.approx(1000)
+    if kind == "decode":
+        assert all(row["ms_per_token"] > row["attention_ms"] for row in rows) and all(row["sdpa_ms"] > 0 for row in rows)
+
+
+def test_attention_alone_says_that_there_was_no_step(tmp_path: Path) -> None:
+    (row,) = results("decode", "--shape", tiny_folder(tmp_path), "--ctx", 300, "--attention-only", "--layers", 1)
+    assert row["attention_ms"] > 0 and row["ms_per_token"] is None and row["tokens_per_s"] is None
+
+
+def test_the_ceiling_is_printed_before_the_first_row(tmp_path: Path) -> None:
+    lines = bench("decode", "--shape", tiny_folder(tmp_path), "--ctx", 64, "--attention-only").stdout.splitlines()
+    assert lines[0].startswith("ceiling: a copy reads and writes") and "64 tokens" in lines[1] and "of copy" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "either --model"),
+        (("--model", "a", "--shape", "b"), "either --model"),
+        (("--shape", "FOLDER", "--layers", "1"), "--attention-only"),
+        (("--shape", "FOLDER", "--ctx", "many"), "list of numbers"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, args: tuple[str, ...], said: str) -> None:
+    folder = str(tiny_folder(tmp_path))
+    result = bench("decode", *(folder if a == "FOLDER" else a for a in args))
+    assert result.exit_code == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1 and said in result.stderr
+
+
+class Wrong:
+    """A cache method whose attention is off by a twentieth."""
+
+    def __init__(self, right: CacheMethod) -> None:
+        self._right = right
+        self.pack, self.unpack = right.pack, right.unpack
+
+    def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        out, lse = self._right.attend(layer, q, step)
+        return 1.05 * out, lse
+
+
+@pytest.mark.parametrize("method", ["rotate", "reorder", "plain", "fp"])
+def test_nothing_is_measured_where_attention_is_wrong(method: str) -> None:
+    cache = CacheConfig(method=method, group_size=32, window=100)
+    place: dict[str, Any] = {"backend": Reference(), "dtype": torch.float32, "device": torch.device("cpu")}
+    setup = bare_setup(SHAPE, cache, max_context=1000, max_sequences=1, **place)
+    assert gate(setup, SHAPE.num_heads, 700, Quiet()) < 0.005
+    with pytest.raises(SkvqError, match="nothing is measured"):
+        gate(replace(setup, method=Wrong(setup.method)), SHAPE.num_heads, 700, Quiet())
