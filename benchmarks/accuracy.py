@@ -1,41 +1,54 @@
 """How far is each cache from the 16-bit one, per bit? The README's table and plot, on the real packed path.
 
-    python benchmarks/accuracy.py --calibrate speeches.txt --text moby-dick.txt
+    python benchmarks/accuracy.py --calibrate speeches.txt --text moby-dick.txt [--text another.txt]
 
-Every cache is calibrated on the first 16,384 tokens of one text and measured on the first 2,048 of another, in one run, once
-with a window of exactly W tokens (as papers simulate) and once as decode really sees it (whole tiles). Last line: JSON, also
-written to --output with a plot beside it.
+Every cache is calibrated on the first 16,384 tokens of one text and measured on the first 2,048 of others and of the built-in
+corpus, in one run, with a window of exactly W tokens (as papers simulate) and as decode really sees it (whole tiles). Beside
+them, on the first text: KIVI and SKVQ as published, simulated (``simulated.py``), and the quantized cache of transformers that
+nobody here wrote (needs `optimum-quanto`; token by token, minutes). Last line: JSON, also written to --output with a plot
+beside it.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from simulated import GROUP, Kivi, published_schemes, simulate
+from torch import Tensor
 
 from skvq import CacheConfig, Engine
+from skvq.calibrate.run import built_in_corpus
+from skvq.engine.evaluate import as_ids
+from skvq.engine.measure import device_name
+from skvq.loaders import resolve
 
-CACHES = (
-    ("rotate", 2, 2), ("rotate", 2, 1.5), ("rotate", 1.5, 1.5), ("rotate", 3, 2), ("rotate", 4, 4),
-    ("reorder", 2, 2), ("plain", 2, 2), ("fp", 2, 2),
-)  # fmt: skip
+CALIBRATION_TOKENS = 16_384
+BUILT_IN = "built-in"
+CACHES: tuple[dict[str, Any], ...] = (
+    *({"method": "rotate", "key_bits": k, "value_bits": v} for k, v in ((2, 2), (2, 1.5), (1.5, 1.5), (3, 2), (4, 4))),
+    {"method": "reorder", "key_bits": 2, "value_bits": 2},
+    {"method": "plain", "key_bits": 2, "value_bits": 2},
+    {"method": "fp"},
+)
 
 
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True)
 @click.option("--calibrate", "corpus", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--text", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--text", "texts", required=True, multiple=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--tokens", default=2048, show_default=True)
 @click.option("--output", default=Path(__file__).parent / "results" / "accuracy.json", type=click.Path(path_type=Path))
-def main(model: str, corpus: Path, text: Path, tokens: int, output: Path) -> None:
+def main(model: str, corpus: Path, texts: tuple[Path, ...], tokens: int, output: Path) -> None:
     """Measure, print, write."""
     engine = Engine.load(model, max_context=tokens, max_sequences=1, cache=CacheConfig(method="fp"))
     rows: list[dict[str, Any]] = []
@@ -43,62 +56,120 @@ def main(model: str, corpus: Path, text: Path, tokens: int, output: Path) -> Non
         "question": "KL, perplexity and top-1 agreement of packed caches against 16 bits",
         "model": model,
         "calibrated_on": corpus.name,
-        "measured_on": text.name,
         "tokens": tokens,
         **stamp(),
         "results": rows,
     }
-    for method, key_bits, value_bits in CACHES:
-        cache = CacheConfig(method=method, key_bits=key_bits, value_bits=value_bits)
-        rows.append(measure(engine, cache, corpus, text, tokens))
+
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
         output.write_text(json.dumps(found, indent=1) + "\n")
-    plot(rows, output.with_suffix(".png"))
+        name = row["name"] + (" whole tiles" if row["window"] == "tiles" else "")
+        figures = f"{row['bits_per_element']:6.3f} bits   ppl {row['ppl']:8.3f}   KL {row['kl']:.4f}   top-1 {row['top1']:.3f}"
+        print(f"{row['text']:16} {name:32} {figures}", file=sys.stderr)
+
+    measured = {text.name: text.read_text() for text in texts} | {BUILT_IN: built_in_corpus()}
+    for options in CACHES:
+        packed_rows(engine, CacheConfig(**options), corpus, measured, tokens, note)
+    first = texts[0]
+    ids = as_ids(engine.encode(first.read_text())[:tokens], torch.device("cpu"))
+    simulated_rows(engine, corpus, first.name, ids, note)
+    transformers_row(model, first.name, ids, note)
+    plot([r for r in rows if r["text"] == first.name and r["window"] != "tiles"], output.with_suffix(".png"))
     print(json.dumps(found))
 
 
-def measure(engine: Engine, cache: CacheConfig, corpus: Path, text: Path, tokens: int) -> dict[str, Any]:
-    """One cache's row: figures with an exact window, and as ``tile_*`` those of decode."""
-    start = time.perf_counter()
+def packed_rows(
+    engine: Engine,
+    cache: CacheConfig,
+    corpus: Path,
+    texts: dict[str, str],
+    tokens: int,
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """One cache, calibrated once, on each text and with each kind of window."""
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "calibration.safetensors"
         if cache.method != "fp":
-            engine.calibrate(cache, corpus.read_text(), artifact, corpus_name=corpus.name, tokens=16384)
-        options: dict[str, Any] = {"tokens": tokens, "stride": tokens, "calibration": artifact}
-        row, tiles = (engine.evaluate(text.read_text(), [cache], exact_window=exact, **options)[0] for exact in (True, False))
-    row.pop("by_position")
-    row |= {f"tile_{name}": tiles[name] for name in ("ppl", "kl", "top1")} | {"seconds": round(time.perf_counter() - start)}
-    print(
-        f"{row['method']:8} K{row['key_bits']:<4g} V{row['value_bits']:<4g} {row['bits_per_element']:6.3f} bits   "
-        f"ppl {row['ppl']:8.3f}   KL {row['kl']:.4f} (whole tiles {row['tile_kl']:.4f})   top-1 {row['top1']:.3f}",
-        file=sys.stderr,
-    )
-    return row
+            engine.calibrate(cache, corpus.read_text(), artifact, corpus_name=corpus.name, tokens=CALIBRATION_TOKENS)
+        for name, text in texts.items():
+            for exact in (True, False):
+                options: dict[str, Any] = {"tokens": tokens, "stride": tokens, "calibration": artifact, "exact_window": exact}
+                (row,) = engine.evaluate(text, [cache], **options)
+                row.pop("by_position")
+                bits = f" K{row['key_bits']:g}V{row['value_bits']:g}" if cache.method != "fp" else ""
+                note(row | {"name": cache.method + bits, "text": name, "window": "exact" if exact else "tiles"})
 
 
-def stamp() -> dict[str, str]:
+def simulated_rows(engine: Engine, corpus: Path, name: str, ids: Tensor, note: Callable[[dict[str, Any]], None]) -> None:
+    """KIVI and SKVQ as their authors simulate them, 2 bits."""
+    published = published_schemes(engine, as_ids(engine.encode(corpus.read_text())[:CALIBRATION_TOKENS], ids.device))
+    for label, bits, scheme in (
+        ("KIVI, simulated, K2V2", 2 + 32 / GROUP, lambda layer: Kivi()),
+        ("SKVQ as published, simulated, K2V2", 2 + 16 / GROUP, lambda layer: published[layer]),
+    ):
+        note({"name": label, "text": name, "window": "exact", "bits_per_element": bits, **simulate(engine, ids, scheme)})
+
+
+@torch.inference_mode()
+def transformers_row(model: str, name: str, ids: Tensor, note: Callable[[dict[str, Any]], None]) -> None:
+    """The 2-bit cache of transformers (quanto, groups of 64, residual 128) against its own full-precision one."""
+    try:
+        version("optimum-quanto")
+    except PackageNotFoundError:
+        print("no row for transformers: pip install optimum-quanto", file=sys.stderr)
+        return
+    import transformers
+
+    path = resolve(model, download=False).path
+    peer = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    exact = peer(ids[None], use_cache=False).logits[0].log_softmax(-1)
+    cache = transformers.QuantizedCache("quanto", config=peer.config, nbits=2, q_group_size=GROUP, residual_length=128)
+    steps, start = [], time.perf_counter()
+    for at in range(len(ids)):
+        steps.append(peer(ids[None, at : at + 1], past_key_values=cache).logits[0, -1].log_softmax(-1))
+        if at % 128 == 127:
+            spent = time.perf_counter() - start
+            print(f"transformers: {at + 1:,} of {len(ids):,} tokens, {spent:.0f} s", file=sys.stderr)
+    other = torch.stack(steps)
+    nll, nll_exact = (-x[:-1].gather(1, ids[1:, None]).mean() for x in (other, exact))
+    figures = {
+        "ppl_fp": float(nll_exact.exp()),
+        "ppl": float(nll.exp()),
+        "kl": float((exact.exp() * (exact - other)).sum(-1).mean()),
+        "top1": float((exact.argmax(-1) == other.argmax(-1)).float().mean()),
+    }
+    note({"name": "transformers quanto 2 bits", "text": name, "window": "its own", "bits_per_element": 2.5, **figures})
+
+
+def stamp() -> dict[str, Any]:
     """Device, versions and commit."""
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
+    versions = {name: version(name) for name in ("torch", "numba", "transformers")}
+    return {"device": device_name(torch.device("cpu")), "versions": versions, "commit": commit}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL against bits, a line a method; left out, and said, where matplotlib is missing."""
+    """KL against bits: a line a method, a cross for each that others made; left out, and said, where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print('no plot: pip install "skvq[plot]"', file=sys.stderr)
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in ("rotate", "reorder", "plain"):
-        points = sorted((r["bits_per_element"], r["kl"]) for r in rows if r["method"] == method)
+        points = sorted((r["bits_per_element"], r["kl"]) for r in rows if r.get("method") == method)
         axes.plot(*zip(*points, strict=True), "o-", label=method)
+    for row in rows:
+        if "method" not in row:
+            axes.plot(row["bits_per_element"], row["kl"], "x", label=row["name"])
     axes.set(
         xlabel="bits per cached number, everything counted", ylabel="KL from the 16-bit cache, nats per token", yscale="log"
     )
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -9,7 +9,6 @@ from skvq.calibrate.clip import fit_unit, sample, search_clip, squared_error
 from skvq.calibrate.stats import LayerStats
 from skvq.engine.config import CacheConfig
 
-
 STRETCH = 16
 """Tokens over which a channel's extremes are taken before they are averaged. Extremes over the whole corpus are those of a few
 odd tokens: groups made for them have 1.8 times the error of these, and a KL twice as large (docs/accuracy.md)."""
@@ -28,10 +27,10 @@ def cluster_channels(x: Tensor, groups: int, seed: int) -> Tensor:
 
     features = typical_range(x).cpu().numpy()
     labels = torch.from_numpy(KMeans(groups, n_init=10, random_state=seed).fit(features).labels_).long()
-    return _fill_empty(labels, groups)
+    return fill_empty(labels, groups)
 
 
-def _fill_empty(labels: Tensor, groups: int) -> Tensor:
+def fill_empty(labels: Tensor, groups: int) -> Tensor:
     """Give a group without channels (K-means on equal features) one of the largest group's."""
     count = torch.bincount(labels, minlength=groups)
     for group in (count == 0).nonzero()[:, 0].tolist():
