@@ -56,11 +56,12 @@ def calibrate_budget(
 ) -> tuple[LayerBits, dict[str, Tensor]]:
     """Bits of each layer within ``config.bits_budget``, and the tensors of ``engine.codecs`` at those bits.
 
-    texts int64 [S, T]; the first of them is the probe. ``progress(work)`` comes to ``budget_work`` in all.
+    texts int64 [S, T]; the last of them is the probe: how values are read back is fitted on others. ``progress(work)`` comes to
+    ``budget_work`` in all.
     """
     assert config.is_open, "there is no budget to spend"
     widths = candidates(config.code_bits)
-    probe = Probe(model, frequencies, texts[0][:PROBE_TOKENS].to(model.weights.embedding.device), config.window)
+    probe = Probe(model, frequencies, texts[-1][:PROBE_TOKENS].to(model.weights.embedding.device), config.window)
     fits: list[dict[float, dict[str, Tensor]]] = []
     losses: list[list[float]] = []  # keys and values of the first layer, of the second, ...
     for layer, stats in enumerate(recorded(model, frequencies, texts)):
