@@ -25,7 +25,7 @@ def choose_bits(losses: Sequence[Sequence[float]], widths: Sequence[float], code
     """Width of every item such that the sum of its losses is least and stored widths average at most ``code_bits``.
 
     ``losses[i][j]`` is what item i at ``widths[j]`` costs; all items have the same number of elements. The exact optimum of a
-    multiple-choice knapsack, by dynamic programming over fifths of a bit; of equals, the narrower width of the earlier item.
+    multiple-choice knapsack, by dynamic programming over fifths of a bit; of equals, the narrower width of the later item.
 
     >>> choose_bits([[9.0, 1.0], [2.0, 1.0]], [1.5, 2.0], 1.8)
     (2.0, 1.5)
@@ -53,6 +53,6 @@ def fullest(items: int, widths: Sequence[float], code_bits: float) -> tuple[floa
     """Widths of ``items`` items that together store as much as any choice within ``code_bits`` on average.
 
     >>> fullest(4, [2.0, 3.0], 2.6)
-    (2.0, 2.0, 3.0, 3.0)
+    (3.0, 3.0, 2.0, 2.0)
     """
     return choose_bits([[-float(in_steps(bits)) for bits in widths]] * items, widths, code_bits)
