@@ -27,6 +27,7 @@ from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import AttentionSinks, rule_from_text
 from skvq.engine.generate import PREFILLS, Engine
 from skvq.engine.heatmap import heat_map, require_matplotlib
+from skvq.engine.identity import bits_text
 from skvq.engine.machine import find_backend, pick_device, pick_dtype
 from skvq.engine.needle import Needle, needles, reference_of
 from skvq.engine.needle import summary as needle_summary
@@ -126,6 +127,12 @@ cache_options = _stack(
     click.option("--method", type=click.Choice(METHODS), default="rotate", show_default=True, help="How the cache is packed."),
     click.option("--key-bits", callback=_bits, default="2", show_default=True, help="1.5, 2, 3, 4 or 8."),
     click.option("--value-bits", callback=_bits, default="2", show_default=True, help="1.5, 2, 3, 4 or 8."),
+    click.option(
+        "--bits-budget",
+        type=float,
+        help="In place of both: most bits per number on average, metadata counted; bits are then chosen by layer, keys and "
+        "values apart.",
+    ),
     click.option("--group-size", type=int, default=64, show_default=True, help="Channels that share a scale: 32, 64, 128."),
     click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits."),
     click.option("--sinks", type=int, default=5, show_default=True, help="First tokens kept in 16 bits."),
@@ -146,7 +153,7 @@ sampling_options = _stack(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout is one JSON object.")
 
-CACHE_NAMES = ("method", "key_bits", "value_bits", "group_size", "window", "sinks", "filters")
+CACHE_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size", "window", "sinks", "filters")
 SAMPLING_NAMES = (
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop", "ignore_eos",
 )  # fmt: skip
@@ -279,7 +286,8 @@ def calibrate(**options: Any) -> None:
     header = engine.calibrate(
         cache, corpus, output, corpus_name=BUILT_IN if text is None else text, tokens=options["tokens"], seed=options["seed"]
     )
-    click.echo(f"skvq: wrote {output} ({header.method}, {header.tokens:,} tokens of {header.corpus})", err=True)
+    chosen = "" if header.bits_budget is None else f"; bits by layer: {bits_text(header.layer_bits)}"
+    click.echo(f"skvq: wrote {output} ({header.method}, {header.tokens:,} tokens of {header.corpus}{chosen})", err=True)
 
 
 @main.command("eval", cls=OneLineCommand)
@@ -329,11 +337,12 @@ def _variant(cache: CacheConfig, text: str) -> CacheConfig:
     if len(widths) not in (0, 2):
         raise OptionError(f"--methods: {text!r} is not method or method:key_bits:value_bits")
     chosen = replace(cache, method=name)
-    return chosen if not widths else replace(chosen, key_bits=widths[0], value_bits=widths[1])
+    return chosen if not widths else chosen.with_bits(*widths)
 
 
 def _eval_line(row: dict[str, Any]) -> str:
-    name = row["method"] if row["method"] == "fp" else f"{row['method']} K{row['key_bits']:g}V{row['value_bits']:g}"
+    bits = f"K{row['key_bits']:g}V{row['value_bits']:g}" if row["bits_budget"] is None else f"budget {row['bits_budget']:g}"
+    name = row["method"] if row["method"] == "fp" else f"{row['method']} {bits}"
     return (
         f"{name:16}  {row['bits_per_element']:5.2f} bits   ppl {row['ppl']:.3f} (16-bit {row['ppl_fp']:.3f})   "
         f"KL {row['kl']:.4f}   top-1 {row['top1']:.3f}   {row['tokens']:,} tokens"
@@ -348,6 +357,7 @@ def _eval_line(row: dict[str, Any]) -> str:
 @click.option("--device", default="auto", show_default=True, help="a100, h100, h200, 4090, or auto for this machine.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: what the device would use.")
 @click.option("--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True)
+@click.option("--calibration", type=click.Path(path_type=Path), help="With --bits-budget: exact for the bits this file chose.")
 @cache_options
 @json_option
 def plan(**options: Any) -> None:
@@ -362,6 +372,7 @@ def plan(**options: Any) -> None:
         device=options["device"],
         dtype=options["dtype"],
         prefill=options["prefill"],
+        calibration=options["calibration"],
     )
     click.echo(json.dumps(report.as_dict()) if options["as_json"] else report.table())
     report.plan.check()

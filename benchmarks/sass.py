@@ -79,7 +79,7 @@ def attend_variant(
     """One form of ``attend_packed_kernel``; bits 15 stand for 1.5."""
     tile = 160 if 15 in (key_bits, value_bits) else 128
     constants = {
-        "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "KEY_NORMAL": normal,
+        "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "TILE": tile, "KEY_NORMAL": normal,
         "VALUE_NORMAL": normal or value_bits in (4, 8), "HAS_SPAN": span, "HAS_MEAN": mean,
         "BY_COLUMN": rows_by_column(tile, groups, has_mean=mean, has_span=span), "ASM": True, "FP8": fp8,
     }  # fmt: skip
@@ -113,6 +113,7 @@ def attend_variants(arch: int) -> list[Variant]:
 def other_variants(arch: int) -> list[Variant]:
     """The other kernels: they must compile and not spill."""
     codes = {"D": 128, "KEY_BITS": 2, "VALUE_BITS": 15, "G": 2}
+    tiled = {**codes, "TILE": 160}
     halves = {"q_ptr": HALVES, "key_ptr": HALVES, "value_ptr": HALVES, "out_ptr": HALVES}
     meta = 1.0 if arch >= 89 else 256.0
     prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
@@ -132,10 +133,12 @@ def other_variants(arch: int) -> list[Variant]:
             tensors,
             8192,
         ),
-        Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3}, 4, 2, tensors, 8192),
-        Variant("pack", pack.pack_kernel, {**codes, "QUANTIZED": False}, 4, 1, {}),
+        Variant(
+            "reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 2, tensors, 8192
+        ),
+        Variant("pack", pack.pack_kernel, {**tiled, "QUANTIZED": False}, 4, 1, {}),
         Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
-        Variant("unpack", unpack.unpack_kernel, codes, 4, 1, {}),
+        Variant("unpack", unpack.unpack_kernel, tiled, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("rope", fused.rope_write_kernel, {"D": 128}, 1, 1, halves),
         Variant("silu", fused.silu_mul_kernel, {"BLOCK": 1024}, 4, 1, halves),

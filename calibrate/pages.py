@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from skvq.kernels.interface import Backend, HeadCodec, HeadSide, PackedPages, RopeFrequencies
 from skvq.kernels.layout import PageLayout, pages_for
 
+Codec = TypeVar("Codec")
 
-def read_back(x: Tensor, bits: float, side: HeadSide, rope: RopeFrequencies, backend: Backend) -> Tensor:
-    """``x`` [T, KH, D] in a side's stored basis, packed into pages of its own and read back, float32."""
-    tokens, heads, size = x.shape
-    layout = PageLayout(head_size=size, kv_heads=heads, key_bits=bits, value_bits=bits, group_size=size // side.unit.shape[1])
+
+def through_pages(
+    keys: Tensor,
+    values: Tensor,
+    layout: PageLayout,
+    codec: Codec,
+    pack: Callable[[PackedPages, Codec, Tensor, int, Tensor, Tensor, Tensor], None],
+    unpack: Callable[[PackedPages, Codec, Tensor, int, int], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Keys after RoPE and values [T, KH, D] of positions 0 .. T-1, packed into pages of their own and read back, float32."""
+    tokens, device = len(keys), keys.device
     count = -(-tokens // layout.tile) * layout.tile
-    rows = torch.zeros(count, heads, size, dtype=torch.float16, device=x.device)
-    rows[:tokens] = x
+    rows = torch.zeros(2, count, *keys.shape[1:], dtype=torch.float16, device=device)
+    rows[0, :tokens], rows[1, :tokens] = keys, values
     pages = pages_for(count)
     store = PackedPages(
         layout=layout,
-        key_codes=torch.empty(pages, heads, layout.key_bytes, dtype=torch.uint8, device=x.device),
-        value_codes=torch.empty(pages, heads, layout.value_bytes, dtype=torch.uint8, device=x.device),
-        meta=torch.empty(pages, heads, layout.meta_words, dtype=torch.int32, device=x.device),
+        key_codes=torch.empty(pages, layout.kv_heads, layout.key_bytes, dtype=torch.uint8, device=device),
+        value_codes=torch.empty(pages, layout.kv_heads, layout.value_bytes, dtype=torch.uint8, device=device),
+        meta=torch.empty(pages, layout.kv_heads, layout.meta_words, dtype=torch.int32, device=device),
     )
-    codec = _as_stored(side, rope, size)
-    row = torch.arange(pages, dtype=torch.int32, device=x.device)
-    backend.pack_heads(store, codec, row, 0, rows, rows, torch.zeros(count, dtype=torch.bool, device=x.device))
-    return backend.unpack_heads(store, codec, row, 0, count)[1][:tokens]
+    row = torch.arange(pages, dtype=torch.int32, device=device)
+    pack(store, codec, row, 0, rows[0], rows[1], torch.zeros(count, dtype=torch.bool, device=device))
+    stored_keys, stored_values = unpack(store, codec, row, 0, count)
+    return stored_keys[:tokens], stored_values[:tokens]
+
+
+def read_back(x: Tensor, bits: float, side: HeadSide, rope: RopeFrequencies, backend: Backend) -> Tensor:
+    """``x`` [T, KH, D] in a side's stored basis, packed into pages of its own and read back, float32."""
+    _, heads, size = x.shape
+    layout = PageLayout(head_size=size, kv_heads=heads, key_bits=bits, value_bits=bits, group_size=size // side.unit.shape[1])
+    return through_pages(x, x, layout, _as_stored(side, rope, size), backend.pack_heads, backend.unpack_heads)[1]
 
 
 def _as_stored(side: HeadSide, rope: RopeFrequencies, size: int) -> HeadCodec:

@@ -14,22 +14,33 @@ from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
+Page = tuple[tuple[str, TensorSpec], ...]
 
 
-def packed_page(layout: PageLayout) -> dict[str, TensorSpec]:
-    """Tensors of a packed page."""
+def packed_page(layout: PageLayout) -> Page:
+    """Tensors of a packed page of one layer."""
     heads = layout.kv_heads
-    return {
-        "key_codes": ((heads, layout.key_bytes), torch.uint8),
-        "value_codes": ((heads, layout.value_bytes), torch.uint8),
-        "meta": ((heads, layout.meta_words), torch.int32),
-    }
+    return (
+        ("key_codes", ((heads, layout.key_bytes), torch.uint8)),
+        ("value_codes", ((heads, layout.value_bytes), torch.uint8)),
+        ("meta", ((heads, layout.meta_words), torch.int32)),
+    )
 
 
-def plain_page(layout: PlainLayout, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Tensors of a 16-bit page."""
+def plain_page(layout: PlainLayout, dtype: torch.dtype) -> Page:
+    """Tensors of a 16-bit page of one layer."""
     shape = (layout.kv_heads, PAGE_TOKENS, layout.head_size)
-    return {"keys": (shape, dtype), "values": (shape, dtype)}
+    return (("keys", (shape, dtype)), ("values", (shape, dtype)))
+
+
+def nbytes_of(spec: TensorSpec) -> int:
+    """Bytes of a tensor.
+
+    >>> nbytes_of(((2, 3), torch.int32))
+    24
+    """
+    shape, dtype = spec
+    return math.prod(shape) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +55,19 @@ class ArenaShape:
     pages_per_sequence: int
     full_slots: int
     dtype: torch.dtype  # of full-precision slots, 16 bits
-    page: tuple[tuple[str, TensorSpec], ...]  # tensors of one page of one layer
+    layer_pages: tuple[Page, ...]  # tensors of one page, for each layer
+
+    def __post_init__(self) -> None:
+        assert len(self.layer_pages) == self.layers, (len(self.layer_pages), self.layers)
+
+    def page_tensors(self, layer: int) -> dict[str, TensorSpec]:
+        """All pages of a layer, by name."""
+        return {name: ((self.pages, *shape), dtype) for name, (shape, dtype) in self.layer_pages[layer]}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Every tensor of the arena by name."""
+        """What the arena holds beside pages, by name."""
         slots = (self.layers, self.sequences, self.kv_heads, self.full_slots, self.head_size)
-        return {name: ((self.layers, self.pages, *shape), dtype) for name, (shape, dtype) in self.page} | {
+        return {
             "full_keys": (slots, self.dtype),
             "full_values": (slots, self.dtype),
             "full_positions": ((self.layers, self.sequences, self.full_slots), torch.int32),
@@ -57,19 +75,15 @@ class ArenaShape:
             "page_table": ((self.sequences, max(1, self.pages_per_sequence)), torch.int32),
         }
 
-    def nbytes_of(self, *names: str) -> int:
-        """Bytes of some of the tensors."""
-        return sum(math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.tensors().items() if name in names)
-
     @property
     def nbytes(self) -> int:
         """Bytes of the whole arena."""
-        return self.nbytes_of(*self.tensors())
+        return self.pages * self.page_bytes + sum(map(nbytes_of, self.tensors().values()))
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
-        return self.layers * sum(math.prod(shape) * dtype.itemsize for _, (shape, dtype) in self.page)
+        return sum(nbytes_of(spec) for page in self.layer_pages for _, spec in page)
 
     @property
     def slot_bytes(self) -> int:
@@ -86,7 +100,8 @@ class Arena:
     def __init__(self, shape: ArenaShape, device: torch.device) -> None:
         self.shape = shape
         try:
-            self.tensors = {name: torch.empty(s, dtype=d, device=device) for name, (s, d) in shape.tensors().items()}
+            self.tensors = _allocate(shape.tensors(), device)
+            self._pages = [_allocate(shape.page_tensors(layer), device) for layer in range(shape.layers)]
         except (RuntimeError, MemoryError) as error:
             raise CapacityError(
                 f"the arena of {shape.nbytes:,} bytes cannot be allocated on {device}: choose a smaller context or fewer bits"
@@ -101,7 +116,7 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(t.nbytes for t in self.tensors.values())
+        return sum(t.nbytes for tensors in (self.tensors, *self._pages) for t in tensors.values())
 
     @property
     def free_pages(self) -> int:
@@ -115,7 +130,7 @@ class Arena:
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Page tensors of a layer, [pages, ...], by name."""
-        return {name: self.tensors[name][layer] for name, _ in self.shape.page}
+        return self._pages[layer]
 
     def full(self, layer: int) -> FullSlots:
         """Full-precision slots of a layer."""
@@ -163,9 +178,15 @@ class Arena:
     def copy_page(self, page: int) -> int:
         """A page of one's own with the bytes of ``page``, in every layer."""
         copy = self.new_page()
-        for name, _ in self.shape.page:
-            self.tensors[name][:, copy] = self.tensors[name][:, page]
+        self.overwrite(copy, page)
         return copy
+
+    def overwrite(self, target: int, source: int) -> None:
+        """Copy the bytes of a page into another, in every layer."""
+        assert self._references[target] == 1, "a shared page must not be written"
+        for tensors in self._pages:
+            for tensor in tensors.values():
+                tensor[target] = tensor[source]
 
     def new_sequence(self) -> int:
         """A sequence slot with empty full-precision slots. Raises CapacityError when none is left."""
@@ -196,3 +217,7 @@ class Arena:
                 count[page] += 1
         assert count == self._references, "reference counts differ from the sequences' pages"
         assert sorted(self._free_pages) == [p for p, n in enumerate(count) if n == 0], "free list differs from unused pages"
+
+
+def _allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in specs.items()}

@@ -33,7 +33,7 @@ class CacheSetup:
     regions: Regions
     rules: tuple[FilterRule, ...]
     max_context: int
-    packed_token_bytes: float  # of a packed token in one layer, codes and metadata
+    packed_token_bytes: float  # of a packed token over all layers, codes and metadata
     identity: Identity
 
     @property
@@ -129,9 +129,7 @@ class SequenceCache:
         start = pages_for(self.packed)
         self._grow(self.packed + len(token_ids))
         for at, page in enumerate(self.pages[start:]):
-            for name, _ in self.setup.arena.shape.page:
-                tensor = self.setup.arena.tensors[name]
-                tensor[:, page] = tensor[:, self.pages[first + at % count]]
+            self.setup.arena.overwrite(page, self.pages[first + at % count])
         self.packed += len(token_ids)
         self.length = self.packed
         self.token_ids.extend(token_ids)
@@ -297,7 +295,7 @@ class SequenceCache:
     def nbytes(self) -> int:
         """Bytes its tokens occupy: packed codes and metadata, and 16 bits for tokens in the window and retained."""
         shape = self.setup.arena.shape
-        packed = self.packed * self.setup.packed_token_bytes * shape.layers
+        packed = self.packed * self.setup.packed_token_bytes
         held = int((self.setup.arena.tensors["full_positions"][:, self.slot] >= 0).sum())
         return int(packed + held * shape.slot_bytes / shape.layers)
 

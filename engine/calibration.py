@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from torch import Tensor
-
+from skvq.calibrate.budget import budget_work, calibrate_budget
 from skvq.calibrate.run import built_in_corpus, calibrate, texts_of
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig
@@ -17,7 +16,7 @@ from skvq.engine.errors import SkvqError
 from skvq.engine.model import Model
 from skvq.engine.report import Reporter
 from skvq.kernels.interface import Backend, RopeFrequencies
-from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, save_artifact
+from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, load_header, require, save_artifact
 from skvq.loaders.files import cache_folder
 
 DEFAULT_TOKENS = 8192
@@ -34,8 +33,13 @@ def make_artifact(
     backend: Backend,
     report: Reporter,
 ) -> Artifact:
-    """Calibrate on the first ``header.tokens`` of ``ids``."""
+    """Calibrate on the first ``header.tokens`` of ``ids``; a budget is spent, and the header says how."""
     texts = texts_of(ids, header.tokens)
+    if cache.is_open:
+        label = f"choosing bits for {cache.method} on {texts.numel():,} tokens"
+        with report.bar(label, budget_work(model.config, texts, cache)) as bar:
+            layer_bits, tensors = calibrate_budget(model, rope, texts, cache, backend, seed=header.seed, progress=bar.advance)
+        return Artifact(replace(header, layer_bits=layer_bits), tensors)
     with report.bar(f"calibrating {cache.method} on {texts.numel():,} tokens", model.config.num_layers) as bar:
         tensors = calibrate(model, rope, texts, cache, backend, seed=header.seed, progress=lambda done, layers: bar.advance(1))
     return Artifact(header, tensors)
@@ -49,25 +53,37 @@ def header_for(cache: CacheConfig, fingerprint: str, corpus: str, tokens: int, s
         key_bits=cache.key_bits,
         value_bits=cache.value_bits,
         group_size=cache.group_size,
+        bits_budget=cache.bits_budget,
+        layer_bits=cache.layer_bits,
         corpus=corpus,
         tokens=tokens,
         seed=seed,
     )
 
 
-def load_for(path: Path, model: Model, cache: CacheConfig, fingerprint: str) -> Mapping[str, Tensor]:
-    """Tensors of the artifact at ``path``, refused unless it was made for this model and these options."""
+def with_chosen_bits(cache: CacheConfig, path: Path, **wanted: object) -> CacheConfig:
+    """The cache with the bits of each layer that the artifact at ``path`` chose, if they are open.
+
+    Raises CalibrationError unless the artifact's header has this budget and what is ``wanted``.
+    """
+    if not cache.is_open:
+        return cache
+    header = load_header(path)
+    require(header, str(path), **wanted, bits_budget=cache.bits_budget)
+    return replace(cache, layer_bits=header.layer_bits)
+
+
+def load_for(path: Path, model: Model, cache: CacheConfig, fingerprint: str) -> Artifact:
+    """The artifact at ``path``, refused unless it was made for this model and these options."""
     artifact = load_artifact(path)
-    artifact.require(
-        str(path),
-        fingerprint=fingerprint,
-        method=cache.method,
-        key_bits=cache.key_bits,
-        value_bits=cache.value_bits,
-        group_size=cache.group_size,
-    )
+    header = artifact.header
+    require(header, str(path), fingerprint=fingerprint, method=cache.method, bits_budget=cache.bits_budget)
+    require(header, str(path), key_bits=cache.key_bits, value_bits=cache.value_bits, group_size=cache.group_size)
+    if not cache.is_open:
+        require(header, str(path), layer_bits=cache.layer_bits)
     check_tensors(artifact.tensors, cache, model.config, str(path))
-    return artifact.tensors
+    replace(cache, layer_bits=header.layer_bits).fitted(model.config)
+    return artifact
 
 
 def cached_or_made(
@@ -79,8 +95,8 @@ def cached_or_made(
     tokens: int,
     backend: Backend,
     report: Reporter,
-) -> Mapping[str, Tensor]:
-    """Tensors for this model and cache: from the user's cache folder, else calibrated now on the built-in corpus and kept."""
+) -> Artifact:
+    """The artifact for this model and cache: from the user's cache folder, else made now on the built-in corpus and kept."""
     header = header_for(cache, fingerprint, BUILT_IN, tokens)
     digest = hashlib.sha256(json.dumps(asdict(header), sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
@@ -92,4 +108,4 @@ def cached_or_made(
         save_artifact(artifact, path)
     except SkvqError as error:
         report.message(f"the calibration serves this run only: {error}")
-    return artifact.tensors
+    return artifact

@@ -125,7 +125,7 @@ class FileCheckpoint:
         kv_shape = (state.keys.shape[0], filled, state.keys.shape[2])
         keys, values = (file.expect(name, state.keys.dtype, kv_shape) for name in ("layer_keys", "layer_values"))
         mass = file.expect("layer_mass", torch.float32, state.mass.shape)
-        tiles = expect_tiles(sequence, file, layer, sequence.packed_after(len(ids)))
+        tiles = expect_tiles(sequence, file, range(layer), sequence.packed_after(len(ids)))
         write_slots(sequence, expect_slots(sequence, file))
         write_tiles(sequence, tiles, range(layer))
         state.hidden.copy_(hidden)

@@ -53,14 +53,19 @@ def check_tensors(tensors: Mapping[str, Tensor], config: CacheConfig, model: Mod
             raise CalibrationError(f"calibration {where}: {name} does not name each of {groups} groups")
 
 
-def layout_of(config: CacheConfig, model: ModelConfig) -> PageLayout:
-    """Layout of a packed page."""
-    return PageLayout(
-        head_size=model.head_size,
-        kv_heads=model.num_kv_heads,
-        key_bits=config.key_bits,
-        value_bits=config.value_bits,
-        group_size=config.group_size,
+def layouts_of(config: CacheConfig, model: ModelConfig) -> tuple[PageLayout, ...]:
+    """Layout of a packed page in each layer; all have the same tile."""
+    widths = config.bits_of_layers(model.num_layers)
+    return tuple(
+        PageLayout(
+            head_size=model.head_size,
+            kv_heads=model.num_kv_heads,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            group_size=config.group_size,
+            among_trits=any(1.5 in pair for pair in widths),
+        )
+        for key_bits, value_bits in widths
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 from skvq.engine.errors import ModelError, OptionError, nearest, require_known
 from skvq.engine.filters import AttentionSinks, FilterRule, check_rule
 from skvq.engine.options import option_class
+from skvq.kernels.layout import stored_bits
 
 FULL_SPAN = 2**31 - 1
 """Attention span of a layer without a sliding window: longer than any context, so it needs no special case."""
@@ -111,9 +113,12 @@ class CacheConfig:
 
     method: ``rotate`` (ours), ``reorder`` (SKVQ), ``plain`` (no transform) or ``fp`` (16 bits, the control).
     key_bits, value_bits: 1.5 (three levels, stored at 1.6), 2, 3, 4 or 8; ignored by ``fp``.
+    bits_budget: most bits per packed number on average, codes and metadata counted: calibration then chooses the bits of each
+        layer, keys and values apart, in place of key_bits and value_bits.
+    layer_bits: (key bits, value bits) of each layer; empty where all layers have the same, or calibration has not chosen yet.
     group_size: channels that share one scale and one zero point: 32, 64 or 128, at most the head size.
     window: most recent tokens held in 16 bits; packing goes a tile at a time, so there are ``window`` to
-        ``window + tile - 1`` of them (tile is 128 tokens, 160 where a side has 1.5 bits), never fewer.
+        ``window + tile - 1`` of them (tile is 128 tokens, 160 where any side has 1.5 bits), never fewer.
     filters: rules that keep single tokens in 16 bits when they leave the window.
     """
 
@@ -123,14 +128,16 @@ class CacheConfig:
     group_size: int = 64
     window: int = 128
     filters: tuple[FilterRule, ...] = (AttentionSinks(5),)
+    bits_budget: float | None = None
+    layer_bits: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         require_known(self.method, METHODS, "cache method")
         for name in ("key_bits", "value_bits"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in BITS:
-                raise OptionError(f"{name} must be one of {', '.join(f'{b:g}' for b in BITS)}, got {value!r}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, _width(getattr(self, name), name))
+        pairs = tuple((_width(k, "layer_bits"), _width(v, "layer_bits")) for k, v in self.layer_bits)
+        object.__setattr__(self, "layer_bits", pairs)
+        self._check_budget()
         if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
         if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window <= 2**20:
@@ -139,10 +146,43 @@ class CacheConfig:
             raise OptionError(f"filters must be a tuple of rules, got {self.filters!r}")
         object.__setattr__(self, "filters", tuple(check_rule(rule, f"filter {rule!r}") for rule in self.filters))
 
+    def _check_budget(self) -> None:
+        budget = self.bits_budget
+        if budget is None:
+            return
+        if not _is_number(budget) or not 0 < budget <= 16:
+            raise OptionError(f"bits_budget must be a number of bits from 0 to 16, got {budget!r}")
+        if (self.key_bits, self.value_bits) != (2.0, 2.0):
+            raise OptionError(
+                f"bits_budget {budget:g} chooses the bits of each layer, so key_bits {self.key_bits:g} and value_bits "
+                f"{self.value_bits:g} cannot be kept: give one or the other"
+            )
+        object.__setattr__(self, "bits_budget", float(budget))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calibration has yet to choose the bits of each layer."""
+        return self.method != "fp" and self.bits_budget is not None and not self.layer_bits
+
+    @property
+    def code_bits(self) -> float:
+        """What the budget leaves for codes: metadata take two bytes a group."""
+        assert self.bits_budget is not None
+        return self.bits_budget - 16 / self.group_size
+
+    def bits_of_layers(self, layers: int) -> tuple[tuple[float, float], ...]:
+        """(key bits, value bits) of each layer."""
+        assert not self.is_open, "the bits of a budget are chosen in calibration"
+        return self.layer_bits or ((self.key_bits, self.value_bits),) * layers
+
+    def with_bits(self, key_bits: float, value_bits: float) -> CacheConfig:
+        """The same cache with these bits in every layer."""
+        return replace(self, key_bits=key_bits, value_bits=value_bits, bits_budget=None, layer_bits=())
+
     def fitted(self, model: ModelConfig) -> CacheConfig:
         """This config for a model's head size: a group never spans more than a head.
 
-        Raises OptionError where the head size is no multiple of the group size.
+        Raises OptionError where the head size is no multiple of the group size, or a budget is below the narrowest format.
         """
         if self.method == "fp":
             return self
@@ -152,7 +192,18 @@ class CacheConfig:
                 f"head size {model.head_size} is not a multiple of group size {group}: "
                 f"choose a group size of {', '.join(map(str, GROUP_SIZES))} that divides it, or method 'fp'"
             )
-        return replace(self, group_size=group)
+        if len(self.layer_bits) not in (0, model.num_layers):
+            raise OptionError(
+                f"layer_bits names {len(self.layer_bits)} layers, the model has {model.num_layers}: give one pair each"
+            )
+        fitted = replace(self, group_size=group)
+        least = stored_bits(min(BITS)) + 16 / group
+        if fitted.is_open and fitted.code_bits < stored_bits(min(BITS)) - 1e-9:
+            raise OptionError(
+                f"bits_budget {self.bits_budget:g} is below {least:g}, what 1.5-bit codes take with groups of {group}: "
+                "give a larger budget or larger groups"
+            )
+        return fitted
 
 
 @option_class
@@ -193,9 +244,15 @@ class SamplingConfig:
         object.__setattr__(self, "stop", tuple(stop))
 
 
+def _width(value: object, name: str) -> float:
+    if not _is_number(value) or value not in BITS:
+        raise OptionError(f"{name} must be one of {', '.join(f'{b:g}' for b in BITS)}, got {value!r}")
+    return float(value)
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.config import CacheConfig
+from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.model import Model
+from skvq.engine.planner import bits_per_element
 from skvq.engine.rope import StepRope, at_positions
 from skvq.engine.steps import DenseLayer, LayerCache, add_mass
 from skvq.kernels.dense import attend_all, attend_causal
 from skvq.kernels.interface import RopeFrequencies
-from skvq.kernels.layout import PageLayout, PlainLayout
 from skvq.kernels.reference import masked_attention, merge
 
 ROWS = 256
@@ -154,17 +154,20 @@ def compare(model: Model, reference: Tensor, other: Tensor, ids: Tensor) -> Comp
     return Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same)
 
 
-def evaluation_row(cache: CacheConfig, layout: PageLayout | PlainLayout, found: Sequence[Comparison]) -> dict[str, Any]:
-    """One cache's figures over several stretches of text."""
+def evaluation_row(cache: CacheConfig, model: ModelConfig, found: Sequence[Comparison]) -> dict[str, Any]:
+    """One cache's figures over several stretches of text; key_bits and value_bits are means over layers."""
     nll_fp, nll, kl, same = (torch.cat([getattr(c, n) for c in found]) for n in ("nll_fp", "nll", "kl", "same_top"))
-    fp = isinstance(layout, PlainLayout)
+    pairs = ((16.0, 16.0),) if cache.method == "fp" else cache.bits_of_layers(model.num_layers)
+    key_bits, value_bits = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
     return {
         "method": cache.method,
-        "key_bits": 16.0 if fp else cache.key_bits,
-        "value_bits": 16.0 if fp else cache.value_bits,
+        "key_bits": key_bits,
+        "value_bits": value_bits,
+        "bits_budget": cache.bits_budget,
+        "layer_bits": [list(pair) for pair in cache.layer_bits],
         "group_size": cache.group_size,
         "window": cache.window,
-        "bits_per_element": layout.bits_per_element,
+        "bits_per_element": bits_per_element(cache, model),
         **Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same).summary(),
         "tokens": len(kl),
         "by_position": _mean_by_position(found),

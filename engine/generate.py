@@ -29,7 +29,6 @@ from skvq.engine.evaluate import (
 )
 from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
-from skvq.engine.planner import page_layout
 from skvq.engine.prefill import exact_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
@@ -121,7 +120,7 @@ class Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         cache = cache.fitted(self.parts.model.config)
         path = Path(calibration) if calibration is not None else None
-        setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.report)
+        cache, setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.report)
         return Engine(replace(self.parts, cache=cache, setup=setup), self.report)
 
     def warm_up(self) -> None:
@@ -373,8 +372,9 @@ class Engine:
     ) -> list[dict[str, Any]]:
         """Measure caches against full precision on the first ``tokens`` of a text, in stretches of ``stride`` tokens.
 
-        One dict a cache: method, key_bits, value_bits, group_size, bits_per_element, ppl_fp, ppl, kl (nats per token), top1,
-        tokens, by_position. ``exact_window`` holds exactly W recent tokens, as papers simulate.
+        One dict a cache: method, key_bits and value_bits (means over layers), bits_budget, layer_bits, group_size, window,
+        bits_per_element, ppl_fp, ppl, kl (nats per token), top1, tokens, by_position. ``exact_window`` holds exactly W recent
+        tokens, as papers simulate.
         """
         parts = self.parts
         ids = as_ids(self.encode(text)[:tokens], parts.model.weights.embedding.device)
@@ -392,7 +392,7 @@ class Engine:
                 compare(parts.model, reference, engine.regime_hidden(s, layer_class), s)
                 for reference, s in zip(references, stretches, strict=True)
             ]
-            rows.append(evaluation_row(engine.parts.cache, page_layout(engine.parts.cache, parts.model.config), found))
+            rows.append(evaluation_row(engine.parts.cache, parts.model.config, found))
         return rows
 
     def calibrate(
@@ -405,5 +405,6 @@ class Engine:
             raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
         ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
         header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
-        save_artifact(make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, self.report), output)
-        return header
+        artifact = make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, self.report)
+        save_artifact(artifact, output)
+        return artifact.header

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ WORDS = {
     "rope": "RoPE frequencies (scaling, context) with digest",
     "dtype": "16-bit type",
     "filters": "filter rules",
+    "layer_bits": "bits by layer",
 }
 
 
@@ -31,6 +33,7 @@ class Identity:
     method: str
     key_bits: float
     value_bits: float
+    layer_bits: str
     group_size: int
     window: int
     filters: str
@@ -74,6 +77,7 @@ def identity_of(
         method=cache.method,
         key_bits=cache.key_bits if packed else 16.0,
         value_bits=cache.value_bits if packed else 16.0,
+        layer_bits=bits_text(cache.layer_bits if packed else ()),
         group_size=cache.group_size if packed else 0,
         window=cache.window,
         filters=", ".join(map(_rule_name, rules)),
@@ -81,6 +85,16 @@ def identity_of(
         calibration=_digest(tensors),
         rope=_digest({"inv_freq": rope.inv_freq, "scale": torch.tensor(rope.scale, dtype=torch.float64)}),
     )
+
+
+def bits_text(layer_bits: Sequence[tuple[float, float]]) -> str:
+    """Bits by layer for people, runs of equal layers together.
+
+    >>> bits_text([(2.0, 1.5), (2.0, 1.5), (3.0, 2.0)]), bits_text([])
+    ('2x K2V1.5, 1x K3V2', 'the same in all')
+    """
+    runs = [(len(list(run)), f"K{k:g}V{v:g}") for (k, v), run in groupby(layer_bits)]
+    return ", ".join(f"{count}x {name}" for count, name in runs) or "the same in all"
 
 
 def _rule_name(rule: FilterRule) -> str:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from skvq.engine.arena import Arena
 from skvq.engine.cache import CacheSetup
-from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for
-from skvq.engine.codecs import head_codecs, label_codecs, layout_of
+from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, with_chosen_bits
+from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig, RopeConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, pick_device, pick_dtype
 from skvq.engine.methods import CacheMethod, PackedMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
-from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, page_layout, regions_of, rules_of
+from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, regions_of, rules_of, token_bytes
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader
@@ -27,6 +27,7 @@ from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
 from skvq.kernels.registry import BackendUnavailable, get_backend
 from skvq.loaders import Tokenizer, open_model
+from skvq.loaders.artifact import Artifact
 from skvq.loaders.source import WeightSource
 
 
@@ -92,6 +93,8 @@ def load_parts(
         raise OptionError(str(error)) from None
     source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
+    if calibration is not None:
+        cache = with_chosen_bits(cache, calibration, fingerprint=source.fingerprint)
     cache = cache.fitted(config)
     context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill)
     if context > config.trained_context:
@@ -108,30 +111,34 @@ def load_parts(
         context=context,
         dummy=dummy_weights,
     )
-    setup = build_cache(loaded, cache, max_sequences, calibration, report)
+    was_open = cache.is_open
+    cache, setup = build_cache(loaded, cache, max_sequences, calibration, report)
+    if was_open:
+        _, plan = plan_that_fits(config, cache, context, max_sequences, compute, place, prefill)
     return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill)
 
 
 @torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack
 def build_cache(
     loaded: LoadedModel, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
-) -> CacheSetup:
-    """Calibration, arena and method of one cache over a loaded model."""
+) -> tuple[CacheConfig, CacheSetup]:
+    """Calibration, arena and method of one cache over a loaded model; the cache as calibration has chosen its bits."""
     config = loaded.model.config
     embedding = loaded.model.weights.embedding
-    tensors = _calibration(loaded, cache, calibration, report)
+    cache, tensors = _calibration(loaded, cache, calibration, report)
     shape = arena_shape(config, cache, max_context=loaded.context, max_sequences=max_sequences, dtype=embedding.dtype)
     arena = Arena(shape, embedding.device)
-    return CacheSetup(
+    setup = CacheSetup(
         arena=arena,
         method=bind_method(arena, config, cache, tensors, loaded.rope, loaded.backend),
         ops=loaded.model.ops,
         regions=regions_of(cache, config),
         rules=rules_of(cache),
         max_context=loaded.context,
-        packed_token_bytes=page_layout(cache, config).bytes_per_token,
+        packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), loaded.fingerprint, tensors, loaded.rope, shape.dtype),
     )
+    return cache, setup
 
 
 def bind_method(
@@ -146,12 +153,12 @@ def bind_method(
     device = arena.page_table.device
     if cache.method == "fp":
         return PlainMethod(arena, kernels)
-    layout = layout_of(cache, config)
+    layouts = layouts_of(cache, config)
     if cache.method == "reorder":
         labels = label_codecs(tensors, config, rope, device)
-        return PackedMethod(arena, layout, labels, kernels.pack_labels, kernels.unpack_labels, kernels.attend_labels)
+        return PackedMethod(arena, layouts, labels, kernels.pack_labels, kernels.unpack_labels, kernels.attend_labels)
     heads = head_codecs(tensors, cache, config, rope, device)
-    return PackedMethod(arena, layout, heads, kernels.pack_heads, kernels.unpack_heads, kernels.attend_heads)
+    return PackedMethod(arena, layouts, heads, kernels.pack_heads, kernels.unpack_heads, kernels.attend_heads)
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
@@ -203,9 +210,17 @@ def _weights(
         return load_weights(config, StoredStorage(reader, report) if as_stored else DenseStorage(reader, device, dtype))
 
 
-def _calibration(loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter) -> Mapping[str, Tensor]:
+def _calibration(
+    loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter
+) -> tuple[CacheConfig, Mapping[str, Tensor]]:
+    """The cache with its bits chosen, and the tensors of its calibration."""
     if cache.method == "fp":
-        return {}
+        return cache, {}
+    artifact = _artifact(loaded, cache, path, report)
+    return replace(cache, layer_bits=artifact.header.layer_bits), artifact.tensors
+
+
+def _artifact(loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter) -> Artifact:
     if path is not None:
         return load_for(path, loaded.model, cache, loaded.fingerprint)
     return cached_or_made(

@@ -30,18 +30,18 @@ class CacheMethod(Protocol):
 
 
 class PackedMethod(Generic[Codec]):
-    """Packed pages, one codec per layer."""
+    """Packed pages, one layout and one codec per layer."""
 
     def __init__(
         self,
         arena: Arena,
-        layout: PageLayout,
+        layouts: Sequence[PageLayout],
         codecs: Sequence[Codec],
         pack: Callable[[PackedPages, Codec, Tensor, int, Tensor, Tensor, Tensor], None],
         unpack: Callable[[PackedPages, Codec, Tensor, int, int], tuple[Tensor, Tensor]],
         attend: Callable[[Tensor, PackedPages, Codec, FullSlots, Step], tuple[Tensor, Tensor]],
     ) -> None:
-        self._pages = [PackedPages(layout=layout, **arena.layer(i)) for i in range(len(codecs))]
+        self._pages = [PackedPages(layout=layout, **arena.layer(i)) for i, layout in enumerate(layouts)]
         self._full = [arena.full(i) for i in range(len(codecs))]
         self._codecs = codecs
         self._pack = pack

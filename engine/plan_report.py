@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, pick_device, pick_dtype
-from skvq.engine.planner import Plan, gib, largest_context, make_plan, page_layout
+from skvq.engine.planner import Plan, gib, largest_context, largest_of, make_plan, page_layouts
 from skvq.loaders import config_of
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
@@ -93,6 +95,8 @@ class PlanReport:
             "context": self.plan.context,
             "method": self.cache.method,
             "bits_per_element": self.plan.bits_per_element,
+            "bits_budget": self.cache.bits_budget,
+            "upper_bound": self.cache.is_open,
             "device": self.card.name,
             "memory": self.plan.memory,
             "parts": self.plan.parts,
@@ -112,7 +116,14 @@ class PlanReport:
     def table(self) -> str:
         """For people."""
         card, plan = self.card, self.plan
-        lines = [f"{self.model}, {plan.context:,} tokens, {self.cache.method}, {plan.bits_per_element:.3f} bits per element"]
+        most = "at most " if self.cache.is_open else ""
+        lines = [
+            f"{self.model}, {plan.context:,} tokens, {self.cache.method}, {most}{plan.bits_per_element:.3f} bits per element"
+        ]
+        if self.cache.is_open:
+            lines += [
+                "upper bound: calibration chooses the bits of each layer; give its file with --calibration for what it takes"
+            ]
         lines += [f"  {name:32} {gib(size):>12}" for name, size in plan.parts.items()]
         verdict = "fits" if plan.total <= plan.memory else "DOES NOT FIT"
         lines += [f"  {'total':32} {gib(plan.total):>12}   {verdict} {gib(plan.memory)} of {card.name}", ""]
@@ -138,19 +149,19 @@ def plan_report(
     device: str,
     dtype: str | None,
     prefill: str,
+    calibration: Path | None = None,
 ) -> PlanReport:
-    """The report for a model by name: only its config is read. Raises OptionError or ModelError."""
+    """The report for a model by name: only its config is read, and the header of ``calibration`` if there is one to say how a
+    budget of bits was spent. Raises OptionError, ModelError or CalibrationError."""
     config = config_of(model)
-    cache = cache.fitted(config)
+    cache = (cache if calibration is None else with_chosen_bits(cache, calibration)).fitted(config)
     card = _card(device, dtype)
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
     options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
     plan = make_plan(config, cache, context=context, **options)
     tables = [cache, replace(cache, method="fp")]
-    tables += [
-        replace(cache, method="rotate" if cache.method == "fp" else cache.method, key_bits=k, value_bits=v) for k, v in WIDTHS
-    ]
+    tables += [replace(cache, method="rotate" if cache.method == "fp" else cache.method).with_bits(k, v) for k, v in WIDTHS]
     largest = {_name(c): largest_context(config, c, **options) for c in tables}
     return PlanReport(
         model=model,
@@ -179,7 +190,8 @@ def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, contex
     weights = (
         config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     ) * card.dtype.itemsize
-    packed = sum(min(context, span) for span in config.attention_spans) * page_layout(cache, config).bytes_per_token
+    layouts = page_layouts(largest_of(cache, config)[0], config)
+    packed = sum(min(context, n) * page.bytes_per_token for n, page in zip(config.attention_spans, layouts, strict=True))
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 
 
@@ -209,11 +221,11 @@ def _card(device: str, dtype: str | None) -> Card:
 
 
 def _name(cache: CacheConfig) -> str:
-    return (
-        "fp, 16 bits"
-        if cache.method == "fp"
-        else f"{cache.method} K{cache.key_bits:g} V{cache.value_bits:g} g{cache.group_size}"
-    )
+    if cache.method == "fp":
+        return "fp, 16 bits"
+    if cache.bits_budget is not None:
+        return f"{cache.method} {cache.bits_budget:g} bits g{cache.group_size}"
+    return f"{cache.method} K{cache.key_bits:g} V{cache.value_bits:g} g{cache.group_size}"
 
 
 def _duration(seconds: float) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from skvq.calibrate.allocate import fullest
 from skvq.engine.arena import ArenaShape, packed_page, plain_page
-from skvq.engine.codecs import layout_of
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.codecs import layouts_of
+from skvq.engine.config import BITS, CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.filters import FilterRule
 from skvq.engine.regions import Regions
-from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout
+from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout, stored_bits
 
 SPARE_PAGES = 2
 """Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
@@ -21,11 +23,36 @@ CHUNK_TOKENS = 1024
 """Tokens that go through a layer's projections and MLP at once in prefill."""
 
 
-def page_layout(cache: CacheConfig, model: ModelConfig) -> PageLayout | PlainLayout:
-    """What a page of this cache looks like."""
+def page_layouts(cache: CacheConfig, model: ModelConfig) -> tuple[PageLayout | PlainLayout, ...]:
+    """What a page of this cache looks like in each layer."""
     if cache.method == "fp":
-        return PlainLayout(head_size=model.head_size, kv_heads=model.num_kv_heads)
-    return layout_of(cache, model)
+        return (PlainLayout(head_size=model.head_size, kv_heads=model.num_kv_heads),) * model.num_layers
+    return layouts_of(cache, model)
+
+
+def token_bytes(cache: CacheConfig, model: ModelConfig) -> float:
+    """Bytes of a packed token over all layers, codes and metadata."""
+    return sum(layout.bytes_per_token for layout in page_layouts(cache, model))
+
+
+def bits_per_element(cache: CacheConfig, model: ModelConfig) -> float:
+    """Bits per packed number over all layers, everything counted."""
+    return 8 * token_bytes(cache, model) / model.kv_elements_per_token
+
+
+def largest_of(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...]:
+    """The cache itself; while its bits are open, the fullest choices within its budget: with a side of 1.5 bits, and without.
+
+    No choice that calibration may make takes more bytes than the larger of them.
+    """
+    if not cache.is_open:
+        return (cache,)
+    items, trits = 2 * model.num_layers, BITS[0]
+    rest = (cache.code_bits * items - stored_bits(trits)) / (items - 1)
+    choices = [(trits, *fullest(items - 1, BITS, rest))]
+    if cache.code_bits >= stored_bits(BITS[1]) - 1e-9:
+        choices.append(fullest(items, BITS[1:], cache.code_bits))
+    return tuple(replace(cache, layer_bits=tuple(zip(c[::2], c[1::2], strict=True))) for c in choices)
 
 
 def rules_of(cache: CacheConfig) -> tuple[FilterRule, ...]:
@@ -36,7 +63,7 @@ def rules_of(cache: CacheConfig) -> tuple[FilterRule, ...]:
 def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
     """Sizes of a sequence's three regions."""
     retained = sum(rule.budget for rule in rules_of(cache))
-    return Regions(window=cache.window, tile=page_layout(cache, model).tile, retained=retained)
+    return Regions(window=cache.window, tile=page_layouts(cache, model)[0].tile, retained=retained)
 
 
 def cache_dtype(compute: torch.dtype) -> torch.dtype:
@@ -49,9 +76,11 @@ def arena_shape(
 ) -> ArenaShape:
     """The arena of an engine: pages for one sequence of ``max_context`` tokens, spare pages and slots for the others."""
     regions = regions_of(cache, model)
-    layout = page_layout(cache, model)
     half = cache_dtype(dtype)
-    page = plain_page(layout, half) if isinstance(layout, PlainLayout) else packed_page(layout)
+    pages = tuple(
+        plain_page(layout, half) if isinstance(layout, PlainLayout) else packed_page(layout)
+        for layout in page_layouts(cache, model)
+    )
     per_sequence = max(1, regions.pages(max_context))
     return ArenaShape(
         layers=model.num_layers,
@@ -62,7 +91,7 @@ def arena_shape(
         pages_per_sequence=per_sequence,
         full_slots=regions.slots,
         dtype=half,
-        page=tuple(page.items()),
+        layer_pages=pages,
     )
 
 
@@ -110,22 +139,41 @@ def make_plan(
     weight_bytes: int | None = None,
     prefill: str = "exact",
 ) -> Plan:
-    """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte."""
+    """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
+
+    While calibration has yet to spend a budget of bits, it is what no choice within the budget exceeds.
+    """
+    options: dict[str, Any] = {"context": context, "sequences": sequences, "dtype": dtype, "memory": memory}
+    plans = [_plan(model, c, **options, weight_bytes=weight_bytes, prefill=prefill) for c in largest_of(cache, model)]
+    return max(plans, key=lambda plan: plan.total)
+
+
+def _plan(
+    model: ModelConfig,
+    cache: CacheConfig,
+    *,
+    context: int,
+    sequences: int,
+    dtype: torch.dtype,
+    memory: int,
+    weight_bytes: int | None,
+    prefill: str,
+) -> Plan:
     shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
     size = dtype.itemsize
     chunk = min(CHUNK_TOKENS, context)
     width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
     staged = context if prefill == "exact" else min(context, 2 * 8192)
-    pages = [name for name, _ in shape.page]
+    packed = shape.pages * shape.page_bytes
     parts = {
         "weights": model.num_parameters * size if weight_bytes is None else weight_bytes,
-        "cache: packed pages": shape.nbytes_of(*pages),
-        "cache: window and retained": shape.nbytes - shape.nbytes_of(*pages),
+        "cache: packed pages": packed,
+        "cache: window and retained": shape.nbytes - packed,
         "hidden states of the prompt": (context if prefill == "exact" else chunk) * model.hidden_size * size,
         "one layer's keys and values": 2 * staged * model.num_kv_heads * model.head_size * size,
         "workspace": chunk * width * max(size, 4) + 6 * model.vocab_size * 4,
     }
-    return Plan(context=context, parts=parts, memory=memory, bits_per_element=page_layout(cache, model).bits_per_element)
+    return Plan(context=context, parts=parts, memory=memory, bits_per_element=bits_per_element(cache, model))
 
 
 def largest_context(model: ModelConfig, cache: CacheConfig, *, limit: int = 2**27, **options: object) -> int:

@@ -2,7 +2,7 @@
 
 Tensors of the file, L layers, KH kv heads, F full-precision slots, D head size, n packed tiles:
 
-    page tensors of the method ("key_codes", ...)   [L, n, KH, bytes or words of a tile]
+    page tensors of each layer ("key_codes.0", ...) [n, KH, bytes or words of a tile]
     full_keys, full_values                          [L, KH, F, D]     zeros in slots that hold nothing
     full_positions int32, full_mass float32         [L, F]
     token_ids int32                                 [length]
@@ -28,7 +28,7 @@ from skvq.kernels.layout import PAGE_TOKENS
 if TYPE_CHECKING:
     from skvq.engine.cache import SequenceCache
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "session"
 PIECE_TILES = 512
 """Tiles moved at once: bounds what saving and restoring need beside the arena."""
@@ -69,7 +69,7 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
     assert sequence.length == 0, "a session is restored into an empty sequence"
     length, packed, pending = (file.header[name] for name in ("length", "packed", "pending"))
     layers = range(sequence.setup.arena.shape.layers)
-    tiles = expect_tiles(sequence, file, len(layers), packed)
+    tiles = expect_tiles(sequence, file, layers, packed)
     slots = expect_slots(sequence, file)
     ids = file.expect("token_ids", torch.int32, (length,)).tolist()
     sequence.adopt(ids, packed, pending)
@@ -82,48 +82,43 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
 
 def tile_entries(sequence: SequenceCache, layers: Sequence[int], packed: int) -> list[Entry]:
     """The packed tiles of some layers, as they lie in the file."""
-    shape, tile = sequence.setup.arena.shape, sequence.setup.regions.tile
-    count = packed // tile
     entries = []
-    for name, (page, dtype) in shape.page:
-        stored = (len(layers), count, shape.kv_heads, _tile_width(page, tile))
-        entries.append(Entry(name, dtype, stored, partial(_read_tiles, sequence, name, layers, count)))
+    for name, pages in _pages_by_tile(sequence, layers):
+        stored = (packed // sequence.setup.regions.tile, pages.shape[1], pages.shape[3])
+        entries.append(Entry(name, pages.dtype, stored, partial(_read_tiles, sequence, pages, stored[0])))
     return entries
 
 
-def expect_tiles(sequence: SequenceCache, file: Container, layers: int, packed: int) -> dict[str, Tensor]:
+def expect_tiles(sequence: SequenceCache, file: Container, layers: Sequence[int], packed: int) -> dict[str, Tensor]:
     """The file's tiles by name, of the types and shapes this arena has."""
-    shape, tile = sequence.setup.arena.shape, sequence.setup.regions.tile
+    count = packed // sequence.setup.regions.tile
     return {
-        name: file.expect(name, dtype, (layers, packed // tile, shape.kv_heads, _tile_width(page, tile)))
-        for name, (page, dtype) in shape.page
+        name: file.expect(name, pages.dtype, (count, pages.shape[1], pages.shape[3]))
+        for name, pages in _pages_by_tile(sequence, layers)
     }
 
 
 def write_tiles(sequence: SequenceCache, tiles: dict[str, Tensor], layers: Sequence[int]) -> None:
     """Copy tiles of the file into the sequence's pages."""
-    device = sequence.page_row.device
-    for name, stored in tiles.items():
-        for row, layer in enumerate(layers):
-            view = _by_tile(sequence, name, layer)
-            for first in range(0, stored.shape[1], PIECE_TILES):
-                block = stored[row, first : first + PIECE_TILES]
-                page, within = _places(sequence, first, len(block))
-                view[page, :, within] = block.to(device)
+    for name, pages in _pages_by_tile(sequence, layers):
+        for first in range(0, len(tiles[name]), PIECE_TILES):
+            block = tiles[name][first : first + PIECE_TILES]
+            page, within = _places(sequence, first, len(block))
+            pages[page, :, within] = block.to(pages.device)
 
 
-def _read_tiles(sequence: SequenceCache, name: str, layers: Sequence[int], count: int) -> Iterator[Tensor]:
+def _read_tiles(sequence: SequenceCache, pages: Tensor, count: int) -> Iterator[Tensor]:
+    for first in range(0, count, PIECE_TILES):
+        page, within = _places(sequence, first, min(PIECE_TILES, count - first))
+        yield pages[page, :, within]  # [tiles, KH, width]
+
+
+def _pages_by_tile(sequence: SequenceCache, layers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """Page tensors of some layers, named as in the file, as [pages, KH, tiles of a page, width]: every layout is tile-major."""
+    tiles = PAGE_TOKENS // sequence.setup.regions.tile
     for layer in layers:
-        view = _by_tile(sequence, name, layer)
-        for first in range(0, count, PIECE_TILES):
-            page, within = _places(sequence, first, min(PIECE_TILES, count - first))
-            yield view[page, :, within]  # [tiles, KH, width]
-
-
-def _by_tile(sequence: SequenceCache, name: str, layer: int) -> Tensor:
-    """A layer's page tensor as [pages, KH, tiles of a page, width]: every page layout is tile-major."""
-    pages = sequence.setup.arena.tensors[name][layer]
-    return pages.view(*pages.shape[:2], PAGE_TOKENS // sequence.setup.regions.tile, -1)
+        for name, pages in sequence.setup.arena.layer(layer).items():
+            yield f"{name}.{layer}", pages.view(*pages.shape[:2], tiles, -1)  # 16-bit pages: the width holds [tile, D]
 
 
 def _places(sequence: SequenceCache, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -131,14 +126,6 @@ def _places(sequence: SequenceCache, first: int, count: int) -> tuple[Tensor, Te
     per_page = PAGE_TOKENS // sequence.setup.regions.tile
     at = torch.arange(first, first + count, device=sequence.page_row.device)
     return sequence.page_row[at // per_page].long(), at % per_page
-
-
-def _tile_width(page: tuple[int, ...], tile: int) -> int:
-    """Elements of one tile of one head in a page tensor [KH, ...]."""
-    width = tile
-    for size in page[1:]:
-        width *= size
-    return width // PAGE_TOKENS
 
 
 # --- full-precision slots ---------------------------------------------------------------------------------------------------

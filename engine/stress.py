@@ -16,7 +16,7 @@ from skvq.engine.errors import CapacityError
 from skvq.engine.identity import identity_of
 from skvq.engine.loading import bind_method
 from skvq.engine.machine import available_memory
-from skvq.engine.planner import arena_shape, gib, page_layout, regions_of, rules_of
+from skvq.engine.planner import arena_shape, gib, largest_of, regions_of, rules_of, token_bytes
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.kernels.interface import Backend
@@ -47,7 +47,7 @@ def bare_setup(
     device: torch.device,
 ) -> CacheSetup:
     """What sequences share, without weights: a calibration is made up. Raises CapacityError if the arena does not fit."""
-    cache = cache.fitted(config)
+    cache = largest_of(cache.fitted(config), config)[0]
     shape = arena_shape(config, cache, max_context=max_context, max_sequences=max_sequences, dtype=dtype)
     memory = available_memory(device)
     if shape.nbytes > memory:
@@ -65,7 +65,7 @@ def bare_setup(
         regions=regions_of(cache, config),
         rules=rules_of(cache),
         max_context=max_context,
-        packed_token_bytes=page_layout(cache, config).bytes_per_token,
+        packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), "no model", tensors, rope, shape.dtype),
     )
 

@@ -1,7 +1,8 @@
 """Packed formats of the arena: the only bit arithmetic outside kernels, as pure integer functions.
 
 Letters: D head size, KH kv heads, G groups in a head. A page holds 1280 tokens of one layer; a tile is the stretch of
-tokens that is packed at once: 128, or 160 where keys or values are stored at 1.5 bits (page = ten or eight tiles).
+tokens that is packed at once: 128, or 160 where keys or values are stored at 1.5 bits (page = ten or eight tiles). Layers of
+one cache may have other bits, but never other tiles: a sequence is packed in all layers at once.
 
 **A cached number** is ``mid + scale * (code - (levels - 1) / 2)``: scale and mid are E4M3 bytes times a static power of
 two (the unit of that layer, head, group and side). Mid is the middle of the range, not its lower end: rotated groups are
@@ -80,6 +81,7 @@ class PageLayout:
     key_bits: float
     value_bits: float
     group_size: int
+    among_trits: bool = False  # another layer of the same cache has a side at 1.5 bits, so the tile is 160 here too
 
     def __post_init__(self) -> None:
         assert self.key_bits in LEVELS and self.value_bits in LEVELS, (self.key_bits, self.value_bits)
@@ -88,7 +90,7 @@ class PageLayout:
     @property
     def tile(self) -> int:
         """Tokens packed at once."""
-        return 160 if 1.5 in (self.key_bits, self.value_bits) else 128
+        return 160 if self.among_trits or 1.5 in (self.key_bits, self.value_bits) else 128
 
     @property
     def tiles(self) -> int:

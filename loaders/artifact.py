@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -14,7 +16,7 @@ from torch import Tensor
 from skvq.engine.errors import CalibrationError
 from skvq.loaders.files import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 HEADER_KEY = "skvq.calibration"
 
 
@@ -27,6 +29,8 @@ class ArtifactHeader:
     key_bits: float
     value_bits: float
     group_size: int
+    bits_budget: float | None
+    layer_bits: tuple[tuple[float, float], ...]  # (key bits, value bits) of each layer, empty where all have the same
     corpus: str
     tokens: int
     seed: int
@@ -40,15 +44,20 @@ class Artifact:
     header: ArtifactHeader
     tensors: Mapping[str, Tensor]
 
-    def require(self, where: str, **wanted: object) -> None:
-        """Raise CalibrationError naming both values unless every header field in ``wanted`` matches."""
-        for name, value in wanted.items():
-            found = getattr(self.header, name)
-            if found != value:
-                raise CalibrationError(
-                    f"calibration {where} was made for {name} {found!r}, this run has {value!r}: calibrate again "
-                    "(skvq calibrate) or change the options"
-                )
+
+def require(header: ArtifactHeader, where: str, **wanted: object) -> None:
+    """Raise CalibrationError naming both values unless every header field in ``wanted`` matches."""
+    for name, value in wanted.items():
+        found = getattr(header, name)
+        if found != value:
+            raise CalibrationError(
+                f"calibration {where} was made for {name} {_shown(found)}, this run has {_shown(value)}: calibrate again "
+                "(skvq calibrate) or change the options"
+            )
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else repr(value)
 
 
 def save_artifact(artifact: Artifact, path: Path) -> None:
@@ -60,27 +69,41 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
 
 def load_artifact(path: Path) -> Artifact:
     """Read an artifact. Raises CalibrationError for a missing, broken, foreign or newer file."""
-    if not path.is_file():
-        raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate -o {path}`")
-    try:
-        with safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get(HEADER_KEY)
-            if text is None:
-                raise CalibrationError(f"{path} is a safetensors file but no calibration of skvq: it lacks the header")
-            header = _header(json.loads(text), path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, OSError, TypeError) as error:
-        raise CalibrationError(f"calibration {path} is broken ({error}): delete it and calibrate again") from None
+    with _opened(path) as file:
+        header = _header(file.metadata(), path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
         raise CalibrationError(f"calibration {path} is broken: {broken[0]} holds NaN or inf; calibrate again")
     return Artifact(header, tensors)
 
 
-def _header(found: object, path: Path) -> ArtifactHeader:
+def load_header(path: Path) -> ArtifactHeader:
+    """The header alone. Raises CalibrationError for a missing, broken, foreign or newer file."""
+    with _opened(path) as file:
+        return _header(file.metadata(), path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate -o {path}`")
+    try:
+        with safe_open(str(path), "pt") as file:
+            yield file
+    except (SafetensorError, ValueError, OSError, TypeError) as error:
+        raise CalibrationError(f"calibration {path} is broken ({error}): delete it and calibrate again") from None
+
+
+def _header(metadata: Mapping[str, str] | None, path: Path) -> ArtifactHeader:
+    text = (metadata or {}).get(HEADER_KEY)
+    if text is None:
+        raise CalibrationError(f"{path} is a safetensors file but no calibration of skvq: it lacks the header")
+    found = json.loads(text)
     known = {f.name: f.type for f in fields(ArtifactHeader)}
     if not isinstance(found, dict) or set(found) != set(known):
         raise CalibrationError(f"calibration {path} has another header than schema {SCHEMA}: calibrate again")
     if found["schema"] != SCHEMA:
         raise CalibrationError(f"calibration {path} has schema {found['schema']}, this skvq reads {SCHEMA}: calibrate again")
-    return ArtifactHeader(**found)
+    layer_bits = tuple((float(keys), float(values)) for keys, values in found.pop("layer_bits"))
+    return ArtifactHeader(**found, layer_bits=layer_bits)

@@ -300,6 +300,27 @@ def test_a_chat_without_a_template_is_one_line(broken: Path) -> None:
     refused(call("run", "--model", broken, "-p", "hi", "--chat", "--method", "fp"), "chat template")
 
 
+def test_a_budget_of_bits_from_calibration_to_answer(model: Path, tmp_path: Path) -> None:
+    """`calibrate` says what it chose, `eval` what is stored, `plan` is exact with the file and a bound without it."""
+    made, budget = tmp_path / "made.safetensors", ("--bits-budget", 2.7)
+    done = call("calibrate", "--model", model, "-o", made, "--tokens", 400, *budget)
+    assert done.exit_code == 0 and "bits by layer: " in done.stderr, done.stderr
+    use = ("--model", model, *budget, "--calibration", made)
+    row = json.loads(call("eval", *use, "--tokens", 300, "--json").stdout.splitlines()[-1])
+    assert row["bits_per_element"] <= row["bits_budget"] == 2.7 and len(row["layer_bits"]) == tiny_config().num_layers
+    where = ("--ctx", 3000, "--device", "h100", "--json")
+    exact, bound = (
+        json.loads(call("plan", *options, *where).stdout.splitlines()[-1]) for options in (use, ("--model", model, *budget))
+    )
+    assert exact["bits_per_element"] == row["bits_per_element"] and not exact["upper_bound"]
+    assert bound["upper_bound"] and exact["total"] <= bound["total"]
+    assert call("run", *use, "-p", "the", "-n", 2).exit_code == 0
+    refused(call("run", *use[:3], 2.8, *use[4:], "-p", "the"), "bits_budget 2.7", "2.8")
+    refused(call("run", "--model", model, "--calibration", made, "-p", "the"), "bits_budget 2.7", "none")
+    refused(call("run", *use, "--key-bits", 3, "-p", "the"), "bits_budget 2.7", "key_bits 3", "one or the other")
+    refused(call("plan", "--model", model, "--ctx", 10, "--bits-budget", 1.5), "1.5", "larger budget")
+
+
 def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path) -> None:
     """Broken, foreign, for other options, for another model: both values named where there are two."""
     made, other = tmp_path / "made.safetensors", tmp_path / "other.safetensors"

@@ -85,6 +85,17 @@ def test_every_format(method: str, key_bits: float, value_bits: float, group: in
     assert_accurate(method, case)
 
 
+@pytest.mark.parametrize("key_bits, value_bits", [(2.0, 2.0), (3.0, 4.0), (8.0, 3.0)])
+@pytest.mark.parametrize("method", ["heads", "labels"])
+def test_whole_bits_in_tiles_of_160(method: str, key_bits: float, value_bits: float) -> None:
+    """A layer without trits in a cache where another has them."""
+    case = make_case(
+        size=64, key_bits=key_bits, value_bits=value_bits, group_size=32, packed=(3, 9), has_key_mean=True, among_trits=True
+    )
+    assert case.layout.tile == 160
+    assert_accurate(method, case)
+
+
 @pytest.mark.parametrize("repeat, kv_heads, queries", [(1, 3, 1), (1, 2, 3), (2, 1, 3), (5, 2, 1), (7, 1, 2), (4, 2, 19)])
 @pytest.mark.parametrize("method", METHODS)
 def test_query_heads_and_several_queries(method: str, repeat: int, kv_heads: int, queries: int) -> None:

@@ -80,6 +80,22 @@ def test_packed_bytes(method: str, key_bits: float, value_bits: float, group: in
     assert_same_bytes(expected, got, 2 * tile)
 
 
+@pytest.mark.parametrize("key_bits, value_bits", [(2.0, 2.0), (3.0, 4.0), (8.0, 3.0)])
+@pytest.mark.parametrize("method", ["heads", "labels"])
+def test_packed_bytes_of_whole_bits_in_tiles_of_160(method: str, key_bits: float, value_bits: float) -> None:
+    case = make_case(
+        size=64, key_bits=key_bits, value_bits=value_bits, group_size=32, packed=(9,), has_key_mean=True, among_trits=True
+    )
+    keys, values, retained = tokens(case, 2 * 160)
+    expected, got = pack_both(case, method, keys, values, retained, 7 * 160)
+    assert_same_bytes(expected, got, 2 * 160)
+    row = case.step.page_table[case.step.slots[0]]
+    codec = case.heads if method == "heads" else case.labels
+    unpacked = [getattr(b, f"unpack_{method}")(got, codec, row, 7 * 160, 2 * 160) for b in (reference, BACKEND)]
+    for one, other in zip(*unpacked, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("key_bits, value_bits, group, size", [(2.0, 2.0, 64, 64), (1.5, 4.0, 32, 64), (2.0, 3.0, 48, 96)])
 def test_codes_chosen_together(key_bits: float, value_bits: float, group: int, size: int) -> None:
     case = make_case(size=size, key_bits=key_bits, value_bits=value_bits, group_size=group, packed=(3,), has_metric=True)

@@ -18,7 +18,7 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.plan_report import parse_bytes, plan_report
-from skvq.engine.planner import arena_shape, largest_context, make_plan, page_layout, regions_of
+from skvq.engine.planner import arena_shape, largest_context, make_plan, regions_of, token_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTHS = (1.5, 2.0, 3.0, 4.0, 8.0)
@@ -61,7 +61,7 @@ def test_the_arena_is_what_the_plan_says_to_the_byte(
     assert arena.nbytes == shape.nbytes == cache_parts(plan)
     packed = regions_of(cache, model).packed(context)
     assert shape.pages * planner.PAGE_TOKENS >= packed
-    least = packed * layers * page_layout(cache, model).bytes_per_token
+    least = packed * token_bytes(cache, model)
     assert shape.page_bytes * shape.pages >= least
 
 

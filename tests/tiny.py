@@ -69,8 +69,9 @@ def bytes_of(sequence: SequenceCache, tokens: int) -> list[Tensor]:
     arena, tile, found = sequence.setup.arena, sequence.setup.regions.tile, []
     if not tokens:
         return found
-    for name, _ in arena.shape.page:
-        pages = arena.tensors[name][:, sequence.pages]  # [L, pages, KH, ...]
-        tiles = pages.flatten(3).view(*pages.shape[:3], PAGE_TOKENS // tile, -1)
-        found.append(tiles.transpose(2, 3).flatten(1, 2)[:, : tokens // tile].clone())
+    for layer in range(arena.shape.layers):
+        for tensor in arena.layer(layer).values():
+            pages = tensor[sequence.pages]  # [pages, KH, ...]
+            tiles = pages.flatten(2).view(*pages.shape[:2], PAGE_TOKENS // tile, -1)
+            found.append(tiles.transpose(1, 2).flatten(0, 1)[: tokens // tile].clone())
     return found

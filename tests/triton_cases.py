@@ -78,12 +78,18 @@ def make_case(
     dtype: torch.dtype = torch.float16,
     device: str = "cpu",
     seed: int = 0,
+    among_trits: bool = False,
 ) -> Case:
     """A batch of ``len(packed)`` sequences with that many packed tiles each, and ``window`` recent tokens."""
     gen = torch.Generator().manual_seed(seed)
     dev = torch.device(device)
     layout = PageLayout(
-        head_size=size, kv_heads=kv_heads, key_bits=key_bits, value_bits=value_bits, group_size=min(group_size, size)
+        head_size=size,
+        kv_heads=kv_heads,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        group_size=min(group_size, size),
+        among_trits=among_trits,
     )
     groups = layout.groups
     per_row = max(1, -(-max(packed) * layout.tile // PAGE_TOKENS))

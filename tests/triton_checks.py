@@ -96,6 +96,8 @@ def attend_heads() -> None:
     check_attend("heads", packed=(0, 0))
     check_attend("heads", span=3, window=5)
     check_attend("heads", retained=1.0, packed=(2,))
+    check_attend("heads", among_trits=True, packed=(1, 9), group_size=64, has_key_mean=True)
+    check_attend("heads", among_trits=True, packed=(2,), key_bits=3.0, value_bits=4.0, size=64)
 
 
 def attend_spans() -> None:
@@ -108,6 +110,7 @@ def attend_others() -> None:
     check_attend("labels", packed=(1, 2))
     check_attend("labels", packed=(1,), key_bits=1.5, value_bits=3.0, group_size=64, size=64, queries=2)
     check_attend("labels", packed=(2,), key_bits=4.0, value_bits=1.5, repeat=1, span=200)
+    check_attend("labels", packed=(2,), among_trits=True)
     check_attend("plain", packed=(3, 11))
     check_attend("plain", packed=(0, 2), span=200, queries=3, dtype=torch.bfloat16, size=64)
 
@@ -164,11 +167,12 @@ def invariants() -> None:
 
 def packing() -> None:
     """Codes and metadata as the reference writes them, and nothing else touched; unpacking bit for bit."""
-    for key_bits, value_bits, group, size in ((2.0, 2.0, 128, 128), (2.0, 1.5, 64, 64), (1.5, 3.0, 32, 64), (4.0, 8.0, 64, 64)):
+    forms = ((2.0, 2.0, 128, 128), (2.0, 1.5, 64, 64), (1.5, 3.0, 32, 64), (4.0, 8.0, 64, 64), (3.0, 2.0, 64, 64))
+    for key_bits, value_bits, group, size in forms:
         for method in ("heads", "labels"):
             case = make_case(
                 size=size, key_bits=key_bits, value_bits=value_bits, group_size=group, packed=(11,), has_key_mean=True,
-                has_metric=size == 64 and value_bits == 8.0,
+                has_metric=size == 64 and value_bits == 8.0, among_trits=key_bits == 3.0,
             )  # fmt: skip
             tile, codec = case.layout.tile, case.heads if method == "heads" else case.labels
             count, first = 2 * tile, (7 if tile == 160 else 9) * tile  # across the edge of a page

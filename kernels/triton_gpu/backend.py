@@ -136,7 +136,7 @@ class TritonGpu:
             part, stat, step.page_table, step.slots, step.packed, step.positions,
             *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
             step.span,
-            D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, KEY_NORMAL=key_normal,
+            D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, TILE=layout.tile, KEY_NORMAL=key_normal,
             VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
             BY_COLUMN=by_column, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=self.stages,
         )  # fmt: skip
@@ -182,14 +182,14 @@ class TritonGpu:
             grid = (columns.heads, splits, q.shape[0] * columns.chunks)
             bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
             forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
-            if set(bits.values()) <= {2, 4, 8}:
+            if layout.tile == 128 and set(bits.values()) <= {2, 4, 8}:
                 groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
                     *shared, groups, **forms, GROUPS=max(16, triton.next_power_of_2(groups)), WIDE=self.interpreted,
                     num_warps=LABEL_WARPS, num_stages=2,
                 )  # fmt: skip
             else:
-                attend_labels_kernel[grid](*shared, **forms, num_warps=4, num_stages=2)
+                attend_labels_kernel[grid](*shared, **forms, TILE=layout.tile, num_warps=4, num_stages=2)
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 
     def _finish(

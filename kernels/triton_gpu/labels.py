@@ -20,14 +20,13 @@ def attend_labels_kernel(
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     stride_pages_slot, heads, chunks, queries, repeat, span, columns, rope_scale,
-    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head, one chunk of NH columns and one split of tiles, dequantized in registers.
 
     A key is turned by its place in the tile (a fixed table), the queries back by the tile's base: ``q . RoPE_(b+j)(k) =
     (RoPE_-b q) . RoPE_j(k)``. Reads the codes of its kv head and the metadata of all, which the other heads read too.
     """
-    TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
     TILES: tl.constexpr = 1280 // TILE
     H: tl.constexpr = D // 2
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
@@ -124,7 +123,7 @@ def attend_labels_blocks_kernel(
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, GROUPS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``attend_labels_kernel`` for whole-bit codes of 2, 4 and 8 bits, 32 tokens at a time.
+    """``attend_labels_kernel`` for whole-bit codes of 2, 4 and 8 bits in tiles of 128, 32 tokens at a time.
 
     Scales and mids reach their channels through a dot with a one-hot matrix of the labels (units folded in), so each metadata
     byte is decoded once a token and group, not once a channel. GROUPS: groups of all kv heads, rounded up to a power of two.

@@ -143,14 +143,14 @@ def pack_kernel(
     key_scale_ptr, key_mid_ptr, value_scale_ptr, value_mid_ptr, retained_ptr,
     key_code_ptr, value_code_ptr, meta_ptr, page_ptr, first_tile,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
-    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, QUANTIZED: tl.constexpr,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Write codes and metadata of one tile of one kv head, 32 tokens at a time.
 
     ``key`` and ``value`` are float32 [T, KH, D] in the stored basis, or with QUANTIZED their codes uint8, with the bytes of
     scale and mid beside them. Reads each once, writes (key_bits + value_bits) D / 8 + 4 G bytes a token.
     """
-    TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
     TILES: tl.constexpr = 1280 // TILE
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     page = tl.load(page_ptr + (first_tile + tile) // TILES).to(tl.int64)

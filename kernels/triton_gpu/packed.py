@@ -30,7 +30,7 @@ def attend_packed_kernel(
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     stride_pages_slot, heads, chunks, queries, repeat, span,
-    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
     KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,6 @@ def attend_packed_kernel(
     One warp owns a program. Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
     writes NH rows of D + 2 floats. Bits 15 stand for 1.5.
     """
-    TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
     SHARES: tl.constexpr = 5 if TILE == 160 else 1
     SHARE: tl.constexpr = TILE // SHARES
     TILES: tl.constexpr = 1280 // TILE

@@ -37,7 +37,7 @@ def launch_pack(
         keys, values, *sides, *meta, retained.view(torch.uint8), pages.key_codes, pages.value_codes, pages.meta, page_row,
         first // layout.tile, *page_strides(pages),
         D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
-        QUANTIZED=quantized, num_warps=4,
+        TILE=layout.tile, QUANTIZED=quantized, num_warps=4,
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def launch_unpack(
             keys, values, pages.key_codes, pages.value_codes, pages.meta, page_row, codec.keys.unit, codec.values.unit,
             key_label, value_label, first // layout.tile, *page_strides(pages),
             D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
-            num_warps=4,
+            TILE=layout.tile, num_warps=4,
         )  # fmt: skip
     return keys, values
 

@@ -48,14 +48,13 @@ def unpack_kernel(
     key_out_ptr, value_out_ptr, key_code_ptr, value_code_ptr, meta_ptr, page_ptr, key_unit_ptr, value_unit_ptr,
     key_label_ptr, value_label_ptr, first_tile,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
-    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``mid + scale * (code - (levels - 1) / 2)`` of 32 tokens of one kv head, keys and values, float32 [T, KH, D].
 
     A channel's group is its label, also where groups are contiguous. The product is exact, hence every bit is that of the
     reference. Reads the tile's share once, writes 8 bytes a channel and token.
     """
-    TILE: tl.constexpr = 160 if KEY_BITS == 15 or VALUE_BITS == 15 else 128
     TILES: tl.constexpr = 1280 // TILE
     tile, share = tl.program_id(0) // (TILE // 32), tl.program_id(0) % (TILE // 32)
     head, heads = tl.program_id(1), tl.num_programs(1)

@@ -1,0 +1,113 @@
+"""What it costs the model to hold one layer's keys or values at some width, measured on a text, one side at a time.
+
+That side is really packed and read back, everything else stays exact. The cost is the KL divergence of the model's answers, in
+nats per token. It is run to the end at REFERENCE_BITS only. The change of the layer's own output gives the other widths: small
+errors add to the KL in proportion to their square, so the ratio of squares carries over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skvq.calibrate.stats import SINKS
+from skvq.engine.evaluate import dense_layers, hidden_states
+from skvq.engine.model import Model
+from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.steps import DenseLayer
+from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.reference import masked_attention, merge
+
+PROBE_TOKENS, PROBE_STEP = 1024, 2
+"""Tokens of the text, and every how many of them answers are compared."""
+
+REFERENCE_BITS = 2.0
+"""Width at which the KL itself is measured."""
+
+ROWS = 256
+"""Queries attended at once."""
+
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What pages hold of keys after RoPE and values, [T, KH, D] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class DisturbedLayer:
+    """A whole text in which tokens ``window`` away or more, but for the first few, are seen as ``keys`` and ``values`` say."""
+
+    keys: Tensor  # [T, KH, D], after RoPE
+    values: Tensor
+    window: int
+    span: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
+        """One whole text: q [1, T, H, D], k and v [1, T, KH, D]."""
+        q, k, v = rope.turn(q)[0], rope.turn(k)[0], v[0]
+        return torch.cat([self._rows(q, k, v, a, min(a + ROWS, len(q))) for a in range(0, len(q), ROWS)])[None]
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, a: int, b: int) -> Tensor:
+        t = torch.arange(a, b, device=q.device)[:, None]
+        at = torch.arange(b, device=q.device)[None]
+        visible = (at <= t) & (t - at < self.span)
+        near = (t - at < self.window) | (at < SINKS)
+        exact = masked_attention(q[a:b], k[:b], v[:b], visible & near)
+        stored = masked_attention(q[a:b], self.keys[:b], self.values[:b], visible & ~near)
+        return merge([exact[0], stored[0]], [exact[1], stored[1]])[0].to(q.dtype)
+
+
+class Probe:
+    """One text on its way through the exact model; ``losses`` of a layer, then ``advance`` to the next."""
+
+    def __init__(self, model: Model, frequencies: RopeFrequencies, ids: Tensor, window: int) -> None:
+        """``ids`` int64 [T]; the window is never more than a quarter of the text."""
+        tokens = len(ids)
+        self.window = min(window, tokens // 4)
+        self._model = model
+        self._dense = dense_layers(model, tokens)
+        self._rope = at_positions(frequencies, torch.arange(tokens, device=ids.device)[None])
+        self._rows = torch.arange(min(2 * self.window, tokens - 1), tokens, PROBE_STEP, device=ids.device)
+        self._layer, self._hidden = 0, model.embed(ids[None])  # [1, T, d], what the layer is given
+        self._answer = self._answers(hidden_states(model, frequencies, ids, self._dense, lambda done: None))
+
+    def advance(self) -> None:
+        """Go on to the next layer."""
+        self._hidden = self._model.layer(self._layer, self._hidden, self._rope, self._dense(self._layer))
+        self._layer += 1
+
+    def losses(self, stores: Mapping[float, Store]) -> tuple[list[float], list[float]]:
+        """KL in nats per token of this layer's keys alone, and of its values alone, at each width of ``stores``, in order."""
+        exact = self._dense(self._layer)
+        assert isinstance(exact, DenseLayer)
+        output = self._model.layer(self._layer, self._hidden, self._rope, exact)
+        keys, values = (t.transpose(0, 1).float().clone() for t in (exact.keys, exact.values))  # [T, KH, D]
+        stored = {bits: store(keys, values) for bits, store in stores.items()}
+        of_keys = self._side(output, {bits: (k, values) for bits, (k, _) in stored.items()})
+        of_values = self._side(output, {bits: (keys, v) for bits, (_, v) in stored.items()})
+        return of_keys, of_values
+
+    def _side(self, exact: Tensor, seen: Mapping[float, tuple[Tensor, Tensor]]) -> list[float]:
+        """KL by width: measured at REFERENCE_BITS, else in proportion to the relative change of each token's output."""
+        errors, kl = [], 0.0
+        span = self._model.config.attention_spans[self._layer]
+        for bits, (keys, values) in seen.items():
+            layer = DisturbedLayer(keys, values, self.window, span)
+            output = self._model.layer(self._layer, self._hidden, self._rope, layer)
+            change, size = ((t[0, self._rows].float()).square().sum(-1) for t in (output - exact, exact))
+            errors.append(float((change / size.clamp_min(1e-30)).mean()))
+            if bits == REFERENCE_BITS:
+                reference, kl = errors[-1], self._kl(output)
+        return [kl * error / reference if reference else 0.0 for error in errors]
+
+    def _kl(self, hidden: Tensor) -> float:
+        """Mean KL of the answers when this layer has given ``hidden``."""
+        for layer in range(self._layer + 1, self._model.config.num_layers):
+            hidden = self._model.layer(layer, hidden, self._rope, self._dense(layer))
+        answer = self._answers(hidden[0])
+        return float((self._answer.exp() * (self._answer - answer)).sum(-1).mean())
+
+    def _answers(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities float32 [rows, V]."""
+        return self._model.head(hidden[self._rows]).log_softmax(-1)
