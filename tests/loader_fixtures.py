@@ -77,6 +77,7 @@ def write_gguf(
     weights: Mapping[str, torch.Tensor],
     *,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    quantize: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted for ``llama``."""
@@ -102,7 +103,7 @@ def write_gguf(
         if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(theirs, value)
         else:
-            writer.add_tensor(theirs, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            writer.add_tensor(theirs, quantize(value, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

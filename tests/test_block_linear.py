@@ -7,31 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ggml_fixtures import SPANNING, blocks_of, random, random_blocks
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
 from skvq.engine.linear import FloatMatrix, StoredEmbedding, StoredLinear
 from skvq.engine.report import Quiet
-from skvq.engine.storage import StoredStorage, WeightReader
-from skvq.kernels.numba_cpu import linear_simd
+from skvq.kernels.numba_cpu import block_parts, linear_simd
+from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
-from skvq.kernels.numba_cpu.linear_pack import BLOCK, FORMATS
-from skvq.loaders.source import QuantizedBlocks
 
 KINDS = list(FORMATS)
 COUNTS = (1, 3, 4, 16, 17, 40, 300)
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def blocks_of(kind: str, rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Blocks as the gguf package writes them, and the weights it reads from them."""
-    ggml = GGMLQuantizationType[kind]
-    data = quants.quantize(0.1 * random(rows, columns, seed=seed).numpy(), ggml)
-    return torch.from_numpy(data), torch.from_numpy(quants.dequantize(data, ggml))
+def wide(kind: str, count: int) -> int:
+    """Columns of so many blocks, or of so many spans of eight."""
+    return count * BLOCK * FORMATS[kind].span
 
 
 def rounding_bound(x: Tensor, weight: Tensor) -> Tensor:
@@ -44,10 +37,12 @@ def rounding_bound(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 16, 37, 576])
 def test_blocks_expand_to_the_same_bits(kind: str, rows: int) -> None:
-    data, weight = blocks_of(kind, rows, 96)
+    columns = wide(kind, 3)
+    data, weight = blocks_of(kind, rows, columns)
     matrix = BlockMatrix(data, kind)
-    assert matrix.shape == (rows, 96)
-    assert torch.equal(matrix.expand(0, rows, torch.full((rows, 96), torch.nan)), weight)
+    assert matrix.shape == (rows, columns)
+    expanded = matrix.expand(0, rows, torch.full((rows, columns), torch.nan))
+    assert torch.equal(expanded.view(torch.int32), weight.view(torch.int32))
     ids = torch.tensor([rows - 1, 0, rows // 2, 0])
     assert torch.equal(matrix.rows(ids), weight[ids])
     assert torch.equal(StoredEmbedding(matrix)(ids.view(2, 2)), weight[ids.view(2, 2)])
@@ -57,17 +52,19 @@ def test_blocks_expand_to_the_same_bits(kind: str, rows: int) -> None:
 @pytest.mark.parametrize("rows", [7, 64, 333])
 @pytest.mark.parametrize("count", COUNTS)
 def test_product_of_blocks(kind: str, rows: int, count: int) -> None:
-    data, weight = blocks_of(kind, rows, 160)
-    x, bias = random(count, 160, seed=1) * random(count, 160, seed=2).exp(), random(rows, seed=3)
+    columns = wide(kind, 5)
+    data, weight = blocks_of(kind, rows, columns)
+    x, bias = random(count, columns, seed=1) * random(count, columns, seed=2).exp(), random(rows, seed=3)
     got = StoredLinear((BlockMatrix(data, kind),), bias)(x[None])
     want = x.double() @ weight.double().T + bias
     assert got.shape == (1, count, rows)
     assert bool(((got[0] - want).abs() <= rounding_bound(x, weight) + 2**-22 * want.abs()).all())
 
 
-def test_a_vector_in_a_batch_is_what_it_is_alone() -> None:
-    data, _ = blocks_of("Q4_1", 100, 96)
-    linear, x = StoredLinear((BlockMatrix(data, "Q4_1"),), None), random(7, 96)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vector_in_a_batch_is_what_it_is_alone(kind: str) -> None:
+    data, _ = blocks_of(kind, 100, wide(kind, 3))
+    linear, x = StoredLinear((BlockMatrix(data, kind),), None), random(7, wide(kind, 3))
     assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
 
 
@@ -117,9 +114,31 @@ def test_stacked_parts_of_several_forms() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_is_that_of_the_file(kind: str) -> None:
-    data, _ = blocks_of(kind, 64, 96)
-    assert BlockMatrix(data, kind).data.nbytes == data.nbytes
+def test_memory_is_that_of_the_file_but_for_factors_of_six_bits(kind: str) -> None:
+    data, weight = blocks_of(kind, 64, wide(kind, 3))
+    held = BlockMatrix(data, kind).data.nbytes
+    assert held == data.nbytes + (4 * weight.numel() // 256 if kind in ("Q4_K", "Q5_K") else 0)  # 16 factors: 16 bytes for 12
+    assert held / weight.numel() == {
+        "Q4_0": 0.5625, "Q4_1": 0.625, "Q5_0": 0.6875, "Q5_1": 0.75, "Q8_0": 1.0625,
+        "Q4_K": 0.578125, "Q5_K": 0.703125, "Q6_K": 0.8203125,
+    }[kind]  # fmt: skip
+
+
+def test_more_rows_than_are_packed_at_a_time() -> None:
+    data, weight = blocks_of("Q5_K", 4096 + 21, 256)
+    assert torch.equal(BlockMatrix(data, "Q5_K").rows(torch.arange(4080, 4117)), weight[4080:])
+
+
+@pytest.mark.parametrize("kind", SPANNING)
+@pytest.mark.parametrize("fill", [0, 0x0F, 0x80, 0xFF])
+def test_extremes_of_factors_and_codes(kind: str, fill: int) -> None:
+    data = random_blocks(kind, 16, 512, fill=fill)
+    weight = torch.from_numpy(quants.dequantize(data.numpy(), GGMLQuantizationType[kind]))
+    matrix, x, out = BlockMatrix(data, kind), random(5, 512).sign(), torch.empty(5, 16)
+    assert torch.equal(matrix.rows(torch.arange(16)).view(torch.int32), weight.view(torch.int32))
+    matrix.multiply(x, None, out)
+    want = x.double() @ weight.double().T
+    assert bool(((out - want).abs() <= rounding_bound(x, weight) + 2**-22 * want.abs()).all())
 
 
 @pytest.mark.parametrize("lacking", ["avx512vnni", "avx512vnni avx512bw", "avx512vnni avx512bw avx2 f16c"])
@@ -131,87 +150,24 @@ def test_every_instruction_set_gives_the_same_integers(lacking: str, monkeypatch
 
     names = {f"+{name}" for name in lacking.split()}
     whole = simd.host_features
-    monkeypatch.setattr(linear_simd, "host_features", lambda context: whole(context) - names)
-    for kind in KINDS:
-        dot = linear_simd.make_dot(FORMATS[kind], 1)
+    for module in (linear_simd, block_parts):
+        monkeypatch.setattr(module, "host_features", lambda context: whole(context) - names)
 
-        @njit
-        def run(matrix: int, x: int, work: int, out: int, dot=dot) -> None:  # type: ignore[no-untyped-def]
-            linear.round_vector(x, 3, work)
-            dot(matrix, 3, work, 0, out)
+    @njit
+    def run(kind: int, x: int, matrix: int, blocks: int, work: int, out: int) -> None:
+        linear.round_vector(x, blocks, work)
+        linear_simd.dot(kind, matrix, blocks, work, 0, out)
 
-        data, weight = blocks_of(kind, 16, 96)
+    for number, kind in enumerate(KINDS):
+        columns = wide(kind, 3)
+        data, weight = blocks_of(kind, 16, columns)
         packed = BlockMatrix(data, kind)
-        x, want = torch.randint(-9, 9, (1, 96)).float(), torch.empty(1, 16)
+        x, want = torch.randint(-9, 9, (1, columns)).float(), torch.empty(1, 16)
         packed.multiply(x, None, want)
-        work, got = np.zeros(256, np.uint8), torch.empty(1, 16)
-        run(packed.data.data_ptr(), x.data_ptr(), work.ctypes.data, got.data_ptr())
+        work, got = np.zeros(linear.rounded_bytes(columns), np.uint8), torch.empty(1, 16)
+        run(number, x.data_ptr(), packed.data.data_ptr(), columns // BLOCK, work.ctypes.data, got.data_ptr())
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
         assert bool(((got - x @ weight.T).abs() <= rounding_bound(x, weight) + 1e-5).all())
-
-
-# --- which form a weight is held in --------------------------------------------------------------------------------------
-
-
-class Source:
-    """Weights from a dict: tensors, or (ggml type, blocks, expanded)."""
-
-    where = "here"
-
-    def __init__(self, **weights: Tensor | tuple[str, Tensor, Tensor]) -> None:
-        self._weights = weights
-
-    def read(self, name: str) -> Tensor:
-        found = self._weights[name]
-        return found[2] if isinstance(found, tuple) else found
-
-    def blocks(self, name: str) -> QuantizedBlocks | None:
-        found = self._weights[name]
-        if not isinstance(found, tuple):
-            return None
-        return QuantizedBlocks(data=found[1], kind=found[0], shape=tuple(found[2].shape))
-
-
-class Listener(Quiet):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
-def storage_of(listener: Listener, **weights: Tensor | tuple[str, Tensor, Tensor]) -> StoredStorage:
-    return StoredStorage(WeightReader(Source(**weights), lambda done: None), listener)  # type: ignore[arg-type]
-
-
-def test_forms_are_kept_and_neighbours_stacked() -> None:
-    q, k, v = (("Q4_1", *blocks_of("Q4_1", rows, 64)) for rows in (32, 16, 16))
-    listener = Listener()
-    storage = storage_of(listener, q=q, k=k, v=v, half=random(8, 64).half(), odd=random(8, 24).half(), full=random(8, 64))
-    assert [m.data.nbytes for m in storage.linear(["q", "k", "v"], None).parts] == [64 * 40]  # type: ignore[attr-defined]
-    assert torch.equal(storage.linear(["q", "k"], None).dense(), torch.cat([q[2], k[2]]))
-    mixed = storage.linear(["q", "half", "full"], None)
-    assert [type(m) for m in mixed.parts] == [BlockMatrix, HalfMatrix, FloatMatrix]  # type: ignore[attr-defined]
-    assert [t.dtype for t in storage.linear(["full"], None).tensors] == [torch.float32]
-    assert [t.dtype for t in storage.linear(["odd"], None).tensors] == [torch.float32]
-    embedding, head = storage.embedding("q")
-    assert embedding.tensors[0] is head.tensors[0]
-    assert not listener.messages
-
-
-def test_a_type_that_cannot_be_kept_is_announced_once() -> None:
-    odd = ("IQ4_NL", torch.zeros(16, 36, dtype=torch.uint8), random(16, 64))
-    listener = Listener()
-    storage = storage_of(listener, a=odd, b=odd)
-    assert torch.equal(storage.linear(["a", "b"], None).dense(), torch.cat([odd[2], odd[2]]))
-    assert len(listener.messages) == 1 and "IQ4_NL" in listener.messages[0]
-
-
-def test_a_broken_scale_is_refused() -> None:
-    data, weight = blocks_of("Q8_0", 16, 64)
-    data[3, 34:36] = torch.tensor([0, 0x7E], dtype=torch.uint8)  # NaN
-    with pytest.raises(Exception, match="NaN or infinite"):
-        storage_of(Listener(), a=("Q8_0", data, weight)).linear(["a"], None)
 
 
 # --- the whole model -----------------------------------------------------------------------------------------------------

@@ -12,14 +12,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from ggml_fixtures import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import one_line, random_weights, refused, tiny_config, write_gguf
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from skvq import CacheConfig, Engine
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import SkvqError
+from skvq.engine.report import Quiet
+from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.loaders.fields import Fields
 from skvq.loaders.gguf_config import llama3_factors, parse_gguf_config
 from skvq.loaders.gguf_file import GgufSource, gguf_config
@@ -68,6 +72,34 @@ def test_quantized_files_and_their_blocks(tmp_path: Path, kind: Types) -> None:
         assert blocks is not None and (blocks.kind, blocks.shape) == (kind.name, tuple(weights[name].shape))
         assert np.array_equal(gguf.quants.dequantize(blocks.data.numpy(), kind), plain), name
     assert source.blocks("model.norm.weight") is None
+
+
+@pytest.mark.parametrize("kind", [Types.Q4_K, Types.Q5_K, Types.Q6_K])
+def test_blocks_that_share_a_scale(tmp_path: Path, kind: Types) -> None:
+    config = tiny_config(hidden_size=256, intermediate_size=512, num_heads=8)
+
+    def quantize(value: np.ndarray, kind: Types) -> np.ndarray:
+        return random_blocks(kind.name, *value.shape, seed=value.shape[0], scale=1e-4).numpy()
+
+    def vocabulary(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(["a", "b", "ab", *(f"t{n}" for n in range(3, config.vocab_size))])
+        writer.add_token_types([1] * config.vocab_size)
+        writer.add_token_merges(["a b"])
+
+    weights, path = random_weights(config), tmp_path / "m.gguf"
+    write_gguf(path, config, weights, kind=kind, quantize=quantize, extra=vocabulary)
+    source = GgufSource(path)
+    for name in (Q0, K1, "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        read, blocks = source.read(name), source.blocks(name)
+        assert blocks is not None and (blocks.kind, blocks.shape) == (kind.name, tuple(read.shape))
+        assert torch.equal(BlockMatrix(blocks.data, blocks.kind).rows(torch.arange(len(read))), read), name
+    options: dict[str, Any] = {"max_context": 128, "max_sequences": 1, "cache": CacheConfig(method="fp"), "device": "cpu"}
+    kept, dense = (Engine.load(path, backend=name, report=Quiet(), **options) for name in ("numba", "reference"))
+    assert kept.parts.model.weights.nbytes < dense.parts.model.weights.nbytes / 4
+    ids = [3, 77, 150, 9, 200, 41]
+    got, want = kept.logits(ids), dense.logits(ids)
+    assert float((got - want).abs().max()) < 1e-3 * float(want.std())
 
 
 def test_linear_yarn_and_sliding_window_keys(tmp_path: Path) -> None:

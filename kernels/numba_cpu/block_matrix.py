@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS
 from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.ggml_blocks import heads_of
 from skvq.kernels.numba_cpu.linear import (
     EXPAND_FIELDS,
     FOUND_BYTES,
@@ -14,7 +16,7 @@ from skvq.kernels.numba_cpu.linear import (
     build_multiply,
     rounded_bytes,
 )
-from skvq.kernels.numba_cpu.linear_pack import BLOCK, FORMATS, LANES, pack_blocks
+from skvq.kernels.numba_cpu.linear_pack import pack_blocks
 from skvq.kernels.numba_cpu.linear_simd import TOGETHER
 
 CHUNKS_PER_THREAD = 4
@@ -36,13 +38,13 @@ class BlockMatrix:
     def __init__(self, blocks: Tensor, kind: str) -> None:
         """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them; it is copied."""
         self.form = FORMATS[kind]
-        rows, columns = len(blocks), blocks.shape[1] * LANES // self.form.block_bytes * BLOCK
+        rows, columns = len(blocks), blocks.shape[1] // self.form.file_bytes * self.form.span * BLOCK
         self.shape = rows, columns
         self.data = pack_blocks(blocks, self.form)
         self._groups = self.data.shape[0]
         counter, members, number = 0, 0, list(FORMATS).index(kind)
         self._fields = (
-            counter, members, self.data.data_ptr(), number, rows, len(self.data), columns // BLOCK, self.form.block_bytes,
+            counter, members, self.data.data_ptr(), number, rows, self._groups, columns // BLOCK, self.data.stride(0),
         )  # fmt: skip
 
     @staticmethod
@@ -54,9 +56,7 @@ class BlockMatrix:
     def scales_of(blocks: Tensor, kind: str) -> Tensor:
         """Scales and minima float16 of rows of blocks: the only numbers in them that can be infinite or NaN."""
         form = FORMATS[kind]
-        heads = 4 if form.has_min else 2
-        parts = blocks.view(len(blocks), -1, form.block_bytes // LANES)
-        return parts[..., :heads].contiguous().view(torch.float16)
+        return heads_of(blocks.view(len(blocks), -1, form.file_bytes), form).contiguous().view(torch.float16)
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias`` for float32 x [N, columns] and out [N, rows], of which only rows may be strided."""

@@ -8,8 +8,9 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from skvq.kernels.numba_cpu.block_parts import FLOATS, _halves
 from skvq.kernels.numba_cpu.entry import job_reader
-from skvq.kernels.numba_cpu.linear_simd import CHAINS, FLOATS, _halves
+from skvq.kernels.numba_cpu.linear_simd import CHAINS
 from skvq.kernels.numba_cpu.numeric import BFLOAT16
 from skvq.kernels.numba_cpu.simd import F32, I16, I64, LANES, WORDS, _all, _at, _intrinsic, f32, fetch_add
 from skvq.kernels.numba_cpu.tiles import FAST

@@ -12,68 +12,51 @@ from __future__ import annotations
 from numba import njit
 
 from skvq.kernels.numba_cpu import linear_simd as simd
+from skvq.kernels.numba_cpu.block_format import BLOCK, LANES
 from skvq.kernels.numba_cpu.entry import job_reader
-from skvq.kernels.numba_cpu.linear_pack import BLOCK, LANES
+from skvq.kernels.numba_cpu.linear_expand import expand_block
 from skvq.kernels.numba_cpu.linear_simd import TOGETHER
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i64
 from skvq.kernels.numba_cpu.tiles import FAST
 
 MULTIPLY_FIELDS = (
-    "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "block_bytes",
+    "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "group_bytes",
     "x", "count", "bias", "out", "out_stride", "chunk", "work", "work_bytes",  # strides in bytes
 )  # fmt: skip
 EXPAND_FIELDS = (
-    "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "block_bytes",
+    "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "group_bytes",
     "ids", "count", "out", "out_stride", "chunk",
 )  # fmt: skip
 multiply_job = job_reader(MULTIPLY_FIELDS)
 expand_job = job_reader(EXPAND_FIELDS)
 FOUND_BYTES = 4 * LANES * TOGETHER
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = range(5)
 
 
 def rounded_bytes(columns: int) -> int:
-    """Workspace of one rounded vector: pairs, scales, sums."""
-    return -(-(columns // BLOCK * (2 * BLOCK + 8)) // 64) * 64
+    """Workspace of one rounded vector: pairs, scales, sums, sums of first halves."""
+    return -(-(columns // BLOCK * (2 * BLOCK + 12)) // 64) * 64
 
 
 @njit(**FAST)
 def dot(kind, matrix, blocks, rounded, step, out):
     """Sixteen rows times a rounded vector."""
-    if kind == Q4_0:
-        simd.dot_q4_0(matrix, blocks, rounded, step, out)
-    elif kind == Q4_1:
-        simd.dot_q4_1(matrix, blocks, rounded, step, out)
-    elif kind == Q5_0:
-        simd.dot_q5_0(matrix, blocks, rounded, step, out)
-    elif kind == Q5_1:
-        simd.dot_q5_1(matrix, blocks, rounded, step, out)
-    else:
-        simd.dot_q8_0(matrix, blocks, rounded, step, out)
+    simd.dot(kind, matrix, blocks, rounded, step, out)
 
 
 @njit(**FAST)
 def dots(kind, matrix, blocks, rounded, step, out):
     """Sixteen rows times TOGETHER rounded vectors."""
-    if kind == Q4_0:
-        simd.dots_q4_0(matrix, blocks, rounded, step, out)
-    elif kind == Q4_1:
-        simd.dots_q4_1(matrix, blocks, rounded, step, out)
-    elif kind == Q5_0:
-        simd.dots_q5_0(matrix, blocks, rounded, step, out)
-    elif kind == Q5_1:
-        simd.dots_q5_1(matrix, blocks, rounded, step, out)
-    else:
-        simd.dots_q8_0(matrix, blocks, rounded, step, out)
+    simd.dots(kind, matrix, blocks, rounded, step, out)
 
 
 @njit(**FAST)
 def round_vector(x, blocks, rounded):
-    """A vector as 16-bit integers with a scale and a sum for each block."""
+    """A vector as 16-bit integers with a scale and sums for each block."""
     scales = rounded + blocks * 2 * BLOCK
     sums = scales + blocks * 4
+    firsts = sums + blocks * 4
     for b in range(blocks):
-        simd.round_block(x + 4 * BLOCK * b, rounded + 2 * BLOCK * b, scales + 4 * b, sums + 4 * b)
+        simd.round_block(x + 4 * BLOCK * b, rounded + 2 * BLOCK * b, scales + 4 * b, sums + 4 * b, firsts + 4 * b)
 
 
 @njit(**FAST)
@@ -111,7 +94,7 @@ def build_multiply(stamp):
                     round_vector(job.x + 4 * BLOCK * blocks * n, blocks, work + n * size)
                 ready = True
             for group in range(first, min(first + job.chunk, job.groups)):
-                matrix = job.matrix + group * blocks * job.block_bytes
+                matrix = job.matrix + group * job.group_bytes
                 whole = job.count // TOGETHER * TOGETHER
                 for n in range(0, whole, TOGETHER):
                     dots(job.kind, matrix, blocks, work + n * size, size, found)
@@ -125,20 +108,10 @@ def build_multiply(stamp):
 
 
 @njit(**FAST)
-def expand_row(kind, matrix, blocks, block_bytes, row, out):
+def expand_row(kind, matrix, blocks, row, out):
     """One row (0 to 15) of a group as float32."""
     for b in range(blocks):
-        block, to = matrix + b * block_bytes, out + 4 * BLOCK * b
-        if kind == Q4_0:
-            simd.expand_q4_0(block, row, to)
-        elif kind == Q4_1:
-            simd.expand_q4_1(block, row, to)
-        elif kind == Q5_0:
-            simd.expand_q5_0(block, row, to)
-        elif kind == Q5_1:
-            simd.expand_q5_1(block, row, to)
-        else:
-            simd.expand_q8_0(block, row, to)
+        expand_block(kind, matrix, b, row, out + 4 * BLOCK * b)
 
 
 def build_expand(stamp):
@@ -154,7 +127,7 @@ def build_expand(stamp):
                 break
             for n in range(first, min(first + job.chunk, job.count)):
                 row = i64(job.ids)[n]
-                matrix = job.matrix + row // LANES * job.blocks * job.block_bytes
-                expand_row(job.kind, matrix, job.blocks, job.block_bytes, row % LANES, job.out + n * job.out_stride)
+                matrix = job.matrix + row // LANES * job.group_bytes
+                expand_row(job.kind, matrix, job.blocks, row % LANES, job.out + n * job.out_stride)
 
     return expand

@@ -1,87 +1,56 @@
-"""Block formats of GGUF files, and their order in memory here: sixteen rows side by side.
+"""Block-quantized matrices in memory: sixteen rows side by side.
 
-A file stores a row as blocks of 32 columns: float16 scale ``d``, perhaps float16 minimum ``m``, then codes. Here the blocks of
-sixteen rows that cover the same 32 columns lie together, in as many bytes as before:
+A file stores a row as blocks of 32 columns (``block_format.py``). Here the blocks of sixteen rows that cover the same 32
+columns lie together:
 
-    codes   4 bits: 4 vectors [16 rows] of 32-bit words; nibble k of word v is column 8 v + 2 k (k < 4) or 8 v + 2 (k - 4) + 1
-            8 bits: 8 vectors of words, bytes in the column order 0, 2, 1, 3
-    high    fifth bits: one word a row, bit p is column 2 p (p < 16) or 2 (p - 16) + 1
-    d, m    float16 [16] each
+    codes    4 bits: 4 vectors [16 rows] of 32-bit words; nibble k of word v is column 8 v + 2 k (k < 4) or 8 v + 2 (k - 4) + 1
+             8 bits: 8 vectors of words, bytes in the column order 0, 2, 1, 3
+    high     fifth bits: one word a row, bit p is column 2 p (p < 16) or 2 (p - 16) + 1
+             fifth and sixth: two words a row, each of 16 columns, field p of two bits is column 2 p (p < 8) or 2 (p - 8) + 1
+    factors  of d: int8 [16] for each part of the block; of m: int8 [16]
 
 so that ``(word >> 4 k) & 0x000f000f`` is a pair of neighbouring columns as two 16-bit integers, in every lane that of its row.
-Rows are filled up with zeros to a multiple of sixteen.
+After one block, or after eight that share them: d, and what is added, float16 [16] each. Rows are filled up with zeros to a
+multiple of sixteen.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-BLOCK, LANES = 32, 16
+from skvq.kernels.numba_cpu.block_format import LANES, BlockFormat
+from skvq.kernels.numba_cpu.ggml_blocks import take_apart
 
-
-@dataclass(frozen=True, slots=True)
-class BlockFormat:
-    """A weight is ``d * (code - offset)``, or ``d * code + m``; codes of 8 bits are signed."""
-
-    kind: str  # ggml type
-    bits: int  # of a code: 4, 5 or 8
-    has_min: bool
-    offset: int
-
-    @property
-    def high_at(self) -> int:
-        """Bytes before the fifth bits."""
-        return BLOCK * LANES * (8 if self.bits == 8 else 4) // 8
-
-    @property
-    def scale_at(self) -> int:
-        """Bytes before the scales."""
-        return BLOCK * LANES * self.bits // 8
-
-    @property
-    def min_at(self) -> int:
-        """Bytes before the minima."""
-        return self.scale_at + 2 * LANES
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of sixteen rows of a block."""
-        return self.min_at + (2 * LANES if self.has_min else 0)
-
-
-FORMATS = {
-    form.kind: form
-    for form in (
-        BlockFormat("Q4_0", 4, False, 8),
-        BlockFormat("Q4_1", 4, True, 0),
-        BlockFormat("Q5_0", 5, False, 16),
-        BlockFormat("Q5_1", 5, True, 0),
-        BlockFormat("Q8_0", 8, False, 0),
-    )
-}
+GROUPS_AT_A_TIME = 256
+"""Groups of sixteen rows taken apart at a time, which takes some bytes a weight."""
 
 
 def pack_blocks(data: Tensor, form: BlockFormat) -> Tensor:
-    """Rows of ggml blocks uint8 [rows, bytes] as uint8 [rows / 16 rounded up, blocks, block_bytes]."""
-    assert data.dtype == torch.uint8 and data.dim() == 2 and data.shape[1] % (form.block_bytes // LANES) == 0, data.shape
+    """Rows of ggml blocks uint8 [rows, bytes] as uint8 [rows / 16 rounded up, spans, span_bytes]."""
+    assert data.dtype == torch.uint8 and data.dim() == 2 and data.shape[1] % form.file_bytes == 0, data.shape
     rows = len(data)
-    groups = -(-rows // LANES)
-    parts = data.view(rows, -1, form.block_bytes // LANES)  # [rows, blocks, bytes of a block]
-    if groups * LANES > rows:
-        parts = torch.cat([parts, parts.new_zeros(groups * LANES - rows, *parts.shape[1:])])
-    parts = parts.view(groups, LANES, *parts.shape[1:]).transpose(1, 2)  # [groups, blocks, 16, bytes]
-    heads = 4 if form.has_min else 2
-    at = heads + (4 if form.bits == 5 else 0)
-    out = parts.new_empty(groups, parts.shape[1], form.block_bytes)
-    codes = _bytes(parts[..., at:]) if form.bits == 8 else _nibbles(parts[..., at:])
-    out[..., : form.high_at] = codes.flatten(2)
-    if form.bits == 5:
-        out[..., form.high_at : form.scale_at] = _high_bits(parts[..., heads:at]).flatten(2)
-    out[..., form.scale_at :] = _last(parts[..., :heads], heads // 2, 2).transpose(2, 3).flatten(2)
+    groups, step = -(-rows // LANES), LANES * GROUPS_AT_A_TIME
+    out = data.new_empty(groups, data.shape[1] // form.file_bytes, form.span_bytes)
+    for start in range(0, rows, step):
+        part = data[start : start + step]
+        if len(part) % LANES:
+            part = torch.cat([part, part.new_zeros(-len(part) % LANES, part.shape[1])])
+        _pack(part, form, out[start // LANES : start // LANES + GROUPS_AT_A_TIME])
     return out
+
+
+def _pack(data: Tensor, form: BlockFormat, out: Tensor) -> None:
+    blocks = data.view(-1, LANES, out.shape[1], form.file_bytes).transpose(1, 2)  # [groups, spans, 16, bytes]
+    parts = take_apart(blocks, form)
+    codes = parts.codes.transpose(-3, -2)  # [groups, spans, span, 16, 32]
+    whole = out[..., : form.heads_at].view(*out.shape[:-1], form.span, form.block_bytes)
+    whole[..., : form.high_at] = (_bytes(codes) if form.bits == 8 else _nibbles(codes & 15)).flatten(-3)
+    if form.high_bits:
+        whole[..., form.high_at : form.factors_at] = _high(codes >> 4, form.high_bits).flatten(-3)
+    if form.factors:
+        whole[..., form.factors_at :] = parts.factors.permute(0, 1, 3, 4, 2).flatten(-2)  # [groups, spans, span, factors, 16]
+    out[..., form.heads_at :] = _last(parts.heads, -1, 2).transpose(2, 3).flatten(2)
 
 
 def _bytes(codes: Tensor) -> Tensor:
@@ -90,19 +59,18 @@ def _bytes(codes: Tensor) -> Tensor:
 
 
 def _nibbles(codes: Tensor) -> Tensor:
-    """[..., 16, 16] bytes, byte i holding columns i (low) and 16 + i, to [..., 4, 16, 4] bytes of words."""
-    columns = _last(torch.cat([codes & 15, codes >> 4], -1), 4, 4, 2)  # [..., 16, word, pair, 2]
-    even, odd = columns.unbind(-1)  # nibbles 0 to 3, and 4 to 7
+    """Codes [..., 16, 32] below 16 to [..., 4, 16, 4] bytes of words."""
+    even, odd = _last(codes, 4, 4, 2).unbind(-1)  # [..., 16, word, pair]: nibbles 0 to 3, and 4 to 7
     low, high = (part[..., 0::2] | part[..., 1::2] << 4 for part in (even, odd))
     return torch.cat([low, high], -1).transpose(-3, -2)
 
 
-def _high_bits(words: Tensor) -> Tensor:
-    """[..., 16, 4] bytes, bit i being column i, to the same with bit p being column 2 p, bit 16 + p column 2 p + 1."""
-    places = torch.arange(8, dtype=torch.uint8)
-    bits = (words[..., None] >> places & 1).flatten(-2)  # [..., 16, 32 columns]
-    order = _last(torch.cat([bits[..., 0::2], bits[..., 1::2]], -1), 4, 8)
-    return (order << places).sum(-1, dtype=torch.uint8)
+def _high(fields: Tensor, bits: int) -> Tensor:
+    """Fields [..., 16, 32] of some bits to [..., bits, 16, 4] bytes of words: low halves even columns, high halves odd."""
+    even, odd = _last(fields, bits, 16 // bits, 2).unbind(-1)  # [..., 16, word, pair]
+    places = torch.arange(0, 8, bits, dtype=torch.uint8)
+    order = _last(torch.cat([even, odd], -1), 4, 8 // bits)
+    return (order << places).sum(-1, dtype=torch.uint8).transpose(-3, -2)
 
 
 def _last(x: Tensor, *sizes: int) -> Tensor:
