@@ -14,6 +14,7 @@ from skvq.engine.evaluate import as_ids
 from skvq.engine.model import Model
 from skvq.engine.planner import CHUNK_TOKENS
 from skvq.engine.report import Reporter
+from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import ExactLayer, StreamingLayer
 from skvq.kernels.interface import RopeFrequencies
@@ -46,7 +47,7 @@ def exact_prefill(
     report: Reporter,
     checkpoint: Checkpoint,
 ) -> Tensor:
-    """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers."""
+    """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers. Broken off, it is empty."""
     embedding = model.weights.embedding
     config, count = model.config, len(ids)
     sequence.reserve(count)
@@ -57,23 +58,24 @@ def exact_prefill(
     pieces = chunks(count)
     mass = torch.zeros(count, device=embedding.device)
     state = ExactState(hidden=x, keys=keys, values=values, mass=mass, chunk_tokens=CHUNK_TOKENS)
-    checkpoint.resume_exact(sequence, ids, state)
-    work = [chunk_work(model, *piece) for piece in pieces]
-    total = (config.num_layers - state.layer) * sum(work) - sum(work[: state.chunk])
-    with report.bar(f"reading {count:,} tokens", total) as bar, checkpoint.watch():
-        for layer in range(state.layer, config.num_layers):
-            cache = ExactLayer(sequence, layer, keys, values, config.attention_spans[layer])
-            cache.resume(state.filled, mass)
-            for start, stop in pieces[state.chunk :]:
-                turn = at_positions(rope, torch.arange(start, stop, device=x.device)[None])
-                x[start:stop] = model.layer(layer, x[None, start:stop], turn, cache)[0]
-                bar.advance(chunk_work(model, start, stop))
-                state.chunk += 1
-                checkpoint.exact_point(sequence, state)
-            cache.finish(tokens)
-            mass.zero_()
-            state.layer, state.chunk = layer + 1, 0
-    sequence.commit(ids)
+    with checkpoint.watch(), all_or_nothing(sequence):
+        checkpoint.resume_exact(sequence, ids, state)
+        work = [chunk_work(model, *piece) for piece in pieces]
+        total = (config.num_layers - state.layer) * sum(work) - sum(work[: state.chunk])
+        with report.bar(f"reading {count:,} tokens", total) as bar:
+            for layer in range(state.layer, config.num_layers):
+                cache = ExactLayer(sequence, layer, keys, values, config.attention_spans[layer])
+                cache.resume(state.filled, mass)
+                for start, stop in pieces[state.chunk :]:
+                    turn = at_positions(rope, torch.arange(start, stop, device=x.device)[None])
+                    x[start:stop] = model.layer(layer, x[None, start:stop], turn, cache)[0]
+                    bar.advance(chunk_work(model, start, stop))
+                    state.chunk += 1
+                    checkpoint.exact_point(sequence, state)
+                cache.finish(tokens)
+                mass.zero_()
+                state.layer, state.chunk = layer + 1, 0
+        sequence.commit(ids)
     checkpoint.done()
     return x[-1]
 
@@ -86,7 +88,10 @@ def streaming_prefill(
     report: Reporter,
     checkpoint: Checkpoint,
 ) -> Tensor:
-    """Append ``ids`` to a sequence, whatever it holds; hidden state [d] of the last token after all layers."""
+    """Append ``ids`` to a sequence, whatever it holds; hidden state [d] of the last token after all layers.
+
+    Broken off, the sequence holds the chunks that were finished and can be used.
+    """
     config = model.config
     device = model.weights.embedding.device
     pieces = chunks(len(ids), sequence.length)
@@ -98,14 +103,15 @@ def streaming_prefill(
     with report.bar(f"reading {len(ids):,} tokens", total) as bar, checkpoint.watch():
         for start, stop in pieces:
             piece = ids[start - offset : stop - offset]
-            sequence.reserve(len(piece))
             tokens = as_ids(piece, device)
             turn = at_positions(rope, torch.arange(start, stop, device=device)[None])
-            x = model.embed(tokens)[None]
-            for layer in range(config.num_layers):
-                x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, config.attention_spans[layer], tokens))
-                bar.advance(chunk_work(model, start, stop))
-            sequence.commit(piece)
+            with all_or_nothing(sequence):
+                sequence.reserve(len(piece))
+                x = model.embed(tokens)[None]
+                for layer in range(config.num_layers):
+                    x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, config.attention_spans[layer], tokens))
+                    bar.advance(chunk_work(model, start, stop))
+                sequence.commit(piece)
             if stop < offset + len(ids):
                 checkpoint.streaming_point(sequence)
     checkpoint.done()

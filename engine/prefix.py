@@ -16,9 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.rollback import SLOT_TENSORS
 from skvq.kernels.layout import PAGE_TOKENS
-
-SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
 
 
 class Prefixes(Protocol):

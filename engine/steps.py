@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal
 from skvq.kernels.interface import Step
@@ -131,6 +133,7 @@ class DecodeBatch:
         self.sequences = list(sequences)
         self.spans = spans
         self.setup: CacheSetup = sequences[0].setup
+        self.mass: list[list[tuple[Any, Tensor]]] = []  # of each row: where attention mass goes and what it becomes
         self.full = [self.setup.arena.full(layer) for layer in range(len(spans))]
         device = self.setup.arena.page_table.device
         count = len(self.sequences)
@@ -143,6 +146,7 @@ class DecodeBatch:
         """Make room for one token of each sequence and say where it goes."""
         for sequence in self.sequences:
             sequence.reserve(1)
+        self.mass = [[] for _ in self.sequences]
         lengths = [s.length for s in self.sequences]
         regions = self.setup.regions
         self.positions.copy_(torch.tensor(lengths, dtype=torch.int32)[:, None])
@@ -165,12 +169,16 @@ class DecodeBatch:
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """The step is over; a window that has grown by a tile is packed, in every layer."""
-        for sequence, token in zip(self.sequences, token_ids, strict=True):
-            if sequence.packed_after(1) > sequence.packed:
-                ids = torch.tensor([token], device=self.slots.device)
-                for layer in range(len(self.spans)):
-                    sequence.absorb(layer, *sequence.window(layer, sequence.length + 1), ids)
-            sequence.commit([token])
+        for row, (sequence, token) in enumerate(zip(self.sequences, token_ids, strict=True)):
+            packs = sequence.packed_after(1) > sequence.packed
+            with all_or_nothing(sequence) if packs else nullcontext():
+                for at, mass in self.mass[row]:
+                    self.setup.arena.tensors["full_mass"][at] = mass
+                if packs:
+                    ids = torch.tensor([token], device=self.slots.device)
+                    for layer in range(len(self.spans)):
+                        sequence.absorb(layer, *sequence.window(layer, sequence.length + 1), ids)
+                sequence.commit([token])
 
 
 class DecodeLayer:
@@ -196,7 +204,7 @@ class DecodeLayer:
             slots = setup.regions.retained + at % setup.regions.ring
             seen = mass[sequence.slot, slots]
             add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window)
-            mass[sequence.slot, slots] = seen
+            self.batch.mass[row].append(((self.layer, sequence.slot, slots), seen))
 
 
 def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int) -> None:
