@@ -78,6 +78,7 @@ class Engine:
         dummy_weights: bool = False,
         rope_scaling: str | None = None,
         prefill: str = "exact",
+        on_full: str = "stop",
         prefix_cache: bool = False,
         download: bool = True,
         report: Reporter | None = None,
@@ -90,6 +91,8 @@ class Engine:
         calibration: an artifact of ``skvq calibrate``; the default is a cached one, or one made now.
         rope_scaling: ``kind:factor`` to go past the trained context, as ``linear:4`` or ``yarn:4``.
         prefill: how prompts are read, ``exact`` or ``streaming``.
+        on_full: what happens when a sequence reaches max_context: ``stop`` ends its answer, ``shift`` drops its oldest packed
+            pages, all but the attention sinks, and goes on. A prompt longer than max_context is then read by streaming.
         prefix_cache: a prompt that begins like an earlier one takes over its pages and only the rest is read, by streaming:
             faster, but the rest then sees the beginning as it is packed, where exact prefill sees it in full precision.
 
@@ -109,6 +112,7 @@ class Engine:
             dummy_weights=dummy_weights,
             rope_scaling=rope_scaling,
             prefill=prefill,
+            on_full=on_full,
             download=download,
             report=chosen,
         )
@@ -121,7 +125,7 @@ class Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         cache = cache.fitted(self.parts.model.config)
         path = Path(calibration) if calibration is not None else None
-        setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.report)
+        setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.parts.setup.on_full, self.report)
         return Engine(replace(self.parts, cache=cache, setup=setup), self.report)
 
     def warm_up(self) -> None:
@@ -243,10 +247,10 @@ class Engine:
         start = time.perf_counter()
         reused = self.prefixes.reuse(sequence, ids) if sequence.length == 0 and checkpoint is None else 0
         ids = ids[reused:]
-        exact = sequence.length == 0 and parts.prefill == "exact"
+        if len(ids) > parts.setup.on_full.room(sequence):
+            sequence.require(len(ids))  # raises, before any work
+        exact = sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context
         reader = exact_prefill if exact else streaming_prefill
-        if sequence.length + len(ids) > parts.setup.max_context:
-            sequence.reserve(len(ids))  # raises, before any work
         kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
         logits = parts.model.head(reader(parts.model, parts.rope, sequence, ids, self.report, kept))
         self.prefixes.keep(sequence)
@@ -258,7 +262,7 @@ class Engine:
         """One token for each sequence of the batch: logits float32 [B, V]."""
         parts = self.parts
         batch.begin()
-        rope = at_positions(parts.rope, batch.positions)
+        rope = at_positions(parts.rope, batch.turns)
         x = parts.model.embed(as_ids(tokens, batch.slots.device)[:, None])  # [B, 1, d]
         for layer in range(parts.model.config.num_layers):
             x = parts.model.layer(layer, x, rope, batch.layer(layer))
@@ -317,6 +321,7 @@ class Engine:
         return Summary(
             **asdict(self.timing),
             cached_tokens=sequence.length,
+            dropped_tokens=sequence.dropped,
             cache_bytes=sequence.nbytes,
             bits_per_element=sequence.bits_per_element,
             times_smaller=16 / sequence.bits_per_element if sequence.length else 0.0,

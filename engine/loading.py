@@ -17,8 +17,9 @@ from skvq.engine.config import CacheConfig, ModelConfig, RopeConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, pick_device, pick_dtype
-from skvq.engine.methods import CacheMethod, PackedMethod, PlainMethod
+from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
+from skvq.engine.overflow import OnFull, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, page_layout, regions_of, rules_of
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
@@ -80,6 +81,7 @@ def load_parts(
     dummy_weights: bool,
     rope_scaling: str | None,
     prefill: str,
+    on_full: str,
     download: bool,
     report: Reporter,
 ) -> EngineParts:
@@ -94,6 +96,7 @@ def load_parts(
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     cache = cache.fitted(config)
     context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill)
+    full = on_full_of(on_full, regions_of(cache, config), context)
     if context > config.trained_context:
         report.message(
             f"{context:,} tokens of context are beyond the {config.trained_context:,} this model was trained for: "
@@ -108,13 +111,18 @@ def load_parts(
         context=context,
         dummy=dummy_weights,
     )
-    setup = build_cache(loaded, cache, max_sequences, calibration, report)
+    setup = build_cache(loaded, cache, max_sequences, calibration, full, report)
     return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill)
 
 
 @torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack
 def build_cache(
-    loaded: LoadedModel, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    max_sequences: int,
+    calibration: Path | None,
+    on_full: OnFull,
+    report: Reporter,
 ) -> CacheSetup:
     """Calibration, arena and method of one cache over a loaded model."""
     config = loaded.model.config
@@ -128,7 +136,9 @@ def build_cache(
         ops=loaded.model.ops,
         regions=regions_of(cache, config),
         rules=rules_of(cache),
+        rope=loaded.rope,
         max_context=loaded.context,
+        on_full=on_full,
         packed_token_bytes=page_layout(cache, config).bytes_per_token,
         identity=identity_of(cache, rules_of(cache), loaded.fingerprint, tensors, loaded.rope, shape.dtype),
     )
@@ -149,9 +159,8 @@ def bind_method(
     layout = layout_of(cache, config)
     if cache.method == "reorder":
         labels = label_codecs(tensors, config, rope, device)
-        return PackedMethod(arena, layout, labels, kernels.pack_labels, kernels.unpack_labels, kernels.attend_labels)
-    heads = head_codecs(tensors, cache, config, rope, device)
-    return PackedMethod(arena, layout, heads, kernels.pack_heads, kernels.unpack_heads, kernels.attend_heads)
+        return LabelMethod(arena, layout, labels, kernels)
+    return HeadMethod(arena, layout, head_codecs(tensors, cache, config, rope, device), kernels)
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:

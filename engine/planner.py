@@ -10,7 +10,7 @@ from skvq.engine.arena import ArenaShape, packed_page, plain_page
 from skvq.engine.codecs import layout_of
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
-from skvq.engine.filters import FilterRule
+from skvq.engine.filters import AttentionSinks, FilterRule
 from skvq.engine.regions import Regions
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout
 
@@ -29,14 +29,15 @@ def page_layout(cache: CacheConfig, model: ModelConfig) -> PageLayout | PlainLay
 
 
 def rules_of(cache: CacheConfig) -> tuple[FilterRule, ...]:
-    """Filter rules in force: a 16-bit cache loses nothing, so none is asked."""
-    return () if cache.method == "fp" else cache.filters
+    """Filter rules in force, attention sinks first: a 16-bit cache loses nothing, so none is asked."""
+    return () if cache.method == "fp" else tuple(sorted(cache.filters, key=lambda rule: not isinstance(rule, AttentionSinks)))
 
 
 def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
-    """Sizes of a sequence's three regions."""
-    retained = sum(rule.budget for rule in rules_of(cache))
-    return Regions(window=cache.window, tile=page_layout(cache, model).tile, retained=retained)
+    """Sizes of a sequence's three regions. A 16-bit cache has slots for the sinks too: they may outlive their page."""
+    sinks = sum(rule.budget for rule in cache.filters if isinstance(rule, AttentionSinks))
+    others = sum(rule.budget for rule in rules_of(cache) if not isinstance(rule, AttentionSinks))
+    return Regions(window=cache.window, tile=page_layout(cache, model).tile, retained=sinks + others, sinks=sinks)
 
 
 def cache_dtype(compute: torch.dtype) -> torch.dtype:

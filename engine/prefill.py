@@ -94,25 +94,26 @@ def streaming_prefill(
     """
     config = model.config
     device = model.weights.embedding.device
-    pieces = chunks(len(ids), sequence.length)
-    offset = sequence.length
+    begin = sequence.length + sequence.dropped
+    pieces = chunks(len(ids), begin)
     checkpoint.resume_streaming(sequence, ids)
-    pieces = [piece for piece in pieces if piece[0] >= sequence.length]
+    pieces = [piece for piece in pieces if piece[0] >= sequence.length + sequence.dropped]
     total = config.num_layers * sum(chunk_work(model, *piece) for piece in pieces)
     x = model.weights.norm  # replaced: there is at least one token
     with report.bar(f"reading {len(ids):,} tokens", total) as bar, checkpoint.watch():
         for start, stop in pieces:
-            piece = ids[start - offset : stop - offset]
+            piece = ids[start - begin : stop - begin]
+            sequence.reserve(len(piece))
             tokens = as_ids(piece, device)
-            turn = at_positions(rope, torch.arange(start, stop, device=device)[None])
+            first = sequence.origin + sequence.length
+            turn = at_positions(rope, torch.arange(first, first + len(piece), device=device)[None])
             with all_or_nothing(sequence):
-                sequence.reserve(len(piece))
                 x = model.embed(tokens)[None]
                 for layer in range(config.num_layers):
                     x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, config.attention_spans[layer], tokens))
                     bar.advance(chunk_work(model, start, stop))
                 sequence.commit(piece)
-            if stop < offset + len(ids):
+            if stop < begin + len(ids):
                 checkpoint.streaming_point(sequence)
     checkpoint.done()
     return x[0, -1]

@@ -86,7 +86,7 @@ class PagePrefixes:
         return count
 
     def keep(self, sequence: SequenceCache) -> None:
-        if self._setup.needs_mass:
+        if self._setup.needs_mass or sequence.dropped:  # what is left of a text is the beginning of none
             return
         keys = list(_chain(sequence.token_ids, sequence.packed))
         new = [(key, page) for key, page in zip(keys, sequence.pages, strict=False) if key not in self._entries]

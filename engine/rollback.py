@@ -15,7 +15,7 @@ SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
 
 @contextmanager
 def all_or_nothing(sequence: SequenceCache) -> Iterator[None]:
-    """Around reserve, forward and commit of one step: if it raises, window, retained tokens and lengths come back bit for bit.
+    """Around forward and commit of a step, after reserve: if it raises, window, retained tokens and lengths are as they were.
 
     Costs a copy of the sequence's full-precision slots, kept on the host. Pages that were reserved stay reserved.
     """

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -98,7 +99,11 @@ class StreamingLayer:
         outs, lses = [], []
         for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, sequence.packed - start)
-            out, lse = self._attend_packed(q, start, count)
+            out, lse = self._attend_block(q, *sequence.stage(self.layer, start, count), start)
+            outs.append(out.float())
+            lses.append(lse)
+        if sequence.orphans:
+            out, lse = self._attend_block(q, *sequence.sinks(self.layer), 0)
             outs.append(out.float())
             lses.append(lse)
         out, lse = attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span)
@@ -109,8 +114,10 @@ class StreamingLayer:
         sequence.absorb(self.layer, keys, values, mass, self.ids)
         return out.to(q.dtype)[None]
 
-    def _attend_packed(self, q: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-        keys, values = (t.to(q.dtype).transpose(0, 1) for t in self.sequence.stage(self.layer, start, count))
+    def _attend_block(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Attention over tokens from ``start`` on, [T, KH, D], all of them before the first query."""
+        count = len(keys)
+        keys, values = (t.to(q.dtype).transpose(0, 1) for t in (keys, values))
         if self.sequence.length + len(q) - 1 - start < self.span:  # the last query still sees the first token
             return attend_all(q, keys, values)
         outs, lses = [], []
@@ -139,6 +146,7 @@ class DecodeBatch:
         count = len(self.sequences)
         self.slots = torch.tensor([s.slot for s in self.sequences], dtype=torch.int64, device=device)
         self.positions = torch.zeros(count, 1, dtype=torch.int32, device=device)
+        self.turns = torch.zeros(count, 1, dtype=torch.int64, device=device)  # RoPE positions
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
         self.ring_slots = torch.zeros(count, dtype=torch.int64, device=device)
 
@@ -149,11 +157,27 @@ class DecodeBatch:
         self.mass = [[] for _ in self.sequences]
         lengths = [s.length for s in self.sequences]
         regions = self.setup.regions
+        self.methods = [s.method for s in self.sequences]
         self.positions.copy_(torch.tensor(lengths, dtype=torch.int32)[:, None])
+        self.turns.copy_(torch.tensor([s.length + s.origin for s in self.sequences])[:, None])
         self.packed.copy_(torch.tensor([s.packed for s in self.sequences], dtype=torch.int32))
         self.ring_slots.copy_(torch.tensor([regions.slot(n) for n in lengths]))
         self.setup.arena.tensors["full_positions"][:, self.slots, self.ring_slots] = self.positions[:, 0]
         self.setup.arena.tensors["full_mass"][:, self.slots, self.ring_slots] = 0
+
+    def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """One call for the batch, or one for each sequence where they have dropped different numbers of tokens."""
+        if all(method is self.methods[0] for method in self.methods):
+            return self.methods[0].attend(layer, q, step)
+        rows = [slice(i, i + 1) for i in range(len(self.methods))]
+        singles = [
+            method.attend(
+                layer, q[row], replace(step, slots=step.slots[row], positions=step.positions[row], packed=step.packed[row])
+            )
+            for method, row in zip(self.methods, rows, strict=True)
+        ]
+        outs, lses = zip(*singles, strict=True)
+        return torch.cat(outs), torch.cat(lses)
 
     def layer(self, layer: int) -> DecodeLayer:
         """The cache of one layer for this step."""
@@ -190,7 +214,7 @@ class DecodeLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         batch, setup = self.batch, self.batch.setup
         q = setup.ops.turn_to_slots(q, k, v, rope.cos, rope.sin, batch.full[self.layer], batch.slots, batch.ring_slots)
-        out, lse = setup.method.attend(self.layer, q, self.step)
+        out, lse = batch.attend(self.layer, q, self.step)
         if setup.needs_mass:
             self._add_mass(q, lse)
         return out
