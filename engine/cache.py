@@ -71,6 +71,11 @@ class SequenceCache:
         """Packed tokens once ``count`` more are cached (after a truncation there may be more than the rule would pack)."""
         return max(self.packed, self.setup.regions.packed(self.length + count))
 
+    @property
+    def ring_room(self) -> int:
+        """Tokens that the window's ring can take before something must be packed: at least one."""
+        return self.setup.regions.ring - (self.length - self.packed)
+
     def reserve(self, count: int) -> None:
         """Make room for ``count`` more tokens: pages of one's own for what will be packed. Raises CapacityError.
 

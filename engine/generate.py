@@ -30,10 +30,9 @@ from skvq.engine.evaluate import (
 from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
 from skvq.engine.planner import page_layout
-from skvq.engine.prefill import exact_prefill, streaming_prefill
+from skvq.engine.prefill import batch_step, exact_prefill, short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
-from skvq.engine.rope import at_positions
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.stress import fill_fast
@@ -41,6 +40,8 @@ from skvq.engine.summary import Summary
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
 
 PREFILLS = ("exact", "streaming")
+SHORT_TOKENS = 128
+"""Most tokens appended to a sequence as decode steps of several tokens instead of streamed."""
 
 
 @dataclass(slots=True)
@@ -240,8 +241,9 @@ class Engine:
     ) -> Tensor:
         """Append what is pending and ``ids`` to a sequence; logits float32 [V] of the last.
 
-        An empty sequence is read as ``prefill`` says, any other by streaming. With ``checkpoint`` the work is written to that
-        file every so many seconds and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
+        An empty sequence is read as ``prefill`` says, any other by streaming, or a few tokens as decode steps. With
+        ``checkpoint`` the work is written to that file every so many seconds and on Ctrl-C, taken up from it if it exists, and
+        the file is removed when all is read.
         """
         parts, ids = self.parts, [*sequence.pending, *ids]
         start = time.perf_counter()
@@ -249,10 +251,14 @@ class Engine:
         ids = ids[reused:]
         if len(ids) > parts.setup.on_full.room(sequence):
             sequence.require(len(ids))  # raises, before any work
-        exact = sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context
-        reader = exact_prefill if exact else streaming_prefill
-        kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
-        logits = parts.model.head(reader(parts.model, parts.rope, sequence, ids, self.report, kept))
+        if checkpoint is None and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
+            hidden = short_prefill(parts.model, parts.rope, sequence, ids)
+        else:
+            exact = sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context
+            kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
+            reader = exact_prefill if exact else streaming_prefill
+            hidden = reader(parts.model, parts.rope, sequence, ids, self.report, kept)
+        logits = parts.model.head(hidden)
         self.prefixes.keep(sequence)
         self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=time.perf_counter() - start)
         return logits
@@ -260,14 +266,8 @@ class Engine:
     @torch.inference_mode()
     def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
         """One token for each sequence of the batch: logits float32 [B, V]."""
-        parts = self.parts
-        batch.begin()
-        rope = at_positions(parts.rope, batch.turns)
-        x = parts.model.embed(as_ids(tokens, batch.slots.device)[:, None])  # [B, 1, d]
-        for layer in range(parts.model.config.num_layers):
-            x = parts.model.layer(layer, x, rope, batch.layer(layer))
-        batch.commit(tokens)
-        return parts.model.head(x[:, 0])
+        model = self.parts.model
+        return model.head(batch_step(model, self.parts.rope, batch, tokens))
 
     def _decode(
         self, sequences: list[SequenceCache], logits: list[Tensor], config: SamplingConfig

@@ -16,7 +16,7 @@ from skvq.engine.planner import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import at_positions
-from skvq.engine.steps import ExactLayer, StreamingLayer
+from skvq.engine.steps import DecodeBatch, ExactLayer, StreamingLayer
 from skvq.kernels.interface import RopeFrequencies
 
 
@@ -37,6 +37,32 @@ def chunk_work(model: Model, start: int, stop: int) -> float:
     q = config.num_heads * config.head_size
     linear = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
     return (stop - start) * (linear + q * (start + stop))
+
+
+def batch_step(model: Model, rope: RopeFrequencies, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
+    """The next tokens of each sequence of a batch, row by row, [B * N]: hidden state [B, d] of each row's last."""
+    batch.begin()
+    turn = at_positions(rope, batch.turns)
+    x = model.embed(as_ids(tokens, batch.slots.device).view(batch.positions.shape))  # [B, N, d]
+    for layer in range(model.config.num_layers):
+        x = model.layer(layer, x, turn, batch.layer(layer))
+    batch.commit(tokens)
+    return x[:, -1]
+
+
+def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
+    """Append a few ``ids`` to a sequence as decode steps of several tokens; hidden state [d] of the last.
+
+    The fused attention reads packed pages once for all of them, where streaming stages every page to 16 bits first.
+    """
+    rest = list(ids)
+    while rest:
+        count = min(len(rest), sequence.ring_room)
+        piece, rest = rest[:count], rest[count:]
+        batch = DecodeBatch([sequence], model.config.attention_spans, count)
+        with all_or_nothing(sequence):
+            x = batch_step(model, rope, batch, piece)
+    return x[0]
 
 
 def exact_prefill(

@@ -26,7 +26,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 100)
+    monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 200)
 
 
 def break_off(engine: Engine, after: int, call: Any) -> None:
@@ -66,11 +66,11 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_streaming_read_keeps_the_chunks_that_were_finished(engine: Engine, after: int) -> None:
-    """Chunks of 100 tokens in two layers: the third call is the second chunk's first layer."""
+    """Chunks of 200 tokens in two layers: the third call is the second chunk's first layer."""
     sequence, twin = (engine.prefill(random_ids(450)) for _ in range(2))
-    more = random_ids(250, seed=5)
+    more = random_ids(450, seed=5)
     break_off(engine, after, lambda: engine.read(sequence, more))
-    done = after // 2 * 100
+    done = after // 2 * 200
     if done:
         engine.read(twin, more[:done])
     assert same(state(sequence), state(twin))
@@ -83,7 +83,7 @@ def test_a_streaming_read_keeps_the_chunks_that_were_finished(engine: Engine, af
 def test_an_exact_read_leaves_an_empty_sequence(engine: Engine) -> None:
     sequence, twin = engine.new_sequence(), engine.new_sequence()
     ids = random_ids(450)
-    break_off(engine, 7, lambda: engine.read(sequence, ids))
+    break_off(engine, 4, lambda: engine.read(sequence, ids))
     assert sequence.length == 0 and not (engine.parts.setup.arena.tensors["full_positions"][:, sequence.slot] >= 0).any()
     assert torch.equal(engine.read(sequence, ids), engine.read(twin, ids))
     assert same(state(sequence), state(twin))
