@@ -15,14 +15,12 @@ from skvq.engine.filters import FilterRule, LeavingTokens
 from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
 from skvq.engine.overflow import OnFull
+from skvq.engine.planner import PIECE_TOKENS
 from skvq.engine.regions import Regions
 from skvq.engine.session import save_session
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 from skvq.kernels.ops import Ops
-
-PIECE_TOKENS = 8 * PAGE_TOKENS
-"""Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,20 +204,20 @@ class SequenceCache:
         end = first + len(keys)
         target = self.packed_after(end - self.length)
         full = setup.arena.full(layer)
-        keys, values = keys.to(full.keys.dtype), values.to(full.values.dtype)
         for start in range(first, target, PIECE_TOKENS):
             stop = min(start + PIECE_TOKENS, target)
             piece = slice(start - first, stop - first)
             ids = self._ids(start, stop, new_ids)
-            retained = self._retain(layer, start, ids, keys[piece], values[piece], mass[piece])
-            self.method.pack(layer, self.page_row, start, keys[piece], values[piece], retained)
+            some_keys, some_values = keys[piece].to(full.keys.dtype), values[piece].to(full.values.dtype)
+            retained = self._retain(layer, start, ids, some_keys, some_values, mass[piece])
+            self.method.pack(layer, self.page_row, start, some_keys, some_values, retained)
         ring = setup.regions
         at = torch.arange(target, end, device=keys.device)
         slots = ring.retained + at % ring.ring
         full.positions[self.slot, ring.retained :] = -1
         full.positions[self.slot, slots] = at.int()
-        full.keys[self.slot][:, slots] = keys[target - first :].transpose(0, 1)
-        full.values[self.slot][:, slots] = values[target - first :].transpose(0, 1)
+        full.keys[self.slot][:, slots] = keys[target - first :].transpose(0, 1).to(full.keys.dtype)
+        full.values[self.slot][:, slots] = values[target - first :].transpose(0, 1).to(full.values.dtype)
         setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[target - first :]
 
     def window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from skvq.engine.overflow import OnFull, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, page_layout, regions_of, rules_of
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
-from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader
+from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader, held_bytes
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
 from skvq.kernels.registry import BackendUnavailable, get_backend
@@ -95,7 +96,9 @@ def load_parts(
     source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     cache = cache.fitted(config)
-    context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill)
+    as_stored = kernels.name == "numba" and compute == torch.float32
+    weight_bytes = held_bytes(source, compute, as_stored=as_stored)
+    context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill, weight_bytes)
     full = on_full_of(on_full, regions_of(cache, config), context)
     if context > config.trained_context:
         report.message(
@@ -103,7 +106,7 @@ def load_parts(
             "memory and speed are real, answers past that length are not to be trusted"
         )
     loaded = LoadedModel(
-        model=Model(config, _weights(source, config, place, compute, kernels.name, report), ops_for(kernels.name)),
+        model=Model(config, _weights(source, config, place, compute, as_stored, report), ops_for(kernels.name)),
         tokenizer=tokenizer,
         rope=frequencies(config, context, place),
         backend=kernels,
@@ -186,15 +189,18 @@ def plan_that_fits(
     compute: torch.dtype,
     device: torch.device,
     prefill: str,
+    weight_bytes: int,
 ) -> tuple[int, Plan]:
     """The context and its plan, which fits. Raises CapacityError, with the largest context that would, if none does."""
     for what, value in (("max_context", max_context), ("max_sequences", max_sequences)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
             raise OptionError(f"{what} must be a positive number, got {value!r}")
     memory = available_memory(device)
-    most = largest_context(config, cache, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill)
+    options: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "memory": memory, "prefill": prefill}
+    options |= {"weight_bytes": weight_bytes}
+    most = largest_context(config, cache, **options)
     context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
-    plan = make_plan(config, cache, context=context, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill)
+    plan = make_plan(config, cache, context=context, **options)
     try:
         plan.check()
     except CapacityError as error:
@@ -204,9 +210,8 @@ def plan_that_fits(
 
 
 def _weights(
-    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, backend: str, report: Reporter
+    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, as_stored: bool, report: Reporter
 ) -> ModelWeights:
-    as_stored = backend == "numba" and dtype == torch.float32
     with report.bar("loading weights", config.num_parameters) as bar:
         reader = WeightReader(source, bar.advance)
         return load_weights(config, StoredStorage(reader, report) if as_stored else DenseStorage(reader, device, dtype))

@@ -17,6 +17,9 @@ from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout
 SPARE_PAGES = 2
 """Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
 
+PIECE_TOKENS = 8 * PAGE_TOKENS
+"""Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
+
 CHUNK_TOKENS = 1024
 """Tokens that go through a layer's projections and MLP at once in prefill."""
 
@@ -100,6 +103,12 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
+def usual_weight_bytes(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> int:
+    """Weights of a model of which only the shape is known: on the CPU 16-bit files are held as they are."""
+    on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
+    return model.num_parameters * (2 if on_cpu else dtype.itemsize)
+
+
 def make_plan(
     model: ModelConfig,
     cache: CacheConfig,
@@ -108,23 +117,28 @@ def make_plan(
     sequences: int,
     dtype: torch.dtype,
     memory: int,
-    weight_bytes: int | None = None,
+    weight_bytes: int,
     prefill: str = "exact",
 ) -> Plan:
-    """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte."""
+    """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
+
+    ``weight_bytes`` from ``storage.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect.
+    """
     shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
     size = dtype.itemsize
     chunk = min(CHUNK_TOKENS, context)
     width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
     staged = context if prefill == "exact" else min(context, 2 * 8192)
     pages = [name for name, _ in shape.page]
+    kv = model.num_kv_heads * model.head_size
+    packing = min(context, PIECE_TOKENS) * 2 * kv * (2 + 4)  # a piece of keys and values in 16 bits, and in float32
     parts = {
-        "weights": model.num_parameters * size if weight_bytes is None else weight_bytes,
+        "weights": weight_bytes,
         "cache: packed pages": shape.nbytes_of(*pages),
         "cache: window and retained": shape.nbytes - shape.nbytes_of(*pages),
         "hidden states of the prompt": (context if prefill == "exact" else chunk) * model.hidden_size * size,
-        "one layer's keys and values": 2 * staged * model.num_kv_heads * model.head_size * size,
-        "workspace": chunk * width * max(size, 4) + 6 * model.vocab_size * 4,
+        "one layer's keys and values": 2 * staged * kv * size,
+        "workspace": chunk * width * max(size, 4) + packing + 6 * model.vocab_size * 4,
     }
     return Plan(context=context, parts=parts, memory=memory, bits_per_element=page_layout(cache, model).bits_per_element)
 

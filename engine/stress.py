@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.cache import PIECE_TOKENS, CacheSetup, SequenceCache
+from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
@@ -17,7 +17,7 @@ from skvq.engine.identity import identity_of
 from skvq.engine.loading import bind_method
 from skvq.engine.machine import available_memory
 from skvq.engine.overflow import on_full_of
-from skvq.engine.planner import arena_shape, gib, page_layout, regions_of, rules_of
+from skvq.engine.planner import PIECE_TOKENS, arena_shape, gib, page_layout, regions_of, rules_of
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.kernels.interface import Backend
