@@ -20,7 +20,9 @@ from typing import Any
 
 SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8}
 HEAVY = {"hidden_size": 2048, "intermediate_size": 4096, "vocab_size": 32000, "num_heads": 16, "num_kv_heads": 2}
+WIDE = {"num_heads": 24, "num_kv_heads": 24, "num_layers": 2}
 CASES: list[dict[str, Any]] = [
+    {"method": "plain", "key_bits": 8.0, "value_bits": 8.0, "context": 24576, "prefill": "exact", "shape": WIDE},
     {"method": "plain", "key_bits": 8.0, "value_bits": 8.0, "context": 65536, "prefill": "exact"},
     {"method": "fp", "context": 98304, "prefill": "exact"},
     {"method": "fp", "context": 131072, "prefill": "streaming"},

@@ -131,7 +131,7 @@ def make_plan(
     staged = context if prefill == "exact" else min(context, 2 * 8192)
     pages = [name for name, _ in shape.page]
     kv = model.num_kv_heads * model.head_size
-    packing = min(context, PIECE_TOKENS) * 2 * kv * (2 + 4)  # a piece of keys and values in 16 bits, and in float32
+    packing = 2 * kv * (2 * min(context, PIECE_TOKENS) + 8 * PAGE_TOKENS)  # a piece in 16 bits, of which a stretch in float32
     parts = {
         "weights": weight_bytes,
         "cache: packed pages": shape.nbytes_of(*pages),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import tiny_config
@@ -78,6 +82,15 @@ def test_weights_are_what_the_plan_says_to_the_byte(tmp_path: Path, backend: str
     planned = engine.parts.plan.parts["weights"]
     assert engine.parts.model.weights.nbytes == planned
     assert planned / engine.parts.model.config.num_parameters == pytest.approx(bytes_a_weight, rel=0.02)
+
+
+def test_a_whole_run_peaks_where_it_was_planned(tmp_path: Path) -> None:
+    """Weights, arena, hidden states, one layer's keys and values and workspace: about half a gigabyte, within 5 %."""
+    script = ROOT / "benchmarks" / "plan_vs_measured.py"
+    done = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert row["planned"] > 400 * 2**20 and row["ratio"] == pytest.approx(1, abs=0.05), row
 
 
 def mistral(**changes: object) -> ModelConfig:
