@@ -31,6 +31,7 @@ from skvq.engine.identity import bits_text
 from skvq.engine.machine import find_backend, pick_device, pick_dtype
 from skvq.engine.needle import Needle, needles, reference_of
 from skvq.engine.needle import summary as needle_summary
+from skvq.engine.overflow import MODES
 from skvq.engine.plan_report import plan_report
 from skvq.engine.planted import planted, require_found
 from skvq.engine.planted import rows as found_rows
@@ -170,7 +171,7 @@ def cache_config(options: dict[str, Any]) -> CacheConfig:
     return CacheConfig(**taken, filters=rules)
 
 
-def load_engine(options: dict[str, Any], cache: CacheConfig, *, max_sequences: int = 1) -> Engine:
+def load_engine(options: dict[str, Any], cache: CacheConfig, *, max_sequences: int = 1, on_full: str = "stop") -> Engine:
     """The engine that ``model_option`` and ``engine_options`` describe."""
     return Engine.load(
         options["model"],
@@ -184,6 +185,7 @@ def load_engine(options: dict[str, Any], cache: CacheConfig, *, max_sequences: i
         dummy_weights=options["dummy_weights"],
         rope_scaling=options["rope_scaling"],
         prefill=options["prefill"],
+        on_full=on_full,
         download=not options["no_download"],
     )
 
@@ -222,6 +224,13 @@ def main() -> None:
 @click.option("--system", help="System message, with --chat.")
 @click.option("--session", type=click.Path(path_type=Path), help="Go on from this file if it exists; write it at the end.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Keep a half-read prompt here; go on from it if it exists.")
+@click.option(
+    "--on-full",
+    type=click.Choice(list(MODES)),
+    default="stop",
+    show_default=True,
+    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on.",
+)
 @click.option("--fill", type=click.IntRange(min=0), default=0, help="Random tokens put into the cache before the text.")
 @engine_options
 @cache_options
@@ -234,7 +243,7 @@ def run(**options: Any) -> None:
     silent = options["prompt"] is None and options["file"] is None and (goes_on or options["fill"])
     text = "" if silent else read_text(options["prompt"], options["file"])
     sampling = SamplingConfig(**_take(options, SAMPLING_NAMES))
-    engine = load_engine(options, cache_config(options))
+    engine = load_engine(options, cache_config(options), on_full=options["on_full"])
     sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed)

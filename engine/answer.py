@@ -19,7 +19,7 @@ class Answer:
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
         self._text = TextStream(tokenizer)
         self._stop = StopWatch(config.stop)
-        self._room = sequence.setup.max_context - sequence.length
+        self._room = sequence.setup.on_full.room(sequence)
         self.count = 0
         self.done = False
         self.token = -1

@@ -14,13 +14,13 @@ from skvq.engine.errors import CapacityError
 from skvq.engine.filters import FilterRule, LeavingTokens
 from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
+from skvq.engine.overflow import OnFull
+from skvq.engine.planner import PIECE_TOKENS
 from skvq.engine.regions import Regions
 from skvq.engine.session import save_session
+from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 from skvq.kernels.ops import Ops
-
-PIECE_TOKENS = 8 * PAGE_TOKENS
-"""Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,9 @@ class CacheSetup:
     ops: Ops
     regions: Regions
     rules: tuple[FilterRule, ...]
+    rope: RopeFrequencies
     max_context: int
+    on_full: OnFull
     packed_token_bytes: float  # of a packed token over all layers, codes and metadata
     identity: Identity
 
@@ -46,6 +48,8 @@ class SequenceCache:
     """Page table, length and window of one sequence; the engine moves them by reserve -> forward -> commit.
 
     Between commits ``length`` tokens are cached: ``0 .. packed-1`` in pages (some of them retained), the rest in the ring.
+    Of a sequence that has dropped its oldest pages these are the tokens after them; only the attention sinks are left of
+    those, in their slots (``overflow``).
     """
 
     def __init__(self, setup: CacheSetup) -> None:
@@ -54,6 +58,7 @@ class SequenceCache:
         self.pages: list[int] = []
         self.length = 0
         self.packed = 0
+        self.dropped = 0
         self.token_ids: list[int] = []
         self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
         self.alive = True
@@ -64,17 +69,30 @@ class SequenceCache:
         """Packed tokens once ``count`` more are cached (after a truncation there may be more than the rule would pack)."""
         return max(self.packed, self.setup.regions.packed(self.length + count))
 
+    @property
+    def ring_room(self) -> int:
+        """Tokens that the window's ring can take before something must be packed: at least one."""
+        return self.setup.regions.ring - (self.length - self.packed)
+
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` more tokens: pages of one's own for what will be packed. Raises CapacityError."""
+        """Make room for ``count`` more tokens: pages of one's own for what will be packed. Raises CapacityError.
+
+        Of a full context it may drop the oldest pages (``Engine.load(on_full="shift")``): lengths are other ones afterwards.
+        """
         assert self.alive, "the sequence has been freed"
+        self.setup.on_full.make_room(self, count)
+        self.require(count)
+        target = self.packed_after(count)
+        if target > self.packed:
+            self._grow(target)
+
+    def require(self, count: int) -> None:
+        """Raise CapacityError unless ``count`` more tokens fit the context as it is."""
         if self.length + count > self.setup.max_context:
             raise CapacityError(
                 f"{self.length:,} + {count:,} tokens do not fit a context of {self.setup.max_context:,}: "
                 "shorten the text or load with a larger max_context (--ctx)"
             )
-        target = self.packed_after(count)
-        if target > self.packed:
-            self._grow(target)
 
     def _grow(self, target: int) -> None:
         """Pages of one's own for packed tokens up to ``target``; nothing has changed if there are not enough."""
@@ -89,8 +107,11 @@ class SequenceCache:
             self.pages.append(arena.new_page())
         self._write_row()
 
-    def adopt(self, token_ids: Sequence[int], packed: int, pending: Sequence[int]) -> None:
-        """Make an empty sequence one of ``token_ids`` with pages for ``packed`` of them; the caller fills pages and slots."""
+    def adopt(self, token_ids: Sequence[int], packed: int, dropped: int, pending: Sequence[int]) -> None:
+        """Make an empty sequence one of ``token_ids`` with pages for ``packed`` of them; the caller fills pages and slots.
+
+        ``dropped`` tokens went before them.
+        """
         assert self.length == 0 and 0 <= packed <= len(token_ids), (self.length, packed, len(token_ids))
         if len(token_ids) > self.setup.max_context:
             raise CapacityError(
@@ -99,7 +120,18 @@ class SequenceCache:
             )
         if packed:
             self._grow(packed)
-        self.length, self.packed, self.token_ids, self.pending = len(token_ids), packed, list(token_ids), list(pending)
+        self.length, self.packed, self.dropped = len(token_ids), packed, dropped
+        self.token_ids, self.pending = list(token_ids), list(pending)
+
+    def forget(self, pages: int) -> None:
+        """The oldest whole pages are dropped; ``overflow.drop_pages`` sees to the full-precision slots."""
+        tokens = pages * PAGE_TOKENS
+        gone, self.pages = self.pages[:pages], self.pages[pages:]
+        del self.token_ids[:tokens]
+        self.length, self.packed, self.dropped = self.length - tokens, self.packed - tokens, self.dropped + tokens
+        self._write_row()
+        for page in gone:
+            self.setup.arena.release(page)
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """The step is over in every layer: these tokens are cached now."""
@@ -135,6 +167,21 @@ class SequenceCache:
         self.token_ids.extend(token_ids)
 
     @property
+    def method(self) -> CacheMethod:
+        """The cache method as it applies after what was dropped."""
+        return self.setup.method.at(self.dropped)
+
+    @property
+    def origin(self) -> int:
+        """RoPE position of the first cached token: those of the others follow it."""
+        return self.setup.method.origin(self.dropped)
+
+    @property
+    def orphans(self) -> int:
+        """Leading retained slots that hold tokens of dropped pages: they stand for no packed token."""
+        return self.setup.regions.sinks if self.dropped else 0
+
+    @property
     def page_row(self) -> Tensor:
         """This sequence's row of the page table, int32."""
         return self.setup.arena.page_table[self.slot]
@@ -155,20 +202,20 @@ class SequenceCache:
         end = first + len(keys)
         target = self.packed_after(end - self.length)
         full = setup.arena.full(layer)
-        keys, values = keys.to(full.keys.dtype), values.to(full.values.dtype)
         for start in range(first, target, PIECE_TOKENS):
             stop = min(start + PIECE_TOKENS, target)
             piece = slice(start - first, stop - first)
             ids = self._ids(start, stop, new_ids)
-            retained = self._retain(layer, start, ids, keys[piece], values[piece], mass[piece])
-            setup.method.pack(layer, self.page_row, start, keys[piece], values[piece], retained)
+            some_keys, some_values = keys[piece].to(full.keys.dtype), values[piece].to(full.values.dtype)
+            retained = self._retain(layer, start, ids, some_keys, some_values, mass[piece])
+            self.method.pack(layer, self.page_row, start, some_keys, some_values, retained)
         ring = setup.regions
         at = torch.arange(target, end, device=keys.device)
         slots = ring.retained + at % ring.ring
         full.positions[self.slot, ring.retained :] = -1
         full.positions[self.slot, slots] = at.int()
-        full.keys[self.slot][:, slots] = keys[target - first :].transpose(0, 1)
-        full.values[self.slot][:, slots] = values[target - first :].transpose(0, 1)
+        full.keys[self.slot][:, slots] = keys[target - first :].transpose(0, 1).to(full.keys.dtype)
+        full.values[self.slot][:, slots] = values[target - first :].transpose(0, 1).to(full.values.dtype)
         setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[target - first :]
 
     def window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,13 +232,21 @@ class SequenceCache:
 
         Retained tokens stand in their place in full precision, so the caller needs no mask.
         """
-        keys, values = self.setup.method.unpack(layer, self.page_row, first, count)
+        keys, values = self.method.unpack(layer, self.page_row, first, count)
         full = self.setup.arena.full(layer)
         held = full.positions[self.slot, : self.setup.regions.retained].long()
-        here = ((held >= first) & (held < first + count)).nonzero()[:, 0]
+        packed = torch.arange(len(held), device=held.device) >= self.orphans
+        here = (packed & (held >= first) & (held < first + count)).nonzero()[:, 0]
         keys[held[here] - first] = full.keys[self.slot][:, here].transpose(0, 1).float()
         values[held[here] - first] = full.values[self.slot][:, here].transpose(0, 1).float()
         return keys, values
+
+    def sinks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [S, KH, D] of the attention sinks whose pages are gone, in order of position."""
+        full = self.setup.arena.full(layer)
+        held = (full.positions[self.slot, : self.orphans] >= 0).nonzero()[:, 0]
+        order = held[full.positions[self.slot, held].argsort()]
+        return full.keys[self.slot][:, order].transpose(0, 1), full.values[self.slot][:, order].transpose(0, 1)
 
     def _ids(self, start: int, stop: int, new_ids: Tensor) -> Tensor:
         """Token ids of positions ``start .. stop-1``, of which those from ``length`` on are this step's."""
@@ -205,7 +260,7 @@ class SequenceCache:
         tokens = LeavingTokens(
             layer=layer,
             tile=self.setup.regions.tile,
-            positions=positions,
+            positions=positions + self.dropped,
             token_ids=ids,
             keys=keys,
             values=values,
@@ -234,14 +289,14 @@ class SequenceCache:
         twin.pages = self.pages[: pages_for(self.packed)]  # without what a step that was broken off has reserved
         for page in twin.pages:
             self.setup.arena.share(page)
-        twin.length, twin.packed = self.length, self.packed
+        twin.length, twin.packed, twin.dropped = self.length, self.packed, self.dropped
         twin.token_ids, twin.pending = list(self.token_ids), list(self.pending)
         twin._write_row()
         self.setup.arena.copy_slot(self.slot, twin.slot)
         return twin
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position ``length`` on.
+        """Forget all tokens after the first ``length``, dropped ones not counted.
 
         Tokens of the window are forgotten exactly. Where the cut lies in packed pages, tokens of its last, now partial, tile
         go back into the window as they were packed: the window is then shorter than usual until new tokens fill it.
@@ -253,7 +308,9 @@ class SequenceCache:
         if length < self.packed:
             for layer in range(arena.shape.layers):
                 self._reopen(layer, packed, length)
-        positions = arena.tensors["full_positions"][:, self.slot]
+        if not length:
+            self.dropped = 0  # nothing is left, orphans neither
+        positions = arena.tensors["full_positions"][:, self.slot, self.orphans :]
         positions[positions >= length] = -1
         self.packed, self.length = packed, length
         del self.token_ids[length:]
@@ -272,7 +329,7 @@ class SequenceCache:
         slots = ring.retained + at % ring.ring
         full.keys[self.slot][:, slots] = keys[: len(at)].transpose(0, 1).to(full.keys.dtype)
         full.values[self.slot][:, slots] = values[: len(at)].transpose(0, 1).to(full.values.dtype)
-        held = full.positions[self.slot, : ring.retained]
+        held = full.positions[self.slot, self.orphans : ring.retained]
         held[(held >= packed) & (held < length)] = -1
         full.positions[self.slot, slots] = at.int()
 

@@ -1,8 +1,8 @@
 """Filter rules: which tokens stay in full precision when they leave the window (SKVQ, arXiv 2405.06219, section 3.3).
 
-A rule has a budget of retained slots per sequence and layer and is asked once, a tile at a time, when tokens leave the
-window. Rules are asked in the order of ``CacheConfig.filters``; a token goes to the first rule that keeps it and has a
-slot free, else it is packed. A user's rule is any object with the members of ``FilterRule``; by name it is found through
+A rule has a budget of retained slots per sequence and layer and is asked once, a tile at a time, when tokens leave the window.
+Rules are asked in the order of ``CacheConfig.filters``, attention sinks first; a token goes to the first rule that keeps it and
+has a slot free, else it is packed. A user's rule is any object with the members of ``FilterRule``; by name it is found through
 its import path ``package.module:Class`` or the entry point ``skvq.filters``.
 """
 

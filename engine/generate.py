@@ -29,10 +29,9 @@ from skvq.engine.evaluate import (
 )
 from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
-from skvq.engine.prefill import exact_prefill, streaming_prefill
+from skvq.engine.prefill import batch_step, exact_prefill, short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
-from skvq.engine.rope import at_positions
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.stress import fill_fast
@@ -40,6 +39,8 @@ from skvq.engine.summary import Summary
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
 
 PREFILLS = ("exact", "streaming")
+SHORT_TOKENS = 128
+"""Most tokens appended to a sequence as decode steps of several tokens instead of streamed."""
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class Engine:
         dummy_weights: bool = False,
         rope_scaling: str | None = None,
         prefill: str = "exact",
+        on_full: str = "stop",
         prefix_cache: bool = False,
         download: bool = True,
         report: Reporter | None = None,
@@ -89,6 +91,8 @@ class Engine:
         calibration: an artifact of ``skvq calibrate``; the default is a cached one, or one made now.
         rope_scaling: ``kind:factor`` to go past the trained context, as ``linear:4`` or ``yarn:4``.
         prefill: how prompts are read, ``exact`` or ``streaming``.
+        on_full: what happens when a sequence reaches max_context: ``stop`` ends its answer, ``shift`` drops its oldest packed
+            pages, all but the attention sinks, and goes on. A prompt longer than max_context is then read by streaming.
         prefix_cache: a prompt that begins like an earlier one takes over its pages and only the rest is read, by streaming:
             faster, but the rest then sees the beginning as it is packed, where exact prefill sees it in full precision.
 
@@ -108,6 +112,7 @@ class Engine:
             dummy_weights=dummy_weights,
             rope_scaling=rope_scaling,
             prefill=prefill,
+            on_full=on_full,
             download=download,
             report=chosen,
         )
@@ -120,7 +125,7 @@ class Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         cache = cache.fitted(self.parts.model.config)
         path = Path(calibration) if calibration is not None else None
-        cache, setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.report)
+        cache, setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.parts.setup.on_full, self.report)
         return Engine(replace(self.parts, cache=cache, setup=setup), self.report)
 
     def warm_up(self) -> None:
@@ -235,19 +240,24 @@ class Engine:
     ) -> Tensor:
         """Append what is pending and ``ids`` to a sequence; logits float32 [V] of the last.
 
-        An empty sequence is read as ``prefill`` says, any other by streaming. With ``checkpoint`` the work is written to that
-        file every so many seconds and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
+        An empty sequence is read as ``prefill`` says, any other by streaming, or a few tokens as decode steps. With
+        ``checkpoint`` the work is written to that file every so many seconds and on Ctrl-C, taken up from it if it exists, and
+        the file is removed when all is read.
         """
         parts, ids = self.parts, [*sequence.pending, *ids]
         start = time.perf_counter()
         reused = self.prefixes.reuse(sequence, ids) if sequence.length == 0 and checkpoint is None else 0
         ids = ids[reused:]
-        exact = sequence.length == 0 and parts.prefill == "exact"
-        reader = exact_prefill if exact else streaming_prefill
-        if sequence.length + len(ids) > parts.setup.max_context:
-            sequence.reserve(len(ids))  # raises, before any work
-        kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
-        logits = parts.model.head(reader(parts.model, parts.rope, sequence, ids, self.report, kept))
+        if len(ids) > parts.setup.on_full.room(sequence):
+            sequence.require(len(ids))  # raises, before any work
+        if checkpoint is None and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
+            hidden = short_prefill(parts.model, parts.rope, sequence, ids)
+        else:
+            exact = sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context
+            kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
+            reader = exact_prefill if exact else streaming_prefill
+            hidden = reader(parts.model, parts.rope, sequence, ids, self.report, kept)
+        logits = parts.model.head(hidden)
         self.prefixes.keep(sequence)
         self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=time.perf_counter() - start)
         return logits
@@ -255,14 +265,8 @@ class Engine:
     @torch.inference_mode()
     def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
         """One token for each sequence of the batch: logits float32 [B, V]."""
-        parts = self.parts
-        batch.begin()
-        rope = at_positions(parts.rope, batch.positions)
-        x = parts.model.embed(as_ids(tokens, batch.slots.device)[:, None])  # [B, 1, d]
-        for layer in range(parts.model.config.num_layers):
-            x = parts.model.layer(layer, x, rope, batch.layer(layer))
-        batch.commit(tokens)
-        return parts.model.head(x[:, 0])
+        model = self.parts.model
+        return model.head(batch_step(model, self.parts.rope, batch, tokens))
 
     def _decode(
         self, sequences: list[SequenceCache], logits: list[Tensor], config: SamplingConfig
@@ -316,6 +320,7 @@ class Engine:
         return Summary(
             **asdict(self.timing),
             cached_tokens=sequence.length,
+            dropped_tokens=sequence.dropped,
             cache_bytes=sequence.nbytes,
             bits_per_element=sequence.bits_per_element,
             times_smaller=16 / sequence.bits_per_element if sequence.length else 0.0,

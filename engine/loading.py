@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from skvq.engine.config import CacheConfig, ModelConfig, RopeConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, pick_device, pick_dtype
-from skvq.engine.methods import CacheMethod, PackedMethod, PlainMethod
+from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
-from skvq.engine.planner import Plan, arena_shape, largest_context, make_plan, regions_of, rules_of, token_bytes
+from skvq.engine.overflow import OnFull, on_full_of
+from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
-from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader
+from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader, held_bytes
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
 from skvq.kernels.registry import BackendUnavailable, get_backend
@@ -81,6 +83,7 @@ def load_parts(
     dummy_weights: bool,
     rope_scaling: str | None,
     prefill: str,
+    on_full: str,
     download: bool,
     report: Reporter,
 ) -> EngineParts:
@@ -96,14 +99,17 @@ def load_parts(
     if calibration is not None:
         cache = with_chosen_bits(cache, calibration, fingerprint=source.fingerprint)
     cache = cache.fitted(config)
-    context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill)
+    as_stored = kernels.name == "numba" and compute == torch.float32
+    weight_bytes = held_bytes(source, compute, as_stored=as_stored)
+    context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill, weight_bytes)
+    full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
     if context > config.trained_context:
         report.message(
             f"{context:,} tokens of context are beyond the {config.trained_context:,} this model was trained for: "
             "memory and speed are real, answers past that length are not to be trusted"
         )
     loaded = LoadedModel(
-        model=Model(config, _weights(source, config, place, compute, kernels.name, report), ops_for(kernels.name)),
+        model=Model(config, _weights(source, config, place, compute, as_stored, report), ops_for(kernels.name)),
         tokenizer=tokenizer,
         rope=frequencies(config, context, place),
         backend=kernels,
@@ -112,15 +118,20 @@ def load_parts(
         dummy=dummy_weights,
     )
     was_open = cache.is_open
-    cache, setup = build_cache(loaded, cache, max_sequences, calibration, report)
+    cache, setup = build_cache(loaded, cache, max_sequences, calibration, full, report)
     if was_open:
-        _, plan = plan_that_fits(config, cache, context, max_sequences, compute, place, prefill)
+        _, plan = plan_that_fits(config, cache, context, max_sequences, compute, place, prefill, weight_bytes)
     return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill)
 
 
 @torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack
 def build_cache(
-    loaded: LoadedModel, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    max_sequences: int,
+    calibration: Path | None,
+    on_full: OnFull,
+    report: Reporter,
 ) -> tuple[CacheConfig, CacheSetup]:
     """Calibration, arena and method of one cache over a loaded model; the cache as calibration has chosen its bits."""
     config = loaded.model.config
@@ -134,7 +145,9 @@ def build_cache(
         ops=loaded.model.ops,
         regions=regions_of(cache, config),
         rules=rules_of(cache),
+        rope=loaded.rope,
         max_context=loaded.context,
+        on_full=on_full,
         packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), loaded.fingerprint, tensors, loaded.rope, shape.dtype),
     )
@@ -156,9 +169,8 @@ def bind_method(
     layouts = layouts_of(cache, config)
     if cache.method == "reorder":
         labels = label_codecs(tensors, config, rope, device)
-        return PackedMethod(arena, layouts, labels, kernels.pack_labels, kernels.unpack_labels, kernels.attend_labels)
-    heads = head_codecs(tensors, cache, config, rope, device)
-    return PackedMethod(arena, layouts, heads, kernels.pack_heads, kernels.unpack_heads, kernels.attend_heads)
+        return LabelMethod(arena, layouts, labels, kernels)
+    return HeadMethod(arena, layouts, head_codecs(tensors, cache, config, rope, device), kernels)
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
@@ -184,15 +196,18 @@ def plan_that_fits(
     compute: torch.dtype,
     device: torch.device,
     prefill: str,
+    weight_bytes: int,
 ) -> tuple[int, Plan]:
     """The context and its plan, which fits. Raises CapacityError, with the largest context that would, if none does."""
     for what, value in (("max_context", max_context), ("max_sequences", max_sequences)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
             raise OptionError(f"{what} must be a positive number, got {value!r}")
     memory = available_memory(device)
-    most = largest_context(config, cache, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill)
+    options: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "memory": memory, "prefill": prefill}
+    options |= {"weight_bytes": weight_bytes}
+    most = largest_context(config, cache, **options)
     context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
-    plan = make_plan(config, cache, context=context, sequences=max_sequences, dtype=compute, memory=memory, prefill=prefill)
+    plan = make_plan(config, cache, context=context, **options)
     try:
         plan.check()
     except CapacityError as error:
@@ -202,9 +217,8 @@ def plan_that_fits(
 
 
 def _weights(
-    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, backend: str, report: Reporter
+    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, as_stored: bool, report: Reporter
 ) -> ModelWeights:
-    as_stored = backend == "numba" and dtype == torch.float32
     with report.bar("loading weights", config.num_parameters) as bar:
         reader = WeightReader(source, bar.advance)
         return load_weights(config, StoredStorage(reader, report) if as_stored else DenseStorage(reader, device, dtype))

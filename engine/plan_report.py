@@ -14,7 +14,7 @@ from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, pick_device, pick_dtype
-from skvq.engine.planner import Plan, gib, largest_context, largest_of, make_plan, page_layouts
+from skvq.engine.planner import Plan, gib, largest_context, largest_of, make_plan, page_layouts, usual_weight_bytes
 from skvq.loaders import config_of
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
@@ -159,6 +159,7 @@ def plan_report(
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
     options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
+    options["weight_bytes"] = usual_weight_bytes(config, "cuda" if card.name in CARDS else card.name, card.dtype)
     plan = make_plan(config, cache, context=context, **options)
     tables = [cache, replace(cache, method="fp")]
     tables += [replace(cache, method="rotate" if cache.method == "fp" else cache.method).with_bits(k, v) for k, v in WIDTHS]

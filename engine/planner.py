@@ -12,12 +12,15 @@ from skvq.engine.arena import ArenaShape, packed_page, plain_page
 from skvq.engine.codecs import layouts_of
 from skvq.engine.config import BITS, CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
-from skvq.engine.filters import FilterRule
+from skvq.engine.filters import AttentionSinks, FilterRule
 from skvq.engine.regions import Regions
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout, stored_bits
 
 SPARE_PAGES = 2
 """Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
+
+PIECE_TOKENS = 8 * PAGE_TOKENS
+"""Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
 
 CHUNK_TOKENS = 1024
 """Tokens that go through a layer's projections and MLP at once in prefill."""
@@ -56,14 +59,16 @@ def largest_of(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...
 
 
 def rules_of(cache: CacheConfig) -> tuple[FilterRule, ...]:
-    """Filter rules in force: a 16-bit cache loses nothing, so none is asked."""
-    return () if cache.method == "fp" else cache.filters
+    """Filter rules in force, attention sinks first: a 16-bit cache loses nothing, so none is asked."""
+    return () if cache.method == "fp" else tuple(sorted(cache.filters, key=lambda rule: not isinstance(rule, AttentionSinks)))
 
 
 def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
-    """Sizes of a sequence's three regions."""
-    retained = sum(rule.budget for rule in rules_of(cache))
-    return Regions(window=cache.window, tile=page_layouts(cache, model)[0].tile, retained=retained)
+    """Sizes of a sequence's three regions. A 16-bit cache has slots for the sinks too: they may outlive their page."""
+    sinks = sum(rule.budget for rule in cache.filters if isinstance(rule, AttentionSinks))
+    others = sum(rule.budget for rule in rules_of(cache) if not isinstance(rule, AttentionSinks))
+    tile = page_layouts(cache, model)[0].tile
+    return Regions(window=cache.window, tile=tile, retained=sinks + others, sinks=sinks)
 
 
 def cache_dtype(compute: torch.dtype) -> torch.dtype:
@@ -128,6 +133,12 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
+def usual_weight_bytes(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> int:
+    """Weights of a model of which only the shape is known: on the CPU 16-bit files are held as they are."""
+    on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
+    return model.num_parameters * (2 if on_cpu else dtype.itemsize)
+
+
 def make_plan(
     model: ModelConfig,
     cache: CacheConfig,
@@ -136,12 +147,13 @@ def make_plan(
     sequences: int,
     dtype: torch.dtype,
     memory: int,
-    weight_bytes: int | None = None,
+    weight_bytes: int,
     prefill: str = "exact",
 ) -> Plan:
     """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
 
-    While calibration has yet to spend a budget of bits, it is what no choice within the budget exceeds.
+    ``weight_bytes`` from ``storage.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect. While calibration
+    has yet to spend a budget of bits, it is what no choice within the budget exceeds.
     """
     options: dict[str, Any] = {"context": context, "sequences": sequences, "dtype": dtype, "memory": memory}
     plans = [_plan(model, c, **options, weight_bytes=weight_bytes, prefill=prefill) for c in largest_of(cache, model)]
@@ -156,7 +168,7 @@ def _plan(
     sequences: int,
     dtype: torch.dtype,
     memory: int,
-    weight_bytes: int | None,
+    weight_bytes: int,
     prefill: str,
 ) -> Plan:
     shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
@@ -165,13 +177,15 @@ def _plan(
     width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
     staged = context if prefill == "exact" else min(context, 2 * 8192)
     packed = shape.pages * shape.page_bytes
+    kv = model.num_kv_heads * model.head_size
+    packing = 2 * kv * (2 * min(context, PIECE_TOKENS) + 8 * PAGE_TOKENS)  # a piece in 16 bits, of which a stretch in float32
     parts = {
-        "weights": model.num_parameters * size if weight_bytes is None else weight_bytes,
+        "weights": weight_bytes,
         "cache: packed pages": packed,
         "cache: window and retained": shape.nbytes - packed,
         "hidden states of the prompt": (context if prefill == "exact" else chunk) * model.hidden_size * size,
-        "one layer's keys and values": 2 * staged * model.num_kv_heads * model.head_size * size,
-        "workspace": chunk * width * max(size, 4) + 6 * model.vocab_size * 4,
+        "one layer's keys and values": 2 * staged * kv * size,
+        "workspace": chunk * width * max(size, 4) + packing + 6 * model.vocab_size * 4,
     }
     return Plan(context=context, parts=parts, memory=memory, bits_per_element=bits_per_element(cache, model))
 

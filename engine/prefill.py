@@ -14,8 +14,9 @@ from skvq.engine.evaluate import as_ids
 from skvq.engine.model import Model
 from skvq.engine.planner import CHUNK_TOKENS
 from skvq.engine.report import Reporter
+from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import at_positions
-from skvq.engine.steps import ExactLayer, StreamingLayer
+from skvq.engine.steps import DecodeBatch, ExactLayer, StreamingLayer
 from skvq.kernels.interface import RopeFrequencies
 
 
@@ -38,6 +39,32 @@ def chunk_work(model: Model, start: int, stop: int) -> float:
     return (stop - start) * (linear + q * (start + stop))
 
 
+def batch_step(model: Model, rope: RopeFrequencies, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
+    """The next tokens of each sequence of a batch, row by row, [B * N]: hidden state [B, d] of each row's last."""
+    batch.begin()
+    turn = at_positions(rope, batch.turns)
+    x = model.embed(as_ids(tokens, batch.slots.device).view(batch.positions.shape))  # [B, N, d]
+    for layer in range(model.config.num_layers):
+        x = model.layer(layer, x, turn, batch.layer(layer))
+    batch.commit(tokens)
+    return x[:, -1]
+
+
+def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
+    """Append a few ``ids`` to a sequence as decode steps of several tokens; hidden state [d] of the last.
+
+    The fused attention reads packed pages once for all of them, where streaming stages every page to 16 bits first.
+    """
+    rest = list(ids)
+    while rest:
+        count = min(len(rest), sequence.ring_room)
+        piece, rest = rest[:count], rest[count:]
+        batch = DecodeBatch([sequence], model.config.attention_spans, count)
+        with all_or_nothing(sequence):
+            x = batch_step(model, rope, batch, piece)
+    return x[0]
+
+
 def exact_prefill(
     model: Model,
     rope: RopeFrequencies,
@@ -46,7 +73,7 @@ def exact_prefill(
     report: Reporter,
     checkpoint: Checkpoint,
 ) -> Tensor:
-    """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers."""
+    """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers. Broken off, it is empty."""
     embedding = model.weights.embedding
     config, count = model.config, len(ids)
     sequence.reserve(count)
@@ -57,23 +84,24 @@ def exact_prefill(
     pieces = chunks(count)
     mass = torch.zeros(count, device=embedding.device)
     state = ExactState(hidden=x, keys=keys, values=values, mass=mass, chunk_tokens=CHUNK_TOKENS)
-    checkpoint.resume_exact(sequence, ids, state)
-    work = [chunk_work(model, *piece) for piece in pieces]
-    total = (config.num_layers - state.layer) * sum(work) - sum(work[: state.chunk])
-    with report.bar(f"reading {count:,} tokens", total) as bar, checkpoint.watch():
-        for layer in range(state.layer, config.num_layers):
-            cache = ExactLayer(sequence, layer, keys, values, config.attention_spans[layer])
-            cache.resume(state.filled, mass)
-            for start, stop in pieces[state.chunk :]:
-                turn = at_positions(rope, torch.arange(start, stop, device=x.device)[None])
-                x[start:stop] = model.layer(layer, x[None, start:stop], turn, cache)[0]
-                bar.advance(chunk_work(model, start, stop))
-                state.chunk += 1
-                checkpoint.exact_point(sequence, state)
-            cache.finish(tokens)
-            mass.zero_()
-            state.layer, state.chunk = layer + 1, 0
-    sequence.commit(ids)
+    with checkpoint.watch(), all_or_nothing(sequence):
+        checkpoint.resume_exact(sequence, ids, state)
+        work = [chunk_work(model, *piece) for piece in pieces]
+        total = (config.num_layers - state.layer) * sum(work) - sum(work[: state.chunk])
+        with report.bar(f"reading {count:,} tokens", total) as bar:
+            for layer in range(state.layer, config.num_layers):
+                cache = ExactLayer(sequence, layer, keys, values, config.attention_spans[layer])
+                cache.resume(state.filled, mass)
+                for start, stop in pieces[state.chunk :]:
+                    turn = at_positions(rope, torch.arange(start, stop, device=x.device)[None])
+                    x[start:stop] = model.layer(layer, x[None, start:stop], turn, cache)[0]
+                    bar.advance(chunk_work(model, start, stop))
+                    state.chunk += 1
+                    checkpoint.exact_point(sequence, state)
+                cache.finish(tokens)
+                mass.zero_()
+                state.layer, state.chunk = layer + 1, 0
+        sequence.commit(ids)
     checkpoint.done()
     return x[-1]
 
@@ -86,27 +114,32 @@ def streaming_prefill(
     report: Reporter,
     checkpoint: Checkpoint,
 ) -> Tensor:
-    """Append ``ids`` to a sequence, whatever it holds; hidden state [d] of the last token after all layers."""
+    """Append ``ids`` to a sequence, whatever it holds; hidden state [d] of the last token after all layers.
+
+    Broken off, the sequence holds the chunks that were finished and can be used.
+    """
     config = model.config
     device = model.weights.embedding.device
-    pieces = chunks(len(ids), sequence.length)
-    offset = sequence.length
+    begin = sequence.length + sequence.dropped
+    pieces = chunks(len(ids), begin)
     checkpoint.resume_streaming(sequence, ids)
-    pieces = [piece for piece in pieces if piece[0] >= sequence.length]
+    pieces = [piece for piece in pieces if piece[0] >= sequence.length + sequence.dropped]
     total = config.num_layers * sum(chunk_work(model, *piece) for piece in pieces)
     x = model.weights.norm  # replaced: there is at least one token
     with report.bar(f"reading {len(ids):,} tokens", total) as bar, checkpoint.watch():
         for start, stop in pieces:
-            piece = ids[start - offset : stop - offset]
+            piece = ids[start - begin : stop - begin]
             sequence.reserve(len(piece))
             tokens = as_ids(piece, device)
-            turn = at_positions(rope, torch.arange(start, stop, device=device)[None])
-            x = model.embed(tokens)[None]
-            for layer in range(config.num_layers):
-                x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, config.attention_spans[layer], tokens))
-                bar.advance(chunk_work(model, start, stop))
-            sequence.commit(piece)
-            if stop < offset + len(ids):
+            first = sequence.origin + sequence.length
+            turn = at_positions(rope, torch.arange(first, first + len(piece), device=device)[None])
+            with all_or_nothing(sequence):
+                x = model.embed(tokens)[None]
+                for layer in range(config.num_layers):
+                    x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, config.attention_spans[layer], tokens))
+                    bar.advance(chunk_work(model, start, stop))
+                sequence.commit(piece)
+            if stop < begin + len(ids):
                 checkpoint.streaming_point(sequence)
     checkpoint.done()
     return x[0, -1]

@@ -16,9 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.rollback import SLOT_TENSORS
 from skvq.kernels.layout import PAGE_TOKENS
-
-SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
 
 
 class Prefixes(Protocol):
@@ -87,7 +86,7 @@ class PagePrefixes:
         return count
 
     def keep(self, sequence: SequenceCache) -> None:
-        if self._setup.needs_mass:
+        if self._setup.needs_mass or sequence.dropped:  # what is left of a text is the beginning of none
             return
         keys = list(_chain(sequence.token_ids, sequence.packed))
         new = [(key, page) for key, page in zip(keys, sequence.pages, strict=False) if key not in self._entries]

@@ -26,6 +26,7 @@ class Regions:
     window: int
     tile: int
     retained: int
+    sinks: int = 0  # the first of the retained slots: they belong to the attention sinks
 
     @property
     def ring(self) -> int:

@@ -36,6 +36,12 @@ def at_positions(rope: RopeFrequencies, positions: Tensor) -> StepRope:
     return StepRope((angle.cos() * rope.scale).float(), (angle.sin() * rope.scale).float())
 
 
+def turned(x: Tensor, by: int, rope: RopeFrequencies) -> Tensor:
+    """``x`` [T, heads, D] turned ``by`` positions on from where each is, in x's dtype; its scale stays."""
+    step = at_positions(RopeFrequencies(inv_freq=rope.inv_freq, scale=1.0), torch.tensor([[by]], device=x.device))
+    return step.turn(x[None])[0]
+
+
 def frequencies(config: ModelConfig, context: int, device: torch.device) -> RopeFrequencies:
     """Frequencies of a model for sequences of up to ``context`` tokens.
 

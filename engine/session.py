@@ -53,7 +53,7 @@ def open_session(identity: Identity, path: Path) -> Container:
 
 def header_of(sequence: SequenceCache) -> dict[str, Any]:
     """Whose the tensors are and how long the sequence is."""
-    lengths = {"length": sequence.length, "packed": sequence.packed, "pending": sequence.pending}
+    lengths = {"length": sequence.length, "packed": sequence.packed, "dropped": sequence.dropped, "pending": sequence.pending}
     return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths}
 
 
@@ -67,12 +67,12 @@ def check_header(identity: Identity, file: Container, kind: str) -> None:
 def fill_from(sequence: SequenceCache, file: Container) -> None:
     """Fill an empty sequence from a verified file in time proportional to its bytes. CapacityError if it is too long."""
     assert sequence.length == 0, "a session is restored into an empty sequence"
-    length, packed, pending = (file.header[name] for name in ("length", "packed", "pending"))
+    length, packed, dropped, pending = (file.header[name] for name in ("length", "packed", "dropped", "pending"))
     layers = range(sequence.setup.arena.shape.layers)
     tiles = expect_tiles(sequence, file, layers, packed)
     slots = expect_slots(sequence, file)
     ids = file.expect("token_ids", torch.int32, (length,)).tolist()
-    sequence.adopt(ids, packed, pending)
+    sequence.adopt(ids, packed, dropped, pending)
     write_tiles(sequence, tiles, layers)
     write_slots(sequence, slots)
 

@@ -1,4 +1,5 @@
 """``skvq bench soak``: random append, fork, truncate, save, restore and free, with every invariant checked after each step.
+A sequence whose context is full drops its oldest pages and goes on.
 
 Each sequence has a shadow: what reading it back must give. A token in the window or retained reads back as it was given, bit
 for bit; a packed one reads back close to it once, and from then on exactly as it did then, whatever else happens.
@@ -60,14 +61,20 @@ class SoakError(SkvqError):
 
 @dataclass(slots=True)
 class Shadow:
-    """What a sequence must read back as: [2, L, T, KH, D] float32 (keys, values), and how much of it was packed."""
+    """What a sequence must read back as: [2, L, T, KH, D] float32 (keys, values), how much of it was packed, and dropped."""
 
     content: Tensor
     packed: int
+    dropped: int = 0
 
     def clone(self) -> Shadow:
         """An independent copy."""
-        return Shadow(self.content.clone(), self.packed)
+        return Shadow(self.content.clone(), self.packed, self.dropped)
+
+    def drop(self, dropped: int) -> None:
+        """Forget the oldest tokens as a full sequence does, so that ``dropped`` are gone in all."""
+        count, self.dropped = dropped - self.dropped, dropped
+        self.content, self.packed = self.content[:, :, count:], self.packed - count
 
     def truncate(self, length: int, packed: int, dtype: torch.dtype) -> None:
         """Forget tokens from ``length`` on; those that leave their tile for the window are rounded to 16 bits."""
@@ -112,7 +119,7 @@ class Soak:
         self.saved: dict[Path, Shadow] = {}
         self.count: Counter[str] = Counter()
         self.nbytes = setup.arena.nbytes
-        self.most_tokens = 0
+        self.most_tokens = self.most_dropped = 0
         for name, tensor in setup.arena.tensors.items():
             if name not in ("full_positions", "page_table"):
                 tensor.view(torch.uint8).fill_(0x7F)  # NaN in every type: what was never written must never be read
@@ -138,6 +145,7 @@ class Soak:
         """No page lost, none shared wrongly, no byte more or less, nothing changed."""
         self.setup.arena.check({s.slot: s.pages for s, _ in self.live})
         assert self.setup.arena.nbytes == self.nbytes, "the arena has grown"
+        self.most_dropped = max(self.most_dropped, *(s.dropped for s, _ in self.live), 0)
         self.most_tokens = max(self.most_tokens, sum(s.length for s, _ in self.live))
         if self.live:
             verify(*self.live[-1])  # the one just used
@@ -163,7 +171,10 @@ class Soak:
         shape = self.setup.arena.shape
         count = self.random.randint(1, LONGEST_APPEND)
         new = torch.randn(2, shape.layers, count, shape.kv_heads, shape.head_size, generator=self.generator).to(shape.dtype)
-        append(sequence, list(new[0]), list(new[1]), [self.random.randrange(256) for _ in range(count)])
+        try:
+            append(sequence, list(new[0]), list(new[1]), [self.random.randrange(256) for _ in range(count)])
+        finally:
+            shadow.drop(sequence.dropped)  # refused for want of pages or not
         shadow.content = torch.cat([shadow.content, new.float()], 2)
 
     def fork(self) -> None:
@@ -175,6 +186,7 @@ class Soak:
         length = self.random.randint(max(0, sequence.length - 600), sequence.length)
         sequence.truncate(length)
         shadow.truncate(length, sequence.packed, self.setup.arena.shape.dtype)
+        shadow.dropped = sequence.dropped
 
     def save(self) -> None:
         sequence, shadow = self.pick()
@@ -205,7 +217,14 @@ def soak(steps: int, seed: int, backend: Backend, report: Reporter) -> dict[str,
     """Run ``steps`` random operations on a small cache. Raises SoakError when an invariant breaks; figures if none does."""
     device = torch.device("cpu")
     setup = bare_setup(
-        SHAPE, CACHE, max_context=CONTEXT, max_sequences=SEQUENCES, backend=backend, dtype=torch.float32, device=device
+        SHAPE,
+        CACHE,
+        max_context=CONTEXT,
+        max_sequences=SEQUENCES,
+        backend=backend,
+        dtype=torch.float32,
+        device=device,
+        on_full="shift",
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="skvq-soak-") as folder:
@@ -216,6 +235,7 @@ def soak(steps: int, seed: int, backend: Backend, report: Reporter) -> dict[str,
         "seed": seed,
         "operations": dict(sorted(state.count.items())),
         "most_tokens": state.most_tokens,
+        "most_dropped": state.most_dropped,
         "arena_bytes": state.nbytes,
         "backend": backend.name,
         "seconds": round(time.perf_counter() - start, 3),

@@ -7,20 +7,23 @@ and differs in what attention sees and where the new tokens go:
     DenseLayer      a whole text, dense causal attention in full precision, nothing kept          (Engine.logits)
     ExactLayer      the same, and the layer's keys and values are packed when its last chunk is done   (exact prefill)
     StreamingLayer  a chunk of one sequence against its packed cache, staged in segments            (streaming prefill)
-    DecodeLayer     one token of each sequence of a batch, through the backend's fused attention    (decode)
+    DecodeLayer     the next tokens of each sequence of a batch, through the backend's fused attention  (decode, short reads)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.config import FULL_SPAN
+from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal
 from skvq.kernels.interface import Step
@@ -97,7 +100,11 @@ class StreamingLayer:
         outs, lses = [], []
         for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, sequence.packed - start)
-            out, lse = self._attend_packed(q, start, count)
+            out, lse = self._attend_block(q, *sequence.stage(self.layer, start, count), start)
+            outs.append(out.float())
+            lses.append(lse)
+        if sequence.orphans:
+            out, lse = self._attend_block(q, *sequence.sinks(self.layer), 0)
             outs.append(out.float())
             lses.append(lse)
         out, lse = attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span)
@@ -108,8 +115,10 @@ class StreamingLayer:
         sequence.absorb(self.layer, keys, values, mass, self.ids)
         return out.to(q.dtype)[None]
 
-    def _attend_packed(self, q: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-        keys, values = (t.to(q.dtype).transpose(0, 1) for t in self.sequence.stage(self.layer, start, count))
+    def _attend_block(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Attention over tokens from ``start`` on, [T, KH, D], all of them before the first query."""
+        count = len(keys)
+        keys, values = (t.to(q.dtype).transpose(0, 1) for t in (keys, values))
         if self.sequence.length + len(q) - 1 - start < self.span:  # the last query still sees the first token
             return attend_all(q, keys, values)
         outs, lses = [], []
@@ -139,31 +148,52 @@ def last_token_step(sequence: SequenceCache) -> Step:
 
 
 class DecodeBatch:
-    """One decode step after another of B sequences: tensors that name their places, moved in place between steps."""
+    """One step after another of B sequences, N tokens of each: tensors that name their places, moved in place between steps."""
 
-    def __init__(self, sequences: Sequence[SequenceCache], spans: Sequence[int]) -> None:
+    def __init__(self, sequences: Sequence[SequenceCache], spans: Sequence[int], tokens: int = 1) -> None:
         self.sequences = list(sequences)
         self.spans = spans
         self.setup: CacheSetup = sequences[0].setup
+        self.mass: list[list[tuple[Any, Tensor]]] = []  # of each row: where attention mass goes and what it becomes
         self.full = [self.setup.arena.full(layer) for layer in range(len(spans))]
         device = self.setup.arena.page_table.device
-        count = len(self.sequences)
+        count, self.tokens = len(self.sequences), tokens
         self.slots = torch.tensor([s.slot for s in self.sequences], dtype=torch.int64, device=device)
-        self.positions = torch.zeros(count, 1, dtype=torch.int32, device=device)
+        self.rows = self.slots.repeat_interleave(tokens)  # [B * N]
+        self.positions = torch.zeros(count, tokens, dtype=torch.int32, device=device)
+        self.turns = torch.zeros(count, tokens, dtype=torch.int64, device=device)  # RoPE positions
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
-        self.ring_slots = torch.zeros(count, dtype=torch.int64, device=device)
+        self.ring_slots = torch.zeros(count * tokens, dtype=torch.int64, device=device)
 
     def begin(self) -> None:
-        """Make room for one token of each sequence and say where it goes."""
+        """Make room for the next tokens of each sequence and say where they go. They fit the ring (``ring_room``)."""
         for sequence in self.sequences:
-            sequence.reserve(1)
-        lengths = [s.length for s in self.sequences]
+            sequence.reserve(self.tokens)
+            assert self.tokens <= sequence.ring_room, (self.tokens, sequence.ring_room)
+        self.mass = [[] for _ in self.sequences]
+        places = [range(s.length, s.length + self.tokens) for s in self.sequences]
         regions = self.setup.regions
-        self.positions.copy_(torch.tensor(lengths, dtype=torch.int32)[:, None])
+        self.methods = [s.method for s in self.sequences]
+        self.positions.copy_(torch.tensor([list(row) for row in places], dtype=torch.int32))
+        self.turns.copy_(self.positions + torch.tensor([s.origin for s in self.sequences])[:, None].to(self.turns))
         self.packed.copy_(torch.tensor([s.packed for s in self.sequences], dtype=torch.int32))
-        self.ring_slots.copy_(torch.tensor([regions.slot(n) for n in lengths]))
-        self.setup.arena.tensors["full_positions"][:, self.slots, self.ring_slots] = self.positions[:, 0]
-        self.setup.arena.tensors["full_mass"][:, self.slots, self.ring_slots] = 0
+        self.ring_slots.copy_(torch.tensor([regions.slot(n) for row in places for n in row]))
+        self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.flatten()
+        self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = 0
+
+    def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """One call for the batch, or one for each sequence where they have dropped different numbers of tokens."""
+        if all(method is self.methods[0] for method in self.methods):
+            return self.methods[0].attend(layer, q, step)
+        rows = [slice(i, i + 1) for i in range(len(self.methods))]
+        singles = [
+            method.attend(
+                layer, q[row], replace(step, slots=step.slots[row], positions=step.positions[row], packed=step.packed[row])
+            )
+            for method, row in zip(self.methods, rows, strict=True)
+        ]
+        outs, lses = zip(*singles, strict=True)
+        return torch.cat(outs), torch.cat(lses)
 
     def layer(self, layer: int) -> DecodeLayer:
         """The cache of one layer for this step."""
@@ -178,25 +208,34 @@ class DecodeBatch:
         return DecodeLayer(self, layer, step)
 
     def commit(self, token_ids: Sequence[int]) -> None:
-        """The step is over; a window that has grown by a tile is packed, in every layer."""
-        for sequence, token in zip(self.sequences, token_ids, strict=True):
-            if sequence.packed_after(1) > sequence.packed:
-                ids = torch.tensor([token], device=self.slots.device)
-                for layer in range(len(self.spans)):
-                    sequence.absorb(layer, *sequence.window(layer, sequence.length + 1), ids)
-            sequence.commit([token])
+        """The step is over; a window that has grown by a tile is packed, in every layer. token_ids: row by row, [B * N]."""
+        count = self.tokens
+        assert len(token_ids) == count * len(self.sequences), (len(token_ids), count, len(self.sequences))
+        for row, sequence in enumerate(self.sequences):
+            new = list(token_ids[row * count : (row + 1) * count])
+            packs = sequence.packed_after(count) > sequence.packed
+            with all_or_nothing(sequence) if packs else nullcontext():
+                for at, mass in self.mass[row]:
+                    self.setup.arena.tensors["full_mass"][at] = mass
+                if packs:
+                    ids = torch.tensor(new, device=self.slots.device)
+                    for layer in range(len(self.spans)):
+                        sequence.absorb(layer, *sequence.window(layer, sequence.length + count), ids)
+                sequence.commit(new)
 
 
 class DecodeLayer:
-    """One token of each sequence: written into its window, then attended with everything before it."""
+    """The next tokens of each sequence: written into its window, then attended with everything before them."""
 
     def __init__(self, batch: DecodeBatch, layer: int, step: Step) -> None:
         self.batch, self.layer, self.step = batch, layer, step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         batch, setup = self.batch, self.batch.setup
-        q = setup.ops.turn_to_slots(q, k, v, rope.cos, rope.sin, batch.full[self.layer], batch.slots, batch.ring_slots)
-        out, lse = setup.method.attend(self.layer, q, self.step)
+        q_rows, k_rows, v_rows, cos, sin = (t.flatten(0, 1)[:, None] for t in (q, k, v, rope.cos, rope.sin))  # [B * N, 1, ...]
+        turned = setup.ops.turn_to_slots(q_rows, k_rows, v_rows, cos, sin, batch.full[self.layer], batch.rows, batch.ring_slots)
+        q = turned.view(q.shape)
+        out, lse = batch.attend(self.layer, q, self.step)
         if setup.needs_mass:
             self._add_mass(q, lse)
         return out
@@ -206,11 +245,11 @@ class DecodeLayer:
         mass = setup.arena.tensors["full_mass"][self.layer]
         for row, sequence in enumerate(self.batch.sequences):
             first = max(sequence.packed, sequence.length - setup.regions.window)
-            at = torch.arange(first, sequence.length + 1, device=q.device)
+            at = torch.arange(first, sequence.length + self.batch.tokens, device=q.device)
             slots = setup.regions.retained + at % setup.regions.ring
             seen = mass[sequence.slot, slots]
             add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window)
-            mass[sequence.slot, slots] = seen
+            self.batch.mass[row].append(((self.layer, sequence.slot, slots), seen))
 
 
 def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int) -> None:

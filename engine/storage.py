@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from math import prod
 from typing import Protocol
 
 import torch
@@ -21,9 +22,12 @@ from skvq.engine.linear import (
 )
 from skvq.engine.report import Reporter
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
-from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
+from skvq.kernels.numba_cpu.half_matrix import STEP, HalfMatrix
 from skvq.loaders import check_finite
+from skvq.loaders.names import expected_shapes
 from skvq.loaders.source import QuantizedBlocks, WeightSource
+
+HALVES = (str(torch.float16), str(torch.bfloat16))
 
 
 class Storage(Protocol):
@@ -118,6 +122,17 @@ class StoredStorage:
             self._report.message(f"blocks of type {blocks.kind} are held as float32: more memory, slower decoding")
         data = self._reader.read(name)
         return (str(data.dtype), data.contiguous()) if HalfMatrix.takes(data) else ("floats", data.float())
+
+
+def held_bytes(source: WeightSource, dtype: torch.dtype, *, as_stored: bool) -> int:
+    """Bytes that all weights of a source will take in ``StoredStorage`` or ``DenseStorage``; nothing is read."""
+    total = 0
+    for name, shape in expected_shapes(source.config).items():
+        kind, nbytes = source.stored(name)
+        half = kind in HALVES and shape[-1] % STEP == 0
+        kept = as_stored and len(shape) == 2 and (half or BlockMatrix.takes(kind))
+        total += nbytes if kept else prod(shape) * (4 if as_stored else dtype.itemsize)
+    return total
 
 
 def _matrix(form: str, data: Tensor) -> StoredMatrix:

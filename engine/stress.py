@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.cache import PIECE_TOKENS, CacheSetup, SequenceCache
+from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.identity import identity_of
 from skvq.engine.loading import bind_method
 from skvq.engine.machine import available_memory
-from skvq.engine.planner import arena_shape, gib, largest_of, regions_of, rules_of, token_bytes
+from skvq.engine.overflow import on_full_of
+from skvq.engine.planner import PIECE_TOKENS, arena_shape, gib, largest_of, regions_of, rules_of, token_bytes
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.kernels.interface import Backend
@@ -45,6 +46,7 @@ def bare_setup(
     backend: Backend,
     dtype: torch.dtype,
     device: torch.device,
+    on_full: str = "stop",
 ) -> CacheSetup:
     """What sequences share, without weights: a calibration is made up. Raises CapacityError if the arena does not fit."""
     cache = largest_of(cache.fitted(config), config)[0]
@@ -64,7 +66,9 @@ def bare_setup(
         ops=ops_for(backend.name),
         regions=regions_of(cache, config),
         rules=rules_of(cache),
+        rope=rope,
         max_context=max_context,
+        on_full=on_full_of(on_full, regions_of(cache, config), max_context),
         packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), "no model", tensors, rope, shape.dtype),
     )
@@ -117,8 +121,7 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
     """
     shape, device = sequence.setup.arena.shape, sequence.page_row.device
     last = sequence.length + count
-    if last > sequence.setup.max_context:
-        sequence.reserve(count)  # raises
+    sequence.require(count)
     generator = torch.Generator().manual_seed(seed)
     size = (min(count, PIECE_TOKENS), shape.kv_heads, shape.head_size)
     with report.bar(f"filling {count:,} random tokens", count) as bar:

@@ -16,6 +16,7 @@ class Summary:
     new_tokens: int
     decode_seconds: float
     cached_tokens: int
+    dropped_tokens: int  # older ones, whose pages made room
     cache_bytes: int
     bits_per_element: float
     times_smaller: float
@@ -35,12 +36,13 @@ class Summary:
 
     def line(self) -> str:
         """For people."""
+        dropped = f" after {self.dropped_tokens:,} that were dropped" if self.dropped_tokens else ""
         reused = f"reused {self.reused_tokens:,} tokens, " if self.reused_tokens else ""
         return (
             f"{reused}read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
             f"wrote {self.new_tokens:,} at {self.decode_tokens_per_s:,.1f} tokens/s ({self.backend}, {self.device}); "
-            f"cache of {self.cached_tokens:,} tokens: {self.cache_bytes / 1e6:,.2f} MB, {self.bits_per_element:.2f} bits per "
-            f"element ({self.method}), {self.times_smaller:.1f} times smaller than 16-bit"
+            f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, "
+            f"{self.bits_per_element:.2f} bits per element ({self.method}), {self.times_smaller:.1f} times smaller than 16-bit"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class SafetensorsSource:
             raise unknown_weight(name, self._where)
         return _read(self._entries[name], name)
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Type and bytes of the weight."""
+        tensor = self.read(name)  # a view: nothing is read
+        return str(tensor.dtype), tensor.nbytes
+
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """None: safetensors hold whole numbers of values, not blocks."""
         return None

@@ -63,6 +63,12 @@ class DummySource:
             list(pool.map(lambda start: self._fill(f"{name} {start}", flat[start : start + CHUNK], deviation), starts))
         return flat.view(shape)
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Always bfloat16."""
+        if name not in self._shapes:
+            raise unknown_weight(name, self.where)
+        return str(torch.bfloat16), 2 * prod(self._shapes[name])
+
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """None: dummy weights are not stored in blocks."""
         return None

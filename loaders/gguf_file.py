@@ -90,6 +90,13 @@ class GgufSource:
         order = self._row_order(name)
         return torch.from_numpy(values if order is None else values[order])
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Block type and bytes as stored, or those of the float32 numbers that single values are expanded to."""
+        item = self._item(name)
+        if item.kind.name in PLAIN_TYPES or len(item.shape) != 2:
+            return str(torch.float32), 4 * prod(item.shape)
+        return item.kind.name, item.data.nbytes
+
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """The weight as stored, or None if it is stored as single values. A copy: it outlives the source."""
         item = self._item(name)

@@ -49,6 +49,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """The weight in its stored type (float32 if it had to be expanded); may alias a memory map: do not write."""
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """What ``read`` or ``blocks`` would give, without reading it: ggml block type or torch dtype, and bytes."""
+
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """The weight unexpanded, or None where it is not stored in blocks."""
 

@@ -68,7 +68,8 @@ def stream(engine: Engine, sequence: SequenceCache, text: Trace) -> Tensor:
     """Streaming prefill of one chunk: attention output [T, H, D]."""
     sequence.reserve(len(text))
     layer = StreamingLayer(sequence, 0, engine.parts.model.config.attention_spans[0], torch.tensor(text.ids))
-    out = layer.attend(text.q, text.k, text.v, _rope(engine, sequence.length, sequence.length + len(text)))[0]
+    first = sequence.origin + sequence.length
+    out = layer.attend(text.q, text.k, text.v, _rope(engine, first, first + len(text)))[0]
     sequence.commit(text.ids)
     return out
 
@@ -80,7 +81,7 @@ def decode(engine: Engine, sequences: Sequence[SequenceCache], texts: Sequence[T
     for i in range(len(texts[0])):
         batch.begin()
         q, k, v = (torch.cat([getattr(text, name)[:, i : i + 1] for text in texts]) for name in "qkv")
-        outs.append(batch.layer(0).attend(q, k, v, at_positions(engine.parts.rope, batch.positions)))
+        outs.append(batch.layer(0).attend(q, k, v, at_positions(engine.parts.rope, batch.turns)))
         batch.commit([text.ids[i] for text in texts])
     return torch.cat(outs, 1)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import tiny_config
@@ -56,7 +60,7 @@ def test_the_arena_is_what_the_plan_says_to_the_byte(
     model = tiny_config(num_layers=layers, num_heads=heads, num_kv_heads=heads, head_size=size)
     cache = CacheConfig(method=method, key_bits=bits[0], value_bits=bits[1], group_size=32, window=window, filters=rules)
     shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
-    plan = make_plan(model, cache, context=context, sequences=sequences, dtype=dtype, memory=2**40)
+    plan = make_plan(model, cache, context=context, sequences=sequences, dtype=dtype, memory=2**40, weight_bytes=1)
     arena = Arena(shape, torch.device("cpu"))
     assert arena.nbytes == shape.nbytes == cache_parts(plan)
     packed = regions_of(cache, model).packed(context)
@@ -69,6 +73,24 @@ def test_an_engine_allocates_what_it_planned(tmp_path: Path) -> None:
     engine = tiny_engine(tiny_folder(tmp_path), tiny_cache(key_bits=1.5), max_context=3001, max_sequences=3)
     assert engine.parts.setup.arena.nbytes == cache_parts(engine.parts.plan)
     assert engine.parts.model.weights.nbytes == engine.parts.plan.parts["weights"]
+
+
+@pytest.mark.parametrize("backend, bytes_a_weight", [("reference", 4), ("numba", 2)])
+def test_weights_are_what_the_plan_says_to_the_byte(tmp_path: Path, backend: str, bytes_a_weight: int) -> None:
+    """On the CPU kernels multiply 16-bit weights as they are."""
+    engine = tiny_engine(tiny_folder(tmp_path, qkv_bias=True, family="qwen2"), tiny_cache(), backend=backend)
+    planned = engine.parts.plan.parts["weights"]
+    assert engine.parts.model.weights.nbytes == planned
+    assert planned / engine.parts.model.config.num_parameters == pytest.approx(bytes_a_weight, rel=0.02)
+
+
+def test_a_whole_run_peaks_where_it_was_planned(tmp_path: Path) -> None:
+    """Weights, arena, hidden states, one layer's keys and values and workspace: about half a gigabyte, within 5 %."""
+    script = ROOT / "benchmarks" / "plan_vs_measured.py"
+    done = subprocess.run([sys.executable, str(script), "--quick"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert row["planned"] > 400 * 2**20 and row["ratio"] == pytest.approx(1, abs=0.05), row
 
 
 def mistral(**changes: object) -> ModelConfig:
@@ -88,13 +110,13 @@ def test_a_million_tokens_take_the_gigabytes_that_were_promised(
 ) -> None:
     """Mistral-7B and Llama-2-7B, groups of 128: packed pages as in design.md, section 9 (to the digit it prints)."""
     cache = CacheConfig(key_bits=key_bits, value_bits=value_bits, group_size=128)
-    plan = make_plan(model, cache, context=2**20, sequences=1, dtype=torch.bfloat16, memory=2**40)
+    plan = make_plan(model, cache, context=2**20, sequences=1, dtype=torch.bfloat16, memory=2**40, weight_bytes=1)
     assert plan.parts["cache: packed pages"] / 1e9 == pytest.approx(gigabytes, abs=0.1)
 
 
 @pytest.mark.parametrize("method", ["fp", "rotate"])
 def test_the_largest_context_fits_and_a_page_more_does_not(method: str) -> None:
-    options = {"sequences": 2, "dtype": torch.bfloat16, "memory": 40 * 2**30, "prefill": "streaming"}
+    options = {"sequences": 2, "dtype": torch.bfloat16, "memory": 40 * 2**30, "prefill": "streaming", "weight_bytes": 2**34}
     cache = CacheConfig(method=method, group_size=128)
     most = largest_context(mistral(), cache, **options)
     assert make_plan(mistral(), cache, context=most, **options).total <= 40 * 2**30

@@ -1,0 +1,122 @@
+"""What a run takes against what was planned for it: peak memory of whole runs on the CPU, each in a process of its own.
+
+    python benchmarks/plan_vs_measured.py [--quick] [-o benchmarks/results/plan.json]
+
+A run loads dummy weights, prefills a full context but two tokens, and decodes these. Measured is the peak of the resident
+set (VmHWM) over what the process held after a tiny run of the same kind, which compiles kernels and starts threads.
+Attention spans are short, so that the time is linear and the peak is not. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8}
+HEAVY = {"hidden_size": 2048, "intermediate_size": 4096, "vocab_size": 32000, "num_heads": 16, "num_kv_heads": 2}
+WIDE = {"num_heads": 24, "num_kv_heads": 24, "num_layers": 2}
+CASES: list[dict[str, Any]] = [
+    {"method": "plain", "key_bits": 8.0, "value_bits": 8.0, "context": 24576, "prefill": "exact", "shape": WIDE},
+    {"method": "plain", "key_bits": 8.0, "value_bits": 8.0, "context": 65536, "prefill": "exact"},
+    {"method": "fp", "context": 98304, "prefill": "exact"},
+    {"method": "fp", "context": 131072, "prefill": "streaming"},
+    {"method": "plain", "key_bits": 2.0, "value_bits": 1.5, "context": 131072, "prefill": "exact"},
+    {"method": "rotate", "context": 65536, "prefill": "exact"},
+    {"method": "rotate", "context": 8192, "prefill": "exact", "shape": HEAVY},
+]
+
+
+def memory(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One case, in this process."""
+    import torch
+
+    from skvq import CacheConfig, Engine
+    from skvq.engine.config import ModelConfig
+    from skvq.engine.report import Quiet
+    from skvq.loaders.hf import config_to_json
+
+    shape = {**SHAPE, **case.get("shape", {})}
+    config = ModelConfig(
+        family="mistral", head_size=64, trained_context=2**18, attention_spans=(256,) * shape["num_layers"], **shape
+    )
+    (folder / "config.json").write_text(json.dumps(config_to_json(config)))
+    cache = CacheConfig(**{name: case[name] for name in ("method", "key_bits", "value_bits") if name in case})
+
+    def whole(context: int) -> dict[str, int]:
+        options: dict[str, Any] = {"max_context": context, "max_sequences": 1, "cache": cache, "prefill": case["prefill"]}
+        engine = Engine.load(folder, device="cpu", dummy_weights=True, report=Quiet(), **options)
+        ids = torch.randint(256, (context - 2,), generator=torch.Generator().manual_seed(0)).tolist()
+        sequence = engine.prefill(ids)
+        for _ in range(2):
+            engine.read(sequence, [7])
+        return engine.parts.plan.parts
+
+    whole(3000)
+    gc.collect()
+    base = memory("VmRSS")
+    parts = whole(case["context"])
+    measured, planned = memory("VmHWM") - base, sum(parts.values())
+    return {**case, "parts": parts, "planned": planned, "measured": measured, "ratio": measured / planned}
+
+
+def stamp() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    import platform
+
+    import numba
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    cpu = next((r for r in Path("/proc/cpuinfo").read_text().splitlines() if r.startswith("model name")), "").split(":")[-1]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__}
+    return {"device": cpu.strip() or "cpu", "versions": versions, "commit": commit.stdout.strip()}
+
+
+def main() -> None:
+    """Every case in a process of its own; a table, then JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first case only")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.one is not None:
+            print(json.dumps(run(json.loads(arguments.one), Path(folder))))
+            return
+    rows = []
+    for case in CASES[:1] if arguments.quick else CASES:
+        done = subprocess.run([sys.executable, __file__, "--one", json.dumps(case)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        name = (
+            row["method"]
+            if row["method"] == "fp"
+            else f"{row['method']} K{row.get('key_bits', 2):g}V{row.get('value_bits', 2):g}"
+        )
+        print(
+            f"{name:12} {row['prefill']:9} {row['context']:>8,} tokens  planned {row['planned'] / 2**20:8.1f} MiB  "
+            f"measured {row['measured'] / 2**20:8.1f} MiB  {row['ratio']:.3f}",
+            flush=True,
+        )
+    result = {**stamp(), "results": rows}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

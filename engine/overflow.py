@@ -1,0 +1,129 @@
+"""What happens when a sequence's context is full: it stops, or its oldest pages are dropped behind the attention sinks.
+
+Dropping D tokens (whole pages) moves every later token's place in the sequence down by D; the sinks keep theirs, so they
+stand right before what is left (StreamingLLM, arXiv 2309.17453, section 3.2). RoPE sees only differences of positions, so
+two of three groups must agree with the third, which cannot be changed: packed keys.
+
+    packed keys carry the turn they were cached with (rotate, plain, fp): they stay, queries and new keys go on counting
+        from ``place + dropped``, and the sinks are turned on by D
+    packed keys are turned when read (reorder): places are positions, and tokens of the window are turned back by D
+
+Either way no difference reaches ``max_context``, so every RoPE scaling is as right as before, frequencies being fixed for
+``max_context``. What is turned is 16 bits and is rounded once more each time: a share of the pages goes at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from skvq.engine.errors import CapacityError, require_known
+from skvq.engine.planner import CHUNK_TOKENS
+from skvq.engine.regions import Regions
+from skvq.engine.rollback import all_or_nothing
+from skvq.engine.rope import turned
+from skvq.kernels.layout import PAGE_TOKENS, pages_for
+
+if TYPE_CHECKING:
+    from skvq.engine.cache import SequenceCache
+
+ENDLESS = 2**62
+
+
+class OnFull(Protocol):
+    """What a sequence asks before tokens are added."""
+
+    def room(self, sequence: SequenceCache) -> int:
+        """Tokens that can still be added, one step after another."""
+
+    def make_room(self, sequence: SequenceCache, count: int) -> None:
+        """Let ``count`` more tokens fit, if this can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A full sequence takes no more."""
+
+    def room(self, sequence: SequenceCache) -> int:
+        return sequence.setup.max_context - sequence.length
+
+    def make_room(self, sequence: SequenceCache, count: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """A full sequence drops its oldest pages: ``share`` of them, or as many as are needed."""
+
+    share: float = 0.25
+
+    def room(self, sequence: SequenceCache) -> int:
+        return ENDLESS
+
+    def make_room(self, sequence: SequenceCache, count: int) -> None:
+        needed = pages_for(sequence.length + count - sequence.setup.max_context)
+        whole = sequence.packed // PAGE_TOKENS
+        if 0 < needed <= whole:
+            drop_pages(sequence, max(needed, int(whole * self.share)))
+
+
+MODES: dict[str, OnFull] = {"stop": Stop(), "shift": Shift()}
+
+
+def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:
+    """The mode of that name. Raises CapacityError where a full context might hold no whole page to drop."""
+    require_known(name, MODES, "on_full")
+    least = PAGE_TOKENS + regions.ring + CHUNK_TOKENS
+    if name == "shift" and max_context < least:
+        raise CapacityError(
+            f"on_full 'shift' drops whole pages of {PAGE_TOKENS:,} tokens, for which a context of {max_context:,} is too "
+            f"short: load with a max_context (--ctx) of at least {least:,}, or on_full 'stop'"
+        )
+    if name == "shift" and regions.sinks > PAGE_TOKENS:
+        raise CapacityError(f"on_full 'shift' keeps at most {PAGE_TOKENS:,} attention sinks, not {regions.sinks:,}")
+    return MODES[name]
+
+
+@torch.inference_mode()
+def drop_pages(sequence: SequenceCache, count: int) -> None:
+    """Drop the oldest ``count`` whole pages and all tokens in them but the attention sinks."""
+    assert 0 < count * PAGE_TOKENS <= sequence.packed, (count, sequence.packed)
+    tokens = count * PAGE_TOKENS
+    with all_or_nothing(sequence):
+        for layer in range(sequence.setup.arena.shape.layers):
+            if not sequence.setup.rules and not sequence.dropped:
+                _hold_sinks(sequence, layer)
+            _move_slots(sequence, layer, tokens)
+    sequence.forget(count)
+
+
+def _hold_sinks(sequence: SequenceCache, layer: int) -> None:
+    """Copy the sinks from their page: without filter rules (16-bit pages) they were not retained until now."""
+    regions, full = sequence.setup.regions, sequence.setup.arena.full(layer)
+    if not regions.sinks:
+        return
+    keys, values = sequence.stage(layer, 0, -(-regions.sinks // regions.tile) * regions.tile)
+    for target, found in ((full.keys, keys), (full.values, values)):
+        target[sequence.slot, :, : regions.sinks] = found[: regions.sinks].transpose(0, 1).to(target.dtype)
+    full.positions[sequence.slot, : regions.sinks] = torch.arange(regions.sinks, device=full.positions.device).int()
+
+
+def _move_slots(sequence: SequenceCache, layer: int, tokens: int) -> None:
+    """Turn sinks and the rest to their new places; window tokens go to the slots that belong to these."""
+    setup, slot = sequence.setup, sequence.slot
+    regions, full = setup.regions, setup.arena.full(layer)
+    forward = setup.method.origin(sequence.dropped + tokens) - setup.method.origin(sequence.dropped)
+    for part, turn in ((slice(0, regions.sinks), forward), (slice(regions.sinks, None), forward - tokens)):
+        if turn:
+            keys = full.keys[slot, :, part].transpose(0, 1)  # [F, KH, D]
+            full.keys[slot, :, part] = turned(keys, turn, setup.rope).transpose(0, 1)
+    rest = full.positions[slot, regions.sinks : regions.retained]
+    rest.copy_(torch.where(rest >= tokens, rest - tokens, -1))
+    keys, values, mass = (t.clone() for t in sequence.window(layer, sequence.length))  # [T, KH, D]
+    at = torch.arange(sequence.packed - tokens, sequence.length - tokens, device=keys.device)
+    slots = regions.retained + at % regions.ring
+    full.positions[slot, regions.retained :] = -1
+    full.positions[slot, slots] = at.int()
+    full.keys[slot][:, slots], full.values[slot][:, slots] = keys.transpose(0, 1), values.transpose(0, 1)
+    setup.arena.tensors["full_mass"][layer, slot, slots] = mass

@@ -1,0 +1,32 @@
+"""A step that is broken off, by Ctrl-C or an error, leaves no trace: the sequence is what it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skvq.engine.cache import SequenceCache
+
+SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
+"""What a step writes over. Pages it only appends to: bytes of packed tokens are never written again."""
+
+
+@contextmanager
+def all_or_nothing(sequence: SequenceCache) -> Iterator[None]:
+    """Around forward and commit of a step, after reserve: if it raises, window, retained tokens and lengths are as they were.
+
+    Costs a copy of the sequence's full-precision slots, kept on the host. Pages that were reserved stay reserved.
+    """
+    tensors, slot = sequence.setup.arena.tensors, sequence.slot
+    kept = {name: tensors[name][:, slot].to("cpu", copy=True) for name in SLOT_TENSORS}
+    length, packed, pending = sequence.length, sequence.packed, sequence.pending
+    try:
+        yield
+    except BaseException:
+        for name, was in kept.items():
+            tensors[name][:, slot] = was.to(tensors[name].device)
+        del sequence.token_ids[length:]
+        sequence.length, sequence.packed, sequence.pending = length, packed, pending
+        raise

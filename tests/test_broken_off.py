@@ -1,0 +1,113 @@
+"""A step broken off in the middle of its layers leaves the sequence as it was, and usable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
+
+from skvq.engine import prefill as prefill_module
+from skvq.engine.cache import SequenceCache
+from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
+from skvq.engine.generate import Engine
+from skvq.engine.rollback import SLOT_TENSORS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RULES = (AttentionSinks(3), KeyOutliers(threshold=3.0), HeavyHitters(threshold=2.0))
+CACHES = {"rotate": tiny_cache(filters=RULES), "reorder": tiny_cache(method="reorder"), "fp": tiny_cache(method="fp")}
+
+
+@pytest.fixture(scope="module", params=CACHES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return tiny_engine(tiny_folder(tmp_path_factory.mktemp("model")), CACHES[request.param])
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_module, "CHUNK_TOKENS", 200)
+
+
+def break_off(engine: Engine, after: int, call: Any) -> None:
+    """``call``, interrupted as by Ctrl-C in the model's layer number ``after``."""
+    layer, calls = engine.parts.model.layer, [0]
+
+    def breaking(*args: Any) -> torch.Tensor:
+        if calls[0] == after:
+            raise KeyboardInterrupt
+        calls[0] += 1
+        return layer(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.model, "layer", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+
+def state(sequence: SequenceCache) -> list[Any]:
+    """Everything a sequence consists of."""
+    tensors = sequence.setup.arena.tensors
+    held = tensors["full_positions"][:, sequence.slot] >= 0
+    slots = [tensors[name][:, sequence.slot].clone() for name in SLOT_TENSORS]
+    slots = [t.masked_fill(~(held if t.dim() == 2 else held[:, None, :, None]), 0) for t in slots]
+    lengths = [sequence.length, sequence.packed, list(sequence.token_ids), list(sequence.pending)]
+    return [*lengths, *slots, *bytes_of(sequence, sequence.packed)]
+
+
+def free(*sequences: SequenceCache) -> None:
+    for sequence in sequences:
+        sequence.free()
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_streaming_read_keeps_the_chunks_that_were_finished(engine: Engine, after: int) -> None:
+    """Chunks of 200 tokens in two layers: the third call is the second chunk's first layer."""
+    sequence, twin = (engine.prefill(random_ids(450)) for _ in range(2))
+    more = random_ids(450, seed=5)
+    break_off(engine, after, lambda: engine.read(sequence, more))
+    done = after // 2 * 200
+    if done:
+        engine.read(twin, more[:done])
+    assert same(state(sequence), state(twin))
+    assert torch.equal(engine.read(sequence, more[done:]), engine.read(twin, more[done:]))
+    assert same(state(sequence), state(twin))
+    engine.parts.setup.arena.check(arena_of(sequence, twin))
+    free(sequence, twin)
+
+
+def test_an_exact_read_leaves_an_empty_sequence(engine: Engine) -> None:
+    sequence, twin = engine.new_sequence(), engine.new_sequence()
+    ids = random_ids(450)
+    break_off(engine, 4, lambda: engine.read(sequence, ids))
+    assert sequence.length == 0 and not (engine.parts.setup.arena.tensors["full_positions"][:, sequence.slot] >= 0).any()
+    assert torch.equal(engine.read(sequence, ids), engine.read(twin, ids))
+    assert same(state(sequence), state(twin))
+    free(sequence, twin)
+
+
+@pytest.mark.parametrize("where", ["layer", "packing"])
+def test_a_decode_step_can_be_taken_again(engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    tile = engine.parts.setup.regions.tile
+    sequence, twin = (engine.prefill(random_ids(16 + 2 * tile - 1)) for _ in range(2))  # the next token fills a tile
+    if where == "layer":
+        break_off(engine, 1, lambda: steps(engine, [sequence], [[7]]))
+    else:
+        absorb = SequenceCache.absorb
+
+        def breaking(self: SequenceCache, layer: int, *args: Any) -> None:
+            if layer == 1:
+                raise KeyboardInterrupt
+            absorb(self, layer, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SequenceCache, "absorb", breaking)
+            with pytest.raises(KeyboardInterrupt):
+                steps(engine, [sequence], [[7]])
+    assert torch.equal(steps(engine, [sequence], [[7, 8, 9]]), steps(engine, [twin], [[7, 8, 9]]))
+    assert same(state(sequence), state(twin))
+    free(sequence, twin)
