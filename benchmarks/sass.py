@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skvq.kernels.triton_gpu import combine, dense, fused, labels, pack, packed, prepare, unpack
+from skvq.kernels.triton_gpu import combine, dense, fused, labels, lattice, pack, packed, prepare, unpack
 from skvq.kernels.triton_gpu.backend import rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -32,13 +32,13 @@ POINTERS = {  # by name, where it is not float32
         ("pages_ptr", "packed_ptr", "positions_ptr", "meta_ptr", "page_ptr", "held_ptr", "places_ptr", "member_ptr"), WORDS
     ),
     **dict.fromkeys(("size_ptr", "key_label_ptr", "value_label_ptr"), WORDS),
-    **dict.fromkeys(("table_ptr", "residual_ptr", "x_ptr", "gate_ptr", "up_ptr", "k_ptr", "v_ptr"), HALVES),
+    **dict.fromkeys(("table_ptr", "residual_ptr", "x_ptr", "gate_ptr", "up_ptr", "k_ptr", "v_ptr", "half_code_ptr"), HALVES),
     **dict.fromkeys(("retained_ptr", "key_code_ptr", "value_code_ptr", "code_ptr"), BYTES),
     **dict.fromkeys(("key_scale_ptr", "key_mid_ptr", "value_scale_ptr", "value_mid_ptr", "mid_ptr"), BYTES),
     "slots_ptr": LONGS,
     "inv_freq_ptr": "*fp64",
 }
-FLOATS = {"rope_scale", "eps"}
+FLOATS = {"rope_scale", "eps", "half"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3}, 4, 2, tensors, 8192),
         Variant("pack", pack.pack_kernel, {**codes, "QUANTIZED": False}, 4, 1, {}),
         Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
+        Variant("lattice", lattice.lattice_kernel, {"D": 128, "G": 2}, 2, 1, {"scale_ptr": BYTES}),
         Variant("unpack", unpack.unpack_kernel, codes, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("rope", fused.rope_write_kernel, {"D": 128}, 1, 1, halves),

@@ -23,6 +23,7 @@ QUICK = [
     "normal_planes",
     "invariants",
     "packing",
+    "lattice",
     "odd_shapes",
 ]
 

@@ -16,6 +16,7 @@ from skvq.kernels.registry import BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_blocks_kernel, attend_labels_kernel
+from skvq.kernels.triton_gpu.lattice import quantize_side
 from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
 from skvq.kernels.triton_gpu.packing import bits_code, decode_heads, launch_pack, launch_unpack, page_strides
@@ -239,10 +240,10 @@ class TritonGpu:
         if not (codec.keys.has_metric or codec.values.has_metric):
             launch_pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
             return
-        self._say_once("quantizing with codes chosen together (method rotate)")
-        # codes that are chosen together come channel after channel: torch does that, for all tokens and heads at once
-        key, ks, km = reference.quantize_heads(y_keys, layout.key_bits, codec.keys)
-        value, vs, vm = reference.quantize_heads(y_values, layout.value_bits, codec.values)
+        (key, ks, km), (value, vs, vm) = (
+            quantize_side(y, bits, side)
+            for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
+        )
         launch_pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
 
     def pack_labels(
