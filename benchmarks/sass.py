@@ -117,21 +117,16 @@ def other_variants(arch: int) -> list[Variant]:
     meta = 1.0 if arch >= 89 else 256.0
     prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
+    blocks = {**reorder, "GROUPS": 16, "SHARE": 64, "ASM": True}
+    many = {**blocks, "G": 1, "GROUPS": 32}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, {**prepared, "BY_COLUMN": True, "ASM": True}, 4, 1, halves),
         Variant("combine", combine.combine_kernel, {"D": 128, "BLOCK": 16, "HAS_BASIS": True}, 4, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 3, halves),
-        Variant(
-            "reorder K2V2 g64",
-            labels.attend_labels_blocks_kernel,
-            {**reorder, "GROUPS": 16, "WIDE": False},
-            2,
-            2,
-            tensors,
-            8192,
-        ),
+        Variant("reorder K2V2 g64", labels.attend_labels_blocks_kernel, blocks, 2, 2, tensors, 16384, 6.1),
+        Variant("reorder K2V2 g128, 32 heads", labels.attend_labels_blocks_kernel, many, 2, 2, tensors, 16384, 8.6),
         Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3}, 4, 2, tensors, 8192),
         Variant("pack", pack.pack_kernel, {**codes, "QUANTIZED": False}, 4, 1, {}),
         Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),

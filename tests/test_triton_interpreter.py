@@ -24,6 +24,7 @@ QUICK = [
     "invariants",
     "packing",
     "lattice",
+    "assembly_order",
     "odd_shapes",
 ]
 

@@ -14,12 +14,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton_cases import Case, formats, make_case
 
 from skvq.kernels import reference
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.triton_gpu import TritonGpu, fused
+from skvq.kernels.triton_gpu import TritonGpu, fused, labels, loaders, packed, tiles
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 
 PROGRAMS = 12  # splits enough to be uneven
@@ -80,7 +81,8 @@ def check_attend(method: str, **options: object) -> None:
     assert error <= allowed + 1e-7, (method, options, error, allowed)
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf), (method, options)
     finite = exact_lse > -torch.inf
-    assert float((lse - exact_lse)[finite].abs().max() if finite.any() else 0.0) < 0.02, (method, options)
+    off = (lse - exact_lse)[finite].abs() - 1e-3 * exact_lse[finite].abs()  # scores of hundreds have eight bits below one
+    assert float(off.max() if finite.any() else 0.0) < 0.02, (method, options)
     assert out.dtype == case.q.dtype and lse.shape == case.q.shape[:3]
 
 
@@ -110,8 +112,44 @@ def attend_others() -> None:
     check_attend("labels", packed=(1, 2))
     check_attend("labels", packed=(1,), key_bits=1.5, value_bits=3.0, group_size=64, size=64, queries=2)
     check_attend("labels", packed=(2,), key_bits=4.0, value_bits=1.5, repeat=1, span=200)
+    check_attend("labels", packed=(2,), key_bits=4.0, value_bits=8.0, group_size=32, size=64, repeat=2, span=100)
+    check_attend("labels", packed=(1,), key_bits=2.0, value_bits=4.0, group_size=64, kv_heads=9, repeat=1)
+    check_attend("labels", packed=(1,), key_bits=8.0, value_bits=2.0, group_size=64, size=64)
     check_attend("plain", packed=(3, 11))
     check_attend("plain", packed=(0, 2), span=200, queries=3, dtype=torch.bfloat16, size=64)
+
+
+def assembly_order() -> None:
+    """The kernels as compiled for a GPU, where loaders exchange bytes 1 and 2 of every four; all but the assembly itself.
+
+    The interpreter has none, so its functions are replaced by their portable form, after that exchange.
+    """
+    portable = {name: getattr(loaders, name) for name in ("planes", "metadata", "meta_halves")}
+    slow_exp2 = tiles.exp2
+
+    def planes(x: tl.tensor, *rest: object) -> object:
+        data = x.handle.data
+        swapped = data.reshape(*data.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(data.shape)
+        return portable["planes"](tl.tensor(type(x.handle)(swapped, x.handle.dtype), x.type), *rest[:-1], False)
+
+    tiles.planes = planes
+    tiles.exp2 = packed.exp2 = lambda x, asm: slow_exp2(x, False)
+    packed.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
+    labels.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
+    for method, options in (
+        ("labels", {"packed": (1, 2)}),
+        ("labels", {"packed": (2,), "key_bits": 4.0, "value_bits": 8.0, "group_size": 32, "size": 64, "span": 100}),
+        ("heads", {"packed": (2,), "has_key_mean": True, "group_size": 64}),
+        ("heads", {"packed": (2,), "key_bits": 3.0, "value_bits": 1.5, "size": 64, "repeat": 8}),
+    ):
+        case = make_case(**options)  # type: ignore[arg-type]
+        made = backend()
+        made.interpreted = False
+        out, _ = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
+        exact, _ = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
+        error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
+        print(f"{method} {options}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
+        assert error <= allowed, (method, options, error, allowed)
 
 
 def attend_formats(step: int = 7) -> None:
@@ -268,7 +306,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants, packing, odd_shapes,
-        fused_operations, lattice,
+        fused_operations, lattice, assembly_order,
     )
 }  # fmt: skip
 

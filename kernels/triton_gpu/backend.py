@@ -26,7 +26,7 @@ from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 64
-LABEL_WARPS = 2  # one would spill
+LABEL_WARPS, LABEL_SHARE = 2, 64  # a warp of 32 tokens would spill
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,21 +173,23 @@ class TritonGpu:
         if splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
+            bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
+            fast = bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)  # keys of 8 bits want float32
+            table = tables.exchanged if fast and not self.interpreted else tables.table
             shared = (
-                q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
+                q, tables.turn[6:], table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
                 codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
                 *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
                 step.span, columns.total, tables.scale,
             )  # fmt: skip
             grid = (columns.heads, splits, q.shape[0] * columns.chunks)
-            bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
             forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
-            if set(bits.values()) <= {2, 4, 8}:
+            if fast:
                 groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
-                    *shared, groups, **forms, GROUPS=max(16, triton.next_power_of_2(groups)), WIDE=self.interpreted,
-                    num_warps=LABEL_WARPS, num_stages=2,
+                    *shared, groups, **forms, GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_SHARE,
+                    ASM=not self.interpreted, num_warps=LABEL_WARPS, num_stages=2,
                 )  # fmt: skip
             else:
                 attend_labels_kernel[grid](*shared, **forms, num_warps=4, num_stages=2)
