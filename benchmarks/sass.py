@@ -32,11 +32,10 @@ POINTERS = {  # by name, where it is not float32
         ("pages_ptr", "packed_ptr", "positions_ptr", "meta_ptr", "page_ptr", "held_ptr", "places_ptr", "member_ptr"), WORDS
     ),
     **dict.fromkeys(("size_ptr", "key_label_ptr", "value_label_ptr"), WORDS),
-    **dict.fromkeys(("table_ptr", "residual_ptr", "x_ptr", "gate_ptr", "up_ptr", "k_ptr", "v_ptr", "half_code_ptr"), HALVES),
+    **dict.fromkeys(("table_ptr", "delta_ptr", "total_ptr", "x_ptr", "gate_up_ptr", "k_ptr", "v_ptr", "half_code_ptr"), HALVES),
     **dict.fromkeys(("retained_ptr", "key_code_ptr", "value_code_ptr", "code_ptr"), BYTES),
     **dict.fromkeys(("key_scale_ptr", "key_mid_ptr", "value_scale_ptr", "value_mid_ptr", "mid_ptr"), BYTES),
     "slots_ptr": LONGS,
-    "inv_freq_ptr": "*fp64",
 }
 FLOATS = {"rope_scale", "eps", "half"}
 
@@ -133,8 +132,8 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("lattice", lattice.lattice_kernel, {"D": 128, "G": 2}, 2, 1, {"scale_ptr": BYTES}),
         Variant("unpack", unpack.unpack_kernel, codes, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
-        Variant("rope", fused.rope_write_kernel, {"D": 128}, 1, 1, halves),
-        Variant("silu", fused.silu_mul_kernel, {"BLOCK": 1024}, 4, 1, halves),
+        Variant("turn", fused.turn_kernel, {"D": 128}, 1, 1, {**halves, "places_ptr": LONGS}),
+        Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]
 
 
@@ -148,8 +147,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         elif name.endswith("_ptr"):
             signature[name] = variant.pointers.get(name) or POINTERS.get(name, "*fp32")
         else:
-            floating = name in FLOATS or (name == "scale" and variant.kernel is fused.rope_write_kernel)
-            signature[name] = "fp32" if floating else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
         if name.endswith("_ptr") or (name.startswith("stride_") and name not in ("stride_pages_slot", "stride_held")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)

@@ -37,7 +37,6 @@ if not isinstance(sass.packed.attend_packed_kernel, triton.JITFunction):
 QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean"}
 SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
 SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
-    "rope": 32,  # the library's sine keeps room to reduce huge angles, which never come
     "quantize": 16,  # Triton 3.6 only; packing under labels
     "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
     "reorder K2V2 g128, 32 heads": 240,  # one-hot matrices of 32 groups; 16 fit

@@ -19,8 +19,11 @@ from torch import Tensor
 from triton_cases import Case, formats, make_case
 
 from skvq.kernels import reference
+from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.triton_gpu import TritonGpu, fused, labels, loaders, packed, tiles
+from skvq.kernels.ops import TorchOps
+from skvq.kernels.triton_gpu import TritonGpu, labels, loaders, packed, tiles
+from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 
 PROGRAMS = 12  # splits enough to be uneven
@@ -268,38 +271,45 @@ def odd_shapes() -> None:
 
 
 def fused_operations() -> None:
+    """Every operation against torch, in every dtype; odd sizes, strided rows, poisoned slots, inputs left alone."""
+    torch_ops, ops = TorchOps(), TritonOps()
     gen = torch.Generator().manual_seed(0)
-    x, residual = (torch.randn(3, 96, generator=gen).half() for _ in range(2))
-    weight = torch.randn(96, generator=gen).half()
 
-    def norm(t: Tensor) -> Tensor:
-        wide = t.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).half() * weight
+    def same(got: Tensor, wanted: Tensor, ulps: float = 2.0) -> None:
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape, (got.dtype, got.shape)
+        ulps *= 3 if wanted.dtype == torch.bfloat16 else 1  # the interpreter cuts to bfloat16, a GPU rounds
+        allowed = ulps * torch.finfo(wanted.dtype).eps * wanted.float().abs().clamp_min(1e-3)
+        assert bool(((got.float() - wanted.float()).abs() <= allowed).all()), wanted.dtype
 
-    assert float((fused.rms_norm(x, weight, 1e-5) - norm(x)).abs().max()) < 4e-3
-    total = x + residual
-    assert float((fused.rms_norm(x, weight, 1e-5, residual) - norm(total)).abs().max()) < 8e-3
-    assert torch.equal(residual, total)
-    both = torch.randn(3, 200, generator=gen).half()
-    gate, up = both.chunk(2, 1)
-    assert float((fused.silu_mul(gate, up) - torch.nn.functional.silu(gate) * up).abs().max()) < 8e-3
-    case = make_case(size=64)
-    heads, kv_heads, size, rope = 8, 2, 64, case.heads.rope
-    joint = torch.randn(2, 2, heads + 2 * kv_heads, size, generator=gen).half()
-    q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
-    positions = torch.tensor([[5, 6], [1_048_570, 1_048_571]], dtype=torch.int32)
-    places, slots = torch.tensor([[3, 1], [0, 7]], dtype=torch.int32), torch.tensor([2, 1])
-    keys, values = torch.zeros(3, kv_heads, 9, size).half(), torch.zeros(3, kv_heads, 9, size).half()
-    held = torch.full((3, 9), -1, dtype=torch.int32)
-    out = fused.rope_and_write(q, k, v, positions, slots, places, rope.inv_freq, rope.scale, keys, values, held)
-    for row in range(2):
-        for n in range(2):
-            at = positions[row, n][None]
-            assert float((out[row, n] - reference.rotary(q[row, n][None], at, rope)[0]).abs().max()) < 4e-3
-            place, slot = places[row, n], slots[row]
-            assert float((keys[slot, :, place] - reference.rotary(k[row, n][None], at, rope)[0]).abs().max()) < 4e-3
-            assert torch.equal(values[slot, :, place], v[row, n]) and held[slot, place] == positions[row, n]
-    assert int((held >= 0).sum()) == 4
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weight = torch.randn(96, generator=gen).to(dtype)
+        x, delta = (torch.randn(3, 2, 96, generator=gen).to(dtype)[:, :1] for _ in range(2))  # rows lie apart
+        before = x.clone()
+        same(ops.rms_norm(x[:, 0], weight, 1e-5), torch_ops.rms_norm(x[:, 0], weight, 1e-5))
+        for got, wanted in zip(
+            ops.add_rms_norm(x, delta, weight, 1e-5), torch_ops.add_rms_norm(x, delta, weight, 1e-5), strict=True
+        ):
+            same(got, wanted)
+        assert torch.equal(x, before)
+        gate_up = torch.randn(3, 1, 2 * 1100, generator=gen).to(dtype) * 4
+        same(ops.swiglu(gate_up), torch_ops.swiglu(gate_up), 4.0)
+        heads, kv_heads, size = 8, 2, 64
+        joint = torch.randn(2, 1, heads + 2 * kv_heads, size, generator=gen).to(dtype)
+        q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
+        angle = torch.rand(2, 1, 1, size // 2, generator=gen) * 6
+        slots, places = torch.tensor([2, 1]), torch.tensor([3, 0])
+        for cache in (torch.float16, torch.bfloat16):
+            rows = torch.full((2, 3, kv_heads, 9, size), 7.0, dtype=cache)
+            positions = torch.full((3, 9), -1, dtype=torch.int32)
+            fulls = [FullSlots(keys=rows[0].clone(), values=rows[1].clone(), positions=positions) for _ in range(2)]
+            outs = [
+                o.turn_to_slots(q, k, v, angle.cos(), angle.sin(), f, slots, places)
+                for o, f in zip((ops, torch_ops), fulls, strict=True)
+            ]
+            same(*outs, 8.0)
+            same(fulls[0].keys, fulls[1].keys, 8.0)
+            same(fulls[0].values, fulls[1].values)
+            assert dtype != cache or torch.equal(fulls[0].values, fulls[1].values)
 
 
 CHECKS = {
