@@ -27,13 +27,13 @@ from skvq.engine.evaluate import (
     hidden_states,
     nll_of,
 )
+from skvq.engine.graph import decode_step_of
 from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
 from skvq.engine.planner import page_layout
 from skvq.engine.prefill import exact_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
-from skvq.engine.rope import at_positions
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.stress import fill_fast
@@ -60,6 +60,7 @@ class Engine:
     def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = False) -> None:
         self.parts, self.report = parts, report
         self.timing = Timing()
+        self.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, cuda_graph=parts.cuda_graph)
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 
     @classmethod
@@ -79,6 +80,7 @@ class Engine:
         rope_scaling: str | None = None,
         prefill: str = "exact",
         prefix_cache: bool = False,
+        cuda_graph: bool = True,
         download: bool = True,
         report: Reporter | None = None,
     ) -> Engine:
@@ -92,6 +94,7 @@ class Engine:
         prefill: how prompts are read, ``exact`` or ``streaming``.
         prefix_cache: a prompt that begins like an earlier one takes over its pages and only the rest is read, by streaming:
             faster, but the rest then sees the beginning as it is packed, where exact prefill sees it in full precision.
+        cuda_graph: on a GPU, replay the decode step as one CUDA graph; without, its kernels are launched one by one.
 
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
@@ -109,6 +112,7 @@ class Engine:
             dummy_weights=dummy_weights,
             rope_scaling=rope_scaling,
             prefill=prefill,
+            cuda_graph=cuda_graph,
             download=download,
             report=chosen,
         )
@@ -256,14 +260,9 @@ class Engine:
     @torch.inference_mode()
     def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
         """One token for each sequence of the batch: logits float32 [B, V]."""
-        parts = self.parts
-        batch.begin()
-        rope = at_positions(parts.rope, batch.positions)
-        x = parts.model.embed(as_ids(tokens, batch.slots.device)[:, None])  # [B, 1, d]
-        for layer in range(parts.model.config.num_layers):
-            x = parts.model.layer(layer, x, rope, batch.layer(layer))
+        logits = self.step.run(batch, tokens)
         batch.commit(tokens)
-        return parts.model.head(x[:, 0])
+        return logits
 
     def _decode(
         self, sequences: list[SequenceCache], logits: list[Tensor], config: SamplingConfig

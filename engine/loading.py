@@ -52,6 +52,7 @@ class EngineParts:
     setup: CacheSetup
     plan: Plan
     prefill: str
+    cuda_graph: bool
 
     @property
     def model(self) -> Model:
@@ -80,6 +81,7 @@ def load_parts(
     dummy_weights: bool,
     rope_scaling: str | None,
     prefill: str,
+    cuda_graph: bool,
     download: bool,
     report: Reporter,
 ) -> EngineParts:
@@ -109,7 +111,7 @@ def load_parts(
         dummy=dummy_weights,
     )
     setup = build_cache(loaded, cache, max_sequences, calibration, report)
-    return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill)
+    return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill, cuda_graph=cuda_graph)
 
 
 @torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack

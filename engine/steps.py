@@ -137,28 +137,39 @@ class DecodeBatch:
         self.slots = torch.tensor([s.slot for s in self.sequences], dtype=torch.int64, device=device)
         self.positions = torch.zeros(count, 1, dtype=torch.int32, device=device)
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
-        self.ring_slots = torch.zeros(count, dtype=torch.int64, device=device)
+        self._numbers = torch.zeros(4, count, dtype=torch.int64, device=device)  # length, packed, ring slot and token id
+        self.ring_slots, self.token_ids = self._numbers[2], self._numbers[3]
 
-    def begin(self) -> None:
-        """Make room for one token of each sequence and say where it goes."""
+    @property
+    def max_packed(self) -> int:
+        """Packed tokens of the sequence that has most."""
+        return max(s.packed for s in self.sequences)
+
+    def begin(self, token_ids: Sequence[int]) -> None:
+        """The host's part of a step: make room for one token of each sequence and say where it goes, in one copy."""
         for sequence in self.sequences:
             sequence.reserve(1)
         lengths = [s.length for s in self.sequences]
-        regions = self.setup.regions
-        self.positions.copy_(torch.tensor(lengths, dtype=torch.int32)[:, None])
-        self.packed.copy_(torch.tensor([s.packed for s in self.sequences], dtype=torch.int32))
-        self.ring_slots.copy_(torch.tensor([regions.slot(n) for n in lengths]))
+        rows = [lengths, [s.packed for s in self.sequences], [self.setup.regions.slot(n) for n in lengths], list(token_ids)]
+        # pinned memory is not handed out again before the copy is done, so the host need not wait for it
+        numbers = torch.tensor(rows, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
+        self._numbers.copy_(numbers, non_blocking=True)
+
+    def place(self) -> None:
+        """The device's part: lengths as kernels read them, and the slots of the new tokens marked in every layer."""
+        self.positions.copy_(self._numbers[0][:, None])
+        self.packed.copy_(self._numbers[1])
         self.setup.arena.tensors["full_positions"][:, self.slots, self.ring_slots] = self.positions[:, 0]
         self.setup.arena.tensors["full_mass"][:, self.slots, self.ring_slots] = 0
 
-    def layer(self, layer: int) -> DecodeLayer:
-        """The cache of one layer for this step."""
+    def layer(self, layer: int, max_packed: int) -> DecodeLayer:
+        """The cache of one layer for this step, for sequences of up to ``max_packed`` packed tokens."""
         step = Step(
             slots=self.slots,
             positions=self.positions,
             packed=self.packed,
             page_table=self.setup.arena.page_table,
-            max_packed=max(s.packed for s in self.sequences),
+            max_packed=max_packed,
             span=self.spans[layer],
         )
         return DecodeLayer(self, layer, step)

@@ -12,7 +12,7 @@ from torch import Tensor
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS
-from skvq.kernels.registry import BackendUnavailable
+from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_blocks_kernel, attend_labels_kernel
@@ -338,7 +338,7 @@ class TritonGpu:
 
     def _is_odd(self, head_size: int, group_size: int) -> bool:
         """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
-        if head_size in (64, 128) and group_size in (32, 64, 128):
+        if head_size in TRITON_HEAD_SIZES and group_size in (32, 64, 128):
             return False
         self._say_once(f"head size {head_size}, group size {group_size}")
         return True
