@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -312,11 +313,41 @@ def fused_operations() -> None:
             assert dtype != cache or torch.equal(fulls[0].values, fulls[1].values)
 
 
+def decode_steps() -> None:
+    """The engine on these kernels, step by step and as a graph with the grid of the longest context, over a packed tile."""
+    from test_graph import Calls
+    from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+
+    from skvq.engine.graph import EagerStep, GraphStep
+    from skvq.engine.steps import DecodeBatch
+
+    found = []
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+        folder = tiny_folder(Path(name), head_size=64, num_layers=1)
+        for backend in ("reference", "triton"):
+            engine = tiny_engine(folder, tiny_cache(method="plain"), backend=backend, max_context=600)
+            eager = EagerStep(engine.parts.model, engine.parts.rope)
+            for step in (eager, GraphStep(eager, Calls(), engine.parts.setup.regions.packed(600))):
+                sequence = engine.prefill(random_ids(142))
+                batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+                rows = []
+                for token in (3, 4, 5):
+                    rows.append(step.run(batch, [token]))
+                    batch.commit([token])
+                assert sequence.packed == 128
+                found.append(torch.stack(rows))
+                sequence.free()
+    assert isinstance(engine.parts.model.ops, TritonOps)
+    assert torch.equal(found[0], found[1])
+    for rows in found[2:]:
+        assert float((rows - found[0]).abs().max()) < 5e-3 * float(found[0].abs().max())
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants, packing, odd_shapes,
-        fused_operations, lattice, assembly_order,
+        fused_operations, lattice, assembly_order, decode_steps,
     )
 }  # fmt: skip
 
