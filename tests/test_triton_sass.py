@@ -39,7 +39,8 @@ SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
 SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
     "quantize": 16,  # Triton 3.6 only; packing under labels
     "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
-    "reorder K2V2 g128, 32 heads": 240,  # one-hot matrices of 32 groups; 16 fit
+    "reorder K2V2 g64 on 80": 16,  # Triton 3.6 only
+    "reorder K2V2 g128, 32 heads": 352,  # one-hot matrices of 32 groups; 16 fit
     "reorder, odd bits": 1024,  # codes of 1.5 and 3 bits under labels: right, and slow
 }
 SPILLS_OF_3_9 = {"K2V2 g128": 16, "K2V2 g64 mean": 16}  # on sm_90, from Triton 3.9 on; 3.6 and 3.7 keep them in registers
