@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skvq.kernels.triton_gpu import combine, dense, fused, labels, pack, packed, prepare, unpack
+from skvq.kernels.triton_gpu import combine, dense, fused, labels, lattice, pack, packed, prepare, unpack
 from skvq.kernels.triton_gpu.backend import rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -32,13 +32,12 @@ POINTERS = {  # by name, where it is not float32
         ("pages_ptr", "packed_ptr", "positions_ptr", "meta_ptr", "page_ptr", "held_ptr", "places_ptr", "member_ptr"), WORDS
     ),
     **dict.fromkeys(("size_ptr", "key_label_ptr", "value_label_ptr"), WORDS),
-    **dict.fromkeys(("table_ptr", "residual_ptr", "x_ptr", "gate_ptr", "up_ptr", "k_ptr", "v_ptr"), HALVES),
+    **dict.fromkeys(("table_ptr", "delta_ptr", "total_ptr", "x_ptr", "gate_up_ptr", "k_ptr", "v_ptr", "half_code_ptr"), HALVES),
     **dict.fromkeys(("retained_ptr", "key_code_ptr", "value_code_ptr", "code_ptr"), BYTES),
     **dict.fromkeys(("key_scale_ptr", "key_mid_ptr", "value_scale_ptr", "value_mid_ptr", "mid_ptr"), BYTES),
     "slots_ptr": LONGS,
-    "inv_freq_ptr": "*fp64",
 }
-FLOATS = {"rope_scale", "eps"}
+FLOATS = {"rope_scale", "eps", "half"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,30 +117,26 @@ def other_variants(arch: int) -> list[Variant]:
     meta = 1.0 if arch >= 89 else 256.0
     prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
+    blocks = {**reorder, "GROUPS": 16, "SHARE": 64, "ASM": True}
+    many = {**blocks, "G": 1, "GROUPS": 32}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, {**prepared, "BY_COLUMN": True, "ASM": True}, 4, 1, halves),
         Variant("combine", combine.combine_kernel, {"D": 128, "BLOCK": 16, "HAS_BASIS": True}, 4, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 3, halves),
-        Variant(
-            "reorder K2V2 g64",
-            labels.attend_labels_blocks_kernel,
-            {**reorder, "GROUPS": 16, "WIDE": False},
-            2,
-            2,
-            tensors,
-            8192,
-        ),
+        Variant("reorder K2V2 g64", labels.attend_labels_blocks_kernel, blocks, 2, 2, tensors, 16384, 6.1),
+        Variant("reorder K2V2 g128, 32 heads", labels.attend_labels_blocks_kernel, many, 2, 2, tensors, 16384, 8.6),
         Variant(
             "reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 2, tensors, 8192
         ),
         Variant("pack", pack.pack_kernel, {**tiled, "QUANTIZED": False}, 4, 1, {}),
         Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
+        Variant("lattice", lattice.lattice_kernel, {"D": 128, "G": 2}, 2, 1, {"scale_ptr": BYTES}),
         Variant("unpack", unpack.unpack_kernel, tiled, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
-        Variant("rope", fused.rope_write_kernel, {"D": 128}, 1, 1, halves),
-        Variant("silu", fused.silu_mul_kernel, {"BLOCK": 1024}, 4, 1, halves),
+        Variant("turn", fused.turn_kernel, {"D": 128}, 1, 1, {**halves, "places_ptr": LONGS}),
+        Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]
 
 
@@ -155,8 +150,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         elif name.endswith("_ptr"):
             signature[name] = variant.pointers.get(name) or POINTERS.get(name, "*fp32")
         else:
-            floating = name in FLOATS or (name == "scale" and variant.kernel is fused.rope_write_kernel)
-            signature[name] = "fp32" if floating else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
         if name.endswith("_ptr") or (name.startswith("stride_") and name not in ("stride_pages_slot", "stride_held")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)

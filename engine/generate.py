@@ -27,9 +27,10 @@ from skvq.engine.evaluate import (
     hidden_states,
     nll_of,
 )
+from skvq.engine.graph import decode_step_of
 from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
-from skvq.engine.prefill import batch_step, exact_prefill, short_prefill, streaming_prefill
+from skvq.engine.prefill import exact_prefill, short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
@@ -60,6 +61,7 @@ class Engine:
     def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = False) -> None:
         self.parts, self.report = parts, report
         self.timing = Timing()
+        self.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, cuda_graph=parts.cuda_graph)
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 
     @classmethod
@@ -80,6 +82,7 @@ class Engine:
         prefill: str = "exact",
         on_full: str = "stop",
         prefix_cache: bool = False,
+        cuda_graph: bool = True,
         download: bool = True,
         report: Reporter | None = None,
     ) -> Engine:
@@ -95,6 +98,7 @@ class Engine:
             pages, all but the attention sinks, and goes on. A prompt longer than max_context is then read by streaming.
         prefix_cache: a prompt that begins like an earlier one takes over its pages and only the rest is read, by streaming:
             faster, but the rest then sees the beginning as it is packed, where exact prefill sees it in full precision.
+        cuda_graph: on a GPU, replay the decode step as one CUDA graph; without, its kernels are launched one by one.
 
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
@@ -113,6 +117,7 @@ class Engine:
             rope_scaling=rope_scaling,
             prefill=prefill,
             on_full=on_full,
+            cuda_graph=cuda_graph,
             download=download,
             report=chosen,
         )
@@ -265,8 +270,9 @@ class Engine:
     @torch.inference_mode()
     def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
         """One token for each sequence of the batch: logits float32 [B, V]."""
-        model = self.parts.model
-        return model.head(batch_step(model, self.parts.rope, batch, tokens))
+        logits = self.step.run(batch, tokens)
+        batch.commit(tokens)
+        return logits
 
     def _decode(
         self, sequences: list[SequenceCache], logits: list[Tensor], config: SamplingConfig

@@ -55,6 +55,7 @@ class EngineParts:
     setup: CacheSetup
     plan: Plan
     prefill: str
+    cuda_graph: bool
 
     @property
     def model(self) -> Model:
@@ -84,6 +85,7 @@ def load_parts(
     rope_scaling: str | None,
     prefill: str,
     on_full: str,
+    cuda_graph: bool,
     download: bool,
     report: Reporter,
 ) -> EngineParts:
@@ -121,7 +123,7 @@ def load_parts(
     cache, setup = build_cache(loaded, cache, max_sequences, calibration, full, report)
     if was_open:
         _, plan = plan_that_fits(config, cache, context, max_sequences, compute, place, prefill, weight_bytes)
-    return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill)
+    return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill, cuda_graph=cuda_graph)
 
 
 @torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack

@@ -11,6 +11,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.evaluate import as_ids
+from skvq.engine.graph import last_hidden
 from skvq.engine.model import Model
 from skvq.engine.planner import CHUNK_TOKENS
 from skvq.engine.report import Reporter
@@ -39,17 +40,6 @@ def chunk_work(model: Model, start: int, stop: int) -> float:
     return (stop - start) * (linear + q * (start + stop))
 
 
-def batch_step(model: Model, rope: RopeFrequencies, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
-    """The next tokens of each sequence of a batch, row by row, [B * N]: hidden state [B, d] of each row's last."""
-    batch.begin()
-    turn = at_positions(rope, batch.turns)
-    x = model.embed(as_ids(tokens, batch.slots.device).view(batch.positions.shape))  # [B, N, d]
-    for layer in range(model.config.num_layers):
-        x = model.layer(layer, x, turn, batch.layer(layer))
-    batch.commit(tokens)
-    return x[:, -1]
-
-
 def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
     """Append a few ``ids`` to a sequence as decode steps of several tokens; hidden state [d] of the last.
 
@@ -61,7 +51,9 @@ def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, 
         piece, rest = rest[:count], rest[count:]
         batch = DecodeBatch([sequence], model.config.attention_spans, count)
         with all_or_nothing(sequence):
-            x = batch_step(model, rope, batch, piece)
+            batch.begin(piece)
+            x = last_hidden(model, rope, batch, batch.max_packed)
+            batch.commit(piece)
     return x[0]
 
 

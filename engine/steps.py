@@ -163,21 +163,43 @@ class DecodeBatch:
         self.positions = torch.zeros(count, tokens, dtype=torch.int32, device=device)
         self.turns = torch.zeros(count, tokens, dtype=torch.int64, device=device)  # RoPE positions
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
+        self._numbers = torch.zeros(count, 3 + tokens, dtype=torch.int64, device=device)  # length, packed, origin, token ids
+        self.token_ids = self._numbers[:, 3:]  # [B, N]
+        self._ahead = torch.arange(tokens, device=device)
         self.ring_slots = torch.zeros(count * tokens, dtype=torch.int64, device=device)
-
-    def begin(self) -> None:
-        """Make room for the next tokens of each sequence and say where they go. They fit the ring (``ring_room``)."""
-        for sequence in self.sequences:
-            sequence.reserve(self.tokens)
-            assert self.tokens <= sequence.ring_room, (self.tokens, sequence.ring_room)
-        self.mass = [[] for _ in self.sequences]
-        places = [range(s.length, s.length + self.tokens) for s in self.sequences]
-        regions = self.setup.regions
         self.methods = [s.method for s in self.sequences]
-        self.positions.copy_(torch.tensor([list(row) for row in places], dtype=torch.int32))
-        self.turns.copy_(self.positions + torch.tensor([s.origin for s in self.sequences])[:, None].to(self.turns))
-        self.packed.copy_(torch.tensor([s.packed for s in self.sequences], dtype=torch.int32))
-        self.ring_slots.copy_(torch.tensor([regions.slot(n) for row in places for n in row]))
+
+    @property
+    def max_packed(self) -> int:
+        """Packed tokens of the sequence that has most."""
+        return max(s.packed for s in self.sequences)
+
+    def begin(self, token_ids: Sequence[int]) -> None:
+        """The host's part of a step: make room for the next tokens, row by row [B * N], and say where they go, in one copy.
+
+        They fit the ring (``ring_room``).
+        """
+        count = self.tokens
+        for sequence in self.sequences:
+            sequence.reserve(count)
+            assert count <= sequence.ring_room, (count, sequence.ring_room)
+        self.mass = [[] for _ in self.sequences]
+        self.methods = [s.method for s in self.sequences]
+        rows = [
+            [s.length, s.packed, s.origin, *token_ids[row * count : (row + 1) * count]] for row, s in enumerate(self.sequences)
+        ]
+        # pinned memory is not handed out again before the copy is done, so the host need not wait for it
+        numbers = torch.tensor(rows, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
+        self._numbers.copy_(numbers, non_blocking=True)
+
+    def place(self) -> None:
+        """The device's part: lengths as kernels read them, and the slots of the new tokens marked in every layer."""
+        regions = self.setup.regions
+        places = self._numbers[:, :1] + self._ahead
+        self.positions.copy_(places)
+        self.turns.copy_(places + self._numbers[:, 2:3])
+        self.packed.copy_(self._numbers[:, 1])
+        self.ring_slots.copy_((regions.retained + places % regions.ring).flatten())
         self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.flatten()
         self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = 0
 
@@ -195,14 +217,14 @@ class DecodeBatch:
         outs, lses = zip(*singles, strict=True)
         return torch.cat(outs), torch.cat(lses)
 
-    def layer(self, layer: int) -> DecodeLayer:
-        """The cache of one layer for this step."""
+    def layer(self, layer: int, max_packed: int) -> DecodeLayer:
+        """The cache of one layer for this step, for sequences of up to ``max_packed`` packed tokens."""
         step = Step(
             slots=self.slots,
             positions=self.positions,
             packed=self.packed,
             page_table=self.setup.arena.page_table,
-            max_packed=max(s.packed for s in self.sequences),
+            max_packed=max_packed,
             span=self.spans[layer],
         )
         return DecodeLayer(self, layer, step)

@@ -72,4 +72,8 @@ def ops_for(backend: str) -> Ops:
         from skvq.kernels.numba_cpu.ops import NumbaOps
 
         return NumbaOps()
+    if backend == "triton":
+        from skvq.kernels.triton_gpu.fused import TritonOps
+
+        return TritonOps()
     return TorchOps()

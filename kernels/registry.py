@@ -15,6 +15,8 @@ import torch
 from skvq.kernels.interface import Backend
 
 ENTRY_POINT = "skvq.kernels"
+TRITON_HEAD_SIZES = (64, 128)
+"""Head sizes with Triton kernels; for others torch computes, and waits."""
 
 
 class BackendUnavailable(Exception):
@@ -45,6 +47,11 @@ def factories() -> dict[str, Callable[[torch.device], Backend]]:
     """Factories by name; a plug-in cannot take the name of one of ours."""
     found: dict[str, Callable[[torch.device], Backend]] = {e.name: e.load() for e in entry_points(group=ENTRY_POINT)}
     return found | {"reference": _reference, "numba": _numba, "triton": _triton}
+
+
+def is_capturable(backend: str, head_size: int) -> bool:
+    """Whether attention of a decode step is launches alone, nothing waits for the device: a CUDA graph can hold it."""
+    return backend == "triton" and head_size in TRITON_HEAD_SIZES
 
 
 def default_name(device: torch.device) -> str:

@@ -79,9 +79,10 @@ def decode(engine: Engine, sequences: Sequence[SequenceCache], texts: Sequence[T
     batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
     outs = []
     for i in range(len(texts[0])):
-        batch.begin()
+        batch.begin([text.ids[i] for text in texts])
+        batch.place()
         q, k, v = (torch.cat([getattr(text, name)[:, i : i + 1] for text in texts]) for name in "qkv")
-        outs.append(batch.layer(0).attend(q, k, v, at_positions(engine.parts.rope, batch.turns)))
+        outs.append(batch.layer(0, batch.max_packed).attend(q, k, v, at_positions(engine.parts.rope, batch.turns)))
         batch.commit([text.ids[i] for text in texts])
     return torch.cat(outs, 1)
 

@@ -75,7 +75,7 @@ def test_a_known_answer_is_retrieved(engine: Engine, monkeypatch: pytest.MonkeyP
     start = len(question.prompt) - 1
 
     def parrot(batch: Any, tokens: Any) -> torch.Tensor:
-        batch.begin()
+        batch.begin(tokens)
         rows = torch.zeros(len(batch.sequences), 320)
         for row, sequence in zip(rows, batch.sequences, strict=True):
             row[answer[min(sequence.length - start, len(answer) - 1)]] = 9.0

@@ -23,6 +23,8 @@ QUICK = [
     "normal_planes",
     "invariants",
     "packing",
+    "lattice",
+    "assembly_order",
     "odd_shapes",
 ]
 
@@ -37,7 +39,7 @@ def run_checks(name: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", [*QUICK, "fused_operations"])
+@pytest.mark.parametrize("name", [*QUICK, "fused_operations", "decode_steps"])
 def test_equals_the_reference(name: str) -> None:
     run_checks(name)
 

@@ -8,17 +8,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton_cases import Case, formats, make_case
 
 from skvq.kernels import reference
-from skvq.kernels.triton_gpu import TritonGpu, fused
+from skvq.kernels.interface import FullSlots
+from skvq.kernels.layout import LEVELS
+from skvq.kernels.ops import TorchOps
+from skvq.kernels.triton_gpu import TritonGpu, labels, loaders, packed, tiles
+from skvq.kernels.triton_gpu.fused import TritonOps
+from skvq.kernels.triton_gpu.lattice import quantize_lattice
 
 PROGRAMS = 12  # splits enough to be uneven
 
@@ -78,7 +85,8 @@ def check_attend(method: str, **options: object) -> None:
     assert error <= allowed + 1e-7, (method, options, error, allowed)
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf), (method, options)
     finite = exact_lse > -torch.inf
-    assert float((lse - exact_lse)[finite].abs().max() if finite.any() else 0.0) < 0.02, (method, options)
+    off = (lse - exact_lse)[finite].abs() - 1e-3 * exact_lse[finite].abs()  # scores of hundreds have eight bits below one
+    assert float(off.max() if finite.any() else 0.0) < 0.02, (method, options)
     assert out.dtype == case.q.dtype and lse.shape == case.q.shape[:3]
 
 
@@ -111,8 +119,44 @@ def attend_others() -> None:
     check_attend("labels", packed=(1,), key_bits=1.5, value_bits=3.0, group_size=64, size=64, queries=2)
     check_attend("labels", packed=(2,), key_bits=4.0, value_bits=1.5, repeat=1, span=200)
     check_attend("labels", packed=(2,), among_trits=True)
+    check_attend("labels", packed=(2,), key_bits=4.0, value_bits=8.0, group_size=32, size=64, repeat=2, span=100)
+    check_attend("labels", packed=(1,), key_bits=2.0, value_bits=4.0, group_size=64, kv_heads=9, repeat=1)
+    check_attend("labels", packed=(1,), key_bits=8.0, value_bits=2.0, group_size=64, size=64)
     check_attend("plain", packed=(3, 11))
     check_attend("plain", packed=(0, 2), span=200, queries=3, dtype=torch.bfloat16, size=64)
+
+
+def assembly_order() -> None:
+    """The kernels as compiled for a GPU, where loaders exchange bytes 1 and 2 of every four; all but the assembly itself.
+
+    The interpreter has none, so its functions are replaced by their portable form, after that exchange.
+    """
+    portable = {name: getattr(loaders, name) for name in ("planes", "metadata", "meta_halves")}
+    slow_exp2 = tiles.exp2
+
+    def planes(x: tl.tensor, *rest: object) -> object:
+        data = x.handle.data
+        swapped = data.reshape(*data.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(data.shape)
+        return portable["planes"](tl.tensor(type(x.handle)(swapped, x.handle.dtype), x.type), *rest[:-1], False)
+
+    tiles.planes = planes
+    tiles.exp2 = packed.exp2 = lambda x, asm: slow_exp2(x, False)
+    packed.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
+    labels.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
+    for method, options in (
+        ("labels", {"packed": (1, 2)}),
+        ("labels", {"packed": (2,), "key_bits": 4.0, "value_bits": 8.0, "group_size": 32, "size": 64, "span": 100}),
+        ("heads", {"packed": (2,), "has_key_mean": True, "group_size": 64}),
+        ("heads", {"packed": (2,), "key_bits": 3.0, "value_bits": 1.5, "size": 64, "repeat": 8}),
+    ):
+        case = make_case(**options)  # type: ignore[arg-type]
+        made = backend()
+        made.interpreted = False
+        out, _ = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
+        exact, _ = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
+        error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
+        print(f"{method} {options}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
+        assert error <= allowed, (method, options, error, allowed)
 
 
 def attend_formats(step: int = 7) -> None:
@@ -201,6 +245,29 @@ def packing() -> None:
                 assert torch.equal(got, wanted), (method, key_bits, value_bits)
 
 
+def lattice() -> None:
+    """Codes chosen together: those of the reference at every bit width, head size and group; tokens end within a program."""
+    formats_of_a_head = ((64, 32, 2.0), (64, 64, 1.5), (128, 32, 3.0), (128, 64, 4.0), (128, 128, 8.0), (128, 64, 2.0))
+    for size, group, bits in formats_of_a_head:
+        side = make_case(size=size, group_size=group, kv_heads=2, has_metric=True, packed=(1,)).heads.keys
+        gen = torch.Generator().manual_seed(int(bits))
+        y = torch.randn(96, 2, size, generator=gen) * torch.rand(2, size, generator=gen) * 3
+        y[7], y[8] = 0.25, 1e-6  # groups of one number, groups below the smallest scale
+        before = y.clone()
+        wanted = reference.quantize_lattice(y, LEVELS[bits], side)
+        got = quantize_lattice(y, LEVELS[bits], side)
+        assert torch.equal(y, before)
+        for name, one, other in zip(("codes", "scales", "mids"), wanted, got, strict=True):
+            assert float((one == other).float().mean()) >= 0.999, (size, group, bits, name)
+        errors = []
+        for codes, scale, mid in (wanted, got):
+            levels = (reference.e4m3_decode(part) * side.unit for part in (scale, mid))
+            e = y - reference.dequantize(codes.view(96, 2, -1, group), *levels, LEVELS[bits]).view_as(y)
+            errors.append(float(torch.einsum("thi,hij,thj->", e.double(), side.metric.double(), e.double())))
+        # a tie of 8 bits that falls the other way moves the sum by 1e-4: float64 and the reference differ in two tokens here
+        assert abs(errors[1] / errors[0] - 1) < (1e-4 if bits < 8 else 5e-4), (size, group, bits, errors)
+
+
 def odd_shapes() -> None:
     """Head sizes without a kernel: torch computes them."""
     case = make_case(size=32, group_size=32, packed=(1,), kv_heads=2)
@@ -209,45 +276,82 @@ def odd_shapes() -> None:
 
 
 def fused_operations() -> None:
+    """Every operation against torch, in every dtype; odd sizes, strided rows, poisoned slots, inputs left alone."""
+    torch_ops, ops = TorchOps(), TritonOps()
     gen = torch.Generator().manual_seed(0)
-    x, residual = (torch.randn(3, 96, generator=gen).half() for _ in range(2))
-    weight = torch.randn(96, generator=gen).half()
 
-    def norm(t: Tensor) -> Tensor:
-        wide = t.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).half() * weight
+    def same(got: Tensor, wanted: Tensor, ulps: float = 2.0) -> None:
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape, (got.dtype, got.shape)
+        ulps *= 3 if wanted.dtype == torch.bfloat16 else 1  # the interpreter cuts to bfloat16, a GPU rounds
+        allowed = ulps * torch.finfo(wanted.dtype).eps * wanted.float().abs().clamp_min(1e-3)
+        assert bool(((got.float() - wanted.float()).abs() <= allowed).all()), wanted.dtype
 
-    assert float((fused.rms_norm(x, weight, 1e-5) - norm(x)).abs().max()) < 4e-3
-    total = x + residual
-    assert float((fused.rms_norm(x, weight, 1e-5, residual) - norm(total)).abs().max()) < 8e-3
-    assert torch.equal(residual, total)
-    both = torch.randn(3, 200, generator=gen).half()
-    gate, up = both.chunk(2, 1)
-    assert float((fused.silu_mul(gate, up) - torch.nn.functional.silu(gate) * up).abs().max()) < 8e-3
-    case = make_case(size=64)
-    heads, kv_heads, size, rope = 8, 2, 64, case.heads.rope
-    joint = torch.randn(2, 2, heads + 2 * kv_heads, size, generator=gen).half()
-    q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
-    positions = torch.tensor([[5, 6], [1_048_570, 1_048_571]], dtype=torch.int32)
-    places, slots = torch.tensor([[3, 1], [0, 7]], dtype=torch.int32), torch.tensor([2, 1])
-    keys, values = torch.zeros(3, kv_heads, 9, size).half(), torch.zeros(3, kv_heads, 9, size).half()
-    held = torch.full((3, 9), -1, dtype=torch.int32)
-    out = fused.rope_and_write(q, k, v, positions, slots, places, rope.inv_freq, rope.scale, keys, values, held)
-    for row in range(2):
-        for n in range(2):
-            at = positions[row, n][None]
-            assert float((out[row, n] - reference.rotary(q[row, n][None], at, rope)[0]).abs().max()) < 4e-3
-            place, slot = places[row, n], slots[row]
-            assert float((keys[slot, :, place] - reference.rotary(k[row, n][None], at, rope)[0]).abs().max()) < 4e-3
-            assert torch.equal(values[slot, :, place], v[row, n]) and held[slot, place] == positions[row, n]
-    assert int((held >= 0).sum()) == 4
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weight = torch.randn(96, generator=gen).to(dtype)
+        x, delta = (torch.randn(3, 2, 96, generator=gen).to(dtype)[:, :1] for _ in range(2))  # rows lie apart
+        before = x.clone()
+        same(ops.rms_norm(x[:, 0], weight, 1e-5), torch_ops.rms_norm(x[:, 0], weight, 1e-5))
+        for got, wanted in zip(
+            ops.add_rms_norm(x, delta, weight, 1e-5), torch_ops.add_rms_norm(x, delta, weight, 1e-5), strict=True
+        ):
+            same(got, wanted)
+        assert torch.equal(x, before)
+        gate_up = torch.randn(3, 1, 2 * 1100, generator=gen).to(dtype) * 4
+        same(ops.swiglu(gate_up), torch_ops.swiglu(gate_up), 4.0)
+        heads, kv_heads, size = 8, 2, 64
+        joint = torch.randn(2, 1, heads + 2 * kv_heads, size, generator=gen).to(dtype)
+        q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
+        angle = torch.rand(2, 1, 1, size // 2, generator=gen) * 6
+        slots, places = torch.tensor([2, 1]), torch.tensor([3, 0])
+        for cache in (torch.float16, torch.bfloat16):
+            rows = torch.full((2, 3, kv_heads, 9, size), 7.0, dtype=cache)
+            positions = torch.full((3, 9), -1, dtype=torch.int32)
+            fulls = [FullSlots(keys=rows[0].clone(), values=rows[1].clone(), positions=positions) for _ in range(2)]
+            outs = [
+                o.turn_to_slots(q, k, v, angle.cos(), angle.sin(), f, slots, places)
+                for o, f in zip((ops, torch_ops), fulls, strict=True)
+            ]
+            same(*outs, 8.0)
+            same(fulls[0].keys, fulls[1].keys, 8.0)
+            same(fulls[0].values, fulls[1].values)
+            assert dtype != cache or torch.equal(fulls[0].values, fulls[1].values)
+
+
+def decode_steps() -> None:
+    """The engine on these kernels, step by step and as a graph with the grid of the longest context, over a packed tile."""
+    from test_graph import Calls
+    from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+
+    from skvq.engine.graph import EagerStep, GraphStep
+    from skvq.engine.steps import DecodeBatch
+
+    found = []
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+        folder = tiny_folder(Path(name), head_size=64, num_layers=1)
+        for backend in ("reference", "triton"):
+            engine = tiny_engine(folder, tiny_cache(method="plain"), backend=backend, max_context=600)
+            eager = EagerStep(engine.parts.model, engine.parts.rope)
+            for step in (eager, GraphStep(eager, Calls(), engine.parts.setup.regions.packed(600))):
+                sequence = engine.prefill(random_ids(142))
+                batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+                rows = []
+                for token in (3, 4, 5):
+                    rows.append(step.run(batch, [token]))
+                    batch.commit([token])
+                assert sequence.packed == 128
+                found.append(torch.stack(rows))
+                sequence.free()
+    assert isinstance(engine.parts.model.ops, TritonOps)
+    assert torch.equal(found[0], found[1])
+    for rows in found[2:]:
+        assert float((rows - found[0]).abs().max()) < 5e-3 * float(found[0].abs().max())
 
 
 CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants, packing, odd_shapes,
-        fused_operations,
+        fused_operations, lattice, assembly_order, decode_steps,
     )
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 ``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520] [--only NAME ...]``. Results are written after every step; a
 second call goes on where the first stopped. The correctness gate comes first: a red gate stops all timing. Needs torch and
-Triton only. The compact table is printed last.
+Triton only; the decode step as a whole also what the engine imports. The compact table is printed last.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
 CONTEXTS = (32_768, 131_072, 1_048_576)
+DECODE_CONTEXTS = (32_768, 131_072)
 CORE = [
     (2.0, 2.0, 128, 128),
     (2.0, 2.0, 64, 128),
@@ -140,9 +141,11 @@ def error_of(case: Case, method: str = "heads") -> dict[str, Any]:
     }
 
 
-def check_packing(key_bits: float, value_bits: float, method: str) -> dict[str, Any]:
-    """Share of bytes equal to the reference, and whether unpacking is bit for bit that of the reference on the CPU."""
-    case = make_case(key_bits=key_bits, value_bits=value_bits, group_size=64, packed=(11,), device="cuda")
+def check_packing(key_bits: float, value_bits: float, method: str, lattice: bool = False) -> dict[str, Any]:
+    """Share of bytes equal to the reference; ``lattice``: codes of a head chosen together."""
+    case = make_case(
+        key_bits=key_bits, value_bits=value_bits, group_size=64, packed=(11,), has_metric=lattice, device="cuda"
+    )  # fmt: skip
     codec, tile = case.heads if method == "heads" else case.labels, case.layout.tile
     keys, values = (torch.randn(2 * tile, 2, 128, device=DEVICE).half() for _ in range(2))
     retained = torch.rand(2 * tile, device=DEVICE) < 0.1
@@ -192,6 +195,9 @@ def correctness(log: Log) -> bool:
     for kb, vb in ((2.0, 2.0), (2.0, 1.5), (3.0, 4.0)):
         for method in ("heads", "labels"):
             log.step(f"gate pack K{kb:g}V{vb:g} {method}", lambda kb=kb, vb=vb, m=method: check_packing(kb, vb, m), 30)
+    for kb, vb in ((2.0, 2.0), (2.0, 1.5), (3.0, 4.0)):
+        name = f"gate pack K{kb:g}V{vb:g} lattice"
+        log.step(name, lambda kb=kb, vb=vb: check_packing(kb, vb, "heads", lattice=True), 60)
     gates = {k: v for k, v in log.results.items() if k.startswith("gate ")}
     bad = [k for k, v in gates.items() if not v.get("good")]
     if bad:
@@ -213,7 +219,7 @@ def arena(shape: str, context: int, key_bits: float, value_bits: float, group: i
     cases = []
     pick = torch.randint(0, len(small.meta), (count,))
     for seed in range(max(1, math.ceil(256e6 / each))):
-        move = {name: getattr(case, name) for name in ("heads", "full", "q")}
+        move = {name: getattr(case, name) for name in ("heads", "labels", "full", "q")}
         pages = dataclasses.replace(
             small,
             key_codes=small.key_codes[pick].to(DEVICE),
@@ -240,12 +246,14 @@ def on_device(value: Any) -> Any:
     return value
 
 
-def time_attention(cases: list[Case], made: TritonGpu, copy_gbps: float, context: int) -> dict[str, float]:
+def time_attention(
+    cases: list[Case], made: TritonGpu, copy_gbps: float, context: int, method: str = "heads"
+) -> dict[str, float]:
     """Milliseconds of one layer's attention, all launches of it, and its share of the copy bandwidth."""
 
     def work() -> None:
         for case in cases:
-            made.attend_heads(case.q, case.pages, case.heads, case.full, case.step)
+            getattr(made, f"attend_{method}")(case.q, case.pages, getattr(case, method), case.full, case.step)
 
     taken, spread = seconds_of(work)
     taken /= len(cases)
@@ -264,9 +272,11 @@ def time_sdpa(shape: str, context: int) -> dict[str, float]:
     return {"ms": taken * 1e3, "gbps": 4 * k.numel() / taken / 1e9, "spread": spread}
 
 
-def time_packing(key_bits: float, value_bits: float) -> dict[str, float]:
+def time_packing(key_bits: float, value_bits: float, lattice: bool = False) -> dict[str, float]:
     """Tokens a second of quantize-and-pack and of unpacking, Mistral-7B shape, one layer."""
-    case = make_case(kv_heads=8, key_bits=key_bits, value_bits=value_bits, group_size=64, packed=(50,), device="cuda")
+    case = make_case(
+        kv_heads=8, key_bits=key_bits, value_bits=value_bits, group_size=64, packed=(50,), has_metric=lattice, device="cuda"
+    )  # fmt: skip
     made, tile = TritonGpu(DEVICE), case.layout.tile
     count = 50 * tile
     keys, values = (torch.randn(count, 8, 128, device=DEVICE).half() for _ in range(2))
@@ -275,6 +285,36 @@ def time_packing(key_bits: float, value_bits: float) -> dict[str, float]:
     pack, _ = seconds_of(lambda: made.pack_heads(case.pages, case.heads, row, 0, keys, values, retained), 5)
     unpack, _ = seconds_of(lambda: made.unpack_heads(case.pages, case.heads, row, 0, count), 5)
     return {"pack_tokens_per_s": count / pack, "unpack_tokens_per_s": count / unpack}
+
+
+def time_decode(context: int, graph: bool, steps: int = 64) -> dict[str, float]:
+    """Milliseconds of a whole decode step, packing included: Mistral-7B, dummy weights, a cache filled with random tokens.
+
+    The host's clock, for the host's part is the point of the comparison. Needs the packages of the engine too.
+    """
+    from skvq.engine.config import CacheConfig
+    from skvq.engine.generate import Engine
+    from skvq.engine.steps import DecodeBatch
+
+    engine = Engine.load(
+        "mistral-7b", max_context=context + 2048, max_sequences=1, cache=CacheConfig(group_size=128), dummy_weights=True,
+        cuda_graph=graph,
+    )  # fmt: skip
+    sequence = engine.new_sequence()
+    engine.fill(sequence, context)
+    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+    times = []
+    for i in range(steps + 8):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        logits = engine.decode_step(batch, [i])
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    times = sorted(times[8:])
+    middle = statistics.median(times)
+    spread = (times[3 * steps // 4] - times[steps // 4]) / middle
+    assert not logits.isnan().any()
+    return {"ms": middle * 1e3, "slowest_ms": times[-1] * 1e3, "spread": spread}
 
 
 def sweep(cases: list[Case], copy_gbps: float, context: int, log: Log) -> None:
@@ -311,6 +351,21 @@ def measure(log: Log) -> None:
                     torch.cuda.empty_cache()
     for kb, vb in ((2.0, 2.0), (2.0, 1.5)):
         log.step(f"packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb), 20)
+        log.step(f"lattice packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb, lattice=True), 30)
+    for shape in SHAPES:
+        context = 131_072
+        log.step(
+            f"attend {shape} {context} reorder K2V2 g64",
+            lambda shape=shape, context=context: time_attention(
+                arena(shape, context, 2.0, 2.0, 64, False), TritonGpu(DEVICE), copy_gbps, context, "labels"
+            ), 15,
+        )  # fmt: skip
+        torch.cuda.empty_cache()
+    for context in DECODE_CONTEXTS:
+        for graph in (True, False):
+            name = f"decode step {context} {'graph' if graph else 'eager'}"
+            log.step(name, lambda context=context, graph=graph: time_decode(context, graph), 150)
+            torch.cuda.empty_cache()
     cases = arena("mistral-7b", 131_072, 2.0, 2.0, 128, False)
     sweep(cases, copy_gbps, 131_072, log)
     for kb, vb, group, size in formats():  # the rest of the formats
@@ -337,6 +392,9 @@ def table(results: dict[str, Any]) -> None:
             print(
                 f"{shape:12} {context:>8} {form_name:18} {value['ms']:8.3f} {value['gbps']:6.0f} {value['share']:6.2f} {times}"
             )
+    for name, value in results.items():
+        if name.startswith("decode step ") and "ms" in value:
+            print(f"{name}: {value['ms']:.2f} ms, slowest {value['slowest_ms']:.2f}")
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS
-from skvq.kernels.registry import BackendUnavailable
+from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_blocks_kernel, attend_labels_kernel
+from skvq.kernels.triton_gpu.lattice import quantize_side
 from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
 from skvq.kernels.triton_gpu.packing import bits_code, decode_heads, launch_pack, launch_unpack, page_strides
@@ -25,7 +26,7 @@ from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 64
-LABEL_WARPS = 2  # one would spill
+LABEL_WARPS, LABEL_SHARE = 2, 64  # a warp of 32 tokens would spill
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,21 +173,23 @@ class TritonGpu:
         if splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
+            bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
+            fast = bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)  # keys of 8 bits want float32
+            table = tables.exchanged if fast and not self.interpreted else tables.table
             shared = (
-                q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
+                q, tables.turn[6:], table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
                 codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
                 *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
                 step.span, columns.total, tables.scale,
             )  # fmt: skip
             grid = (columns.heads, splits, q.shape[0] * columns.chunks)
-            bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
             forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
-            if layout.tile == 128 and set(bits.values()) <= {2, 4, 8}:
+            if fast and layout.tile == 128:
                 groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
-                    *shared, groups, **forms, GROUPS=max(16, triton.next_power_of_2(groups)), WIDE=self.interpreted,
-                    num_warps=LABEL_WARPS, num_stages=2,
+                    *shared, groups, **forms, GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_SHARE,
+                    ASM=not self.interpreted, num_warps=LABEL_WARPS, num_stages=2,
                 )  # fmt: skip
             else:
                 attend_labels_kernel[grid](*shared, **forms, TILE=layout.tile, num_warps=4, num_stages=2)
@@ -239,10 +242,10 @@ class TritonGpu:
         if not (codec.keys.has_metric or codec.values.has_metric):
             launch_pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
             return
-        self._say_once("quantizing with codes chosen together (method rotate)")
-        # codes that are chosen together come channel after channel: torch does that, for all tokens and heads at once
-        key, ks, km = reference.quantize_heads(y_keys, layout.key_bits, codec.keys)
-        value, vs, vm = reference.quantize_heads(y_values, layout.value_bits, codec.values)
+        (key, ks, km), (value, vs, vm) = (
+            quantize_side(y, bits, side)
+            for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
+        )
         launch_pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
 
     def pack_labels(
@@ -335,7 +338,7 @@ class TritonGpu:
 
     def _is_odd(self, head_size: int, group_size: int) -> bool:
         """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
-        if head_size in (64, 128) and group_size in (32, 64, 128):
+        if head_size in TRITON_HEAD_SIZES and group_size in (32, 64, 128):
             return False
         self._say_once(f"head size {head_size}, group size {group_size}")
         return True

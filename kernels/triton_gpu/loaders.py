@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 
-def _mask_assembly(bits: int, cumulative: bool) -> str:
-    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane."""
+def _mask_assembly(bits: int, cumulative: bool, exponent: int = 0) -> str:
+    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane, ``exponent`` put above each."""
     planes = 8 // bits
     lines = [f"prmt.b32 odd, ${2 * planes}, 0, 0x4341;", f"and.b32 even, ${2 * planes}, 0x00FF00FF;"]
     for p in range(planes):
@@ -33,8 +33,13 @@ def _mask_assembly(bits: int, cumulative: bool) -> str:
         for lane, name in enumerate(("even", "odd")):
             # the word itself serves the even lanes: the mask cuts the neighbour off as well
             source = f"${2 * planes}" if name == "even" else name
-            line = f"and.b32 ${2 * p + lane}, {source}, 0x{mask:08X};"
-            lines.append(line if mask != 0x00FF00FF else f"mov.b32 ${2 * p + lane}, {name};")
+            if exponent:
+                line = f"lop3.b32 ${2 * p + lane}, {source}, 0x{mask:08X}, 0x{exponent * 0x00010001:08X}, 0xEA;"
+            elif mask == 0x00FF00FF:
+                line = f"mov.b32 ${2 * p + lane}, {name};"
+            else:
+                line = f"and.b32 ${2 * p + lane}, {source}, 0x{mask:08X};"
+            lines.append(line)
     return "{ .reg .b32 even, odd; " + " ".join(lines) + " }"
 
 
@@ -52,6 +57,10 @@ ASM_2 = tl.constexpr(_mask_assembly(2, False))
 ASM_2_CUMULATIVE = tl.constexpr(_mask_assembly(2, True))
 ASM_4 = tl.constexpr(_mask_assembly(4, False))
 ASM_8 = tl.constexpr(_mask_assembly(8, False))
+ASM_1_NORMAL = tl.constexpr(_mask_assembly(1, False, 0x6400))
+ASM_2_NORMAL = tl.constexpr(_mask_assembly(2, False, 0x6400))
+ASM_4_NORMAL = tl.constexpr(_mask_assembly(4, False, 0x6400))
+ASM_8_NORMAL = tl.constexpr(_mask_assembly(8, False, 0x6400))
 ASM_TRIT = tl.constexpr(_trit_assembly())
 
 
@@ -63,6 +72,16 @@ def _meta_assembly(selector: str) -> str:
     )
 
 
+def _halves_assembly(scale: str, mid: str) -> str:
+    """Scales, then mids, of two words to pairs of halves with the same value times 2^-8; scales lose their sign."""
+    return (
+        f"{{ .reg .b32 x, u; prmt.b32 x, $2, $3, {scale}; shr.u32 u, x, 1; and.b32 $0, u, 0x3F803F80; "
+        f"prmt.b32 x, $2, $3, {mid}; shr.u32 u, x, 1; and.b32 x, x, 0x80008000; lop3.b32 $1, u, 0x3F803F80, x, 0xEA; }}"
+    )
+
+
+ASM_HALVES_LOW = tl.constexpr(_halves_assembly("0x4004", "0x5115"))
+ASM_HALVES_HIGH = tl.constexpr(_halves_assembly("0x6226", "0x7337"))
 ASM_META_LOW = tl.constexpr(_meta_assembly("0x1404"))
 ASM_META_HIGH = tl.constexpr(_meta_assembly("0x3424"))
 ASM_FP8_LOW = tl.constexpr("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, lo; }")
@@ -84,26 +103,27 @@ def perm4(i, ASM: tl.constexpr):
 
 
 @triton.jit
-def _half(x):
-    return x.to(tl.uint16).to(tl.float16, bitcast=True)
+def _half(x, NORMAL: tl.constexpr):
+    bits = x.to(tl.uint16) | 0x6400 if NORMAL else x.to(tl.uint16)
+    return bits.to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _planes_1(x, ASM: tl.constexpr):
+def _planes_1(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         return tl.inline_asm_elementwise(
-            ASM_1, REGS_1, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
-            tl.float16, tl.float16), is_pure=True, pack=4,
+            ASM_1_NORMAL if NORMAL else ASM_1, REGS_1, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+            tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
         out = ()
         for p in tl.static_range(8):
-            out = out + (_half(x & (1 << p)),)
+            out = out + (_half(x & (1 << p), NORMAL),)
         return out
 
 
 @triton.jit
-def _planes_2(x, CUMULATIVE: tl.constexpr, ASM: tl.constexpr):
+def _planes_2(x, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         if CUMULATIVE:
             return tl.inline_asm_elementwise(
@@ -111,29 +131,34 @@ def _planes_2(x, CUMULATIVE: tl.constexpr, ASM: tl.constexpr):
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
-                ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+                ASM_2_NORMAL if NORMAL else ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True, pack=4,
             )  # fmt: skip
     else:
         if CUMULATIVE:
-            return (_half(x & 0x03), _half(x & 0x0F), _half(x & 0x3F), _half(x))
+            return (_half(x & 0x03, False), _half(x & 0x0F, False), _half(x & 0x3F, False), _half(x, False))
         else:
-            return (_half(x & 0x03), _half(x & 0x0C), _half(x & 0x30), _half(x & 0xC0))
+            return (_half(x & 0x03, NORMAL), _half(x & 0x0C, NORMAL), _half(x & 0x30, NORMAL), _half(x & 0xC0, NORMAL))
 
 
 @triton.jit
-def _planes_4(x, ASM: tl.constexpr):
+def _planes_4(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
-        return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            ASM_4_NORMAL if NORMAL else ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
     else:
-        return (_half(x & 0x0F), _half(x & 0xF0))
+        return (_half(x & 0x0F, NORMAL), _half(x & 0xF0, NORMAL))
 
 
 @triton.jit
-def _planes_8(x, ASM: tl.constexpr):
+def _planes_8(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
-        return (tl.inline_asm_elementwise(ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
+        return (
+            tl.inline_asm_elementwise(ASM_8_NORMAL if NORMAL else ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),
+        )
     else:
-        return (_half(x),)
+        return (_half(x, NORMAL),)
 
 
 @triton.jit
@@ -144,7 +169,13 @@ def _prefixes(x, ASM: tl.constexpr):
         )  # fmt: skip
     else:
         w = x.to(tl.uint16)
-        return (_half(w * 3 >> 8), _half(w * 9 >> 8), _half(w * 27 >> 8), _half(w * 81 >> 8), _half(w * 243 >> 8))
+        return (
+            _half(w * 3 >> 8, False),
+            _half(w * 9 >> 8, False),
+            _half(w * 27 >> 8, False),
+            _half(w * 81 >> 8, False),
+            _half(w * 243 >> 8, False),
+        )
 
 
 @triton.jit
@@ -154,20 +185,22 @@ def planes(x, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexp
     Plane p holds ``(field_p - OFFSET) * 2^(WIDTH p)`` if NORMAL, else ``field_p * 2^(WIDTH p - 24)``.
     """
     if WIDTH == 1:
-        raw = _planes_1(x, ASM)
+        raw = _planes_1(x, NORMAL, ASM)
     elif WIDTH == 2:
-        raw = _planes_2(x, CUMULATIVE, ASM)
+        raw = _planes_2(x, CUMULATIVE, NORMAL, ASM)
     elif WIDTH == 4:
-        raw = _planes_4(x, ASM)
+        raw = _planes_4(x, NORMAL, ASM)
     elif WIDTH == 8:
-        raw = _planes_8(x, ASM)
+        raw = _planes_8(x, NORMAL, ASM)
     else:
         raw = _prefixes(x, ASM)
     if NORMAL:
         out = ()
         for p in tl.static_range(len(raw)):
-            bits = raw[p].to(tl.uint16, bitcast=True) | 0x6400
-            out = out + (bits.to(tl.float16, bitcast=True) - (1024.0 + OFFSET * (1 if WIDTH == 15 else 1 << (WIDTH * p))),)
+            x = raw[p]
+            if WIDTH == 15:
+                x = (x.to(tl.uint16, bitcast=True) | 0x6400).to(tl.float16, bitcast=True)
+            out = out + (x - (1024.0 + OFFSET * (1 if WIDTH == 15 else 1 << (WIDTH * p))),)
         return out
     else:
         return raw
@@ -218,3 +251,15 @@ def _low_half(x):
 @triton.jit
 def _high_half(x):
     return (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def meta_halves(word, VALUES: tl.constexpr, ASM: tl.constexpr):
+    """``metadata`` in fp16, times 2^-8 on every card, without the retained flag."""
+    if ASM:
+        asm: tl.constexpr = ASM_HALVES_HIGH if VALUES else ASM_HALVES_LOW
+        return tl.inline_asm_elementwise(asm, "=r,=r,r,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        low = word >> 16 if VALUES else word
+        scale, mid = (low & 0x7F) << 7, ((low & 0x7F00) >> 1) | (low & 0x8000)
+        return scale.to(tl.int16).to(tl.float16, bitcast=True), mid.to(tl.int16).to(tl.float16, bitcast=True)

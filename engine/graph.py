@@ -1,0 +1,119 @@
+"""One decode step of the whole model on the device, launched kernel by kernel or replayed as one CUDA graph.
+
+Between ``DecodeBatch.begin`` and ``commit`` nothing depends on the host: lengths, places and token ids lie in tensors that are
+moved in place, grids are fixed. A graph therefore holds the step for as long as the batch is the same; packing and new pages
+come between steps and change only what tensors hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import CacheSetup
+from skvq.engine.methods import CacheMethod
+from skvq.engine.model import Model
+from skvq.engine.rope import at_positions
+from skvq.engine.steps import DecodeBatch
+from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.registry import is_capturable
+
+
+def last_hidden(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
+    """Hidden state [B, d] of each row's last token after all layers; ``batch.begin`` has said where its tokens go."""
+    batch.place()
+    turn = at_positions(rope, batch.turns)
+    x = model.embed(batch.token_ids)  # [B, N, d]
+    for layer in range(model.config.num_layers):
+        x = model.layer(layer, x, turn, batch.layer(layer, max_packed))
+    return x[:, -1]
+
+
+class DecodeStep(Protocol):
+    """Logits float32 [B, V] of one token of each sequence; the caller commits."""
+
+    def run(self, batch: DecodeBatch, token_ids: Sequence[int]) -> Tensor: ...
+
+
+class EagerStep:
+    """Every kernel launched by the host: any device, any backend, filters that need attention mass."""
+
+    def __init__(self, model: Model, rope: RopeFrequencies) -> None:
+        self.model, self.rope = model, rope
+
+    def run(self, batch: DecodeBatch, token_ids: Sequence[int]) -> Tensor:
+        batch.begin(token_ids)
+        return self.launch(batch, batch.max_packed)
+
+    def launch(self, batch: DecodeBatch, max_packed: int) -> Tensor:
+        """Work of the device alone, after ``batch.begin``, for up to ``max_packed`` packed tokens in each sequence."""
+        return self.model.head(last_hidden(self.model, self.rope, batch, max_packed))
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A step held as a graph: ``replay`` does it again and leaves the logits in ``logits``, always the same tensor."""
+
+    replay: Callable[[], None]
+    logits: Tensor
+
+
+class Graphs(Protocol):
+    """What can hold the work of a device."""
+
+    def capture(self, work: Callable[[], Tensor]) -> Captured: ...
+
+
+class CudaGraphs:
+    """Graphs of one device, one after another in the same memory: capturing the next gives up the one before."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = work()
+        return Captured(graph.replay, logits)
+
+
+class GraphStep:
+    """The step of a batch captured once and replayed until another batch comes.
+
+    The first step of a batch is launched kernel by kernel, with the grids of the graph: kernels get compiled and scratch
+    memory allocated. Grids are those of the longest sequence the arena may hold, so no length outgrows them. A sequence that
+    drops its oldest tokens may change its method, whose tensors a graph holds by address: the step is then captured anew.
+    """
+
+    def __init__(self, eager: EagerStep, graphs: Graphs, max_packed: int) -> None:
+        self.eager, self.graphs, self.max_packed = eager, graphs, max_packed
+        self._held: list[tuple[DecodeBatch, list[CacheMethod], Captured]] = []  # one at most
+
+    def run(self, batch: DecodeBatch, token_ids: Sequence[int]) -> Tensor:
+        batch.begin(token_ids)
+        for known, methods, captured in self._held:
+            if known is batch and all(a is b for a, b in zip(methods, batch.methods, strict=True)):
+                captured.replay()
+                return captured.logits.clone()  # the next replay writes over them
+        logits = self.eager.launch(batch, self.max_packed)
+        self._held.clear()  # before the next capture takes its memory
+        captured = self.graphs.capture(lambda: self.eager.launch(batch, self.max_packed))
+        self._held.append((batch, batch.methods, captured))
+        return logits
+
+
+def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, backend: str, *, cuda_graph: bool) -> DecodeStep:
+    """A graph on a GPU, if it is wanted and everything in the step can be captured; else kernel by kernel.
+
+    Filters that need attention mass address their slots from the host, and shapes without a kernel wait for the device: they
+    keep the eager step.
+    """
+    eager, config = EagerStep(model, rope), model.config
+    on_gpu = setup.arena.page_table.device.type == "cuda"
+    if cuda_graph and on_gpu and not setup.needs_mass and is_capturable(backend, config.head_size):
+        return GraphStep(eager, CudaGraphs(), setup.regions.packed(setup.max_context))
+    return eager

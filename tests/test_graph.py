@@ -1,0 +1,189 @@
+"""The decode step as a graph, without CUDA: what is captured, when, and that a replay needs nothing of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.filters import HeavyHitters
+from skvq.engine.generate import Engine
+from skvq.engine.graph import Captured, CudaGraphs, EagerStep, GraphStep, decode_step_of
+from skvq.engine.steps import DecodeBatch
+from skvq.kernels.interface import Step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique_dim"}
+
+
+class Tape(TorchDispatchMode):
+    """Operations of torch with the tensors they were given: played again they see what those hold now, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.played: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name().split(".")[0] not in WAITS, f"{func.name()} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self.played.append((func, args, kwargs or {}, out))
+        return out
+
+    def play(self) -> None:
+        for func, args, kwargs, out in self.played:
+            new = func(*args, **kwargs)
+            if isinstance(out, Tensor) and new is not out and new.data_ptr() != out.data_ptr():
+                out.copy_(new)
+
+
+class Tapes:
+    """``Graphs`` for operations of torch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
+        self.count += 1
+        with Tape() as tape:
+            logits = work()
+        return Captured(tape.play, logits)
+
+
+class Calls(Tapes):
+    """``Graphs`` for anything: a replay is the work done once more."""
+
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
+        self.count += 1
+        logits = work().clone()
+
+        def replay() -> None:
+            logits.copy_(work())
+
+        return Captured(replay, logits)
+
+
+def attend_tensors(engine: Engine) -> Callable[[int, Tensor, Step], tuple[Tensor, Tensor]]:
+    """Attention over the full-precision slots, and a trace of how much is packed, with no number of the host."""
+
+    def attend(layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        full = engine.parts.setup.arena.full(layer)
+        held = full.positions[step.slots]  # [B, F]
+        seen = (held >= 0) & (held <= step.positions)
+        repeat = q.shape[2] // full.keys.shape[1]
+        k, v = (t[step.slots].repeat_interleave(repeat, 1).float() for t in (full.keys, full.values))
+        score = torch.einsum("bnhd,bhfd->bhnf", q, k).masked_fill(~seen[:, None, None], -torch.inf)
+        out = torch.einsum("bhnf,bhfd->bnhd", score.softmax(-1), v.nan_to_num(0.0))
+        return out + 0.01 * step.packed[:, None, None, None], score.logsumexp(-1).transpose(1, 2)
+
+    return attend
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("graph"))
+
+
+def start(engine: Engine, count: int) -> list[SequenceCache]:
+    return [engine.prefill(random_ids(40 + 90 * i, seed=i)) for i in range(count)]
+
+
+@torch.inference_mode()
+def run(engine: Engine, step: Any, batches: int, length: int) -> Tensor:
+    """Logits of batches of two, one after another, over the edge of a tile: [batches * length, 2, V]."""
+    rows = []
+    for number in range(batches):
+        sequences = start(engine, 2)
+        batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
+        for i in range(length):
+            ids = random_ids(2, seed=1000 * number + i)
+            rows.append(step.run(batch, ids))
+            batch.commit(ids)
+        for sequence in sequences:
+            sequence.free()
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("graphs", [Calls, Tapes])
+def test_a_graph_gives_what_eager_steps_give(folder: Path, graphs: type[Tapes], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=600)
+    if graphs is Tapes:
+        monkeypatch.setattr(engine.parts.setup.method, "attend", attend_tensors(engine))
+    eager = EagerStep(engine.parts.model, engine.parts.rope)
+    wanted = run(engine, eager, 2, 20)
+    made = graphs()
+    got = run(engine, GraphStep(eager, made, engine.parts.setup.regions.packed(600)), 2, 20)
+    assert made.count == 2  # once a batch
+    assert torch.equal(got, wanted)  # each step's own: a replay does not write over what was returned
+
+
+def test_step_tensors_stay_where_they_are(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=600)
+    [sequence] = start(engine, 1)
+    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+    named = {name: getattr(batch, name) for name in ("slots", "positions", "packed", "ring_slots", "token_ids")}
+    named |= engine.parts.setup.arena.tensors
+    places = {name: tensor.data_ptr() for name, tensor in named.items()}
+    packed = sequence.packed
+    while sequence.packed == packed:
+        engine.decode_step(batch, [sequence.length % 300])
+        for name, tensor in named.items():
+            assert tensor.data_ptr() == places[name], name
+        for name in ("slots", "positions", "packed", "ring_slots", "token_ids"):
+            assert getattr(batch, name) is named[name] or getattr(batch, name).data_ptr() == places[name]
+    batch.begin([7])
+    batch.place()
+    assert batch.positions.tolist() == [[sequence.length]] and batch.packed.tolist() == [sequence.packed]
+    assert batch.ring_slots.tolist() == [engine.parts.setup.regions.slot(sequence.length)] and batch.token_ids.tolist() == [7]
+
+
+def test_who_gets_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, Triton, a head size with kernels, no rule that asks for mass; and not when it is turned off."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=600)
+    parts = engine.parts
+    assert isinstance(engine.step, EagerStep)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+
+    class OnGpu:
+        class page_table:  # noqa: N801
+            device = torch.device("cuda")
+
+    setup: Any = replace(parts.setup, arena=OnGpu())
+    mass: Any = replace(setup, rules=(HeavyHitters(4),))
+    large: Any = type("Model", (), {"config": replace(parts.model.config, head_size=128), "weights": None})()
+    odd: Any = type("Model", (), {"config": replace(parts.model.config, head_size=96), "weights": None})()
+
+    def made(model: Any, setup: Any, backend: str, *, cuda_graph: bool = True) -> type:
+        return type(decode_step_of(model, parts.rope, setup, backend, cuda_graph=cuda_graph))
+
+    assert made(large, setup, "triton") is GraphStep
+    assert made(large, setup, "triton", cuda_graph=False) is EagerStep
+    assert made(large, setup, "reference") is EagerStep
+    assert made(large, mass, "triton") is EagerStep
+    assert made(odd, setup, "triton") is EagerStep
+    assert made(large, parts.setup, "triton") is EagerStep
+
+
+def test_cuda_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: seen.append((type(graph), pool)) or nullcontext())
+    graphs = CudaGraphs()
+    captured = [graphs.capture(lambda: torch.ones(1)) for _ in range(2)]
+    captured[0].replay()
+    assert seen == [(Graph, "pool"), (Graph, "pool"), "replay"] and torch.equal(captured[1].logits, torch.ones(1))
