@@ -135,8 +135,7 @@ class CacheConfig:
         require_known(self.method, METHODS, "cache method")
         for name in ("key_bits", "value_bits"):
             object.__setattr__(self, name, _width(getattr(self, name), name))
-        pairs = tuple((_width(k, "layer_bits"), _width(v, "layer_bits")) for k, v in self.layer_bits)
-        object.__setattr__(self, "layer_bits", pairs)
+        object.__setattr__(self, "layer_bits", _pairs_of_widths(self.layer_bits))
         self._check_budget()
         if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
@@ -248,6 +247,12 @@ def _width(value: object, name: str) -> float:
     if not _is_number(value) or value not in BITS:
         raise OptionError(f"{name} must be one of {', '.join(f'{b:g}' for b in BITS)}, got {value!r}")
     return float(value)
+
+
+def _pairs_of_widths(value: object) -> tuple[tuple[float, float], ...]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in value):
+        raise OptionError(f"layer_bits must be a pair (key bits, value bits) for each layer, got {value!r}")
+    return tuple((_width(k, "layer_bits"), _width(v, "layer_bits")) for k, v in value)
 
 
 def _is_whole(value: object) -> bool:

@@ -57,7 +57,7 @@ def test_a_choice_never_takes_more_than_the_plan(budget: float) -> None:
     open_cache = CacheConfig(bits_budget=budget)
     generator = torch.Generator().manual_seed(int(100 * budget))
     for context in (1, 400, 1410, 1430, 5000):
-        options = {"context": context, "sequences": 2, "dtype": torch.float16, "memory": 2**40}
+        options = {"context": context, "sequences": 2, "dtype": torch.float16, "memory": 2**40, "weight_bytes": 1}
         bound = make_plan(model, open_cache, **options)
         assert bound.bits_per_element <= budget + 1e-9
         for widths in (WIDTHS, WIDTHS[1:]):

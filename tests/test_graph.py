@@ -126,6 +126,21 @@ def test_a_graph_gives_what_eager_steps_give(folder: Path, graphs: type[Tapes], 
     assert torch.equal(got, wanted)  # each step's own: a replay does not write over what was returned
 
 
+@torch.inference_mode()
+def test_a_shift_is_captured_anew(folder: Path) -> None:
+    """Dropping the oldest tokens changes what a graph holds by address: the means that keys are read with."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=2600, on_full="shift")
+    made = Calls()
+    step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), made, engine.parts.setup.regions.packed(2600))
+    sequence = engine.prefill(random_ids(2598))
+    batch, counts = DecodeBatch([sequence], engine.parts.model.config.attention_spans), []
+    for token in range(5):
+        step.run(batch, [token])
+        batch.commit([token])
+        counts.append((sequence.dropped > 0, made.count))
+    assert counts == [(False, 1), (False, 1), (True, 2), (True, 2), (True, 2)]
+
+
 def test_step_tensors_stay_where_they_are(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     [sequence] = start(engine, 1)
@@ -143,7 +158,7 @@ def test_step_tensors_stay_where_they_are(folder: Path) -> None:
     batch.begin([7])
     batch.place()
     assert batch.positions.tolist() == [[sequence.length]] and batch.packed.tolist() == [sequence.packed]
-    assert batch.ring_slots.tolist() == [engine.parts.setup.regions.slot(sequence.length)] and batch.token_ids.tolist() == [7]
+    assert batch.ring_slots.tolist() == [engine.parts.setup.regions.slot(sequence.length)] and batch.token_ids.tolist() == [[7]]
 
 
 def test_who_gets_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
