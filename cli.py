@@ -26,7 +26,6 @@ from skvq.engine.config import BITS, FULL_SPAN, METHODS, CacheConfig, ModelConfi
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import AttentionSinks, rule_from_text
 from skvq.engine.generate import PREFILLS, Engine
-from skvq.engine.heatmap import heat_map, require_matplotlib
 from skvq.engine.identity import bits_text
 from skvq.engine.machine import find_backend, pick_device, pick_dtype
 from skvq.engine.needle import Needle, needles, reference_of
@@ -35,6 +34,7 @@ from skvq.engine.overflow import MODES
 from skvq.engine.plan_report import plan_report
 from skvq.engine.planted import planted, require_found
 from skvq.engine.planted import rows as found_rows
+from skvq.engine.plots import depth_plot, heat_map, require_matplotlib
 from skvq.engine.report import StderrReporter
 from skvq.engine.soak import soak
 from skvq.engine.stress import bare_setup
@@ -306,12 +306,15 @@ def calibrate(**options: Any) -> None:
 @click.option("--stride", type=click.IntRange(min=2), help="Score stretches of this many tokens, each on its own.")
 @click.option("--methods", help="Several caches in one pass, as rotate,reorder,plain,fp; with bits as rotate:2:1.5.")
 @click.option("--by-position", is_flag=True, help="Also the error by depth.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Error by depth as PNG (extra: plot).")
 @click.option("--exact-window", is_flag=True, help="A window of exactly W tokens, as papers simulate, not whole tiles.")
 @engine_options
 @cache_options
 @json_option
 def evaluate(**options: Any) -> None:
     """Measure a cache against the 16-bit one: perplexity, KL divergence in nats per token, top-1 agreement."""
+    if options["plot"] is not None:
+        require_matplotlib()
     cache = cache_config(options)
     caches = [cache] if options["methods"] is None else [_variant(cache, part) for part in options["methods"].split(",")]
     text = built_in_corpus() if options["text"] is None else _file_text(options["text"])
@@ -331,6 +334,11 @@ def evaluate(**options: Any) -> None:
             for part in row["by_position"]:
                 line = f"    {part['first']:>7,} - {part['last']:>7,}   KL {part['kl']:.4f}   top-1 {part['top1']:.3f}"
                 click.echo(line, err=options["as_json"])
+    if options["plot"] is not None:
+        depth_plot(
+            rows, [_cache_name(row) for row in rows], f"{options['model']}, {rows[0]['tokens']:,} tokens", options["plot"]
+        )
+        click.echo(f"skvq: wrote {options['plot']}", err=True)
     if options["as_json"]:
         shown = [{k: v for k, v in r.items() if options["by_position"] or k != "by_position"} for r in rows]
         click.echo(json.dumps(shown[0] if options["methods"] is None else {"results": shown}))
@@ -349,11 +357,14 @@ def _variant(cache: CacheConfig, text: str) -> CacheConfig:
     return chosen if not widths else chosen.with_bits(*widths)
 
 
-def _eval_line(row: dict[str, Any]) -> str:
+def _cache_name(row: dict[str, Any]) -> str:
     bits = f"K{row['key_bits']:g}V{row['value_bits']:g}" if row["bits_budget"] is None else f"budget {row['bits_budget']:g}"
-    name = row["method"] if row["method"] == "fp" else f"{row['method']} {bits}"
+    return str(row["method"]) if row["method"] == "fp" else f"{row['method']} {bits}"
+
+
+def _eval_line(row: dict[str, Any]) -> str:
     return (
-        f"{name:16}  {row['bits_per_element']:5.2f} bits   ppl {row['ppl']:.3f} (16-bit {row['ppl_fp']:.3f})   "
+        f"{_cache_name(row):16}  {row['bits_per_element']:5.2f} bits   ppl {row['ppl']:.3f} (16-bit {row['ppl_fp']:.3f})   "
         f"KL {row['kl']:.4f}   top-1 {row['top1']:.3f}   {row['tokens']:,} tokens"
     )
 

@@ -4,8 +4,8 @@
 
 Every cache is calibrated on the first 16,384 tokens of one text and measured on the first 2,048 of others and of the built-in
 corpus, in one run, with a window of exactly W tokens (as papers simulate) and as decode really sees it (whole tiles). Beside
-them, on the first text: KIVI and SKVQ as published, simulated (``simulated.py``), and the quantized cache of transformers that
-nobody here wrote (needs `optimum-quanto`; token by token, minutes). Last line: JSON, also written to --output with a plot
+them, on the first text: KIVI and SKVQ as published, simulated (``other_methods.py``), and the quantized cache of transformers,
+which nobody here wrote (needs `optimum-quanto`; token by token, minutes). Last line: JSON, also written to --output with a plot
 beside it.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 import torch
-from simulated import GROUP, Kivi, published_schemes, simulate
+from other_methods import GROUP, Kivi, published_schemes, simulate
 from torch import Tensor
 
 from skvq import CacheConfig, Engine

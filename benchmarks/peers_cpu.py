@@ -12,7 +12,6 @@ plot beside it. llama.cpp's threads spin: measure on an idle machine.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any, Protocol
 import click
 import torch
 
-from skvq.engine.measure import device_name
+from skvq.engine.measure import device_name, peak_bytes, reset_peak
 
 WRITE = 24
 """Tokens written and timed after a prompt."""
@@ -129,11 +128,12 @@ class TransformersPeer:
 def work(name: str, model: str, context: int, threads: int) -> None:
     """A worker: one JSON line in a run, one out; the memory line at the end."""
     peer: Peer = globals()[ENGINES[name]](name, model, context, threads)
+    cpu = torch.device("cpu")
+    reset_peak(cpu)  # not that of loading, or of a calibration made once
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         read, write = peer.run(json.loads(line))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"prefill_s": read, "ms_per_token": write, "peak_bytes": peak}), flush=True)
+        print(json.dumps({"prefill_s": read, "ms_per_token": write, "peak_bytes": peak_bytes(cpu)}), flush=True)
 
 
 class Worker:
@@ -196,7 +196,8 @@ def row(name: str, context: int, found: list[dict[str, float]]) -> dict[str, Any
         "prefill_s": round(min(read), 3),
         "median_prefill_s": round(statistics.median(read), 3),
         "prefill_tokens_per_s": round(context / min(read), 1),
-        "peak_bytes": int(found[0]["peak_bytes"]),
+        "peak_bytes": int(max(f["peak_bytes"] for f in found)),
+        "rounds": len(found),
     }
 
 

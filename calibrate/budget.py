@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skvq.calibrate.allocate import choose_bits
+from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.pages import through_pages
 from skvq.calibrate.run import fit_layer, recorded, stacked
 from skvq.calibrate.sensitivity import PROBE_TOKENS, Probe, Store
@@ -53,6 +54,7 @@ def calibrate_budget(
     *,
     seed: int,
     progress: Callable[[float], None],
+    outliers: OutlierTokens,
 ) -> tuple[LayerBits, dict[str, Tensor]]:
     """Bits of each layer within ``config.bits_budget``, and the tensors of ``engine.codecs`` at those bits.
 
@@ -65,6 +67,7 @@ def calibrate_budget(
     fits: list[dict[float, dict[str, Tensor]]] = []
     losses: list[list[float]] = []  # keys and values of the first layer, of the second, ...
     for layer, stats in enumerate(recorded(model, frequencies, texts)):
+        outliers.see(stats)
         fitted = {bits: fit_layer(stats, frequencies, config.with_bits(bits, bits), backend, seed) for bits in widths}
         stores = {b: _store(t, config.with_bits(b, b), model.config, frequencies, backend) for b, t in fitted.items()}
         losses += probe.losses(stores)

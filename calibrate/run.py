@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.reorder import fit_plain, fit_reorder
 from skvq.calibrate.rotate import fit_rotate
 from skvq.calibrate.stats import SINKS, LayerStats, Recorder
@@ -48,11 +49,16 @@ def calibrate(
     *,
     seed: int,
     progress: Progress,
+    outliers: OutlierTokens,
 ) -> dict[str, Tensor]:
-    """Tensors of ``engine.codecs`` for every layer, stacked, from texts int64 [S, T]. ``progress(layers done, layers)``."""
+    """Tensors of ``engine.codecs`` for every layer, stacked, from texts int64 [S, T]. ``progress(layers done, layers)``.
+
+    ``outliers`` sees every layer's statistics.
+    """
     layers: list[dict[str, Tensor]] = []
     bits = config.bits_of_layers(model.config.num_layers)
     for index, stats in enumerate(recorded(model, frequencies, texts)):
+        outliers.see(stats)
         layers.append(fit_layer(stats, frequencies, config.with_bits(*bits[index]), backend, seed))
         progress(index + 1, len(bits))
     return stacked(layers)

@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from skvq.calibrate.budget import budget_work, calibrate_budget
+from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.run import built_in_corpus, calibrate, texts_of
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig
@@ -33,16 +35,30 @@ def make_artifact(
     backend: Backend,
     report: Reporter,
 ) -> Artifact:
-    """Calibrate on the first ``header.tokens`` of ``ids``; a budget is spent, and the header says how."""
+    """Calibrate on the first ``header.tokens`` of ``ids``; a budget is spent, and the header says how.
+
+    Tokens whose keys stand out are named in the header, and the reporter is told.
+    """
     texts = texts_of(ids, header.tokens)
+    outliers = OutlierTokens(texts)
     if cache.is_open:
         label = f"choosing bits for {cache.method} on {texts.numel():,} tokens"
         with report.bar(label, budget_work(model.config, texts, cache)) as bar:
-            layer_bits, tensors = calibrate_budget(model, rope, texts, cache, backend, seed=header.seed, progress=bar.advance)
-        return Artifact(replace(header, layer_bits=layer_bits), tensors)
-    with report.bar(f"calibrating {cache.method} on {texts.numel():,} tokens", model.config.num_layers) as bar:
-        tensors = calibrate(model, rope, texts, cache, backend, seed=header.seed, progress=lambda done, layers: bar.advance(1))
-    return Artifact(header, tensors)
+            layer_bits, tensors = calibrate_budget(
+                model, rope, texts, cache, backend, seed=header.seed, progress=bar.advance, outliers=outliers
+            )
+        header = replace(header, layer_bits=layer_bits)
+    else:
+        with report.bar(f"calibrating {cache.method} on {texts.numel():,} tokens", model.config.num_layers) as bar:
+            watch: dict[str, Any] = {"progress": lambda done, layers: bar.advance(1), "outliers": outliers}
+            tensors = calibrate(model, rope, texts, cache, backend, seed=header.seed, **watch)
+    found = outliers.found()
+    if found:
+        report.message(
+            f"keys of token ids {', '.join(map(str, found))} stand out wherever they occur: --filter key-outliers, or "
+            f'--filter "token-ids(ids={list(found)})", keeps them in 16 bits'
+        )
+    return Artifact(replace(header, outlier_tokens=found), tensors)
 
 
 def header_for(cache: CacheConfig, fingerprint: str, corpus: str, tokens: int, seed: int = 0) -> ArtifactHeader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,17 +32,26 @@ def _ready(device: torch.device) -> None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a copy of 64 MiB, the best of several: the ceiling of whatever reads memory."""
-    source = torch.ones(1 << 26, dtype=torch.uint8, device=device)
+    """Bytes read and written a second by a copy of 256 MiB, the best of several: the ceiling of whatever reads memory."""
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / min(timed(lambda: target.copy_(source), device, 20))
+    return 2 * source.numel() / min(timed(lambda: target.copy_(source), device, 10))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the GPU, or in main memory."""
+    """The most memory this process has held since ``reset_peak``: on the GPU, or in main memory (Linux)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def device_name(device: torch.device) -> str:

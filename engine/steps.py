@@ -254,7 +254,9 @@ class DecodeLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         batch, setup = self.batch, self.batch.setup
-        q_rows, k_rows, v_rows, cos, sin = (t.flatten(0, 1)[:, None] for t in (q, k, v, rope.cos, rope.sin))  # [B * N, 1, ...]
+        q_rows, k_rows, v_rows, cos, sin = (
+            t.reshape(-1, 1, *t.shape[2:]) for t in (q, k, v, rope.cos, rope.sin)
+        )  # [B * N, 1, ...]
         turned = setup.ops.turn_to_slots(q_rows, k_rows, v_rows, cos, sin, batch.full[self.layer], batch.rows, batch.ring_slots)
         q = turned.view(q.shape)
         out, lse = batch.attend(self.layer, q, self.step)

@@ -34,6 +34,7 @@ class ArtifactHeader:
     corpus: str
     tokens: int
     seed: int
+    outlier_tokens: tuple[int, ...] = ()  # ids whose keys stand out wherever they occur in the corpus
     schema: int = SCHEMA
 
 
@@ -106,4 +107,4 @@ def _header(metadata: Mapping[str, str] | None, path: Path) -> ArtifactHeader:
     if found["schema"] != SCHEMA:
         raise CalibrationError(f"calibration {path} has schema {found['schema']}, this skvq reads {SCHEMA}: calibrate again")
     layer_bits = tuple((float(keys), float(values)) for keys, values in found.pop("layer_bits"))
-    return ArtifactHeader(**found, layer_bits=layer_bits)
+    return ArtifactHeader(**found | {"layer_bits": layer_bits, "outlier_tokens": tuple(found["outlier_tokens"])})

@@ -14,6 +14,7 @@ from tiny import tiny_cache, tiny_engine, tiny_folder
 from skvq.engine.errors import OptionError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.generate import Engine
+from skvq.engine.plots import depth_plot
 from skvq.kernels.reference import masked_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +40,14 @@ def test_every_figure_is_what_its_name_says(engine: Engine) -> None:
     assert row["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert (row["tokens"], row["key_bits"], row["value_bits"], row["method"]) == (401, 2, 2, "rotate")
     assert row["bits_per_element"] == 2.5, "2 bits and 16 of metadata for 32 channels"
+
+
+def test_error_by_depth_is_drawn(engine: Engine, tmp_path: Path) -> None:
+    rows = engine.evaluate("to be or not to be " * 40, [tiny_cache(), tiny_cache(method="fp")], tokens=300, stride=300)
+    depth_plot(rows, ["rotate", "fp"], "a title", tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OptionError, match="cannot write"):
+        depth_plot(rows, ["rotate", "fp"], "a title", tmp_path / "missing" / "depth.png")
 
 
 def test_the_16_bit_cache_is_its_own_equal(engine: Engine) -> None:

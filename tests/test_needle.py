@@ -15,8 +15,8 @@ from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
 from skvq.engine.generate import Engine
-from skvq.engine.heatmap import heat_map
 from skvq.engine.needle import ask, needles, reference_of, score, summary
+from skvq.engine.plots import heat_map
 
 HAY = "The quick brown fox jumps over the lazy dog. " * 4
 

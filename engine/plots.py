@@ -1,4 +1,4 @@
-"""The needle's heat map, through matplotlib where it is installed."""
+"""Pictures of what was measured, through matplotlib where it is installed: the needle's heat map, error by depth."""
 
 from __future__ import annotations
 
@@ -50,6 +50,27 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axis.set_title(label, fontsize="small")
         figure.colorbar(image, ax=axis)
     axes[0].set_ylabel("depth of the needle")
+    _write(figure, path)
+
+
+def depth_plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str, path: Path) -> None:
+    """Write a PNG: KL by position in the text, a line for each row of ``Engine.evaluate``. Raises OptionError."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row, name in zip(rows, names, strict=True):
+        parts = row["by_position"]
+        axes.plot([(p["first"] + p["last"]) / 2 for p in parts], [p["kl"] for p in parts], "o-", label=name)
+    axes.set(title=title, xlabel="position in the text, tokens", ylabel="KL from the 16-bit cache, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -1,0 +1,73 @@
+"""The README's table of plans: what Mistral-7B and Llama-2-7B take at 128k, 1M and the largest context, on an 80 GB card.
+
+    python benchmarks/plan_table.py
+
+Markdown on stdout, from the function behind ``skvq plan --json``; nothing is measured, nothing is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skvq import CacheConfig
+from skvq.engine.plan_report import PlanReport, plan_report
+
+MODELS = {"mistral-7b": "Mistral-7B", "llama-2-7b": "Llama-2-7B"}
+VALUE_BITS = (2.0, 1.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A model, a width of values and a way to read; the context is what changes."""
+
+    model: str
+    value_bits: float
+
+    def plan(self, context: int, prefill: str, device: str) -> PlanReport:
+        cache = CacheConfig(group_size=128, key_bits=2.0, value_bits=self.value_bits)
+        options = {"sequences": 1, "memory": "79.1GiB", "dtype": None}
+        return plan_report(self.model, cache, context=context, device=device, prefill=prefill, **options)  # type: ignore[arg-type]
+
+    def largest(self, prefill: str) -> int:
+        """The longest context that fits."""
+        found = self.plan(1280, prefill, "a100").largest
+        return next(iter(found.values()))
+
+    def row(self, context: int, prefill: str) -> str:
+        """A line of the table."""
+        reports = [self.plan(context, prefill, device) for device in ("a100", "h100")]
+        total = reports[0].plan.total
+        times = " | ".join(
+            f"{duration(r.prefill_seconds)}, {r.decode_ms:.0f} ms" if r.plan.total <= r.plan.memory else "does not fit"
+            for r in reports
+        )
+        name = f"{MODELS[self.model]}, K2 V{self.value_bits:g}"
+        return f"| {name} | {context:,} | {prefill} | {total / 2**30:.1f} GiB | {times} |"
+
+    def rows(self) -> list[str]:
+        """128k, a million, and the largest each way."""
+        million = 2**20
+        fits = self.plan(million, "exact", "a100")
+        prefill = "exact" if fits.plan.total <= fits.plan.memory else "streaming"
+        ways = [(131_072, "exact"), (million, prefill), *((self.largest(p), p) for p in ("exact", "streaming"))]
+        return [self.row(*way) for way in ways]
+
+
+def duration(seconds: float) -> str:
+    """For people: seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main() -> None:
+    """Print the table."""
+    print("| model, cache (g128) | context | prefill | memory | A100: read, then a token | H100 |")
+    print("|---|---|---|---|---|---|")
+    for model in MODELS:
+        for value_bits in VALUE_BITS:
+            print("\n".join(Cell(model, value_bits).rows()))
+
+
+if __name__ == "__main__":
+    main()
