@@ -70,6 +70,6 @@ def search_lattice_clip(x: Tensor, side: HeadSide, store: Callable[[Tensor, Head
     return chosen
 
 
-def squared_error(y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Mean squared error by group against ``y`` [T, ..., g]."""
-    return lambda rounded: (rounded - y).square().mean((0, -1))
+def weighted_error(y: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Mean squared error by group against ``y`` [T, ..., g], channels counting by ``weight`` [g]."""
+    return lambda rounded: (weight * (rounded - y).square()).mean((0, -1))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skvq.calibrate.clip import fit_unit, sample, search_clip, squared_error
+from skvq.calibrate.clip import fit_unit, sample, search_clip, weighted_error
+from skvq.calibrate.rotate import query_metric
 from skvq.calibrate.stats import LayerStats
 from skvq.engine.config import CacheConfig
 
@@ -42,18 +43,23 @@ def fill_empty(labels: Tensor, groups: int) -> Tensor:
 
 
 def fit_reorder(stats: LayerStats, config: CacheConfig, seed: int) -> dict[str, Tensor]:
-    """Tensors of one layer (``engine.codecs``): labels over all heads, keys before RoPE."""
+    """Tensors of one layer (``engine.codecs``): labels over all heads, keys before RoPE.
+
+    Clip factors are those whose error disturbs least: scores, on average over queries and positions, and the layer's output.
+    """
     heads, size = stats.keys.shape[2:]
     groups = heads * size // config.group_size
     tensors: dict[str, Tensor] = {}
+    metrics = {"key": query_metric(stats.queries, heads), "value": stats.output_gram}
     for side, x, bits in (("key", stats.keys, config.key_bits), ("value", stats.values, config.value_bits)):
+        weight = metrics[side].diagonal(dim1=1, dim2=2).flatten().float()  # [C]
         flat = x.flatten(0, 1).flatten(1)  # [S * T, C]
         labels = cluster_channels(flat, groups, seed)
         unit, clip = torch.empty(groups), torch.empty(groups)
         for group in range(groups):
             y = flat[:, labels == group]
             unit[group] = fit_unit(y)
-            clip[group] = search_clip(sample(y), bits, unit[group], squared_error(sample(y)))
+            clip[group] = search_clip(sample(y), bits, unit[group], weighted_error(sample(y), weight[labels == group]))
         tensors |= {f"{side}_labels": labels}
         tensors |= {f"{side}_unit": unit.view(heads, -1), f"{side}_clip": clip.view(heads, -1)}
     return tensors
