@@ -228,14 +228,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Milliseconds a token against context, a line an engine."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(r["engine"] for r in rows):
         points = sorted((r["ctx"], r["ms_per_token"]) for r in rows if r["engine"] == name)
         axes.plot(*zip(*points, strict=True), "o-", label=name, linewidth=3 if name == OURS else 1)
     axes.set(xlabel="tokens of context", ylabel="ms a token", xscale="log", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    contexts = sorted({r["ctx"] for r in rows})
+    axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
+    axes.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
