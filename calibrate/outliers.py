@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from skvq.calibrate.stats import SINKS, LayerStats
+from skvq.engine.filters import KeyOutliers, stands_out
 
-THRESHOLD = 6.0
+THRESHOLD = KeyOutliers().threshold
 """Robust deviations from the median key norm, as the filter rule ``key-outliers`` counts them."""
 
 LEAST_SEEN, LEAST_LAYERS = 3, 0.25
@@ -28,8 +29,7 @@ class OutlierTokens:
     def see(self, stats: LayerStats) -> None:
         """One more layer."""
         norm = stats.turned_keys[:, self._first :].norm(dim=-1).mean(-1).flatten().cpu()  # [S * T], mean over kv heads
-        away = (norm - norm.median()).abs()
-        out = away > THRESHOLD * 1.4826 * away.median().clamp_min(1e-6)
+        out = stands_out(norm[None], THRESHOLD)[0]
         count = torch.zeros(len(self._ids), dtype=torch.int64).index_add_(0, self._of, out.long())
         self._outlying += 2 * count > self._seen
         self._layers += 1

@@ -119,9 +119,14 @@ class KeyOutliers:
 
     def keep(self, tokens: LeavingTokens) -> Tensor:
         norm = tokens.keys.float().norm(dim=-1).mean(-1).view(-1, tokens.tile)  # [tiles, tile]
-        away = (norm - norm.median(1, keepdim=True).values).abs()
-        deviation = 1.4826 * away.median(1, keepdim=True).values
-        return torch.gt(away, self.threshold * deviation.clamp_min(1e-6)).flatten()
+        return stands_out(norm, self.threshold).flatten()
+
+
+def stands_out(x: Tensor, threshold: float) -> Tensor:
+    """Which of ``x`` [R, N] lie ``threshold`` robust deviations from the median of their row; bool [R, N]."""
+    away = (x - x.median(1, keepdim=True).values).abs()
+    deviation = 1.4826 * away.median(1, keepdim=True).values
+    return torch.gt(away, threshold * deviation.clamp_min(1e-6))
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,23 +155,9 @@ def make_plan(
     ``weight_bytes`` from ``storage.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect. While calibration
     has yet to spend a budget of bits, it is what no choice within the budget exceeds.
     """
-    options: dict[str, Any] = {"context": context, "sequences": sequences, "dtype": dtype, "memory": memory}
-    plans = [_plan(model, c, **options, weight_bytes=weight_bytes, prefill=prefill) for c in largest_of(cache, model)]
-    return max(plans, key=lambda plan: plan.total)
-
-
-def _plan(
-    model: ModelConfig,
-    cache: CacheConfig,
-    *,
-    context: int,
-    sequences: int,
-    dtype: torch.dtype,
-    memory: int,
-    weight_bytes: int,
-    prefill: str,
-) -> Plan:
-    shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
+    arena: dict[str, Any] = {"max_context": context, "max_sequences": sequences, "dtype": dtype}
+    cache = max(largest_of(cache, model), key=lambda c: arena_shape(model, c, **arena).nbytes)
+    shape = arena_shape(model, cache, **arena)
     size = dtype.itemsize
     chunk = min(CHUNK_TOKENS, context)
     width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
