@@ -61,7 +61,7 @@ class Engine:
     def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = False) -> None:
         self.parts, self.report = parts, report
         self.timing = Timing()
-        self.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, cuda_graph=parts.cuda_graph)
+        self.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, graph=parts.cuda_graph)
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 
     @classmethod
@@ -98,7 +98,8 @@ class Engine:
             pages, all but the attention sinks, and goes on. A prompt longer than max_context is then read by streaming.
         prefix_cache: a prompt that begins like an earlier one takes over its pages and only the rest is read, by streaming:
             faster, but the rest then sees the beginning as it is packed, where exact prefill sees it in full precision.
-        cuda_graph: on a GPU, replay the decode step as one CUDA graph; without, its kernels are launched one by one.
+        cuda_graph: replay the decode step as one graph, a CUDA graph or on the CPU a tape of launches; without, its kernels
+            are launched one by one.
 
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
@@ -189,10 +190,13 @@ class Engine:
         ids = self.parts.tokenizer.encode(text, bos=bos) if isinstance(text, str) else [int(i) for i in text]
         if not ids:
             raise OptionError("the prompt is empty: give at least one token")
+        self._require_known(ids)
+        return ids
+
+    def _require_known(self, ids: Sequence[int]) -> None:
         vocab = self.parts.model.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
             raise OptionError(f"token ids run from {min(ids)} to {max(ids)}, the vocabulary has {vocab}")
-        return ids
 
     # --- sequences ---------------------------------------------------------------------------------------------------------
 
@@ -250,6 +254,8 @@ class Engine:
         the file is removed when all is read.
         """
         parts, ids = self.parts, [*sequence.pending, *ids]
+        if ids:
+            self._require_known(ids)
         start = time.perf_counter()
         reused = self.prefixes.reuse(sequence, ids) if sequence.length == 0 and checkpoint is None else 0
         ids = ids[reused:]
@@ -269,7 +275,8 @@ class Engine:
 
     @torch.inference_mode()
     def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
-        """One token for each sequence of the batch: logits float32 [B, V]."""
+        """One token for each sequence of the batch: logits float32 [B, V]. Raises OptionError for an unknown token."""
+        self._require_known(tokens)
         logits = self.step.run(batch, tokens)
         batch.commit(tokens)
         return logits

@@ -20,7 +20,7 @@ from skvq.engine.model import Model
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.interface import RopeFrequencies
-from skvq.kernels.registry import is_capturable
+from skvq.kernels.registry import is_capturable, new_tape
 
 
 def last_hidden(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
@@ -63,57 +63,80 @@ class Captured:
 
 
 class Graphs(Protocol):
-    """What can hold the work of a device."""
+    """What can hold the work of a device. Capturing does the work: ``logits`` hold its result."""
 
     def capture(self, work: Callable[[], Tensor]) -> Captured: ...
 
+    def bound(self, batch: DecodeBatch) -> int:
+        """Packed tokens of a sequence that the graph of this batch is good for; it is captured anew when they change."""
+
 
 class CudaGraphs:
-    """Graphs of one device, one after another in the same memory: capturing the next gives up the one before."""
+    """Graphs of one device, one after another in the same memory: capturing the next gives up the one before.
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    The work is first launched kernel by kernel, with the grids of the graph: kernels get compiled and scratch memory allocated.
+    Grids are those of the longest sequence the arena may hold, ``max_packed``, so no length outgrows them.
+    """
+
+    def __init__(self, max_packed: int) -> None:
+        self.pool, self.max_packed = torch.cuda.graph_pool_handle(), max_packed
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
+        found = work()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits = work()
+        logits.copy_(found)
         return Captured(graph.replay, logits)
+
+    def bound(self, batch: DecodeBatch) -> int:
+        return self.max_packed
+
+
+class CpuGraphs:
+    """Steps of backend ``numba`` on tape. Recording costs about a step, so work is divided for the lengths there are."""
+
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
+        with new_tape() as tape:
+            logits = work()
+        return Captured(tape.play, logits)
+
+    def bound(self, batch: DecodeBatch) -> int:
+        return batch.max_packed
 
 
 class GraphStep:
-    """The step of a batch captured once and replayed until another batch comes.
+    """The step of a batch captured once and replayed until another batch comes, or its sequences outgrow the graph.
 
-    The first step of a batch is launched kernel by kernel, with the grids of the graph: kernels get compiled and scratch
-    memory allocated. Grids are those of the longest sequence the arena may hold, so no length outgrows them. A sequence that
-    drops its oldest tokens may change its method, whose tensors a graph holds by address: the step is then captured anew.
+    A sequence that drops its oldest tokens may change its method, whose tensors a graph holds by address: the step is then
+    captured anew.
     """
 
-    def __init__(self, eager: EagerStep, graphs: Graphs, max_packed: int) -> None:
-        self.eager, self.graphs, self.max_packed = eager, graphs, max_packed
-        self._held: list[tuple[DecodeBatch, list[CacheMethod], Captured]] = []  # one at most
+    def __init__(self, eager: EagerStep, graphs: Graphs) -> None:
+        self.eager, self.graphs = eager, graphs
+        self._held: list[tuple[DecodeBatch, int, list[CacheMethod], Captured]] = []  # one at most
 
     def run(self, batch: DecodeBatch, token_ids: Sequence[int]) -> Tensor:
         batch.begin(token_ids)
-        for known, methods, captured in self._held:
-            if known is batch and all(a is b for a, b in zip(methods, batch.methods, strict=True)):
+        bound = self.graphs.bound(batch)
+        for known, good_for, methods, captured in self._held:
+            if known is batch and good_for == bound and all(a is b for a, b in zip(methods, batch.methods, strict=True)):
                 captured.replay()
                 return captured.logits.clone()  # the next replay writes over them
-        logits = self.eager.launch(batch, self.max_packed)
         self._held.clear()  # before the next capture takes its memory
-        captured = self.graphs.capture(lambda: self.eager.launch(batch, self.max_packed))
-        self._held.append((batch, batch.methods, captured))
-        return logits
+        captured = self.graphs.capture(lambda: self.eager.launch(batch, bound))
+        self._held.append((batch, bound, batch.methods, captured))
+        return captured.logits.clone()
 
 
-def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, backend: str, *, cuda_graph: bool) -> DecodeStep:
-    """A graph on a GPU, if it is wanted and everything in the step can be captured; else kernel by kernel.
+def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, backend: str, *, graph: bool) -> DecodeStep:
+    """A graph, if it is wanted and everything in the step can be captured; else kernel by kernel.
 
     Filters that need attention mass address their slots from the host, and shapes without a kernel wait for the device: they
     keep the eager step.
     """
-    eager, config = EagerStep(model, rope), model.config
+    eager = EagerStep(model, rope)
+    if not graph or setup.needs_mass or not is_capturable(backend, model.config.head_size):
+        return eager
     on_gpu = setup.arena.page_table.device.type == "cuda"
-    if cuda_graph and on_gpu and not setup.needs_mass and is_capturable(backend, config.head_size):
-        return GraphStep(eager, CudaGraphs(), setup.regions.packed(setup.max_context))
-    return eager
+    return GraphStep(eager, CudaGraphs(setup.regions.packed(setup.max_context)) if on_gpu else CpuGraphs())

@@ -61,7 +61,7 @@ class Model:
         q, k, v = self._heads(w.qkv(ops.rms_norm(x, w.input_norm, eps)))
         attended = cache.attend(q, k, v, rope)  # [B, N, H, D]
         x, h = ops.add_rms_norm(x, w.output(attended.flatten(2)), w.mlp_norm, eps)
-        return x + w.down(ops.swiglu(w.gate_up(h)))
+        return ops.add(x, w.down(ops.swiglu(w.gate_up(h))))
 
     def head(self, x: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., d]."""

@@ -18,6 +18,7 @@ class Ops(Protocol):
     """Elementwise work of a layer. Inputs are never written, except ``full``.
 
     rms_norm:     root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467).
+    add:          ``x + delta``.
     add_rms_norm: ``x + delta``, and its norm.
     swiglu:       ``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first.
     turn_to_slots: RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
@@ -26,6 +27,8 @@ class Ops(Protocol):
     """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add(self, x: Tensor, delta: Tensor) -> Tensor: ...
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
 
@@ -43,6 +46,9 @@ class TorchOps:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
         return weight * y.to(x.dtype)
+
+    def add(self, x: Tensor, delta: Tensor) -> Tensor:
+        return x + delta
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total = x + delta

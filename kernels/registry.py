@@ -9,10 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 import torch
 
 from skvq.kernels.interface import Backend
+
+if TYPE_CHECKING:
+    from skvq.kernels.numba_cpu.tape import Tape
 
 ENTRY_POINT = "skvq.kernels"
 TRITON_HEAD_SIZES = (64, 128)
@@ -50,8 +54,15 @@ def factories() -> dict[str, Callable[[torch.device], Backend]]:
 
 
 def is_capturable(backend: str, head_size: int) -> bool:
-    """Whether attention of a decode step is launches alone, nothing waits for the device: a CUDA graph can hold it."""
-    return backend == "triton" and head_size in TRITON_HEAD_SIZES
+    """Whether attention of a decode step is launches alone, nothing waits for the device: a graph can hold it."""
+    return backend == "numba" or (backend == "triton" and head_size in TRITON_HEAD_SIZES)
+
+
+def new_tape() -> Tape:
+    """For work of backend ``numba``."""
+    from skvq.kernels.numba_cpu.tape import Tape
+
+    return Tape()
 
 
 def default_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
-from skvq.engine.graph import Captured, CudaGraphs, EagerStep, GraphStep, decode_step_of
+from skvq.engine.graph import Captured, CpuGraphs, CudaGraphs, EagerStep, GraphStep, decode_step_of
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.interface import Step
 
@@ -49,8 +49,11 @@ class Tape(TorchDispatchMode):
 class Tapes:
     """``Graphs`` for operations of torch."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, max_packed: int) -> None:
+        self.count, self.max_packed = 0, max_packed
+
+    def bound(self, batch: DecodeBatch) -> int:
+        return self.max_packed
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
         self.count += 1
@@ -120,8 +123,8 @@ def test_a_graph_gives_what_eager_steps_give(folder: Path, graphs: type[Tapes], 
         monkeypatch.setattr(engine.parts.setup.method, "attend", attend_tensors(engine))
     eager = EagerStep(engine.parts.model, engine.parts.rope)
     wanted = run(engine, eager, 2, 20)
-    made = graphs()
-    got = run(engine, GraphStep(eager, made, engine.parts.setup.regions.packed(600)), 2, 20)
+    made = graphs(engine.parts.setup.regions.packed(600))
+    got = run(engine, GraphStep(eager, made), 2, 20)
     assert made.count == 2  # once a batch
     assert torch.equal(got, wanted)  # each step's own: a replay does not write over what was returned
 
@@ -130,8 +133,8 @@ def test_a_graph_gives_what_eager_steps_give(folder: Path, graphs: type[Tapes], 
 def test_a_shift_is_captured_anew(folder: Path) -> None:
     """Dropping the oldest tokens changes what a graph holds by address: the means that keys are read with."""
     engine = tiny_engine(folder, tiny_cache(), max_context=2600, on_full="shift")
-    made = Calls()
-    step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), made, engine.parts.setup.regions.packed(2600))
+    made = Calls(engine.parts.setup.regions.packed(2600))
+    step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), made)
     sequence = engine.prefill(random_ids(2598))
     batch, counts = DecodeBatch([sequence], engine.parts.model.config.attention_spans), []
     for token in range(5):
@@ -162,10 +165,9 @@ def test_step_tensors_stay_where_they_are(folder: Path) -> None:
 
 
 def test_who_gets_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, Triton, a head size with kernels, no rule that asks for mass; and not when it is turned off."""
+    """On a GPU, Triton, a head size with kernels; on the CPU, numba. No rule that asks for mass; not when it is turned off."""
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     parts = engine.parts
-    assert isinstance(engine.step, EagerStep)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
 
     class OnGpu:
@@ -177,15 +179,19 @@ def test_who_gets_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     large: Any = type("Model", (), {"config": replace(parts.model.config, head_size=128), "weights": None})()
     odd: Any = type("Model", (), {"config": replace(parts.model.config, head_size=96), "weights": None})()
 
-    def made(model: Any, setup: Any, backend: str, *, cuda_graph: bool = True) -> type:
-        return type(decode_step_of(model, parts.rope, setup, backend, cuda_graph=cuda_graph))
+    def made(model: Any, setup: Any, backend: str, *, graph: bool = True) -> type:
+        step = decode_step_of(model, parts.rope, setup, backend, graph=graph)
+        return type(step.graphs) if isinstance(step, GraphStep) else type(step)
 
-    assert made(large, setup, "triton") is GraphStep
-    assert made(large, setup, "triton", cuda_graph=False) is EagerStep
+    assert made(large, setup, "triton") is CudaGraphs
+    assert made(large, setup, "triton", graph=False) is EagerStep
     assert made(large, setup, "reference") is EagerStep
     assert made(large, mass, "triton") is EagerStep
     assert made(odd, setup, "triton") is EagerStep
-    assert made(large, parts.setup, "triton") is EagerStep
+    assert made(odd, parts.setup, "numba") is CpuGraphs
+    assert made(odd, replace(parts.setup, rules=(HeavyHitters(4),)), "numba") is EagerStep
+    assert made(odd, parts.setup, "numba", graph=False) is EagerStep
+    assert made(large, parts.setup, "reference") is EagerStep
 
 
 def test_cuda_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +204,14 @@ def test_cuda_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: seen.append((type(graph), pool)) or nullcontext())
-    graphs = CudaGraphs()
-    captured = [graphs.capture(lambda: torch.ones(1)) for _ in range(2)]
+    graphs, launched = CudaGraphs(512), []
+
+    def work() -> Tensor:
+        launched.append(len(seen))
+        return torch.full((1,), float(len(launched)))
+
+    captured = [graphs.capture(work) for _ in range(2)]
     captured[0].replay()
-    assert seen == [(Graph, "pool"), (Graph, "pool"), "replay"] and torch.equal(captured[1].logits, torch.ones(1))
+    assert seen == [(Graph, "pool"), (Graph, "pool"), "replay"]
+    assert launched == [0, 1, 1, 2]  # compiled before it is captured
+    assert captured[1].logits.item() == 3.0  # what the work gave that was done, not what capturing left

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout, code_bytes
-from skvq.kernels.numba_cpu.job import CODEC_FIELDS, LAYOUT_FIELDS, TABLE_FIELDS, WORK_FIELDS, Job, offsets
+from skvq.kernels.numba_cpu.job import ATTEND, CALL_FIELDS, CODEC_FIELDS, LAYOUT_FIELDS, TABLE_FIELDS, WORK_FIELDS, Job, offsets
+from skvq.kernels.numba_cpu.launch import workspace
 from skvq.kernels.numba_cpu.numeric import BFLOAT16, FLOAT16, FLOAT32
 from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
@@ -18,11 +19,14 @@ KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT3
 MAX_VECTORS = 32
 """Query vectors of a kv head that share one unpacking: more would leave the cache."""
 TASKS_PER_THREAD = 4
-NUMBERS_PER_THREAD = 400_000
-"""Keys and values in one call worth waking a thread for: about 15 microseconds of work."""
+NUMBERS_PER_THREAD = 50_000
+"""Keys and values in one call worth waking a thread for: some 3 microseconds of work."""
 MIN_TILES = 8
 """Fewest tiles worth a split: preparing the queries costs about one."""
 PLAIN_TILE = 128
+COUNTERS = CALL_FIELDS.index("counters")
+LINE = 8  # words between what threads read and what they count in
+COUNTERS_AT = len(ATTEND.names or ()) + LINE
 NO_CODEC, NO_TABLES = (0,) * len(CODEC_FIELDS), (0,) * len(TABLE_FIELDS)
 
 Fields = tuple[int, ...]
@@ -48,16 +52,16 @@ def attend_job(q: Tensor, full: FullSlots, step: Step, fields: CallFields, threa
     shape = (rows, queries, heads, keys.shape[1], size, keys.shape[2], KINDS[keys.dtype])
     division = divide(shape, layout, -(-step.max_packed // layout[LAYOUT_FIELDS.index("tile")]), step.span, threads)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3])
-    counters = torch.zeros(division.counters, dtype=torch.int64)
-    work = torch.empty(division.nbytes, dtype=torch.uint8)
+    work = workspace(division.nbytes)
     job = array("q", (
         q.data_ptr(), out.data_ptr(), lse.data_ptr(), step.slots.data_ptr(), step.positions.data_ptr(), step.packed.data_ptr(),
         table.data_ptr(), 4 * table.stride(0), step.span, keys.data_ptr(), full.values.data_ptr(), item * at[0], item * at[1],
-        item * at[2], positions.data_ptr(), 4 * positions.stride(0), counters.data_ptr(), work.data_ptr(),
+        item * at[2], positions.data_ptr(), 4 * positions.stride(0), 0, work.data_ptr(),
         *pages, *codec, *tables,
     ))  # fmt: skip
     job.frombytes(division.fields)
-    return job, (out, lse, q, counters, work), division.threads
+    job[COUNTERS] = job.buffer_info()[0] + 8 * COUNTERS_AT
+    return job, (out, lse, q, work), division.threads
 
 
 # --- fields of a call, in the order of job.py -------------------------------------------------------------------------
@@ -121,12 +125,12 @@ def plain_layout_fields(pages: PlainPages) -> Fields:
 
 
 class Division:
-    """What follows from shapes alone: the job's last fields as bytes, sizes of counters (int64) and workspace, threads."""
+    """What follows from shapes alone: the job's last fields and its counters as bytes, size of the workspace, threads."""
 
-    __slots__ = ("counters", "fields", "nbytes", "threads")
+    __slots__ = ("fields", "nbytes", "threads")
 
-    def __init__(self, fields: bytes, counters: int, nbytes: int, threads: int) -> None:
-        self.fields, self.counters, self.nbytes, self.threads = fields, counters, nbytes, threads
+    def __init__(self, fields: bytes, nbytes: int, threads: int) -> None:
+        self.fields, self.nbytes, self.threads = fields, nbytes, threads
 
 
 @functools.lru_cache(maxsize=256)
@@ -169,5 +173,6 @@ def divide(shape: Fields, layout: Fields, max_tiles: int, span: int, threads: in
     where, work_bytes = offsets(sizes, WORK_FIELDS)
     woken = min(threads, units * (splits + 1))
     partials = woken * work_bytes
-    fields = array("q", (*layout, *shape, splits, chunk, chunks, vectors, partials, work_bytes, *where)).tobytes()
-    return Division(fields, 2 + units, partials + 4 * units * (splits + 1) * vectors * (size + 2), woken)
+    counters = (0,) * (LINE + 2 + units)
+    fields = array("q", (*layout, *shape, splits, chunk, chunks, vectors, partials, work_bytes, *where, *counters)).tobytes()
+    return Division(fields, partials + 4 * units * (splits + 1) * vectors * (size + 2), woken)

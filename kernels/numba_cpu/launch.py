@@ -15,10 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numba import cfunc, types
+from torch import Tensor
 
 from skvq.kernels.numba_cpu.job import Job
 
@@ -100,6 +101,40 @@ class Kernels:
             print("skvq: compiling CPU kernels, once per machine (under a minute)", file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A function and its job, and the job as it was before it ran."""
+
+    function: Function
+    job: Job
+    image: Job
+    threads: int
+
+
+class Recorder(Protocol):
+    """What wants to know of launches (``tape.py``)."""
+
+    def launch(self, team: Team, launch: Launch) -> None:
+        """This is about to run."""
+
+    def workspace(self, nbytes: int) -> Tensor:
+        """As the function of that name, for launches of this recording alone."""
+
+
+class _Here(threading.local):
+    """Of one thread."""
+
+    tape: Recorder | None = None
+
+
+here = _Here()
+
+
+def workspace(nbytes: int) -> Tensor:
+    """Memory uint8, at least so much, for one launch to write to."""
+    return torch.empty(nbytes, dtype=torch.uint8) if here.tape is None else here.tape.workspace(nbytes)
+
+
 class Team:
     """Calls a C function ``void(int64)`` once on each of torch's threads and waits for all."""
 
@@ -107,8 +142,15 @@ class Team:
         self._parallel = _torch_openmp()
         self._pool: ThreadPoolExecutor | None = None
 
+    @property
+    def parallel_address(self) -> int:
+        """Address of ``GOMP_parallel``, 0 without."""
+        return 0 if self._parallel is None else int(ctypes.cast(self._parallel, ctypes.c_void_p).value or 0)
+
     def run(self, function: Function, job: Job, threads: int) -> None:
         """``job`` is the argument's memory; it must outlive the call, which it does: this waits."""
+        if here.tape is not None:
+            here.tape.launch(self, Launch(function, job, job[:], threads))
         argument = job.buffer_info()[0]
         if threads == 1:
             function.call(argument)

@@ -10,10 +10,20 @@ from torch import Tensor
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.numba_cpu.attend import KINDS
 from skvq.kernels.numba_cpu.entry import Entry
-from skvq.kernels.numba_cpu.small import NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS, build_norm, build_swiglu, build_turn
+from skvq.kernels.numba_cpu.small import (
+    ADD_FIELDS,
+    NORM_FIELDS,
+    SWIGLU_FIELDS,
+    TURN_FIELDS,
+    build_add,
+    build_norm,
+    build_swiglu,
+    build_turn,
+)
 from skvq.kernels.ops import TorchOps
 
-NORM, SWIGLU, TURN = Entry(build_norm, NORM_FIELDS), Entry(build_swiglu, SWIGLU_FIELDS), Entry(build_turn, TURN_FIELDS)
+ADD, NORM = Entry(build_add, ADD_FIELDS), Entry(build_norm, NORM_FIELDS)
+SWIGLU, TURN = Entry(build_swiglu, SWIGLU_FIELDS), Entry(build_turn, TURN_FIELDS)
 PARALLEL_NUMBERS = 1 << 15
 """Numbers in one call worth waking other threads for."""
 
@@ -25,6 +35,15 @@ class NumbaOps(TorchOps):
         if x.dtype != torch.float32:
             return super().rms_norm(x, weight, eps)
         return _norm(x.contiguous(), 0, 0, weight, eps)
+
+    def add(self, x: Tensor, delta: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or x.numel() > PARALLEL_NUMBERS:
+            return super().add(x, delta)
+        x, delta = x.contiguous(), delta.contiguous()
+        assert delta.dtype == torch.float32 and delta.shape == x.shape, (delta.dtype, delta.shape)
+        total = torch.empty_like(x)
+        ADD(1, x.data_ptr(), delta.data_ptr(), total.data_ptr(), x.numel())
+        return total
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if x.dtype != torch.float32:

@@ -11,13 +11,16 @@ from skvq.kernels.numba_cpu.numeric import FLOAT16, FLOAT32, exp2
 from skvq.kernels.numba_cpu.simd import as_bits, as_float, f32, f64, fetch_add, i64, u16
 from skvq.kernels.numba_cpu.tiles import FAST
 
+ADD_FIELDS = ("x", "delta", "total", "count")
 NORM_FIELDS = ("counter", "x", "delta", "total", "weight", "out", "rows", "columns", "chunk", "eps")  # eps: bits of a float64
 SWIGLU_FIELDS = ("counter", "x", "out", "rows", "columns", "chunk")
 TURN_FIELDS = (
     "counter", "q", "q_row", "k", "k_row", "v", "v_row", "cos", "sin", "out", "rows", "heads", "kv_heads", "size", "slots",
     "ring_slots", "keys", "values", "slot_stride", "head_stride", "place_stride", "kind",  # rows and strides in bytes
 )  # fmt: skip
-norm_job, swiglu_job, turn_job = (job_reader(fields) for fields in (NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS))
+add_job, norm_job, swiglu_job, turn_job = (
+    job_reader(fields) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS)
+)
 EPS = NORM_FIELDS.index("eps")
 LOG2_E = np.float32(1.4426950408889634)
 
@@ -51,6 +54,18 @@ def swiglu_row(gate_up, out, columns):
         e = exp2(-abs(gate) * LOG2_E)
         part = np.float32(1) / (np.float32(1) + e)
         to[i] = gate * (part if gate >= np.float32(0) else e * part) * ups[i]
+
+
+def build_add(stamp):
+    """Entry point of ``total = x + delta``, by one thread."""
+
+    def add(address):
+        if stamp == 0:
+            return
+        job = add_job(address)
+        add_row(job.x, job.delta, job.total, job.count)
+
+    return add
 
 
 def build_norm(stamp):
