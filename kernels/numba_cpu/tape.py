@@ -9,8 +9,10 @@ they were; views and empty tensors only stay alive.
 # mypy: ignore-errors
 from __future__ import annotations
 
+import functools
 from array import array
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -32,6 +34,12 @@ WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "a
 """Operations that tell the host a number: what the host then does is not on the tape."""
 
 play_job = job_reader(PLAY_FIELDS)
+
+
+class Kind(Enum):
+    """Operations of torch, as a tape sees them. ``reshape`` and ``to`` may be views or not."""
+
+    COMPUTES, MAY_BE_VIEW, EMPTY, WAITS = range(4)
 
 
 @intrinsic
@@ -159,11 +167,12 @@ class Tape(TorchDispatchMode):
         return self._memory
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func._schema.name, kwargs or {}
-        assert name not in WAITS, f"{name} tells the host a number: it cannot be recorded"
+        kwargs = kwargs or {}
+        kind = _kind_of(func)
+        assert kind is not Kind.WAITS, f"{func._schema.name} tells the host a number: it cannot be recorded"
         out = func(*args, **kwargs)
-        self._alive += [args, out]
-        if name not in EMPTY and (func._schema.is_mutable or not _is_view(out, args)):
+        self._alive.append((args, out))
+        if kind is Kind.COMPUTES or (kind is Kind.MAY_BE_VIEW and not _is_view(out, args[0])):
             self._steps.append(Operation(func, args, kwargs, out))
         return out
 
@@ -173,7 +182,17 @@ class Tape(TorchDispatchMode):
             step.play()
 
 
-def _is_view(out: Any, args: Any) -> bool:
-    """Whether a result is other words for what was given."""
-    given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
-    return all(t.untyped_storage().data_ptr() in given for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+@functools.cache
+def _kind_of(func: Any) -> Kind:
+    schema = func._schema
+    if schema.name in WAITS:
+        return Kind.WAITS
+    if schema.name in EMPTY:
+        return Kind.EMPTY
+    alias = any(r.alias_info is not None for r in schema.returns)
+    return Kind.MAY_BE_VIEW if alias and not schema.is_mutable else Kind.COMPUTES
+
+
+def _is_view(out: Any, of: Tensor) -> bool:
+    """Whether a result (of ``chunk``: its parts) is memory of what was given."""
+    return torch._C._is_alias_of(out if isinstance(out, Tensor) else out[0], of)
