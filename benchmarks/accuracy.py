@@ -12,7 +12,6 @@ beside it.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 import click
 import torch
 from other_methods import GROUP, Kivi, published_schemes, simulate
+from stamp import stamp
 from torch import Tensor
 
 from skvq import CacheConfig, Engine
@@ -57,7 +57,7 @@ def main(model: str, corpus: Path, texts: tuple[Path, ...], tokens: int, output:
         "model": model,
         "calibrated_on": corpus.name,
         "tokens": tokens,
-        **stamp(),
+        **stamp(device_name(torch.device("cpu")), "torch", "numba", "transformers"),
         "results": rows,
     }
 
@@ -144,14 +144,6 @@ def transformers_row(model: str, name: str, ids: Tensor, note: Callable[[dict[st
     }
     told = {"name": "transformers quanto 2 bits", "text": name, "window": "its own", "bits_per_element": 2 + 32 / GROUP}
     note(told | figures)
-
-
-def stamp() -> dict[str, Any]:
-    """Device, versions and commit."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {name: version(name) for name in ("torch", "numba", "transformers")}
-    return {"device": device_name(torch.device("cpu")), "versions": versions, "commit": commit}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

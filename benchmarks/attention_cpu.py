@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import numba
 import torch
+from stamp import stamp
 from torch import Tensor
 
 from skvq.engine.measure import copy_bandwidth, device_name
@@ -139,14 +137,6 @@ def measure(
     return row
 
 
-def git_commit() -> str:
-    try:
-        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="leave out the million tokens")
@@ -172,8 +162,8 @@ def main() -> None:
     layout = PageLayout(head_size=64, kv_heads=3, group_size=64, **bits)
     check(backend, layout, 9)
     rows += [measure(backend, "smollm2-135m", layout, 9, tokens, args, copy) for tokens in (256, 2048, 7900)]
-    stamp = {"device": device_name(device), "threads": args.threads, "torch": torch.__version__, "numba": numba.__version__}
-    print(json.dumps({**stamp, "commit": git_commit(), **bits, "copy_gbps": round(copy / 1e9, 1), "results": rows}))
+    told = {**stamp(device_name(device), "torch", "numba"), "threads": args.threads, **bits, "copy_gbps": round(copy / 1e9, 1)}
+    print(json.dumps({**told, "results": rows}))
 
 
 if __name__ == "__main__":

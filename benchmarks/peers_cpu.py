@@ -17,12 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
 import torch
+from stamp import stamp
 
 from skvq.engine.measure import device_name, peak_bytes, reset_peak
 
@@ -243,20 +243,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def stamp(model: str, threads: int) -> dict[str, Any]:
-    """Device, versions and commit."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    names = ("torch", "numba", "transformers", "xllamacpp")
-    return {
-        "model": model,
-        "device": device_name(torch.device("cpu")),
-        "threads": threads,
-        "versions": {n: version(n) for n in names},
-        "commit": commit,
-    }
-
-
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True)
 @click.option("--text", type=click.Path(exists=True, path_type=Path), help="Prompts are its beginning; default: built in.")
@@ -283,7 +269,9 @@ def main(
     rows = [r for n in contexts for r in measure(engines.split(","), model, list(ids[:n]), threads, rounds)]
     found = {
         "question": "reading and writing beside other engines",
-        **stamp(model, threads),
+        "model": model,
+        "threads": threads,
+        **stamp(device_name(torch.device("cpu")), "torch", "numba", "transformers", "xllamacpp"),
         "results": rows,
         "ratios": ratios(rows),
     }

@@ -18,6 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from stamp import stamp
+
+from skvq.engine.measure import device_name
+
 SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8}
 HEAVY = {"hidden_size": 2048, "intermediate_size": 4096, "vocab_size": 32000, "num_heads": 16, "num_kv_heads": 2}
 WIDE = {"num_heads": 24, "num_kv_heads": 24, "num_layers": 2}
@@ -40,8 +45,6 @@ def memory(field: str) -> int:
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One case, in this process."""
-    import torch
-
     from skvq import CacheConfig, Engine
     from skvq.engine.config import ModelConfig
     from skvq.engine.report import Quiet
@@ -69,19 +72,6 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     parts = whole(case["context"])
     measured, planned = memory("VmHWM") - base, sum(parts.values())
     return {**case, "parts": parts, "planned": planned, "measured": measured, "ratio": measured / planned}
-
-
-def stamp() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    import platform
-
-    import numba
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    cpu = next((r for r in Path("/proc/cpuinfo").read_text().splitlines() if r.startswith("model name")), "").split(":")[-1]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__}
-    return {"device": cpu.strip() or "cpu", "versions": versions, "commit": commit.stdout.strip()}
 
 
 def main() -> None:
@@ -112,7 +102,7 @@ def main() -> None:
             f"measured {row['measured'] / 2**20:8.1f} MiB  {row['ratio']:.3f}",
             flush=True,
         )
-    result = {**stamp(), "results": rows}
+    result = {**stamp(device_name(torch.device("cpu")), "torch", "numba"), "results": rows}
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

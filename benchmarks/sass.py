@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import platform
 import re
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from stamp import stamp
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -205,11 +205,6 @@ def measure(variant: Variant, arch: int) -> Measured:
     )  # fmt: skip
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sass.json")
@@ -226,7 +221,7 @@ def main() -> None:
                 f" {m.limit:6.2f} {m.conversions:4}",
                 flush=True,
             )
-    record = {"device": "aot", "triton": triton.__version__, "python": platform.python_version(), "commit": commit()}
+    record = stamp("aot", "triton")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
     print(json.dumps(record | {"kernels": len(results), "output": str(output)}))

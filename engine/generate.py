@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skvq.engine import scoring
 from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.checkpoint import FileCheckpoint, NoCheckpoint
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, require_known
-from skvq.engine.evaluate import (
-    DecodeRegimeLayer,
-    StrictWindowLayer,
-    as_ids,
-    compare,
-    dense_layers,
-    evaluation_row,
-    hidden_states,
-    nll_of,
-)
+from skvq.engine.evaluate import DecodeRegimeLayer
 from skvq.engine.graph import decode_step_of
-from skvq.engine.loading import EngineParts, build_cache, load_parts
+from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.options import names_options
 from skvq.engine.prefill import exact_prefill, short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
@@ -36,23 +27,12 @@ from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.stress import fill_fast
-from skvq.engine.summary import Summary
+from skvq.engine.summary import Summary, Timing, summary_of
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
 
 PREFILLS = ("exact", "streaming")
 SHORT_TOKENS = 128
 """Most tokens appended to a sequence as decode steps of several tokens instead of streamed."""
-
-
-@dataclass(slots=True)
-class Timing:
-    """Tokens and seconds of one generation."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prefill_seconds: float = 0.0
-    new_tokens: int = 0
-    decode_seconds: float = 0.0
 
 
 class Engine:
@@ -129,10 +109,8 @@ class Engine:
     @names_options
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
-        cache = cache.fitted(self.parts.model.config)
         path = Path(calibration) if calibration is not None else None
-        cache, setup = build_cache(self.parts.loaded, cache, max_sequences, path, self.parts.setup.on_full, self.report)
-        return Engine(replace(self.parts, cache=cache, setup=setup), self.report)
+        return Engine(with_cache(self.parts, cache, max_sequences, path, self.report), self.report)
 
     def warm_up(self) -> None:
         """Read and decode a token, so that kernels which are compiled when first called are not part of anybody's timing."""
@@ -329,18 +307,7 @@ class Engine:
 
     def summary(self, sequence: SequenceCache) -> Summary:
         """What the last generation and its sequence came to."""
-        parts = self.parts
-        return Summary(
-            **asdict(self.timing),
-            cached_tokens=sequence.length,
-            dropped_tokens=sequence.dropped,
-            cache_bytes=sequence.nbytes,
-            bits_per_element=sequence.bits_per_element,
-            times_smaller=16 / sequence.bits_per_element if sequence.length else 0.0,
-            method=parts.cache.method,
-            backend=parts.loaded.backend.name,
-            device=str(parts.setup.arena.page_table.device),
-        )
+        return summary_of(self.parts, sequence, self.timing)
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 
@@ -348,34 +315,17 @@ class Engine:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
         parts = self.parts
-        ids = as_ids(self.encode(token_ids), parts.model.weights.embedding.device)
-        hidden = hidden_states(parts.model, parts.rope, ids, dense_layers(parts.model, len(ids)), lambda done: None)
-        return parts.model.head(hidden)
+        return parts.model.head(scoring.dense_hidden(parts, scoring.ids_of(parts, self.encode(token_ids))))
 
     @torch.inference_mode()
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
-        ids = as_ids(self.encode(token_ids), self.parts.model.weights.embedding.device)
-        return nll_of(self.parts.model, self.regime_hidden(ids), ids)
+        return scoring.nll(self.parts, self.encode(token_ids), self.report)
 
     @torch.inference_mode()
     def regime_hidden(self, ids: Tensor, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer) -> Tensor:
         """Last hidden states [N, d] of a text whose every position sees what decode would see."""
-        parts = self.parts
-        spans = parts.model.config.attention_spans
-        sequence = self.new_sequence()
-        try:
-            sequence.reserve(len(ids))
-            with self.report.bar(f"scoring {len(ids):,} tokens", len(spans)) as bar:
-                return hidden_states(
-                    parts.model,
-                    parts.rope,
-                    ids,
-                    lambda layer: layer_class(sequence, layer, spans[layer], ids),
-                    lambda done: bar.advance(1),
-                )
-        finally:
-            sequence.free()
+        return scoring.regime_hidden(self.parts, ids, self.report, layer_class)
 
     @torch.inference_mode()
     def evaluate(
@@ -394,24 +344,15 @@ class Engine:
         bits_per_element, ppl_fp, ppl, kl (nats per token), top1, tokens, by_position. ``exact_window`` holds exactly W recent
         tokens, as papers simulate.
         """
-        parts = self.parts
-        ids = as_ids(self.encode(text)[:tokens], parts.model.weights.embedding.device)
-        stretches = [s for s in torch.split(ids, stride) if len(s) > 1]
-        if not stretches:
-            raise OptionError(f"the text has {len(ids)} tokens: at least 2 are needed to score it")
-        references = [
-            hidden_states(parts.model, parts.rope, s, dense_layers(parts.model, len(s)), lambda done: None) for s in stretches
-        ]
-        layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
-        rows = []
-        for cache in caches:
-            engine = self.with_cache(cache, calibration=None if cache.method == "fp" else calibration)
-            found = [
-                compare(parts.model, reference, engine.regime_hidden(s, layer_class), s)
-                for reference, s in zip(references, stretches, strict=True)
-            ]
-            rows.append(evaluation_row(engine.parts.cache, parts.model.config, found))
-        return rows
+        return scoring.evaluate(
+            self.parts,
+            self.encode(text)[:tokens],
+            caches,
+            self.report,
+            stride=stride,
+            calibration=Path(calibration) if calibration is not None else None,
+            exact_window=exact_window,
+        )
 
     def calibrate(
         self, cache: CacheConfig, corpus: str, output: Path, *, corpus_name: str, tokens: int, seed: int = 0

@@ -14,7 +14,7 @@ from skvq.engine.arena import Arena
 from skvq.engine.cache import CacheSetup
 from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, with_chosen_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
-from skvq.engine.config import CacheConfig, ModelConfig, RopeConfig
+from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, pick_device, pick_dtype
@@ -23,7 +23,7 @@ from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.overflow import OnFull, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
 from skvq.engine.report import Reporter
-from skvq.engine.rope import frequencies
+from skvq.engine.rope import frequencies, scaled
 from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader, held_bytes
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
@@ -156,6 +156,15 @@ def build_cache(
     return cache, setup
 
 
+def with_cache(
+    parts: EngineParts, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
+) -> EngineParts:
+    """The same weights with another cache."""
+    cache = cache.fitted(parts.model.config)
+    cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, parts.setup.on_full, report)
+    return replace(parts, cache=cache, setup=setup)
+
+
 def bind_method(
     arena: Arena,
     config: ModelConfig,
@@ -173,21 +182,6 @@ def bind_method(
         labels = label_codecs(tensors, config, rope, device)
         return LabelMethod(arena, layouts, labels, kernels)
     return HeadMethod(arena, layouts, head_codecs(tensors, cache, config, rope, device), kernels)
-
-
-def scaled(config: ModelConfig, text: str) -> ModelConfig:
-    """The model with its RoPE stretched by ``kind:factor`` over the trained length."""
-    kind, _, factor = text.partition(":")
-    if kind not in ("linear", "dynamic", "yarn"):
-        raise OptionError(f"rope scaling {text!r} is not of the form linear:FACTOR, dynamic:FACTOR or yarn:FACTOR")
-    try:
-        stretch = float(factor)
-    except ValueError:
-        raise OptionError(f"rope scaling {text!r}: {factor!r} is not a number") from None
-    if not 1 <= stretch <= 4096:
-        raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
-    rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=config.trained_context)
-    return replace(config, rope=rope)
 
 
 def plan_that_fits(

@@ -7,13 +7,13 @@ Formulas: linear and dynamic NTK (as in Hugging Face's modeling_rope_utils), YaR
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from skvq.engine.config import ModelConfig, RopeConfig
-from skvq.engine.errors import ModelError
+from skvq.engine.errors import ModelError, OptionError
 from skvq.kernels.interface import RopeFrequencies
 
 
@@ -28,6 +28,21 @@ class StepRope:
         """``x`` [B, N, heads, D] turned by its positions, in x's dtype; channels pair as (j, D/2 + j)."""
         a, b = x.float().chunk(2, -1)
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).to(x.dtype)
+
+
+def scaled(config: ModelConfig, text: str) -> ModelConfig:
+    """The model with its RoPE stretched by ``kind:factor`` over the trained length."""
+    kind, _, factor = text.partition(":")
+    if kind not in ("linear", "dynamic", "yarn"):
+        raise OptionError(f"rope scaling {text!r} is not of the form linear:FACTOR, dynamic:FACTOR or yarn:FACTOR")
+    try:
+        stretch = float(factor)
+    except ValueError:
+        raise OptionError(f"rope scaling {text!r}: {factor!r} is not a number") from None
+    if not 1 <= stretch <= 4096:
+        raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
+    rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=config.trained_context)
+    return replace(config, rope=rope)
 
 
 def at_positions(rope: RopeFrequencies, positions: Tensor) -> StepRope:

@@ -5,6 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from skvq.engine.cache import SequenceCache
+from skvq.engine.loading import EngineParts
+
+
+@dataclass(slots=True)
+class Timing:
+    """Tokens and seconds of one generation."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -52,3 +66,18 @@ class Summary:
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
         }
+
+
+def summary_of(parts: EngineParts, sequence: SequenceCache, timing: Timing) -> Summary:
+    """What a generation and its sequence came to."""
+    return Summary(
+        **asdict(timing),
+        cached_tokens=sequence.length,
+        dropped_tokens=sequence.dropped,
+        cache_bytes=sequence.nbytes,
+        bits_per_element=sequence.bits_per_element,
+        times_smaller=16 / sequence.bits_per_element if sequence.length else 0.0,
+        method=parts.cache.method,
+        backend=parts.loaded.backend.name,
+        device=str(parts.setup.arena.page_table.device),
+    )

@@ -83,7 +83,7 @@ def test_the_version_is_said_once() -> None:
     assert PROJECT["project"]["version"] == __version__
 
 
-@pytest.mark.parametrize("name", ["engine", "kernels", "loaders", "calibrate", "cli", "tests"])
+@pytest.mark.parametrize("name", ["engine", "kernels", "loaders", "calibrate", "commands", "cli", "tests"])
 def test_a_bare_name_does_not_resolve_into_the_root(name: str) -> None:
     """`transformers` imports Hugging Face's `kernels`: ours must not stand in its place, nor be a second copy of itself."""
     spec = importlib.util.find_spec(name)

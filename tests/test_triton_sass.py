@@ -21,6 +21,7 @@ from skvq.kernels.triton_gpu import loaders  # noqa: E402
 def load_sass() -> ModuleType:
     """``benchmarks/sass.py``, which is a script and no part of the package."""
     path = Path(__file__).parents[1] / "benchmarks" / "sass.py"
+    sys.path.append(str(path.parent))  # as when it is run
     spec = importlib.util.spec_from_file_location("skvq_sass", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

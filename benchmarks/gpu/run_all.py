@@ -11,9 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import types
@@ -26,11 +24,12 @@ if "skvq" not in sys.modules:  # the kernels alone, whatever else of the package
     package = types.ModuleType("skvq")
     package.__path__ = [str(ROOT)]
     sys.modules["skvq"] = package
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from stamp import stamp  # noqa: E402
 from triton_cases import Case, formats, make_case  # noqa: E402
 
 from skvq.kernels import reference  # noqa: E402
@@ -406,17 +405,7 @@ def main() -> None:
     output = options.output or ROOT / "benchmarks/results" / f"gpu-{name.replace(' ', '-').lower()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(output.read_text()) if output.exists() else {}
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
-    stamp = {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": head,
-    }
-    log = Log(output, time.monotonic() + options.seconds, known | stamp)
+    log = Log(output, time.monotonic() + options.seconds, known | stamp(name, "torch", "triton"))
     try:
         measure(log)
         finished = True

@@ -1,0 +1,1 @@
+"""The commands, one file each: text to frozen configs to one call."""

@@ -1,0 +1,149 @@
+"""``skvq bench``: speed, and stress of the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from skvq import __version__
+from skvq.commands.errors import OneLineCommand, OneLineGroup
+from skvq.commands.options import (
+    CACHE_NAMES,
+    cache_config,
+    cache_options,
+    ctxs_option,
+    json_option,
+    load_engine,
+    machine_options,
+    numbers_of,
+    place_options,
+    stack,
+)
+from skvq.engine.bench import SPARE, Bench, bench_attention, bench_decode, bench_prefill
+from skvq.engine.cache import CacheSetup
+from skvq.engine.config import FULL_SPAN, ModelConfig
+from skvq.engine.errors import OptionError
+from skvq.engine.machine import find_backend, pick_device, pick_dtype
+from skvq.engine.planted import planted, require_found, rows
+from skvq.engine.report import StderrReporter
+from skvq.engine.soak import soak
+from skvq.engine.stress import bare_setup
+from skvq.loaders import config_of
+
+
+@click.group(cls=OneLineGroup)
+def bench() -> None:
+    """Measure and stress the cache."""
+
+
+@bench.command("soak", cls=OneLineCommand)
+@click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Random operations.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="numba, reference, or a plug-in's name.")
+@json_option
+def soak_command(steps: int, seed: int, backend: str, as_json: bool) -> None:
+    """Append, fork, truncate, save, restore and free at random; check every invariant after each step."""
+    result = soak(steps, seed, find_backend(backend, pick_device("cpu")), StderrReporter())
+    operations = ", ".join(f"{count:,} {name}" for name, count in result["operations"].items())
+    click.echo(f"{steps:,} steps of seed {seed}, nothing lost: {operations}; {result['seconds']:.1f} s", err=as_json)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+bench_options = stack(
+    click.option("--model", "-m", help="Alias, folder, .gguf file or org/name, with its weights."),
+    click.option("--shape", help="The same with random weights: only its config is read."),
+    ctxs_option,
+    place_options,
+    cache_options,
+    json_option,
+)
+
+
+def _bench_model(options: dict[str, Any]) -> str:
+    """The name given with --model or --shape; the latter means random weights."""
+    if (options["model"] is None) == (options["shape"] is None):
+        raise OptionError("give either --model (real weights) or --shape (random weights)")
+    options["dummy_weights"] = options["dummy_weights"] or options["shape"] is not None
+    options["model"] = options["model"] or options["shape"]
+    return str(options["model"])
+
+
+def _show_bench(measured: Bench, options: dict[str, Any]) -> None:
+    as_json, shown = options["as_json"], []
+    click.echo(measured.ceiling(), err=as_json)
+    for row in measured.rows:
+        click.echo(row.line(), err=as_json)
+        shown.append(row)
+    if as_json:
+        told = {key: options[key] for key in ("model", "dummy_weights", *CACHE_NAMES[:5])}
+        click.echo(json.dumps({**told, "version": __version__, **measured.as_dict(shown)}))
+
+
+def _bare(shape: str, options: dict[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
+    """A cache without weights, of a shape and perhaps fewer layers."""
+    device = pick_device(options["device"])
+    config = config_of(shape)
+    layers = options["layers"] or config.num_layers
+    config = replace(config, num_layers=layers, attention_spans=(FULL_SPAN,) * layers)
+    backend, dtype = find_backend(options["backend"], device), pick_dtype(options["dtype"], device)
+    cache = cache_config(dict(options))
+    setup = bare_setup(config, cache, max_context=context, max_sequences=1, backend=backend, dtype=dtype, device=device)
+    return setup, config
+
+
+@bench.command("decode", cls=OneLineCommand)
+@bench_options
+@click.option("--attention-only", is_flag=True, help="No weights, no step: only attention over the cache.")
+@click.option("--layers", type=click.IntRange(min=1), help="With --attention-only: layers to fill; default: the model's.")
+def decode_command(**options: Any) -> None:
+    """Time of a decode step, and of its attention, at each length of context."""
+    name, contexts = _bench_model(options), options["ctx"]
+    if options["attention_only"]:
+        setup, config = _bare(name, options, max(contexts))
+        _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options)
+        return
+    if options["layers"] is not None:
+        raise OptionError("--layers goes with --attention-only: a model has the layers it has")
+    engine = load_engine({**options, "ctx": max(contexts) + SPARE}, cache_config(dict(options)))
+    _show_bench(bench_decode(engine, contexts), options)
+
+
+@bench.command("prefill", cls=OneLineCommand)
+@bench_options
+def prefill_command(**options: Any) -> None:
+    """Time to read a prompt, and of its attention, at each length."""
+    _bench_model(options)
+    engine = load_engine({**options, "ctx": max(options["ctx"])}, cache_config(dict(options)))
+    _show_bench(bench_prefill(engine, options["ctx"]), options)
+
+
+@bench.command("planted", cls=OneLineCommand)
+@click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file: only its config is read.")
+@ctxs_option
+@click.option("--depths", callback=numbers_of, default="0,25,50,75,100", show_default=True, help="Per cent of the context.")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers to fill; default: the model's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@machine_options
+@cache_options
+@json_option
+def planted_command(**options: Any) -> None:
+    """Plant keys at chosen depths of a random cache: attention must find them, the answer is known."""
+    device = pick_device(options["device"])
+    found = []
+    for context in options["ctx"]:
+        setup, config = _bare(options["shape"], options, context)
+        some = planted(setup, config.num_heads, context, options["depths"], seed=options["seed"], report=StderrReporter())
+        for one in some:
+            click.echo(one.line(), err=options["as_json"])
+        found += some
+    if options["as_json"]:
+        click.echo(
+            json.dumps(
+                {"device": str(device), "backend": find_backend(options["backend"], device).name, "results": rows(found)}
+            )
+        )
+    require_found(found)

@@ -1,0 +1,87 @@
+"""``skvq eval``: how far a cache is from the 16-bit one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skvq.commands.errors import OneLineCommand
+from skvq.commands.options import cache_config, cache_options, engine_options, json_option, load_engine, model_option
+from skvq.commands.text import corpus_text
+from skvq.engine.config import CacheConfig
+from skvq.engine.errors import OptionError
+from skvq.engine.plots import depth_plot, require_matplotlib
+
+
+@click.command("eval", cls=OneLineCommand)
+@model_option
+@click.option("--text", help="Text file to score; default: reference prose that comes with Python.")
+@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of the text to score.")
+@click.option("--stride", type=click.IntRange(min=2), help="Score stretches of this many tokens, each on its own.")
+@click.option("--methods", help="Several caches in one pass, as rotate,reorder,plain,fp; with bits as rotate:2:1.5.")
+@click.option("--by-position", is_flag=True, help="Also the error by depth.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Error by depth as PNG (extra: plot).")
+@click.option("--exact-window", is_flag=True, help="A window of exactly W tokens, as papers simulate, not whole tiles.")
+@engine_options
+@cache_options
+@json_option
+def evaluate(**options: Any) -> None:
+    """Measure a cache against the 16-bit one: perplexity, KL divergence in nats per token, top-1 agreement."""
+    if options["plot"] is not None:
+        require_matplotlib()
+    cache = cache_config(options)
+    caches = [cache] if options["methods"] is None else [_variant(cache, part) for part in options["methods"].split(",")]
+    text = corpus_text(options["text"])
+    stride = min(options["stride"] or options["tokens"], options["tokens"])
+    engine = load_engine({**options, "ctx": stride, "calibration": None}, replace(cache, method="fp"))
+    rows = engine.evaluate(
+        text,
+        caches,
+        tokens=options["tokens"],
+        stride=stride,
+        calibration=options["calibration"],
+        exact_window=options["exact_window"],
+    )
+    for row in rows:
+        click.echo(_eval_line(row), err=options["as_json"])
+        if options["by_position"]:
+            for part in row["by_position"]:
+                line = f"    {part['first']:>7,} - {part['last']:>7,}   KL {part['kl']:.4f}   top-1 {part['top1']:.3f}"
+                click.echo(line, err=options["as_json"])
+    if options["plot"] is not None:
+        depth_plot(
+            rows, [_cache_name(row) for row in rows], f"{options['model']}, {rows[0]['tokens']:,} tokens", options["plot"]
+        )
+        click.echo(f"skvq: wrote {options['plot']}", err=True)
+    if options["as_json"]:
+        shown = [{k: v for k, v in r.items() if options["by_position"] or k != "by_position"} for r in rows]
+        click.echo(json.dumps(shown[0] if options["methods"] is None else {"results": shown}))
+
+
+def _variant(cache: CacheConfig, text: str) -> CacheConfig:
+    """A cache from ``method[:key bits:value bits]``."""
+    name, *bits = text.strip().split(":")
+    try:
+        widths = [float(b) for b in bits]
+    except ValueError:
+        raise OptionError(f"--methods: {text!r} is not method or method:key_bits:value_bits") from None
+    if len(widths) not in (0, 2):
+        raise OptionError(f"--methods: {text!r} is not method or method:key_bits:value_bits")
+    chosen = replace(cache, method=name)
+    return chosen if not widths else chosen.with_bits(*widths)
+
+
+def _cache_name(row: dict[str, Any]) -> str:
+    bits = f"K{row['key_bits']:g}V{row['value_bits']:g}" if row["bits_budget"] is None else f"budget {row['bits_budget']:g}"
+    return str(row["method"]) if row["method"] == "fp" else f"{row['method']} {bits}"
+
+
+def _eval_line(row: dict[str, Any]) -> str:
+    return (
+        f"{_cache_name(row):16}  {row['bits_per_element']:5.2f} bits   ppl {row['ppl']:.3f} (16-bit {row['ppl_fp']:.3f})   "
+        f"KL {row['kl']:.4f}   top-1 {row['top1']:.3f}   {row['tokens']:,} tokens"
+    )

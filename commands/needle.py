@@ -1,0 +1,57 @@
+"""``skvq needle``: retrieval through the packed cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skvq.commands.errors import OneLineCommand
+from skvq.commands.options import (
+    cache_config,
+    cache_options,
+    ctxs_option,
+    json_option,
+    load_engine,
+    model_option,
+    numbers_of,
+    place_options,
+)
+from skvq.commands.text import corpus_text
+from skvq.engine.needle import Needle, needles, reference_of, summary
+from skvq.engine.plots import heat_map, require_matplotlib
+
+
+@click.command(cls=OneLineCommand)
+@model_option
+@click.option("--haystack", help="Text file to hide the needle in; default: reference prose that comes with Python.")
+@click.option("--depths", callback=numbers_of, default="0,25,50,75,100", show_default=True, help="Per cent of text before it.")
+@click.option("--no-reference", is_flag=True, help="Do not ask the same over a 16-bit cache.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Heat map as PNG (extra: plot).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers that are hidden.")
+@ctxs_option
+@place_options
+@cache_options
+@json_option
+def needle(**options: Any) -> None:
+    """Hide a fact at several depths of texts of several lengths, and ask for it through the packed cache."""
+    contexts, plot = options["ctx"], options["plot"]
+    if plot is not None:
+        require_matplotlib()
+    haystack = corpus_text(options["haystack"])
+    engine = load_engine({**options, "ctx": max(contexts)}, cache_config(dict(options)), max_sequences=2)
+    references = [] if options["no_reference"] else reference_of(engine)
+
+    def seen(one: Needle) -> None:
+        click.echo(one.line(), err=options["as_json"])
+
+    found = needles(engine, references, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
+    if plot is not None:
+        cache = engine.parts.cache
+        title = f"{options['model']}, {cache.method} K{cache.key_bits:g}V{cache.value_bits:g}"
+        heat_map([n.as_dict() for n in found], title, plot)
+        click.echo(f"skvq: wrote {plot}", err=True)
+    if options["as_json"]:
+        click.echo(json.dumps({"model": options["model"], **summary(found)}))

@@ -1,0 +1,138 @@
+"""Options that several commands share, and the configs and engine they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from skvq.engine.config import BITS, METHODS, CacheConfig
+from skvq.engine.filters import AttentionSinks, rule_from_text
+from skvq.engine.generate import PREFILLS, Engine
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order of the help."""
+
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def bits_of(context: click.Context, parameter: click.Parameter, value: str) -> float:
+    """A bit width of ``BITS``, for an option's callback."""
+    known = [f"{b:g}" for b in BITS]
+    if value not in known:
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}")
+    return float(value)
+
+
+def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """Numbers with commas between."""
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,50,100") from None
+
+
+def counts_of(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    """Token counts with commas between."""
+    numbers = numbers_of(context, parameter, value.replace("_", ""))
+    if any(n != int(n) or n < 1 for n in numbers):
+        raise click.BadParameter(f"{value!r} is not a list of token counts such as 4096,32768")
+    return [int(n) for n in numbers]
+
+
+model_option = click.option("--model", "-m", required=True, help="Alias (see `skvq models`), folder, .gguf file or org/name.")
+ctx_option = click.option(
+    "--ctx", type=click.IntRange(min=1), help="Tokens of context to make room for; default: the trained length."
+)
+ctxs_option = click.option(
+    "--ctx", callback=counts_of, default="4096", show_default=True, help="Tokens of context, as 4096,32768."
+)
+machine_options = stack(
+    click.option("--backend", default="auto", show_default=True, help="auto, triton, numba, reference, or a plug-in's name."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."),
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16, bfloat16."),
+)
+place_options = stack(
+    click.option("--calibration", type=click.Path(path_type=Path), help="File made by `skvq calibrate`."),
+    machine_options,
+    click.option("--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True, help="How prompts are read."),
+    click.option("--rope-scaling", help="KIND:FACTOR to go past the trained length: linear:4, dynamic:4, yarn:4."),
+    click.option("--dummy-weights", is_flag=True, help="Random weights of the model's shape: no download, no sense."),
+    click.option("--no-download", is_flag=True, help="Use only what is on this machine."),
+)
+engine_options = stack(ctx_option, place_options)
+cache_options = stack(
+    click.option("--method", type=click.Choice(METHODS), default="rotate", show_default=True, help="How the cache is packed."),
+    click.option("--key-bits", callback=bits_of, default="2", show_default=True, help="1.5, 2, 3, 4 or 8."),
+    click.option("--value-bits", callback=bits_of, default="2", show_default=True, help="1.5, 2, 3, 4 or 8."),
+    click.option(
+        "--bits-budget",
+        type=float,
+        help="In place of both: most bits per number on average, metadata counted; bits are then chosen by layer, keys and "
+        "values apart.",
+    ),
+    click.option("--group-size", type=int, default=64, show_default=True, help="Channels that share a scale: 32, 64, 128."),
+    click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits."),
+    click.option("--sinks", type=int, default=5, show_default=True, help="First tokens kept in 16 bits."),
+    click.option(
+        "--filter", "filters", multiple=True, help="More rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."
+    ),
+)
+sampling_options = stack(
+    click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True, help="Tokens to write at most."),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=float, default=1.0, show_default=True),
+    click.option("--top-k", type=int, default=0, show_default=True),
+    click.option("--min-p", type=float, default=0.0, show_default=True),
+    click.option("--repeat-penalty", type=float, default=1.0, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+    click.option("--ignore-eos", is_flag=True, help="Go on to the limit whatever the model says."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout is one JSON object.")
+
+CACHE_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size", "window", "sinks", "filters")
+SAMPLING_NAMES = (
+    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop", "ignore_eos",
+)  # fmt: skip
+
+
+def take(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """These options, taken out of ``options``."""
+    return {name: options.pop(name) for name in names}
+
+
+def cache_config(options: dict[str, Any]) -> CacheConfig:
+    """The cache that ``cache_options`` describe; takes them out of ``options``."""
+    taken = take(options, CACHE_NAMES)
+    rules = (AttentionSinks(taken.pop("sinks")), *map(rule_from_text, taken.pop("filters")))
+    return CacheConfig(**taken, filters=rules)
+
+
+def load_engine(options: dict[str, Any], cache: CacheConfig, *, max_sequences: int = 1, on_full: str = "stop") -> Engine:
+    """The engine that ``model_option`` and ``engine_options`` describe."""
+    return Engine.load(
+        options["model"],
+        max_context=options["ctx"],
+        max_sequences=max_sequences,
+        cache=cache,
+        backend=options["backend"],
+        device=options["device"],
+        dtype=options["dtype"],
+        calibration=options["calibration"],
+        dummy_weights=options["dummy_weights"],
+        rope_scaling=options["rope_scaling"],
+        prefill=options["prefill"],
+        on_full=on_full,
+        download=not options["no_download"],
+    )

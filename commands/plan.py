@@ -1,0 +1,43 @@
+"""``skvq plan``: what a run would take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skvq.commands.errors import OneLineCommand
+from skvq.commands.options import cache_config, cache_options, json_option, model_option
+from skvq.engine.generate import PREFILLS
+from skvq.engine.plan_report import plan_report
+
+
+@click.command(cls=OneLineCommand)
+@model_option
+@click.option("--ctx", type=click.IntRange(min=1), required=True, help="Tokens of context.")
+@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences alive at once.")
+@click.option("--memory", help="Memory to fit, as 80GiB; default: the device's.")
+@click.option("--device", default="auto", show_default=True, help="a100, h100, h200, 4090, or auto for this machine.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: what the device would use.")
+@click.option("--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True)
+@click.option("--calibration", type=click.Path(path_type=Path), help="With --bits-budget: exact for the bits this file chose.")
+@cache_options
+@json_option
+def plan(**options: Any) -> None:
+    """What a run would take, from the model's shape alone: bytes by part, the largest context at each width."""
+    cache = cache_config(options)
+    report = plan_report(
+        options["model"],
+        cache,
+        context=options["ctx"],
+        sequences=options["sequences"],
+        memory=options["memory"],
+        device=options["device"],
+        dtype=options["dtype"],
+        prefill=options["prefill"],
+        calibration=options["calibration"],
+    )
+    click.echo(json.dumps(report.as_dict()) if options["as_json"] else report.table())
+    report.plan.check()

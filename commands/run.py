@@ -1,0 +1,89 @@
+"""``skvq run``: read a text and go on from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skvq.commands.errors import OneLineCommand
+from skvq.commands.options import (
+    SAMPLING_NAMES,
+    cache_config,
+    cache_options,
+    engine_options,
+    json_option,
+    load_engine,
+    model_option,
+    sampling_options,
+    take,
+)
+from skvq.commands.text import read_text
+from skvq.engine.cache import SequenceCache
+from skvq.engine.config import SamplingConfig
+from skvq.engine.generate import Engine
+from skvq.engine.overflow import MODES
+
+
+@click.command(cls=OneLineCommand)
+@model_option
+@click.option("-p", "--prompt", help="Text to continue or, with --chat, to answer.")
+@click.option("-f", "--file", help="File with the text, - for standard input; -p comes after it.")
+@click.option("--chat", is_flag=True, help="Use the model's chat format.")
+@click.option("--system", help="System message, with --chat.")
+@click.option("--session", type=click.Path(path_type=Path), help="Go on from this file if it exists; write it at the end.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Keep a half-read prompt here; go on from it if it exists.")
+@click.option(
+    "--on-full",
+    type=click.Choice(list(MODES)),
+    default="stop",
+    show_default=True,
+    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on.",
+)
+@click.option("--fill", type=click.IntRange(min=0), default=0, help="Random tokens put into the cache before the text.")
+@engine_options
+@cache_options
+@sampling_options
+@json_option
+def run(**options: Any) -> None:
+    """Read a text and go on from it."""
+    session: Path | None = options["session"]
+    goes_on = session is not None and session.exists()
+    silent = options["prompt"] is None and options["file"] is None and (goes_on or options["fill"])
+    text = "" if silent else read_text(options["prompt"], options["file"])
+    sampling = SamplingConfig(**take(options, SAMPLING_NAMES))
+    engine = load_engine(options, cache_config(options), on_full=options["on_full"])
+    sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
+    if options["fill"]:
+        engine.fill(sequence, options["fill"], seed=sampling.seed)
+    prompt = run_prompt(engine, text, options, sequence)
+    pieces = []
+    for piece in engine.stream(prompt, sampling, sequence=sequence, checkpoint=options["checkpoint"]):
+        pieces.append(piece)
+        if not options["as_json"]:
+            click.echo(piece, nl=False)
+    if not options["as_json"]:
+        click.echo()
+    if session is not None:
+        sequence.save(session)
+    summary = engine.summary(sequence)
+    click.echo(f"skvq: {summary.line()}", err=True)
+    if options["as_json"]:
+        click.echo(json.dumps({"text": "".join(pieces), **summary.as_dict()}))
+
+
+def run_prompt(engine: Engine, text: str, options: dict[str, Any], sequence: SequenceCache) -> str | list[int]:
+    """What ``skvq run`` reads next: the text, in the chat format if asked for; a sequence goes on without a second BOS.
+
+    With no text a restored session goes on from its last token, and a filled cache from one token.
+    """
+    tokenizer = engine.parts.tokenizer
+    if not text:
+        return "" if sequence.pending else [tokenizer.bos_token_id or 0]
+    if not options["chat"]:
+        return text
+    system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
+    ids = list(tokenizer.encode_chat([*system, {"role": "user", "content": text}]))
+    return ids[1:] if sequence.length and ids[:1] == [tokenizer.bos_token_id] else ids

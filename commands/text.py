@@ -1,0 +1,35 @@
+"""The text a command is given: as an option, from a file, from standard input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from skvq.calibrate.run import built_in_corpus
+from skvq.engine.errors import OptionError
+
+
+def read_text(prompt: str | None, file: str | None) -> str:
+    """The text given by -p, -f FILE or -f - (both: the file, then the prompt)."""
+    if prompt is None and file is None:
+        raise OptionError("no text: give -p TEXT, -f FILE, or -f - for standard input")
+    parts = [] if file is None else [file_text(file)]
+    text = "\n\n".join(parts + ([] if prompt is None else [prompt]))
+    if not text.strip():
+        raise OptionError("the prompt is empty: give some text with -p or -f")
+    return text
+
+
+def corpus_text(file: str | None) -> str:
+    """The text of a file; without one, reference prose that comes with Python."""
+    return built_in_corpus() if file is None else file_text(file)
+
+
+def file_text(file: str) -> str:
+    """The text of a file, - for standard input. Raises OptionError if it cannot be read or is not UTF-8."""
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file} is not UTF-8 text (byte {error.start:,}): convert it first") from None

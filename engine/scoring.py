@@ -1,0 +1,89 @@
+"""A text scored in full precision and as decode would see it, and caches measured against the 16-bit one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.config import CacheConfig
+from skvq.engine.errors import OptionError
+from skvq.engine.evaluate import (
+    DecodeRegimeLayer,
+    StrictWindowLayer,
+    as_ids,
+    compare,
+    dense_layers,
+    evaluation_row,
+    hidden_states,
+    nll_of,
+)
+from skvq.engine.loading import EngineParts, with_cache
+from skvq.engine.report import Reporter
+
+
+def ids_of(parts: EngineParts, token_ids: Sequence[int]) -> Tensor:
+    """int64 [N] where the model is."""
+    return as_ids(token_ids, parts.model.weights.embedding.device)
+
+
+def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
+    """Last hidden states [N, d] of a text in full precision: what a cache is measured against."""
+    return hidden_states(parts.model, parts.rope, ids, dense_layers(parts.model, len(ids)), lambda done: None)
+
+
+def regime_hidden(
+    parts: EngineParts, ids: Tensor, report: Reporter, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer
+) -> Tensor:
+    """Last hidden states [N, d] of a text whose every position sees what decode would see."""
+    spans = parts.model.config.attention_spans
+    sequence = SequenceCache(parts.setup)
+    try:
+        sequence.reserve(len(ids))
+        with report.bar(f"scoring {len(ids):,} tokens", len(spans)) as bar:
+            return hidden_states(
+                parts.model,
+                parts.rope,
+                ids,
+                lambda layer: layer_class(sequence, layer, spans[layer], ids),
+                lambda done: bar.advance(1),
+            )
+    finally:
+        sequence.free()
+
+
+def nll(parts: EngineParts, token_ids: Sequence[int], report: Reporter) -> Tensor:
+    """See ``Engine.nll``."""
+    ids = ids_of(parts, token_ids)
+    return nll_of(parts.model, regime_hidden(parts, ids, report), ids)
+
+
+def evaluate(
+    parts: EngineParts,
+    token_ids: Sequence[int],
+    caches: Sequence[CacheConfig],
+    report: Reporter,
+    *,
+    stride: int,
+    calibration: Path | None,
+    exact_window: bool,
+) -> list[dict[str, Any]]:
+    """See ``Engine.evaluate``: one row a cache, over the same weights and the same full-precision hidden states."""
+    stretches = [s for s in torch.split(ids_of(parts, token_ids), stride) if len(s) > 1]
+    if not stretches:
+        raise OptionError(f"the text has {len(token_ids)} tokens: at least 2 are needed to score it")
+    references = [dense_hidden(parts, s) for s in stretches]
+    layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
+    rows = []
+    for cache in caches:
+        other = with_cache(parts, cache, 1, None if cache.method == "fp" else calibration, report)
+        found = [
+            compare(parts.model, reference, regime_hidden(other, s, report, layer_class), s)
+            for reference, s in zip(references, stretches, strict=True)
+        ]
+        rows.append(evaluation_row(other.cache, parts.model.config, found))
+    return rows
