@@ -27,10 +27,11 @@ from skvq.engine.evaluate import (
     hidden_states,
     nll_of,
 )
+from skvq.engine.exact import exact_prefill
 from skvq.engine.graph import decode_step_of
 from skvq.engine.loading import EngineParts, build_cache, load_parts
 from skvq.engine.options import names_options
-from skvq.engine.prefill import exact_prefill, short_prefill, streaming_prefill
+from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
@@ -260,8 +261,11 @@ class Engine:
         else:
             exact = sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context
             kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
-            reader = exact_prefill if exact else streaming_prefill
-            hidden = reader(parts.model, parts.rope, sequence, ids, self.report, kept)
+            if exact:
+                form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
+                hidden = exact_prefill(parts.model, parts.rope, sequence, ids, form, self.report, kept)
+            else:
+                hidden = streaming_prefill(parts.model, parts.rope, sequence, ids, self.report, kept)
         logits = parts.model.head(hidden)
         self.prefixes.keep(sequence)
         self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=time.perf_counter() - start)
