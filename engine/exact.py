@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,9 +113,7 @@ def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader:
 class AllHeads:
     """A layer's keys and values of all heads: a chunk's output replaces its input."""
 
-    def __init__(
-        self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState
-    ) -> None:
+    def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
 
     def begin(self) -> None:
@@ -145,9 +144,7 @@ class AllHeads:
 class HeadGroups(AllHeads):
     """A layer's keys and values of some kv heads at a time. Its input stays until ``finish``, which packs all heads."""
 
-    def __init__(
-        self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState
-    ) -> None:
+    def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         super().__init__(model, rope, sequence, tokens, state)
         config, self.groups = model.config, len(state.attended)
         shape = (config.num_kv_heads, min(PIECE_TOKENS, len(tokens)), config.head_size)
@@ -186,4 +183,5 @@ class HeadGroups(AllHeads):
 
     def _projections(self, count: int) -> Work:
         config = self.model.config
-        return NO_WORK + (count * config.hidden_size * (config.num_heads + 2 * config.num_kv_heads) * config.head_size, 0)
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+        return np.array([count * config.hidden_size * width, 0.0])

@@ -51,6 +51,7 @@ class Timing:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    prefill: str = ""  # how they were read
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0
@@ -256,19 +257,19 @@ class Engine:
         ids = ids[reused:]
         if len(ids) > parts.setup.on_full.room(sequence):
             sequence.require(len(ids))  # raises, before any work
+        kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
+        where = (parts.model, parts.rope, sequence, ids)
         if checkpoint is None and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
-            hidden = short_prefill(parts.model, parts.rope, sequence, ids)
+            how, hidden = "as decode steps", short_prefill(*where)
+        elif sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
+            form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
+            how, hidden = str(form), exact_prefill(*where, form, self.report, kept)
         else:
-            exact = sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context
-            kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
-            if exact:
-                form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
-                hidden = exact_prefill(parts.model, parts.rope, sequence, ids, form, self.report, kept)
-            else:
-                hidden = streaming_prefill(parts.model, parts.rope, sequence, ids, self.report, kept)
+            how, hidden = "streaming", streaming_prefill(*where, self.report, kept)
         logits = parts.model.head(hidden)
         self.prefixes.keep(sequence)
-        self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill=how, prefill_seconds=seconds)
         return logits
 
     @torch.inference_mode()

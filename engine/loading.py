@@ -22,6 +22,7 @@ from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMetho
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.overflow import OnFull, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
+from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader, held_bytes
@@ -104,6 +105,8 @@ def load_parts(
     as_stored = kernels.name == "numba" and compute == torch.float32
     weight_bytes = held_bytes(source, compute, as_stored=as_stored)
     context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill, weight_bytes)
+    if plan.form != PrefillForm(prefill=prefill):
+        report.message(f"to fit {context:,} tokens, prompts that need it are read {plan.form}")
     full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
     if context > config.trained_context:
         report.message(

@@ -75,9 +75,7 @@ def prefill_forms(model: ModelConfig, prefill: str) -> list[PrefillForm]:
     return [PrefillForm(head_groups=n, host_states=host) for n in groups for host in (False, True)]
 
 
-def cheapest_form(
-    model: ModelConfig, prefill: str, tokens: int, size: int, *, device_room: int, host_room: int
-) -> PrefillForm:
+def cheapest_form(model: ModelConfig, prefill: str, tokens: int, size: int, *, device_room: int, host_room: int) -> PrefillForm:
     """The cheapest form for a prompt of ``tokens`` that fits both; where none does, the one that needs least of the device."""
     forms = [f for f in prefill_forms(model, prefill) if sum(f.host_parts(model, tokens, size).values()) <= host_room]
     needs = [sum(form.device_parts(model, tokens, size).values()) for form in forms]

@@ -17,6 +17,7 @@ from skvq.engine import loading
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import FileCheckpoint
 from skvq.engine.config import CacheConfig
+from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
 from skvq.engine.planner import Plan
@@ -78,23 +79,29 @@ def test_short_spans_and_stored_weights_too(tmp_path: Path, backend: str) -> Non
     same(engine, read_as(engine, PrefillForm()), read_as(engine, PrefillForm(head_groups=4)))
 
 
-def test_without_room_for_all_heads_the_plan_has_groups_and_keeps_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Many kv heads and few of anything else; the memory of each form in turn, and a byte less."""
-    cache = tiny_cache()
-    ample = engine_for(tmp_path, cache, "mha")
+def test_without_room_for_all_heads_the_plan_has_groups_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pieces, so that groups pay at a few thousand tokens. A shorter prompt has room for all heads."""
+    for module in ("exact", "cache", "prefill_form"):
+        monkeypatch.setattr(f"skvq.engine.{module}.PIECE_TOKENS", 128)
+    monkeypatch.setattr("skvq.engine.prefill_form.STAGED_TOKENS", 0)
+    ample = engine_for(tmp_path, tiny_cache(), "mha")
     config, plan = ample.parts.model.config, ample.parts.plan
     assert plan.form == PrefillForm() and not plan.host_parts
-    forms = [PrefillForm(head_groups=n) for n in (1, 2, 4)]
-    needs = [plan.total - plan.form_bytes + sum(f.device_parts(config, plan.context, 4).values()) for f in forms]
-    fitting = [n for n in range(3) if all(needs[n] < needs[m] for m in range(n))]
-    assert 0 in fitting
-    for n in fitting:
-        monkeypatch.setattr(loading, "available_memory", lambda device, n=n: needs[n])
-        engine = engine_for(tmp_path, cache, "mha")
-        assert (engine.parts.plan.form, engine.parts.plan.total) == (forms[n], needs[n])
-        assert engine.parts.plan.form_of(config, 100, torch.float32) == PrefillForm()
+    grouped = PrefillForm(head_groups=4)
+    total = plan.total - plan.form_bytes + sum(grouped.device_parts(config, plan.context, 4).values())
+    assert total < plan.total
+    monkeypatch.setattr(loading, "available_memory", lambda device: total)
+    told = Messages()
+    engine = engine_for(tmp_path, tiny_cache(), "mha", report=told)
+    assert (engine.parts.plan.form, engine.parts.plan.total) == (grouped, total)
+    assert any(str(grouped) in line for line in told.lines)
+    for count, form in ((TOKENS, grouped), (TOKENS // 2, PrefillForm())):
+        sequence = engine.prefill(random_ids(count))
+        assert engine.timing.prefill == str(form) and f"({form})" in engine.summary(sequence).line()
+        sequence.free()
+    monkeypatch.setattr(loading, "available_memory", lambda device: total - 1)
+    with pytest.raises(CapacityError, match="heads in 4 groups"):
+        engine_for(tmp_path, tiny_cache(), "mha")
 
 
 @pytest.mark.parametrize("stop", [1, 7, 19, 20, 39, 40, 41, 60, 79, 80])
@@ -136,6 +143,16 @@ def test_the_bar_counts_all_the_work(tmp_path: Path) -> None:
         read_as(engine, form).free()
         np.testing.assert_allclose(counting.done, counting.total)
         assert (counting.total > 0).all()
+
+
+class Messages(Quiet):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
 
 class Counting(Quiet):
