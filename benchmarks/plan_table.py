@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from skvq import CacheConfig
 from skvq.engine.plan_report import PlanReport, plan_report
+from skvq.engine.prefill_form import PrefillForm
 
 MODELS = {"mistral-7b": "Mistral-7B", "llama-2-7b": "Llama-2-7B"}
 VALUE_BITS = (2.0, 1.5)
@@ -36,21 +37,27 @@ class Cell:
     def row(self, context: int, prefill: str) -> str:
         """A line of the table."""
         reports = [self.plan(context, prefill, device) for device in ("a100", "h100")]
-        total = reports[0].plan.total
+        plan = reports[0].plan
+        host = f" + {plan.host_total / 2**30:.0f} host" if plan.host_parts else ""
         times = " | ".join(
-            f"{duration(r.prefill_seconds)}, {r.decode_ms:.0f} ms" if r.plan.total <= r.plan.memory else "does not fit"
-            for r in reports
+            f"{duration(r.prefill_seconds)}, {r.decode_ms:.0f} ms" if r.plan.fits else "does not fit" for r in reports
         )
         name = f"{MODELS[self.model]}, K2 V{self.value_bits:g}"
-        return f"| {name} | {context:,} | {prefill} | {total / 2**30:.1f} GiB | {times} |"
+        return f"| {name} | {context:,} | {short(plan.form)} | {plan.total / 2**30:.1f} GiB{host} | {times} |"
 
     def rows(self) -> list[str]:
         """128k, a million, and the largest each way."""
         million = 2**20
         fits = self.plan(million, "exact", "a100")
-        prefill = "exact" if fits.plan.total <= fits.plan.memory else "streaming"
+        prefill = "exact" if fits.plan.fits else "streaming"
         ways = [(131_072, "exact"), (million, prefill), *((self.largest(p), p) for p in ("exact", "streaming"))]
         return [self.row(*way) for way in ways]
+
+
+def short(form: PrefillForm) -> str:
+    """The form of prefill in few words."""
+    groups = f", {form.head_groups} groups" if form.head_groups > 1 else ""
+    return f"{form.prefill}{', host' * form.host_states}{groups}"
 
 
 def duration(seconds: float) -> str:

@@ -23,8 +23,8 @@ from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
 from skvq.engine.machine import available_memory
 from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_peak, timed
-from skvq.engine.planner import CHUNK_TOKENS
 from skvq.engine.prefill import chunks
+from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.steps import DecodeBatch, last_token_step
 from skvq.engine.stress import fill_fast

@@ -15,7 +15,7 @@ from skvq.engine.filters import FilterRule, LeavingTokens
 from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
 from skvq.engine.overflow import OnFull
-from skvq.engine.planner import PIECE_TOKENS
+from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.regions import Regions
 from skvq.engine.session import save_session
 from skvq.kernels.interface import RopeFrequencies
@@ -198,25 +198,29 @@ class SequenceCache:
         keys (after RoPE), values [T, KH, D]; mass float32 [T]; new_ids int64, the ids of this step's tokens. Call once a layer
         between reserve and commit.
         """
-        setup, first = self.setup, self.packed
-        end = first + len(keys)
-        target = self.packed_after(end - self.length)
-        full = setup.arena.full(layer)
-        for start in range(first, target, PIECE_TOKENS):
-            stop = min(start + PIECE_TOKENS, target)
-            piece = slice(start - first, stop - first)
-            ids = self._ids(start, stop, new_ids)
-            some_keys, some_values = keys[piece].to(full.keys.dtype), values[piece].to(full.values.dtype)
-            retained = self._retain(layer, start, ids, some_keys, some_values, mass[piece])
-            self.method.pack(layer, self.page_row, start, some_keys, some_values, retained)
-        ring = setup.regions
+        for start in range(0, len(keys), PIECE_TOKENS):
+            piece = slice(start, start + PIECE_TOKENS)
+            self.absorb_piece(layer, self.packed + start, keys[piece], values[piece], mass[piece], new_ids)
+
+    def absorb_piece(self, layer: int, start: int, keys: Tensor, values: Tensor, mass: Tensor, new_ids: Tensor) -> None:
+        """``absorb`` of some of the tokens, which begin at position ``start``: all pieces one after another, the first at
+        ``packed``, each a multiple of PIECE_TOKENS but the last."""
+        ring, full = self.setup.regions, self.setup.arena.full(layer)
+        end = start + len(keys)
+        if start == self.packed:
+            full.positions[self.slot, ring.retained :] = -1
+        target = min(max(start, self.packed_after(len(new_ids))), end)
+        keys, values, leaves = keys.to(full.keys.dtype), values.to(full.values.dtype), target - start
+        if leaves:
+            ids = self._ids(start, target, new_ids)
+            retained = self._retain(layer, start, ids, keys[:leaves], values[:leaves], mass[:leaves])
+            self.method.pack(layer, self.page_row, start, keys[:leaves], values[:leaves], retained)
         at = torch.arange(target, end, device=keys.device)
         slots = ring.retained + at % ring.ring
-        full.positions[self.slot, ring.retained :] = -1
         full.positions[self.slot, slots] = at.int()
-        full.keys[self.slot][:, slots] = keys[target - first :].transpose(0, 1).to(full.keys.dtype)
-        full.values[self.slot][:, slots] = values[target - first :].transpose(0, 1).to(full.values.dtype)
-        setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[target - first :]
+        full.keys[self.slot][:, slots] = keys[leaves:].transpose(0, 1)
+        full.values[self.slot][:, slots] = values[leaves:].transpose(0, 1)
+        self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[leaves:]
 
     def window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values [T, KH, D] and attention mass [T] of the window's tokens ``packed .. end-1``, in order."""

@@ -44,20 +44,37 @@ WRITING_SHARE = 10
 
 @dataclass(slots=True)
 class ExactState:
-    """Where an exact prefill of T tokens stands: ``chunk`` chunks of ``layer`` are done, all layers before it are packed."""
+    """Where an exact prefill of T tokens stands: all layers before ``layer`` are packed; in it ``chunk`` chunks of head
+    group ``group`` are done, and all of the groups before that.
 
-    hidden: Tensor  # [T, d]
-    keys: Tensor  # [KH, T, D]
-    values: Tensor  # [KH, T, D]
+    With one group the layer's output replaces its input chunk by chunk. With G > 1 groups the input stays until the last is
+    done; what heads have read is kept beside it.
+    """
+
+    hidden: Tensor  # [T, d], on the device or the host
+    attended: Tensor  # [G, T, H D / G], beside hidden; G = 0 where all heads are done at once
+    keys: Tensor  # [KH / G, T, D], of this group
+    values: Tensor  # [KH / G, T, D]
     mass: Tensor  # float32 [T], of this layer
     chunk_tokens: int
     layer: int = 0
+    group: int = 0
     chunk: int = 0
 
     @property
+    def attended_rows(self) -> Tensor:
+        """The part of ``attended`` that is done, [rows, H D / G]."""
+        return self.attended.flatten(0, 1)[: self.group * len(self.hidden) + self.filled]
+
+    @property
     def filled(self) -> int:
-        """Tokens of this layer whose keys and values are there."""
+        """Tokens of this layer whose keys and values, of this group, are there."""
         return min(self.chunk * self.chunk_tokens, len(self.hidden))
+
+    def next_layer(self) -> None:
+        """This layer is packed."""
+        self.mass.zero_()
+        self.layer, self.group, self.chunk = self.layer + 1, 0, 0
 
 
 class Checkpoint(Protocol):
@@ -117,21 +134,27 @@ class FileCheckpoint:
         if not self.path.exists():
             return
         file = self._open(sequence, "exact")
-        layer, chunk, chunk_tokens = (file.header[name] for name in ("layer", "chunk", "chunk_tokens"))
-        if chunk_tokens != state.chunk_tokens:
-            raise SessionError(f"checkpoint {self.path} has chunks of {chunk_tokens} tokens, this run {state.chunk_tokens}")
-        filled = min(chunk * chunk_tokens, len(ids))
+        ours = {"chunk_tokens": state.chunk_tokens, "head_groups": max(1, len(state.attended))}
+        theirs = {name: file.header.get(name) for name in ours}
+        if theirs != ours:
+            raise SessionError(
+                f"checkpoint {self.path} was written with {theirs}, this run has {ours}: give it the memory it had then, "
+                "or delete the file to start again"
+            )
+        state.layer, state.group, state.chunk = (file.header[name] for name in ("layer", "group", "chunk"))
+        layer, filled = state.layer, state.filled
         hidden = file.expect("hidden", state.hidden.dtype, state.hidden.shape)
         kv_shape = (state.keys.shape[0], filled, state.keys.shape[2])
         keys, values = (file.expect(name, state.keys.dtype, kv_shape) for name in ("layer_keys", "layer_values"))
+        attended = file.expect("attended", state.attended.dtype, state.attended_rows.shape)
         mass = file.expect("layer_mass", torch.float32, state.mass.shape)
         tiles = expect_tiles(sequence, file, range(layer), sequence.packed_after(len(ids)))
         write_slots(sequence, expect_slots(sequence, file))
         write_tiles(sequence, tiles, range(layer))
+        state.attended_rows.copy_(attended)
         state.hidden.copy_(hidden)
         state.keys[:, :filled], state.values[:, :filled] = keys.to(state.keys.device), values.to(state.keys.device)
         state.mass.copy_(mass)
-        state.layer, state.chunk = layer, chunk
         layers = sequence.setup.arena.shape.layers
         self.report.message(f"going on from {self.path}: {layer} of {layers} layers and {filled:,} tokens of the next are done")
 
@@ -145,9 +168,11 @@ class FileCheckpoint:
             _by_head("layer_keys", state.keys, state.filled),
             _by_head("layer_values", state.values, state.filled),
             _by_rows("hidden", state.hidden, state.chunk_tokens),
+            _by_rows("attended", state.attended_rows, state.chunk_tokens),
             whole("layer_mass", state.mass),
         ]
-        header = {"layer": state.layer, "chunk": state.chunk, "chunk_tokens": state.chunk_tokens}
+        header = {"layer": state.layer, "group": state.group, "chunk": state.chunk}
+        header |= {"chunk_tokens": state.chunk_tokens, "head_groups": max(1, len(state.attended))}
         self._write(sequence, "exact", header, entries)
 
     def resume_streaming(self, sequence: SequenceCache, ids: Sequence[int]) -> None:

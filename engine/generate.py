@@ -18,10 +18,11 @@ from skvq.engine.checkpoint import FileCheckpoint, NoCheckpoint
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, require_known
 from skvq.engine.evaluate import DecodeRegimeLayer
+from skvq.engine.exact import exact_prefill
 from skvq.engine.graph import decode_step_of
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.options import names_options
-from skvq.engine.prefill import exact_prefill, short_prefill, streaming_prefill
+from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
@@ -239,16 +240,19 @@ class Engine:
         ids = ids[reused:]
         if len(ids) > parts.setup.on_full.room(sequence):
             sequence.require(len(ids))  # raises, before any work
+        kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
+        where = (parts.model, parts.rope, sequence, ids)
         if checkpoint is None and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
-            hidden = short_prefill(parts.model, parts.rope, sequence, ids)
+            how, hidden = "as decode steps", short_prefill(*where)
+        elif sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
+            form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
+            how, hidden = str(form), exact_prefill(*where, form, self.report, kept)
         else:
-            exact = sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context
-            kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
-            reader = exact_prefill if exact else streaming_prefill
-            hidden = reader(parts.model, parts.rope, sequence, ids, self.report, kept)
+            how, hidden = "streaming", streaming_prefill(*where, self.report, kept)
         logits = parts.model.head(hidden)
         self.prefixes.keep(sequence)
-        self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill=how, prefill_seconds=seconds)
         return logits
 
     @torch.inference_mode()

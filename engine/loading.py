@@ -17,11 +17,12 @@ from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.identity import identity_of
-from skvq.engine.machine import available_memory, pick_device, pick_dtype
+from skvq.engine.machine import available_memory, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.overflow import OnFull, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
+from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies, scaled
 from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader, held_bytes
@@ -104,6 +105,8 @@ def load_parts(
     as_stored = kernels.name == "numba" and compute == torch.float32
     weight_bytes = held_bytes(source, compute, as_stored=as_stored)
     context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill, weight_bytes)
+    if plan.form != PrefillForm(prefill=prefill):
+        report.message(f"to fit {context:,} tokens, prompts that need it are read {plan.form}")
     full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
     if context > config.trained_context:
         report.message(
@@ -200,7 +203,7 @@ def plan_that_fits(
             raise OptionError(f"{what} must be a positive number, got {value!r}")
     memory = available_memory(device)
     options: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "memory": memory, "prefill": prefill}
-    options |= {"weight_bytes": weight_bytes}
+    options |= {"weight_bytes": weight_bytes, "host_memory": pinnable_memory(device)}
     most = largest_context(config, cache, **options)
     context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
     plan = make_plan(config, cache, context=context, **options)

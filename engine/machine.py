@@ -46,6 +46,11 @@ def find_backend(name: str, device: torch.device) -> Backend:
         raise OptionError(str(error)) from None
 
 
+def pinnable_memory(device: torch.device) -> int:
+    """Bytes of host memory that can be pinned beside a GPU; none where the device is the host itself."""
+    return available_memory(torch.device("cpu")) if device.type == "cuda" else 0
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be taken: free memory of the GPU, or of this machine within its control group."""
     if device.type == "cuda":

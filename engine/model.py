@@ -57,20 +57,25 @@ class Model:
 
     def layer(self, index: int, x: Tensor, rope: StepRope, cache: LayerCache) -> Tensor:
         """Layer ``index`` over hidden states ``x`` [B, N, d]; the cache takes their keys and values."""
-        ops, eps, w = self.ops, self.config.norm_eps, self.weights.layers[index]
-        q, k, v = self._heads(w.qkv(ops.rms_norm(x, w.input_norm, eps)))
-        attended = cache.attend(q, k, v, rope)  # [B, N, H, D]
-        x, h = ops.add_rms_norm(x, w.output(attended.flatten(2)), w.mlp_norm, eps)
+        return self.after_attention(index, x, cache.attend(*self.heads(index, x), rope))
+
+    def heads(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, N, H, D], keys and values [B, N, KH, D] of a layer, before RoPE."""
+        w = self.weights.layers[index]
+        qkv = w.qkv(self.ops.rms_norm(x, w.input_norm, self.config.norm_eps))
+        heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
+        parts = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, size)  # [B, N, H + 2 KH, D]
+        return parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
+
+    def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""
+        ops, w = self.ops, self.weights.layers[index]
+        x, h = ops.add_rms_norm(x, w.output(attended.flatten(2)), w.mlp_norm, self.config.norm_eps)
         return ops.add(x, w.down(ops.swiglu(w.gate_up(h))))
 
     def head(self, x: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., d]."""
         return self.weights.head(self.ops.rms_norm(x, self.weights.norm, self.config.norm_eps)).float()
-
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
-        parts = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, size)  # [B, N, H + 2 KH, D]
-        return parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
 
 
 def load_weights(config: ModelConfig, storage: Storage) -> ModelWeights:

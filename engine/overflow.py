@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from skvq.engine.errors import CapacityError, require_known
-from skvq.engine.planner import CHUNK_TOKENS
+from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.regions import Regions
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import turned

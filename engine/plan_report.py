@@ -13,8 +13,9 @@ import torch
 from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
-from skvq.engine.machine import DTYPES, available_memory, pick_device, pick_dtype
+from skvq.engine.machine import DTYPES, available_memory, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.planner import Plan, gib, largest_context, largest_of, make_plan, page_layouts, usual_weight_bytes
+from skvq.engine.prefill_form import PrefillForm
 from skvq.loaders import config_of
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
@@ -34,6 +35,8 @@ class Card:
     bandwidth: float
     flops: float
     dtype: torch.dtype
+    host_memory: int = 0  # that may be pinned beside it
+    host_bandwidth: float = 2e10  # bytes per second of a copy between the two: PCIe 4 with 16 lanes, less what it loses
     weight_efficiency: float = 0.75
     cache_efficiency: float = 0.80
     matrix_efficiency: float = 0.60
@@ -41,11 +44,15 @@ class Card:
 
 GIB = 2**30
 CARDS = {
-    "a100": Card(name="a100", memory=int(79.1 * GIB), bandwidth=1.9e12, flops=312e12, dtype=torch.bfloat16),
-    "h100": Card(name="h100", memory=int(79.1 * GIB), bandwidth=3.0e12, flops=800e12, dtype=torch.bfloat16),
-    "h200": Card(name="h200", memory=int(139.8 * GIB), bandwidth=4.3e12, flops=800e12, dtype=torch.bfloat16),
-    "4090": Card(name="4090", memory=int(23.5 * GIB), bandwidth=0.95e12, flops=165e12, dtype=torch.bfloat16),
+    name: Card(name=name, memory=int(gib_ * GIB), bandwidth=speed, flops=flops, dtype=torch.bfloat16, host_memory=host * GIB)
+    for name, gib_, speed, flops, host in (
+        ("a100", 79.1, 1.9e12, 312e12, 128),
+        ("h100", 79.1, 3.0e12, 800e12, 128),
+        ("h200", 139.8, 4.3e12, 800e12, 128),
+        ("4090", 23.5, 0.95e12, 165e12, 32),
+    )
 }
+"""Host memory is an assumption too: what a host of such a card has to spare."""
 
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Card:
@@ -62,6 +69,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Card:
         bandwidth=2 * size / copy_seconds,
         flops=2 * side**3 / matrix_seconds,
         dtype=dtype,
+        host_memory=pinnable_memory(device),
     )
 
 
@@ -101,8 +109,11 @@ class PlanReport:
             "memory": self.plan.memory,
             "parts": self.plan.parts,
             "total": self.plan.total,
+            "prefill": str(self.plan.form),
+            "host_parts": self.plan.host_parts,
+            "host_memory": self.plan.host_memory,
             "arena": sum(v for k, v in self.plan.parts.items() if k.startswith("cache")),
-            "fits": self.plan.total <= self.plan.memory,
+            "fits": self.plan.fits,
             "largest_context": self.largest,
             "predicted_prefill_seconds": self.prefill_seconds,
             "predicted_decode_ms_per_token": self.decode_ms,
@@ -125,8 +136,11 @@ class PlanReport:
                 "upper bound: calibration chooses the bits of each layer; give its file with --calibration for what it takes"
             ]
         lines += [f"  {name:32} {gib(size):>12}" for name, size in plan.parts.items()]
-        verdict = "fits" if plan.total <= plan.memory else "DOES NOT FIT"
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
         lines += [f"  {'total':32} {gib(plan.total):>12}   {verdict} {gib(plan.memory)} of {card.name}", ""]
+        lines += [f"prefill: {plan.form}"]
+        lines += [f"  {name + ', host':32} {gib(size):>12}" for name, size in plan.host_parts.items()]
+        lines += [""]
         lines += ["largest context"]
         lines += [f"  {name:32} {tokens:>12,} tokens" for name, tokens in self.largest.items()]
         lines += [
@@ -159,6 +173,7 @@ def plan_report(
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
     options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
+    options["host_memory"] = card.host_memory
     options["weight_bytes"] = usual_weight_bytes(config, "cuda" if card.name in CARDS else card.name, card.dtype)
     plan = make_plan(config, cache, context=context, **options)
     tables = [cache, replace(cache, method="fp")]
@@ -170,20 +185,25 @@ def plan_report(
         card=card,
         plan=plan,
         largest=largest,
-        prefill_seconds=predicted_prefill(config, card, context, prefill),
+        prefill_seconds=predicted_prefill(config, card, context, plan.form),
         decode_ms=1e3 * predicted_decode(config, cache, card, context),
     )
 
 
-def predicted_prefill(config: ModelConfig, card: Card, context: int, prefill: str) -> float:
-    """Seconds to read ``context`` tokens: two operations per weight and token, four per query channel and visible token."""
+def predicted_prefill(config: ModelConfig, card: Card, context: int, form: PrefillForm) -> float:
+    """Seconds to read ``context`` tokens: two operations per weight and token, four per query channel and visible token; what
+    groups of heads project again, and what passes between host and device."""
     linear = (
         2 * (config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)) * context
     )
-    q = config.num_heads * config.head_size
+    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     attention = sum(4 * q * min(context / 2, span) * context for span in config.attention_spans)
-    seconds = (linear + attention) / (card.flops * card.matrix_efficiency)
-    return seconds * (SEGMENT_OVERHEAD if prefill == "streaming" else 1.0)
+    groups = form.head_groups
+    again = 2 * config.hidden_size * (q + 2 * kv) * context * config.num_layers * (groups if groups > 1 else 0)
+    seconds = (linear + attention + again) / (card.flops * card.matrix_efficiency)
+    passes = config.hidden_size * (groups + (2 if groups > 1 else 1)) + (2 * q if groups > 1 else 0)  # numbers a token
+    copied = passes * context * config.num_layers * card.dtype.itemsize * form.host_states
+    return (seconds + copied / card.host_bandwidth) * (SEGMENT_OVERHEAD if form.prefill == "streaming" else 1.0)
 
 
 def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, context: int) -> float:

@@ -13,17 +13,12 @@ from skvq.engine.codecs import layouts_of
 from skvq.engine.config import BITS, CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, FilterRule
+from skvq.engine.prefill_form import CHUNK_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form
 from skvq.engine.regions import Regions
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout, stored_bits
 
 SPARE_PAGES = 2
 """Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
-
-PIECE_TOKENS = 8 * PAGE_TOKENS
-"""Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
-
-CHUNK_TOKENS = 1024
-"""Tokens that go through a layer's projections and MLP at once in prefill."""
 
 
 def page_layouts(cache: CacheConfig, model: ModelConfig) -> tuple[PageLayout | PlainLayout, ...]:
@@ -102,11 +97,18 @@ def arena_shape(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Bytes by part of one run. ``parts`` is in the order of allocation; their sum is the peak."""
+    """Bytes by part of one run. ``parts`` is in the order of allocation; their sum is the peak on the device.
+
+    ``host_parts`` are bytes of pinned host memory beside it; ``form`` is how a prompt that fills the context is read.
+    """
 
     context: int
     parts: dict[str, int]
     memory: int
+    host_parts: dict[str, int]
+    host_memory: int
+    form: PrefillForm
+    form_bytes: int  # of the parts that the form decides
     bits_per_element: float
 
     @property
@@ -114,14 +116,30 @@ class Plan:
         """Bytes at the peak."""
         return sum(self.parts.values())
 
+    @property
+    def host_total(self) -> int:
+        """Bytes of pinned host memory."""
+        return sum(self.host_parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is memory enough on the device; of host memory no form takes more than there is."""
+        return self.total <= self.memory
+
     def check(self) -> None:
         """Raise CapacityError, with the numbers, unless the plan fits its memory."""
-        if self.total > self.memory:
+        if not self.fits:
             largest = max(self.parts, key=lambda part: self.parts[part])
+            host = f" and {gib(self.host_total)} of host memory" if self.host_parts else ""
             raise CapacityError(
-                f"a context of {self.context:,} tokens needs {gib(self.total)}, {gib(self.memory)} are there "
-                f"(largest part: {largest}, {gib(self.parts[largest])})"
+                f"a context of {self.context:,} tokens needs {gib(self.total)}{host}, {gib(self.memory)} are there "
+                f"(largest part: {largest}, {gib(self.parts[largest])}; prefill: {self.form})"
             )
+
+    def form_of(self, model: ModelConfig, tokens: int, dtype: torch.dtype) -> PrefillForm:
+        """The cheapest form for a prompt of ``tokens``, at most the context, within what was planned."""
+        rooms = {"device_room": self.form_bytes, "host_room": self.host_total}
+        return cheapest_form(model, self.form.prefill, tokens, dtype.itemsize, **rooms)
 
 
 def gib(count: int) -> str:
@@ -149,8 +167,12 @@ def make_plan(
     memory: int,
     weight_bytes: int,
     prefill: str = "exact",
+    host_memory: int = 0,
 ) -> Plan:
     """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
+
+    Of the forms of exact prefill it takes the cheapest that fits, and if none does the one that needs least.
+    ``host_memory`` is what may be pinned beside a GPU; 0 where the device is the host.
 
     ``weight_bytes`` from ``storage.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect. While calibration
     has yet to spend a budget of bits, it is what no choice within the budget exceeds.
@@ -161,19 +183,28 @@ def make_plan(
     size = dtype.itemsize
     chunk = min(CHUNK_TOKENS, context)
     width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
-    staged = context if prefill == "exact" else min(context, 2 * 8192)
     packed = shape.pages * shape.page_bytes
     kv = model.num_kv_heads * model.head_size
     packing = 2 * kv * (2 * min(context, PIECE_TOKENS) + 8 * PAGE_TOKENS)  # a piece in 16 bits, of which a stretch in float32
-    parts = {
+    held = {
         "weights": weight_bytes,
         "cache: packed pages": packed,
         "cache: window and retained": shape.nbytes - packed,
-        "hidden states of the prompt": (context if prefill == "exact" else chunk) * model.hidden_size * size,
-        "one layer's keys and values": 2 * staged * kv * size,
-        "workspace": chunk * width * max(size, 4) + packing + 6 * model.vocab_size * 4,
     }
-    return Plan(context=context, parts=parts, memory=memory, bits_per_element=bits_per_element(cache, model))
+    workspace = chunk * width * max(size, 4) + packing + 6 * model.vocab_size * 4
+    room = memory - sum(held.values()) - workspace
+    form = cheapest_form(model, prefill, context, size, device_room=room, host_room=host_memory)
+    reading = form.device_parts(model, context, size)
+    return Plan(
+        context=context,
+        parts=held | reading | {"workspace": workspace},
+        memory=memory,
+        host_parts=form.host_parts(model, context, size),
+        host_memory=host_memory,
+        form=form,
+        form_bytes=sum(reading.values()),
+        bits_per_element=bits_per_element(cache, model),
+    )
 
 
 def largest_context(model: ModelConfig, cache: CacheConfig, *, limit: int = 2**27, **options: object) -> int:
@@ -182,5 +213,5 @@ def largest_context(model: ModelConfig, cache: CacheConfig, *, limit: int = 2**2
     while low < high:
         middle = (low + high + 1) // 2
         plan = make_plan(model, cache, context=middle * PAGE_TOKENS, **options)  # type: ignore[arg-type]
-        low, high = (middle, high) if plan.total <= plan.memory else (low, middle - 1)
+        low, high = (middle, high) if plan.fits else (low, middle - 1)
     return low * PAGE_TOKENS

@@ -9,11 +9,14 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from skvq.engine.pace import Pace
+
 
 class Bar(Protocol):
-    """Progress of one piece of work, in units proportional to time."""
+    """Progress of one piece of work, in one kind of work or several."""
 
-    def advance(self, work: float) -> None: ...
+    def advance(self, *work: float) -> None:
+        """So much of each kind is done since the last call."""
 
 
 class Reporter(Protocol):
@@ -21,19 +24,24 @@ class Reporter(Protocol):
 
     def message(self, text: str) -> None: ...
 
-    def bar(self, label: str, total: float) -> AbstractContextManager[Bar]: ...
+    def bar(self, label: str, *total: float) -> AbstractContextManager[Bar]:
+        """A bar for ``total`` of each kind of work. A kind takes time in proportion; how much, the bar finds out."""
 
 
 class _Tqdm:
-    def __init__(self, bar: tqdm[None]) -> None:
-        self._bar = bar
+    """Shows the share of the whole time that has passed, so that tqdm's own time to go is that of the pace."""
 
-    def advance(self, work: float) -> None:
-        self._bar.update(work)
+    def __init__(self, bar: tqdm[None], pace: Pace) -> None:
+        self._bar, self._pace = bar, pace
+
+    def advance(self, *work: float) -> None:
+        elapsed = self._bar.format_dict["elapsed"]
+        self._pace.advance(work, elapsed)
+        self._bar.update(self._pace.share(elapsed) - self._bar.n)
 
 
 class _Nothing:
-    def advance(self, work: float) -> None:
+    def advance(self, *work: float) -> None:
         pass
 
 
@@ -44,10 +52,10 @@ class StderrReporter:
         tqdm.write(f"skvq: {text}", file=sys.stderr)
 
     @contextmanager
-    def bar(self, label: str, total: float) -> Iterator[Bar]:
+    def bar(self, label: str, *total: float) -> Iterator[Bar]:
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go"
-        with tqdm(total=total, desc=label, bar_format=form, smoothing=0, delay=0.5, file=sys.stderr, leave=False) as bar:
-            yield _Tqdm(bar)
+        with tqdm(total=1.0, desc=label, bar_format=form, smoothing=0, delay=0.5, file=sys.stderr, leave=False) as bar:
+            yield _Tqdm(bar, Pace(total))
 
 
 class Quiet:
@@ -57,5 +65,5 @@ class Quiet:
         pass
 
     @contextmanager
-    def bar(self, label: str, total: float) -> Iterator[Bar]:
+    def bar(self, label: str, *total: float) -> Iterator[Bar]:
         yield _Nothing()

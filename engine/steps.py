@@ -59,7 +59,10 @@ class DenseLayer:
 
 
 class ExactLayer(DenseLayer):
-    """Exact prefill of an empty sequence: attention in full precision, then ``finish`` packs."""
+    """Exact prefill of an empty sequence: attention in full precision, then ``finish`` packs.
+
+    Given the buffers of a group of kv heads it serves queries, keys and values of that group; ``finish`` needs all heads.
+    """
 
     def __init__(self, sequence: SequenceCache, layer: int, keys: Tensor, values: Tensor, span: int) -> None:
         super().__init__(keys, values, span)

@@ -17,7 +17,8 @@ from skvq.engine.identity import identity_of
 from skvq.engine.loading import bind_method
 from skvq.engine.machine import available_memory
 from skvq.engine.overflow import on_full_of
-from skvq.engine.planner import PIECE_TOKENS, arena_shape, gib, largest_of, regions_of, rules_of, token_bytes
+from skvq.engine.planner import arena_shape, gib, largest_of, regions_of, rules_of, token_bytes
+from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.kernels.interface import Backend

@@ -15,6 +15,7 @@ class Timing:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    prefill: str = ""  # how they were read
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0
@@ -26,6 +27,7 @@ class Summary:
 
     prompt_tokens: int
     reused_tokens: int
+    prefill: str  # exact (and in which form), streaming, or as decode steps
     prefill_seconds: float
     new_tokens: int
     decode_seconds: float
@@ -53,7 +55,7 @@ class Summary:
         dropped = f" after {self.dropped_tokens:,} that were dropped" if self.dropped_tokens else ""
         reused = f"reused {self.reused_tokens:,} tokens, " if self.reused_tokens else ""
         return (
-            f"{reused}read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s, "
+            f"{reused}read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), "
             f"wrote {self.new_tokens:,} at {self.decode_tokens_per_s:,.1f} tokens/s ({self.backend}, {self.device}); "
             f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, "
             f"{self.bits_per_element:.2f} bits per element ({self.method}), {self.times_smaller:.1f} times smaller than 16-bit"

@@ -76,7 +76,7 @@ def wait_for(path: Path, times: int, process: subprocess.Popen[str]) -> None:
         assert time.monotonic() < end, "no checkpoint was written"
         assert process.poll() is None, process.communicate()
         if path.exists():
-            seen.add(path.stat().st_ino)
+            seen.add(path.stat().st_mtime_ns)
         time.sleep(0.005)
 
 

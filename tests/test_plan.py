@@ -23,6 +23,7 @@ from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.plan_report import parse_bytes, plan_report
 from skvq.engine.planner import arena_shape, largest_context, make_plan, regions_of, token_bytes
+from skvq.engine.prefill_form import PrefillForm, prefill_forms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTHS = (1.5, 2.0, 3.0, 4.0, 8.0)
@@ -114,6 +115,59 @@ def test_a_million_tokens_take_the_gigabytes_that_were_promised(
     assert plan.parts["cache: packed pages"] / 1e9 == pytest.approx(gigabytes, abs=0.1)
 
 
+CARD = {"sequences": 1, "dtype": torch.bfloat16, "memory": int(79.1 * 2**30), "host_memory": 64 * 2**30}
+
+
+def llama() -> ModelConfig:
+    return mistral(intermediate_size=11008, num_kv_heads=32)
+
+
+@pytest.mark.parametrize(
+    "model, context, form",
+    [
+        (mistral(), 2**20, PrefillForm()),
+        (mistral(), 3 * 2**20, PrefillForm(host_states=True)),
+        (mistral(), 2**22, PrefillForm(host_states=True, head_groups=8)),
+        (llama(), 2**17, PrefillForm()),
+        (llama(), 2**20, PrefillForm(host_states=True, head_groups=4)),
+    ],
+)
+def test_a_prompt_is_held_in_the_cheapest_form_that_fits(model: ModelConfig, context: int, form: PrefillForm) -> None:
+    """Mistral-7B and Llama-2-7B at K2 V1.5 on a card of 80 GB."""
+    cache = CacheConfig(key_bits=2.0, value_bits=1.5, group_size=128)
+    plan = make_plan(model, cache, context=context, weight_bytes=2 * model.num_parameters, **CARD)
+    assert plan.form == form and plan.fits
+    assert bool(plan.host_parts) == form.host_states and plan.host_total <= plan.host_memory
+    rest = plan.memory - (plan.total - plan.form_bytes)
+    for cheaper in itertools.takewhile(lambda f: f != form, prefill_forms(model, "exact")):
+        too_much = sum(cheaper.host_parts(model, context, 2).values()) > plan.host_memory
+        assert too_much or sum(cheaper.device_parts(model, context, 2).values()) > rest
+
+
+def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
+    cache = CacheConfig(key_bits=2.0, value_bits=1.5, group_size=128)
+    options = CARD | {"host_memory": 0, "weight_bytes": 2 * llama().num_parameters}
+    plan = make_plan(llama(), cache, context=2**20, **options)
+    assert not plan.host_parts and not plan.fits
+    with pytest.raises(
+        CapacityError, match=r"1,048,576 tokens needs 9\d.* GiB, 79.10 GiB are there .*prefill: exact, heads in"
+    ):
+        plan.check()
+    assert largest_context(llama(), cache, **options) < 2**20 < largest_context(llama(), cache, **options | CARD)
+
+
+@settings(max_examples=60, deadline=None)
+@given(context=st.integers(1, 300_000), tokens=st.integers(1, 300_000), short=st.integers(0, 2**31), host=st.integers(0, 2**34))
+def test_a_shorter_prompt_keeps_to_what_was_planned(context: int, tokens: int, short: int, host: int) -> None:
+    model, tokens = llama(), min(context, tokens)
+    options = {"sequences": 1, "dtype": torch.float16, "weight_bytes": 1, "host_memory": host}
+    ample = make_plan(model, CacheConfig(), context=context, memory=2**50, **options)
+    plan = make_plan(model, CacheConfig(), context=context, memory=max(1, ample.total - short), **options)
+    form = plan.form_of(model, tokens, torch.float16)
+    assert sum(form.device_parts(model, tokens, 2).values()) <= plan.form_bytes <= ample.form_bytes
+    assert sum(form.host_parts(model, tokens, 2).values()) <= plan.host_total <= host
+
+
 @pytest.mark.parametrize("method", ["fp", "rotate"])
 def test_the_largest_context_fits_and_a_page_more_does_not(method: str) -> None:
     options = {"sequences": 2, "dtype": torch.bfloat16, "memory": 40 * 2**30, "prefill": "streaming", "weight_bytes": 2**34}
@@ -177,3 +231,14 @@ def test_a_report_for_any_context_is_json_and_a_table(tmp_path: Path, context: i
     found = report.as_dict()
     assert found["total"] == sum(found["parts"].values()) and found["fits"] == (found["total"] <= 80 * 2**30)
     assert "largest context" in report.table()
+
+
+def test_a_report_says_how_a_prompt_is_held_and_what_of_it_on_the_host(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, num_heads=32, num_kv_heads=32, num_layers=1)
+    options = {"sequences": 1, "device": "a100", "dtype": None, "prefill": "exact"}
+    ample = plan_report(str(folder), tiny_cache(), context=1_000_000, memory="80GiB", **options)
+    assert "prefill: exact\n" in ample.table() and ample.as_dict()["host_parts"] == {}
+    tight = plan_report(str(folder), tiny_cache(), context=1_000_000, memory=str(ample.plan.total * 3 // 4), **options)
+    assert tight.plan.form.host_states and tight.plan.form.head_groups > 1 and tight.prefill_seconds > ample.prefill_seconds
+    assert f"prefill: {tight.plan.form}\n" in tight.table() and "hidden states of the prompt, host" in tight.table()
+    assert tight.as_dict()["prefill"] == str(tight.plan.form) and sum(tight.as_dict()["host_parts"].values()) > 0

@@ -36,7 +36,7 @@ def tiny_cache(**changes: Any) -> CacheConfig:
 def tiny_engine(folder: Path, cache: CacheConfig, **options: Any) -> Engine:
     """An engine of dummy weights over ``tiny_folder``, float32 on the CPU."""
     given = {"max_context": 1700, "max_sequences": 4, "backend": "reference", "device": "cpu", "dtype": "float32"}
-    return Engine.load(folder, cache=cache, dummy_weights=True, report=Quiet(), **(given | options))
+    return Engine.load(folder, cache=cache, dummy_weights=True, **({"report": Quiet()} | given | options))
 
 
 def random_ids(count: int, seed: int = 0, vocab: int = 320) -> list[int]:

@@ -1,0 +1,187 @@
+"""Exact prefill: layers outside, chunks inside, a layer's keys and values in full precision while it is read, then packed.
+
+Two readers do a layer. ``AllHeads`` holds its keys and values of all heads. ``HeadGroups`` holds those of a group of kv heads
+and goes over the prompt once a group; then, piece by piece, it packs what it computes once more. ``PrefillForm`` says which,
+and where hidden states lie. Both give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.checkpoint import Checkpoint, ExactState
+from skvq.engine.config import ModelConfig
+from skvq.engine.evaluate import as_ids
+from skvq.engine.model import Model
+from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
+from skvq.engine.prefill_form import PIECE_TOKENS, PrefillForm
+from skvq.engine.report import Reporter
+from skvq.engine.rollback import all_or_nothing
+from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.steps import ExactLayer
+from skvq.kernels.interface import RopeFrequencies
+
+
+class Reader(Protocol):
+    """A way to do a layer of the state: ``begin`` a group of heads, ``read`` its chunks in order, ``finish`` the layer."""
+
+    def begin(self) -> None: ...
+
+    def read(self, start: int, stop: int) -> None: ...
+
+    def finish(self) -> None:
+        """Pack the layer; hidden states are its output then."""
+
+    def work(self, start: int, stop: int) -> Work:
+        """What ``read`` takes."""
+
+    def last_work(self) -> Work:
+        """What ``finish`` takes beside packing."""
+
+
+def exact_prefill(
+    model: Model,
+    rope: RopeFrequencies,
+    sequence: SequenceCache,
+    ids: Sequence[int],
+    form: PrefillForm,
+    report: Reporter,
+    checkpoint: Checkpoint,
+) -> Tensor:
+    """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers. Broken off, it is empty."""
+    sequence.reserve(len(ids))
+    tokens = as_ids(ids, model.weights.embedding.device)
+    state = new_state(model, len(ids), form)
+    reader = (AllHeads if form.head_groups == 1 else HeadGroups)(model, rope, sequence, tokens, state)
+    pieces = chunks(len(ids))
+    with checkpoint.watch(), all_or_nothing(sequence):
+        for start, stop in pieces:
+            state.hidden[start:stop] = model.embed(tokens[start:stop])
+        checkpoint.resume_exact(sequence, ids, state)
+        with report.bar(f"reading {len(ids):,} tokens", *work_left(model.config, form, state, reader)) as bar:
+            while state.layer < model.config.num_layers:
+                reader.begin()
+                for start, stop in pieces[state.chunk :]:
+                    reader.read(start, stop)
+                    bar.advance(*reader.work(start, stop))
+                    state.chunk += 1
+                    checkpoint.exact_point(sequence, state)
+                if state.group < form.head_groups - 1:
+                    state.group, state.chunk = state.group + 1, 0
+                else:
+                    reader.finish()
+                    bar.advance(*reader.last_work())
+                    state.next_layer()
+        sequence.commit(ids)
+    checkpoint.done()
+    return state.hidden[-1].to(tokens.device)
+
+
+def new_state(model: Model, count: int, form: PrefillForm) -> ExactState:
+    """Room for a prompt of ``count`` tokens, as ``PrefillForm`` counts it."""
+    config, embedding, groups = model.config, model.weights.embedding, form.head_groups
+    device, dtype = embedding.device, embedding.dtype
+    place = torch.device("cpu") if form.host_states else device
+    pinned = form.host_states and device.type == "cuda"
+    several = groups if groups > 1 else 0
+    attended = (several, count, config.num_heads * config.head_size // groups)
+    held = (config.num_kv_heads // groups, count, config.head_size)
+    return ExactState(
+        hidden=torch.empty(count, config.hidden_size, dtype=dtype, device=place, pin_memory=pinned),
+        attended=torch.empty(attended, dtype=dtype, device=place, pin_memory=pinned and several > 0),
+        keys=torch.empty(held, dtype=dtype, device=device),
+        values=torch.empty(held, dtype=dtype, device=device),
+        mass=torch.zeros(count, device=device),
+        chunk_tokens=chunks(count)[0][1],
+    )
+
+
+def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader: Reader) -> Work:
+    """What remains to be done from a state on."""
+    each = [reader.work(*piece) for piece in chunks(len(state.hidden))]
+    group = sum(each, NO_WORK)
+    layers = (config.num_layers - state.layer) * (form.head_groups * group + reader.last_work())
+    return layers - state.group * group - sum(each[: state.chunk], NO_WORK)
+
+
+class AllHeads:
+    """A layer's keys and values of all heads: a chunk's output replaces its input."""
+
+    def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
+        self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
+
+    def begin(self) -> None:
+        state, spans = self.state, self.model.config.attention_spans
+        self.cache = ExactLayer(self.sequence, state.layer, state.keys, state.values, spans[state.layer])
+        self.cache.resume(state.filled, state.mass)
+
+    def read(self, start: int, stop: int) -> None:
+        x, turn = self._chunk(start, stop)
+        self.state.hidden[start:stop] = self.model.layer(self.state.layer, x, turn, self.cache)[0]
+
+    def finish(self) -> None:
+        self.cache.finish(self.tokens)
+
+    def work(self, start: int, stop: int) -> Work:
+        return chunk_work(self.model.config, start, stop)
+
+    def last_work(self) -> Work:
+        return NO_WORK
+
+    def _chunk(self, start: int, stop: int) -> tuple[Tensor, StepRope]:
+        """Hidden states [1, N, d] of a chunk on the device, and the turn of its positions."""
+        device = self.tokens.device
+        x = self.state.hidden[None, start:stop].to(device, non_blocking=True)
+        return x, at_positions(self.rope, torch.arange(start, stop, device=device)[None])
+
+
+class HeadGroups(AllHeads):
+    """A layer's keys and values of some kv heads at a time. Its input stays until ``finish``, which packs all heads."""
+
+    def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
+        super().__init__(model, rope, sequence, tokens, state)
+        config, self.groups = model.config, len(state.attended)
+        shape = (config.num_kv_heads, min(PIECE_TOKENS, len(tokens)), config.head_size)
+        self.keys, self.values = (torch.empty(shape, dtype=state.keys.dtype, device=tokens.device) for _ in range(2))
+
+    def read(self, start: int, stop: int) -> None:
+        x, turn = self._chunk(start, stop)
+        group = self.state.group
+        q, k, v = (t.chunk(self.groups, dim=2)[group] for t in self.model.heads(self.state.layer, x))
+        self.state.attended[group, start:stop] = self.cache.attend(q, k, v, turn)[0].flatten(1)
+
+    def finish(self) -> None:
+        count = len(self.tokens)
+        for first in range(0, count, PIECE_TOKENS):
+            last = min(first + PIECE_TOKENS, count)
+            for start, stop in chunks(last - first, first):
+                self._finish_chunk(start, stop, slice(start - first, stop - first))
+            keys, values = (t[:, : last - first].transpose(0, 1) for t in (self.keys, self.values))
+            self.sequence.absorb_piece(self.state.layer, first, keys, values, self.state.mass[first:last], self.tokens)
+
+    def _finish_chunk(self, start: int, stop: int, place: slice) -> None:
+        """Keys and values of a chunk again, to their place in the piece; then the chunk's output replaces its input."""
+        layer, config = self.state.layer, self.model.config
+        x, turn = self._chunk(start, stop)
+        _, k, v = self.model.heads(layer, x)
+        self.keys[:, place], self.values[:, place] = turn.turn(k)[0].transpose(0, 1), v[0].transpose(0, 1)
+        parts = [part[None, start:stop].to(x.device, non_blocking=True) for part in self.state.attended]
+        attended = torch.cat(parts, 2).view(1, stop - start, config.num_heads, config.head_size)
+        self.state.hidden[start:stop] = self.model.after_attention(layer, x, attended)[0]
+
+    def work(self, start: int, stop: int) -> Work:
+        return self._projections(stop - start) + chunk_work(self.model.config, start, stop) * (0, 1 / self.groups)
+
+    def last_work(self) -> Work:
+        return chunk_work(self.model.config, 0, len(self.tokens)) * (1, 0)
+
+    def _projections(self, count: int) -> Work:
+        config = self.model.config
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+        return np.array([count * config.hidden_size * width, 0.0])
