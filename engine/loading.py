@@ -25,7 +25,7 @@ from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, 
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies, scaled
-from skvq.engine.storage import DenseStorage, StoredStorage, WeightReader, held_bytes
+from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
 from skvq.kernels.registry import BackendUnavailable, get_backend
@@ -102,8 +102,8 @@ def load_parts(
     if calibration is not None:
         cache = with_chosen_bits(cache, calibration, fingerprint=source.fingerprint)
     cache = cache.fitted(config)
-    as_stored = kernels.name == "numba" and compute == torch.float32
-    weight_bytes = held_bytes(source, compute, as_stored=as_stored)
+    form = form_of(kernels.name, place, compute)
+    weight_bytes = form.held_bytes(source)
     context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill, weight_bytes)
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read {plan.form}")
@@ -114,7 +114,7 @@ def load_parts(
             "memory and speed are real, answers past that length are not to be trusted"
         )
     loaded = LoadedModel(
-        model=Model(config, _weights(source, config, place, compute, as_stored, report), ops_for(kernels.name)),
+        model=Model(config, _weights(source, config, form, report), ops_for(kernels.name)),
         tokenizer=tokenizer,
         rope=frequencies(config, context, place),
         backend=kernels,
@@ -215,12 +215,9 @@ def plan_that_fits(
     return context, plan
 
 
-def _weights(
-    source: WeightSource, config: ModelConfig, device: torch.device, dtype: torch.dtype, as_stored: bool, report: Reporter
-) -> ModelWeights:
+def _weights(source: WeightSource, config: ModelConfig, form: Form, report: Reporter) -> ModelWeights:
     with report.bar("loading weights", config.num_parameters) as bar:
-        reader = WeightReader(source, bar.advance)
-        return load_weights(config, StoredStorage(reader, report) if as_stored else DenseStorage(reader, device, dtype))
+        return load_weights(config, form.storage(WeightReader(source, bar.advance), report))
 
 
 def _calibration(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from skvq.engine.linear import FloatMatrix
 from skvq.engine.report import Quiet
-from skvq.engine.storage import StoredStorage, WeightReader
+from skvq.engine.storage import WeightReader
+from skvq.engine.stored import StoredStorage
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
 from skvq.loaders.source import QuantizedBlocks
