@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from skvq.calibrate.allocate import choose_bits
 from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.pages import through_pages
-from skvq.calibrate.run import fit_layer, recorded, stacked
+from skvq.calibrate.run import Progress, fit_layer, recorded, stacked
 from skvq.calibrate.sensitivity import PROBE_TOKENS, Probe, Store
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import BITS, CacheConfig, ModelConfig
@@ -53,27 +53,27 @@ def calibrate_budget(
     backend: Backend,
     *,
     seed: int,
-    progress: Callable[[float], None],
+    progress: Progress,
     outliers: OutlierTokens,
 ) -> tuple[LayerBits, dict[str, Tensor]]:
     """Bits of each layer within ``config.bits_budget``, and the tensors of ``engine.codecs`` at those bits.
 
-    texts int64 [S, T]; the last of them is the probe: how values are read back is fitted on others. ``progress(work)`` comes to
-    ``budget_work`` in all.
+    texts int64 [S, T]; the last of them is the probe: how values are read back is fitted on others. ``progress`` comes to
+    ``budget_work``. Memory as ``calibrate`` says, with the tensors of every layer at every width, and the probe's.
     """
     assert config.is_open, "there is no budget to spend"
     widths = candidates(config.code_bits)
     probe = Probe(model, frequencies, texts[-1][:PROBE_TOKENS].to(model.weights.embedding.device), config.window)
     fits: list[dict[float, dict[str, Tensor]]] = []
     losses: list[list[float]] = []  # keys and values of the first layer, of the second, ...
-    for layer, stats in enumerate(recorded(model, frequencies, texts)):
-        outliers.see(stats)
+    for stats in recorded(model, frequencies, texts, outliers):
         fitted = {bits: fit_layer(stats, frequencies, config.with_bits(bits, bits), backend, seed) for bits in widths}
+        del stats  # before the next layer's are made
         stores = {b: _store(t, config.with_bits(b, b), model.config, frequencies, backend) for b, t in fitted.items()}
         losses += probe.losses(stores)
         probe.advance()
+        progress(_layer_work(model.config, texts, len(widths), len(fits)))
         fits.append(fitted)
-        progress(_layer_work(model.config, texts, len(widths), layer))
     chosen = choose_bits(losses, widths, config.code_bits)
     layer_bits = tuple(zip(chosen[::2], chosen[1::2], strict=True))
     return layer_bits, stacked([_mixed(fit[k], fit[v]) for fit, (k, v) in zip(fits, layer_bits, strict=True)])

@@ -25,10 +25,9 @@ UNIT_TOP = 128.0
 """Metadata seen in calibration stay below this many units; E4M3 ends at 448, so larger tokens still fit."""
 
 
-def fit_unit(y: Tensor) -> Tensor:
-    """Power of two per group such that the largest |value| of ``y`` [T, ..., g] is about UNIT_TOP units; float32 [...]."""
-    top = y.abs().amax((0, -1)).clamp_min(1e-20)
-    return torch.exp2(torch.ceil(torch.log2(top / UNIT_TOP))).clamp(2.0**-60, 2.0**60)
+def fit_unit(top: Tensor) -> Tensor:
+    """Power of two per group such that its largest magnitude ``top`` [...] is about UNIT_TOP units; float32 [...]."""
+    return torch.exp2(torch.ceil(torch.log2(top.clamp_min(1e-20) / UNIT_TOP))).clamp(2.0**-60, 2.0**60)
 
 
 def round_trip(y: Tensor, bits: float, unit: Tensor, clip: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skvq.calibrate.stats import SINKS, LayerStats
+from skvq.calibrate.stats import first_of
 from skvq.engine.filters import KeyOutliers, stands_out
 
 THRESHOLD = KeyOutliers().threshold
@@ -16,22 +16,27 @@ LEAST_SEEN, LEAST_LAYERS = 3, 0.25
 
 
 class OutlierTokens:
-    """Counts, layer by layer, which token ids of texts int64 [S, T] have outlying keys in most places they occur."""
+    """Counts which token ids have outlying keys in most places they occur: layer by layer, text by text, each text on its own.
+
+    Holds three numbers for each id that occurs.
+    """
 
     def __init__(self, texts: Tensor) -> None:
-        first = min(SINKS, texts.shape[1] // 2)
-        self._first = first
-        self._ids, self._of = texts[:, first:].flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        self._seen = torch.bincount(self._of)
+        """``texts`` int64 [S, T], on the CPU: what will be seen of every layer."""
+        self._first = first_of(texts.shape[1])
+        self._ids, self._seen = texts[:, self._first :].unique(return_counts=True)  # type: ignore[no-untyped-call]
         self._layers = 0
-        self._outlying = torch.zeros(len(self._ids), dtype=torch.int64)
+        self._count, self._outlying = torch.zeros_like(self._seen), torch.zeros_like(self._seen)
 
-    def see(self, stats: LayerStats) -> None:
-        """One more layer."""
-        norm = stats.turned_keys[:, self._first :].norm(dim=-1).mean(-1).flatten().cpu()  # [S * T], mean over kv heads
-        out = stands_out(norm[None], THRESHOLD)[0]
-        count = torch.zeros(len(self._ids), dtype=torch.int64).index_add_(0, self._of, out.long())
-        self._outlying += 2 * count > self._seen
+    def see(self, text: Tensor, key_norms: Tensor) -> None:
+        """One text of the layer: ids int64 [T] and the norm of each token's keys, mean over kv heads, [T]."""
+        out = stands_out(key_norms[None, self._first :].cpu(), THRESHOLD)[0]
+        self._count.index_add_(0, torch.searchsorted(self._ids, text[self._first :]), out.long())
+
+    def advance(self) -> None:
+        """That was a layer."""
+        self._outlying += 2 * self._count > self._seen
+        self._count.zero_()
         self._layers += 1
 
     def found(self) -> tuple[int, ...]:

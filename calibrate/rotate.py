@@ -21,7 +21,7 @@ from torch import Tensor
 
 from skvq.calibrate.clip import fit_unit, search_lattice_clip
 from skvq.calibrate.pages import read_back
-from skvq.calibrate.stats import SINKS, LayerStats
+from skvq.calibrate.stats import LayerStats, first_of, reading_gap, reading_of, reading_queries
 from skvq.engine.codecs import unit_factor
 from skvq.engine.config import CacheConfig
 from skvq.kernels.interface import Backend, HeadSide, RopeFrequencies
@@ -38,8 +38,6 @@ RIDGE, BLEND = 0.02, 0.5
 """Of the regression: ridge towards the best multiple of M, and share of the fit in what is used. All of the fit is better still
 on text like the calibration's (KL .0043 against .0049 for values at 2 bits) and no better than M on other text (.0103, .0105;
 half of it: .0071)."""
-FIT_TEXTS, FIT_STEP = 3, 8
-"""Texts, and every how many queries of them, on which the reading of values is fitted."""
 
 
 def spread_matrix(size: int) -> Tensor:
@@ -57,13 +55,13 @@ def spread_matrix(size: int) -> Tensor:
     return torch.mul(q, torch.sign(torch.diagonal(r)))
 
 
-def query_metric(queries: Tensor, kv_heads: int) -> Tensor:
-    """Metric of keys from queries after RoPE [..., H, D]: float64 [KH, D, D], diagonal, equal inside each RoPE pair.
+def query_metric(energy: Tensor, kv_heads: int) -> Tensor:
+    """Metric of keys from the mean square of queries after RoPE [H, D]: float64 [KH, D, D], diagonal.
 
-    The average over a pair makes it independent of position, so it holds at a million tokens as well.
+    Equal inside each RoPE pair: the average over it is independent of position, so it holds at a million tokens as well.
     """
-    heads, size = queries.shape[-2:]
-    energy = queries.reshape(-1, heads, size).double().square().mean(0).view(kv_heads, -1, size).mean(1)
+    size = energy.shape[-1]
+    energy = energy.double().view(kv_heads, -1, size).mean(1)
     pair = (energy[:, : size // 2] + energy[:, size // 2 :]) / 2
     return torch.diag_embed(torch.cat([pair, pair], 1))
 
@@ -89,9 +87,12 @@ Store = Callable[[Tensor, float, HeadSide], Tensor]
 """What pages hold of numbers [T, KH, D] in a side's stored basis at a width: ``read_back`` of some backend."""
 
 
-def fit_side(y: Tensor, metric: Tensor, power: float, bits: float, group_size: int, store: Store) -> dict[str, Tensor]:
-    """How ``y`` [T, KH, D] of a side is held: ``basis``, ``decode`` (M), ``metric`` [KH, D, D]; ``unit``, ``clip`` [KH, G]."""
-    covariance = torch.einsum("thi,thj->hij", y.double(), y.double()) / len(y)
+def fit_side(
+    covariance: Tensor, y: Tensor, metric: Tensor, power: float, bits: float, group_size: int, store: Store
+) -> dict[str, Tensor]:
+    """How a side of ``covariance`` [KH, D, D] is held: ``basis``, ``decode`` (M), ``metric`` [KH, D, D]; ``unit``, ``clip``
+    [KH, G] from ``y`` [T, KH, D], a sample of it.
+    """
     m = synthesis(covariance, metric, power)
     weighted = m.transpose(1, 2) @ metric
     gram = weighted @ m
@@ -102,7 +103,7 @@ def fit_side(y: Tensor, metric: Tensor, power: float, bits: float, group_size: i
     found = {"basis": basis.float(), "decode": m.float(), "metric": gram.float()}
     x = torch.einsum("hij,thj->thi", found["basis"], y)
     groups = x.view(*x.shape[:2], -1, group_size)
-    found["unit"] = fit_unit(groups)
+    found["unit"] = fit_unit(groups.abs().amax((0, -1)))
     found["clip"] = search_lattice_clip(x, head_side(found), lambda rows, side: store(rows, bits, side))
     return found
 
@@ -114,31 +115,28 @@ def head_side(found: dict[str, Tensor]) -> HeadSide:
     return HeadSide(unit=unit, clip=clip, metric=metric, factor=unit_factor(metric), has_metric=True)
 
 
-def fit_rotate(
-    stats: LayerStats, turned_mean: Tensor, rope: RopeFrequencies, config: CacheConfig, backend: Backend
-) -> dict[str, Tensor]:
-    """Tensors of one layer (``engine.codecs``) but the key mean, which ``turned_mean`` [1, T, KH, D] is at each position."""
+def fit_rotate(stats: LayerStats, rope: RopeFrequencies, config: CacheConfig, backend: Backend) -> dict[str, Tensor]:
+    """Tensors of one layer (``engine.codecs``)."""
 
     def store(rows: Tensor, bits: float, side: HeadSide) -> Tensor:
         return read_back(rows, bits, side, rope, backend)
 
-    kv_heads = stats.keys.shape[2]
-    start = min(SINKS, stats.keys.shape[1] // 2)
-    keys = stats.turned_keys - turned_mean
-    value_mean = stats.values[:, start:].flatten(0, 1).mean(0)
-    values = stats.values - value_mean
-    key_metric = query_metric(stats.queries[:, start:], kv_heads)
-    found_keys = fit_side(keys[:, start:].flatten(0, 1), key_metric, KEY_POWER, config.key_bits, config.group_size, store)
-    found_values = fit_side(
-        values[:, start:].flatten(0, 1), stats.output_gram.double(), VALUE_POWER, config.value_bits, config.group_size, store
-    )
+    key_mean, value_mean = stats.keys.mean.float(), stats.values.mean.float()
+    first, group_size = first_of(stats.sample_keys.shape[1]), config.group_size
+    keys = stats.rope.turn(stats.sample_keys - key_mean)[:, first:].flatten(0, 1)
+    values = stats.sample_values - value_mean  # [S', T, KH, D]
+    key_metric, value_metric = query_metric(stats.query_energy, len(key_mean)), stats.output_gram.double()
+    found_keys = fit_side(stats.keys.covariance, keys, key_metric, KEY_POWER, config.key_bits, group_size, store)
+    far = values[:, first:].flatten(0, 1)
+    found_values = fit_side(stats.values.covariance, far, value_metric, VALUE_POWER, config.value_bits, group_size, store)
     decode = found_values["decode"]
-    chosen = torch.arange(len(values), device=values.device)[:: max(1, len(values) // FIT_TEXTS)][:FIT_TEXTS]
     if LEVELS[config.value_bits] < FINE_LEVELS:
-        x = torch.einsum("hij,sthj->sthi", found_values["basis"], values[chosen])
+        chosen = values[reading_of(len(values))]
+        x = torch.einsum("hij,sthj->sthi", found_values["basis"], chosen)
         stored = store(x.flatten(0, 1), config.value_bits, head_side(found_values)).view(x.shape)
-        decode = fit_reading(stats, chosen, stored, values[chosen], decode)
+        decode = fit_reading(stats, stored, chosen, decode)
     return {
+        "key_mean": key_mean,
         "key_basis": found_keys["basis"],
         "query_basis": found_keys["decode"].transpose(1, 2),
         "key_metric": found_keys["metric"],
@@ -153,20 +151,19 @@ def fit_rotate(
     }
 
 
-def fit_reading(stats: LayerStats, chosen: Tensor, stored: Tensor, values: Tensor, synthesis_: Tensor) -> Tensor:
+def fit_reading(stats: LayerStats, stored: Tensor, values: Tensor, synthesis_: Tensor) -> Tensor:
     """D [KH, D, D] such that D (sum p x) is nearest the sum p v over calibration queries, p their weights on packed tokens.
 
-    stored (x) and values [S, T, KH, D] of the chosen texts; ridge regression towards the best multiple of M.
+    stored (x) and values [S'', T, KH, D] of the texts ``reading_of`` names; ridge regression towards the best multiple of M.
     """
-    texts, tokens, kv_heads, size = values.shape
-    gap = min(128, tokens // 4)
-    t = torch.arange(min(2 * gap, tokens - 1), tokens, FIT_STEP, device=values.device)
-    at = torch.arange(tokens, device=values.device)
-    far = (t[:, None] - at >= gap) & (at >= min(SINKS, tokens // 2))
+    _, tokens, kv_heads, size = values.shape
+    t, at = torch.tensor(reading_queries(tokens), device=values.device), torch.arange(tokens, device=values.device)
+    far = (t[:, None] - at >= reading_gap(tokens)) & (at >= first_of(tokens))
+    keys = stats.rope.turn(stats.sample_keys[reading_of(len(stats.sample_keys))])
     xx, ox = (torch.zeros(kv_heads, size, size, dtype=torch.float64, device=values.device) for _ in range(2))
-    for text in range(texts):
-        q = stats.queries[chosen[text], t].view(len(t), kv_heads, -1, size)
-        score = torch.einsum("nhrd,thd->hrnt", q, stats.turned_keys[chosen[text]]) / size**0.5
+    for text, queries in enumerate(stats.sample_queries):
+        q = queries.view(len(t), kv_heads, -1, size)
+        score = torch.einsum("nhrd,thd->hrnt", q, keys[text]) / size**0.5
         p = score.masked_fill(at > t[:, None], -torch.inf).softmax(-1) * far
         x, o = (torch.einsum("hrnt,thd->hrnd", p, y).flatten(1, 2).double() for y in (stored[text], values[text]))
         xx += x.transpose(1, 2) @ x

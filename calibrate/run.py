@@ -8,20 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from skvq.calibrate.hidden import HiddenStates
 from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.reorder import fit_plain, fit_reorder
 from skvq.calibrate.rotate import fit_rotate
-from skvq.calibrate.stats import SINKS, LayerStats, Recorder
+from skvq.calibrate.stats import LayerStats, Recorder
+from skvq.calibrate.threads import one_thread
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError
 from skvq.engine.model import Model
-from skvq.engine.rope import at_positions
+from skvq.engine.rope import StepRope, at_positions
 from skvq.kernels.interface import Backend, RopeFrequencies
 
 TEXT_TOKENS = 2048
 """Tokens of one calibration text; a corpus is cut into texts of this length."""
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float], None]
+"""Told of each piece of work when it is done, in units proportional to time."""
 
 
 def built_in_corpus() -> str:
@@ -51,32 +54,48 @@ def calibrate(
     progress: Progress,
     outliers: OutlierTokens,
 ) -> dict[str, Tensor]:
-    """Tensors of ``engine.codecs`` for every layer, stacked, from texts int64 [S, T]. ``progress(layers done, layers)``.
+    """Tensors of ``engine.codecs`` for every layer, stacked, from texts int64 [S, T]; ``progress`` comes to the layers' number.
 
-    ``outliers`` sees every layer's statistics.
+    ``outliers`` sees every layer. Beside the model, the texts' ids and what is returned, memory holds one text's activations,
+    one layer's statistics (``stats``) and what a fit makes of their sample, a few times its size; none of it grows with S once
+    the sample is full. Hidden states of all texts lie in a file (``hidden``).
+
+    Deterministic, also from one number of threads to another where the model's own products are: statistics and fits run on one
+    thread of torch, the model on all. Products by MKL and attention of SmolLM2 are the same on one thread and on two; MKL does
+    not promise that for every shape and machine.
     """
     layers: list[dict[str, Tensor]] = []
     bits = config.bits_of_layers(model.config.num_layers)
-    for index, stats in enumerate(recorded(model, frequencies, texts)):
-        outliers.see(stats)
-        layers.append(fit_layer(stats, frequencies, config.with_bits(*bits[index]), backend, seed))
-        progress(index + 1, len(bits))
+    for stats in recorded(model, frequencies, texts, outliers):
+        layers.append(fit_layer(stats, frequencies, config.with_bits(*bits[len(layers)]), backend, seed))
+        del stats  # before the next layer's are made
+        progress(1.0)
     return stacked(layers)
 
 
-def recorded(model: Model, frequencies: RopeFrequencies, texts: Tensor) -> Iterator[LayerStats]:
-    """What each layer sees of texts int64 [S, T], one layer after another."""
-    shape = model.config
+def recorded(model: Model, frequencies: RopeFrequencies, texts: Tensor, outliers: OutlierTokens) -> Iterator[LayerStats]:
+    """What each layer sees of texts int64 [S, T], one layer after another, text by text."""
+    shape, embedding = model.config, model.weights.embedding
     count, length = texts.shape
-    device = model.weights.embedding.device
-    rope = at_positions(frequencies, torch.arange(length, device=device)[None])
-    hidden = [model.embed(text[None].to(device)) for text in texts]  # [1, T, d] each
-    for index in range(shape.num_layers):
-        recorder = Recorder(
-            count, length, shape.num_heads, shape.num_kv_heads, shape.head_size, shape.attention_spans[index], device
-        )
-        hidden = [model.layer(index, x, rope, recorder) for x in hidden]
-        yield recorder.stats(model.weights.layers[index].output.dense())
+    rope = at_positions(frequencies, torch.arange(length, device=embedding.device)[None])
+    with HiddenStates(count, length, shape.hidden_size, embedding.dtype, embedding.device) as hidden:
+        for at in range(count):
+            hidden[at] = model.embed(texts[at].to(embedding.device))
+        for index in range(shape.num_layers):
+            yield _recorded_layer(model, index, rope, texts, hidden, outliers)
+
+
+def _recorded_layer(
+    model: Model, index: int, rope: StepRope, texts: Tensor, hidden: HiddenStates, outliers: OutlierTokens
+) -> LayerStats:
+    """What one layer sees; ``hidden`` goes through it."""
+    shape = model.config
+    recorder = Recorder(len(texts), rope, shape.num_heads, shape.num_kv_heads, shape.head_size, shape.attention_spans[index])
+    for at, text in enumerate(texts):
+        hidden[at] = model.layer(index, hidden[at][None], rope, recorder)[0]
+        outliers.see(text, recorder.key_norms)
+    outliers.advance()
+    return recorder.stats(model.weights.layers[index].output.dense())
 
 
 def stacked(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -88,7 +107,8 @@ def fit_layer(
     stats: LayerStats, frequencies: RopeFrequencies, config: CacheConfig, backend: Backend, seed: int
 ) -> dict[str, Tensor]:
     """Tensors of one layer at the config's key and value bits, on the CPU."""
-    return {name: t.cpu() for name, t in _fit(stats, frequencies, config, backend, seed).items()}
+    with one_thread():
+        return {name: t.cpu() for name, t in _fit(stats, frequencies, config, backend, seed).items()}
 
 
 def _fit(
@@ -98,7 +118,4 @@ def _fit(
         return fit_reorder(stats, config, seed)
     if config.method == "plain":
         return fit_plain(stats, config)
-    mean = stats.keys[:, min(SINKS, stats.keys.shape[1] // 2) :].flatten(0, 1).mean(0)
-    rope = at_positions(frequencies, torch.arange(stats.keys.shape[1], device=mean.device)[None])
-    turned = rope.turn(mean.expand(1, stats.keys.shape[1], -1, -1))  # [1, T, KH, D]
-    return fit_rotate(stats, turned, frequencies, config, backend) | {"key_mean": mean}
+    return fit_rotate(stats, frequencies, config, backend)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from skvq.calibrate.budget import budget_work, calibrate_budget
 from skvq.calibrate.outliers import OutlierTokens
@@ -50,8 +49,7 @@ def make_artifact(
         header = replace(header, layer_bits=layer_bits)
     else:
         with report.bar(f"calibrating {cache.method} on {texts.numel():,} tokens", model.config.num_layers) as bar:
-            watch: dict[str, Any] = {"progress": lambda done, layers: bar.advance(1), "outliers": outliers}
-            tensors = calibrate(model, rope, texts, cache, backend, seed=header.seed, **watch)
+            tensors = calibrate(model, rope, texts, cache, backend, seed=header.seed, progress=bar.advance, outliers=outliers)
     found = outliers.found()
     if found:
         report.message(

@@ -17,7 +17,7 @@ PACKAGES = ("engine", "kernels", "loaders", "calibrate", "commands")
 OUTSIDE = {
     "kernels": {"torch", "numpy", "numba", "triton", "llvmlite"},
     "engine": {"torch", "numpy", "tqdm", "safetensors", "matplotlib"},
-    "calibrate": {"torch", "numpy", "sklearn"},
+    "calibrate": {"torch", "numpy", "sklearn", "threadpoolctl"},
     "loaders": {
         "torch",
         "numpy",

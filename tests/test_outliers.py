@@ -10,7 +10,7 @@ from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.calibrate.outliers import LEAST_SEEN, OutlierTokens
-from skvq.calibrate.stats import SINKS, LayerStats
+from skvq.calibrate.stats import SINKS
 from skvq.engine.report import Quiet
 from skvq.loaders.artifact import load_artifact
 
@@ -18,17 +18,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = torch.tensor(random_ids(600, vocab=50)).view(2, 300)
 
 
-def stats(scale: Tensor) -> LayerStats:
-    """Normal keys, times ``scale`` [S, T]."""
+def see_layer(outliers: OutlierTokens, texts: Tensor, scale: Tensor) -> None:
+    """A layer of normal keys, times ``scale`` [S, T]."""
     keys = torch.randn(*scale.shape, 2, 32, generator=torch.Generator().manual_seed(0)) * scale[..., None, None]
-    return LayerStats(queries=keys, keys=keys, turned_keys=keys, values=keys, output_gram=torch.zeros(2, 32, 32))
+    for text, norms in zip(texts, keys.norm(dim=-1).mean(-1), strict=True):
+        outliers.see(text, norms)
+    outliers.advance()
 
 
 @pytest.mark.parametrize("scale", [0.05, 8.0])
 def test_a_token_with_odd_keys_is_named(scale: float) -> None:
     outliers, odd = OutlierTokens(TEXTS), torch.where(TEXTS == 7, scale, 1.0)
     for layer in range(8):
-        outliers.see(stats(odd if layer < 2 else torch.ones(TEXTS.shape)))
+        see_layer(outliers, TEXTS, odd if layer < 2 else torch.ones(TEXTS.shape))
     assert outliers.found() == (7,)
 
 
@@ -45,7 +47,7 @@ def test_what_is_not_enough() -> None:
     always = torch.where((ids == 9) | (ids == 11) | some, 8.0, 1.0)
     outliers = OutlierTokens(ids)
     for layer in range(9):
-        outliers.see(stats(torch.where(ids == 7, 8.0, always) if layer < 2 else always))
+        see_layer(outliers, ids, torch.where(ids == 7, 8.0, always) if layer < 2 else always)
     assert outliers.found() == ()
 
 
