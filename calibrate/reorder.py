@@ -23,7 +23,7 @@ def typical_range(x: Tensor) -> Tensor:
 
 
 def cluster_channels(x: Tensor, groups: int, seed: int) -> Tensor:
-    """Group of every channel of ``x`` [T, C] by K-means on its typical (min, max); int64 [C], every group has a channel."""
+    """Group of every channel of ``x`` [T, C] by K-means on its typical (min, max); int64 [C] on the host, none is empty."""
     from sklearn.cluster import KMeans  # two seconds of import that only this method needs
 
     features = typical_range(x).cpu().numpy()
@@ -54,8 +54,8 @@ def fit_reorder(stats: LayerStats, config: CacheConfig, seed: int) -> dict[str, 
     for side, x, bits in (("key", stats.keys, config.key_bits), ("value", stats.values, config.value_bits)):
         weight = metrics[side].diagonal(dim1=1, dim2=2).flatten().float()  # [C]
         flat = x.flatten(0, 1).flatten(1)  # [S * T, C]
-        labels = cluster_channels(flat, groups, seed)
-        unit, clip = torch.empty(groups), torch.empty(groups)
+        labels = cluster_channels(flat, groups, seed).to(flat.device)
+        unit, clip = (torch.empty(groups, device=flat.device) for _ in range(2))
         for group in range(groups):
             y = flat[:, labels == group]
             unit[group] = fit_unit(y)
