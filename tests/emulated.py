@@ -38,7 +38,9 @@ def compiled(kernel: Any, values: dict[str, Any], arch: int, options: dict[str, 
     loose = {p.name for p in kernel.params if p.do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
-        if name in {kernel.arg_names[i] for i in kernel.constexprs} or (type(value) is int and value == 1 and name not in loose):
+        if name in {kernel.arg_names[i] for i in kernel.constexprs} or (
+            type(value) is int and value == 1 and name not in loose
+        ):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]

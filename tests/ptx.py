@@ -42,7 +42,9 @@ class Memory:
             assert i >= 0, "an access before all tensors"
             chosen = which == i
             offset = (at[chosen] - self.bases[i]).astype(np.int64)
-            assert int(offset.max()) + size <= len(self.data[i]), f"an access of {size} bytes {int(offset.max())} into {len(self.data[i])}"
+            assert int(offset.max()) + size <= len(self.data[i]), (
+                f"an access of {size} bytes {int(offset.max())} into {len(self.data[i])}"
+            )
             out.append((self.data[i], lanes[chosen], offset))
         return out
 
@@ -167,7 +169,9 @@ class Program:
         if name == "ld" and op[1] == "param":
             which = names[1].strip("[] ")
             put, out = self.target(names[0]), TYPES[op[-1]]
-            return lambda m: put(m, np.full(self.threads, m.params[which]).astype(np.uint64).astype(RAW[np.dtype(out).itemsize]).view(out))
+            return lambda m: put(
+                m, np.full(self.threads, m.params[which]).astype(np.uint64).astype(RAW[np.dtype(out).itemsize]).view(out)
+            )
         if name in ("ld", "st"):
             return self.access(name, op, names)
         if name in ("ldmatrix", "stmatrix"):
@@ -185,6 +189,18 @@ class Program:
         put = self.target(names[0])
         if name == "cvt":
             out, kind = words[-2], words[-1]
+            if kind == "bf16":
+                wide = self.value(names[1], "u16")
+                return lambda m: put(m, (wide(m).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(TYPES[out]))
+            if out == "tf32":
+                exact = self.value(names[1], "b32")
+                return lambda m: put(m, (exact(m) + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
+            if out == "bf16":
+                number = self.value(names[1], kind)
+                return lambda m: put(m, bf16(number(m)))
+            if out == "bf16x2":
+                pair = [self.value(n, kind) for n in names[1:]]
+                return lambda m: put(m, np.ascontiguousarray(np.stack([bf16(pair[1](m)), bf16(pair[0](m))], 1)))
             if out == "f16x2":
                 if kind == "e4m3x2":
                     source = self.value(names[1], "b16")
@@ -224,6 +240,15 @@ class Program:
             x, by = self.value(names[1], kind), self.value(names[2], "u32")
             width = np.dtype(TYPES[kind]).itemsize * 8
             return lambda m: put(m, shifted(x(m), by(m), width, name == "shl"))
+        if kind in ("bf16", "bf16x2"):
+            function = {"mul": lambda a, b: a * b, "fma": lambda a, b, c: a * b + c, **FUNCTIONS}[name]
+            parts = [self.value(n, "b32" if kind == "bf16x2" else "b16") for n in names[1:]]
+
+            def compute(m: Machine) -> None:
+                x = bf16(function(*(wide_bf16(g(m)) for g in parts)))
+                put(m, x.reshape(-1, 2) if kind == "bf16x2" else x)
+
+            return compute
         wide = "wide" in op
         if name in ("mul", "mad", "fma"):
             get = [self.value(n, kind) for n in names[1:3]]
@@ -347,13 +372,16 @@ class Program:
         puts = [self.target(n) for n in split_operands(names[0].strip("{} "))]
         a, b, c = ([self.value(n, "b32") for n in split_operands(x.strip("{} "))] for x in names[1:4])
         assert shape in ("m16n8k16", "m16n8k8"), shape
-        half = kinds[1] == "f16"
+        half = kinds[1] in ("f16", "bf16")
         assert half == (shape == "m16n8k16") and (half or kinds[1] == "tf32"), op
         depth = 16 if half else 8
 
         def gather(m: Machine, get: list[Any]) -> Array:
             """Numbers [registers, warps, 32, halves] of a fragment, float32."""
             x = np.stack([x(m) for x in get])
+            if kinds[1] == "bf16":
+                wide = x.view(np.uint16).astype(np.uint32) << np.uint32(16)
+                return wide.view(np.float32).reshape(len(get), warps, 32, 2)
             if half:
                 return x.view(np.float16).reshape(len(get), warps, 32, 2).astype(np.float32)
             return (x & np.uint32(0xFFFFE000)).view(np.float32).reshape(len(get), warps, 32, 1)
@@ -396,14 +424,27 @@ class Program:
         return shuffle
 
 
+class Registers(dict[str, Array]):
+    """By name; one that is read before it is written, which is allowed where nothing comes of it, holds odd numbers."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __missing__(self, name: str) -> Array:
+        kind = self.program.kind(name)
+        return np.full(self.program.threads, True if kind is np.bool_ else np.iinfo(kind).max // 7, kind)
+
+
 class Machine:
     """One program of a grid at work."""
 
-    def __init__(self, program: Program, memory: Memory, params: dict[str, int], place: Sequence[int], grid: Sequence[int]) -> None:
+    def __init__(
+        self, program: Program, memory: Memory, params: dict[str, int], place: Sequence[int], grid: Sequence[int]
+    ) -> None:
         threads = program.threads
         self.program, self.memory, self.params = program, memory, params
         self.shared = np.full(program.shared_bytes, 0xAB, np.uint8)  # poison
-        self.registers: dict[str, Array] = {}
+        self.registers = Registers(program)
         self.guard: Array = None
         self.groups: list[list[Any]] = []
         self.loose: list[Any] = []
@@ -468,7 +509,9 @@ class Machine:
         lanes = np.nonzero(mask)[0]
         at = address[lanes].astype(np.int64)
         assert not (at % size).any(), f"a shared access of {size} bytes is not aligned"
-        assert 0 <= at.min() and at.max() + size <= len(self.shared), f"shared memory: {at.max()} + {size} of {len(self.shared)}"
+        assert at.min() >= 0 and at.max() + size <= len(self.shared), (
+            f"shared memory: {at.max()} + {size} of {len(self.shared)}"
+        )
         return [(self.shared, lanes, at)]
 
 
@@ -482,7 +525,11 @@ def immediate(text: str, kind: Any) -> Any:
     if text == "global_smem":
         return kind(0)
     if text.startswith("0f"):
-        return np.array(int(text[2:], 16), np.uint32).view(np.float32).astype(kind) if kind is np.float32 else kind(int(text[2:], 16))
+        return (
+            np.array(int(text[2:], 16), np.uint32).view(np.float32).astype(kind)
+            if kind is np.float32
+            else kind(int(text[2:], 16))
+        )
     number = int(text.rstrip("U"), 0)
     return np.array(number & (2 ** (8 * size) - 1), RAW[size]).view(kind)
 
@@ -519,6 +566,18 @@ def e4m3(x: Array) -> Array:
     return (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).astype(np.uint16).view(np.float16) * np.float16(256)
 
 
+def bf16(x: Array) -> Array:
+    """Bits of the nearest bfloat16 of float32 numbers, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
+
+
+def wide_bf16(x: Array) -> Array:
+    """float32 of bfloat16 bits, in pairs or single."""
+    return (np.ascontiguousarray(x).view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def divide(a: Array, b: Array) -> Array:
     if a.dtype.kind == "f":
         return a / b
@@ -529,6 +588,7 @@ COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "neu": np.not_equal, "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
     "geu": lambda a, b: ~(a < b), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
     "lo": np.less, "hi": np.greater, "ls": np.less_equal, "hs": np.greater_equal,
 }  # fmt: skip
 LOGIC: dict[str, Any] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}

@@ -6,8 +6,8 @@ A code left in the low mantissa bits of a half IS the number ``code * 2^-24`` (a
 assembly forms take four bytes b0..b3 as one word and cut it into the 16-bit lanes ``(b0, b2)`` and ``(b1, b3)``: the planes
 come out with **bytes 1 and 2 of every four exchanged** (``perm4``). Both contractions absorb that for nothing: rows of q are
 stored in that order (keys), tokens of the scores are loaded in that order (values). That is right only where four registers
-in a row hold four neighbours of a row, which is the compiler's choice: ``tests/test_ptx.py`` looks at what it chose. The portable
-form (``ASM`` false: the interpreter has no assembly) keeps the order of the bytes, and so does ``ASM`` = ``IN_ORDER``, for one
+hold four neighbours of a row, which is the compiler's choice: ``tests/test_ptx.py`` sees what it chose. The portable form
+(``ASM`` false: the interpreter has no assembly) keeps the order of the bytes, and so does ``ASM`` = ``IN_ORDER``, for one
 instruction more a word: right wherever the bytes lie.
 
 Planes of 2 bits may be CUMULATIVE, a field with all below it, ``x & (4^(p+1) - 1)``: one mask less a word; it is undone by
@@ -172,9 +172,7 @@ def _planes_8(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         tl.static_assert(NORMAL or ASM != IN_ORDER)
         ordered: tl.constexpr = ASM_8_NORMAL_IN_ORDER if ASM == IN_ORDER else ASM_8_NORMAL
-        return (
-            tl.inline_asm_elementwise(ordered if NORMAL else ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),
-        )
+        return (tl.inline_asm_elementwise(ordered if NORMAL else ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
     else:
         return (_half(x, NORMAL),)
 
@@ -226,7 +224,7 @@ def planes(x, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexp
 
 @triton.jit
 def pair_rows(x):
-    """Pairs of planes with 8 rows each (values of 3 bits, head size 64) become one of 16: row ``2 b + i`` is row b of plane i."""
+    """Pairs of planes of 8 rows (values of 3 bits, head size 64) become one of 16: row ``2 b + i`` is row b of plane i."""
     out = ()
     for p in tl.static_range(len(x) // 2):
         both = tl.join(x[2 * p], x[2 * p + 1])
