@@ -12,7 +12,7 @@ from skvq.engine.config import CacheConfig
 
 
 def cluster_channels(typical: Tensor, groups: int, seed: int) -> Tensor:
-    """Group of every channel by K-means on its typical (min, max) [C, 2]; int64 [C], every group has a channel.
+    """Group of every channel by K-means on its typical (min, max) [C, 2]; int64 [C] on the host, none is empty.
 
     On one thread: scikit-learn adds up what its threads found in the order in which they finish.
     """
@@ -50,8 +50,8 @@ def fit_reorder(stats: LayerStats, config: CacheConfig, seed: int) -> dict[str, 
     ):
         weight = metrics[side].diagonal(dim1=1, dim2=2).flatten().float()  # [C]
         flat = sample(x.flatten(0, 1)).flatten(1)  # [tokens, C]
-        labels = cluster_channels(seen.typical, groups, seed)
-        unit, clip = torch.empty(groups), torch.empty(groups)
+        labels = cluster_channels(seen.typical, groups, seed).to(flat.device)
+        unit, clip = (torch.empty(groups, device=flat.device) for _ in range(2))
         for group in range(groups):
             of_group = labels == group
             y = flat[:, of_group]

@@ -92,6 +92,8 @@ def load_parts(
 ) -> EngineParts:
     """See ``Engine.load``."""
     place = pick_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # kernels are launched, and graphs captured, on the current device
     compute = pick_dtype(dtype, place)
     try:
         kernels = get_backend(backend, place)

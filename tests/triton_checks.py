@@ -135,6 +135,8 @@ def assembly_order() -> None:
     slow_exp2 = tiles.exp2
 
     def planes(x: tl.tensor, *rest: object) -> object:
+        if rest[-1] == loaders.IN_ORDER:
+            return portable["planes"](x, *rest[:-1], False)
         data = x.handle.data
         swapped = data.reshape(*data.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(data.shape)
         return portable["planes"](tl.tensor(type(x.handle)(swapped, x.handle.dtype), x.type), *rest[:-1], False)
@@ -347,11 +349,61 @@ def decode_steps() -> None:
         assert float((rows - found[0]).abs().max()) < 5e-3 * float(found[0].abs().max())
 
 
+def on_a_card() -> None:
+    """The engine on these kernels on a GPU that is not there: every tensor a kernel is given lies on the card, and what a graph
+    launches has been launched before with arguments of the same types and divisibility: nothing is compiled while capturing."""
+    from card import OnCard, card, plain
+    from test_card import CheckedGraphs
+    from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
+    from triton.runtime.interpreter import GridExecutor
+
+    from skvq.engine import graph
+
+    seen: set[tuple[object, ...]] = set()
+
+    def form(value: object) -> object:
+        if isinstance(value, Tensor):
+            assert isinstance(value, OnCard), f"a kernel is given a tensor of the host: {tuple(value.shape)}"
+            return value.dtype, plain(value).data_ptr() % 16 == 0
+        return (type(value), value == 1, value % 16 == 0, value >= 2**31) if type(value) is int else type(value)
+
+    launch = GridExecutor.__call__
+
+    def checked(self: GridExecutor, *args: object, **kwargs: object) -> None:
+        constants = {name: value for name, value in kwargs.items() if name.isupper()}
+        key = (self.fn.__name__, *map(form, args), *constants.items())
+        assert key in seen or not gpu.capturing, f"{self.fn.__name__} would be compiled while a graph is captured"
+        assert max(self.grid[1:], default=0) <= 65535, self.grid
+        seen.add(key)
+        with torch._C.DisableTorchFunction():
+            launch(self, *(plain(a) for a in args), **{name: plain(value) for name, value in kwargs.items()})
+
+    GridExecutor.__call__, graph.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
+    with tempfile.TemporaryDirectory() as name:
+        folder = tiny_folder(Path(name), head_size=64, num_layers=1)
+        for method, widths in (("plain", (2.0, 2.0)), ("reorder", (2.0, 2.0)), ("plain", (2.0, 1.5)), ("fp", (2.0, 2.0))):
+            cache = tiny_cache(method=method, key_bits=widths[0], value_bits=widths[1])
+            found = []
+            for place, backend in (("cpu", "reference"), ("cuda", "triton")):
+                with card() as gpu:
+                    engine = tiny_engine(folder, cache, backend=backend, device=place, dtype="float16", max_context=600)
+                    assert isinstance(engine.step, graph.GraphStep) == (place == "cuda")
+                    sequences = [engine.prefill(random_ids(count)) for count in (cache.window + 158, 30)]
+                    found.append(steps(engine, sequences, [[3, 4, 5, 6], [7, 8, 9, 10]]).cpu())
+                    engine.read(sequences[0], random_ids(3))
+                    assert sequences[0].packed
+            error = float((found[1] - found[0]).norm() / found[0].norm())
+            assert error < 0.02, (method, error)
+    assert {"attend_packed_kernel", "attend_labels_blocks_kernel", "attend_plain_kernel", "rms_norm_kernel"} <= {
+        k[0] for k in seen
+    }
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants, packing, odd_shapes,
-        fused_operations, lattice, assembly_order, decode_steps,
+        fused_operations, lattice, assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip
 

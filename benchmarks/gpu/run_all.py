@@ -1,8 +1,9 @@
 """Measure on a GPU everything that README.md lists: one call, at most nine minutes, resumable, no network.
 
-``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520] [--only NAME ...]``. Results are written after every step; a
-second call goes on where the first stopped. The correctness gate comes first: a red gate stops all timing. Needs torch and
-Triton only; the decode step as a whole also what the engine imports. The compact table is printed last.
+``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520]``. Results are written after every step; a second call goes
+on where the first stopped. What matters most comes first. A format is timed only if its gate is green. A step that fails is
+recorded and tried once more by the next call; after an error that breaks the card's context a fresh process goes on.
+Needs torch and Triton only; the decode step as a whole also what the engine imports. The compact table is printed last.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -27,19 +29,25 @@ if "skvq" not in sys.modules:  # the kernels alone, whatever else of the package
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+import torch.nn.attention  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from stamp import stamp  # noqa: E402
 from triton_cases import Case, formats, make_case  # noqa: E402
 
-from skvq.kernels import reference  # noqa: E402
+from skvq.kernels import dense, reference  # noqa: E402
+from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
+from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
+from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
-CONTEXTS = (32_768, 131_072, 1_048_576)
-DECODE_CONTEXTS = (32_768, 131_072)
+MODEL = "mistral-7b"
+CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and below
+DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
+TRIES = 2
 CORE = [
     (2.0, 2.0, 128, 128),
     (2.0, 2.0, 64, 128),
@@ -48,6 +56,7 @@ CORE = [
     (3.0, 3.0, 128, 128),
     (2.0, 2.0, 64, 64),
 ]
+SETTINGS = {"subnormals": True}  # what the first step finds
 TIMED = [(2.0, 2.0, 128, False), (2.0, 2.0, 64, True), (2.0, 1.5, 128, False), (2.0, 2.0, 64, False), (2.0, 2.0, 128, True)]
 
 
@@ -64,22 +73,43 @@ class Log:
     results: dict[str, Any]
 
     def step(self, name: str, work: Callable[[], Any], needs: float = 5.0) -> Any:
-        """Do ``work`` once, over all calls; an error is a result too."""
+        """Do ``work`` once, over all calls; an error is a result too, and so is a step that a call did not survive."""
         known = self.results.get(name)
-        if known is not None and not (isinstance(known, dict) and "error" in known):
+        failed = isinstance(known, dict) and "error" in known
+        tries = known.get("tries", 1) if failed and known is not None else 0
+        if known is not None and (not failed or tries >= TRIES):
             return known
         if time.monotonic() + needs > self.deadline:
             raise OutOfTime(name)
+        self.save(name, {"error": "the process ended before this step did", "tries": tries + 1})
         try:
             value = work()
         except OutOfTime:
+            del self.results[name]
             raise
         except Exception as error:  # a kernel that fails must not hide the rest
-            value = {"error": f"{type(error).__name__}: {str(error)[-400:]}"}
+            value = {"error": f"{type(error).__name__}: {str(error)[-400:]}", "tries": tries + 1}
+        self.save(name, value)
+        print(f"{name}: {json.dumps(value)}", flush=True)
+        if "error" in value and not card_answers():
+            raise BrokenContext(name)
+        return value
+
+    def save(self, name: str, value: Any) -> None:
         self.results[name] = value
         self.path.write_text(json.dumps(self.results, indent=1) + "\n")
-        print(f"{name}: {json.dumps(value)}", flush=True)
-        return value
+
+
+class BrokenContext(Exception):
+    """An error after which this process can launch nothing more."""
+
+
+def card_answers() -> bool:
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device=DEVICE).item() == 1)
+    except RuntimeError:
+        return False
 
 
 @triton.jit
@@ -129,15 +159,58 @@ def copy_bandwidth() -> dict[str, float]:
 
 def error_of(case: Case, method: str = "heads") -> dict[str, Any]:
     """Error of the kernel against float32, and what 16-bit torch would make of the same keys and values."""
-    made = TritonGpu(DEVICE)
+    made = backend()
     pages = (case.plain,) if method == "plain" else (case.pages, case.heads if method == "heads" else case.labels)
     out, lse = getattr(made, f"attend_{method}")(case.q, *pages, case.full, case.step)
     exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *pages, case.full, case.step)
-    error = float((out.float() - exact).abs().max())
-    finite = exact_lse > -torch.inf
-    return {"error": error, "lse_error": float((lse - exact_lse)[finite].abs().max()), "largest": float(exact.abs().max())} | {
-        "good": bool(error <= 4e-3 * max(1.0, float(exact.abs().max())) and not out.isnan().any())
-    }
+    seen = exact_lse > -torch.inf
+    return verdict(out, exact) | {"lse": verdict(lse[seen], exact_lse[seen])}
+
+
+def verdict(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
+    """Largest error, largest number, and whether the first is small against the second."""
+    error, largest = float((got.float() - wanted.float()).abs().max()), float(wanted.abs().max())
+    allowed = 3e-2 if got.dtype == torch.bfloat16 else 4e-3
+    good = error <= allowed * max(1.0, largest) and not bool(got.isnan().any())
+    return {"off": error, "largest": largest, "good": good}
+
+
+def check_dense(dtype: torch.dtype) -> dict[str, Any]:
+    """Torch's flash attention as prefill calls it: a chunk after a prefix, grouped heads, its log-sum-exp."""
+    q, k, v = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((300, 8, 128), (2, 1000, 128), (2, 1000, 128)))
+    out, lse = dense.attend_causal(q, k, v, 2**31 - 1)
+    visible = torch.arange(1000, device=DEVICE)[None] <= torch.arange(700, 1000, device=DEVICE)[:, None]
+    exact, exact_lse = reference.masked_attention(q.float(), k.transpose(0, 1).float(), v.transpose(0, 1).float(), visible)
+    return verdict(out, exact) | {"lse": verdict(lse, exact_lse)}
+
+
+def check_fused(dtype: torch.dtype) -> dict[str, Any]:
+    """Norms, SwiGLU and RoPE into the window against torch."""
+    x, delta, joint, gate_up, weight = (
+        torch.randn(shape, device=DEVICE).to(dtype)
+        for shape in ((3, 1, 4096), (3, 1, 4096), (3, 1, 48, 128), (3, 1, 2 * 14336), (4096,))
+    )
+    q, k, v = joint.split([32, 8, 8], 2)
+    angle = torch.rand(3, 1, 1, 64, device=DEVICE) * 6
+    slots, places = torch.tensor([2, 0, 1], device=DEVICE), torch.tensor([5, 1, 0], device=DEVICE)
+    results = []
+    for ops in (TorchOps(), TritonOps()):
+        keys, values = (torch.zeros(3, 8, 9, 128, device=DEVICE, dtype=dtype) for _ in range(2))
+        full = FullSlots(keys=keys, values=values, positions=torch.zeros(3, 9, dtype=torch.int32, device=DEVICE))
+        turned = ops.turn_to_slots(q, k, v, angle.cos(), angle.sin(), full, slots, places)
+        results.append((turned, keys, values, *ops.add_rms_norm(x, delta, weight, 1e-5), ops.swiglu(gate_up)))
+    found = [verdict(got, wanted) for wanted, got in zip(*results, strict=True)]
+    return max(found, key=lambda v: (not v["good"], v["off"]))
+
+
+def is_green(value: Any) -> bool:
+    """Whether a gate's result, and what is nested in it, is good."""
+    return bool(value.get("good")) and all(is_green(v) for v in value.values() if isinstance(v, dict))
+
+
+def backend() -> TritonGpu:
+    """As this card's tensor cores want it."""
+    return TritonGpu(DEVICE, subnormals=SETTINGS["subnormals"])
 
 
 def check_packing(key_bits: float, value_bits: float, method: str, lattice: bool = False) -> dict[str, Any]:
@@ -149,7 +222,7 @@ def check_packing(key_bits: float, value_bits: float, method: str, lattice: bool
     keys, values = (torch.randn(2 * tile, 2, 128, device=DEVICE).half() for _ in range(2))
     retained = torch.rand(2 * tile, device=DEVICE) < 0.1
     shares, pages = [], []
-    for made in (reference.Reference(), TritonGpu(DEVICE)):
+    for made in (reference.Reference(), backend()):
         pages.append(
             dataclasses.replace(
                 case.pages, key_codes=torch.zeros_like(case.pages.key_codes),
@@ -164,44 +237,53 @@ def check_packing(key_bits: float, value_bits: float, method: str, lattice: bool
     return {"share": min(shares), "good": min(shares) >= 0.999}
 
 
-def correctness(log: Log) -> bool:
-    """Gates on this card: the core formats and every other path; the rest of the formats if time is left (``more_formats``)."""
+def gate(log: Log, name: str, work: Callable[[], dict[str, Any]], needs: float = 20) -> bool:
+    """Whether the gate is green; a red one is told."""
+    value = log.step(f"gate {name}", work, needs)
+    if not is_green(value):
+        print(f"RED: {name}", flush=True)
+    return is_green(value)
+
+
+def gate_of(log: Log, kb: float, vb: float, group: int, mean: bool, size: int = 128, method: str = "heads") -> bool:
+    """The gate of a format: attention over it."""
+    name = f"{method if method != 'heads' else ''} K{kb:g}V{vb:g} g{group} head {size}{' mean' if mean else ''}".strip()
+    options: dict[str, Any] = {"key_bits": kb, "value_bits": vb, "group_size": group, "size": size, "has_key_mean": mean}
+    return gate(log, name, lambda: error_of(make_case(**options, packed=(3, 23), device="cuda"), method))
+
+
+def gate_packing(log: Log, kb: float, vb: float, what: str) -> bool:
+    """The gate of packing: ``heads``, ``labels``, or ``lattice`` for codes of a head chosen together."""
+    method = "heads" if what == "lattice" else what
+    return gate(log, f"pack K{kb:g}V{vb:g} {what}", lambda: check_packing(kb, vb, method, lattice=what == "lattice"), 40)
+
+
+def gates_of_the_step(log: Log) -> bool:
+    """What the decode step of the engine rests on beside attention over its format."""
+    good = [gate(log, f"fused {dtype}", lambda dtype=dtype: check_fused(dtype)) for dtype in (torch.bfloat16, torch.float16)]
+    good += [gate(log, f"dense {dtype}", lambda dtype=dtype: check_dense(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    good.append(gate(log, "bf16", lambda: error_of(make_case(packed=(3, 23), dtype=torch.bfloat16, device="cuda"))))
+    good.append(gate_packing(log, 2.0, 2.0, "lattice"))
+    return all(good)
+
+
+def other_gates(log: Log) -> None:
+    """Every other path, then every other format."""
     for kb, vb, group, size in CORE:
         for mean in (False, True):
-            name = f"gate K{kb:g}V{vb:g} g{group} head {size}{' mean' if mean else ''}"
-            log.step(name, lambda kb=kb, vb=vb, group=group, size=size, mean=mean: error_of(
-                make_case(key_bits=kb, value_bits=vb, group_size=group, size=size, has_key_mean=mean,
-                    packed=(3, 23), device="cuda")
-            ), 20)  # fmt: skip
+            gate_of(log, kb, vb, group, mean, size)
     paths: dict[str, dict[str, Any]] = {
         "8 columns": {"repeat": 8}, "mha, 3 queries": {"repeat": 1, "queries": 3}, "span": {"span": 700},
-        "bf16": {"dtype": torch.bfloat16},
         "long": {"packed": (803,), "kv_heads": 2},
     }  # fmt: skip
     for label, options in paths.items():
-        good = 4e-3 if label != "bf16" else 3e-2
-        result = log.step(
-            f"gate {label}", lambda options=options: error_of(make_case(**({"packed": (3, 23)} | options), device="cuda")), 20
-        )
-        if label == "bf16" and "largest" in result:
-            result["good"] = result["error"] <= good * max(1.0, result["largest"])
-    for method in ("labels", "plain"):
-        log.step(
-            f"gate {method}",
-            lambda method=method: error_of(make_case(packed=(3, 23), group_size=64, device="cuda"), method),
-            30,
-        )
+        gate(log, label, lambda options=options: error_of(make_case(**({"packed": (3, 23)} | options), device="cuda")))
+    gate_of(log, 2.0, 2.0, 64, False, method="plain")
     for kb, vb in ((2.0, 2.0), (2.0, 1.5), (3.0, 4.0)):
-        for method in ("heads", "labels"):
-            log.step(f"gate pack K{kb:g}V{vb:g} {method}", lambda kb=kb, vb=vb, m=method: check_packing(kb, vb, m), 30)
-    for kb, vb in ((2.0, 2.0), (2.0, 1.5), (3.0, 4.0)):
-        name = f"gate pack K{kb:g}V{vb:g} lattice"
-        log.step(name, lambda kb=kb, vb=vb: check_packing(kb, vb, "heads", lattice=True), 60)
-    gates = {k: v for k, v in log.results.items() if k.startswith("gate ")}
-    bad = [k for k, v in gates.items() if not v.get("good")]
-    if bad:
-        print(f"RED: {bad}", flush=True)
-    return not [k for k in bad if "labels" not in k]
+        for what in ("heads", "labels", "lattice"):
+            gate_packing(log, kb, vb, what)
+    for kb, vb, group, size in formats():
+        gate_of(log, kb, vb, group, False, size)
 
 
 def arena(shape: str, context: int, key_bits: float, value_bits: float, group: int, mean: bool) -> list[Case]:
@@ -216,14 +298,14 @@ def arena(shape: str, context: int, key_bits: float, value_bits: float, group: i
     small, layout = case.pages, case.layout
     each = count * kv_heads * (layout.key_bytes + layout.value_bytes + 4 * layout.meta_words)
     cases = []
-    pick = torch.randint(0, len(small.meta), (count,))
+    pick = torch.randint(0, len(small.meta), (count,)).to(DEVICE)
     for seed in range(max(1, math.ceil(256e6 / each))):
         move = {name: getattr(case, name) for name in ("heads", "labels", "full", "q")}
         pages = dataclasses.replace(
             small,
-            key_codes=small.key_codes[pick].to(DEVICE),
-            value_codes=small.value_codes[pick].to(DEVICE),
-            meta=small.meta[pick].to(DEVICE),
+            key_codes=small.key_codes.to(DEVICE)[pick],
+            value_codes=small.value_codes.to(DEVICE)[pick],
+            meta=small.meta.to(DEVICE)[pick],
         )
         table = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32).expand(2, -1).contiguous()
         packed = context // layout.tile * layout.tile
@@ -276,7 +358,7 @@ def time_packing(key_bits: float, value_bits: float, lattice: bool = False) -> d
     case = make_case(
         kv_heads=8, key_bits=key_bits, value_bits=value_bits, group_size=64, packed=(50,), has_metric=lattice, device="cuda"
     )  # fmt: skip
-    made, tile = TritonGpu(DEVICE), case.layout.tile
+    made, tile = backend(), case.layout.tile
     count = 50 * tile
     keys, values = (torch.randn(count, 8, 128, device=DEVICE).half() for _ in range(2))
     retained = torch.zeros(count, dtype=torch.bool, device=DEVICE)
@@ -286,98 +368,159 @@ def time_packing(key_bits: float, value_bits: float, lattice: bool = False) -> d
     return {"pack_tokens_per_s": count / pack, "unpack_tokens_per_s": count / unpack}
 
 
-def time_decode(context: int, graph: bool, steps: int = 64) -> dict[str, float]:
-    """Milliseconds of a whole decode step, packing included: Mistral-7B, dummy weights, a cache filled with random tokens.
-
-    The host's clock, for the host's part is the point of the comparison. Needs the packages of the engine too.
-    """
-    from skvq.engine.config import CacheConfig
-    from skvq.engine.generate import Engine
-    from skvq.engine.steps import DecodeBatch
-
-    engine = Engine.load(
-        "mistral-7b", max_context=context + 2048, max_sequences=1, cache=CacheConfig(group_size=128), dummy_weights=True,
-        cuda_graph=graph,
-    )  # fmt: skip
-    sequence = engine.new_sequence()
-    engine.fill(sequence, context)
-    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
-    times = []
-    for i in range(steps + 8):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        logits = engine.decode_step(batch, [i])
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    times = sorted(times[8:])
-    middle = statistics.median(times)
-    spread = (times[3 * steps // 4] - times[steps // 4]) / middle
-    assert not logits.isnan().any()
-    return {"ms": middle * 1e3, "slowest_ms": times[-1] * 1e3, "spread": spread}
+def time_prefill(context: int, cudnn: bool) -> dict[str, float]:
+    """A chunk of 1,024 queries of Mistral-7B's shape against a prefix, as exact prefill attends, or by cuDNN."""
+    q, k, v = (torch.randn(1, 8, n, 128, device=DEVICE).to(torch.bfloat16) for n in (4 * 1024, context, context))
+    if cudnn:
+        op = torch.ops.aten._scaled_dot_product_cudnn_attention
+        exact, exact_lse = dense._flash(q[0], k[0], v[0], causal=False)
+        out, lse, *_ = op(q, k, v, None, True, 0.0, False, False)
+        same = verdict(out[0], exact)["good"] and verdict(lse.reshape(8, -1), exact_lse)["good"]
+        taken, spread = seconds_of(lambda: op(q, k, v, None, True, 0.0, False, False), 5)
+    else:
+        same = True
+        taken, spread = seconds_of(lambda: dense._flash(q[0], k[0], v[0], causal=False), 5)
+    return {
+        "ms": taken * 1e3,
+        "tflops": 4 * q.shape[1] * q.shape[2] * context * 128 / taken / 1e12,
+        "same": same,
+        "spread": spread,
+    }
 
 
-def sweep(cases: list[Case], copy_gbps: float, context: int, log: Log) -> None:
+class Decoder:
+    """Mistral-7B with dummy weights, loaded when first asked for, with the longest context that fits."""
+
+    def __init__(self) -> None:
+        self.engine: Any = None
+
+    def load(self) -> Any:
+        from skvq.engine.config import CacheConfig
+        from skvq.engine.errors import CapacityError
+        from skvq.engine.generate import Engine
+
+        for context in sorted(DECODE_CONTEXTS, reverse=True) if self.engine is None else ():
+            try:
+                self.engine = Engine.load(
+                    MODEL, max_context=context + 2048, max_sequences=1, cache=CacheConfig(group_size=128), dummy_weights=True
+                )
+                break
+            except CapacityError as error:
+                print(error, flush=True)
+        return self.engine
+
+    def time(self, context: int, graph: bool, copy_gbps: float, steps: int = 64) -> dict[str, float]:
+        """Milliseconds of a whole decode step, packing included, over a cache filled with random tokens.
+
+        The host's clock, for the host's part is the point of the comparison.
+        """
+        from skvq.engine.graph import decode_step_of
+        from skvq.engine.steps import DecodeBatch
+
+        engine = self.load()
+        parts = engine.parts
+        engine.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, cuda_graph=graph)
+        sequence, times = engine.new_sequence(), []
+        try:
+            engine.fill(sequence, context)
+            batch = DecodeBatch([sequence], parts.model.config.attention_spans)
+            for i in range(steps + 8):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                logits = engine.decode_step(batch, [i])
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            assert not logits.isnan().any()
+            moved = parts.model.weights.nbytes - parts.model.weights.embedding.tensors[0].nbytes + sequence.nbytes
+        finally:
+            sequence.free()
+        times = sorted(times[8:])
+        middle, floor = statistics.median(times), moved / copy_gbps / 1e9
+        spread = (times[3 * steps // 4] - times[steps // 4]) / middle
+        found = {"ms": middle * 1e3, "slowest_ms": times[-1] * 1e3, "spread": spread}
+        return found | {"floor_ms": floor * 1e3, "x_floor": middle / floor}
+
+
+def sweep(cases: Callable[[], list[Case]], copy_gbps: float, context: int, log: Log) -> None:
     """Programs a multiprocessor (hence splits) and stages of the software pipeline."""
-    made = TritonGpu(DEVICE)
+    made = backend()
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     for stages in (1, 2, 3):
         for programs in (4, 8, 12, 16, 24):
             made.programs, made.stages = processors * programs, stages
             log.step(
                 f"sweep {context} stages {stages} programs {programs}",
-                lambda: time_attention(cases, made, copy_gbps, context),
+                lambda: time_attention(cases(), made, copy_gbps, context),
                 8,
             )
 
 
-def measure(log: Log) -> None:
-    log.step("subnormals", subnormals)
-    copy_gbps = log.step("copy", copy_bandwidth)["gbps"]
-    if not correctness(log):
+def attention(log: Log, shape: str, form: tuple[float, float, int, bool], copy_gbps: float) -> None:
+    """One format at every context, beside 16-bit flash decoding where it is the first of its shape."""
+    kb, vb, group, mean = form
+    if not gate_of(log, kb, vb, group, mean):
         return
-    for shape in SHAPES:
-        for kb, vb, group, mean in TIMED:
-            for context in CONTEXTS:
-                name = f"attend {shape} {context} K{kb:g}V{vb:g} g{group}{' mean' if mean else ''}"
-                log.step(
-                    name,
-                    lambda a=(shape, context, kb, vb, group, mean): time_attention(arena(*a), TritonGpu(DEVICE),
-                    copy_gbps, a[1]), 12,
-                )  # fmt: skip
-                torch.cuda.empty_cache()
-                if (kb, vb, group, mean) == TIMED[0]:
-                    log.step(f"sdpa {shape} {context}", lambda a=(shape, context): time_sdpa(*a), 8)
-                    torch.cuda.empty_cache()
+    for context in CONTEXTS:
+        log.step(
+            f"attend {shape} {context} K{kb:g}V{vb:g} g{group}{' mean' if mean else ''}",
+            lambda context=context: time_attention(arena(shape, context, *form), backend(), copy_gbps, context),
+            12,
+        )
+        torch.cuda.empty_cache()
+        if form == TIMED[0]:
+            log.step(f"sdpa {shape} {context}", lambda context=context: time_sdpa(shape, context), 8)
+            torch.cuda.empty_cache()
+
+
+def measure(log: Log) -> None:
+    SETTINGS["subnormals"] = log.step("subnormals", subnormals).get("kept", True)
+    copy_gbps = log.step("copy", copy_bandwidth).get("gbps", math.nan)
+    attention(log, "mistral-7b", TIMED[0], copy_gbps)
+    if gates_of_the_step(log) and gate_of(log, 2.0, 2.0, 128, True):
+        decoder = Decoder()
+        for context in DECODE_CONTEXTS:
+            for graph in (True, False):
+                name = f"decode step {context} {'graph' if graph else 'eager'}"
+                log.step(name, lambda a=(context, graph): decoder.time(*a, copy_gbps), 150 if decoder.engine is None else 30)
+        decoder.engine = None
+        torch.cuda.empty_cache()
+    for form in TIMED[1:]:
+        attention(log, "mistral-7b", form, copy_gbps)
+    for context in (32_768, 131_072):
+        for cudnn in (False, True):
+            name = f"prefill attention {context} {'cudnn' if cudnn else 'flash'}"
+            log.step(name, lambda a=(context, cudnn): time_prefill(*a), 15)
     for kb, vb in ((2.0, 2.0), (2.0, 1.5)):
-        log.step(f"packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb), 20)
-        log.step(f"lattice packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb, lattice=True), 30)
-    for shape in SHAPES:
-        context = 131_072
+        if gate_packing(log, kb, vb, "heads"):
+            log.step(f"packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb), 20)
+        if gate_packing(log, kb, vb, "lattice"):
+            log.step(f"lattice packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb, lattice=True), 30)
+    context = 131_072
+    for shape in SHAPES if gate_of(log, 2.0, 2.0, 64, False, method="labels") else ():
         log.step(
             f"attend {shape} {context} reorder K2V2 g64",
-            lambda shape=shape, context=context: time_attention(
-                arena(shape, context, 2.0, 2.0, 64, False), TritonGpu(DEVICE), copy_gbps, context, "labels"
+            lambda shape=shape: time_attention(
+                arena(shape, context, 2.0, 2.0, 64, False), backend(), copy_gbps, context, "labels"
             ), 15,
         )  # fmt: skip
         torch.cuda.empty_cache()
-    for context in DECODE_CONTEXTS:
-        for graph in (True, False):
-            name = f"decode step {context} {'graph' if graph else 'eager'}"
-            log.step(name, lambda context=context, graph=graph: time_decode(context, graph), 150)
-            torch.cuda.empty_cache()
-    cases = arena("mistral-7b", 131_072, 2.0, 2.0, 128, False)
-    sweep(cases, copy_gbps, 131_072, log)
-    for kb, vb, group, size in formats():  # the rest of the formats
-        name = f"gate K{kb:g}V{vb:g} g{group} head {size}"
-        log.step(name, lambda kb=kb, vb=vb, group=group, size=size: error_of(
-            make_case(key_bits=kb, value_bits=vb, group_size=group, size=size, packed=(2,), device="cuda")
-        ), 20)  # fmt: skip
+    for form in TIMED:
+        attention(log, "llama-2-7b", form, copy_gbps)
+    made: list[list[Case]] = []
+
+    def cases() -> list[Case]:
+        if not made:
+            made.append(arena("mistral-7b", context, 2.0, 2.0, 128, False))
+        return made[0]
+
+    sweep(cases, copy_gbps, context, log)
+    other_gates(log)
 
 
 def table(results: dict[str, Any]) -> None:
     """What matters, last."""
     gates = {k: v for k, v in results.items() if k.startswith("gate ")}
-    good = sum(bool(v.get("good")) for v in gates.values())
+    good = sum(map(is_green, gates.values()))
     print(
         f"\n{results.get('device')}: copy {results.get('copy', {}).get('gbps', 0):.0f} GB/s; gates {good} of {len(gates)} green"
     )
@@ -393,7 +536,15 @@ def table(results: dict[str, Any]) -> None:
             )
     for name, value in results.items():
         if name.startswith("decode step ") and "ms" in value:
-            print(f"{name}: {value['ms']:.2f} ms, slowest {value['slowest_ms']:.2f}")
+            print(
+                f"{name}: {value['ms']:.2f} ms, slowest {value['slowest_ms']:.2f}, {value['x_floor']:.2f}x its bandwidth floor"
+            )
+        elif name.startswith("prefill attention ") and "ms" in value:
+            print(f"{name}: {value['tflops']:.0f} TFLOP/s{'' if value['same'] else ', DIFFERS from flash'}")
+    told = {name: value for name, value in results.items() if isinstance(value, dict)}
+    failed = [name for name, value in told.items() if "error" in value or (name.startswith("gate ") and not is_green(value))]
+    if failed:
+        print(f"failed: {', '.join(failed)}")
 
 
 def main() -> None:
@@ -405,13 +556,18 @@ def main() -> None:
     output = options.output or ROOT / "benchmarks/results" / f"gpu-{name.replace(' ', '-').lower()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(output.read_text()) if output.exists() else {}
-    log = Log(output, time.monotonic() + options.seconds, known | stamp(name, "torch", "triton"))
+    deadline = time.monotonic() + options.seconds
+    log = Log(output, deadline, known | stamp(name, "torch", "triton"))
     try:
         measure(log)
         finished = True
     except OutOfTime as left:
         finished = False
         print(f"out of time before: {left}; call again to go on", flush=True)
+    except BrokenContext as broken:
+        print(f"{broken} broke the context: a fresh process goes on", flush=True)
+        left = ["--output", str(output), "--seconds", str(deadline - time.monotonic())]
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).resolve()), *left])
     table(log.results)
     print(json.dumps({"device": name, "finished": finished, "output": str(output), "results": len(log.results)}))
 

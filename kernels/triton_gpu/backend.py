@@ -175,9 +175,8 @@ class TritonGpu:
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
             bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
             fast = bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)  # keys of 8 bits want float32
-            table = tables.exchanged if fast and not self.interpreted else tables.table
             shared = (
-                q, tables.turn[6:], table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
+                q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
                 codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
                 *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,

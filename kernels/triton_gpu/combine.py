@@ -34,7 +34,7 @@ def merge_splits(part, stat, splits, D: tl.constexpr, BLOCK: tl.constexpr):
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "full_splits"])  # varies: one compilation serves all
 def combine_kernel(
     part_ptr, stat_ptr, full_part_ptr, full_stat_ptr, basis_ptr, mean_ptr, out_ptr, lse_ptr,
     splits, full_splits, columns, queries, heads, repeat,

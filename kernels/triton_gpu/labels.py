@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from skvq.kernels.triton_gpu.dense import load_columns
-from skvq.kernels.triton_gpu.loaders import meta_halves, perm4
+from skvq.kernels.triton_gpu.loaders import IN_ORDER, meta_halves
 from skvq.kernels.triton_gpu.pack import e4m3_decode
 from skvq.kernels.triton_gpu.prepare import LOG2E
 from skvq.kernels.triton_gpu.tiles import NEVER, load_planes, zero_rows
@@ -174,10 +174,11 @@ def attend_labels_blocks_kernel(
     start = begin + split * per_split
     stop = tl.minimum(start + per_split, tiles)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
-    e = perm4(tl.arange(0, KEY_EACH), ASM)
-    raw_e = perm4(raw_place(tl.arange(0, KEY_EACH), ASM), ASM)
-    t = perm4(tl.arange(0, SHARE), ASM)
-    raw_t = perm4(raw_place(tl.arange(0, SHARE), ASM), ASM)
+    e = tl.arange(0, KEY_EACH)
+    raw_e = raw_place(tl.arange(0, KEY_EACH), ASM)
+    t = tl.arange(0, SHARE)
+    raw_t = raw_place(tl.arange(0, SHARE), ASM)
+    CODES: tl.constexpr = IN_ORDER if ASM else False  # registers follow ``in_place``, bytes are no neighbours there
     group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
     key_hot = ()
     q_blocks = ()
@@ -212,7 +213,7 @@ def attend_labels_blocks_kernel(
         km += 0.5 * ks
         code = load_planes(
             key, 0, SHARE, KEY_EACH, KEY_ROW, 1, KEY_ROW // KEY_EACH, KEY_EACH, KEY_BITS, 2 ** (KEY_BITS - 1), False, True,
-            ASM, ASM,
+            False, CODES,
         )  # fmt: skip
         x = tl.zeros([SHARE, NH], tl.float32)
         for b in tl.static_range(H // KEY_EACH):
@@ -248,7 +249,7 @@ def attend_labels_blocks_kernel(
         vm += 0.5 * vs
         code = load_planes(
             value, 0, VALUE_EACH, SHARE, TILE, 1, VALUE_ROW // VALUE_EACH, VALUE_EACH * TILE, VALUE_BITS,
-            2 ** (VALUE_BITS - 1), False, True, False, ASM,
+            2 ** (VALUE_BITS - 1), False, True, False, CODES,
         )  # fmt: skip
         new = ()
         for b in tl.static_range(D // VALUE_EACH):

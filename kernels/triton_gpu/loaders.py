@@ -5,8 +5,10 @@
 A code left in the low mantissa bits of a half IS the number ``code * 2^-24`` (a subnormal), so unpacking is a mask. The
 assembly forms take four bytes b0..b3 as one word and cut it into the 16-bit lanes ``(b0, b2)`` and ``(b1, b3)``: the planes
 come out with **bytes 1 and 2 of every four exchanged** (``perm4``). Both contractions absorb that for nothing: rows of q are
-stored in that order (keys), tokens of the scores are loaded in that order (values). The portable form (``ASM`` false: the
-interpreter has no assembly) keeps the order of the bytes.
+stored in that order (keys), tokens of the scores are loaded in that order (values). That is right only where four registers
+hold four neighbours of a row, which is the compiler's choice: ``tests/test_ptx.py`` sees what it chose. The portable form
+(``ASM`` false: the interpreter has no assembly) keeps the order of the bytes, and so does ``ASM`` = ``IN_ORDER``, for one
+instruction more a word: right wherever the bytes lie.
 
 Planes of 2 bits may be CUMULATIVE, a field with all below it, ``x & (4^(p+1) - 1)``: one mask less a word; it is undone by
 differences of q (keys) or of accumulators (values). Planes of trits are the prefixes ``D_k = 3 D_(k-1) + t_k`` =
@@ -23,16 +25,22 @@ import triton
 import triton.language as tl
 
 
-def _mask_assembly(bits: int, cumulative: bool, exponent: int = 0) -> str:
-    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane, ``exponent`` put above each."""
+def _mask_assembly(bits: int, cumulative: bool, exponent: int = 0, *, in_order: bool = False) -> str:
+    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane, ``exponent`` put above each.
+
+    in_order: the lower two bytes, then the upper two.
+    """
     planes = 8 // bits
-    lines = [f"prmt.b32 odd, ${2 * planes}, 0, 0x4341;", f"and.b32 even, ${2 * planes}, 0x00FF00FF;"]
+    if in_order:
+        lines = [f"prmt.b32 even, ${2 * planes}, 0, 0x4140;", f"prmt.b32 odd, ${2 * planes}, 0, 0x4342;"]
+    else:
+        lines = [f"prmt.b32 odd, ${2 * planes}, 0, 0x4341;", f"and.b32 even, ${2 * planes}, 0x00FF00FF;"]
     for p in range(planes):
         low = 0 if cumulative else bits * p
         mask = ((1 << bits * (p + 1)) - (1 << low)) * 0x00010001
         for lane, name in enumerate(("even", "odd")):
             # the word itself serves the even lanes: the mask cuts the neighbour off as well
-            source = f"${2 * planes}" if name == "even" else name
+            source = f"${2 * planes}" if name == "even" and not in_order else name
             if exponent:
                 line = f"lop3.b32 ${2 * p + lane}, {source}, 0x{mask:08X}, 0x{exponent * 0x00010001:08X}, 0xEA;"
             elif mask == 0x00FF00FF:
@@ -61,6 +69,10 @@ ASM_1_NORMAL = tl.constexpr(_mask_assembly(1, False, 0x6400))
 ASM_2_NORMAL = tl.constexpr(_mask_assembly(2, False, 0x6400))
 ASM_4_NORMAL = tl.constexpr(_mask_assembly(4, False, 0x6400))
 ASM_8_NORMAL = tl.constexpr(_mask_assembly(8, False, 0x6400))
+ASM_2_NORMAL_IN_ORDER = tl.constexpr(_mask_assembly(2, False, 0x6400, in_order=True))
+ASM_4_NORMAL_IN_ORDER = tl.constexpr(_mask_assembly(4, False, 0x6400, in_order=True))
+ASM_8_NORMAL_IN_ORDER = tl.constexpr(_mask_assembly(8, False, 0x6400, in_order=True))
+IN_ORDER = tl.constexpr(2)
 ASM_TRIT = tl.constexpr(_trit_assembly())
 
 
@@ -130,8 +142,10 @@ def _planes_2(x, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constex
                 ASM_2_CUMULATIVE, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
             )  # fmt: skip
         else:
+            tl.static_assert(NORMAL or ASM != IN_ORDER)
+            ordered: tl.constexpr = ASM_2_NORMAL_IN_ORDER if ASM == IN_ORDER else ASM_2_NORMAL
             return tl.inline_asm_elementwise(
-                ASM_2_NORMAL if NORMAL else ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                ordered if NORMAL else ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True, pack=4,
             )  # fmt: skip
     else:
@@ -144,8 +158,10 @@ def _planes_2(x, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constex
 @triton.jit
 def _planes_4(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
+        tl.static_assert(NORMAL or ASM != IN_ORDER)
+        ordered: tl.constexpr = ASM_4_NORMAL_IN_ORDER if ASM == IN_ORDER else ASM_4_NORMAL
         return tl.inline_asm_elementwise(
-            ASM_4_NORMAL if NORMAL else ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            ordered if NORMAL else ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
         return (_half(x & 0x0F, NORMAL), _half(x & 0xF0, NORMAL))
@@ -154,9 +170,9 @@ def _planes_4(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _planes_8(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
-        return (
-            tl.inline_asm_elementwise(ASM_8_NORMAL if NORMAL else ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),
-        )
+        tl.static_assert(NORMAL or ASM != IN_ORDER)
+        ordered: tl.constexpr = ASM_8_NORMAL_IN_ORDER if ASM == IN_ORDER else ASM_8_NORMAL
+        return (tl.inline_asm_elementwise(ordered if NORMAL else ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
     else:
         return (_half(x, NORMAL),)
 
@@ -207,15 +223,12 @@ def planes(x, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexp
 
 
 @triton.jit
-def pair_rows(x, DIM: tl.constexpr):
-    """Pairs of planes with 8 bytes each (3 bits, head size 64) become one of 16: row ``2 b + i`` is byte b of plane i."""
+def pair_rows(x):
+    """Pairs of planes of 8 rows (values of 3 bits, head size 64) become one of 16: row ``2 b + i`` is row b of plane i."""
     out = ()
     for p in tl.static_range(len(x) // 2):
         both = tl.join(x[2 * p], x[2 * p + 1])
-        if DIM == 0:
-            out = out + (tl.reshape(tl.permute(both, (0, 2, 1)), [16, x[0].shape[1]]),)
-        else:
-            out = out + (tl.reshape(both, [x[0].shape[0], 16]),)
+        out = out + (tl.reshape(tl.permute(both, (0, 2, 1)), [16, x[0].shape[1]]),)
     return out
 
 

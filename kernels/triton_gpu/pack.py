@@ -137,7 +137,7 @@ def codes_of_share(code_ptr, scale_ptr, mid_ptr, token, head, D: tl.constexpr, G
     return code, tl.load(scale_ptr + at).to(tl.int32), tl.load(mid_ptr + at).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])  # varies: one compilation serves all
 def pack_kernel(
     key_ptr, value_ptr, key_unit_ptr, key_clip_ptr, value_unit_ptr, value_clip_ptr,
     key_scale_ptr, key_mid_ptr, value_scale_ptr, value_mid_ptr, retained_ptr,

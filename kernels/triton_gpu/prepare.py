@@ -100,7 +100,7 @@ def prepare_heads_kernel(
     if BITS == 3:
         if D == 64:
             place_high = r % 16
-            channel = (r // 16 * 2 + place_high % 2) * 8 + perm4(place_high // 2, ASM)
+            channel = (r // 16 * 2 + place_high % 2) * 8 + place_high // 2
         plane = channel // (D // 8)
         unit = tl.load(unit_ptr + head * G + channel // (D // G))[:, None]
         y = in_basis(q_ptr, basis, channel, column, real, row, head, queries, repeat, heads, D, HAS_BASIS) * unit

@@ -113,6 +113,26 @@ def dots_each(a, weights, scale, accumulators):
 
 
 @triton.jit
+def bit_rows(base, ROWS: tl.constexpr, NORMAL: tl.constexpr, PERMUTED: tl.constexpr):
+    """Planes of single bits of 8 bytes a row, in pairs: column ``2 b + i`` of entry p is bit ``2 p + i`` of byte b.
+
+    Every byte is loaded twice. ``pair_rows`` would do without, but of such operands Triton 3.7 contracts one half twice.
+    """
+    r = perm4(tl.arange(0, ROWS), PERMUTED)
+    c = tl.arange(0, 16)
+    raw = tl.load(base + r[:, None] * 8 + (c // 2)[None, :])
+    out = ()
+    for p in tl.static_range(4):
+        mask = ((1 << 2 * p) << (c % 2)).to(tl.uint8)[None, :]
+        half = (raw & mask).to(tl.uint16)
+        if NORMAL:
+            out = out + ((half | 0x6400).to(tl.float16, bitcast=True) - (mask.to(tl.float16) + 1024.0).to(tl.float16),)
+        else:
+            out = out + (half.to(tl.float16, bitcast=True),)
+    return out
+
+
+@triton.jit
 def key_scores(
     base, SUB: tl.constexpr, q_low, q_high, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
     SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
@@ -128,11 +148,11 @@ def key_scores(
     )
     s = dots(part, q_low, zero_rows(G, SHARE, q_low[0].shape[1]))
     if BITS == 3:
-        part = load_planes(
-            base, TILE * row + SUB * SHARE * (D // 8), SHARE, D // 8, D // 8, 1, 1, 0, 1, 1, False, NORMAL, ASM, ASM
-        )
+        first: tl.constexpr = TILE * row + SUB * SHARE * (D // 8)
         if D == 64:
-            part = pair_rows(part, 1)
+            part = bit_rows(base + first, SHARE, NORMAL, ASM)
+        else:
+            part = load_planes(base, first, SHARE, D // 8, D // 8, 1, 1, 0, 1, 1, False, NORMAL, ASM, ASM)
         s = dots(part, q_high, s)
     return s
 
@@ -177,7 +197,7 @@ def value_share(
     if BITS == 3:
         part = load_planes(base, rows * TILE + SUB * SHARE, D // 8, SHARE, TILE, 1, 1, 0, 1, 1, False, NORMAL, False, ASM)
         if D == 64:
-            part = pair_rows(part, 0)
+            part = pair_rows(part)
         high_sums = dots_each(part, weights, scale, high_sums)
     return low_sums, high_sums
 

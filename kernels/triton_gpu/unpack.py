@@ -43,7 +43,7 @@ def load_meta(meta, label, t, stride_head, G: tl.constexpr, TILE: tl.constexpr):
     return tl.load(meta + (label // G) * stride_head + (label % G) * TILE + t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])  # varies: one compilation serves all
 def unpack_kernel(
     key_out_ptr, value_out_ptr, key_code_ptr, value_code_ptr, meta_ptr, page_ptr, key_unit_ptr, value_unit_ptr,
     key_label_ptr, value_label_ptr, first_tile,

@@ -30,7 +30,7 @@ class RopeTables:
     """Sines and cosines for kernels, cos then sin in each row of D.
 
     ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``table`` float16 [tile, D]: of
-    every place in a tile, and ``exchanged`` the same with columns 1 and 2 of every four exchanged, as assembly loads channels.
+    every place in a tile.
     """
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
@@ -42,7 +42,6 @@ class RopeTables:
         self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()
         place = count[:tile, None] * rope.inv_freq
         self.table = torch.cat([place.cos(), place.sin()], 1).half().contiguous()
-        self.exchanged = self.table.view(tile, -1, 4)[:, :, [0, 2, 1, 3]].reshape(tile, -1)
 
 
 class Tables:

@@ -1,0 +1,177 @@
+"""The engine on a GPU that is not there (``card.py``): nothing left on the host, nothing in a graph that none can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from card import CARD, Card, OnCard, card
+from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
+from torch import Tensor
+
+from skvq.engine import graph
+from skvq.engine.bench import bench_decode, bench_prefill
+from skvq.engine.config import SamplingConfig
+from skvq.engine.filters import HeavyHitters, KeyOutliers, TokenIds
+from skvq.engine.generate import Engine
+from skvq.engine.steps import DecodeBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class CheckedGraphs:
+    """``Graphs`` of a card: work is refused that a graph could not hold, and a replay is the same work done once more."""
+
+    def __init__(self) -> None:
+        [self.card] = Card.active
+
+    def capture(self, work: Callable[[], Tensor]) -> graph.Captured:
+        with self.card.capture():
+            logits = work().clone()
+
+        def replay() -> None:
+            with self.card.capture():
+                logits.copy_(work())
+
+        return graph.Captured(replay, logits)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    monkeypatch.setattr(graph, "CudaGraphs", CheckedGraphs)
+    monkeypatch.setattr(graph, "is_capturable", lambda backend, head_size: True)
+    with card() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("card"), head_size=64, num_layers=2)
+
+
+def tensors_of(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    parts = engine.parts
+    weights = parts.model.weights
+    for layer in weights.layers:
+        for name in ("input_norm", "mlp_norm"):
+            yield name, getattr(layer, name)
+        for name in ("qkv", "output", "gate_up", "down"):
+            yield from ((name, t) for t in getattr(layer, name).tensors)
+    yield from (("embedding", t) for t in (*weights.embedding.tensors, *weights.head.tensors, weights.norm))
+    yield from parts.setup.arena.tensors.items()
+    yield from parts.setup.arena.layer(0).items()
+    yield "frequencies", parts.rope.inv_freq
+
+
+def attend_without_waiting(engine: Engine) -> None:
+    """The specification waits for the card; what a graph holds does not: attention over the window alone."""
+
+    def attend(layer: int, q: Tensor, step: Any) -> tuple[Tensor, Tensor]:
+        full = engine.parts.setup.arena.full(layer)
+        held = full.positions[step.slots]
+        seen = (held >= 0) & (held <= step.positions)
+        k, v = (t[step.slots].repeat_interleave(2, 1).float() for t in (full.keys, full.values))
+        score = torch.einsum("bnhd,bhfd->bhnf", q.float(), k).masked_fill(~seen[:, None, None], -torch.inf)
+        out = torch.einsum("bhnf,bhfd->bnhd", score.softmax(-1), v.nan_to_num(0.0))
+        return out.to(q.dtype), score.logsumexp(-1).transpose(1, 2)
+
+    engine.parts.setup.method.attend = attend  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("method", ["fp", "plain", "reorder", pytest.param("rotate", marks=pytest.mark.slow)])
+def test_load_read_and_decode(folder: Path, gpu: Card, method: str) -> None:
+    """Calibration, exact prefill over several tiles, decode: everything on the card, and what the CPU computes."""
+    options: dict[str, Any] = {"max_context": 700, "cuda_graph": False}
+    engine = tiny_engine(folder, tiny_cache(method=method), device="cuda", dtype="auto", **options)
+    for name, tensor in tensors_of(engine):
+        assert isinstance(tensor, OnCard) and tensor.device == CARD, name
+    assert engine.parts.model.weights.embedding.dtype == torch.bfloat16
+    sequence = engine.prefill(random_ids(400))
+    assert sequence.packed == 384
+    got = steps(engine, [sequence], [random_ids(3, seed=1)]).cpu()
+    on_cpu = tiny_engine(folder, tiny_cache(method=method), dtype="bfloat16", **options)
+    wanted = steps(on_cpu, [on_cpu.prefill(random_ids(400))], [random_ids(3, seed=1)])
+    assert float((got - wanted).norm() / wanted.norm()) < 0.1
+
+
+def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:
+    cache = tiny_cache(method="plain")
+    engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=700, cuda_graph=False)
+    parts = engine.parts
+    attend_without_waiting(engine)
+    engine.step = graph.decode_step_of(parts.model, parts.rope, parts.setup, "triton", cuda_graph=True)
+    assert isinstance(engine.step, graph.GraphStep)
+    sequences = [engine.prefill(random_ids(count, seed=count)) for count in (140, 30)]
+    rows = [random_ids(8, seed=i) for i in range(2)]
+    got = steps(engine, sequences, rows)  # over the edge of a tile
+    eager = graph.EagerStep(parts.model, parts.rope)
+    again = [engine.prefill(random_ids(count, seed=count)) for count in (140, 30)]
+    batch = DecodeBatch(again, parts.model.config.attention_spans)
+    with torch.inference_mode():
+        for i, tokens in enumerate(zip(*rows, strict=True)):
+            assert torch.equal(eager.run(batch, tokens), got[:, i])
+            batch.commit(tokens)
+
+
+def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
+    x, host = torch.ones(3, device="cuda"), torch.ones(3)
+    for work in (x.sum().item, x.nonzero, lambda: x[x > 0], lambda: bool(x[0]), lambda: x.to("cpu"), lambda: x.copy_(host)):
+        with pytest.raises(AssertionError, match="graph"), gpu.capture():
+            work()
+    with pytest.raises(AssertionError, match="graph"), gpu.capture():
+        torch.tensor([1], device="cuda")
+    for mixed in (lambda: x + host, lambda: torch.cat([x, host]), lambda: x[torch.tensor([1])]):
+        with pytest.raises(AssertionError, match="mixes card and host"):
+            mixed()
+    assert (x + torch.tensor(2.0)).device == CARD  # a number of the host is none
+
+
+def test_text_sessions_and_batches(folder: Path, gpu: Card, tmp_path: Path) -> None:
+    """What an engine does beside decoding: sampling, batches, streaming, short reads, forks, cuts, files, checkpoints."""
+    cache = tiny_cache(method="plain", filters=(TokenIds(frozenset({5})), KeyOutliers(budget=4)))
+    engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=900, prefill="streaming", cuda_graph=False)
+    sampling = SamplingConfig(
+        max_new_tokens=4, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repeat_penalty=1.1, seed=3, ignore_eos=True
+    )
+    assert len(engine.generate(["one", "two and three"], sampling)) == 2
+    sequence = engine.prefill(random_ids(300))
+    engine.read(sequence, random_ids(200))
+    engine.read(sequence, random_ids(9))
+    fork = sequence.fork()
+    fork.truncate(200)
+    engine.read(fork, random_ids(5))
+    fork.save(tmp_path / "session")
+    restored = engine.restore(tmp_path / "session")
+    assert torch.equal(*(steps(engine, [s], [[1, 2]]) for s in (fork, restored)))
+    restored.free()
+    engine.prefill(random_ids(300), checkpoint=tmp_path / "part", checkpoint_seconds=0).free()
+    assert bool((engine.nll(random_ids(200)) > 0).all()) and engine.logits(random_ids(40)).device == CARD
+    assert engine.summary(sequence).device == str(CARD)
+
+
+@pytest.mark.parametrize("method", ["plain", "reorder", "fp"])
+def test_a_full_context_shifts(folder: Path, gpu: Card, method: str) -> None:
+    engine = tiny_engine(
+        folder, tiny_cache(method=method), device="cuda", dtype="auto", max_context=2700, on_full="shift", cuda_graph=False
+    )
+    sequence = engine.prefill(random_ids(2698))
+    steps(engine, [sequence], [[1, 2, 3, 4]])
+    assert sequence.dropped
+
+
+def test_attention_mass(folder: Path, gpu: Card) -> None:
+    cache = tiny_cache(method="plain", filters=(HeavyHitters(threshold=1.5, budget=4),))
+    engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=700)
+    assert isinstance(engine.step, graph.EagerStep)
+    sequence = engine.prefill(random_ids(140))
+    steps(engine, [sequence], [random_ids(6)])
+    assert sequence.packed == 128
+
+
+def test_benchmarks(folder: Path, gpu: Card) -> None:
+    engine = tiny_engine(folder, tiny_cache(method="plain"), device="cuda", dtype="auto", max_context=700, cuda_graph=False)
+    for bench in (bench_decode(engine, [300]), bench_prefill(engine, [300])):
+        assert bench.as_dict(list(bench.rows))["device"] == "a card that is not there"

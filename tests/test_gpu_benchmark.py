@@ -1,0 +1,89 @@
+"""``benchmarks/gpu/run_all.py`` on a GPU that is not there: every step is gone through, in small, and nothing is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if not hasattr(triton, "JITFunction"):
+    pytest.skip("Triton without a compiler", allow_module_level=True)
+
+from card import card  # noqa: E402
+from emulated import emulated  # noqa: E402
+from test_card import CheckedGraphs  # noqa: E402
+from tiny import tiny_folder  # noqa: E402
+
+from skvq.engine import graph  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run_all.py"
+    spec = importlib.util.spec_from_file_location("skvq_run_all", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["skvq_run_all"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def once(work: Any, repeats: int = 0) -> tuple[float, float]:
+    work()
+    return 1e-3, 0.0
+
+
+@pytest.mark.slow
+def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"CONTEXTS": (300,), "DECODE_CONTEXTS": (300,), "SHAPES": {"mistral-7b": (1, 4), "llama-2-7b": (2, 1)}}
+    for name, value in small.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "MODEL", str(tiny_folder(tmp_path / "model", head_size=128, num_layers=1)))
+    monkeypatch.setattr(script, "TIMED", script.TIMED[:1])
+    for name in ("other_gates", "sweep"):
+        monkeypatch.setattr(script, name, lambda *rest: None)
+    for name in ("time_packing", "time_prefill", "copy_bandwidth"):
+        monkeypatch.setattr(script, name, lambda *rest, **named: {"gbps": 1.0, "good": True})
+    monkeypatch.setattr(script, "gate_packing", lambda *rest: True)  # minutes each
+    monkeypatch.setattr(script, "seconds_of", once)
+    monkeypatch.setattr(graph, "CudaGraphs", CheckedGraphs)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with card(), emulated(80):
+        log = script.Log(tmp_path / "found.json", time.monotonic() + 1e6, {})
+        script.measure(log)
+        script.table(log.results)
+    found = json.loads((tmp_path / "found.json").read_text())
+    bad = {k: v for k, v in found.items() if "error" in v or (k.startswith("gate ") and not script.is_green(v))}
+    assert not bad
+    assert found["subnormals"] == {"kept": True} and "decode step 300 graph" in found
+
+
+def test_a_failing_step_is_recorded_and_tried_once_more(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = tmp_path / "found.json", []
+
+    def work() -> None:
+        calls.append(json.loads(path.read_text())["gate x"]["error"])  # what a next call finds, should this one die
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(script, "card_answers", lambda: True)
+    for _ in range(3):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        assert not script.gate(script.Log(path, time.monotonic() + 100, known), "x", work)
+    assert len(calls) == 2 and json.loads(path.read_text())["gate x"] == {"error": "RuntimeError: no", "tries": 2}
+    log = dataclasses.replace(script.Log(path, 0.0, {}), deadline=time.monotonic())
+    with pytest.raises(script.OutOfTime):
+        log.step("y", work)
+    monkeypatch.setattr(script, "card_answers", lambda: False)
+    with pytest.raises(script.BrokenContext):
+        script.Log(path, time.monotonic() + 100, {}).step("gate x", work)

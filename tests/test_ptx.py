@@ -1,0 +1,146 @@
+"""The kernels as compiled for sm_80 and sm_90, run by a machine for PTX (``ptx.py``) and compared with the specification.
+
+The interpreter knows no assembly, no register layout and no tensor core; here they are what the compiler made of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if not hasattr(triton, "JITFunction"):
+    pytest.skip("Triton without a compiler", allow_module_level=True)
+
+from card import card, plain  # noqa: E402
+from emulated import emulated  # noqa: E402
+from triton_cases import formats, make_case  # noqa: E402
+
+from skvq.kernels import reference  # noqa: E402
+from skvq.kernels.interface import FullSlots  # noqa: E402
+from skvq.kernels.ops import TorchOps  # noqa: E402
+from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
+from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
+from skvq.kernels.triton_gpu.packed import attend_packed_kernel  # noqa: E402
+
+if not isinstance(attend_packed_kernel, triton.JITFunction):
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=[80, 90])
+def arch(request: pytest.FixtureRequest) -> Iterator[int]:
+    with card(divmod(request.param, 10)), emulated(request.param):
+        yield request.param
+
+
+def check_attend(method: str, **options: Any) -> None:
+    case = make_case(**({"packed": (3,), "device": "cuda"} | options))
+    made = TritonGpu(torch.device("cuda"))
+    made.programs = 8
+    tail = {"heads": (case.pages, case.heads), "labels": (case.pages, case.labels), "plain": (case.plain,)}[method]
+    out, lse = getattr(made, f"attend_{method}")(case.q, *tail, case.full, case.step)
+    exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *tail, case.full, case.step)
+    ulp = 2 * torch.finfo(case.q.dtype).eps
+    assert float((out.float() - exact).abs().max()) < max(2e-3, ulp) * max(1.0, float(exact.abs().max()))
+    seen = exact_lse > -torch.inf
+    assert float((lse - exact_lse)[seen].abs().max()) < 1e-3 * max(1.0, float(exact_lse[seen].abs().max()))
+
+
+QUICK: list[tuple[str, dict[str, Any]]] = [
+    ("heads", {"has_key_mean": True, "dtype": BF16}),
+    ("heads", {"value_bits": 1.5, "group_size": 64}),
+    ("heads", {"size": 64, "key_bits": 3.0, "value_bits": 3.0}),
+    ("labels", {"group_size": 64}),
+    ("plain", {"dtype": BF16}),
+]
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("heads", {"value_bits": 1.5, "has_key_mean": True}),
+    ("heads", {"group_size": 64, "has_key_mean": True}),
+    ("heads", {"span": 300, "packed": (5,)}),
+    ("heads", {"repeat": 8, "queries": 2, "group_size": 32}),
+    ("heads", {"repeat": 1, "packed": (0, 2, 11)}),
+    ("labels", {"group_size": 64, "key_bits": 4.0, "value_bits": 8.0, "dtype": BF16}),
+    ("labels", {"group_size": 32, "size": 64, "span": 100}),
+    ("labels", {"group_size": 64, "key_bits": 8.0, "value_bits": 1.5}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), QUICK)
+def test_attention(arch: int, method: str, options: dict[str, Any]) -> None:
+    check_attend(method, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "options"), OTHERS)
+def test_attention_in_other_forms(arch: int, method: str, options: dict[str, Any]) -> None:
+    check_attend(method, **options)
+
+
+@pytest.mark.slow
+def test_attention_in_every_format(arch: int) -> None:
+    for key_bits, value_bits, group_size, size in formats():
+        check_attend("heads", key_bits=key_bits, value_bits=value_bits, group_size=group_size, size=size, packed=(2,))
+
+
+@pytest.mark.parametrize(
+    ("method", "key_bits", "value_bits", "lattice"),
+    [
+        ("heads", 2.0, 1.5, False),
+        ("heads", 3.0, 4.0, False),
+        ("labels", 2.0, 8.0, False),
+        pytest.param("heads", 2.0, 2.0, True, marks=pytest.mark.slow),
+    ],
+)
+def test_packing_and_unpacking(arch: int, method: str, key_bits: float, value_bits: float, lattice: bool) -> None:
+    case = make_case(
+        key_bits=key_bits, value_bits=value_bits, group_size=32, size=64, packed=(11,), has_metric=lattice, device="cuda"
+    )  # fmt: skip
+    codec, tile, row = case.heads if method == "heads" else case.labels, case.layout.tile, case.step.page_table[1]
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(tile, 2, 64, generator=generator).half().to("cuda") for _ in range(2))
+    retained = (torch.rand(tile, generator=generator) < 0.1).to("cuda")
+    names = ("key_codes", "value_codes", "meta")
+    made, found = TritonGpu(torch.device("cuda")), []
+    for backend in (reference.Reference(), made):
+        pages = dataclasses.replace(case.pages, **{name: torch.zeros_like(getattr(case.pages, name)) for name in names})
+        getattr(backend, f"pack_{method}")(pages, codec, row, 7 * tile, keys, values, retained)
+        found.append(pages)
+    for name in names:
+        wanted, got = (plain(getattr(pages, name)) for pages in found)
+        assert float((wanted == got)[(wanted != 0) | (got != 0)].float().mean()) >= 0.999, name
+    for wanted, got in zip(
+        *(getattr(backend, f"unpack_{method}")(found[0], codec, row, 7 * tile, tile) for backend in (reference, made)),
+        strict=True,
+    ):
+        assert torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_fused_operations(arch: int, dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=gen).to(dtype).to("cuda")
+
+    weight, x, delta, gate_up, joint = normal(96), normal(3, 1, 96), normal(3, 1, 96), normal(3, 1, 2200), normal(2, 1, 12, 64)
+    q, k, v = joint.split([8, 2, 2], 2)
+    angle = (torch.rand(2, 1, 1, 32, generator=gen) * 6).to("cuda")
+    places = torch.tensor([2, 1], device="cuda"), torch.tensor([3, 0], device="cuda")
+    results = []
+    for ops in (TorchOps(), TritonOps()):
+        rows = [torch.full((3, 2, 9, 64), 7.0, dtype=dtype, device="cuda") for _ in range(2)]
+        full = FullSlots(keys=rows[0], values=rows[1], positions=torch.full((3, 9), -1, dtype=torch.int32, device="cuda"))
+        turned = ops.turn_to_slots(q, k, v, angle.cos(), angle.sin(), full, *places)
+        normed = ops.rms_norm(x, weight, 1e-5), *ops.add_rms_norm(x, delta, weight, 1e-5)
+        results.append([turned, full.keys, full.values, *normed, ops.swiglu(gate_up)])
+    for wanted, got in zip(*results, strict=True):
+        assert float((got.float() - wanted.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * float(
+            wanted.float().abs().max()
+        )
