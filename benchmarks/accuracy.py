@@ -36,6 +36,7 @@ CALIBRATION_TOKENS = 16_384
 BUILT_IN = "built-in"
 CACHES: tuple[dict[str, Any], ...] = (
     *({"method": "rotate", "key_bits": k, "value_bits": v} for k, v in ((2, 2), (2, 1.5), (1.5, 1.5), (3, 2), (4, 4))),
+    *({"method": "rotate", "bits_budget": budget} for budget in (2.25, 2.05)),
     {"method": "reorder", "key_bits": 2, "value_bits": 2},
     {"method": "plain", "key_bits": 2, "value_bits": 2},
     {"method": "fp"},
@@ -97,8 +98,16 @@ def packed_rows(
                 options: dict[str, Any] = {"tokens": tokens, "stride": tokens, "calibration": artifact, "exact_window": exact}
                 (row,) = engine.evaluate(text, [cache], **options)
                 row.pop("by_position")
-                bits = f" K{row['key_bits']:g}V{row['value_bits']:g}" if cache.method != "fp" else ""
-                note(row | {"name": cache.method + bits, "text": name, "window": "exact" if exact else "tiles"})
+                note(row | {"name": row_name(cache), "text": name, "window": "exact" if exact else "tiles"})
+
+
+def row_name(cache: CacheConfig) -> str:
+    """The cache in words: its bits, or the budget that calibration spent."""
+    if cache.method == "fp":
+        return cache.method
+    if cache.bits_budget is not None:
+        return f"{cache.method}, {cache.bits_budget:g} bits by layer"
+    return f"{cache.method} K{cache.key_bits:g}V{cache.value_bits:g}"
 
 
 def simulated_rows(engine: Engine, corpus: Path, name: str, ids: Tensor, note: Callable[[dict[str, Any]], None]) -> None:
@@ -155,9 +164,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method in ("rotate", "reorder", "plain"):
-        points = sorted((r["bits_per_element"], r["kl"]) for r in rows if r.get("method") == method)
-        axes.plot(*zip(*points, strict=True), "o-", label=method)
+    for method, by_layer in (("rotate", False), ("rotate", True), ("reorder", False), ("plain", False)):
+        chosen = [r for r in rows if r.get("method") == method and (r["bits_budget"] is not None) == by_layer]
+        points = sorted((r["bits_per_element"], r["kl"]) for r in chosen)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{method}, bits by layer" if by_layer else method)
     for row in rows:
         if "method" not in row:
             axes.plot(row["bits_per_element"], row["kl"], "x", label=row["name"])
