@@ -22,6 +22,7 @@ from card import card  # noqa: E402
 from emulated import emulated  # noqa: E402
 from test_card import CheckedGraphs  # noqa: E402
 from tiny import tiny_folder  # noqa: E402
+from triton_cases import make_case  # noqa: E402
 
 from skvq.engine import graph  # noqa: E402
 
@@ -46,10 +47,14 @@ def once(work: Any, repeats: int = 0) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"CONTEXTS": (300,), "DECODE_CONTEXTS": (300,), "SHAPES": {"mistral-7b": (1, 4), "llama-2-7b": (2, 1)}}
+    small: dict[str, Any] = {"STEPS": 2, "WARM_UP": 1, "OUTGROWN": 1.0}
+    small |= {"CONTEXTS": (300,), "DECODE_CONTEXTS": (300,), "SHAPES": {"mistral-7b": (1, 4), "llama-2-7b": (2, 1)}}
     for name, value in small.items():
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script, "MODEL", str(tiny_folder(tmp_path / "model", head_size=128, num_layers=1)))
+    monkeypatch.setattr(script, "METHOD", "plain")
+    monkeypatch.setattr(script, "make_case", lambda **options: make_case(**(options | {"packed": (1,)})))
+    monkeypatch.setattr(script, "check_fused", lambda dtype: {"good": True})  # ``test_ptx`` does
     monkeypatch.setattr(script, "TIMED", script.TIMED[:1])
     for name in ("other_gates", "sweep"):
         monkeypatch.setattr(script, name, lambda *rest: None)

@@ -68,7 +68,6 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("heads", {"repeat": 1, "packed": (0, 2, 11)}),
     ("labels", {"group_size": 64, "key_bits": 4.0, "value_bits": 8.0, "dtype": BF16}),
     ("labels", {"group_size": 32, "size": 64, "span": 100}),
-    ("labels", {"group_size": 64, "key_bits": 8.0, "value_bits": 1.5}),
 ]
 
 

@@ -40,7 +40,7 @@ SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
 SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
     "quantize": 16,  # Triton 3.6 only; packing under labels
     "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
-    "reorder K2V2 g64 on 80": 16,  # Triton 3.6 only
+    "reorder K2V2 g64 on 80": 16,
     "reorder K2V2 g128, 32 heads": 352,  # one-hot matrices of 32 groups; 16 fit
     "reorder, odd bits": 1024,  # codes of 1.5 and 3 bits under labels: right, and slow
 }

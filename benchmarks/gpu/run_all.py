@@ -44,10 +44,12 @@ from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
-MODEL = "mistral-7b"
+MODEL, METHOD = "mistral-7b", "rotate"
 CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and below
 DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
+STEPS, WARM_UP = 64, 8
+OUTGROWN = 256e6  # bytes: four L2 caches
 CORE = [
     (2.0, 2.0, 128, 128),
     (2.0, 2.0, 64, 128),
@@ -299,7 +301,7 @@ def arena(shape: str, context: int, key_bits: float, value_bits: float, group: i
     each = count * kv_heads * (layout.key_bytes + layout.value_bytes + 4 * layout.meta_words)
     cases = []
     pick = torch.randint(0, len(small.meta), (count,)).to(DEVICE)
-    for seed in range(max(1, math.ceil(256e6 / each))):
+    for seed in range(max(1, math.ceil(OUTGROWN / each))):
         move = {name: getattr(case, name) for name in ("heads", "labels", "full", "q")}
         pages = dataclasses.replace(
             small,
@@ -402,14 +404,18 @@ class Decoder:
         for context in sorted(DECODE_CONTEXTS, reverse=True) if self.engine is None else ():
             try:
                 self.engine = Engine.load(
-                    MODEL, max_context=context + 2048, max_sequences=1, cache=CacheConfig(group_size=128), dummy_weights=True
+                    MODEL,
+                    max_context=context + 2048,
+                    max_sequences=1,
+                    cache=CacheConfig(method=METHOD, group_size=128),
+                    dummy_weights=True,
                 )
                 break
             except CapacityError as error:
                 print(error, flush=True)
         return self.engine
 
-    def time(self, context: int, graph: bool, copy_gbps: float, steps: int = 64) -> dict[str, float]:
+    def time(self, context: int, graph: bool, copy_gbps: float) -> dict[str, float]:
         """Milliseconds of a whole decode step, packing included, over a cache filled with random tokens.
 
         The host's clock, for the host's part is the point of the comparison.
@@ -424,7 +430,7 @@ class Decoder:
         try:
             engine.fill(sequence, context)
             batch = DecodeBatch([sequence], parts.model.config.attention_spans)
-            for i in range(steps + 8):
+            for i in range(STEPS + WARM_UP):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 logits = engine.decode_step(batch, [i])
@@ -434,9 +440,9 @@ class Decoder:
             moved = parts.model.weights.nbytes - parts.model.weights.embedding.tensors[0].nbytes + sequence.nbytes
         finally:
             sequence.free()
-        times = sorted(times[8:])
+        times = sorted(times[WARM_UP:])
         middle, floor = statistics.median(times), moved / copy_gbps / 1e9
-        spread = (times[3 * steps // 4] - times[steps // 4]) / middle
+        spread = (times[3 * STEPS // 4] - times[STEPS // 4]) / middle
         found = {"ms": middle * 1e3, "slowest_ms": times[-1] * 1e3, "spread": spread}
         return found | {"floor_ms": floor * 1e3, "x_floor": middle / floor}
 
@@ -495,7 +501,7 @@ def measure(log: Log) -> None:
             log.step(f"packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb), 20)
         if gate_packing(log, kb, vb, "lattice"):
             log.step(f"lattice packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb, lattice=True), 30)
-    context = 131_072
+    context = CONTEXTS[0]
     for shape in SHAPES if gate_of(log, 2.0, 2.0, 64, False, method="labels") else ():
         log.step(
             f"attend {shape} {context} reorder K2V2 g64",
