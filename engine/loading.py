@@ -17,7 +17,7 @@ from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.identity import identity_of
-from skvq.engine.machine import available_memory, pick_device, pick_dtype, pinnable_memory
+from skvq.engine.machine import available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.overflow import OnFull, on_full_of
@@ -205,7 +205,7 @@ def plan_that_fits(
             raise OptionError(f"{what} must be a positive number, got {value!r}")
     memory = available_memory(device)
     options: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "memory": memory, "prefill": prefill}
-    options |= {"weight_bytes": weight_bytes, "host_memory": pinnable_memory(device)}
+    options |= {"weight_bytes": weight_bytes, "host_memory": pinnable_memory(device), "cuda_bytes": cuda_bytes(device)}
     most = largest_context(config, cache, **options)
     context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
     plan = make_plan(config, cache, context=context, **options)

@@ -10,8 +10,9 @@ from skvq.engine.errors import OptionError, require_known
 from skvq.kernels.interface import Backend
 from skvq.kernels.registry import BackendUnavailable, get_backend
 
-CARD_SPARE = 1 << 30
-"""Bytes of a GPU to leave alone: code that CUDA's libraries load when first called, workspaces, rounding of the allocator."""
+CUDA_BYTES = 1 << 30
+"""Bytes of a GPU that are nobody's tensors: CUDA's context, code and workspaces of its libraries, rounding of the allocator. An
+assumption until measured on a card."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -54,11 +55,16 @@ def pinnable_memory(device: torch.device) -> int:
     return available_memory(torch.device("cpu")) if device.type == "cuda" else 0
 
 
+def cuda_bytes(device: torch.device | str) -> int:
+    """What CUDA itself takes of a device: nothing of a CPU."""
+    return 0 if torch.device(device).type == "cpu" else CUDA_BYTES
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be taken: free memory of the GPU, or of this machine within its control group."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return max(0, int(free) - CARD_SPARE)
+        return int(free)
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
     free = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

@@ -13,7 +13,7 @@ import torch
 from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
-from skvq.engine.machine import DTYPES, available_memory, pick_device, pick_dtype, pinnable_memory
+from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.planner import Plan, gib, largest_context, largest_of, make_plan, page_layouts, usual_weight_bytes
 from skvq.engine.prefill_form import PrefillForm
 from skvq.loaders import config_of
@@ -173,8 +173,9 @@ def plan_report(
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
     options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
-    options["host_memory"] = card.host_memory
-    options["weight_bytes"] = usual_weight_bytes(config, "cuda" if card.name in CARDS else card.name, card.dtype)
+    place = "cuda" if card.name in CARDS else card.name
+    options |= {"host_memory": card.host_memory, "cuda_bytes": cuda_bytes(place)}
+    options["weight_bytes"] = usual_weight_bytes(config, place, card.dtype)
     plan = make_plan(config, cache, context=context, **options)
     tables = [cache, replace(cache, method="fp")]
     tables += [replace(cache, method="rotate" if cache.method == "fp" else cache.method).with_bits(k, v) for k, v in WIDTHS]

@@ -168,14 +168,16 @@ def make_plan(
     weight_bytes: int,
     prefill: str = "exact",
     host_memory: int = 0,
+    cuda_bytes: int = 0,
 ) -> Plan:
     """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
 
     Of the forms of exact prefill it takes the cheapest that fits, and if none does the one that needs least.
-    ``host_memory`` is what may be pinned beside a GPU; 0 where the device is the host.
+    ``host_memory`` is what may be pinned beside a GPU, ``cuda_bytes`` what CUDA itself takes (``machine.cuda_bytes``); both are 0
+    where the device is the host.
 
-    ``weight_bytes`` from ``storage.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect. While calibration
-    has yet to spend a budget of bits, it is what no choice within the budget exceeds.
+    ``weight_bytes`` from ``storage.Form.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect. While
+    calibration has yet to spend a budget of bits, it is what no choice within the budget exceeds.
     """
     arena: dict[str, Any] = {"max_context": context, "max_sequences": sequences, "dtype": dtype}
     cache = max(largest_of(cache, model), key=lambda c: arena_shape(model, c, **arena).nbytes)
@@ -191,6 +193,8 @@ def make_plan(
         "cache: packed pages": packed,
         "cache: window and retained": shape.nbytes - packed,
     }
+    if cuda_bytes:
+        held = {"CUDA context and libraries": cuda_bytes} | held
     workspace = chunk * width * max(size, 4) + packing + 6 * model.vocab_size * 4
     room = memory - sum(held.values()) - workspace
     form = cheapest_form(model, prefill, context, size, device_room=room, host_room=host_memory)

@@ -144,6 +144,14 @@ def test_a_prompt_is_held_in_the_cheapest_form_that_fits(model: ModelConfig, con
         assert too_much or sum(cheaper.device_parts(model, context, 2).values()) > rest
 
 
+@pytest.mark.parametrize("device, there", [("a100", True), ("cpu", False)])
+def test_a_card_has_room_for_cuda_itself(device: str, there: bool) -> None:
+    report = plan_report(
+        "mistral-7b", CacheConfig(), context=4096, sequences=1, memory="79GiB", device=device, dtype=None, prefill="exact"
+    )
+    assert (report.plan.parts.get("CUDA context and libraries", 0) == 2**30) is there
+
+
 def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
     cache = CacheConfig(key_bits=2.0, value_bits=1.5, group_size=128)
     options = CARD | {"host_memory": 0, "weight_bytes": 2 * llama().num_parameters}
