@@ -173,7 +173,7 @@ def make_plan(
     """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
 
     Of the forms of exact prefill it takes the cheapest that fits, and if none does the one that needs least.
-    ``host_memory`` is what may be pinned beside a GPU, ``cuda_bytes`` what CUDA itself takes (``machine.cuda_bytes``); both are 0
+    ``host_memory`` is what may be pinned beside a GPU, ``cuda_bytes`` what CUDA itself takes (``machine.cuda_bytes``): both 0
     where the device is the host.
 
     ``weight_bytes`` from ``storage.Form.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect. While
