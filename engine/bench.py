@@ -10,6 +10,7 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -141,27 +142,34 @@ def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
     return statistics.median(times[WARM_UP:]) * setup.arena.shape.layers
 
 
-@torch.inference_mode()
-def _attention_row(setup: CacheSetup, config: ModelConfig, context: int, copy: float, report: Reporter) -> DecodeRow:
-    """Attention alone, over a filled sequence."""
-    sequence, device = SequenceCache(setup), setup.arena.page_table.device
+@contextmanager
+def filled(setup: CacheSetup, context: int, report: Reporter) -> Iterator[SequenceCache]:
+    """A sequence of ``context`` random tokens."""
+    sequence = SequenceCache(setup)
     try:
         fill_fast(sequence, context, seed=0, vocab=256, report=report)
-        q, step = random_query(setup, config.num_heads), last_token_step(sequence)
-
-        def attention() -> None:
-            for layer in range(setup.arena.shape.layers):
-                setup.method.attend(layer, q, step)
-
-        seconds = statistics.median(timed(attention, device, WARM_UP + STEPS)[WARM_UP:])
-        read = sequence.nbytes
+        yield sequence
     finally:
         sequence.free()
+
+
+@torch.inference_mode()
+def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) -> DecodeRow:
+    """Attention alone, over a filled sequence."""
+    setup, read = sequence.setup, sequence.nbytes
+    device = setup.arena.page_table.device
+    q, step = random_query(setup, config.num_heads), last_token_step(sequence)
+
+    def attention() -> None:
+        for layer in range(setup.arena.shape.layers):
+            setup.method.attend(layer, q, step)
+
+    seconds = statistics.median(timed(attention, device, WARM_UP + STEPS)[WARM_UP:])
     return DecodeRow(
-        ctx=context,
+        ctx=sequence.length,
         ms_per_token=math.nan,
         attention_ms=1e3 * seconds,
-        sdpa_ms=1e3 * sdpa_seconds(config, context, setup),
+        sdpa_ms=1e3 * sdpa_seconds(config, sequence.length, setup),
         tokens_per_s=math.nan,
         gbps=read / seconds / 1e9,
         share_of_copy=read / seconds / copy,
@@ -170,20 +178,15 @@ def _attention_row(setup: CacheSetup, config: ModelConfig, context: int, copy: f
 
 
 @torch.inference_mode()
-def step_seconds(engine: Engine, context: int) -> float:
-    """Median seconds of a decode step that ends at ``context`` tokens or a few more."""
-    sequence = engine.new_sequence()
-    try:
-        engine.fill(sequence, context)
-        batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
-        token = [0]
+def step_seconds(engine: Engine, sequence: SequenceCache) -> float:
+    """Median seconds of the next decode steps of a sequence."""
+    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+    token = [0]
 
-        def step() -> None:
-            token[0] = int(engine.decode_step(batch, token)[0].argmax())
+    def step() -> None:
+        token[0] = int(engine.decode_step(batch, token)[0].argmax())
 
-        return statistics.median(timed(step, sequence.page_row.device, WARM_UP + STEPS)[WARM_UP:])
-    finally:
-        sequence.free()
+    return statistics.median(timed(step, sequence.page_row.device, WARM_UP + STEPS)[WARM_UP:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,15 +240,19 @@ def _attention_rows(
 ) -> Iterator[DecodeRow]:
     gate(setup, config.num_heads, min(GATE_TOKENS, max(contexts)), report)
     for context in contexts:
-        yield _attention_row(setup, config, context, copy, report)
+        with filled(setup, context, report) as sequence:
+            yield _attention_row(sequence, config, copy)
 
 
 def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterator[DecodeRow]:
-    parts = engine.parts
-    for row in _attention_rows(parts.setup, parts.model.config, contexts, copy, engine.report):
-        seconds = step_seconds(engine, row.ctx)
-        peak = peak_bytes(parts.setup.arena.page_table.device)
-        yield replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds, peak_bytes=peak)
+    setup, config = engine.parts.setup, engine.parts.model.config
+    gate(setup, config.num_heads, min(GATE_TOKENS, max(contexts)), engine.report)
+    for context in contexts:
+        with filled(setup, context, engine.report) as sequence:
+            row = _attention_row(sequence, config, copy)
+            seconds = step_seconds(engine, sequence)
+            peak = peak_bytes(setup.arena.page_table.device)
+            yield replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds, peak_bytes=peak)
 
 
 @torch.inference_mode()
