@@ -58,6 +58,7 @@ QUICK: list[tuple[str, dict[str, Any]]] = [
     ("heads", {"value_bits": 1.5, "group_size": 64}),
     ("heads", {"size": 64, "key_bits": 3.0, "value_bits": 3.0}),
     ("labels", {"group_size": 64}),
+    ("labels", {"group_size": 64, "key_bits": 8.0, "packed": (1,)}),
     ("plain", {"dtype": BF16}),
 ]
 OTHERS: list[tuple[str, dict[str, Any]]] = [
@@ -67,6 +68,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("heads", {"repeat": 8, "queries": 2, "group_size": 32}),
     ("heads", {"repeat": 1, "packed": (0, 2, 11)}),
     ("labels", {"group_size": 64, "key_bits": 4.0, "value_bits": 8.0, "dtype": BF16}),
+    ("labels", {"group_size": 64, "key_bits": 8.0, "value_bits": 1.5}),
     ("labels", {"group_size": 32, "size": 64, "span": 100}),
 ]
 
