@@ -271,8 +271,11 @@ class Program:
                 put(m, x + plus(m) if plus is not None else x)
 
             return multiply
-        get = [self.value(n, kind) for n in names[1:]]
+        lanes = TYPES[kind[:-2]] if kind.endswith("16x2") and kind != "f16x2" else None  # two integers a register
+        get = [self.value(n, "b32" if lanes else kind) for n in names[1:]]
         function = FUNCTIONS[name]
+        if lanes:
+            return lambda m: put(m, function(*(np.ascontiguousarray(g(m)).view(lanes) for g in get)).view(np.uint32))
         if "relu" in op:
             return lambda m: put(m, np.maximum(function(*(g(m) for g in get)), 0))
         return lambda m: put(m, function(*(g(m) for g in get)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skvq.kernels import reference
 from skvq.kernels.interface import (
     FullSlots,
     HeadCodec,
@@ -167,3 +168,43 @@ def formats() -> Iterator[tuple[float, float, int, int]]:
             if group <= size:
                 for key_bits, value_bits in itertools.product((1.5, 2.0, 3.0, 4.0, 8.0), repeat=2):
                     yield key_bits, value_bits, group, size
+
+
+def arguments(case: Case, method: str) -> tuple[object, ...]:
+    return {
+        "heads": (case.pages, case.heads, case.full, case.step),
+        "labels": (case.pages, case.labels, case.full, case.step),
+        "plain": (case.plain, case.full, case.step),
+    }[method]
+
+
+def torch_error(exact: Tensor, case: Case, method: str) -> float:
+    """Error of attention in torch at q's 16-bit dtype over the same keys and values, of which the kernel may make twice."""
+    q, half = case.q, case.q.dtype
+    outs = []
+    for row, slot in enumerate(case.step.slots.tolist()):
+        count, table = int(case.step.packed[row]), case.step.page_table[slot]
+        if method == "plain":
+            used = table[: -(-count // 1280)].long()
+            k, v = (t[used].transpose(1, 2).flatten(0, 1)[:count] for t in (case.plain.keys, case.plain.values))
+            flags = torch.zeros(count, dtype=torch.bool)
+        elif method == "heads":
+            k, v = reference.unpack_heads(case.pages, case.heads, table, 0, count)
+            flags = reference.read_heads(case.pages, case.heads, table, 0, count)[2]
+        else:
+            k, v = reference.unpack_labels(case.pages, case.labels, table, 0, count)
+            flags = reference.read_labels(case.pages, case.labels, table, 0, count)[2]
+        held = case.full.positions[slot][None].long()
+        t = case.step.positions[row][:, None].long()
+        at = torch.arange(count)[None]
+        span = case.step.span
+        visible = torch.cat([~flags[None] & (t - at < span), (held >= 0) & (held <= t) & (t - held < span)], 1)
+        seen = visible.any(0)
+        k = torch.cat([k.to(half), case.full.keys[slot].transpose(0, 1)])[seen]
+        v = torch.cat([v.to(half), case.full.values[slot].transpose(0, 1)])[seen]
+        rep = q.shape[2] // k.shape[1]
+        k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
+        score = torch.einsum("nhd,thd->nht", q[row], k) / q.shape[3] ** 0.5
+        weight = score.masked_fill(~visible[:, None, seen], -torch.inf).softmax(-1).nan_to_num(0.0)
+        outs.append(torch.einsum("nht,thd->nhd", weight, v))
+    return float((torch.stack(outs).float() - exact).abs().max())

@@ -176,8 +176,7 @@ class TritonGpu:
             bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
             fast = bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)  # keys of 8 bits want float32
             shared = (
-                q, tables.turn[6:], tables.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit,
-                codec.values.unit,
+                pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
                 *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
                 step.span, columns.total, tables.scale,
@@ -187,11 +186,14 @@ class TritonGpu:
             if fast and layout.tile == 128:
                 groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
-                    *shared, groups, **forms, GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_SHARE,
-                    ASM=not self.interpreted, num_warps=LABEL_WARPS, num_stages=2,
+                    q, tables.turn[6:], tables.table, *shared, groups, **forms,
+                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_SHARE, ASM=not self.interpreted,
+                    num_warps=LABEL_WARPS, num_stages=2,
                 )  # fmt: skip
             else:
-                attend_labels_kernel[grid](*shared, **forms, TILE=layout.tile, num_warps=4, num_stages=2)
+                attend_labels_kernel[grid](
+                    q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=4, num_stages=2
+                )
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 
     def _finish(

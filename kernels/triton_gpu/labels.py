@@ -17,7 +17,7 @@ from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
 
 @triton.jit
 def attend_labels_kernel(
-    q_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, key_unit_ptr, value_unit_ptr, key_label_ptr, value_label_ptr,
+    q_ptr, turn_ptr, place_ptr, key_ptr, value_ptr, meta_ptr, key_unit_ptr, value_unit_ptr, key_label_ptr, value_label_ptr,
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     stride_pages_slot, heads, chunks, queries, repeat, span, columns, rope_scale,
@@ -61,15 +61,20 @@ def attend_labels_kernel(
         value += (i % TILES) * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
         meta = meta_ptr + page * stride_meta_page + (i % TILES) * (G * TILE)
         base_cos, base_sin = tl.load(turn_ptr + i * D + j)[:, None], tl.load(turn_ptr + i * D + H + j)[:, None]
-        ra, rb = (qa * base_cos + qb * base_sin).to(tl.float16), (qb * base_cos - qa * base_sin).to(tl.float16)
+        ra, rb = qa * base_cos + qb * base_sin, qb * base_cos - qa * base_sin
         for share in range(TILE // 32):
             t = share * 32 + s
-            cos = tl.load(table_ptr + t * D + j[None, :]).to(tl.float32)
-            sin = tl.load(table_ptr + t * D + H + j[None, :]).to(tl.float32)
+            cos = tl.load(place_ptr + t * D + j[None, :])
+            sin = tl.load(place_ptr + t * D + H + j[None, :])
             ka = key_channels(key, meta, label_a, unit_a, share, s, t, j[None, :], stride_meta_head, D, KEY_BITS, G, TILE)
             kb = key_channels(key, meta, label_b, unit_b, share, s, t, H + j[None, :], stride_meta_head, D, KEY_BITS, G, TILE)
-            x = tl.dot((ka * cos - kb * sin).to(tl.float16), ra)
-            x = tl.dot((kb * cos + ka * sin).to(tl.float16), rb, x)
+            ta, tb = ka * cos - kb * sin, kb * cos + ka * sin
+            if KEY_BITS == 8:  # fp16 would cut off what their last bits say
+                x = tl.dot(ta, ra, input_precision="tf32x3")
+                x = tl.dot(tb, rb, x, input_precision="tf32x3")
+            else:
+                x = tl.dot(ta.to(tl.float16), ra.to(tl.float16))
+                x = tl.dot(tb.to(tl.float16), rb.to(tl.float16), x)
             flag = tl.load(meta + share * 32 + s) & 0x80
             at = i * TILE + t
             x = tl.where((flag == 0) & (at >= oldest[None, :]), x, NEVER)

@@ -29,8 +29,8 @@ class Scratch:
 class RopeTables:
     """Sines and cosines for kernels, cos then sin in each row of D.
 
-    ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``table`` float16 [tile, D]: of
-    every place in a tile.
+    ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``places`` float32 [tile, D]: of
+    every place in a tile; ``table``: the same in float16.
     """
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
@@ -41,7 +41,8 @@ class RopeTables:
         base = torch.cat([count[:6] * 32, count[:tiles] * tile])[:, None] * rope.inv_freq
         self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()
         place = count[:tile, None] * rope.inv_freq
-        self.table = torch.cat([place.cos(), place.sin()], 1).half().contiguous()
+        self.places = torch.cat([place.cos(), place.sin()], 1).float().contiguous()
+        self.table = self.places.half()
 
 
 class Tables:
