@@ -425,7 +425,7 @@ class Decoder:
 
         engine = self.load()
         parts = engine.parts
-        engine.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, cuda_graph=graph)
+        engine.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, graph=graph)
         sequence, times = engine.new_sequence(), []
         try:
             engine.fill(sequence, context)

@@ -15,7 +15,9 @@ from skvq.kernels.numba_cpu import spread
 from skvq.kernels.numba_cpu.simd import i8, u8
 
 SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES
-FAST = {"fastmath": True, "error_model": "numpy", "nogil": True}
+FAST = {"fastmath": True, "error_model": "numpy", "nogil": True, "forceinline": True}
+"""Of jitted functions. One that is called and not inlined is taken from another module in the process that compiles it than in
+those that read it from the cache, and rounds otherwise: the first run would pack other bytes than all later ones."""
 LANE_BLOCK = 32
 
 
