@@ -25,8 +25,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class CheckedGraphs:
     """``Graphs`` of a card: work is refused that a graph could not hold, and a replay is the same work done once more."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_packed: int) -> None:
         [self.card] = Card.active
+        self.max_packed = max_packed
 
     def capture(self, work: Callable[[], Tensor]) -> graph.Captured:
         with self.card.capture():
@@ -37,6 +38,9 @@ class CheckedGraphs:
                 logits.copy_(work())
 
         return graph.Captured(replay, logits)
+
+    def bound(self, batch: DecodeBatch) -> int:
+        return self.max_packed
 
 
 @pytest.fixture
@@ -102,7 +106,7 @@ def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:
     engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=700, cuda_graph=False)
     parts = engine.parts
     attend_without_waiting(engine)
-    engine.step = graph.decode_step_of(parts.model, parts.rope, parts.setup, "triton", cuda_graph=True)
+    engine.step = graph.decode_step_of(parts.model, parts.rope, parts.setup, "triton", graph=True)
     assert isinstance(engine.step, graph.GraphStep)
     sequences = [engine.prefill(random_ids(count, seed=count)) for count in (140, 30)]
     rows = [random_ids(8, seed=i) for i in range(2)]

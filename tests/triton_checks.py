@@ -293,7 +293,7 @@ def decode_steps() -> None:
         for backend in ("reference", "triton"):
             engine = tiny_engine(folder, tiny_cache(method="plain"), backend=backend, max_context=600)
             eager = EagerStep(engine.parts.model, engine.parts.rope)
-            for step in (eager, GraphStep(eager, Calls(), engine.parts.setup.regions.packed(600))):
+            for step in (eager, GraphStep(eager, Calls(engine.parts.setup.regions.packed(600)))):
                 sequence = engine.prefill(random_ids(142))
                 batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
                 rows = []
