@@ -26,7 +26,7 @@ def e4m3_encode(x):
     return byte | ((as_bits(x) >> 24) & 128)
 
 
-@njit(fastmath={"nnan", "ninf", "nsz"}, error_model="numpy", nogil=True)
+@njit(fastmath={"nnan", "ninf", "nsz"}, error_model="numpy", nogil=True, forceinline=True)
 def round_codes(values, count, scale, mid, top, half, out):
     """Centred codes, float32 at ``out``. No sum may be reordered and no division replaced: ties must fall as they should."""
     y, code = f32(values), f32(out)
