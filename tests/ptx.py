@@ -178,8 +178,13 @@ class Program:
             return self.matrix(name, op, names)
         if name == "mma":
             return self.mma(op, names)
+        if name == "wgmma":  # one that is done at once needs no fences
+            return self.wgmma(op, names) if op[1] == "mma_async" else lambda m: None
         if name == "shfl":
             return self.shuffle(op, names)
+        if name == "redux":
+            get, put, function = self.value(names[1], op[3]), self.target(names[0]), REDUCE[op[2]]
+            return lambda m: put(m, np.repeat(function.reduce(get(m).reshape(-1, 32), 1), 32))
         if name == "mov" and "{" in "".join(names):
             return self.move_parts(op, names)
         return self.arithmetic(op, names)
@@ -381,13 +386,7 @@ class Program:
 
         def gather(m: Machine, get: list[Any]) -> Array:
             """Numbers [registers, warps, 32, halves] of a fragment, float32."""
-            x = np.stack([x(m) for x in get])
-            if kinds[1] == "bf16":
-                wide = x.view(np.uint16).astype(np.uint32) << np.uint32(16)
-                return wide.view(np.float32).reshape(len(get), warps, 32, 2)
-            if half:
-                return x.view(np.float16).reshape(len(get), warps, 32, 2).astype(np.float32)
-            return (x & np.uint32(0xFFFFE000)).view(np.float32).reshape(len(get), warps, 32, 1)
+            return floats(np.stack([x(m) for x in get]), kinds[1]).reshape(len(get), warps, 32, -1)
 
         def multiply(m: Machine) -> None:
             fa, fb = gather(m, a), gather(m, b)
@@ -411,6 +410,47 @@ class Program:
             for i, put in enumerate(puts):
                 more = product[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1)
                 put(m, c[i](m).view(np.float32) + more)
+
+        return multiply
+
+    def wgmma(self, op: list[str], names: list[str]) -> Callable[[Machine], Any]:
+        """Four warps a product of [64, depth] and [depth, wide]; the right side, often the left one too, in shared memory."""
+        sizes = re.fullmatch(r"m64n(\d+)k(\d+)", op[4])
+        assert sizes and op[6] == op[7] and op[6] in ("f16", "bf16", "tf32"), op
+        wide, depth = map(int, sizes.groups())
+        puts = [self.target(n) for n in split_operands(names[0].strip("{} "))]
+        old = [self.value(n, "b32") for n in split_operands(names[0].strip("{} "))]
+        left = [self.value(n, "b32") for n in split_operands(names[1].strip("{} "))] if "{" in names[1] else None
+        turned = [bool(int(n)) for n in names[6:]]  # the left side's, if it is in shared memory, then the right side's
+        assert names[4:6] == ["1", "1"], names
+        keep = self.value(names[3], "pred")
+        tiles = [None if left else self.value(names[1], "b64"), self.value(names[2], "b64")]
+        groups, lane = self.threads // 128, np.arange(32)
+        row, pair = lane // 4, lane % 4
+        narrow = op[5] == "f16"
+
+        def multiply(m: Machine) -> None:
+            right = np.stack([tile(m, d, wide, depth, op[6], bool(turned[-1:] == [True])) for d in tiles[1](m)[::128]])
+            if left:
+                a = np.zeros((groups * 4, 16, depth), np.float32)
+                for i, get in enumerate(left):
+                    x = floats(get(m), op[6]).reshape(groups * 4, 32, -1)
+                    for h in range(x.shape[2]):
+                        k = 2 * pair + h + 8 * (i // 2) if op[6] != "tf32" else pair + 4 * (i // 2)
+                        a[:, row + 8 * (i % 2), k] = x[:, :, h]
+                a = a.reshape(groups, 64, depth)
+            else:
+                a = np.stack([tile(m, d, 64, depth, op[6], turned[:1] == [True]) for d in tiles[0](m)[::128]])
+            product = (a @ right.swapaxes(1, 2)).reshape(groups * 4, 16, wide)
+            for i, put in enumerate(puts):
+                if narrow:
+                    both = [product[:, row + 8 * (i % 2), 8 * (i // 2) + 2 * pair + h] for h in range(2)]
+                    x, before = np.stack(both, -1).reshape(-1), old[i](m).view(np.float16)
+                else:
+                    x = product[:, row + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * pair + i % 2].reshape(-1)
+                    before = old[i](m).view(np.float32)
+                x = np.where(np.repeat(keep(m), 2 if narrow else 1), x + before, x)
+                put(m, np.ascontiguousarray(x.astype(before.dtype)).view(np.uint32))
 
         return multiply
 
@@ -518,6 +558,36 @@ class Machine:
         return [(self.shared, lanes, at)]
 
 
+def tile(m: Machine, descriptor: Array, rows: int, depth: int, kind: str, turned: bool) -> Array:
+    """Numbers [rows, depth] of an operand of wgmma in shared memory, by its matrix descriptor (PTX, "Matrix Descriptor Format")."""
+    bits = int(descriptor)
+    start, leading, stride = ((bits >> by & 0x3FFF) << 4 for by in (0, 16, 32))
+    size = 4 if kind == "tf32" else 2
+    assert bits >> 62 == 0 or bits >> 49 & 7 == 0, "swizzled, with a base offset"
+    span = (16, 128, 64, 32)[bits >> 62]  # bytes that are swizzled together
+    row, k = np.meshgrid(np.arange(rows), np.arange(depth), indexing="ij")
+    if turned:  # ``row`` runs along memory
+        chunk, inside = np.divmod(row * size, span)
+        steps = (stride, leading) if span == 16 else (leading, stride)
+        at = inside + chunk * steps[0] + k % 8 * span + k // 8 * steps[1]
+    else:
+        chunk, inside = np.divmod(k * size, 16)
+        at = inside + chunk * (leading if span == 16 else 16) + row % 8 * span + row // 8 * stride
+    at += start
+    at ^= (at >> 7 & (span // 16 - 1)) << 4
+    raw = m.load(at.reshape(-1).astype(np.uint64), size, True, np.ones(at.size, bool))
+    return floats(raw.view(np.uint32 if size == 4 else np.uint16), kind).reshape(rows, depth)
+
+
+def floats(x: Array, kind: str) -> Array:
+    """float32 numbers in registers of a tensor core's operand."""
+    if kind == "bf16":
+        return wide_bf16(x)
+    if kind == "f16":
+        return np.ascontiguousarray(x).view(np.float16).astype(np.float32)
+    return (x & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 def split_operands(text: str) -> list[str]:
     """At commas outside of brackets."""
     return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text) if part.strip()]
@@ -594,6 +664,7 @@ COMPARE = {
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
     "lo": np.less, "hi": np.greater, "ls": np.less_equal, "hs": np.greater_equal,
 }  # fmt: skip
+REDUCE = {"min": np.minimum, "max": np.maximum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or}
 LOGIC: dict[str, Any] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 FUNCTIONS: dict[str, Callable[..., Array]] = {
     "mov": lambda a: a.copy(), "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "not": np.invert,
