@@ -559,7 +559,7 @@ class Machine:
 
 
 def tile(m: Machine, descriptor: Array, rows: int, depth: int, kind: str, turned: bool) -> Array:
-    """Numbers [rows, depth] of an operand of wgmma in shared memory, by its matrix descriptor (PTX, "Matrix Descriptor Format")."""
+    """Numbers [rows, depth] of an operand of wgmma in shared memory, by its matrix descriptor as the PTX manual lays it out."""
     bits = int(descriptor)
     start, leading, stride = ((bits >> by & 0x3FFF) << 4 for by in (0, 16, 32))
     size = 4 if kind == "tf32" else 2
