@@ -53,7 +53,8 @@ class SkvqPeer:
 
         torch.set_num_threads(threads)
         cache = CacheConfig(method="fp") if name.endswith("fp") else CacheConfig()
-        self._engine = Engine.load(model, max_context=context + WRITE + 2, max_sequences=1, cache=cache, download=False)
+        context += WRITE + 2  # the same prompt is read again and again: no prefix is reused
+        self._engine = Engine.load(model, max_context=context, max_sequences=1, cache=cache, prefix_cache=False, download=False)
 
     def run(self, ids: list[int]) -> tuple[float, float]:
         from skvq import SamplingConfig

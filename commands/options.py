@@ -120,7 +120,10 @@ def cache_config(options: dict[str, Any]) -> CacheConfig:
 
 
 def load_engine(options: dict[str, Any], cache: CacheConfig, *, max_sequences: int = 1, on_full: str = "stop") -> Engine:
-    """The engine that ``model_option`` and ``engine_options`` describe."""
+    """The engine that ``model_option`` and ``engine_options`` describe.
+
+    Without prefix reuse: a command reads one prompt, or measures several that begin alike and must be read alike.
+    """
     return Engine.load(
         options["model"],
         max_context=options["ctx"],
@@ -134,5 +137,6 @@ def load_engine(options: dict[str, Any], cache: CacheConfig, *, max_sequences: i
         rope_scaling=options["rope_scaling"],
         prefill=options["prefill"],
         on_full=on_full,
+        prefix_cache=False,
         download=not options["no_download"],
     )

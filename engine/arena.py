@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -91,6 +93,17 @@ class ArenaShape:
         return self.layers * 2 * self.kv_heads * self.head_size * self.dtype.itemsize
 
 
+class Lender(Protocol):
+    """Holds pages that it can do without."""
+
+    def give_back(self, count: int) -> None:
+        """Release pages until ``count`` are free, or all that are held."""
+
+    @property
+    def spare_pages(self) -> int:
+        """Pages that ``give_back`` would free: nobody else reads them."""
+
+
 class Arena:
     """Pages with reference counts and sequence slots, over tensors that are never grown.
 
@@ -108,7 +121,7 @@ class Arena:
             ) from error
         self.tensors["full_positions"].fill_(-1)
         self.tensors["page_table"].zero_()
-        self._reclaim: Callable[[int], None] = lambda count: None
+        self._lenders: WeakSet[Lender] = WeakSet()  # weak: they know the arena, which would outlive its engine
         self._references = [0] * shape.pages
         self._free_pages = list(range(shape.pages - 1, -1, -1))
         self._free_sequences = list(range(shape.sequences - 1, -1, -1))
@@ -120,7 +133,12 @@ class Arena:
 
     @property
     def free_pages(self) -> int:
-        """Pages nobody uses."""
+        """Pages that can be had: nobody uses them, or only a lender."""
+        return len(self._free_pages) + sum(lender.spare_pages for lender in self._lenders)
+
+    @property
+    def unused_pages(self) -> int:
+        """Pages nobody holds."""
         return len(self._free_pages)
 
     @property
@@ -137,14 +155,19 @@ class Arena:
         keys, values, positions = (self.tensors[f"full_{part}"][layer] for part in ("keys", "values", "positions"))
         return FullSlots(keys=keys, values=values, positions=positions)
 
-    def when_short(self, reclaim: Callable[[int], None]) -> None:
-        """Call ``reclaim(count)`` before a request for ``count`` pages is refused: it may release some."""
-        self._reclaim = reclaim
+    def when_short(self, lender: Lender) -> None:
+        """Ask ``lender`` for pages, as long as it lives, before a request is refused."""
+        self._lenders.add(lender)
+
+    def collect(self, count: int) -> None:
+        """Ask lenders for pages where fewer than ``count`` are unused. What they shared may be nobody else's afterwards."""
+        for lender in list(self._lenders):
+            if count > len(self._free_pages):
+                lender.give_back(count)
 
     def require_pages(self, count: int) -> None:
         """Raise CapacityError unless ``count`` pages can be had."""
-        if count > len(self._free_pages):
-            self._reclaim(count)
+        self.collect(count)
         if count > len(self._free_pages):
             used = self.shape.pages - len(self._free_pages)
             raise CapacityError(

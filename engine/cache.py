@@ -60,6 +60,7 @@ class SequenceCache:
         self.packed = 0
         self.dropped = 0
         self.token_ids: list[int] = []
+        self.filled = False  # holds tokens that no model has read (``stress.fill``)
         self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
         self.alive = True
 
@@ -97,8 +98,10 @@ class SequenceCache:
     def _grow(self, target: int) -> None:
         """Pages of one's own for packed tokens up to ``target``; nothing has changed if there are not enough."""
         arena, last = self.setup.arena, self.packed // PAGE_TOKENS
-        copies = bool(self.packed % PAGE_TOKENS and arena.is_shared(self.pages[last]))
-        arena.require_pages(pages_for(target) - len(self.pages) + copies)
+        new, partial = pages_for(target) - len(self.pages), bool(self.packed % PAGE_TOKENS)
+        arena.collect(new + (partial and arena.is_shared(self.pages[last])))
+        copies = partial and arena.is_shared(self.pages[last])  # a lender may just have given it up
+        arena.require_pages(new + copies)
         if copies:
             copy = arena.copy_page(self.pages[last])
             arena.release(self.pages[last])
@@ -293,7 +296,7 @@ class SequenceCache:
         twin.pages = self.pages[: pages_for(self.packed)]  # without what a step that was broken off has reserved
         for page in twin.pages:
             self.setup.arena.share(page)
-        twin.length, twin.packed, twin.dropped = self.length, self.packed, self.dropped
+        twin.length, twin.packed, twin.dropped, twin.filled = self.length, self.packed, self.dropped, self.filled
         twin.token_ids, twin.pending = list(self.token_ids), list(self.pending)
         twin._write_row()
         self.setup.arena.copy_slot(self.slot, twin.slot)

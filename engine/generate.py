@@ -14,7 +14,7 @@ from skvq.engine import scoring
 from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import header_for, make_artifact
-from skvq.engine.checkpoint import FileCheckpoint, NoCheckpoint
+from skvq.engine.checkpoint import Checkpoint, FileCheckpoint, NoCheckpoint
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError, require_known
 from skvq.engine.evaluate import DecodeRegimeLayer
@@ -39,10 +39,11 @@ SHORT_TOKENS = 128
 class Engine:
     """A model, its arena and its tokenizer. Build one with ``Engine.load``."""
 
-    def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = False) -> None:
+    def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = True) -> None:
         self.parts, self.report = parts, report
         self.timing = Timing()
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, graph=parts.cuda_graph)
+        self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 
     @classmethod
@@ -62,7 +63,7 @@ class Engine:
         rope_scaling: str | None = None,
         prefill: str = "exact",
         on_full: str = "stop",
-        prefix_cache: bool = False,
+        prefix_cache: bool = True,
         cuda_graph: bool = True,
         download: bool = True,
         report: Reporter | None = None,
@@ -77,8 +78,9 @@ class Engine:
         prefill: how prompts are read, ``exact`` or ``streaming``.
         on_full: what happens when a sequence reaches max_context: ``stop`` ends its answer, ``shift`` drops its oldest packed
             pages, all but the attention sinks, and goes on. A prompt longer than max_context is then read by streaming.
-        prefix_cache: a prompt that begins like an earlier one takes over its pages and only the rest is read, by streaming:
-            faster, but the rest then sees the beginning as it is packed, where exact prefill sees it in full precision.
+        prefix_cache: a prompt that begins like an earlier one of this engine takes over its whole pages (1,280 tokens each)
+            while they are still there, and only the rest is read, by streaming. The rest then sees the beginning as it is packed,
+            as the next turn of a conversation does; without, every prompt is read as ``prefill`` says, beginning and all.
         cuda_graph: replay the decode step as one graph, a CUDA graph or on the CPU a tape of launches; without, its kernels
             are launched one by one.
 
@@ -111,7 +113,8 @@ class Engine:
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         path = Path(calibration) if calibration is not None else None
-        return Engine(with_cache(self.parts, cache, max_sequences, path, self.report), self.report)
+        parts = with_cache(self.parts, cache, max_sequences, path, self.report)
+        return Engine(parts, self.report, prefix_cache=self.prefix_cache)
 
     def warm_up(self) -> None:
         """Read and decode a token, so that kernels which are compiled when first called are not part of anybody's timing."""
@@ -228,32 +231,42 @@ class Engine:
     ) -> Tensor:
         """Append what is pending and ``ids`` to a sequence; logits float32 [V] of the last.
 
-        An empty sequence is read as ``prefill`` says, any other by streaming, or a few tokens as decode steps. With
-        ``checkpoint`` the work is written to that file every so many seconds and on Ctrl-C, taken up from it if it exists, and
-        the file is removed when all is read.
+        An empty sequence is read as ``prefill`` says, any other by streaming, or a few tokens as decode steps. With a reused
+        prefix the rest is read as of a sequence that holds it; broken off, the sequence is empty again and what was read is
+        found by the next try. With ``checkpoint`` no prefix is reused: the work is written to that file every so many seconds
+        and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
         """
         parts, ids = self.parts, [*sequence.pending, *ids]
         if ids:
             self._require_known(ids)
         start = time.perf_counter()
-        reused = self.prefixes.reuse(sequence, ids) if sequence.length == 0 and checkpoint is None else 0
-        ids = ids[reused:]
         if len(ids) > parts.setup.on_full.room(sequence):
             sequence.require(len(ids))  # raises, before any work
+        reused = self.prefixes.reuse(sequence, ids) if sequence.length == 0 and checkpoint is None else 0
+        ids = ids[reused:]
         kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
-        where = (parts.model, parts.rope, sequence, ids)
-        if checkpoint is None and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
-            how, hidden = "as decode steps", short_prefill(*where)
-        elif sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
-            form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
-            how, hidden = str(form), exact_prefill(*where, form, self.report, kept)
-        else:
-            how, hidden = "streaming", streaming_prefill(*where, self.report, kept)
+        try:
+            how, hidden = self._read_rest(sequence, ids, kept, short=checkpoint is None)
+        except BaseException:
+            if reused:
+                self.prefixes.keep(sequence)
+                sequence.truncate(0)
+            raise
         logits = parts.model.head(hidden)
         self.prefixes.keep(sequence)
         seconds = time.perf_counter() - start
         self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill=how, prefill_seconds=seconds)
         return logits
+
+    def _read_rest(self, sequence: SequenceCache, ids: Sequence[int], kept: Checkpoint, *, short: bool) -> tuple[str, Tensor]:
+        """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last. ``short``: may be as steps."""
+        parts, where = self.parts, (self.parts.model, self.parts.rope, sequence, ids)
+        if short and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
+            return "as decode steps", short_prefill(*where)
+        if sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
+            form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
+            return str(form), exact_prefill(*where, form, self.report, kept)
+        return "streaming", streaming_prefill(*where, self.report, kept)
 
     @torch.inference_mode()
     def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:

@@ -1,7 +1,8 @@
 """Prompts that begin alike share pages: whole packed pages, by the hash of all tokens up to their end, while there is room.
 
 A prompt read exactly attends to all of itself in full precision. With a reused prefix only the rest is read, by streaming,
-against the packed pages: faster, and not the same to the last bit. Hence it is off unless asked for.
+against the packed pages, as the next turn of a conversation is: much faster, and not the same to the last bit. Whatever must
+read every prompt alike (``skvq needle``, ``skvq bench``) loads its engine with ``prefix_cache=False``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -54,26 +56,31 @@ class _Entry:
 
 
 class PagePrefixes:
-    """Pages by the hash of their prefix, the least recently used given back first when the arena runs short.
+    """Pages by the hash of their prefix, a lender to the arena: the least recently used are given back first.
 
-    Retained tokens are kept beside, on the host: a few per sequence. Off where a rule looks at attention mass, which tokens
-    get from what follows the page.
+    Retained tokens are kept beside, on the host: a few per sequence. Nothing is kept where a rule looks at attention mass, which
+    tokens get from what follows the page, nor of a sequence that was filled without running the model or has dropped pages.
     """
 
     def __init__(self, setup: CacheSetup) -> None:
         self._setup = setup
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        setup.arena.when_short(self._give_back)
+        self._keys: dict[int, bytes] = {}  # of the pages held
+        setup.arena.when_short(self)
 
     @property
     def pages(self) -> list[int]:
         return [entry.page for entry in self._entries.values()]
 
+    @property
+    def spare_pages(self) -> int:
+        return sum(not self._setup.arena.is_shared(entry.page) for entry in self._entries.values())
+
     def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
-        """Whole pages only, and none that would lie in the window of a sequence of these ids."""
+        """Whole pages only, and none that would lie in the window of a sequence of these ids; at least one token is left."""
         assert sequence.length == 0, "a prefix is reused by an empty sequence"
         found: list[tuple[bytes, _Entry]] = []
-        for key in _chain(ids, self._setup.regions.packed(len(ids))):
+        for key in _chain(ids, min(self._setup.regions.packed(len(ids)), len(ids) - 1)):
             if key not in self._entries:
                 break
             found.append((key, self._entries[key]))
@@ -86,25 +93,34 @@ class PagePrefixes:
         return count
 
     def keep(self, sequence: SequenceCache) -> None:
-        if self._setup.needs_mass or sequence.dropped:  # what is left of a text is the beginning of none
+        if self._setup.needs_mass or sequence.dropped or sequence.filled:  # what is left of a text is the beginning of none
             return
-        keys = list(_chain(sequence.token_ids, sequence.packed))
-        new = [(key, page) for key, page in zip(keys, sequence.pages, strict=False) if key not in self._entries]
-        if new:
-            retained = self._retained(sequence)
-            for key, page in new:
+        known = list(takewhile(self._keys.__contains__, sequence.pages[: sequence.packed // PAGE_TOKENS]))
+        keys = [self._keys[page] for page in known]  # pages held are never written: their tokens need no second hash
+        rest = sequence.token_ids[len(known) * PAGE_TOKENS : sequence.packed]
+        retained: dict[str, Tensor] | None = None
+        for page, key in zip(sequence.pages[len(known) :], _chain(rest, len(rest), keys[-1] if keys else b""), strict=False):
+            keys.append(key)
+            if key not in self._entries:
+                retained = self._retained(sequence) if retained is None else retained
                 self._setup.arena.share(page)
-                self._entries[key] = _Entry(page, retained)
+                self._entries[key], self._keys[page] = _Entry(page, retained), key
         self._touch(keys)
+
+    def give_back(self, count: int) -> None:
+        """First pages that only this holds. Where they are too few the rest frees none, but need not be copied on write."""
+        arena = self._setup.arena
+        for key in sorted(self._entries, key=lambda key: arena.is_shared(self._entries[key].page)):
+            if arena.unused_pages >= count:
+                return
+            page = self._entries.pop(key).page
+            del self._keys[page]
+            arena.release(page)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Used now; a page goes before those it continues, which are of use without it."""
         for key in reversed(keys):
             self._entries.move_to_end(key)
-
-    def _give_back(self, count: int) -> None:
-        while self._entries and self._setup.arena.free_pages < count:
-            self._setup.arena.release(self._entries.popitem(last=False)[1].page)
 
     def _retained(self, sequence: SequenceCache) -> dict[str, Tensor]:
         count, tensors = self._setup.regions.retained, self._setup.arena.tensors
@@ -124,9 +140,8 @@ class PagePrefixes:
         positions.masked_fill_(positions >= count, -1)
 
 
-def _chain(ids: Sequence[int], packed: int) -> Iterator[bytes]:
+def _chain(ids: Sequence[int], packed: int, key: bytes = b"") -> Iterator[bytes]:
     """A key for each whole page of the first ``packed`` tokens: the hash of its tokens and of the key before it."""
-    key = b""
     for start in range(0, packed // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
         tokens = np.asarray(ids[start : start + PAGE_TOKENS], dtype=np.int64)
         key = hashlib.blake2b(key + tokens.tobytes(), digest_size=16).digest()

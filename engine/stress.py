@@ -123,6 +123,7 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
     shape, device = sequence.setup.arena.shape, sequence.page_row.device
     last = sequence.length + count
     sequence.require(count)
+    sequence.filled = True
     generator = torch.Generator().manual_seed(seed)
     size = (min(count, PIECE_TOKENS), shape.kv_heads, shape.head_size)
     with report.bar(f"filling {count:,} random tokens", count) as bar:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
+from torch import Tensor
 
+from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, TokenIds
 from skvq.engine.generate import Engine
 
@@ -21,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(folder: Path, **options: object) -> Engine:
-    given = {"max_context": 4000, "max_sequences": 3, "prefix_cache": True, "prefill": "streaming"}
+    given = {"max_context": 4000, "max_sequences": 3, "prefill": "streaming"}
     return tiny_engine(folder, tiny_cache(filters=RULES), **(given | options))
 
 
@@ -124,12 +128,123 @@ def test_the_next_turn_reuses_question_and_answer(folder: Path) -> None:
     assert engine.timing.reused_tokens == 1280
 
 
-def test_it_is_off_by_default_and_where_a_rule_looks_ahead(folder: Path) -> None:
-    default = engine_of(folder, prefix_cache=False)
-    looking = tiny_engine(folder, tiny_cache(filters=(HeavyHitters(),)), max_context=2000, prefix_cache=True)
-    for engine in (default, looking):
+def test_it_is_off_where_asked_and_where_a_rule_looks_ahead(folder: Path) -> None:
+    off = engine_of(folder, prefix_cache=False)
+    looking = tiny_engine(folder, tiny_cache(filters=(HeavyHitters(),)), max_context=2000)
+    again = off.with_cache(tiny_cache(filters=RULES))
+    for engine in (off, looking, again):
         for _ in range(2):
             engine.prefill(random_ids(1400)).free()
         assert engine.timing.reused_tokens == 0
         assert "reused" not in engine.summary(engine.new_sequence()).line()
         assert engine.prefixes.pages == []
+
+
+def test_it_is_on_by_default_for_texts_of_one_call_too(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=2000)
+    book = random_ids(1400)
+    engine.generate([book, [*book, 1], [*book, 2]], SamplingConfig(max_new_tokens=2))
+    assert engine.timing.reused_tokens == 1280
+    check(engine)
+
+
+def filled_arena(folder: Path) -> tuple[Engine, SequenceCache]:
+    """An engine whose pages are all in use by one sequence and by the prefix store beside it."""
+    engine = engine_of(folder, max_sequences=2, max_context=3000)  # 3 + 2 pages
+    engine.prefill(random_ids(2900, seed=9)).free()
+    sequence = engine.prefill(random_ids(2900, seed=1))
+    assert engine.parts.setup.arena.unused_pages == 0
+    return engine, sequence
+
+
+def test_what_only_the_store_holds_counts_as_free(folder: Path) -> None:
+    engine, sequence = filled_arena(folder)
+    arena = engine.parts.setup.arena
+    assert arena.free_pages == arena.shape.pages - len(sequence.pages)
+    twin = sequence.fork()
+    assert arena.free_pages == arena.shape.pages - len(sequence.pages)
+    twin.free()
+    sequence.free()
+    assert arena.free_pages == arena.shape.pages
+    check(engine)
+
+
+def test_a_fork_and_a_restored_session_get_pages_of_the_store(folder: Path, tmp_path: Path) -> None:
+    engine, sequence = filled_arena(folder)
+    twin = sequence.fork()
+    engine.read(twin, random_ids(90, seed=5))  # copies the shared last page
+    check(engine, sequence, twin)
+    twin.truncate(1200)
+    twin.save(tmp_path / "s")
+    twin.free()
+    engine.prefill(random_ids(1700, seed=6)).free()
+    restored = engine.restore(tmp_path / "s")
+    assert restored.length == 1200
+    check(engine, sequence, restored)
+
+
+def test_a_page_shared_with_the_store_alone_is_written_where_there_is_none_to_copy_to(folder: Path) -> None:
+    """Without the store nothing would be copied: a full arena must not refuse what it would have granted."""
+    engine = engine_of(folder, max_sequences=1, max_context=3000)
+    book = random_ids(2990)
+    sequence = engine.prefill(book)
+    sequence.truncate(1290)
+    engine.read(sequence, random_ids(1700, seed=2))
+    sequence.truncate(1200)  # into a page that the store holds
+    engine.read(sequence, random_ids(1790, seed=3))
+    assert sequence.length == 2990
+    check(engine, sequence)
+
+
+def test_a_read_that_is_broken_off_or_refused_leaves_the_sequence_empty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(folder, prefill="exact")
+    book = random_ids(3900)
+    engine.prefill(book[:1500]).free()
+    sequence, layer, calls = engine.new_sequence(), engine.parts.model.layer, []
+
+    def breaking(*given: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return layer(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.parts.model, "layer", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            engine.read(sequence, book)
+    assert (sequence.length, sequence.pages, sequence.token_ids) == (0, [], [])
+    check(engine, sequence)
+    with pytest.raises(CapacityError):
+        engine.read(sequence, random_ids(4001))
+    assert sequence.length == 0
+    engine.read(sequence, book)
+    assert engine.timing.reused_tokens >= 1280 and sequence.token_ids == book
+
+
+def test_without_a_window_one_token_is_left_to_read(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(window=0), max_context=4000)
+    engine.prefill(random_ids(2560)).free()
+    engine.prefill(random_ids(2560)).free()
+    assert (engine.timing.reused_tokens, engine.timing.prompt_tokens) == (1280, 1280)
+
+
+def test_what_no_model_has_read_is_no_prefix(folder: Path) -> None:
+    engine = engine_of(folder)
+    sequence = engine.new_sequence()
+    engine.fill(sequence, 1500)
+    engine.read(sequence.fork(), [1])
+    engine.read(sequence, [1])
+    assert engine.prefixes.pages == []
+
+
+def test_sixteen_bit_pages_give_the_same_answer(folder: Path) -> None:
+    """Reuse then differs from reading everything only by rounding to 16 bits, which pages share with the window."""
+    given = {"max_context": 2000, "max_sequences": 2}
+    book = random_ids(1500)
+    engine, plain = (tiny_engine(folder, tiny_cache(method="fp"), **given, prefix_cache=on) for on in (True, False))
+    engine.prefill([*book[:1400], 3]).free()
+    logits, wanted = (e.read(e.new_sequence(), book) for e in (engine, plain))
+    assert (engine.timing.reused_tokens, plain.timing.reused_tokens) == (1280, 0)
+    streamed = tiny_engine(folder, tiny_cache(method="fp"), **given, prefill="streaming")
+    rounding = (streamed.read(streamed.new_sequence(), book) - wanted).abs().max()
+    assert (logits - wanted).abs().max() <= 2 * rounding + 1e-6
