@@ -79,8 +79,8 @@ class Engine:
         on_full: what happens when a sequence reaches max_context: ``stop`` ends its answer, ``shift`` drops its oldest packed
             pages, all but the attention sinks, and goes on. A prompt longer than max_context is then read by streaming.
         prefix_cache: a prompt that begins like an earlier one of this engine takes over its whole pages (1,280 tokens each)
-            while they are still there, and only the rest is read, by streaming. The rest then sees the beginning as it is packed,
-            as the next turn of a conversation does; without, every prompt is read as ``prefill`` says, beginning and all.
+            while they are still there, and only the rest is read, by streaming. The rest then sees the beginning as it is
+            packed, as the next turn of a conversation does; without, every prompt is read whole, as ``prefill`` says.
         cuda_graph: replay the decode step as one graph, a CUDA graph or on the CPU a tape of launches; without, its kernels
             are launched one by one.
 
@@ -259,7 +259,7 @@ class Engine:
         return logits
 
     def _read_rest(self, sequence: SequenceCache, ids: Sequence[int], kept: Checkpoint, *, short: bool) -> tuple[str, Tensor]:
-        """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last. ``short``: may be as steps."""
+        """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last. ``short``: or as steps."""
         parts, where = self.parts, (self.parts.model, self.parts.rope, sequence, ids)
         if short and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
             return "as decode steps", short_prefill(*where)

@@ -58,8 +58,8 @@ class _Entry:
 class PagePrefixes:
     """Pages by the hash of their prefix, a lender to the arena: the least recently used are given back first.
 
-    Retained tokens are kept beside, on the host: a few per sequence. Nothing is kept where a rule looks at attention mass, which
-    tokens get from what follows the page, nor of a sequence that was filled without running the model or has dropped pages.
+    Retained tokens are kept beside, on the host: a few per sequence. Nothing is kept where a rule looks at attention mass,
+    which tokens get from what follows the page, nor of a sequence that has dropped pages or was filled without the model.
     """
 
     def __init__(self, setup: CacheSetup) -> None:

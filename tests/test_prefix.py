@@ -15,6 +15,7 @@ from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, TokenIds
 from skvq.engine.generate import Engine
+from skvq.engine.report import Quiet
 
 RULES = (AttentionSinks(3), TokenIds(frozenset({5, 6}), 12))
 
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(folder: Path, **options: object) -> Engine:
-    given = {"max_context": 4000, "max_sequences": 3, "prefill": "streaming"}
+    given = {"max_context": 4000, "max_sequences": 3, "prefill": "streaming", "prefix_cache": True}
     return tiny_engine(folder, tiny_cache(filters=RULES), **(given | options))
 
 
@@ -130,7 +131,7 @@ def test_the_next_turn_reuses_question_and_answer(folder: Path) -> None:
 
 def test_it_is_off_where_asked_and_where_a_rule_looks_ahead(folder: Path) -> None:
     off = engine_of(folder, prefix_cache=False)
-    looking = tiny_engine(folder, tiny_cache(filters=(HeavyHitters(),)), max_context=2000)
+    looking = tiny_engine(folder, tiny_cache(filters=(HeavyHitters(),)), max_context=2000, prefix_cache=True)
     again = off.with_cache(tiny_cache(filters=RULES))
     for engine in (off, looking, again):
         for _ in range(2):
@@ -141,7 +142,9 @@ def test_it_is_off_where_asked_and_where_a_rule_looks_ahead(folder: Path) -> Non
 
 
 def test_it_is_on_by_default_for_texts_of_one_call_too(folder: Path) -> None:
-    engine = tiny_engine(folder, tiny_cache(), max_context=2000)
+    engine = Engine.load(
+        folder, cache=tiny_cache(), max_context=2000, dummy_weights=True, backend="reference", device="cpu", report=Quiet()
+    )
     book = random_ids(1400)
     engine.generate([book, [*book, 1], [*book, 2]], SamplingConfig(max_new_tokens=2))
     assert engine.timing.reused_tokens == 1280
@@ -186,12 +189,9 @@ def test_a_fork_and_a_restored_session_get_pages_of_the_store(folder: Path, tmp_
 def test_a_page_shared_with_the_store_alone_is_written_where_there_is_none_to_copy_to(folder: Path) -> None:
     """Without the store nothing would be copied: a full arena must not refuse what it would have granted."""
     engine = engine_of(folder, max_sequences=1, max_context=3000)
-    book = random_ids(2990)
-    sequence = engine.prefill(book)
-    sequence.truncate(1290)
-    engine.read(sequence, random_ids(1700, seed=2))
-    sequence.truncate(1200)  # into a page that the store holds
-    engine.read(sequence, random_ids(1790, seed=3))
+    sequence = engine.prefill(random_ids(2990))
+    sequence.truncate(2000)  # into a page that the store holds; one page is free, one is needed
+    engine.read(sequence, random_ids(990, seed=3))
     assert sequence.length == 2990
     check(engine, sequence)
 
@@ -222,7 +222,7 @@ def test_a_read_that_is_broken_off_or_refused_leaves_the_sequence_empty(folder: 
 
 
 def test_without_a_window_one_token_is_left_to_read(folder: Path) -> None:
-    engine = tiny_engine(folder, tiny_cache(window=0), max_context=4000)
+    engine = tiny_engine(folder, tiny_cache(window=0), max_context=4000, prefix_cache=True)
     engine.prefill(random_ids(2560)).free()
     engine.prefill(random_ids(2560)).free()
     assert (engine.timing.reused_tokens, engine.timing.prompt_tokens) == (1280, 1280)
