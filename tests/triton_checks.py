@@ -23,7 +23,7 @@ from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import TritonGpu, labels, loaders, packed, tiles
+from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, packed, raised, tiles
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 
@@ -92,19 +92,19 @@ def assembly_order() -> None:
     The interpreter has none, so its functions are replaced by their portable form, after that exchange.
     """
     portable = {name: getattr(loaders, name) for name in ("planes", "metadata", "meta_halves")}
+    raised_planes = raised.raised_planes
     slow_exp2 = tiles.exp2
 
     def planes(x: tl.tensor, *rest: object) -> object:
-        if rest[-1] == loaders.IN_ORDER:
-            return portable["planes"](x, *rest[:-1], False)
         data = x.handle.data
         swapped = data.reshape(*data.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(data.shape)
         return portable["planes"](tl.tensor(type(x.handle)(swapped, x.handle.dtype), x.type), *rest[:-1], False)
 
     tiles.planes = planes
-    tiles.exp2 = packed.exp2 = lambda x, asm: slow_exp2(x, False)
+    tiles.exp2 = packed.exp2 = label_blocks.exp2 = lambda x, asm: slow_exp2(x, False)
     packed.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
-    labels.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
+    label_blocks.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
+    raised.raised_planes = lambda x, width, asm: raised_planes(x, width, False)
     for method, options in (
         ("labels", {"packed": (1, 2)}),
         ("labels", {"packed": (2,), "key_bits": 4.0, "value_bits": 8.0, "group_size": 32, "size": 64, "span": 100}),
