@@ -28,7 +28,8 @@ from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 64
-LABEL_SHARE, WIDE = 32, 1.5  # tokens at a time, more would spill; warps of 255 registers leave room for 8 instead of 12
+LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
+WIDE = 2.0  # 255 registers, 24 to 50 KB of shared memory: room for about half as many programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +192,12 @@ class TritonGpu:
                 groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
                     q, tables.bases, tables.table, *shared, groups, **forms,
-                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_SHARE, HAS_SPAN=_is_limited(step),
-                    ASM=not self.interpreted, num_warps=warps, num_stages=2,
+                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_NUMBERS // layout.head_size,
+                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=2,
                 )  # fmt: skip
             else:
                 attend_labels_kernel[grid](
-                    q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=warps, num_stages=2
+                    q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=warps, num_stages=1
                 )
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 

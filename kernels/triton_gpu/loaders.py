@@ -73,16 +73,21 @@ def _meta_assembly(selector: str) -> str:
     )
 
 
-def _halves_assembly(scale: str, mid: str) -> str:
-    """Scales, then mids, of two words to pairs of halves with the same value times 2^-8; scales lose their sign."""
+def _halves_assembly(scale: str, mid: str, *, flagged: bool) -> str:
+    """Scales, then mids, of two words to pairs of halves with the same value times 2^-8.
+
+    A byte and its sign eight times over, moved up by seven bits, is the half but for bits of the sign. Scales have none, but
+    those of keys a flag in its place: ``flagged``.
+    """
+    keep = "and.b32 $0, $0, 0x3F803F80; " if flagged else ""
     return (
-        f"{{ .reg .b32 x, u; prmt.b32 x, $2, $3, {scale}; shr.u32 u, x, 1; and.b32 $0, u, 0x3F803F80; "
-        f"prmt.b32 x, $2, $3, {mid}; shr.u32 u, x, 1; and.b32 x, x, 0x80008000; lop3.b32 $1, u, 0x3F803F80, x, 0xEA; }}"
+        f"{{ .reg .b32 x; prmt.b32 x, $2, $3, {scale}; shl.b32 $0, x, 7; {keep}"
+        f"prmt.b32 x, $2, $3, {mid}; shl.b32 x, x, 7; and.b32 $1, x, 0xBF80BF80; }}"
     )
 
 
-ASM_HALVES_LOW = tl.constexpr(_halves_assembly("0x4004", "0x5115"))
-ASM_HALVES_HIGH = tl.constexpr(_halves_assembly("0x6226", "0x7337"))
+ASM_HALVES_LOW = tl.constexpr(_halves_assembly("0xC480", "0xD591", flagged=True))
+ASM_HALVES_HIGH = tl.constexpr(_halves_assembly("0xE6A2", "0xF7B3", flagged=False))
 ASM_META_LOW = tl.constexpr(_meta_assembly("0x1404"))
 ASM_META_HIGH = tl.constexpr(_meta_assembly("0x3424"))
 ASM_FP8_LOW = tl.constexpr("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, lo; }")

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: N803, RET505, RUF005
+# ruff: noqa: N803, RET505
 """Codes as fp16 subnormals that a product with a scale can use: high in the mantissa, in the order of the bytes.
 
 A field at bit b of a half is the number ``field * 2^(b - 24)``, exactly, and a fused multiply-add takes it as it is: no
@@ -70,17 +70,6 @@ def raised(width, plane):
 
 
 @triton.jit
-def load_raised(
-    base, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, BLOCKS: tl.constexpr, SKIP: tl.constexpr,
-    WIDTH: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """``tiles.load_planes`` of ``raised_planes``: plane p, block j is entry ``p * BLOCKS + j``."""
-    at = tl.arange(0, ROWS)[:, None] * ROW + tl.arange(0, COLUMNS)[None, :]
-    by_block = ()
-    for j in tl.static_range(BLOCKS):
-        by_block = by_block + (raised_planes(tl.load(base + (at + j * SKIP)), WIDTH, ASM),)
-    out = ()
-    for p in tl.static_range(len(by_block[0])):
-        for j in tl.static_range(BLOCKS):
-            out = out + (by_block[j][p],)
-    return out
+def load_raised(base, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    """``raised_planes`` of the bytes [ROWS, COLUMNS] at ``base``, rows ROW bytes apart."""
+    return raised_planes(tl.load(base + (tl.arange(0, ROWS)[:, None] * ROW + tl.arange(0, COLUMNS)[None, :])), WIDTH, ASM)
