@@ -22,7 +22,7 @@ from stamp import stamp
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skvq.kernels.triton_gpu import combine, dense, fused, labels, lattice, pack, packed, prepare, unpack
+from skvq.kernels.triton_gpu import combine, dense, fused, label_blocks, labels, lattice, pack, packed, prepare, unpack
 from skvq.kernels.triton_gpu.backend import rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -117,19 +117,27 @@ def other_variants(arch: int) -> list[Variant]:
     meta = 1.0 if arch >= 89 else 256.0
     prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
-    blocks = {**reorder, "GROUPS": 16, "SHARE": 64, "ASM": True}
+    blocks = {**reorder, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
     many = {**blocks, "G": 1, "GROUPS": 32}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
+    halves_too = tensors | {"turn_ptr": HALVES}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, {**prepared, "BY_COLUMN": True, "ASM": True}, 4, 1, halves),
         Variant("combine", combine.combine_kernel, {"D": 128, "BLOCK": 16, "HAS_BASIS": True}, 4, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 3, halves),
-        Variant("reorder K2V2 g64", labels.attend_labels_blocks_kernel, blocks, 2, 2, tensors, 16384, 6.1),
-        Variant("reorder K2V2 g128, 32 heads", labels.attend_labels_blocks_kernel, many, 2, 2, tensors, 16384, 8.6),
+        Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 2, halves_too, 8192, 4.8),
+        Variant("reorder K2V2 g128, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 1, 2, halves_too, 8192, 6.2),
         Variant(
-            "reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 2, tensors, 8192
+            "reorder K4V8 g64",
+            label_blocks.attend_labels_blocks_kernel,
+            {**blocks, "KEY_BITS": 4, "VALUE_BITS": 8},
+            1,
+            2,
+            halves_too,
         ),
+        Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 1, tensors),
+        Variant("reorder K8V2", labels.attend_labels_kernel, {**reorder, "KEY_BITS": 8, "TILE": 128}, 4, 1, tensors),
         Variant("pack", pack.pack_kernel, {**tiled, "QUANTIZED": False}, 4, 1, {}),
         Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
         Variant("lattice", lattice.lattice_kernel, {"D": 128, "G": 2}, 2, 1, {"scale_ptr": BYTES}),
@@ -172,7 +180,9 @@ def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], str]:
 
 
 def inner_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """The longest loop that holds no other."""
+    """The longest loop that holds no other; code behind the last exit only stands in for warps whose lanes have parted."""
+    exits = [i for i, (_, text) in enumerate(instructions) if "EXIT" in text]
+    instructions = instructions[: exits[-1] + 1]
     loops = []
     for address, text in instructions:
         target = re.search(r"BRA.*?0x([0-9a-f]+)", text)

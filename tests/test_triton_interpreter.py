@@ -20,6 +20,7 @@ QUICK = [
     "attend_spans",
     "attend_others",
     "attend_formats",
+    "label_ranges",
     "normal_planes",
     "invariants",
     "packing",

@@ -23,7 +23,7 @@ from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import TritonGpu, labels, loaders, packed, tiles
+from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, packed, raised, tiles
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 
@@ -86,25 +86,49 @@ def attend_others() -> None:
     check_attend("plain", packed=(0, 2), span=200, queries=3, dtype=torch.bfloat16, size=64)
 
 
+def label_ranges() -> None:
+    """Units of groups far apart, and the largest scales that E4M3 holds: nothing overflows a half or is lost in it."""
+    gen = torch.Generator().manual_seed(3)
+    for value_bits, exponents, factor in ((2.0, (-6, 6), 1.0), (8.0, (-6, 6), 1.0), (2.0, (-9, -8), 896.0)):
+        case = make_case(packed=(2,), group_size=64, value_bits=value_bits)
+        keys, values = (
+            dataclasses.replace(side, unit=torch.exp2(torch.randint(*exponents, side.unit.shape, generator=gen).float()))
+            for side in (case.labels.keys, case.labels.values)
+        )
+        data = case.pages.meta.view(torch.uint8).view(-1, 4)
+        flags = (data & torch.tensor([0x80, 0, 0, 0])).to(torch.uint8)
+        numbers = reference.e4m3_decode(data & torch.tensor([0x7F, 0xFF, 0xFF, 0xFF], dtype=torch.uint8)) * factor
+        meta = (reference.e4m3_encode(numbers) | flags).view(torch.int32).view(case.pages.meta.shape)
+        case = dataclasses.replace(
+            case, labels=dataclasses.replace(case.labels, keys=keys, values=values),
+            pages=dataclasses.replace(case.pages, meta=meta),
+        )  # fmt: skip
+        out, _ = backend().attend_labels(case.q, *arguments(case, "labels"))
+        exact, _ = reference.attend_labels(case.q.float(), *arguments(case, "labels"))
+        error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, "labels")
+        print(f"labels {value_bits} {exponents} {factor}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
+        assert error <= allowed, (value_bits, exponents, error, allowed)
+
+
 def assembly_order() -> None:
     """The kernels as compiled for a GPU, where loaders exchange bytes 1 and 2 of every four; all but the assembly itself.
 
     The interpreter has none, so its functions are replaced by their portable form, after that exchange.
     """
     portable = {name: getattr(loaders, name) for name in ("planes", "metadata", "meta_halves")}
+    raised_planes = raised.raised_planes
     slow_exp2 = tiles.exp2
 
     def planes(x: tl.tensor, *rest: object) -> object:
-        if rest[-1] == loaders.IN_ORDER:
-            return portable["planes"](x, *rest[:-1], False)
         data = x.handle.data
         swapped = data.reshape(*data.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(data.shape)
         return portable["planes"](tl.tensor(type(x.handle)(swapped, x.handle.dtype), x.type), *rest[:-1], False)
 
     tiles.planes = planes
-    tiles.exp2 = packed.exp2 = lambda x, asm: slow_exp2(x, False)
+    tiles.exp2 = packed.exp2 = label_blocks.exp2 = lambda x, asm: slow_exp2(x, False)
     packed.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
-    labels.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
+    label_blocks.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
+    raised.raised_planes = lambda x, width, asm: raised_planes(x, width, False)
     for method, options in (
         ("labels", {"packed": (1, 2)}),
         ("labels", {"packed": (2,), "key_bits": 4.0, "value_bits": 8.0, "group_size": 32, "size": 64, "span": 100}),
@@ -363,7 +387,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants, packing, odd_shapes,
-        fused_operations, lattice, assembly_order, decode_steps, on_a_card,
+        fused_operations, lattice, label_ranges, assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from skvq.kernels.layout import LEVELS, PAGE_TOKENS
 from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
-from skvq.kernels.triton_gpu.labels import attend_labels_blocks_kernel, attend_labels_kernel
+from skvq.kernels.triton_gpu.label_blocks import attend_labels_blocks_kernel
+from skvq.kernels.triton_gpu.labels import attend_labels_kernel
 from skvq.kernels.triton_gpu.lattice import quantize_side
 from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
@@ -26,7 +28,8 @@ from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 64
-LABEL_WARPS, LABEL_SHARE = 2, 64  # a warp of 32 tokens would spill
+LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
+WIDE = 2.0  # 255 registers, 24 to 50 KB of shared memory: room for about half as many programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +171,15 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             return reference.attend_labels(q, pages, codec, full, step)
         columns = self._check(q, layout.kv_heads, layout.head_size, full, step)
-        splits = self._splits(columns, step, layout.tile, warps=LABEL_WARPS)
+        bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
+        # keys of 8 bits want float32
+        fast = layout.tile == 128 and bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)
+        warps = 1 if fast else 4
+        splits = self._splits(columns, step, layout.tile, warps * WIDE)
         part, stat = self._partials("packed", columns, q, splits)
         if splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
-            bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
-            fast = bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)  # keys of 8 bits want float32
             shared = (
                 pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
@@ -183,16 +188,16 @@ class TritonGpu:
             )  # fmt: skip
             grid = (columns.heads, splits, q.shape[0] * columns.chunks)
             forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
-            if fast and layout.tile == 128:
+            if fast:
                 groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
-                    q, tables.turn[6:], tables.table, *shared, groups, **forms,
-                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_SHARE, ASM=not self.interpreted,
-                    num_warps=LABEL_WARPS, num_stages=2,
+                    q, tables.bases, tables.table, *shared, groups, **forms,
+                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_NUMBERS // layout.head_size,
+                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=2,
                 )  # fmt: skip
             else:
                 attend_labels_kernel[grid](
-                    q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=4, num_stages=2
+                    q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=warps, num_stages=1
                 )
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 
@@ -325,10 +330,10 @@ class TritonGpu:
         assert full.positions.stride(1) == 1 and full.positions.dtype == torch.int32, full.positions.dtype
         return Columns.of(q, kv_heads)
 
-    def _splits(self, columns: Columns, step: Step, tile: int, warps: int = 1) -> int:
+    def _splits(self, columns: Columns, step: Step, tile: int, warps: float = 1) -> int:
         """Splits that fill the device once, of at least two tiles; known to the host, whatever the lengths turn out."""
         tiles = -(-step.max_packed // tile)
-        wanted = -(-self.programs // (warps * columns.heads * columns.chunks * len(step.slots)))
+        wanted = math.ceil(self.programs / (warps * columns.heads * columns.chunks * len(step.slots)))
         return min(wanted, -(-tiles // 2), MAX_SPLITS)
 
     def _partials(self, name: str, columns: Columns, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,7 @@ assembly forms take four bytes b0..b3 as one word and cut it into the 16-bit lan
 come out with **bytes 1 and 2 of every four exchanged** (``perm4``). Both contractions absorb that for nothing: rows of q are
 stored in that order (keys), tokens of the scores are loaded in that order (values). That is right only where four registers
 hold four neighbours of a row, which is the compiler's choice: ``tests/test_ptx.py`` sees what it chose. The portable form
-(``ASM`` false: the interpreter has no assembly) keeps the order of the bytes, and so does ``ASM`` = ``IN_ORDER``, for one
-instruction more a word: right wherever the bytes lie.
+(``ASM`` false: the interpreter has no assembly) keeps the order of the bytes.
 
 Planes of 2 bits may be CUMULATIVE, a field with all below it, ``x & (4^(p+1) - 1)``: one mask less a word; it is undone by
 differences of q (keys) or of accumulators (values). Planes of trits are the prefixes ``D_k = 3 D_(k-1) + t_k`` =
@@ -25,22 +24,16 @@ import triton
 import triton.language as tl
 
 
-def _mask_assembly(bits: int, cumulative: bool, exponent: int = 0, *, in_order: bool = False) -> str:
-    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane, ``exponent`` put above each.
-
-    in_order: the lower two bytes, then the upper two.
-    """
+def _mask_assembly(bits: int, cumulative: bool, exponent: int = 0) -> str:
+    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane, ``exponent`` put above each."""
     planes = 8 // bits
-    if in_order:
-        lines = [f"prmt.b32 even, ${2 * planes}, 0, 0x4140;", f"prmt.b32 odd, ${2 * planes}, 0, 0x4342;"]
-    else:
-        lines = [f"prmt.b32 odd, ${2 * planes}, 0, 0x4341;", f"and.b32 even, ${2 * planes}, 0x00FF00FF;"]
+    lines = [f"prmt.b32 odd, ${2 * planes}, 0, 0x4341;", f"and.b32 even, ${2 * planes}, 0x00FF00FF;"]
     for p in range(planes):
         low = 0 if cumulative else bits * p
         mask = ((1 << bits * (p + 1)) - (1 << low)) * 0x00010001
         for lane, name in enumerate(("even", "odd")):
             # the word itself serves the even lanes: the mask cuts the neighbour off as well
-            source = f"${2 * planes}" if name == "even" and not in_order else name
+            source = f"${2 * planes}" if name == "even" else name
             if exponent:
                 line = f"lop3.b32 ${2 * p + lane}, {source}, 0x{mask:08X}, 0x{exponent * 0x00010001:08X}, 0xEA;"
             elif mask == 0x00FF00FF:
@@ -69,10 +62,6 @@ ASM_1_NORMAL = tl.constexpr(_mask_assembly(1, False, 0x6400))
 ASM_2_NORMAL = tl.constexpr(_mask_assembly(2, False, 0x6400))
 ASM_4_NORMAL = tl.constexpr(_mask_assembly(4, False, 0x6400))
 ASM_8_NORMAL = tl.constexpr(_mask_assembly(8, False, 0x6400))
-ASM_2_NORMAL_IN_ORDER = tl.constexpr(_mask_assembly(2, False, 0x6400, in_order=True))
-ASM_4_NORMAL_IN_ORDER = tl.constexpr(_mask_assembly(4, False, 0x6400, in_order=True))
-ASM_8_NORMAL_IN_ORDER = tl.constexpr(_mask_assembly(8, False, 0x6400, in_order=True))
-IN_ORDER = tl.constexpr(2)
 ASM_TRIT = tl.constexpr(_trit_assembly())
 
 
@@ -84,16 +73,21 @@ def _meta_assembly(selector: str) -> str:
     )
 
 
-def _halves_assembly(scale: str, mid: str) -> str:
-    """Scales, then mids, of two words to pairs of halves with the same value times 2^-8; scales lose their sign."""
+def _halves_assembly(scale: str, mid: str, *, flagged: bool) -> str:
+    """Scales, then mids, of two words to pairs of halves with the same value times 2^-8.
+
+    A byte and its sign eight times over, moved up by seven bits, is the half but for bits of the sign. Scales have none, but
+    those of keys a flag in its place: ``flagged``.
+    """
+    keep = "and.b32 $0, $0, 0x3F803F80; " if flagged else ""
     return (
-        f"{{ .reg .b32 x, u; prmt.b32 x, $2, $3, {scale}; shr.u32 u, x, 1; and.b32 $0, u, 0x3F803F80; "
-        f"prmt.b32 x, $2, $3, {mid}; shr.u32 u, x, 1; and.b32 x, x, 0x80008000; lop3.b32 $1, u, 0x3F803F80, x, 0xEA; }}"
+        f"{{ .reg .b32 x; prmt.b32 x, $2, $3, {scale}; shl.b32 $0, x, 7; {keep}"
+        f"prmt.b32 x, $2, $3, {mid}; shl.b32 x, x, 7; and.b32 $1, x, 0xBF80BF80; }}"
     )
 
 
-ASM_HALVES_LOW = tl.constexpr(_halves_assembly("0x4004", "0x5115"))
-ASM_HALVES_HIGH = tl.constexpr(_halves_assembly("0x6226", "0x7337"))
+ASM_HALVES_LOW = tl.constexpr(_halves_assembly("0xC480", "0xD591", flagged=True))
+ASM_HALVES_HIGH = tl.constexpr(_halves_assembly("0xE6A2", "0xF7B3", flagged=False))
 ASM_META_LOW = tl.constexpr(_meta_assembly("0x1404"))
 ASM_META_HIGH = tl.constexpr(_meta_assembly("0x3424"))
 ASM_FP8_LOW = tl.constexpr("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, lo; }")
@@ -142,10 +136,8 @@ def _planes_2(x, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constex
                 ASM_2_CUMULATIVE, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
             )  # fmt: skip
         else:
-            tl.static_assert(NORMAL or ASM != IN_ORDER)
-            ordered: tl.constexpr = ASM_2_NORMAL_IN_ORDER if ASM == IN_ORDER else ASM_2_NORMAL
             return tl.inline_asm_elementwise(
-                ordered if NORMAL else ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                ASM_2_NORMAL if NORMAL else ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True, pack=4,
             )  # fmt: skip
     else:
@@ -158,10 +150,8 @@ def _planes_2(x, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constex
 @triton.jit
 def _planes_4(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
-        tl.static_assert(NORMAL or ASM != IN_ORDER)
-        ordered: tl.constexpr = ASM_4_NORMAL_IN_ORDER if ASM == IN_ORDER else ASM_4_NORMAL
         return tl.inline_asm_elementwise(
-            ordered if NORMAL else ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            ASM_4_NORMAL if NORMAL else ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
         return (_half(x & 0x0F, NORMAL), _half(x & 0xF0, NORMAL))
@@ -170,9 +160,8 @@ def _planes_4(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _planes_8(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
     if ASM:
-        tl.static_assert(NORMAL or ASM != IN_ORDER)
-        ordered: tl.constexpr = ASM_8_NORMAL_IN_ORDER if ASM == IN_ORDER else ASM_8_NORMAL
-        return (tl.inline_asm_elementwise(ordered if NORMAL else ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
+        asm: tl.constexpr = ASM_8_NORMAL if NORMAL else ASM_8
+        return (tl.inline_asm_elementwise(asm, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
     else:
         return (_half(x, NORMAL),)
 

@@ -30,7 +30,7 @@ class RopeTables:
     """Sines and cosines for kernels, cos then sin in each row of D.
 
     ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``places`` float32 [tile, D]: of
-    every place in a tile; ``table``: the same in float16.
+    every place in a tile; ``bases``, ``table``: those of the tiles and of the places in float16.
     """
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
@@ -40,6 +40,7 @@ class RopeTables:
         count = torch.arange(max(6, tile, tiles), dtype=torch.float64, device=rope.inv_freq.device)
         base = torch.cat([count[:6] * 32, count[:tiles] * tile])[:, None] * rope.inv_freq
         self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()
+        self.bases = self.turn[6:].half()
         place = count[:tile, None] * rope.inv_freq
         self.places = torch.cat([place.cos(), place.sin()], 1).float().contiguous()
         self.table = self.places.half()

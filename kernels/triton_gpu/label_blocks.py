@@ -1,0 +1,244 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, RET505, RUF005
+"""Decode attention of method ``reorder`` in half precision, for the bit widths and the tile that matter.
+
+Instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.67. Bytes to codes 0.8; scales and mids to their
+channels on the tensor core 0.5, applied to the codes 0.5; keys turned 0.5, sines and cosines read 0.13; one-hot matrices read
+0.13; both contractions 0.13; metadata of all groups, which every kv head reads, 0.55; queries turned back 0.2; softmax 0.45;
+addresses, copies and moves the rest. So the limit of 2.6 for keys before RoPE is out of reach where a group may have any
+channel. Shared memory, 31 KB, half of it one-hot matrices, leaves room for five programs on a multiprocessor of an A100 and
+for seven on one of an H100.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.loaders import meta_halves
+from skvq.kernels.triton_gpu.prepare import LOG2E
+from skvq.kernels.triton_gpu.raised import load_raised, raised
+from skvq.kernels.triton_gpu.tiles import NEVER, exp2, zero_rows
+
+
+@triton.constexpr_function
+def first_channel(n, planes, blocks, each):
+    """First channel of entry ``n`` when the planes of a block follow each other, then those of the next block."""
+    return (n % planes * blocks + n // planes) * each
+
+
+@triton.jit
+def inverse(x):
+    """1 / x of a power of two."""
+    return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def one_hot(label, weight, G: tl.constexpr):
+    """[channels, G] fp16: ``weight`` where a channel's label is the column, else 0; a power of two, hence exact."""
+    return tl.where(tl.arange(0, G)[None, :] == label[:, None], weight, 0.0).to(tl.float16)
+
+
+@triton.jit
+def raw_place(i, ASM: tl.constexpr):
+    """Where ``in_place`` finds the number of place ``i``: a dot that brings it out there needs no exchange of lanes."""
+    if ASM:
+        return (i & -16) | (((i >> 1) & 3) << 2) | (((i >> 3) & 1) << 1) | (i & 1)
+    else:
+        return i
+
+
+@triton.jit
+def in_place(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
+    """``x`` [ROWS, COLUMNS] with its columns, made in the order of ``raw_place``, in their own order.
+
+    A lane of a sum of the tensor core holds columns (2c, 2c+1) and (8+2c, 9+2c) of sixteen, of an operand made from bytes
+    4c .. 4c+3. Columns exchanged accordingly, the sum is an operand where it stands.
+    """
+    if ASM:
+        x = tl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2])
+        return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [ROWS, COLUMNS])
+    else:
+        return x
+
+
+@triton.jit
+def in_raw(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
+    """The inverse of ``in_place``."""
+    if ASM:
+        x = tl.reshape(x, [ROWS, COLUMNS // 16, 4, 2, 2])
+        return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [ROWS, COLUMNS])
+    else:
+        return x
+
+
+@triton.jit
+def spread(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
+    """``a b`` in fp16, one term of each sum not zero."""
+    if ASM:
+        return in_place(tl.dot(a, b, out_dtype=tl.float16), ROWS, COLUMNS, ASM)
+    else:
+        return tl.dot(a, b).to(tl.float16)
+
+
+@triton.jit
+def turn_back(q_blocks, base, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, NH: tl.constexpr):
+    """Queries at COUNT channels from FIRST on and at those D / 2 further, turned back by the angles at ``base``.
+
+    In parts of 16 channels, all a warp holds without an exchange of lanes.
+    """
+    H: tl.constexpr = D // 2
+    at = base + FIRST + tl.arange(0, 16)[:, None] + tl.zeros([1, NH], tl.int32)
+    a = ()
+    b = ()
+    for n in tl.static_range(COUNT // 16):
+        cos, sin = tl.load(at + n * 16), tl.load(at + n * 16 + H)
+        qa, qb = q_blocks[FIRST // 16 + n], q_blocks[(FIRST + H) // 16 + n]
+        a = a + (qa * cos + qb * sin,)
+        b = b + (qb * cos - qa * sin,)
+    return one_above(a, COUNT, NH), one_above(b, COUNT, NH)
+
+
+@triton.jit
+def one_above(parts, ROWS: tl.constexpr, NH: tl.constexpr):
+    """One tensor [ROWS, NH] of one or two parts."""
+    if len(parts) == 1:
+        return parts[0]
+    else:
+        return tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (2, 0, 1)), [ROWS, NH])
+
+
+@triton.jit
+def attend_labels_blocks_kernel(
+    q_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, key_unit_ptr, value_unit_ptr, key_label_ptr, value_label_ptr,
+    part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
+    stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
+    stride_pages_slot, heads, chunks, queries, repeat, span, columns, rope_scale, all_groups,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, GROUPS: tl.constexpr,
+    SHARE: tl.constexpr, HAS_SPAN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """``attend_labels_kernel`` for codes of 2 and 4 bits, values also of 8, in tiles of 128, SHARE tokens at a time.
+
+    A dot with a one-hot matrix of the labels brings scales and mids to their channels, already in the lanes where the tensor
+    core wants the codes (``in_place``): a pair of codes takes a fused multiply-add for its scale and mid, and a pair of keys
+    two for its turn, all in half precision: keys of 8 bits would lose their last. Keys are counted in 2^13 times the larger
+    unit of a turned pair, values in their own units: q and the sums make up for it, so that 16 bits hold what E4M3 does.
+    One warp owns a program. GROUPS: groups of all kv heads, rounded up to a power of two, at least 16.
+    """
+    TILE: tl.constexpr = 128
+    H: tl.constexpr = D // 2
+    KEY_ROW: tl.constexpr = D * KEY_BITS // 8
+    VALUE_ROW: tl.constexpr = D * VALUE_BITS // 8
+    KEY_EACH: tl.constexpr = KEY_ROW if KEY_ROW < 32 else 32
+    VALUE_EACH: tl.constexpr = VALUE_ROW if VALUE_ROW < 32 else 32
+    HALVES: tl.constexpr = H // KEY_EACH
+    PAIRS: tl.constexpr = 4 // KEY_BITS  # planes of channels below H; those of the channels they are turned with follow
+    PLANES: tl.constexpr = 8 // VALUE_BITS
+    KEY_BLOCKS: tl.constexpr = KEY_ROW // KEY_EACH
+    VALUE_BLOCKS: tl.constexpr = VALUE_ROW // VALUE_EACH
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
+    chunk = tl.program_id(2) % chunks
+    column = chunk * NH + tl.arange(0, NH)
+    query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
+    real = column < queries * repeat
+    now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
+    oldest = now - span + 1
+    tiles = tl.load(packed_ptr + row) // TILE
+    begin = 0
+    if HAS_SPAN:
+        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // TILE, tiles)
+    per_split = tl.cdiv(tiles - begin, tl.num_programs(1))
+    start = begin + split * per_split
+    stop = tl.minimum(start + per_split, tiles)
+    row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
+    e = tl.arange(0, 16)
+    raw_e = raw_place(tl.arange(0, KEY_EACH), ASM)
+    t = tl.arange(0, SHARE)
+    group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
+    place = (group // G) * stride_meta_head + (group % G) * TILE
+    unit = tl.max(tl.load(key_unit_ptr + tl.load(key_label_ptr + head * D + tl.arange(0, D))), 0)
+    scale = unit * 8192.0
+    scale_hot = ()
+    mid_hot = ()
+    q_blocks = ()
+    for n in tl.static_range(D // KEY_EACH):
+        channel = first_channel(n % HALVES, PAIRS, KEY_BLOCKS, KEY_EACH) + raw_e
+        label = tl.load(key_label_ptr + head * D + n // HALVES * H + channel)
+        other = tl.load(key_label_ptr + head * D + (1 - n // HALVES) * H + channel)
+        mine = tl.load(key_unit_ptr + label)
+        larger = tl.maximum(mine, tl.load(key_unit_ptr + other))
+        part = (mine * inverse(larger))[:, None]
+        lift = part * (2.0**-5 / raised(KEY_BITS, n % PAIRS + n // HALVES * PAIRS))
+        scale_hot = scale_hot + (tl.trans(one_hot(label, lift, GROUPS)),)
+        mid_hot = mid_hot + (tl.trans(one_hot(label, part * 2.0**-5, GROUPS)),)
+    for b in tl.static_range(D // 16):
+        label = tl.load(key_label_ptr + head * D + b * 16 + e)
+        other = tl.load(key_label_ptr + head * D + (b * 16 + H) % D + e)
+        larger = tl.maximum(tl.load(key_unit_ptr + label), tl.load(key_unit_ptr + other)) * inverse(unit)
+        q = tl.load(q_ptr + query[None, :] * D + (b * 16 + e)[:, None], mask=real[None, :], other=0.0)
+        q_blocks = q_blocks + ((q.to(tl.float32) * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
+    value_hot = ()
+    value_mid_hot = ()
+    for n in tl.static_range(D // VALUE_EACH):
+        channel = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
+        label = tl.load(value_label_ptr + head * D + channel)
+        value_hot = value_hot + (one_hot(label, 32768.0, GROUPS),)
+        value_mid_hot = value_mid_hot + (one_hot(label, 32768.0 * raised(VALUE_BITS, n % PLANES), GROUPS),)
+    m_i = tl.full([NH], NEVER, tl.float32)
+    l_i = tl.zeros([NH], tl.float32)
+    sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH)
+    for step in range(start * (TILE // SHARE), stop * (TILE // SHARE)):
+        i = step // (TILE // SHARE)
+        share = step % (TILE // SHARE)
+        page = tl.load(row_ptr + i // 10).to(tl.int64)
+        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % 10) * (TILE * KEY_ROW) + share * SHARE * KEY_ROW
+        value = value_ptr + page * stride_value_page + head * stride_value_head + (i % 10) * (TILE * VALUE_ROW) + share * SHARE
+        meta = meta_ptr + page * stride_meta_page + (i % 10) * (G * TILE) + share * SHARE
+        flag = tl.load(meta + t) & 0x80
+        words = tl.load(meta + place[:, None] + t[None, :])  # [GROUPS, SHARE]
+        ks, km = meta_halves(tl.trans(words), False, ASM)  # times 2^-8
+        km += ks * (0.5 - 2 ** (KEY_BITS - 1))
+        x = tl.zeros([SHARE, NH], tl.float32)
+        code = ()
+        for n in tl.static_range(HALVES):
+            if n % PAIRS == 0:
+                code = load_raised(key + n // PAIRS * KEY_EACH, SHARE, KEY_EACH, KEY_ROW, KEY_BITS, ASM)
+            ka = code[n % PAIRS] * spread(ks, scale_hot[n], SHARE, KEY_EACH, ASM)
+            ka += spread(km, mid_hot[n], SHARE, KEY_EACH, ASM)
+            kb = code[n % PAIRS + PAIRS] * spread(ks, scale_hot[n + HALVES], SHARE, KEY_EACH, ASM)
+            kb += spread(km, mid_hot[n + HALVES], SHARE, KEY_EACH, ASM)
+            channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)
+            angle = table_ptr + (share * SHARE + t)[:, None] * D + channel[None, :]
+            cos, sin = tl.load(angle), tl.load(angle + H)
+            ra, rb = turn_back(q_blocks, turn_ptr + i * D, first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH), KEY_EACH, D, NH)
+            x = tl.dot(ka * cos - kb * sin, ra, x)
+            x = tl.dot(kb * cos + ka * sin, rb, x)
+        x = tl.where((flag != 0)[:, None], NEVER, x)
+        if HAS_SPAN:
+            x = tl.where(t[:, None] < (oldest - step * SHARE)[None, :], NEVER, x)
+        m_new = tl.maximum(m_i, tl.max(x, 0))
+        alpha = exp2((m_i - m_new) * scale, ASM)
+        weights = exp2(x * scale - (tl.where(m_new > NEVER * 0.5, m_new, 0.0) * scale)[None, :], ASM)
+        l_i = l_i * alpha + tl.sum(weights, 0)
+        m_i = m_new
+        weights = weights.to(tl.float16)
+        vs, vm = meta_halves(words, True, ASM)
+        vm += vs * (0.5 - 2 ** (VALUE_BITS - 1))
+        vs, vm = in_raw(vs, GROUPS, SHARE, ASM), in_raw(vm, GROUPS, SHARE, ASM)
+        new = ()
+        for n in tl.static_range(D // VALUE_EACH):
+            if n % PLANES == 0:
+                code = load_raised(value + n // PLANES * (VALUE_EACH * TILE), VALUE_EACH, SHARE, TILE, VALUE_BITS, ASM)
+            v = code[n % PLANES] * spread(value_hot[n], vs, VALUE_EACH, SHARE, ASM)
+            v += spread(value_mid_hot[n], vm, VALUE_EACH, SHARE, ASM)
+            new = new + (tl.dot(v, weights, sums[n] * alpha[None, :]),)
+        sums = new
+    out = ((row * heads + head) * columns + column).to(tl.int64) * tl.num_programs(1) + split
+    inside = column < columns
+    for n in tl.static_range(D // VALUE_EACH):
+        d = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
+        y = sums[n] * (2.0**-7 / raised(VALUE_BITS, n % PLANES))
+        y *= tl.load(value_unit_ptr + tl.load(value_label_ptr + head * D + d))[:, None]
+        tl.store(part_ptr + out[None, :] * D + d[:, None], y, mask=inside[None, :])
+    tl.store(stat_ptr + out * 2, tl.where(m_i > NEVER * 0.5, m_i * scale, NEVER), mask=inside)
+    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)

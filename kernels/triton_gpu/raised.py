@@ -1,0 +1,75 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, RET505
+"""Codes as fp16 subnormals that a product with a scale can use: high in the mantissa, in the order of the bytes.
+
+A field at bit b of a half is the number ``field * 2^(b - 24)``, exactly, and a fused multiply-add takes it as it is: no
+exponent is put above it and taken off again. At bit 4 and above, times a scale below 2^16, it keeps the bits of a half. The
+order of the bytes is kept: they are no neighbours where registers follow the sums of a tensor core.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.loaders import REGS_2, REGS_4, REGS_8
+
+
+def _raised_assembly(bits: int) -> str:
+    """Planes of the four bytes of a word: a pair of halves of its lower two, then of its upper two, a plane."""
+    count = 8 // bits
+    lines = []
+    for name, selector in (("low", "0x4140"), ("high", "0x4342")):
+        lines += [f"prmt.b32 {name}, ${2 * count}, 0, {selector};", f"shl.b32 {name}_up, {name}, {3 if bits == 8 else 4};"]
+    for p in range(count):
+        mask = ((1 << bits) - 1 << (3 if bits == 8 else 4 + bits * p % 4)) * 0x00010001
+        for lane, name in enumerate(("low", "high")):
+            lines.append(f"and.b32 ${2 * p + lane}, {name if bits * p >= 4 else name + '_up'}, 0x{mask:08X};")
+    return "{ .reg .b32 low, high, low_up, high_up; " + " ".join(lines) + " }"
+
+
+ASM_2 = tl.constexpr(_raised_assembly(2))
+ASM_4 = tl.constexpr(_raised_assembly(4))
+ASM_8 = tl.constexpr(_raised_assembly(8))
+
+
+@triton.jit
+def raised_planes(x, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    """Tuple of fp16 planes of the bytes ``x``, fields of 2, 4 or 8 bits: plane p holds ``field_p * raised(WIDTH, p)``."""
+    if WIDTH == 2:
+        if ASM:
+            return tl.inline_asm_elementwise(
+                ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4
+            )
+        else:
+            w = x.to(tl.uint16)
+            return _half(w << 4 & 0x30), _half(w << 4 & 0xC0), _half(w & 0x30), _half(w & 0xC0)
+    elif WIDTH == 4:
+        if ASM:
+            return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
+        else:
+            w = x.to(tl.uint16)
+            return _half(w << 4 & 0xF0), _half(w & 0xF0)
+    else:
+        tl.static_assert(WIDTH == 8)
+        if ASM:
+            return (tl.inline_asm_elementwise(ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
+        else:
+            return (_half(x.to(tl.uint16) << 3),)
+
+
+@triton.jit
+def _half(x):
+    return x.to(tl.float16, bitcast=True)
+
+
+@triton.constexpr_function
+def raised(width, plane):
+    """What the last bit of a field of plane ``plane`` stands for in ``raised_planes``, a power of two."""
+    return 2.0 ** ((3 if width == 8 else 4 + width * plane % 4) - 24)
+
+
+@triton.jit
+def load_raised(base, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr, ASM: tl.constexpr):
+    """``raised_planes`` of the bytes [ROWS, COLUMNS] at ``base``, rows ROW bytes apart."""
+    return raised_planes(tl.load(base + (tl.arange(0, ROWS)[:, None] * ROW + tl.arange(0, COLUMNS)[None, :])), WIDTH, ASM)
