@@ -32,5 +32,5 @@ def calibrate(**options: Any) -> None:
     header = engine.calibrate(
         cache, corpus, output, corpus_name=BUILT_IN if text is None else text, tokens=options["tokens"], seed=options["seed"]
     )
-    chosen = "" if header.bits_budget is None else f"; bits by layer|head: {bits_text(header.layer_bits)}"
+    chosen = "" if header.bits_budget is None else f"; bits by layer: {bits_text(header.layer_bits)}"
     click.echo(f"skvq: wrote {output} ({header.method}, {header.tokens:,} tokens of {header.corpus}{chosen})", err=True)
