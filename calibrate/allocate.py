@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from skvq.engine.config import LayerWidths
 from skvq.kernels.layout import stored_bits
 
 STEPS = 5
@@ -47,6 +48,17 @@ def choose_bits(losses: Sequence[Sequence[float]], widths: Sequence[float], code
         chosen.append(float(widths[pick]))
         left -= sizes[pick]
     return tuple(reversed(chosen))
+
+
+def as_layer_bits(chosen: Sequence[float], heads: int) -> tuple[LayerWidths, ...]:
+    """``CacheConfig.layer_bits`` from widths item by item: keys and values of the first of ``heads`` heads, of the second, ...
+
+    >>> as_layer_bits([2.0, 1.5, 3.0, 2.0], 2), as_layer_bits([2.0, 1.5, 3.0, 2.0], 1)
+    ((((2.0, 1.5), (3.0, 2.0)),), ((2.0, 1.5), (3.0, 2.0)))
+    """
+    pairs = tuple(zip(chosen[::2], chosen[1::2], strict=True))
+    layers = (pairs[at : at + heads] for at in range(0, len(pairs), heads))
+    return tuple(layer[0] if len(set(layer)) == 1 else layer for layer in layers)
 
 
 def fullest(items: int, widths: Sequence[float], code_bits: float) -> tuple[float, ...]:

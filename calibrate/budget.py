@@ -8,20 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from skvq.calibrate.allocate import choose_bits
+from skvq.calibrate.allocate import as_layer_bits, choose_bits
 from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.pages import through_pages
-from skvq.calibrate.run import Progress, fit_layer, recorded, stacked
+from skvq.calibrate.run import Progress, fit_layer, mixed, recorded, stacked
 from skvq.calibrate.sensitivity import PROBE_TOKENS, Probe, Store
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
-from skvq.engine.config import BITS, CacheConfig, ModelConfig
+from skvq.engine.config import BITS, CacheConfig, LayerWidths, ModelConfig
 from skvq.engine.model import Model
 from skvq.kernels.interface import Backend, RopeFrequencies
 
 FIT_WORK, HEAD_WORK = 4, 4
 """Cost of fitting a layer at one width, and of the answers of a probe, in passes of the probe through one layer."""
-
-LayerBits = tuple[tuple[float, float], ...]
 
 
 def candidates(code_bits: float) -> tuple[float, ...]:
@@ -36,12 +34,18 @@ def candidates(code_bits: float) -> tuple[float, ...]:
 def budget_work(model: ModelConfig, texts: Tensor, config: CacheConfig) -> float:
     """What ``calibrate_budget`` will report as progress."""
     widths = len(candidates(config.code_bits))
-    return sum(_layer_work(model, texts, widths, layer) for layer in range(model.num_layers))
+    return sum(_layer_work(model, texts, widths, len(_parts(model, config)), layer) for layer in range(model.num_layers))
 
 
-def _layer_work(model: ModelConfig, texts: Tensor, widths: int, layer: int) -> float:
+def _layer_work(model: ModelConfig, texts: Tensor, widths: int, parts: int, layer: int) -> float:
     to_the_end = model.num_layers - layer + HEAD_WORK
-    return texts.numel() / PROBE_TOKENS + (FIT_WORK + 2) * widths + 2 * to_the_end
+    return texts.numel() / PROBE_TOKENS + (FIT_WORK + 2 * parts) * widths + 2 * to_the_end
+
+
+def _parts(model: ModelConfig, config: CacheConfig) -> list[slice]:
+    """Kv heads of a layer whose bits are chosen together."""
+    heads = model.num_kv_heads
+    return [slice(head, head + 1) for head in range(heads)] if config.by_head else [slice(0, heads)]
 
 
 @torch.no_grad()
@@ -55,8 +59,8 @@ def calibrate_budget(
     seed: int,
     progress: Progress,
     outliers: OutlierTokens,
-) -> tuple[LayerBits, dict[str, Tensor]]:
-    """Bits of each layer within ``config.bits_budget``, and the tensors of ``engine.codecs`` at those bits.
+) -> tuple[tuple[LayerWidths, ...], dict[str, Tensor]]:
+    """Bits of each layer, or of each of its kv heads, within ``config.bits_budget``, and tensors of ``engine.codecs`` at those.
 
     texts int64 [S, T]; the last of them is the probe: how values are read back is fitted on others. ``progress`` comes to
     ``budget_work``. Memory as ``calibrate`` says, with the tensors of every layer at every width, and the probe's.
@@ -65,23 +69,20 @@ def calibrate_budget(
     widths = candidates(config.code_bits)
     probe = Probe(model, frequencies, texts[-1][:PROBE_TOKENS].to(model.weights.embedding.device), config.window)
     fits: list[dict[float, dict[str, Tensor]]] = []
-    losses: list[list[float]] = []  # keys and values of the first layer, of the second, ...
+    losses: list[list[float]] = []  # keys and values of the first head (or layer), of the second, ...
+    parts = _parts(model.config, config)
     for stats in recorded(model, frequencies, texts, outliers):
         fitted = {bits: fit_layer(stats, frequencies, config.with_bits(bits, bits), backend, seed) for bits in widths}
         del stats  # before the next layer's are made
         stores = {b: _store(t, config.with_bits(b, b), model.config, frequencies, backend) for b, t in fitted.items()}
-        losses += probe.losses(stores)
+        losses += probe.losses(stores, parts)
         probe.advance()
-        progress(_layer_work(model.config, texts, len(widths), len(fits)))
+        progress(_layer_work(model.config, texts, len(widths), len(parts), len(fits)))
         fits.append(fitted)
-    chosen = choose_bits(losses, widths, config.code_bits)
-    layer_bits = tuple(zip(chosen[::2], chosen[1::2], strict=True))
-    return layer_bits, stacked([_mixed(fit[k], fit[v]) for fit, (k, v) in zip(fits, layer_bits, strict=True)])
-
-
-def _mixed(of_keys: Mapping[str, Tensor], of_values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors, those of keys from one fit and those of values from another: neither depends on the other side."""
-    return {name: (of_keys if name.startswith(("key_", "query_")) else of_values)[name] for name in of_keys}
+    layer_bits = as_layer_bits(choose_bits(losses, widths, config.code_bits), len(parts))
+    chosen = replace(config, layer_bits=layer_bits).bits_of_heads(model.config)
+    layers = [mixed([(fit[k], fit[v]) for k, v in heads]) for fit, heads in zip(fits, chosen, strict=True)]
+    return layer_bits, stacked(layers)
 
 
 def _store(
@@ -90,9 +91,9 @@ def _store(
     """What pages of one layer hold, for tensors of that layer."""
     one = replace(model, num_layers=1, attention_spans=())
     rows, device = {name: t[None] for name, t in tensors.items()}, frequencies.inv_freq.device
-    layout = layouts_of(config, one)[0]
+    layout = layouts_of(config, one)[0][0]
     if config.method == "reorder":
-        labels = label_codecs(rows, one, frequencies, device)[0]
+        labels = label_codecs(rows, one, frequencies, device)[0][0]
         return lambda keys, values: through_pages(keys, values, layout, labels, backend.pack_labels, backend.unpack_labels)
-    heads = head_codecs(rows, config, one, frequencies, device)[0]
+    heads = head_codecs(rows, config, one, frequencies, device)[0][0]
     return lambda keys, values: through_pages(keys, values, layout, heads, backend.pack_heads, backend.unpack_heads)

@@ -65,9 +65,11 @@ def calibrate(
     not promise that for every shape and machine.
     """
     layers: list[dict[str, Tensor]] = []
-    bits = config.bits_of_layers(model.config.num_layers)
+    bits = config.bits_of_heads(model.config)
     for stats in recorded(model, frequencies, texts, outliers):
-        layers.append(fit_layer(stats, frequencies, config.with_bits(*bits[len(layers)]), backend, seed))
+        heads = bits[len(layers)]
+        fits = {pair: fit_layer(stats, frequencies, config.with_bits(*pair), backend, seed) for pair in sorted(set(heads))}
+        layers.append(mixed([(fits[pair], fits[pair]) for pair in heads]))
         del stats  # before the next layer's are made
         progress(1.0)
     return stacked(layers)
@@ -101,6 +103,20 @@ def _recorded_layer(
 def stacked(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors of all layers, the layer first."""
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def mixed(heads: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """A layer's tensors from the fits (of keys, of values) that each kv head takes: neither side depends on the other.
+
+    Where all heads take the same, tensors need not have heads.
+    """
+    one = all(keys is heads[0][0] and values is heads[0][1] for keys, values in heads)
+    found = {}
+    for name in heads[0][0]:
+        side = 0 if name.startswith(("key_", "query_")) else 1
+        tensors = [fits[side][name] for fits in heads]
+        found[name] = tensors[0] if one else torch.stack([tensor[head] for head, tensor in enumerate(tensors)])
+    return found
 
 
 def fit_layer(

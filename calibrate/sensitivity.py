@@ -1,13 +1,14 @@
-"""What it costs the model to hold one layer's keys or values at some width, measured on a text, one side at a time.
+"""What it costs the model to hold keys or values of one kv head, or of a whole layer, at some width, measured on a text.
 
-That side is really packed and read back, everything else stays exact. The cost is the KL divergence of the model's answers, in
-nats per token. It is run to the end at REFERENCE_BITS only. The change of the layer's own output gives the other widths: small
-errors add to the KL in proportion to their square, so the ratio of squares carries over.
+They are really packed and read back, everything else stays exact. The cost is the KL divergence of the model's answers, in
+nats per token. It is run to the end with one side of all heads at REFERENCE_BITS only. The change of the layer's own output
+shares it among heads and gives other widths: small errors add to the KL in proportion to their square, so the ratio of squares
+carries over, and those of different heads add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,9 @@ ROWS = 256
 
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """What pages hold of keys after RoPE and values, [T, KH, D] each."""
+
+Seen = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Keys and values of a layer, from one side of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +81,44 @@ class Probe:
         self._hidden = self._model.layer(self._layer, self._hidden, self._rope, self._dense(self._layer))
         self._layer += 1
 
-    def losses(self, stores: Mapping[float, Store]) -> tuple[list[float], list[float]]:
-        """KL in nats per token of this layer's keys alone, and of its values alone, at each width of ``stores``, in order."""
+    def losses(self, stores: Mapping[float, Store], parts: Sequence[slice]) -> list[list[float]]:
+        """KL in nats per token of keys, then values, of the first part of this layer's kv heads, of the second, ..., each at
+        the widths of ``stores``, in order."""
         exact = self._dense(self._layer)
         assert isinstance(exact, DenseLayer)
         output = self._model.layer(self._layer, self._hidden, self._rope, exact)
         keys, values = (t.transpose(0, 1).float().clone() for t in (exact.keys, exact.values))  # [T, KH, D]
         stored = {bits: store(keys, values) for bits, store in stores.items()}
-        of_keys = self._side(output, {bits: (k, values) for bits, (k, _) in stored.items()})
-        of_values = self._side(output, {bits: (keys, v) for bits, (_, v) in stored.items()})
-        return of_keys, of_values
+        of_keys = self._side(output, parts, keys, {b: k for b, (k, _) in stored.items()}, lambda k: (k, values))
+        of_values = self._side(output, parts, values, {b: v for b, (_, v) in stored.items()}, lambda v: (keys, v))
+        return [row for pair in zip(of_keys, of_values, strict=True) for row in pair]
 
-    def _side(self, exact: Tensor, seen: Mapping[float, tuple[Tensor, Tensor]]) -> list[float]:
-        """KL by width: measured at REFERENCE_BITS, else in proportion to the relative change of each token's output."""
-        errors, kl = [], 0.0
-        span = self._model.config.attention_spans[self._layer]
-        for bits, (keys, values) in seen.items():
-            layer = DisturbedLayer(keys, values, self.window, span)
-            output = self._model.layer(self._layer, self._hidden, self._rope, layer)
-            change, size = ((t[0, self._rows].float()).square().sum(-1) for t in (output - exact, exact))
-            errors.append(float((change / size.clamp_min(1e-30)).mean()))
-            if bits == REFERENCE_BITS:
-                reference, kl = errors[-1], self._kl(output)
-        return [kl * error / reference if reference else 0.0 for error in errors]
+    def _side(
+        self, exact: Tensor, parts: Sequence[slice], side: Tensor, stored: Mapping[float, Tensor], seen: Seen
+    ) -> list[list[float]]:
+        """KL by part and width: that of the whole side at REFERENCE_BITS, in proportion to the change of the layer's output."""
+        kl = self._kl(self._output(*seen(stored[REFERENCE_BITS])))
+        changes = []
+        for part in parts:
+            row = []
+            for found in stored.values():
+                disturbed = side.clone()
+                disturbed[:, part] = found[:, part]
+                row.append(self._change(exact, self._output(*seen(disturbed))))
+            changes.append(row)
+        reference = list(stored).index(REFERENCE_BITS)
+        total = sum(row[reference] for row in changes)
+        return [[kl * change / total if total else 0.0 for change in row] for row in changes]
+
+    def _output(self, keys: Tensor, values: Tensor) -> Tensor:
+        """What this layer gives, [1, T, d], when far tokens are seen as these keys and values."""
+        layer = DisturbedLayer(keys, values, self.window, self._model.config.attention_spans[self._layer])
+        return self._model.layer(self._layer, self._hidden, self._rope, layer)
+
+    def _change(self, exact: Tensor, output: Tensor) -> float:
+        """Mean over tokens of the squared change of the layer's output, relative to its square."""
+        change, size = ((t[0, self._rows].float()).square().sum(-1) for t in (output - exact, exact))
+        return float((change / size.clamp_min(1e-30)).mean())
 
     def _kl(self, hidden: Tensor) -> float:
         """Mean KL of the answers when this layer has given ``hidden``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakSet
@@ -19,14 +19,26 @@ TensorSpec = tuple[tuple[int, ...], torch.dtype]
 Page = tuple[tuple[str, TensorSpec], ...]
 
 
-def packed_page(layout: PageLayout) -> Page:
-    """Tensors of a packed page of one layer."""
-    heads = layout.kv_heads
-    return (
-        ("key_codes", ((heads, layout.key_bytes), torch.uint8)),
-        ("value_codes", ((heads, layout.value_bytes), torch.uint8)),
-        ("meta", ((heads, layout.meta_words), torch.int32)),
-    )
+PACKED_TENSORS = ("key_codes", "value_codes", "meta")
+
+
+def run_name(name: str, run: int) -> str:
+    """Name of a page tensor for one run of a layer's kv heads.
+
+    >>> run_name("meta", 0), run_name("meta", 1)
+    ('meta', 'meta_1')
+    """
+    return f"{name}_{run}" if run else name
+
+
+def packed_page(layouts: Sequence[PageLayout]) -> Page:
+    """Tensors of a packed page of one layer, from the layout of each run of its kv heads."""
+    page: list[tuple[str, TensorSpec]] = []
+    for run, layout in enumerate(layouts):
+        widths = (layout.key_bytes, torch.uint8), (layout.value_bytes, torch.uint8), (layout.meta_words, torch.int32)
+        for name, (width, dtype) in zip(PACKED_TENSORS, widths, strict=True):
+            page.append((run_name(name, run), ((layout.kv_heads, width), dtype)))
+    return tuple(page)
 
 
 def plain_page(layout: PlainLayout, dtype: torch.dtype) -> Page:

@@ -1,4 +1,7 @@
-"""From a calibration's tensors to the codecs that kernels read, one per layer.
+"""From a calibration's tensors to the layouts and codecs that kernels read: one a layer, or one for each run of its kv heads.
+
+Neighbouring kv heads of the same bits make a run: kernels are compiled for one width of keys and one of values, so each run
+has page tensors and a launch of its own. Where bits do not differ by head a layer is one run.
 
 Tensors of an artifact, L layers, KH kv heads, D head size, G groups in a head, C = KH * D channels:
 
@@ -11,12 +14,13 @@ Tensors of an artifact, L layers, KH kv heads, D head size, G groups in a head, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig, ModelConfig, Widths
 from skvq.engine.errors import CalibrationError
 from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies, Side
 from skvq.kernels.layout import PageLayout
@@ -53,52 +57,67 @@ def check_tensors(tensors: Mapping[str, Tensor], config: CacheConfig, model: Mod
             raise CalibrationError(f"calibration {where}: {name} does not name each of {groups} groups")
 
 
-def layouts_of(config: CacheConfig, model: ModelConfig) -> tuple[PageLayout, ...]:
-    """Layout of a packed page in each layer; all have the same tile."""
-    widths = config.bits_of_layers(model.num_layers)
+def runs_of(heads: Sequence[Widths]) -> list[tuple[slice, Widths]]:
+    """Runs of neighbouring kv heads with the same bits.
+
+    >>> runs_of([(2.0, 2.0), (2.0, 2.0), (3.0, 2.0)])
+    [(slice(0, 2, None), (2.0, 2.0)), (slice(2, 3, None), (3.0, 2.0))]
+    """
+    runs = [(widths, len(list(run))) for widths, run in groupby(heads)]
+    ends = accumulate(count for _, count in runs)
+    return [(slice(end - count, end), widths) for end, (widths, count) in zip(ends, runs, strict=True)]
+
+
+def layouts_of(config: CacheConfig, model: ModelConfig) -> tuple[tuple[PageLayout, ...], ...]:
+    """Layout of a packed page for each run of each layer; all have the same tile."""
+    layers = config.bits_of_heads(model)
+    among_trits = any(1.5 in widths for heads in layers for widths in heads)
     return tuple(
-        PageLayout(
-            head_size=model.head_size,
-            kv_heads=model.num_kv_heads,
-            key_bits=key_bits,
-            value_bits=value_bits,
-            group_size=config.group_size,
-            among_trits=any(1.5 in pair for pair in widths),
+        tuple(
+            PageLayout(
+                head_size=model.head_size,
+                kv_heads=run.stop - run.start,
+                key_bits=key_bits,
+                value_bits=value_bits,
+                group_size=config.group_size,
+                among_trits=among_trits,
+            )
+            for run, (key_bits, value_bits) in runs_of(heads)
         )
-        for key_bits, value_bits in widths
+        for heads in layers
     )
 
 
 def head_codecs(
     tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, rope: RopeFrequencies, device: torch.device
-) -> tuple[HeadCodec, ...]:
-    """Codecs of ``rotate``, and of ``plain``, whose bases and metrics are the identity."""
-    rotate = config.method == "rotate"
-    heads, size = model.num_kv_heads, model.head_size
-    eye = torch.eye(size).expand(heads, -1, -1)
-    zero = torch.zeros(heads, size)
-    codecs = []
-    for layer in range(model.num_layers):
-        matrices = {name: (tensors[name][layer] if rotate else eye).float().contiguous().to(device) for name in MATRICES}
-        means = {f"{s}_mean": (tensors[f"{s}_mean"][layer] if rotate else zero).to(device) for s in SIDES}
-        metrics = {side: matrices.pop(f"{side}_metric") for side in SIDES}
-        keys, values = (_head_side(tensors, side, layer, metrics[side], rotate) for side in SIDES)
-        codecs.append(
-            HeadCodec(
-                keys=keys,
-                values=values,
-                **matrices,
-                **means,
-                rope=rope,
-                has_key_mean=bool(means["key_mean"].any()),
-                has_basis=rotate,
-            )
+) -> tuple[tuple[HeadCodec, ...], ...]:
+    """Codecs of ``rotate``, and of ``plain``, whose bases and metrics are the identity, for each run of each layer."""
+    return tuple(
+        tuple(
+            _head_codec({name: t[layer, run] for name, t in tensors.items()}, config.method == "rotate", model, rope, device)
+            for run, _ in runs_of(heads)
         )
-    return tuple(codecs)
+        for layer, heads in enumerate(config.bits_of_heads(model))
+    )
 
 
-def _head_side(tensors: Mapping[str, Tensor], side: str, layer: int, metric: Tensor, has_metric: bool) -> HeadSide:
-    unit, clip = (tensors[f"{side}_{what}"][layer].to(metric.device) for what in ("unit", "clip"))
+def _head_codec(
+    tensors: Mapping[str, Tensor], rotate: bool, model: ModelConfig, rope: RopeFrequencies, device: torch.device
+) -> HeadCodec:
+    """Codec of some heads, from their tensors."""
+    size = model.head_size
+    eye = torch.eye(size).expand(len(tensors["key_unit"]), -1, -1)
+    zero = eye.new_zeros(eye.shape[:2])
+    matrices = {name: (tensors[name] if rotate else eye).float().contiguous().to(device) for name in MATRICES}
+    means = {f"{s}_mean": (tensors[f"{s}_mean"] if rotate else zero).to(device) for s in SIDES}
+    metrics = {side: matrices.pop(f"{side}_metric") for side in SIDES}
+    keys, values = (_head_side(tensors, side, metrics[side], rotate) for side in SIDES)
+    has_key_mean = bool(means["key_mean"].any())
+    return HeadCodec(keys=keys, values=values, **matrices, **means, rope=rope, has_key_mean=has_key_mean, has_basis=rotate)
+
+
+def _head_side(tensors: Mapping[str, Tensor], side: str, metric: Tensor, has_metric: bool) -> HeadSide:
+    unit, clip = (tensors[f"{side}_{what}"].to(metric.device) for what in ("unit", "clip"))
     return HeadSide(unit=unit, clip=clip, metric=metric, factor=unit_factor(metric), has_metric=has_metric)
 
 
@@ -110,8 +129,8 @@ def unit_factor(metric: Tensor) -> Tensor:
 
 def label_codecs(
     tensors: Mapping[str, Tensor], model: ModelConfig, rope: RopeFrequencies, device: torch.device
-) -> tuple[LabelCodec, ...]:
-    """Codecs of ``reorder``."""
+) -> tuple[tuple[LabelCodec, ...], ...]:
+    """Codecs of ``reorder``: every layer is one run."""
     codecs = []
     for layer in range(model.num_layers):
         keys, values = (
@@ -119,5 +138,5 @@ def label_codecs(
             for s in SIDES
         )
         labels = [tensors[f"{s}_labels"][layer].to(device) for s in SIDES]
-        codecs.append(LabelCodec(keys=keys, values=values, key_labels=labels[0], value_labels=labels[1], rope=rope))
+        codecs.append((LabelCodec(keys=keys, values=values, key_labels=labels[0], value_labels=labels[1], rope=rope),))
     return tuple(codecs)

@@ -106,6 +106,23 @@ class ModelConfig:
         return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
 
+Widths = tuple[float, float]
+"""Key bits and value bits."""
+
+LayerWidths = Widths | tuple[Widths, ...]
+"""Of a layer: the same in all its kv heads, or one pair for each."""
+
+
+def pairs_of(layer: LayerWidths) -> tuple[Widths, ...]:
+    """One pair for all kv heads of a layer, or a pair for each.
+
+    >>> pairs_of((2.0, 1.5)), pairs_of(((2.0, 1.5), (3.0, 2.0)))
+    (((2.0, 1.5),), ((2.0, 1.5), (3.0, 2.0)))
+    """
+    heads = tuple(pair for pair in layer if isinstance(pair, tuple))
+    return heads or ((layer[0], layer[1]),)  # type: ignore[return-value]
+
+
 @option_class
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
@@ -114,8 +131,9 @@ class CacheConfig:
     method: ``rotate`` (ours), ``reorder`` (SKVQ), ``plain`` (no transform) or ``fp`` (16 bits, the control).
     key_bits, value_bits: 1.5 (three levels, stored at 1.6), 2, 3, 4 or 8; ignored by ``fp``.
     bits_budget: most bits per packed number on average, codes and metadata counted: calibration then chooses the bits of each
-        layer, keys and values apart, in place of key_bits and value_bits.
-    layer_bits: (key bits, value bits) of each layer; empty where all layers have the same, or calibration has not chosen yet.
+        kv head of each layer (``reorder``: of each layer), keys and values apart, in place of key_bits and value_bits.
+    layer_bits: (key bits, value bits) of each layer, or in its place one such pair for each kv head (not with ``reorder``,
+        whose groups span heads); empty where all layers have the same, or calibration has not chosen yet.
     group_size: channels that share one scale and one zero point: 32, 64 or 128, at most the head size.
     window: most recent tokens held in 16 bits; packing goes a tile at a time, so there are ``window`` to
         ``window + tile - 1`` of them (tile is 128 tokens, 160 where any side has 1.5 bits), never fewer.
@@ -129,13 +147,13 @@ class CacheConfig:
     window: int = 128
     filters: tuple[FilterRule, ...] = (AttentionSinks(5),)
     bits_budget: float | None = None
-    layer_bits: tuple[tuple[float, float], ...] = ()
+    layer_bits: tuple[LayerWidths, ...] = ()
 
     def __post_init__(self) -> None:
         require_known(self.method, METHODS, "cache method")
         for name in ("key_bits", "value_bits"):
             object.__setattr__(self, name, _width(getattr(self, name), name))
-        object.__setattr__(self, "layer_bits", _pairs_of_widths(self.layer_bits))
+        object.__setattr__(self, "layer_bits", _layer_widths(self.layer_bits))
         self._check_budget()
         if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
@@ -169,10 +187,17 @@ class CacheConfig:
         assert self.bits_budget is not None
         return self.bits_budget - 16 / self.group_size
 
-    def bits_of_layers(self, layers: int) -> tuple[tuple[float, float], ...]:
-        """(key bits, value bits) of each layer."""
+    def bits_of_heads(self, model: ModelConfig) -> tuple[tuple[Widths, ...], ...]:
+        """(key bits, value bits) of each kv head of each layer."""
         assert not self.is_open, "the bits of a budget are chosen in calibration"
-        return self.layer_bits or ((self.key_bits, self.value_bits),) * layers
+        layers = self.layer_bits or ((self.key_bits, self.value_bits),) * model.num_layers
+        pairs = map(pairs_of, layers)
+        return tuple(heads * model.num_kv_heads if len(heads) == 1 else heads for heads in pairs)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether kv heads of one layer may have other bits: groups of ``reorder`` span them."""
+        return self.method != "reorder"
 
     def with_bits(self, key_bits: float, value_bits: float) -> CacheConfig:
         """The same cache with these bits in every layer."""
@@ -195,6 +220,14 @@ class CacheConfig:
             raise OptionError(
                 f"layer_bits names {len(self.layer_bits)} layers, the model has {model.num_layers}: give one pair each"
             )
+        for layer, heads in enumerate(map(pairs_of, self.layer_bits)):
+            if len(heads) > 1 and not self.by_head:
+                raise OptionError(f"layer_bits names bits by head in layer {layer}, but groups of {self.method} span heads")
+            if len(heads) not in (1, model.num_kv_heads):
+                raise OptionError(
+                    f"layer_bits names {len(heads)} heads in layer {layer}, the model has {model.num_kv_heads} kv heads: "
+                    "give one pair each"
+                )
         fitted = replace(self, group_size=group)
         least = stored_bits(min(BITS)) + 16 / group
         if fitted.is_open and fitted.code_bits < stored_bits(min(BITS)) - 1e-9:
@@ -249,10 +282,21 @@ def _width(value: object, name: str) -> float:
     return float(value)
 
 
-def _pairs_of_widths(value: object) -> tuple[tuple[float, float], ...]:
-    if not isinstance(value, (tuple, list)) or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in value):
-        raise OptionError(f"layer_bits must be a pair (key bits, value bits) for each layer, got {value!r}")
-    return tuple((_width(k, "layer_bits"), _width(v, "layer_bits")) for k, v in value)
+def _layer_widths(value: object) -> tuple[LayerWidths, ...]:
+    """``layer_bits`` in tuples of floats; a layer whose heads agree is one pair."""
+    wrong = f"layer_bits must be a pair (key bits, value bits) for each layer, or one for each of its kv heads, got {value!r}"
+    if not isinstance(value, (tuple, list)):
+        raise OptionError(wrong)
+    layers: list[LayerWidths] = []
+    for layer in value:
+        if not isinstance(layer, (tuple, list)) or not layer:
+            raise OptionError(wrong)
+        heads = list(layer) if isinstance(layer[0], (tuple, list)) else [layer]
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in heads):
+            raise OptionError(wrong)
+        pairs = tuple((_width(k, "layer_bits"), _width(v, "layer_bits")) for k, v in heads)
+        layers.append(pairs[0] if len(set(pairs)) == 1 else pairs)
+    return tuple(layers)
 
 
 def _is_whole(value: object) -> bool:

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from skvq.engine.config import CacheConfig
+from skvq.engine.config import CacheConfig, LayerWidths, pairs_of
 from skvq.engine.errors import SessionError
 from skvq.engine.filters import FilterRule
 from skvq.kernels.interface import RopeFrequencies
@@ -87,13 +87,13 @@ def identity_of(
     )
 
 
-def bits_text(layer_bits: Sequence[tuple[float, float]]) -> str:
-    """Bits by layer for people, runs of equal layers together.
+def bits_text(layer_bits: Sequence[LayerWidths]) -> str:
+    """Bits by layer for people, runs of equal layers together; kv heads of a layer apart where they differ.
 
-    >>> bits_text([(2.0, 1.5), (2.0, 1.5), (3.0, 2.0)]), bits_text([])
-    ('2x K2V1.5, 1x K3V2', 'the same in all')
+    >>> bits_text([(2.0, 1.5), (2.0, 1.5), ((3.0, 2.0), (2.0, 2.0))]), bits_text([])
+    ('2x K2V1.5, 1x K3V2|K2V2', 'the same in all')
     """
-    runs = [(len(list(run)), f"K{k:g}V{v:g}") for (k, v), run in groupby(layer_bits)]
+    runs = [(len(list(run)), "|".join(f"K{k:g}V{v:g}" for k, v in pairs_of(layer))) for layer, run in groupby(layer_bits)]
     return ", ".join(f"{count}x {name}" for count, name in runs) or "the same in all"
 
 

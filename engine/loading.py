@@ -184,8 +184,7 @@ def bind_method(
         return PlainMethod(arena, kernels)
     layouts = layouts_of(cache, config)
     if cache.method == "reorder":
-        labels = label_codecs(tensors, config, rope, device)
-        return LabelMethod(arena, layouts, labels, kernels)
+        return LabelMethod(arena, layouts, label_codecs(tensors, config, rope, device), kernels)
     return HeadMethod(arena, layouts, head_codecs(tensors, cache, config, rope, device), kernels)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from skvq.engine.arena import Arena
+from skvq.engine.arena import PACKED_TENSORS, Arena, run_name
 from skvq.engine.rope import turned
 from skvq.kernels.interface import Backend, FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout
@@ -39,39 +39,76 @@ class CacheMethod(Protocol):
         """This method for such a sequence. Keys it is given, or turns itself, are at ``origin(dropped)`` and on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Run(Generic[Codec]):
+    """Neighbouring kv heads of a layer that are stored alike: most layers are one run."""
+
+    heads: slice
+    pages: PackedPages
+    codec: Codec
+    full: FullSlots
+
+
 class PackedMethod(Generic[Codec]):
-    """Packed pages, one layout and one codec per layer."""
+    """Packed pages: a layout, a codec and launches of its own for each run of each layer's kv heads."""
 
     def __init__(
         self,
         arena: Arena,
-        layouts: Sequence[PageLayout],
-        codecs: Sequence[Codec],
+        layouts: Sequence[Sequence[PageLayout]],
+        codecs: Sequence[Sequence[Codec]],
         pack: Callable[[PackedPages, Codec, Tensor, int, Tensor, Tensor, Tensor], None],
         unpack: Callable[[PackedPages, Codec, Tensor, int, int], tuple[Tensor, Tensor]],
         attend: Callable[[Tensor, PackedPages, Codec, FullSlots, Step], tuple[Tensor, Tensor]],
     ) -> None:
-        self._pages = [PackedPages(layout=layout, **arena.layer(i)) for i, layout in enumerate(layouts)]
-        self._full = [arena.full(i) for i in range(len(codecs))]
-        self._codecs = codecs
+        self._runs = [_runs(arena, layer, *of) for layer, of in enumerate(zip(layouts, codecs, strict=True))]
+        self._kv_heads = arena.shape.kv_heads
         self._pack = pack
         self._unpack = unpack
         self._attend = attend
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None:
-        self._pack(self._pages[layer], self._codecs[layer], page_row, first, keys, values, retained)
+        for run in self._runs[layer]:
+            self._pack(run.pages, run.codec, page_row, first, keys[:, run.heads], values[:, run.heads], retained)
 
     def unpack(self, layer: int, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        return self._unpack(self._pages[layer], self._codecs[layer], page_row, first, count)
+        found = [self._unpack(run.pages, run.codec, page_row, first, count) for run in self._runs[layer]]
+        return _joined(found, 1)
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        return self._attend(q, self._pages[layer], self._codecs[layer], self._full[layer], step)
+        share = q.shape[2] // self._kv_heads
+        found = []
+        for run in self._runs[layer]:
+            heads = slice(share * run.heads.start, share * run.heads.stop)
+            found.append(self._attend(q[:, :, heads].contiguous(), run.pages, run.codec, run.full, step))
+        return _joined(found, 2)
+
+
+def _runs(arena: Arena, layer: int, layouts: Sequence[PageLayout], codecs: Sequence[Codec]) -> list[Run[Codec]]:
+    tensors, full, runs, start = arena.layer(layer), arena.full(layer), [], 0
+    for number, (layout, codec) in enumerate(zip(layouts, codecs, strict=True)):
+        heads = slice(start, start + layout.kv_heads)
+        pages = {name: tensors[run_name(name, number)] for name in PACKED_TENSORS}
+        slots = FullSlots(keys=full.keys[:, heads], values=full.values[:, heads], positions=full.positions)
+        runs.append(Run(heads, PackedPages(layout=layout, **pages), codec, slots))
+        start = heads.stop
+    return runs
+
+
+def _joined(found: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+    """What runs gave, side by side along the heads."""
+    if len(found) == 1:
+        return found[0]
+    first, second = zip(*found, strict=True)
+    return torch.cat(first, dim), torch.cat(second, dim)
 
 
 class HeadMethod(PackedMethod[HeadCodec]):
     """``rotate`` and ``plain``: packed keys carry their turn, so their positions go on counting when tokens are dropped."""
 
-    def __init__(self, arena: Arena, layouts: Sequence[PageLayout], codecs: Sequence[HeadCodec], backend: Backend) -> None:
+    def __init__(
+        self, arena: Arena, layouts: Sequence[Sequence[PageLayout]], codecs: Sequence[Sequence[HeadCodec]], backend: Backend
+    ) -> None:
         super().__init__(arena, layouts, codecs, backend.pack_heads, backend.unpack_heads, backend.attend_heads)
         self._at: OrderedDict[int, HeadMethod] = OrderedDict()
         self._most = arena.shape.sequences
@@ -82,11 +119,11 @@ class HeadMethod(PackedMethod[HeadCodec]):
     @torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack
     def at(self, dropped: int) -> HeadMethod:
         """With means turned on: kernels then add ``RoPE_place(RoPE_dropped(mean))``. Made once for each origin in use."""
-        if not dropped or not any(codec.has_key_mean for codec in self._codecs):
+        if not dropped or not any(run.codec.has_key_mean for runs in self._runs for run in runs):
             return self
         if dropped not in self._at:
             moved = copy(self)
-            moved._codecs = [replace(c, key_mean=turned(c.key_mean[None], dropped, c.rope)[0]) for c in self._codecs]
+            moved._runs = [[replace(run, codec=_turned(run.codec, dropped)) for run in runs] for runs in self._runs]
             self._at[dropped] = moved
         self._at.move_to_end(dropped)
         while len(self._at) > self._most:
@@ -94,10 +131,16 @@ class HeadMethod(PackedMethod[HeadCodec]):
         return self._at[dropped]
 
 
+def _turned(codec: HeadCodec, dropped: int) -> HeadCodec:
+    return replace(codec, key_mean=turned(codec.key_mean[None], dropped, codec.rope)[0])
+
+
 class LabelMethod(PackedMethod[LabelCodec]):
     """``reorder``: packed keys are turned by their place when they are read, whatever was dropped before them."""
 
-    def __init__(self, arena: Arena, layouts: Sequence[PageLayout], codecs: Sequence[LabelCodec], backend: Backend) -> None:
+    def __init__(
+        self, arena: Arena, layouts: Sequence[Sequence[PageLayout]], codecs: Sequence[Sequence[LabelCodec]], backend: Backend
+    ) -> None:
         super().__init__(arena, layouts, codecs, backend.pack_labels, backend.unpack_labels, backend.attend_labels)
 
     def origin(self, dropped: int) -> int:

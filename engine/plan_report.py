@@ -14,7 +14,7 @@ from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
-from skvq.engine.planner import Plan, gib, largest_context, largest_of, make_plan, page_layouts, usual_weight_bytes
+from skvq.engine.planner import Plan, gib, largest_context, largest_of, layer_token_bytes, make_plan, usual_weight_bytes
 from skvq.engine.prefill_form import PrefillForm
 from skvq.loaders import config_of
 
@@ -212,8 +212,8 @@ def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, contex
     weights = (
         config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     ) * card.dtype.itemsize
-    layouts = page_layouts(largest_of(cache, config)[0], config)
-    packed = sum(min(context, n) * page.bytes_per_token for n, page in zip(config.attention_spans, layouts, strict=True))
+    layers = layer_token_bytes(largest_of(cache, config)[0], config)
+    packed = sum(min(context, n) * size for n, size in zip(config.attention_spans, layers, strict=True))
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 
 

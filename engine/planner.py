@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from skvq.calibrate.allocate import fullest
+from skvq.calibrate.allocate import as_layer_bits, fullest
 from skvq.engine.arena import ArenaShape, packed_page, plain_page
 from skvq.engine.codecs import layouts_of
 from skvq.engine.config import BITS, CacheConfig, ModelConfig
@@ -15,22 +15,31 @@ from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, FilterRule
 from skvq.engine.prefill_form import CHUNK_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form
 from skvq.engine.regions import Regions
-from skvq.kernels.layout import PAGE_TOKENS, PageLayout, PlainLayout, stored_bits
+from skvq.kernels.layout import PAGE_TOKENS, PlainLayout, stored_bits
 
 SPARE_PAGES = 2
 """Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
 
 
-def page_layouts(cache: CacheConfig, model: ModelConfig) -> tuple[PageLayout | PlainLayout, ...]:
-    """What a page of this cache looks like in each layer."""
+def tile_of(cache: CacheConfig, model: ModelConfig) -> int:
+    """Tokens that leave the window at once."""
+    return (_plain_layout(model) if cache.method == "fp" else layouts_of(cache, model)[0][0]).tile
+
+
+def layer_token_bytes(cache: CacheConfig, model: ModelConfig) -> list[float]:
+    """Bytes of a packed token in each layer, codes and metadata."""
     if cache.method == "fp":
-        return (PlainLayout(head_size=model.head_size, kv_heads=model.num_kv_heads),) * model.num_layers
-    return layouts_of(cache, model)
+        return [_plain_layout(model).bytes_per_token] * model.num_layers
+    return [sum(run.bytes_per_token for run in runs) for runs in layouts_of(cache, model)]
+
+
+def _plain_layout(model: ModelConfig) -> PlainLayout:
+    return PlainLayout(head_size=model.head_size, kv_heads=model.num_kv_heads)
 
 
 def token_bytes(cache: CacheConfig, model: ModelConfig) -> float:
     """Bytes of a packed token over all layers, codes and metadata."""
-    return sum(layout.bytes_per_token for layout in page_layouts(cache, model))
+    return sum(layer_token_bytes(cache, model))
 
 
 def bits_per_element(cache: CacheConfig, model: ModelConfig) -> float:
@@ -45,12 +54,13 @@ def largest_of(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...
     """
     if not cache.is_open:
         return (cache,)
-    items, trits = 2 * model.num_layers, BITS[0]
+    heads = model.num_kv_heads if cache.by_head else 1
+    items, trits = 2 * model.num_layers * heads, BITS[0]
     rest = (cache.code_bits * items - stored_bits(trits)) / (items - 1)
     choices = [(trits, *fullest(items - 1, BITS, rest))]
     if cache.code_bits >= stored_bits(BITS[1]) - 1e-9:
         choices.append(fullest(items, BITS[1:], cache.code_bits))
-    return tuple(replace(cache, layer_bits=tuple(zip(c[::2], c[1::2], strict=True))) for c in choices)
+    return tuple(replace(cache, layer_bits=as_layer_bits(c, heads)) for c in choices)
 
 
 def rules_of(cache: CacheConfig) -> tuple[FilterRule, ...]:
@@ -62,8 +72,7 @@ def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
     """Sizes of a sequence's three regions. A 16-bit cache has slots for the sinks too: they may outlive their page."""
     sinks = sum(rule.budget for rule in cache.filters if isinstance(rule, AttentionSinks))
     others = sum(rule.budget for rule in rules_of(cache) if not isinstance(rule, AttentionSinks))
-    tile = page_layouts(cache, model)[0].tile
-    return Regions(window=cache.window, tile=tile, retained=sinks + others, sinks=sinks)
+    return Regions(window=cache.window, tile=tile_of(cache, model), retained=sinks + others, sinks=sinks)
 
 
 def cache_dtype(compute: torch.dtype) -> torch.dtype:
@@ -77,10 +86,10 @@ def arena_shape(
     """The arena of an engine: pages for one sequence of ``max_context`` tokens, spare pages and slots for the others."""
     regions = regions_of(cache, model)
     half = cache_dtype(dtype)
-    pages = tuple(
-        plain_page(layout, half) if isinstance(layout, PlainLayout) else packed_page(layout)
-        for layout in page_layouts(cache, model)
-    )
+    if cache.method == "fp":
+        pages = (plain_page(_plain_layout(model), half),) * model.num_layers
+    else:
+        pages = tuple(map(packed_page, layouts_of(cache, model)))
     per_sequence = max(1, regions.pages(max_context))
     return ArenaShape(
         layers=model.num_layers,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from skvq.engine.config import LayerWidths
 from skvq.engine.errors import CalibrationError
 from skvq.loaders.files import write_atomically
 
@@ -30,7 +31,7 @@ class ArtifactHeader:
     value_bits: float
     group_size: int
     bits_budget: float | None
-    layer_bits: tuple[tuple[float, float], ...]  # (key bits, value bits) of each layer, empty where all have the same
+    layer_bits: tuple[LayerWidths, ...]  # as CacheConfig's
     corpus: str
     tokens: int
     seed: int
@@ -106,5 +107,9 @@ def _header(metadata: Mapping[str, str] | None, path: Path) -> ArtifactHeader:
         raise CalibrationError(f"calibration {path} has another header than schema {SCHEMA}: calibrate again")
     if found["schema"] != SCHEMA:
         raise CalibrationError(f"calibration {path} has schema {found['schema']}, this skvq reads {SCHEMA}: calibrate again")
-    layer_bits = tuple((float(keys), float(values)) for keys, values in found.pop("layer_bits"))
-    return ArtifactHeader(**found | {"layer_bits": layer_bits, "outlier_tokens": tuple(found["outlier_tokens"])})
+    return ArtifactHeader(**found | {name: _as_tuples(found[name]) for name in ("layer_bits", "outlier_tokens")})
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists in lists, as tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

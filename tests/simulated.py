@@ -54,7 +54,8 @@ class SimulatedLayer:
         method = self.engine.parts.setup.method
         if self.engine.parts.cache.method == "fp":
             return k.float(), v.float()
-        codec, layout = method._codecs[self.layer], method._pages[self.layer].layout
+        (run,) = method._runs[self.layer]
+        codec, layout = run.codec, run.pages.layout
         return (_by_label if isinstance(codec, LabelCodec) else _by_head)(codec, layout, k, v)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import tiny_config
 
-from skvq.calibrate.allocate import choose_bits, fullest, in_steps
+from skvq.calibrate.allocate import as_layer_bits, choose_bits, fullest, in_steps
 from skvq.engine.config import BITS, CacheConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.planner import arena_shape, bits_per_element, largest_of, make_plan
@@ -62,9 +62,9 @@ def test_a_choice_never_takes_more_than_the_plan(budget: float) -> None:
         assert bound.bits_per_element <= budget + 1e-9
         for widths in (WIDTHS, WIDTHS[1:]):
             if stored_bits(widths[0]) <= open_cache.code_bits + 1e-9:
-                losses = torch.rand(6, len(widths), generator=generator).tolist()
+                losses = torch.rand(12, len(widths), generator=generator).tolist()
                 chosen = choose_bits(losses, widths, open_cache.code_bits)
-                cache = CacheConfig(bits_budget=budget, layer_bits=tuple(zip(chosen[::2], chosen[1::2], strict=True)))
+                cache = CacheConfig(bits_budget=budget, layer_bits=as_layer_bits(chosen, 2))
                 assert bits_per_element(cache, model) <= budget + 1e-9
                 assert make_plan(model, cache, **options).total <= bound.total
 
@@ -93,6 +93,9 @@ def test_uniform_bits_of_every_layer_are_what_one_pair_says() -> None:
         ({"bits_budgets": 2.0}, ("bits_budget",)),
         ({"layer_bits": ((2, 2), (2, 5))}, ("5",)),
         ({"layer_bits": ((2, 2),)}, ("1 layers", "2")),
+        ({"layer_bits": ((2, 2), ((2, 2), (3, 2), (4, 2)))}, ("3 heads in layer 1", "2 kv heads")),
+        ({"layer_bits": ((2, 2), ((2, 2), (3,)))}, ("pair",)),
+        ({"layer_bits": (((2, 2), (3, 2)), (2, 2)), "method": "reorder"}, ("layer 0", "reorder", "span heads")),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: dict[str, object], words: tuple[str, ...]) -> None:

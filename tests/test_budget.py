@@ -22,9 +22,11 @@ BUDGET = 2.7  # with groups of 32 metadata take half a bit
 
 MIXED = {
     "rotate": tiny_cache(layer_bits=((3, 1.5), (2, 4))),
+    "rotate by head": tiny_cache(layer_bits=(((3, 1.5), (2, 4)), (2, 2))),
     "rotate without trits": tiny_cache(layer_bits=((8, 2), (3, 4))),
     "reorder": tiny_cache(method="reorder", layer_bits=((2, 2), (1.5, 3))),
     "plain": tiny_cache(method="plain", layer_bits=((4, 4), (2, 1.5))),
+    "plain by head": tiny_cache(method="plain", layer_bits=((4, 4), ((2, 8), (3, 2)))),
 }
 
 
@@ -186,5 +188,6 @@ def test_a_row_shows_what_is_stored(engine: Engine) -> None:
     arena = engine.parts.setup.arena
     elements = arena.shape.pages * 1280 * engine.parts.model.config.kv_elements_per_token
     assert row["bits_per_element"] == pytest.approx(8 * arena.shape.page_bytes * arena.shape.pages / elements)
-    assert row["layer_bits"] == [list(pair) for pair in engine.parts.cache.layer_bits]
-    assert row["key_bits"] == sum(k for k, _ in engine.parts.cache.layer_bits) / 2
+    assert row["layer_bits"] == engine.parts.cache.layer_bits
+    pairs = [pair for heads in engine.parts.cache.bits_of_heads(engine.parts.model.config) for pair in heads]
+    assert row["key_bits"] == sum(k for k, _ in pairs) / len(pairs)

@@ -365,8 +365,9 @@ def on_a_card() -> None:
     GridExecutor.__call__, graph.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
     with tempfile.TemporaryDirectory() as name:
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
-        for method, widths in (("plain", (2.0, 2.0)), ("reorder", (2.0, 2.0)), ("plain", (2.0, 1.5)), ("fp", (2.0, 2.0))):
-            cache = tiny_cache(method=method, key_bits=widths[0], value_bits=widths[1])
+        caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]
+        caches += [tiny_cache(method="plain", value_bits=1.5), tiny_cache(method="plain", layer_bits=(((2, 3), (4, 2)),))]
+        for cache in caches:
             found = []
             for place, backend in (("cpu", "reference"), ("cuda", "triton")):
                 with card() as gpu:
@@ -377,7 +378,7 @@ def on_a_card() -> None:
                     engine.read(sequences[0], random_ids(3))
                     assert sequences[0].packed
             error = float((found[1] - found[0]).norm() / found[0].norm())
-            assert error < 0.02, (method, error)
+            assert error < 0.02, (cache, error)
     assert {"attend_packed_kernel", "attend_labels_blocks_kernel", "attend_plain_kernel", "rms_norm_kernel"} <= {
         k[0] for k in seen
     }
