@@ -78,8 +78,8 @@ cache_options = stack(
     click.option(
         "--bits-budget",
         type=float,
-        help="In place of both: most bits per number on average, metadata counted; bits are then chosen by layer and kv head, keys and "
-        "values apart.",
+        help="In place of both: most bits per number on average, metadata counted; bits are then chosen by layer "
+        "and kv head, keys and values apart.",
     ),
     click.option("--group-size", type=int, default=64, show_default=True, help="Channels that share a scale: 32, 64, 128."),
     click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits."),
