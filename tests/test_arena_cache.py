@@ -320,7 +320,7 @@ def test_a_new_sequence_sees_nothing_of_the_one_before_it_in_its_slot(engines: E
 
 def test_nbytes_counts_packed_tokens_window_and_retained(engines: Engines) -> None:
     engine = engines["rotate K2V2"]
-    shape, layout = engine.parts.setup.arena.shape, engine.parts.setup.method._pages[0].layout
+    shape, layout = engine.parts.setup.arena.shape, engine.parts.setup.method._runs[0][0].pages.layout
     sequence = engine.new_sequence()
     exact(engine, sequence, trace(engine, WINDOW + 256 + 19))
     token = 2 * shape.kv_heads * shape.head_size  # elements
