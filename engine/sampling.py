@@ -30,7 +30,7 @@ class Sampler:
             likeliest = logits.max()  # subtracted first, so that no temperature makes an infinity of it
             probabilities = filtered_probabilities((logits - likeliest) / max(config.temperature, 1e-30), config)
             token = int(torch.multinomial(probabilities, 1, generator=self._generator))
-        self._seen[token] = True
+        self._seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
         return token
 
 
@@ -47,7 +47,7 @@ def filtered_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     if config.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         unlikely = ordered.cumsum(0) - ordered >= config.top_p
-        unlikely[0] = False  # a top_p below float32 is 0 here
+        unlikely[:1] = False  # a top_p below float32 is 0 here
         probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(unlikely, 0))
     if config.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < config.min_p * probabilities.max(), 0)

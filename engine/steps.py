@@ -170,6 +170,7 @@ class DecodeBatch:
         self.token_ids = self._numbers[:, 3:]  # [B, N]
         self._ahead = torch.arange(tokens, device=device)
         self.ring_slots = torch.zeros(count * tokens, dtype=torch.int64, device=device)
+        self._no_mass = torch.zeros((), device=device)  # a number of the host would be copied, and waited for
         self.methods = [s.method for s in self.sequences]
 
     @property
@@ -204,7 +205,7 @@ class DecodeBatch:
         self.packed.copy_(self._numbers[:, 1])
         self.ring_slots.copy_((regions.retained + places % regions.ring).flatten())
         self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.flatten()
-        self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = 0
+        self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = self._no_mass
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """One call for the batch, or one for each sequence where they have dropped different numbers of tokens."""

@@ -93,6 +93,12 @@ class Card(TorchFunctionMode):
         assert not self.capturing, f"{what}: no graph can hold this"
         self.waits[what] = self.waits.get(what, 0) + 1
 
+    def set_number(self, tensor: Tensor, index: Any) -> None:
+        """A number of the host fills a slice or a mask on the card, but to places by tensor, and to one place, it is copied."""
+        by_place = any(isinstance(i, Tensor) and i.dtype not in (torch.bool, torch.uint8) for i in tree_flatten(index)[0])
+        if by_place or plain(tensor)[tree_map(plain, index)].dim() == 0:
+            self.wait("__setitem__ of a number")
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
         self.capturing = True
@@ -123,6 +129,8 @@ class Card(TorchFunctionMode):
                 self.wait(f"{name} by a mask")
             if name in READS or to_host or (name == "repeat_interleave" and len(ours) > 1):
                 self.wait(name)
+        if name == "__setitem__" and isinstance(args[0], OnCard) and not isinstance(args[2], Tensor):
+            self.set_number(args[0], args[1])
         if name == "copy_" and isinstance(args[0], OnCard) != isinstance(args[1], OnCard):
             self.wait("copy_ between card and host") if not kwargs.get("non_blocking") else None
             assert not self.capturing, "copy_ between card and host: a graph would copy what was there when it was captured"

@@ -17,6 +17,7 @@ from skvq.engine.bench import bench_decode, bench_prefill
 from skvq.engine.config import SamplingConfig
 from skvq.engine.filters import HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
+from skvq.engine.sampling import Sampler
 from skvq.engine.steps import DecodeBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,10 +129,24 @@ def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
             work()
     with pytest.raises(AssertionError, match="graph"), gpu.capture():
         torch.tensor([1], device="cuda")
+    at = torch.zeros(1, dtype=torch.int64, device="cuda")
+    for place in (at, 0):
+        with pytest.raises(AssertionError, match="graph"), gpu.capture():
+            x[place] = 5
+    with gpu.capture():
+        x[1:] = 5
+        x[at] = x.sum()
     for mixed in (lambda: x + host, lambda: torch.cat([x, host]), lambda: x[torch.tensor([1])]):
         with pytest.raises(AssertionError, match="mixes card and host"):
             mixed()
     assert (x + torch.tensor(2.0)).device == CARD  # a number of the host is none
+
+
+def test_drawing_a_token_waits_once(gpu: Card) -> None:
+    sampler = Sampler(SamplingConfig(temperature=0, repeat_penalty=1.1), [1, 2], 8, CARD)
+    gpu.waits.clear()
+    assert sampler.draw(torch.arange(8.0, device="cuda")) == 7
+    assert gpu.waits == {"__int__": 1}
 
 
 def test_text_sessions_and_batches(folder: Path, gpu: Card, tmp_path: Path) -> None:
