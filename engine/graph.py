@@ -72,19 +72,19 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """Graphs of one device, one after another in the same memory: capturing the next gives up the one before.
+    """Graphs of one device, each in memory of its own, which is given back when the graph is given up.
 
     The work is first launched kernel by kernel, with the grids of the graph: kernels get compiled and scratch memory allocated.
     Grids are those of the longest sequence the arena may hold, ``max_packed``, so no length outgrows them.
     """
 
     def __init__(self, max_packed: int) -> None:
-        self.pool, self.max_packed = torch.cuda.graph_pool_handle(), max_packed
+        self.max_packed = max_packed
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
         found = work()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph):  # a pool of graphs that are gone could not be used again: cuBLAS keeps a part of it
             logits = work()
         logits.copy_(found)
         return Captured(graph.replay, logits)
@@ -119,14 +119,20 @@ class GraphStep:
     def run(self, batch: DecodeBatch, token_ids: Sequence[int]) -> Tensor:
         batch.begin(token_ids)
         bound = self.graphs.bound(batch)
+        captured = self._known(batch, bound)
+        if captured is not None:
+            captured.replay()
+        else:
+            self._held.clear()  # nothing else holds the graph before: its memory is free for the next
+            captured = self.graphs.capture(lambda: self.eager.launch(batch, bound))
+            self._held.append((batch, bound, batch.methods, captured))
+        return captured.logits.clone()  # the next replay writes over them
+
+    def _known(self, batch: DecodeBatch, bound: int) -> Captured | None:
         for known, good_for, methods, captured in self._held:
             if known is batch and good_for == bound and all(a is b for a, b in zip(methods, batch.methods, strict=True)):
-                captured.replay()
-                return captured.logits.clone()  # the next replay writes over them
-        self._held.clear()  # before the next capture takes its memory
-        captured = self.graphs.capture(lambda: self.eager.launch(batch, bound))
-        self._held.append((batch, bound, batch.methods, captured))
-        return captured.logits.clone()
+                return captured
+        return None
 
 
 def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, backend: str, *, graph: bool) -> DecodeStep:

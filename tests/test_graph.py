@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
 from skvq.engine.graph import Captured, CpuGraphs, CudaGraphs, EagerStep, GraphStep, decode_step_of
 from skvq.engine.steps import DecodeBatch
-from skvq.kernels.interface import Step
+from skvq.kernels.interface import RopeFrequencies, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,11 +165,10 @@ def test_step_tensors_stay_where_they_are(folder: Path) -> None:
     assert batch.ring_slots.tolist() == [engine.parts.setup.regions.slot(sequence.length)] and batch.token_ids.tolist() == [[7]]
 
 
-def test_who_gets_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_gets_a_graph(folder: Path) -> None:
     """On a GPU, Triton, a head size with kernels; on the CPU, numba. No rule that asks for mass; not when it is turned off."""
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     parts = engine.parts
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
 
     class OnGpu:
         class page_table:  # noqa: N801
@@ -194,16 +194,15 @@ def test_who_gets_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert made(large, parts.setup, "reference") is EagerStep
 
 
-def test_cuda_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     class Graph:
         def replay(self) -> None:
             seen.append("replay")
 
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: seen.append((type(graph), pool)) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: seen.append(type(graph)) or nullcontext())
     graphs, launched = CudaGraphs(512), []
 
     def work() -> Tensor:
@@ -212,6 +211,38 @@ def test_cuda_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
     captured = [graphs.capture(work) for _ in range(2)]
     captured[0].replay()
-    assert seen == [(Graph, "pool"), (Graph, "pool"), "replay"]
+    assert seen == [Graph, Graph, "replay"]
     assert launched == [0, 1, 1, 2]  # compiled before it is captured
     assert captured[1].logits.item() == 3.0  # what the work gave that was done, not what capturing left
+
+
+@torch.inference_mode()
+def test_a_graph_is_given_up_before_the_next(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=600)
+    graphs: list[ref[Any]] = []
+
+    class Watched(Calls):
+        def capture(self, work: Callable[[], Tensor]) -> Captured:
+            assert all(graph() is None for graph in graphs), "the graph before is still held"
+            captured = super().capture(work)
+            graphs.append(ref(captured.replay))
+            return captured
+
+    step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), Watched(512))
+    sequences = start(engine, 1)
+    for _ in range(3):
+        step.run(DecodeBatch(sequences, engine.parts.model.config.attention_spans), [1])
+    assert len(graphs) == 3
+
+
+def test_what_a_graph_reads_is_never_freed() -> None:
+    """Two caches over one backend: a longer one's tables do not take the place of those that the other's graph holds."""
+    workspace = pytest.importorskip("skvq.kernels.triton_gpu.workspace")
+    rope, tables = RopeFrequencies(inv_freq=torch.ones(4, dtype=torch.float64), scale=1.0), workspace.Tables()
+    short = tables.rope(rope, 128, 10)
+    long = tables.rope(rope, 128, 20)
+    assert len(long.turn) == 26 and tables.rope(rope, 128, 10) is short and tables.rope(rope, 128, 20) is long
+    scratch = workspace.Scratch(torch.device("cpu"))
+    taken = ref(scratch.take("sums", 8, torch.float32))
+    scratch.take("sums", 80, torch.float32)
+    assert taken() is not None

@@ -35,7 +35,6 @@ class RopeTables:
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
         self.rope = rope  # held, so that its identity stays its own
-        self.tiles = tiles
         self.scale = float(rope.scale)
         count = torch.arange(max(6, tile, tiles), dtype=torch.float64, device=rope.inv_freq.device)
         base = torch.cat([count[:6] * 32, count[:tiles] * tile])[:, None] * rope.inv_freq
@@ -47,17 +46,20 @@ class RopeTables:
 
 
 class Tables:
-    """Tables by the identity of what they were made from; the maker is held, so an identity is never reused."""
+    """Tables by the identity of what they were made from; the maker is held, so an identity is never reused.
+
+    None is ever freed: a captured CUDA graph keeps their addresses.
+    """
 
     def __init__(self) -> None:
-        self._ropes: dict[tuple[int, int], RopeTables] = {}
+        self._ropes: dict[tuple[int, int, int], RopeTables] = {}
         self._labels: dict[int, tuple[object, LabelTables]] = {}
 
     def rope(self, rope: RopeFrequencies, tile: int, tiles: int) -> RopeTables:
-        """Tables that cover at least ``tiles`` tiles."""
-        key = (id(rope.inv_freq), tile)
+        """Tables that cover ``tiles`` tiles."""
+        key = (id(rope.inv_freq), tile, tiles)
         known = self._ropes.get(key)
-        if known is None or known.tiles < tiles:
+        if known is None:
             known = RopeTables(rope, tile, tiles)
             self._ropes[key] = known
         return known
