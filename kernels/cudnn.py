@@ -82,8 +82,9 @@ class CudnnAttention:
         if not (apart <= allowed and lse_apart <= allowed):  # a nan is neither
             off = f"{apart:.2g}, log-sum-exp {lse_apart:.2g}, {allowed:.2g} allowed"
             self._refuse(q, k, f"is off from flash attention by {off}")
+            return wanted, wanted_lse
         self._checked.add(kind)
-        return wanted, wanted_lse
+        return out, lse
 
     def _refuse(self, q: Tensor, k: Tensor, what: str) -> None:
         self.trusted = False

@@ -76,8 +76,12 @@ def test_blocks_are_few_lengths() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_hopper_asks_cudnn_for_the_blocks_before_a_chunk(
-    dtype: torch.dtype, asked: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
+    dtype: torch.dtype, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    flash: list[int] = []
+    sound = stand_in._flash
+    op = "_scaled_dot_product_flash_attention"
+    monkeypatch.setitem(stand_in.ATTENTION, op, lambda q, *rest: (flash.append(q.shape[2]), sound(q, *rest))[1])
     with card((9, 0)):
         for seed in (1, 2):  # compared with flash attention, then believed
             q, k, v = inputs(429 + COUNT, dtype, seed)
@@ -85,6 +89,8 @@ def test_hopper_asks_cudnn_for_the_blocks_before_a_chunk(
             q, k, v = inputs(128, dtype, seed)
             check(attend_all(q, k, v), q, k, v, torch.ones(COUNT, 128, dtype=torch.bool))
         assert cudnn_on(q.device).trusted
+    square, rest, compared = [COUNT], [3 * COUNT], [3 * COUNT] * 2
+    assert flash == square + compared + rest + square + rest
     assert asked == 2 * [(3 * COUNT, 256), (3 * COUNT, 128), (3 * COUNT, 128)] and not capsys.readouterr().err
 
 
@@ -107,6 +113,12 @@ def test_strides_past_32_bits_stay_with_flash_attention() -> None:
     hopper = cudnn.CudnnAttention((9, 0))
     far = torch.empty((3, 2**30, 1), dtype=torch.bfloat16, device="meta")
     assert hopper.takes_block(far[:1, :64]) and not hopper.takes_block(far[:, :64])
+
+
+def test_head_sizes_past_what_cudnn_takes() -> None:
+    hopper = cudnn.CudnnAttention((9, 0))
+    taken = [hopper.takes(torch.empty(2, COUNT, size, dtype=torch.float16), COUNT) for size in (20, 64, 96, 128, 136, 256)]
+    assert taken == [False, True, True, True, False, False]
 
 
 def test_plans_are_those_of_any_prompt() -> None:
