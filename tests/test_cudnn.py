@@ -121,6 +121,14 @@ def test_head_sizes_past_what_cudnn_takes() -> None:
     assert taken == [False, True, True, True, False, False]
 
 
+@pytest.mark.parametrize("kernel", [cudnn.cudnn_attention, cudnn.flash_attention])
+def test_torch_has_the_kernels_as_they_are_called(kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Names, arguments and shapes of the results, as this torch declares them."""
+    q, k, v = (torch.empty(2, tokens, 64, dtype=torch.bfloat16, device="meta") for tokens in (384, 128, 128))
+    out, lse = kernel(q, k, v)
+    assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (2, 384) and lse.dtype == torch.float32
+
+
 def test_plans_are_those_of_any_prompt() -> None:
     with card((9, 0)):
         strides = {t.stride() for tokens in (300, 557) for t in inputs(tokens)[1:]}
