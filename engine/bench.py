@@ -29,7 +29,7 @@ from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.steps import DecodeBatch, last_token_step
 from skvq.engine.stress import fill_fast
-from skvq.kernels.dense import attend_all, attend_causal
+from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 
 STEPS = 24
 """Decode steps timed at each context."""
@@ -258,8 +258,8 @@ def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterat
 @torch.inference_mode()
 def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of causal attention over a prompt in chunks, as exact prefill does it, all layers (one is measured)."""
-    shape = (config.num_kv_heads, tokens, config.head_size)
-    keys, values = (torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))
+    shape = (config.num_kv_heads, tokens, config.head_size, dtype, device)
+    keys, values = (kv_buffer(*shape).normal_() for _ in range(2))
     q = torch.empty(CHUNK_TOKENS, config.num_heads, config.head_size, dtype=dtype, device=device).normal_()
 
     def attend() -> None:

@@ -17,7 +17,7 @@ from skvq.engine.model import Model
 from skvq.engine.planner import bits_per_element
 from skvq.engine.rope import StepRope, at_positions
 from skvq.engine.steps import DenseLayer, LayerCache, add_mass
-from skvq.kernels.dense import attend_all, attend_causal
+from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.reference import masked_attention, merge
 
@@ -104,8 +104,8 @@ def hidden_states(
 def dense_layers(model: Model, count: int) -> Callable[[int], LayerCache]:
     """Full-precision caches for ``hidden_states`` of a text of ``count`` tokens."""
     config, embedding = model.config, model.weights.embedding
-    shape = (config.num_kv_heads, count, config.head_size)
-    keys, values = (torch.empty(shape, dtype=embedding.dtype, device=embedding.device) for _ in range(2))
+    shape = (config.num_kv_heads, count, config.head_size, embedding.dtype, embedding.device)
+    keys, values = kv_buffer(*shape), kv_buffer(*shape)
     return lambda layer: DenseLayer(keys, values, config.attention_spans[layer])
 
 

@@ -25,6 +25,7 @@ from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import StepRope, at_positions
 from skvq.engine.steps import ExactLayer
+from skvq.kernels.dense import kv_buffer
 from skvq.kernels.interface import RopeFrequencies
 
 
@@ -91,12 +92,12 @@ def new_state(model: Model, count: int, form: PrefillForm) -> ExactState:
     pinned = form.host_states and device.type == "cuda"
     several = groups if groups > 1 else 0
     attended = (several, count, config.num_heads * config.head_size // groups)
-    held = (config.num_kv_heads // groups, count, config.head_size)
+    held = (config.num_kv_heads // groups, count, config.head_size, dtype, device)
     return ExactState(
         hidden=torch.empty(count, config.hidden_size, dtype=dtype, device=place, pin_memory=pinned),
         attended=torch.empty(attended, dtype=dtype, device=place, pin_memory=pinned and several > 0),
-        keys=torch.empty(held, dtype=dtype, device=device),
-        values=torch.empty(held, dtype=dtype, device=device),
+        keys=kv_buffer(*held),
+        values=kv_buffer(*held),
         mass=torch.zeros(count, device=device),
         chunk_tokens=chunks(count)[0][1],
     )

@@ -1,7 +1,8 @@
 """Dense attention over 16- or 32-bit keys and values that returns the log-sum-exp, so that parts can be merged.
 
-Torch's own flash kernels do the work; a chunk of queries against everything before it is one call without a mask (query
-heads that share a kv head are folded into the query axis) and one causal square, merged by log-sum-exp.
+Torch's own kernels do the work; a chunk of queries against everything before it is calls without a mask (query heads that
+share a kv head are folded into the query axis: one of flash attention, or on Hopper one of cuDNN for each of ``blocks``) and
+one causal square of flash attention, merged by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -9,17 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from skvq.kernels.cudnn import blocks, cudnn_on, flash_attention
 from skvq.kernels.reference import masked_attention, merge
+
+
+def kv_buffer(kv_heads: int, tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for keys, or values, [KH, T, D] of a text that is read chunk by chunk; ``attend_causal`` sees its beginnings.
+
+    On a card they lie by token, so that strides, and with them cuDNN's plans, are those of any other text.
+    """
+    if device.type == "cpu":
+        return torch.empty(kv_heads, tokens, size, dtype=dtype, device=device)
+    return torch.empty(tokens, kv_heads, size, dtype=dtype, device=device).transpose(0, 1)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Every query of ``q`` [N, H, D] sees every token of k, v [KH, T, D]; output [N, H, D], log-sum-exp [N, H] float32."""
-    count, heads, size = q.shape
-    kv_heads = k.shape[0]
-    folded = q.view(count, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
-    out, lse = _flash(folded, k, v, causal=False)  # [KH, rep * N, D]
-    out = out.reshape(heads, count, size).transpose(0, 1)
-    return out, lse.reshape(heads, count).transpose(0, 1)
+    outs, lses = _attend_parts(q, k, v)
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    out, lse = merge(outs, lses)
+    return out.to(q.dtype), lse
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Tensor]:
@@ -35,9 +46,27 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, T
     out, lse = out.transpose(0, 1), lse.transpose(0, 1)
     if not past:
         return out, lse
-    before, before_lse = attend_all(q, k[:, :past], v[:, :past])
-    merged, total = merge([out.float(), before.float()], [lse, before_lse])
+    outs, lses = _attend_parts(q, k[:, :past], v[:, :past])
+    merged, total = merge([out, *outs], [lse, *lses])
     return merged.to(q.dtype), total
+
+
+def _attend_parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """``attend_all`` not merged yet: outputs [N, H, D] and log-sum-exps [N, H] over runs of the tokens."""
+    count, heads, size = q.shape
+    kv_heads, tokens, _ = k.shape
+    folded = q.view(count, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
+    in_blocks = q.is_cuda and cudnn_on(q.device).takes(folded, count)
+    outs, lses = [], []
+    for start, stop in blocks(tokens) if in_blocks else [(0, tokens)]:
+        keys, values = (t[:, start:stop].to(q.dtype) for t in (k, v))
+        if in_blocks and cudnn_on(q.device).takes_block(keys):
+            out, lse = cudnn_on(q.device).attend(folded, keys, values)  # [KH, rep * N, D]
+        else:
+            out, lse = _flash(folded, keys, values, causal=False)
+        outs.append(out.reshape(heads, count, size).transpose(0, 1))
+        lses.append(lse.reshape(heads, count).transpose(0, 1))
+    return outs, lses
 
 
 def _attend_span(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Tensor]:
@@ -60,13 +89,13 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Te
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Flash attention of one batch, [heads, tokens, D]: output and natural log-sum-exp [heads, tokens]."""
-    q, k, v = q[None], k[None].to(q.dtype), v[None].to(q.dtype)
+    k, v = k.to(q.dtype), v.to(q.dtype)
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], 0.0, causal)
     elif q.dtype == torch.float32:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-        lse = lse[..., : q.shape[2]]
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q[None], k[None], v[None], None, True, 0.0, causal)
+        lse = lse[..., : q.shape[1]]
     else:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
+        return flash_attention(q, k, v, causal=causal)
     return out[0], lse[0].float()

@@ -496,7 +496,7 @@ def attend_plain(q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> t
 
 
 def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """One softmax from partial ones: outputs [..., D] float32 and log-sum-exps [...] over disjoint sets of tokens."""
+    """One softmax from partial ones: outputs [..., D] and float32 log-sum-exps [...] over disjoint sets of tokens; float32."""
     total = torch.stack(lses).logsumexp(0)
     finite = total.clamp_min(torch.finfo(torch.float32).min)
     out = sum(out * torch.exp(lse - finite)[..., None] for out, lse in zip(outs, lses, strict=True))

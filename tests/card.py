@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from skvq.kernels.cudnn import cudnn_on
+
 CARD = torch.device("cuda:0")
 READS = {  # of tensors of the card: the host waits
     "item", "tolist", "numpy", "nonzero", "masked_select", "unique", "argwhere", "equal", "allclose", "is_nonzero", "bincount",
@@ -170,9 +172,19 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool, drop
     return out, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf), None, None
 
 
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool, dropout: float = 0.0, causal: bool = False, debug: bool = False
+) -> Any:
+    assert q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128, (q.dtype, q.shape)
+    assert bias is None and with_lse and not dropout and not debug
+    out, lse = _attention(q, k, v, causal)
+    return out, lse[..., None], None, None, q.shape[2], k.shape[2], None, None, None
+
+
 ATTENTION: dict[str, Callable[..., Any]] = {
     "_scaled_dot_product_flash_attention": _flash,
     "_scaled_dot_product_efficient_attention": _efficient,
+    "_scaled_dot_product_cudnn_attention": _cudnn,
 }
 
 
@@ -203,6 +215,7 @@ def card(capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
     }
+    cudnn_on.cache_clear()  # another card
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))

@@ -48,7 +48,9 @@ def once(work: Any, repeats: int = 0) -> tuple[float, float]:
 @pytest.mark.slow
 def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small: dict[str, Any] = {"STEPS": 2, "WARM_UP": 1, "OUTGROWN": 1.0}
-    small |= {"CONTEXTS": (300,), "DECODE_CONTEXTS": (300,), "SHAPES": {"mistral-7b": (1, 4), "llama-2-7b": (2, 1)}}
+    small |= {"CONTEXTS": (300,), "DECODE_CONTEXTS": (300,), "PREFILL_CONTEXTS": (256,), "BLOCKS_CONTEXT": 1240}
+    small["SHAPES"] = {"mistral-7b": (1, 4), "llama-2-7b": (2, 1)}
+    monkeypatch.setattr(script.cudnn, "BLOCK_TOKENS", 64)
     for name, value in small.items():
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script, "MODEL", str(tiny_folder(tmp_path / "model", head_size=128, num_layers=1)))
@@ -58,19 +60,21 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(script, "TIMED", script.TIMED[:1])
     for name in ("other_gates", "sweep"):
         monkeypatch.setattr(script, name, lambda *rest: None)
-    for name in ("time_packing", "time_prefill", "copy_bandwidth"):
+    for name in ("time_packing", "copy_bandwidth"):
         monkeypatch.setattr(script, name, lambda *rest, **named: {"gbps": 1.0, "good": True})
     monkeypatch.setattr(script, "gate_packing", lambda *rest: True)  # minutes each
     monkeypatch.setattr(script, "seconds_of", once)
     monkeypatch.setattr(graph, "CudaGraphs", CheckedGraphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    with card(), emulated(80):
+    with card((9, 0)), emulated(90):
         log = script.Log(tmp_path / "found.json", time.monotonic() + 1e6, {})
         script.measure(log)
         script.table(log.results)
     found = json.loads((tmp_path / "found.json").read_text())
     bad = {k: v for k, v in found.items() if "error" in v or (k.startswith("gate ") and not script.is_green(v))}
     assert not bad
+    assert found["gate prefill blocks torch.bfloat16"]["cudnn"] and found["prefill attention 256 product"]["cudnn"]
+    assert all(found[f"prefill attention 256 {how}"]["same"] for how in ("flash", "cudnn", "product"))
     assert found["subnormals"] == {"kept": True} and "decode step 300 graph" in found
 
 

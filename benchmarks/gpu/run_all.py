@@ -35,7 +35,7 @@ import triton.language as tl  # noqa: E402
 from stamp import stamp  # noqa: E402
 from triton_cases import Case, formats, make_case  # noqa: E402
 
-from skvq.kernels import dense, reference  # noqa: E402
+from skvq.kernels import cudnn, dense, reference  # noqa: E402
 from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
@@ -46,6 +46,7 @@ DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
 MODEL, METHOD = "mistral-7b", "rotate"
 CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and below
+PREFILL_CONTEXTS, BLOCKS_CONTEXT = (32_768, 131_072, 8192), 26_000
 DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
 STEPS, WARM_UP = 64, 8
@@ -177,13 +178,21 @@ def verdict(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
     return {"off": error, "largest": largest, "good": good}
 
 
-def check_dense(dtype: torch.dtype) -> dict[str, Any]:
-    """Torch's flash attention as prefill calls it: a chunk after a prefix, grouped heads, its log-sum-exp."""
-    q, k, v = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((300, 8, 128), (2, 1000, 128), (2, 1000, 128)))
-    out, lse = dense.attend_causal(q, k, v, 2**31 - 1)
-    visible = torch.arange(1000, device=DEVICE)[None] <= torch.arange(700, 1000, device=DEVICE)[:, None]
+def rows(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
+    """The largest error of a row of [H, N, D], where outputs are small, and whether it is that of rounding."""
+    off = cudnn.row_error(got, wanted)
+    return {"off": off, "good": off <= 4 * max(torch.finfo(got.dtype).eps, torch.finfo(torch.float16).eps)}
+
+
+def check_dense(dtype: torch.dtype, count: int = 300, tokens: int = 1000) -> dict[str, Any]:
+    """Torch's attention as prefill calls it: a chunk after a prefix, grouped heads, its log-sum-exp; whether cuDNN is asked."""
+    q = (3 * torch.randn(count, 8, 128, device=DEVICE)).to(dtype)
+    k, v = (dense.kv_buffer(2, tokens, 128, dtype, DEVICE).normal_() for _ in range(2))
+    visible = torch.arange(tokens, device=DEVICE)[None] <= torch.arange(tokens - count, tokens, device=DEVICE)[:, None]
     exact, exact_lse = reference.masked_attention(q.float(), k.transpose(0, 1).float(), v.transpose(0, 1).float(), visible)
-    return verdict(out, exact) | {"lse": verdict(lse, exact_lse)}
+    out, lse = dense.attend_causal(q, k, v, 2**31 - 1)
+    found = verdict(out, exact) | {"lse": verdict(lse, exact_lse), "cudnn": cudnn.cudnn_on(q.device).trusted}
+    return found | {"rows": rows(out.transpose(0, 1), exact.transpose(0, 1))}
 
 
 def check_fused(dtype: torch.dtype) -> dict[str, Any]:
@@ -370,22 +379,36 @@ def time_packing(key_bits: float, value_bits: float, lattice: bool = False) -> d
     return {"pack_tokens_per_s": count / pack, "unpack_tokens_per_s": count / unpack}
 
 
-def time_prefill(context: int, cudnn: bool) -> dict[str, float]:
-    """A chunk of 1,024 queries of Mistral-7B's shape against a prefix, as exact prefill attends, or by cuDNN."""
-    q, k, v = (torch.randn(1, 8, n, 128, device=DEVICE).to(torch.bfloat16) for n in (4 * 1024, context, context))
-    if cudnn:
-        op = torch.ops.aten._scaled_dot_product_cudnn_attention
-        exact, exact_lse = dense._flash(q[0], k[0], v[0], causal=False)
-        out, lse, *_ = op(q, k, v, None, True, 0.0, False, False)
-        same = verdict(out[0], exact)["good"] and verdict(lse.reshape(8, -1), exact_lse)["good"]
-        taken, spread = seconds_of(lambda: op(q, k, v, None, True, 0.0, False, False), 5)
-    else:
-        same = True
-        taken, spread = seconds_of(lambda: dense._flash(q[0], k[0], v[0], causal=False), 5)
+def time_prefill(context: int, how: str) -> dict[str, Any]:
+    """A chunk of 1,024 queries of Mistral-7B's shape against a prefix: by one call of flash attention, by one of cuDNN, or as
+    prefill attends (there to one key fewer: the most blocks there can be, and flash attention for the last)."""
+    tokens = context - (how == "product")
+    q = (3 * torch.randn(1024, 32, 128, device=DEVICE)).to(torch.bfloat16)
+    k, v = (dense.kv_buffer(8, tokens, 128, torch.bfloat16, DEVICE).normal_() for _ in range(2))
+    folded = q.view(1024, 8, 4, 128).permute(1, 2, 0, 3).reshape(8, 4096, 128)
+    calls: dict[str, Callable[[], Any]] = {
+        "flash": lambda: cudnn.flash_attention(folded, k, v),
+        "cudnn": lambda: cudnn.cudnn_attention(folded, k, v),
+        "product": lambda: dense.attend_all(q, k, v),
+    }
+    exact, exact_lse = calls["flash"]()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    calls[how]()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start  # a plan of cuDNN is made for every shape
+    out, lse = calls[how]()
+    if how == "product":
+        out, lse = out.transpose(0, 1).reshape(exact.shape), lse.T.reshape(exact_lse.shape)
+    near = rows(out, exact)
+    taken, spread = seconds_of(calls[how], 5)
     return {
         "ms": taken * 1e3,
-        "tflops": 4 * q.shape[1] * q.shape[2] * context * 128 / taken / 1e12,
-        "same": same,
+        "first_ms": first * 1e3,
+        "tflops": 4 * q.shape[0] * q.shape[1] * tokens * 128 / taken / 1e12,
+        "off": near["off"],
+        "same": near["good"] and verdict(lse, exact_lse)["good"],
+        "cudnn": how == "cudnn" or (how == "product" and cudnn.cudnn_on(q.device).trusted),
         "spread": spread,
     }
 
@@ -492,10 +515,11 @@ def measure(log: Log) -> None:
         torch.cuda.empty_cache()
     for form in TIMED[1:]:
         attention(log, "mistral-7b", form, copy_gbps)
-    for context in (32_768, 131_072):
-        for cudnn in (False, True):
-            name = f"prefill attention {context} {'cudnn' if cudnn else 'flash'}"
-            log.step(name, lambda a=(context, cudnn): time_prefill(*a), 15)
+    for dtype in (torch.bfloat16, torch.float16):  # blocks of 16,384 and 8,192 before the chunk, and some tokens between
+        gate(log, f"prefill blocks {dtype}", lambda dtype=dtype: check_dense(dtype, 1024, BLOCKS_CONTEXT))
+    for context in PREFILL_CONTEXTS:
+        for how in ("flash", "cudnn", "product"):
+            log.step(f"prefill attention {context} {how}", lambda a=(context, how): time_prefill(*a), 15)
     for kb, vb in ((2.0, 2.0), (2.0, 1.5)):
         if gate_packing(log, kb, vb, "heads"):
             log.step(f"packing K{kb:g}V{vb:g}", lambda kb=kb, vb=vb: time_packing(kb, vb), 20)
@@ -546,7 +570,8 @@ def table(results: dict[str, Any]) -> None:
                 f"{name}: {value['ms']:.2f} ms, slowest {value['slowest_ms']:.2f}, {value['x_floor']:.2f}x its bandwidth floor"
             )
         elif name.startswith("prefill attention ") and "ms" in value:
-            print(f"{name}: {value['tflops']:.0f} TFLOP/s{'' if value['same'] else ', DIFFERS from flash'}")
+            told = "" if value["same"] else ", DIFFERS from flash"
+            print(f"{name}: {value['tflops']:.0f} TFLOP/s, {value['first_ms']:.0f} ms the first time{told}")
     told = {name: value for name, value in results.items() if isinstance(value, dict)}
     failed = [name for name, value in told.items() if "error" in value or (name.startswith("gate ") and not is_green(value))]
     if failed:
