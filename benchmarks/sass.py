@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from skvq.kernels.triton_gpu import combine, dense, fused, label_blocks, labels, lattice, pack, packed, prepare, unpack
-from skvq.kernels.triton_gpu.backend import rows_by_column
+from skvq.kernels.triton_gpu.backend import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HALVES, BYTES, WORDS, LONGS = "*fp16", "*u8", "*i32", "*i64"
@@ -80,9 +80,11 @@ def attend_variant(
     constants = {
         "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "TILE": tile, "KEY_NORMAL": normal,
         "VALUE_NORMAL": normal or value_bits in (4, 8), "HAS_SPAN": span, "HAS_MEAN": mean,
-        "BY_COLUMN": rows_by_column(tile, groups, has_mean=mean, has_span=span), "ASM": True, "FP8": fp8,
+        "BY_COLUMN": rows_by_column(tile, groups, has_mean=mean, has_span=span), "BLOCK": SLOT_BLOCK, "ASM": True, "FP8": fp8,
+        "PDL": fp8,
     }  # fmt: skip
     pointers = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
+    pointers |= {"half_q_ptr": HALVES, "half_key_ptr": HALVES, "half_value_ptr": HALVES}
     return Variant(name, packed.attend_packed_kernel, constants, 1, 2, pointers, 2 * size * tile, limit, registers)
 
 
@@ -115,17 +117,21 @@ def other_variants(arch: int) -> list[Variant]:
     tiled = {**codes, "TILE": 160}
     halves = {"q_ptr": HALVES, "key_ptr": HALVES, "value_ptr": HALVES, "out_ptr": HALVES}
     meta = 1.0 if arch >= 89 else 256.0
+    pdl = {"PDL": arch >= 90}
     prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
+    prepared |= {"BY_COLUMN": True, "ASM": True} | pdl
+    combined = {"D": 128, "BLOCK": 64, "MOST": MAX_SPLITS, "FULL": FULL_SPLITS, "HAS_BASIS": True} | pdl
+    sixteen = {"D": 128, "NH": 8, "WIDE": False} | pdl
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
     blocks = {**reorder, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
     many = {**blocks, "G": 1, "GROUPS": 32}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     halves_too = tensors | {"turn_ptr": HALVES}
     return [
-        Variant("prepare", prepare.prepare_heads_kernel, {**prepared, "BY_COLUMN": True, "ASM": True}, 4, 1, halves),
-        Variant("combine", combine.combine_kernel, {"D": 128, "BLOCK": 16, "HAS_BASIS": True}, 4, 1, halves),
-        Variant("slots", dense.attend_slots_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 1, halves),
-        Variant("plain", dense.attend_plain_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 3, halves),
+        Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
+        Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
+        Variant("slots", dense.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
+        Variant("plain", dense.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
         Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 2, halves_too, 8192, 4.8),
         Variant("reorder K2V2 g128, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 1, 2, halves_too, 8192, 6.2),
         Variant(

@@ -19,6 +19,7 @@ from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kern
 from skvq.kernels.triton_gpu.label_blocks import attend_labels_blocks_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_kernel
 from skvq.kernels.triton_gpu.lattice import quantize_side
+from skvq.kernels.triton_gpu.overlap import overlapping
 from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
 from skvq.kernels.triton_gpu.packing import bits_code, decode_heads, launch_pack, launch_unpack, page_strides
@@ -27,7 +28,9 @@ from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
-SLOT_BLOCK = 64
+SLOT_BLOCK = 16  # of 16-bit slots a program of one warp takes at a time
+PAGE_BLOCK = 64  # of 16-bit tokens of method fp, four warps
+FULL_SPLITS = 32
 LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
 WIDE = 2.0  # 255 registers, 24 to 50 KB of shared memory: room for about half as many programs
 
@@ -55,6 +58,16 @@ class Columns:
         return self.width * self.chunks
 
 
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Partial softmaxes of every column, of ``splits`` programs: sums [B, KH, columns, splits, D], and their maxima (log2) and
+    weights [..., 2]. float32."""
+
+    sums: Tensor
+    statistics: Tensor
+    splits: int
+
+
 def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
     """How fragments of q are stored (``packed.load_rows``): as the registers allow, counted ahead of time."""
     return tile == 128 and not has_span and not (has_mean and groups > 1)
@@ -72,12 +85,13 @@ class TritonGpu:
             raise BackendUnavailable(
                 f"backend 'triton' needs an NVIDIA GPU, not {device}; TRITON_INTERPRET=1 runs it on the CPU, for tests only"
             )
-        self.fp8, processors = False, 1
+        self.fp8, self.pdl, processors = False, False, 1
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
             if capability < (8, 0):
                 raise BackendUnavailable(f"backend 'triton' needs compute capability 8.0 or later, {device} has {capability}")
             self.fp8 = capability >= (8, 9)
+            self.pdl = capability >= (9, 0)
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.programs = processors * WARPS_PER_SM
         self.stages = 2
@@ -95,23 +109,26 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             return reference.attend_heads(q, pages, codec, full, step)
         columns = self._check(q, layout.kv_heads, layout.head_size, full, step)
-        splits = self._splits(columns, step, layout.tile)
-        part, stat = self._partials("packed", columns, q, splits)
-        if splits:
-            self._attend_packed(q, pages, codec, step, columns, splits, part, stat)
-        return self._finish(q, columns, full, step, (part, stat, splits), codec)
+        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile))
+        held = self._partials("full", columns, q, self._full_splits(full))
+        if packed.splits:
+            self._attend_packed(q, pages, codec, full, step, columns, packed, held)
+        else:
+            self._attend_slots(q, full, step, columns, held)
+        return self._combine(q, columns, packed, held, codec)
 
     def _attend_packed(
         self,
         q: Tensor,
         pages: PackedPages,
         codec: HeadCodec,
+        full: FullSlots,
         step: Step,
         columns: Columns,
-        splits: int,
-        part: Tensor,
-        stat: Tensor,
+        packed: Partials,
+        held: Partials,
     ) -> None:
+        """Packed tiles and 16-bit slots in one launch."""
         layout = pages.layout
         size, groups, width = layout.head_size, layout.groups, columns.width
         programs = q.shape[0] * columns.chunks * columns.heads
@@ -133,16 +150,19 @@ class TritonGpu:
             columns.chunks, columns.queries, columns.repeat, rope_scale,
             D=size, BITS=key_bits, G=groups, NH=width, NORMAL=key_normal, META=1.0 if self.fp8 else 256.0,
             HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean,
-            BY_COLUMN=by_column, ASM=not self.interpreted, num_warps=4,
+            BY_COLUMN=by_column, ASM=not self.interpreted, num_warps=8, **overlapping(self.pdl),
         )  # fmt: skip
-        attend_packed_kernel[(columns.heads, splits, q.shape[0] * columns.chunks)](
+        attend_packed_kernel[(columns.heads, held.splits + packed.splits, q.shape[0] * columns.chunks)](
             rows, qsum, scale, coefficient, turn, table, pages.key_codes, pages.value_codes, pages.meta, codec.values.unit,
-            part, stat, step.page_table, step.slots, step.packed, step.positions,
+            packed.sums, packed.statistics, step.page_table, step.slots, step.packed, step.positions,
             *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
-            step.span,
+            step.span, packed.splits,
+            q, full.keys, full.values, full.positions, held.sums, held.statistics, *full.keys.stride()[:3],
+            full.positions.stride(0), full.positions.shape[1], held.splits,
             D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, TILE=layout.tile, KEY_NORMAL=key_normal,
             VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
-            BY_COLUMN=by_column, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=self.stages,
+            BY_COLUMN=by_column, BLOCK=SLOT_BLOCK, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=self.stages,
+            **overlapping(self.pdl),
         )  # fmt: skip
 
     def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
@@ -152,17 +172,20 @@ class TritonGpu:
         columns = self._check(q, kv_heads, size, full, step)
         assert pages.keys.shape[2] == PAGE_TOKENS and pages.keys.stride()[2:] == (size, 1), pages.keys.stride()
         assert pages.values.stride() == pages.keys.stride(), (pages.values.stride(), pages.keys.stride())
-        splits = self._splits(columns, step, SLOT_BLOCK, warps=4)
-        part, stat = self._partials("packed", columns, q, splits)
-        if splits:
-            attend_plain_kernel[(kv_heads, splits, q.shape[0] * columns.chunks)](
-                q, pages.keys, pages.values, step.page_table, step.slots, step.packed, step.positions, part, stat,
+        packed = self._partials("packed", columns, q, self._splits(columns, step, PAGE_BLOCK, warps=4))
+        held = self._partials("full", columns, q, self._full_splits(full))
+        if packed.splits:
+            attend_plain_kernel[(kv_heads, packed.splits, q.shape[0] * columns.chunks)](
+                q, pages.keys, pages.values, step.page_table, step.slots, step.packed, step.positions,
+                packed.sums, packed.statistics,
                 pages.keys.stride(0), pages.keys.stride(1), step.page_table.stride(0), kv_heads, columns.chunks,
                 columns.queries,
                 columns.repeat, step.span, columns.total,
-                D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, WIDE=self.interpreted, num_warps=4, num_stages=3,
+                D=size, NH=max(columns.width, 8), BLOCK=PAGE_BLOCK, WIDE=self.interpreted, num_warps=4, num_stages=3,
+                **overlapping(self.pdl),
             )  # fmt: skip
-        return self._finish(q, columns, full, step, (part, stat, splits), None)
+        self._attend_slots(q, full, step, columns, held)
+        return self._combine(q, columns, packed, held, None)
 
     def attend_labels(
         self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step
@@ -175,18 +198,19 @@ class TritonGpu:
         # keys of 8 bits want float32
         fast = layout.tile == 128 and bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)
         warps = 1 if fast else 4
-        splits = self._splits(columns, step, layout.tile, warps * WIDE)
-        part, stat = self._partials("packed", columns, q, splits)
-        if splits:
+        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile, warps * WIDE))
+        held = self._partials("full", columns, q, self._full_splits(full))
+        if packed.splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
             tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
             shared = (
                 pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
-                labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
+                labels.key_labels, labels.value_labels, packed.sums, packed.statistics,
+                step.page_table, step.slots, step.packed, step.positions,
                 *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
                 step.span, columns.total, tables.scale,
             )  # fmt: skip
-            grid = (columns.heads, splits, q.shape[0] * columns.chunks)
+            grid = (columns.heads, packed.splits, q.shape[0] * columns.chunks)
             forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
             if fast:
                 groups = layout.kv_heads * layout.groups
@@ -199,38 +223,31 @@ class TritonGpu:
                 attend_labels_kernel[grid](
                     q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=warps, num_stages=1
                 )
-        return self._finish(q, columns, full, step, (part, stat, splits), None)
+        self._attend_slots(q, full, step, columns, held)
+        return self._combine(q, columns, packed, held, None)
 
-    def _finish(
-        self,
-        q: Tensor,
-        columns: Columns,
-        full: FullSlots,
-        step: Step,
-        packed: tuple[Tensor, Tensor, int],
-        codec: HeadCodec | None,
+    def _attend_slots(self, q: Tensor, full: FullSlots, step: Step, columns: Columns, held: Partials) -> None:
+        """The 16-bit slots in a launch of their own."""
+        attend_slots_kernel[(columns.heads, held.splits, q.shape[0] * columns.chunks)](
+            q, full.keys, full.values, full.positions, step.slots, step.positions, held.sums, held.statistics,
+            *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+            full.positions.shape[1], step.span, columns.total,
+            D=q.shape[3], NH=8, BLOCK=SLOT_BLOCK, WIDE=self.interpreted, num_warps=1, num_stages=1, **overlapping(self.pdl),
+        )  # fmt: skip
+
+    def _combine(
+        self, q: Tensor, columns: Columns, packed: Partials, held: Partials, codec: HeadCodec | None
     ) -> tuple[Tensor, Tensor]:
-        """Attend the full-precision slots and merge them with the packed partial sums."""
+        """One softmax of all partial ones."""
         batch, queries, heads, size = q.shape
-        part, stat, splits = packed
-        slots = full.positions.shape[1]
-        full_splits = min(-(-slots // SLOT_BLOCK), 8)
-        full_part, full_stat = self._partials("full", columns, q, full_splits)
-        if full_splits:
-            attend_slots_kernel[(columns.heads, full_splits, batch * columns.chunks)](
-                q, full.keys, full.values, full.positions, step.slots, step.positions, full_part, full_stat,
-                *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, queries,
-                columns.repeat, slots,
-                step.span, columns.total,
-                D=size, NH=max(columns.width, 8), BLOCK=SLOT_BLOCK, WIDE=self.interpreted, num_warps=4, num_stages=1,
-            )  # fmt: skip
         out = torch.empty_like(q)
         lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
         has_basis = codec is not None and codec.has_basis
-        basis, mean = (codec.output_basis, codec.value_mean) if codec is not None else (part, part)
+        basis, mean = (codec.output_basis, codec.value_mean) if codec is not None else (packed.sums, packed.sums)
         combine_kernel[(batch * queries * heads,)](
-            part, stat, full_part, full_stat, basis, mean, out, lse, splits, full_splits, columns.total, queries, columns.heads,
-            columns.repeat, D=size, BLOCK=16, HAS_BASIS=has_basis, num_warps=4,
+            packed.sums, packed.statistics, held.sums, held.statistics, basis, mean, out, lse, packed.splits, held.splits,
+            columns.total, queries, columns.heads, columns.repeat,
+            D=size, BLOCK=64, MOST=MAX_SPLITS, FULL=FULL_SPLITS, HAS_BASIS=has_basis, num_warps=8, **overlapping(self.pdl),
         )  # fmt: skip
         return out, lse
 
@@ -336,11 +353,14 @@ class TritonGpu:
         wanted = math.ceil(self.programs / (warps * columns.heads * columns.chunks * len(step.slots)))
         return min(wanted, -(-tiles // 2), MAX_SPLITS)
 
-    def _partials(self, name: str, columns: Columns, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-        """Sums [B, KH, columns, splits, D] and their maxima and weights [..., 2], float32."""
+    def _full_splits(self, full: FullSlots) -> int:
+        """Programs that share the 16-bit slots of a kv head and chunk."""
+        return min(max(-(-full.positions.shape[1] // SLOT_BLOCK), 1), FULL_SPLITS)
+
+    def _partials(self, name: str, columns: Columns, q: Tensor, splits: int) -> Partials:
         rows = q.shape[0] * columns.heads * columns.total * splits
-        part = self.scratch.take(f"{name} sums", rows * q.shape[3], torch.float32)
-        return part, self.scratch.take(f"{name} statistics", rows * 2, torch.float32)
+        sums = self.scratch.take(f"{name} sums", rows * q.shape[3], torch.float32)
+        return Partials(sums, self.scratch.take(f"{name} statistics", rows * 2, torch.float32), splits)
 
     def _is_odd(self, head_size: int, group_size: int) -> bool:
         """Whether the kernels do not know a shape; the specification then computes it, and says so once."""

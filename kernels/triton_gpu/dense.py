@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skvq.kernels.triton_gpu.overlap import wait_for_inputs
 from skvq.kernels.triton_gpu.prepare import LOG2E
 from skvq.kernels.triton_gpu.tiles import NEVER
 
@@ -38,9 +39,10 @@ def load_columns(q_ptr, column, row, head, heads, queries, repeat, D: tl.constex
 
 
 @triton.jit
-def attend_slots_kernel(
+def attend_slots(
     q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
-    stride_slot, stride_head, stride_token, stride_held, heads, chunks, queries, repeat, count, span, columns,
+    stride_slot, stride_head, stride_token, stride_held, heads, queries, repeat, count, span, columns,
+    head, row, chunk, split, splits,
     D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head, one chunk of NH columns and one block share of a sequence's slots.
@@ -48,9 +50,6 @@ def attend_slots_kernel(
     Visible: ``0 <= held <= t`` and ``t - held < span``. An empty slot may hold anything, NaN included: it is read as zero.
     Reads 4 D bytes a slot, writes NH rows of D + 2 floats.
     """
-    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
-    chunk = tl.program_id(2) % chunks
-    splits = tl.num_programs(1)
     column = chunk * NH + tl.arange(0, NH)
     d = tl.arange(0, D)
     b = tl.arange(0, BLOCK)
@@ -78,15 +77,32 @@ def attend_slots_kernel(
 
 
 @triton.jit
+def attend_slots_kernel(
+    q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
+    stride_slot, stride_head, stride_token, stride_held, heads, chunks, queries, repeat, count, span, columns,
+    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``attend_slots``, one program a kv head, block share and chunk."""
+    wait_for_inputs(PDL)
+    attend_slots(
+        q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
+        stride_slot, stride_head, stride_token, stride_held, heads, queries, repeat, count, span, columns,
+        tl.program_id(0), tl.program_id(2) // chunks, tl.program_id(2) % chunks, tl.program_id(1), tl.num_programs(1),
+        D, NH, BLOCK, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
 def attend_plain_kernel(
     q_ptr, key_ptr, value_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr, part_ptr, stat_ptr,
     stride_page, stride_head, stride_pages_slot, heads, chunks, queries, repeat, span, columns,
-    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of one kv head, one chunk of NH columns and one split of a sequence's 16-bit pages.
 
     Reads 4 D bytes a token once, writes NH rows of D + 2 floats.
     """
+    wait_for_inputs(PDL)
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
     splits = tl.num_programs(1)

@@ -7,7 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skvq.kernels.triton_gpu.dense import attend_slots
 from skvq.kernels.triton_gpu.loaders import metadata, perm4
+from skvq.kernels.triton_gpu.overlap import wait_for_inputs
 from skvq.kernels.triton_gpu.tiles import (
     NEVER,
     exp2,
@@ -25,11 +27,11 @@ from skvq.kernels.triton_gpu.tiles import (
 
 
 @triton.jit
-def attend_packed_kernel(
+def attend_tiles(
     q_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
-    stride_pages_slot, heads, chunks, queries, repeat, span,
+    stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split, splits,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
     KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr,
@@ -59,9 +61,7 @@ def attend_packed_kernel(
     N: tl.constexpr = NH * KEY_PAD
     Q_ROWS: tl.constexpr = 2 * D if KEY_BITS == 3 else D
 
-    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
-    chunk = tl.program_id(2) % chunks
-    program = tl.program_id(2) * heads + head
+    program = (row * chunks + chunk) * heads + head
     h = tl.arange(0, NH)
     t = perm4(tl.arange(0, SHARE), ASM)
     q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
@@ -93,7 +93,7 @@ def attend_packed_kernel(
     begin = 0
     if HAS_SPAN:
         begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // TILE, tiles)
-    per_split = tl.cdiv(tiles - begin, tl.num_programs(1))
+    per_split = tl.cdiv(tiles - begin, splits)
     start = begin + split * per_split
     stop = tl.minimum(start + per_split, tiles)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
@@ -195,7 +195,6 @@ def attend_packed_kernel(
                 )  # fmt: skip
 
     columns = chunks * NH
-    splits = tl.num_programs(1)
     out = ((row * heads + head) * columns + chunk * NH).to(tl.int64) * splits + split
     store_sums(
         part_ptr + out * D, low_sums, high_sums, mids, unit_ptr + head * G, D, VALUE_BITS, G, VALUE_EACH, NH, VALUE_PAD,
@@ -203,3 +202,36 @@ def attend_packed_kernel(
     )  # fmt: skip
     tl.store(stat_ptr + (out + h * splits) * 2, tl.where(m_i > NEVER * 0.5, m_i * scale - SHIFT, NEVER))
     tl.store(stat_ptr + (out + h * splits) * 2 + 1, l_i)
+
+
+@triton.jit(do_not_specialize=["splits", "full_splits"])
+def attend_packed_kernel(
+    q_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
+    part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
+    stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
+    stride_pages_slot, heads, chunks, queries, repeat, span, splits,
+    half_q_ptr, half_key_ptr, half_value_ptr, held_ptr, full_part_ptr, full_stat_ptr,
+    stride_slot, stride_head, stride_token, stride_held, count, full_splits,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
+    KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Both kinds of a sequence's regions in one launch: ``full_splits`` programs of a kv head and chunk take its 16-bit slots,
+    BLOCK at a time, ``splits`` its packed tiles."""
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
+    chunk = tl.program_id(2) % chunks
+    wait_for_inputs(PDL)
+    if split < full_splits:
+        attend_slots(
+            half_q_ptr, half_key_ptr, half_value_ptr, held_ptr, slots_ptr, positions_ptr, full_part_ptr, full_stat_ptr,
+            stride_slot, stride_head, stride_token, stride_held, heads, queries, repeat, count, span, chunks * NH,
+            head, row, chunk, split, full_splits, D, 8, BLOCK, not ASM,
+        )  # fmt: skip
+    else:
+        attend_tiles(
+            q_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
+            part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
+            stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
+            stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split - full_splits, splits,
+            D, KEY_BITS, VALUE_BITS, G, NH, TILE, KEY_NORMAL, VALUE_NORMAL, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
+        )  # fmt: skip

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, RET505
+# ruff: noqa: B007, N803, N806, RET505, RUF005, SIM108, SIM300
 """Queries made ready for the packed pages: basis, scale and the order of the planes, once a step."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from skvq.kernels.triton_gpu.loaders import perm4
+from skvq.kernels.triton_gpu.overlap import wait_for_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -27,20 +28,45 @@ def load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, 
 
 
 @triton.jit
-def in_basis(q_ptr, basis, channel, column, real, row, head, queries, repeat, heads, D: tl.constexpr, HAS_BASIS: tl.constexpr):
-    """Rows ``channel`` of ``basis q`` [channels, columns], float32; rows past D are zero."""
-    inside = channel < D
-    if HAS_BASIS:
-        y = tl.zeros([channel.shape[0], column.shape[0]], tl.float32)
-        for start in range(0, D, 32):
-            d = start + tl.arange(0, 32)
-            matrix = tl.load(basis + channel[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-            q = load_query(q_ptr, d, column, real, row, head, queries, repeat, heads, D)
-            y = tl.dot(matrix, q, y, input_precision="ieee")
-        return y
+def load_matrix(matrix_ptr, rows, D: tl.constexpr):
+    """Rows ``rows`` of a matrix [D, D]."""
+    return tl.load(matrix_ptr + rows[:, None] * D + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def bfloat_parts(x, COUNT: tl.constexpr):
+    """float32 numbers as sums of COUNT bfloat16 numbers of 8 bits each, cut off, largest first."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        bits = x.to(tl.uint32, bitcast=True)
+        out = out + ((bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True),)
+        x = x - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return out
+
+
+@triton.jit
+def near_dot(a, b, B_PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """``a b`` of float32 numbers of any range on tensor cores: a to 16 bits, b to 8 * B_PARTS, of which halves have 11 and
+    bfloat16 8. What is made of it has 11. WIDE: one dot of float32, for the interpreter, which knows no bfloat16 dot."""
+    if WIDE:
+        return tl.dot(a, b, input_precision="ieee")
     else:
-        y = load_query(q_ptr, channel % D, column, real, row, head, queries, repeat, heads, D)
-        return tl.where(inside[:, None], y, 0.0)
+        a_parts = bfloat_parts(a, 2)
+        b_parts = bfloat_parts(b, B_PARTS)
+        y = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+        for j in tl.static_range(B_PARTS):
+            for i in tl.static_range(2):
+                y = tl.dot(a_parts[1 - i], b_parts[B_PARTS - 1 - j], y)  # the smallest products first
+        return y
+
+
+@triton.jit
+def quarters(y, D: tl.constexpr, N: tl.constexpr):
+    """The four quarters [D / 4, N] of the rows of y [D, N]."""
+    first, second = tl.split(tl.permute(tl.reshape(y, [2, D // 2, N]), (1, 2, 0)))
+    a, b = tl.split(tl.permute(tl.reshape(first, [2, D // 4, N]), (1, 2, 0)))
+    c, d = tl.split(tl.permute(tl.reshape(second, [2, D // 4, N]), (1, 2, 0)))
+    return (a, b, c, d)
 
 
 @triton.jit
@@ -57,61 +83,87 @@ def prepare_heads_kernel(
     q_ptr, basis_ptr, unit_ptr, mean_ptr, out_ptr, qsum_ptr, scale_ptr, coefficient_ptr,
     chunks, queries, repeat, rope_scale,
     D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, NORMAL: tl.constexpr, META: tl.constexpr,
-    HAS_BASIS: tl.constexpr, HAS_MEAN: tl.constexpr, BY_COLUMN: tl.constexpr, ASM: tl.constexpr,
+    HAS_BASIS: tl.constexpr, HAS_MEAN: tl.constexpr, BY_COLUMN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``query_basis q * unit`` in fp16 as ``attend_packed_kernel`` contracts them, their sums and scales.
 
     A program owns one kv head and one chunk of NH columns; all its columns share a power of two, so that fp16's exponents
-    keep every channel at 11 bits. Sums are taken over the rounded rows: a constant code cancels exactly. Reads NH rows of q
-    and one [D, D] matrix, writes D (3 bits: 2 D) rows of N halves.
+    keep every channel at 11 bits. Sums are taken over the rounded rows: a constant code cancels exactly. Rows are written by
+    quarters, which planes of 2 bits are, so that planes meet row by row. Reads NH rows of q and one [D, D] matrix, writes D
+    (3 bits: 2 D) rows of N halves.
     """
     PAD: tl.constexpr = 2 if NH == 4 else 1
     WIDE: tl.constexpr = 8 if NH == 4 else NH
     CUMULATIVE: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
     LOW: tl.constexpr = 8 if BITS == 15 else (2 if BITS == 3 else BITS)
-    STEP: tl.constexpr = D * LOW // 8
+    STEP: tl.constexpr = D * LOW // 8  # channels of a plane
     ROWS: tl.constexpr = 2 * D if BITS == 3 else D
     EACH: tl.constexpr = 32 if BITS == 15 else (STEP if STEP < D // G else D // G)
+    BLOCK: tl.constexpr = D // 4
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    PARTS: tl.constexpr = 1 if DTYPE == tl.bfloat16 else (2 if DTYPE == tl.float16 else 3)
     head, heads, outer = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     row = outer // chunks
     program = outer * heads + head
-    r = tl.arange(0, D)
+    r = tl.arange(0, BLOCK)
     c = tl.arange(0, WIDE)
     column = (outer % chunks) * NH + c
     real = (c < NH) & (column < queries * repeat)
-    channel = perm4(r, ASM)
-    unit = tl.load(unit_ptr + head * G + channel // (D // G))[:, None]
-    basis = basis_ptr + head * (D * D)
-    y = in_basis(q_ptr, basis, channel, column, real, row, head, queries, repeat, heads, D, HAS_BASIS) * unit
-    up, down = power_of_two_scale(tl.max(tl.max(tl.abs(y), 1), 0))
-    place = 1.0 / tl.exp2((channel // STEP * LOW).to(tl.float32))
-    fragment = y * (up * place[:, None])
-    weight = 1.0 / place
-    if CUMULATIVE:
-        # a field with all below it, x_p: code_p 4^p = x_p - x_(p-1), so row p takes q_p 4^-p - q_(p+1) 4^-(p+1)
-        above = channel + STEP
-        above = in_basis(q_ptr, basis, above, column, real, row, head, queries, repeat, heads, D, HAS_BASIS) * unit
-        fragment -= above * (up * 0.25 * place[:, None])
-        weight = (4.0 / place - 1.0) / 3.0
-    rounded = fragment.to(tl.float16)
-    at = fragment_places(r, c * PAD, EACH, NH * PAD, BY_COLUMN)
     used = (c < NH)[None, :]
-    tl.store(out_ptr + program * (ROWS * NH * PAD) + at, rounded, mask=used)
-    if BITS == 3:
-        if D == 64:
-            place_high = r % 16
-            channel = (r // 16 * 2 + place_high % 2) * 8 + place_high // 2
-        plane = channel // (D // 8)
-        unit = tl.load(unit_ptr + head * G + channel // (D // G))[:, None]
-        y = in_basis(q_ptr, basis, channel, column, real, row, head, queries, repeat, heads, D, HAS_BASIS) * unit
-        at = fragment_places(r, c * PAD, 16, NH * PAD, BY_COLUMN)
-        high = y * (up * 4.0 / tl.exp2(plane.to(tl.float32)))[:, None]
-        tl.store(out_ptr + program * (ROWS * NH * PAD) + D * NH * PAD + at, high.to(tl.float16), mask=used)
+    basis = basis_ptr + head * (D * D)
+    channel = perm4(tl.arange(0, D), ASM)
+    unit = tl.load(unit_ptr + head * G + channel // (D // G))[:, None]
+    if HAS_BASIS:
+        matrix = load_matrix(basis, channel, D)
+    wait_for_inputs(PDL)
+    if HAS_BASIS:
+        every = load_query(q_ptr, tl.arange(0, D), column, real, row, head, queries, repeat, heads, D)
+        y = near_dot(matrix, every, PARTS, not ASM) * unit
+    else:
+        y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
+    up, down = power_of_two_scale(tl.max(tl.max(tl.abs(y), 1), 0))
+    blocks = quarters(y, D, WIDE)
     one: tl.constexpr = 1.0 if NORMAL else 2.0**-24
-    weighted = rounded.to(tl.float32) * (weight * one)[:, None]
+    sums = ()
     for g in tl.static_range(G):
-        total = tl.sum(tl.where((r // (D // G) == g)[:, None], weighted, 0.0), 0)
-        tl.store(qsum_ptr + (program * G + g) * NH + c, total, mask=c < NH)
+        sums = sums + (tl.zeros([WIDE], tl.float32),)
+    for i in tl.static_range(4):
+        place = 2.0 ** -(i * BLOCK // STEP * LOW)
+        fragment = blocks[i] * (up * place)
+        weight = one / place
+        if CUMULATIVE:
+            # a field with all below it, x_p: code_p 4^p = x_p - x_(p-1), so row p takes q_p 4^-p - q_(p+1) 4^-(p+1)
+            weight = one * (4.0 / place - 1.0) / 3.0
+            if i < 3:
+                fragment -= blocks[i + 1] * (up * 0.25 * place)
+        rounded = fragment.to(tl.float16)
+        at = fragment_places(i * BLOCK + r, c * PAD, EACH, NH * PAD, BY_COLUMN)
+        tl.store(out_ptr + program * (ROWS * NH * PAD) + at, rounded, mask=used)
+        weighted = rounded.to(tl.float32) * weight
+        new = ()
+        for g in tl.static_range(G):
+            if i * BLOCK < (g + 1) * (D // G) and g * (D // G) < (i + 1) * BLOCK:
+                of_group = ((i * BLOCK + r) // (D // G) == g)[:, None]
+                new = new + (sums[g] + tl.sum(tl.where(of_group, weighted, 0.0), 0),)
+            else:
+                new = new + (sums[g],)
+        sums = new
+    for g in tl.static_range(G):
+        tl.store(qsum_ptr + (program * G + g) * NH + c, sums[g], mask=c < NH)
+    if BITS == 3:
+        at_row = tl.arange(0, D)
+        if D == 64:
+            channel = (at_row // 16 * 2 + at_row % 2) * 8 + at_row % 16 // 2
+        else:
+            channel = perm4(at_row, ASM)
+        unit = tl.load(unit_ptr + head * G + channel // (D // G))[:, None]
+        if HAS_BASIS:
+            y = near_dot(load_matrix(basis, channel, D), every, PARTS, not ASM) * unit
+        else:
+            y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
+        at = fragment_places(at_row, c * PAD, 16, NH * PAD, BY_COLUMN)
+        high = y * (up * 4.0 / tl.exp2((channel // (D // 8)).to(tl.float32)))[:, None]
+        tl.store(out_ptr + program * (ROWS * NH * PAD) + D * NH * PAD + at, high.to(tl.float16), mask=used)
     scale = down * (LOG2E / D**0.5 * META / one)
     tl.store(scale_ptr + program * 2, scale)
     if HAS_MEAN:

@@ -1,0 +1,26 @@
+# mypy: ignore-errors
+# ruff: noqa: N803
+"""Kernels of one chain that overlap: the next is started while the last still runs, and waits where it needs its results.
+
+Programmatic dependent launch of Hopper and later. A kernel with PDL reads only what no kernel writes (weights, bases, tables)
+before ``wait_for_inputs``, which waits for all that was launched before it and only then lets the next kernel start.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """After this, everything written by earlier kernels can be read, and what they have read be written over."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def overlapping(pdl: bool) -> dict[str, bool]:
+    """Launch options of a kernel whose PDL is ``pdl``; Triton's interpreter knows none of them."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
