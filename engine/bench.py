@@ -22,6 +22,7 @@ from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
+from skvq.engine.graph import as_launched
 from skvq.engine.machine import available_memory
 from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_peak, timed
 from skvq.engine.prefill import chunks
@@ -137,9 +138,13 @@ def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
         return math.nan
     keys, values = (torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))
     q = random_query(setup, config.num_heads).transpose(1, 2)  # [1, H, 1, D]
-    shared = config.num_heads != config.num_kv_heads
-    times = timed(lambda: F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared), device, WARM_UP + 5)
-    return statistics.median(times[WARM_UP:]) * setup.arena.shape.layers
+    shared, layers = config.num_heads != config.num_kv_heads, setup.arena.shape.layers
+
+    def attention() -> None:
+        for _ in range(layers):
+            F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared)
+
+    return statistics.median(timed(attention, device, WARM_UP + 5)[WARM_UP:])
 
 
 @contextmanager
@@ -160,11 +165,11 @@ def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) ->
     device = setup.arena.page_table.device
     q, step = random_query(setup, config.num_heads), last_token_step(sequence)
 
-    def attention() -> None:
-        for layer in range(setup.arena.shape.layers):
-            setup.method.attend(layer, q, step)
+    def attention() -> Tensor:
+        outs = [setup.method.attend(layer, q, step)[0] for layer in range(setup.arena.shape.layers)]
+        return outs[-1]
 
-    seconds = statistics.median(timed(attention, device, WARM_UP + STEPS)[WARM_UP:])
+    seconds = statistics.median(timed(as_launched(attention, setup), device, WARM_UP + STEPS)[WARM_UP:])
     return DecodeRow(
         ctx=sequence.length,
         ms_per_token=math.nan,

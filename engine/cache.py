@@ -37,6 +37,7 @@ class CacheSetup:
     on_full: OnFull
     packed_token_bytes: float  # of a packed token over all layers, codes and metadata
     identity: Identity
+    backend: str  # name of the kernels
 
     @property
     def needs_mass(self) -> bool:

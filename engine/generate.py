@@ -42,7 +42,7 @@ class Engine:
     def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = True) -> None:
         self.parts, self.report = parts, report
         self.timing = Timing()
-        self.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, graph=parts.cuda_graph)
+        self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 

@@ -135,14 +135,28 @@ class GraphStep:
         return None
 
 
-def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, backend: str, *, graph: bool) -> DecodeStep:
+def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, *, graph: bool) -> DecodeStep:
     """A graph, if it is wanted and everything in the step can be captured; else kernel by kernel.
 
     Filters that need attention mass address their slots from the host, and shapes without a kernel wait for the device: they
     keep the eager step.
     """
     eager = EagerStep(model, rope)
-    if not graph or setup.needs_mass or not is_capturable(backend, model.config.head_size):
+    if not graph or setup.needs_mass or not is_capturable(setup.backend, model.config.head_size):
         return eager
-    on_gpu = setup.arena.page_table.device.type == "cuda"
-    return GraphStep(eager, CudaGraphs(setup.regions.packed(setup.max_context)) if on_gpu else CpuGraphs())
+    return GraphStep(eager, _cuda_graphs(setup) if _on_gpu(setup) else CpuGraphs())
+
+
+def as_launched(work: Callable[[], Tensor], setup: CacheSetup) -> Callable[[], object]:
+    """``work`` of the device alone, to be done again and again as a decode step does it: on a GPU as a CUDA graph."""
+    if not _on_gpu(setup) or not is_capturable(setup.backend, setup.arena.shape.head_size):
+        return work
+    return _cuda_graphs(setup).capture(work).replay
+
+
+def _on_gpu(setup: CacheSetup) -> bool:
+    return setup.arena.page_table.device.type == "cuda"
+
+
+def _cuda_graphs(setup: CacheSetup) -> CudaGraphs:
+    return CudaGraphs(setup.regions.packed(setup.max_context))

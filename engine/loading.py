@@ -157,6 +157,7 @@ def build_cache(
         on_full=on_full,
         packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), loaded.fingerprint, tensors, loaded.rope, shape.dtype),
+        backend=loaded.backend.name,
     )
     return cache, setup
 

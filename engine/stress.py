@@ -72,6 +72,7 @@ def bare_setup(
         on_full=on_full_of(on_full, regions_of(cache, config), max_context),
         packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), "no model", tensors, rope, shape.dtype),
+        backend=backend.name,
     )
 
 

@@ -7,6 +7,8 @@ waits for the card or copies from the host. Flash attention has no CPU form: it 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from unittest import mock
@@ -188,6 +190,20 @@ ATTENTION: dict[str, Callable[..., Any]] = {
 }
 
 
+class Event:
+    """A mark on the card's clock, which is the host's."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.timing, self.at = enable_timing, math.nan
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self.timing and other.timing
+        return 1e3 * (other.at - self.at)
+
+
 class Properties:
     """What the engine asks of a card."""
 
@@ -211,6 +227,7 @@ def card(capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: Properties(),
         "get_device_name": lambda device=None: "a card that is not there",
+        "Event": Event,
         "synchronize": lambda device=None: None,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,

@@ -52,7 +52,7 @@ def test_json_holds_what_the_contract_says(tmp_path: Path, kind: str) -> None:
         assert set(row) >= CONTRACT and all(row[name] > 0 for name in CONTRACT)
         assert row["ms_per_token"] * row["tokens_per_s"] == pytest.approx(1000)
     if kind == "decode":
-        assert all(row["ms_per_token"] > row["attention_ms"] for row in rows) and all(row["sdpa_ms"] > 0 for row in rows)
+        assert all(row["sdpa_ms"] > 0 for row in rows)
 
 
 def test_attention_alone_says_that_there_was_no_step(tmp_path: Path) -> None:

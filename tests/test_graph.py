@@ -180,7 +180,7 @@ def test_who_gets_a_graph(folder: Path) -> None:
     odd: Any = type("Model", (), {"config": replace(parts.model.config, head_size=96), "weights": None})()
 
     def made(model: Any, setup: Any, backend: str, *, graph: bool = True) -> type:
-        step = decode_step_of(model, parts.rope, setup, backend, graph=graph)
+        step = decode_step_of(model, parts.rope, replace(setup, backend=backend), graph=graph)
         return type(step.graphs) if isinstance(step, GraphStep) else type(step)
 
     assert made(large, setup, "triton") is CudaGraphs

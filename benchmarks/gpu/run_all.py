@@ -35,6 +35,7 @@ import triton.language as tl  # noqa: E402
 from stamp import stamp  # noqa: E402
 from triton_cases import Case, formats, make_case  # noqa: E402
 
+from skvq.engine.measure import timed  # noqa: E402
 from skvq.kernels import cudnn, dense, reference  # noqa: E402
 from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
@@ -154,10 +155,12 @@ def seconds_of(work: Callable[[], Any], repeats: int = 20) -> tuple[float, float
 
 
 def copy_bandwidth() -> dict[str, float]:
-    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    """Not in a graph: a copy held by one is slower."""
+    source = torch.ones(2**32, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    taken, spread = seconds_of(lambda: target.copy_(source))
-    return {"gbps": 2 * source.numel() / taken / 1e9, "spread": spread}
+    times = sorted(timed(lambda: target.copy_(source), DEVICE, 13)[3:])
+    middle = statistics.median(times)
+    return {"gbps": 2 * source.numel() / middle / 1e9, "spread": (times[7] - times[2]) / middle}
 
 
 def error_of(case: Case, method: str = "heads") -> dict[str, Any]:
@@ -448,7 +451,7 @@ class Decoder:
 
         engine = self.load()
         parts = engine.parts
-        engine.step = decode_step_of(parts.model, parts.rope, parts.setup, parts.loaded.backend.name, graph=graph)
+        engine.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=graph)
         sequence, times = engine.new_sequence(), []
         try:
             engine.fill(sequence, context)
