@@ -34,7 +34,7 @@ def attend_tiles(
     stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split, splits,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
     KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
-    BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr,
+    BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
 
@@ -64,19 +64,8 @@ def attend_tiles(
     program = (row * chunks + chunk) * heads + head
     h = tl.arange(0, NH)
     t = perm4(tl.arange(0, SHARE), ASM)
-    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
-    q_high = ()
-    if KEY_BITS == 3:
-        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N, BY_COLUMN)
-    qsum = ()
-    for g in tl.static_range(G):
-        qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
-    scale = tl.load(scale_ptr + program * 2)
     if HAS_MEAN:
         j = tl.arange(0, D // 2)
-        at = program * (D * NH) + j[:, None] * NH + h[None, :]
-        cosines, sines = tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH)
-        mean_scale = tl.load(scale_ptr + program * 2 + 1)
         place = table_ptr + perm4(tl.arange(0, 32), ASM)[:, None] * D + j[None, :]
         place_cos, place_sin = tl.load(place), tl.load(place + D // 2)
         STEPS: tl.constexpr = 4 if SHARES == 1 else 2
@@ -98,6 +87,20 @@ def attend_tiles(
     stop = tl.minimum(start + per_split, tiles)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
     page = tl.load(row_ptr + start // TILES, mask=start < stop, other=0).to(tl.int64)
+
+    wait_for_inputs(PDL)
+    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
+    q_high = ()
+    if KEY_BITS == 3:
+        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N, BY_COLUMN)
+    qsum = ()
+    for g in tl.static_range(G):
+        qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
+    scale = tl.load(scale_ptr + program * 2)
+    if HAS_MEAN:
+        at = program * (D * NH) + j[:, None] * NH + h[None, :]
+        cosines, sines = tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH)
+        mean_scale = tl.load(scale_ptr + program * 2 + 1)
 
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
@@ -217,10 +220,13 @@ def attend_packed_kernel(
     BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Both kinds of a sequence's regions in one launch: ``full_splits`` programs of a kv head and chunk take its 16-bit slots,
-    BLOCK at a time, ``splits`` its packed tiles."""
+    BLOCK at a time, ``splits`` its packed tiles.
+
+    The kernel before this one is ``prepare_heads_kernel``, which waits for all that was launched before it. So only what that
+    kernel writes has to be waited for: q, slots, tables of pages and positions are there.
+    """
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
-    wait_for_inputs(PDL)
     if split < full_splits:
         attend_slots(
             half_q_ptr, half_key_ptr, half_value_ptr, held_ptr, slots_ptr, positions_ptr, full_part_ptr, full_stat_ptr,
@@ -234,4 +240,5 @@ def attend_packed_kernel(
             stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
             stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split - full_splits, splits,
             D, KEY_BITS, VALUE_BITS, G, NH, TILE, KEY_NORMAL, VALUE_NORMAL, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
+            PDL,
         )  # fmt: skip
