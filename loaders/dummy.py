@@ -27,9 +27,9 @@ BIAS_DEVIATION = 0.02
 class DummySource:
     """Random weights of a given shape, bfloat16 [rows, columns], each made when read and not kept.
 
-    A weight depends on its name and the seed only. Norms are one; any other number is one of the 256 midway quantiles of a normal
-    distribution (the largest at 2.9 deviations), picked by a random byte: a billion a second and thread, where drawing
-    from the normal distribution itself gave a fifth of one. Matrices have deviation 1/sqrt(columns), so every layer adds
+    A weight depends on its name and the seed only. Norms are one; any other number is one of 256 evenly spaced quantiles of a
+    normal distribution, the outermost at 2.9 deviations, picked by a random byte: a billion a second and thread, where
+    drawing from the distribution itself gave a fifth of that. Matrices have deviation 1/sqrt(columns), so every layer adds
     values of order one to the residual stream, and activations stay finite at any depth.
     """
 
