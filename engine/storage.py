@@ -16,6 +16,8 @@ from skvq.loaders import check_finite
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.source import QuantizedBlocks, WeightSource
 
+CPU = torch.device("cpu")
+
 
 class Storage(Protocol):
     """Weights by canonical name, each read once."""
@@ -36,8 +38,9 @@ class WeightReader:
     def __init__(self, source: WeightSource, advance: Callable[[float], None]) -> None:
         self._source, self.advance = source, advance
 
-    def read(self, name: str) -> Tensor:
-        tensor = self._source.read(name)
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """The weight in its stored type on a device, checked there: a card does it at the speed of its memory."""
+        tensor = self._source.read(name).to(device)
         self.check(name, tensor)
         self.advance(tensor.numel())
         return tensor
@@ -57,7 +60,7 @@ class DenseStorage:
         self._reader, self._device, self._dtype = reader, device, dtype
 
     def vector(self, names: Sequence[str]) -> Tensor:
-        parts = [self._reader.read(name).to(device=self._device, dtype=self._dtype) for name in names]
+        parts = [self._reader.read(name, self._device).to(self._dtype) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def linear(self, names: Sequence[str], bias: Tensor | None) -> Linear:

@@ -196,6 +196,23 @@ def test_dummy_weights_depend_on_name_and_seed_only() -> None:
     refused(lambda: a.read("nothing"), "nothing")
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_dummy_weights_are_nearly_normal_whatever_the_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    config = tiny_config(hidden_size=1025, num_heads=1, num_kv_heads=1, head_size=64, intermediate_size=3001)
+    wanted = DummySource(config).read(name)
+    monkeypatch.setattr("os.cpu_count", lambda: threads)
+    assert torch.equal(DummySource(config).read(name), wanted)
+    assert wanted.numel() % 2 and wanted.is_contiguous() and wanted.shape == (1025, 3001)
+    unit = wanted.double() * 3001**0.5
+    assert abs(float(unit.mean())) < 3e-3 and abs(float(unit.std()) - 1) < 3e-3
+    assert abs(float(unit.pow(4).mean()) - 3) < 0.2 and 2.5 < float(unit.max()) < 3
+    sides = unit.flatten()[:-1].view(-1, 2)
+    for apart in (sides, unit[:, :2], unit[:2].T, unit[512:514].T):  # neighbours in a word, in a row, in a column
+        assert abs(float(torch.corrcoef(apart.T)[0, 1])) < 5 / len(apart) ** 0.5
+    assert len(set(wanted.flatten().tolist())) == 256
+
+
 def test_dummy_activations_stay_finite_and_of_order_one_at_any_depth() -> None:
     """A residual stack of 64 MLPs on normalized inputs, in the weights' own scale."""
     config = tiny_config(num_layers=64, hidden_size=256, intermediate_size=512, num_heads=8)
