@@ -73,19 +73,23 @@ class Measured:
 
 def attend_variant(
     name: str, *, limit: float, registers: int = 255, size: int = 128, key_bits: int = 2, value_bits: int = 2, groups: int = 1,
-    width: int = 4, span: bool = False, mean: bool = False, fp8: bool = False, normal: bool = False,
+    width: int = 4, span: bool = False, mean: bool = False, fp8: bool = False, normal: bool = False, part: int = 0,
+    stages: int = 2,
 ) -> Variant:  # fmt: skip
     """One form of ``attend_packed_kernel``; bits 15 stand for 1.5."""
     tile = 160 if 15 in (key_bits, value_bits) else 128
     constants = {
-        "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "TILE": tile, "KEY_NORMAL": normal,
+        "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "TILE": tile, "PART": part or tile,
+        "KEY_NORMAL": normal,
         "VALUE_NORMAL": normal or value_bits in (4, 8), "HAS_SPAN": span, "HAS_MEAN": mean,
         "BY_COLUMN": rows_by_column(tile, groups, has_mean=mean, has_span=span), "BLOCK": SLOT_BLOCK, "ASM": True, "FP8": fp8,
         "PDL": fp8,
     }  # fmt: skip
     pointers = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     pointers |= {"half_q_ptr": HALVES, "half_key_ptr": HALVES, "half_value_ptr": HALVES}
-    return Variant(name, packed.attend_packed_kernel, constants, 1, 2, pointers, 2 * size * tile, limit, registers)
+    return Variant(
+        name, packed.attend_packed_kernel, constants, 1, stages, pointers, 2 * size * (part or tile), limit, registers
+    )
 
 
 def attend_variants(arch: int) -> list[Variant]:

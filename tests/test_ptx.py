@@ -40,10 +40,10 @@ def arch(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
-def check_attend(method: str, **options: Any) -> None:
+def check_attend(method: str, part: int = 0, **options: Any) -> None:
     host, case = (make_case(**({"packed": (3,), "device": device} | options)) for device in ("cpu", "cuda"))
     made = TritonGpu(torch.device("cuda"))
-    made.programs = 8
+    made.programs, made.part = 8, part or made.part
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(host.q.float(), *arguments(host, method))
     error, allowed = float((plain(out).float() - exact).abs().max()), 2 * torch_error(exact, host, method)
@@ -54,6 +54,7 @@ def check_attend(method: str, **options: Any) -> None:
 
 QUICK: list[tuple[str, dict[str, Any]]] = [
     ("heads", {"has_key_mean": True, "dtype": BF16}),
+    ("heads", {"part": 64, "has_key_mean": True, "packed": (2,)}),
     ("heads", {"value_bits": 1.5, "group_size": 64}),
     ("heads", {"size": 64, "key_bits": 3.0, "value_bits": 3.0}),
     ("labels", {"group_size": 64}),

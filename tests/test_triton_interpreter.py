@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 QUICK = [
     "attend_heads",
+    "attend_parts",
     "attend_spans",
     "attend_others",
     "attend_formats",

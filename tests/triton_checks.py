@@ -36,9 +36,11 @@ def backend() -> TritonGpu:
     return made
 
 
-def check_attend(method: str, **options: object) -> None:
-    case = make_case(**options)  # type: ignore[arg-type]
-    out, lse = getattr(backend(), f"attend_{method}")(case.q, *arguments(case, method))
+def check_attend(method: str, part: int = 0, **options: object) -> None:
+    """``part``: tokens that packed attention takes at a time, if not as it likes."""
+    case, made = make_case(**options), backend()  # type: ignore[arg-type]
+    made.part = part or made.part
+    out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
     error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
     print(f"{method} {options}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
@@ -66,6 +68,15 @@ def attend_heads() -> None:
     check_attend("heads", retained=1.0, packed=(2,))
     check_attend("heads", among_trits=True, packed=(1, 9), group_size=64, has_key_mean=True)
     check_attend("heads", among_trits=True, packed=(2,), key_bits=3.0, value_bits=4.0, size=64)
+
+
+def attend_parts() -> None:
+    """Whole tiles at a time and halves."""
+    for part in (64, 128):
+        check_attend("heads", part, packed=(1, 3))
+        check_attend("heads", part, has_key_mean=True, packed=(3,), key_bits=4.0)
+        check_attend("heads", part, has_key_mean=True, group_size=64, packed=(2,), value_bits=3.0, span=200)
+        check_attend("heads", part, size=64, repeat=1, packed=(2,), key_bits=3.0)
 
 
 def attend_spans() -> None:
@@ -387,7 +398,8 @@ def on_a_card() -> None:
 CHECKS = {
     check.__name__: check
     for check in (
-        attend_heads, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants, packing, odd_shapes,
+        attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants,
+        packing, odd_shapes,
         fused_operations, lattice, label_ranges, assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
-from skvq.kernels.layout import LEVELS, PAGE_TOKENS
+from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout
 from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
@@ -95,6 +95,7 @@ class TritonGpu:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.programs = processors * WARPS_PER_SM
         self.stages = 2
+        self.part = 128
         self.subnormals = subnormals
         self.scratch = Scratch(device)
         self.tables = Tables()
@@ -133,6 +134,7 @@ class TritonGpu:
         size, groups, width = layout.head_size, layout.groups, columns.width
         programs = q.shape[0] * columns.chunks * columns.heads
         pad = 2 if width == 4 else 1
+        part = self._part(layout)
         key_bits, value_bits = bits_code(layout.key_bits), bits_code(layout.value_bits)
         key_normal, value_normal = not self.subnormals, not self.subnormals or value_bits in (4, 8)
         by_column = rows_by_column(layout.tile, groups, has_mean=codec.has_key_mean, has_span=_is_limited(step))
@@ -142,7 +144,7 @@ class TritonGpu:
         coefficient = turn = table = scale
         rope_scale = 1.0
         if codec.has_key_mean:
-            tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
+            tables = self.tables.rope(codec.rope, part, step.page_table.shape[1] * (PAGE_TOKENS // part))
             turn, table, rope_scale = tables.turn, tables.table, tables.scale
             coefficient = self.scratch.take("coefficient", programs * size * width, torch.float32)
         prepare_heads_kernel[(columns.heads, q.shape[0] * columns.chunks)](
@@ -159,8 +161,8 @@ class TritonGpu:
             step.span, packed.splits,
             q, full.keys, full.values, full.positions, held.sums, held.statistics, *full.keys.stride()[:3],
             full.positions.stride(0), full.positions.shape[1], held.splits,
-            D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, TILE=layout.tile, KEY_NORMAL=key_normal,
-            VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
+            D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, TILE=layout.tile, PART=part,
+            KEY_NORMAL=key_normal, VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
             BY_COLUMN=by_column, BLOCK=SLOT_BLOCK, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=self.stages,
             **overlapping(self.pdl),
         )  # fmt: skip
@@ -352,6 +354,10 @@ class TritonGpu:
         tiles = -(-step.max_packed // tile)
         wanted = math.ceil(self.programs / (warps * columns.heads * columns.chunks * len(step.slots)))
         return min(wanted, -(-tiles // 2), MAX_SPLITS)
+
+    def _part(self, layout: PageLayout) -> int:
+        """Tokens that packed attention takes at a time."""
+        return self.part if layout.tile == 128 and layout.key_bits != 3 else layout.tile
 
     def _full_splits(self, full: FullSlots) -> int:
         """Programs that share the 16-bit slots of a kv head and chunk."""

@@ -33,26 +33,27 @@ def attend_tiles(
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split, splits,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
-    KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PART: tl.constexpr, KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
 
     Score of token t, in units of 1 / scale: ``sum_g ks_g (q_g . code) + (km_g - half ks_g) sum q_g [+ q . RoPE_t(mean)]``;
     weighted sum: ``sum_t p vs (code - half) + p vm``. Tokens are the M rows of both dots, query columns their N = NH * PAD.
-    One warp owns a program. Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
+    One warp owns a program and goes over its tiles PART tokens at a time: a tile, or half of one where keys have no bits apart.
+    Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
     writes NH rows of D + 2 floats. Bits 15 stand for 1.5.
     """
     SHARES: tl.constexpr = 5 if TILE == 160 else 1
-    SHARE: tl.constexpr = TILE // SHARES
-    TILES: tl.constexpr = 1280 // TILE
+    SHARE: tl.constexpr = PART // SHARES
+    PARTS: tl.constexpr = 1280 // PART
     KEY_PAD: tl.constexpr = 2 if NH == 4 else 1
     VALUE_PAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
     KEY_WIDE: tl.constexpr = D if KEY_BITS == 15 else D * (2 if KEY_BITS == 3 else KEY_BITS) // 8
     VALUE_WIDE: tl.constexpr = D if VALUE_BITS == 15 else D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
     KEY_EACH: tl.constexpr = 32 if KEY_BITS == 15 else (KEY_WIDE if KEY_WIDE < D // G else D // G)
     VALUE_EACH: tl.constexpr = 32 if VALUE_BITS == 15 else (VALUE_WIDE if VALUE_WIDE < D // G else D // G)
-    KEY_TILE: tl.constexpr = 32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8
+    KEY_PART: tl.constexpr = 32 * D if KEY_BITS == 15 else PART * D * KEY_BITS // 8
     VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
     KEY_HALF: tl.constexpr = 1.0 if KEY_BITS == 15 else (-0.5 if KEY_NORMAL else (2**KEY_BITS - 1) / 2)
     HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if VALUE_NORMAL else (2**VALUE_BITS - 1) / 2)
@@ -68,7 +69,7 @@ def attend_tiles(
         j = tl.arange(0, D // 2)
         place = table_ptr + perm4(tl.arange(0, 32), ASM)[:, None] * D + j[None, :]
         place_cos, place_sin = tl.load(place), tl.load(place + D // 2)
-        STEPS: tl.constexpr = 4 if SHARES == 1 else 2
+        STEPS: tl.constexpr = SHARE // 32 if SHARES == 1 else 2
         step_cos = ()
         step_sin = ()
         for n in tl.static_range(1 if SHARES == 1 else 3):
@@ -78,15 +79,15 @@ def attend_tiles(
 
     query = tl.minimum((chunk * NH + h) // repeat, queries - 1)
     oldest = tl.load(positions_ptr + row * queries + query) - span + 1
-    tiles = tl.load(packed_ptr + row) // TILE
+    parts = tl.load(packed_ptr + row) // PART
     begin = 0
     if HAS_SPAN:
-        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // TILE, tiles)
-    per_split = tl.cdiv(tiles - begin, splits)
+        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // PART, parts)
+    per_split = tl.cdiv(parts - begin, splits)
     start = begin + split * per_split
-    stop = tl.minimum(start + per_split, tiles)
+    stop = tl.minimum(start + per_split, parts)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
-    page = tl.load(row_ptr + start // TILES, mask=start < stop, other=0).to(tl.int64)
+    page = tl.load(row_ptr + start // PARTS, mask=start < stop, other=0).to(tl.int64)
 
     wait_for_inputs(PDL)
     q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
@@ -111,15 +112,18 @@ def attend_tiles(
     high_sums = zero_rows(D // 16 if VALUE_BITS == 3 else 0, 16, NH * VALUE_PAD)
 
     for i in range(start, stop):
-        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % TILES) * KEY_TILE
-        value = value_ptr + page * stride_value_page + head * stride_value_head + (i % TILES) * VALUE_TILE
-        meta = meta_ptr + page * stride_meta_page + head * stride_meta_head + (i % TILES) * (G * TILE)
-        # the next page is looked up a tile ahead, so that no load waits for it
-        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // TILES).to(tl.int64)
+        tile, first = i % PARTS // (TILE // PART), i % (TILE // PART) * PART
+        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % PARTS) * KEY_PART
+        value = value_ptr + page * stride_value_page + head * stride_value_head + tile * VALUE_TILE + first
+        meta = meta_ptr + page * stride_meta_page + head * stride_meta_head + tile * (G * TILE) + first
+        # the next page is looked up a part ahead, so that no load waits for it
+        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // PARTS).to(tl.int64)
 
         # before or after the scores: whichever leaves the registers (counted ahead of time)
         if HAS_MEAN and (SHARES == 5 or G > 1):
-            mean = mean_scores(turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, D, NH)
+            mean = mean_scores(
+                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
+            )
         raw = ()
         if KEY_BITS == 15:
             raw = key_scores_trits(key, q_low, N, D, G, KEY_NORMAL, ASM)
@@ -128,7 +132,9 @@ def attend_tiles(
                 share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
                 raw = raw + (share,)
         if HAS_MEAN and SHARES == 1 and G == 1:
-            mean = mean_scores(turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, D, NH)
+            mean = mean_scores(
+                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
+            )
         words = ()
         for s in tl.static_range(SHARES):
             for g in tl.static_range(G):
@@ -149,7 +155,7 @@ def attend_tiles(
                 x += mean[s] * mean_scale
             x = tl.where(retained[:, None], NEVER, x)
             if HAS_SPAN:
-                x = tl.where(t[:, None] < (oldest - (i * TILE + s * SHARE))[None, :], NEVER, x)
+                x = tl.where(t[:, None] < (oldest - (i * PART + s * SHARE))[None, :], NEVER, x)
             scores = scores + (x,)
 
         top = scores[0]
@@ -216,7 +222,7 @@ def attend_packed_kernel(
     half_q_ptr, half_key_ptr, half_value_ptr, held_ptr, full_part_ptr, full_stat_ptr,
     stride_slot, stride_head, stride_token, stride_held, count, full_splits,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
-    KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PART: tl.constexpr, KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Both kinds of a sequence's regions in one launch: ``full_splits`` programs of a kv head and chunk take its 16-bit slots,
@@ -239,6 +245,6 @@ def attend_packed_kernel(
             part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
             stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
             stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split - full_splits, splits,
-            D, KEY_BITS, VALUE_BITS, G, NH, TILE, KEY_NORMAL, VALUE_NORMAL, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
+            D, KEY_BITS, VALUE_BITS, G, NH, TILE, PART, KEY_NORMAL, VALUE_NORMAL, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
             PDL,
         )  # fmt: skip

@@ -227,17 +227,18 @@ def value_trits(
 
 @triton.jit
 def mean_scores(
-    turn, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES: tl.constexpr, D: tl.constexpr, NH: tl.constexpr
-):
-    """``q . RoPE_t(mean)`` of the tokens of a tile, a tuple of SHARES tensors [tokens, NH], up to a scale.
+    turn, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES: tl.constexpr, STEPS: tl.constexpr,
+    D: tl.constexpr, NH: tl.constexpr,
+):  # fmt: skip
+    """``q . RoPE_t(mean)`` of the tokens of a part, a tuple of SHARES tensors [tokens, NH], up to a scale.
 
     ``sum_j A_j cos(w_j t) + B_j sin(w_j t)`` with t = base + 32 a + j: A and B (``cosines``, ``sines`` [D/2, NH]) are turned to
-    each 32-token step of the tile and contracted with one table of 32 places; pairs of steps share the columns of a dot.
+    each 32-token step of the part and contracted with one table of 32 places; pairs of steps share the columns of a dot.
     """
     j = tl.arange(0, D // 2)
     base_cos, base_sin = tl.load(turn + j)[:, None], tl.load(turn + D // 2 + j)[:, None]
     out = ()
-    if SHARES == 1:
+    if STEPS == 4:
         cos = base_cos * step_cos[0] - base_sin * step_sin[0]  # [D/2, 4]
         sin = base_sin * step_cos[0] + base_cos * step_sin[0]
         cos = tl.expand_dims(tl.reshape(cos, [D // 2, 2, 2]), 2)  # [D/2, 2, 1, 2]
@@ -249,7 +250,7 @@ def mean_scores(
         z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
         out = (tl.reshape(tl.permute(tl.reshape(z, [32, 2, NH, 2]), (1, 3, 0, 2)), [128, NH]),)
     else:
-        for n in tl.static_range(3):
+        for n in tl.static_range(3 if SHARES == 5 else 1):
             cos = tl.expand_dims(base_cos * step_cos[n] - base_sin * step_sin[n], 1)  # [D/2, 1, 2]
             sin = tl.expand_dims(base_sin * step_cos[n] + base_cos * step_sin[n], 1)
             a = tl.expand_dims(cosines, 2)  # [D/2, NH, 1]
@@ -259,6 +260,8 @@ def mean_scores(
             z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
             first, second = tl.split(tl.reshape(z, [32, NH, 2]))
             out = out + (first, second)
+        if SHARES == 1:
+            out = (tl.reshape(tl.permute(tl.join(out[0], out[1]), (2, 0, 1)), [64, NH]),)
     return out
 
 
