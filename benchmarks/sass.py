@@ -22,7 +22,7 @@ from stamp import stamp
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skvq.kernels.triton_gpu import combine, dense, fused, label_blocks, labels, lattice, pack, packed, prepare, unpack
+from skvq.kernels.triton_gpu import combine, dense, fused, label_blocks, labels, lattice, matvec, pack, packed, prepare, unpack
 from skvq.kernels.triton_gpu.backend import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -115,6 +115,30 @@ def attend_variants(arch: int) -> list[Variant]:
     ]
 
 
+MATVEC: dict[str, dict[str, Any]] = {  # the four of a layer of Mistral-7B; widths of no whole tiles; several vectors
+    "qkv": {"width": 4096, "norm": True},
+    "output": {"width": 4096},
+    "gate up": {"width": 4096, "norm": True, "gated": True},
+    "down": {"width": 14336},
+    "down 11008": {"width": 11008},
+    "qkv, 4 vectors": {"width": 4096, "norm": True, "vectors": 4},
+    "down, 2 vectors": {"width": 14336, "vectors": 2},
+    "gate up, 2 vectors": {"width": 4096, "norm": True, "gated": True, "vectors": 2},
+    "qkv 577": {"width": 577, "norm": True},
+}
+
+
+def matvec_variant(name: str, *, width: int, vectors: int = 1, norm: bool = False, gated: bool = False) -> Variant:
+    """A matrix of at least 4,096 rows in bfloat16; what comes before or after it is that of the layer."""
+    tiling = matvec.tiling_of(vectors, 4096, gated=gated)
+    constants = {
+        "WIDTH": width, "M": vectors, "ROWS": tiling.rows, "BLOCK": 256 * tiling.warps, "DEPTH": tiling.depth, "NORM": norm,
+        "GATED": gated, "BIAS": norm and not gated, "ADD": not norm, "EARLY": tiling.early,
+    }  # fmt: skip
+    names = ("x_ptr", "norm_ptr", "weight_ptr", "bias_ptr", "residual_ptr", "out_ptr")
+    return Variant(name, matvec.matvec_kernel, constants, tiling.warps, 1, dict.fromkeys(names, "*bf16"), registers=168)
+
+
 def other_variants(arch: int) -> list[Variant]:
     """The other kernels: they must compile and not spill."""
     codes = {"D": 128, "KEY_BITS": 2, "VALUE_BITS": 15, "G": 2}
@@ -154,6 +178,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("unpack", unpack.unpack_kernel, tiled, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("turn", fused.turn_kernel, {"D": 128}, 1, 1, {**halves, "places_ptr": LONGS}),
+        *(matvec_variant(f"matvec {name}", **form) for name, form in MATVEC.items()),
         Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]
 

@@ -1,4 +1,4 @@
-"""Matrices of a model: what the model calls, whatever form their numbers are held in."""
+"""Matrices of a model held as their file has them, and embeddings; dense ones are ``kernels.linear``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,6 @@ from torch import Tensor
 ANY_NUMBER = 1 << 62
 TILE_NUMBERS = 1 << 21
 """Weights expanded to float32 at a time, 8 MB: a layer of a small model, a few hundred rows of a large one."""
-
-
-class Linear(Protocol):
-    """y = W x + b over the last dimension; how W is stored is the implementation's business."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def dense(self) -> Tensor:
-        """W as float32 [out, in]."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What is held in memory; a tensor may be shared."""
 
 
 class Embedding(Protocol):
@@ -62,24 +49,6 @@ class StoredMatrix(Protocol):
 def nbytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, each counted once."""
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-
-
-@dataclass(frozen=True, slots=True)
-class DenseLinear:
-    """Weight [out, in] in the compute dtype."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def dense(self) -> Tensor:
-        return self.weight.float()
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 class FloatMatrix:

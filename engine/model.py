@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from skvq.engine.config import ModelConfig
-from skvq.engine.linear import Embedding, Linear, nbytes_of
+from skvq.engine.linear import Embedding, nbytes_of
 from skvq.engine.rope import StepRope
 from skvq.engine.steps import LayerCache
 from skvq.engine.storage import Storage
+from skvq.kernels.linear import Linear
 from skvq.kernels.ops import Ops
 
 
@@ -62,20 +63,19 @@ class Model:
     def heads(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, H, D], keys and values [B, N, KH, D] of a layer, before RoPE."""
         w = self.weights.layers[index]
-        qkv = w.qkv(self.ops.rms_norm(x, w.input_norm, self.config.norm_eps))
+        qkv = self.ops.norm_linear(x, w.input_norm, self.config.norm_eps, w.qkv)
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
         parts = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, size)  # [B, N, H + 2 KH, D]
         return parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
 
     def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""
-        ops, w = self.ops, self.weights.layers[index]
-        x, h = ops.add_rms_norm(x, w.output(attended.flatten(2)), w.mlp_norm, self.config.norm_eps)
-        return ops.add(x, w.down(ops.swiglu(w.gate_up(h))))
+        w, eps = self.weights.layers[index], self.config.norm_eps
+        return self.ops.after_attention(x, attended.flatten(2), w.output, w.mlp_norm, eps, w.gate_up, w.down)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., d]."""
-        return self.weights.head(self.ops.rms_norm(x, self.weights.norm, self.config.norm_eps)).float()
+        return self.ops.norm_linear(x, self.weights.norm, self.config.norm_eps, self.weights.head).float()
 
 
 def load_weights(config: ModelConfig, storage: Storage) -> ModelWeights:

@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skvq.engine.linear import DenseEmbedding, DenseLinear, Embedding, Linear
+from skvq.engine.linear import DenseEmbedding, Embedding
 from skvq.engine.report import Reporter
+from skvq.kernels.linear import DenseLinear, Linear
 from skvq.loaders import check_finite
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.source import QuantizedBlocks, WeightSource

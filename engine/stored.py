@@ -9,18 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from skvq.engine.linear import (
-    DenseEmbedding,
-    DenseLinear,
-    Embedding,
-    FloatMatrix,
-    Linear,
-    StoredEmbedding,
-    StoredLinear,
-    StoredMatrix,
-)
+from skvq.engine.linear import DenseEmbedding, Embedding, FloatMatrix, StoredEmbedding, StoredLinear, StoredMatrix
 from skvq.engine.report import Reporter
 from skvq.engine.storage import Storage, WeightReader
+from skvq.kernels.linear import DenseLinear, Linear
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import STEP, HalfMatrix
 from skvq.loaders.names import expected_shapes

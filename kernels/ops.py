@@ -1,4 +1,4 @@
-"""The small operations between matrices and attention: what they compute, in torch. Backends fuse them.
+"""What a layer computes around attention, in torch. Backends fuse it.
 
 ``Ops`` is chosen once, when a model is loaded; the model and the decode step call it and know no other form.
 """
@@ -12,27 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.kernels.interface import FullSlots
+from skvq.kernels.linear import Linear
 
 
 class Ops(Protocol):
-    """Elementwise work of a layer. Inputs are never written, except ``full``.
+    """Work of a layer. Inputs are never written, except ``full``; norms are root-mean-square norms over the last dimension,
+    computed in float32 (arXiv 1910.07467).
 
-    rms_norm:     root-mean-square norm over the last dimension, computed in float32 (arXiv 1910.07467).
-    add:          ``x + delta``.
-    add_rms_norm: ``x + delta``, and its norm.
-    swiglu:       ``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first.
-    turn_to_slots: RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
-                  (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
-                  the turned q is returned.
+    norm_linear:     ``linear`` of the norm of x.
+    after_attention: ``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``.
+    turn_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
+                     (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
+                     the turned q is returned.
     """
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
 
-    def add(self, x: Tensor, delta: Tensor) -> Tensor: ...
-
-    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
-
-    def swiglu(self, gate_up: Tensor) -> Tensor: ...
+    def after_attention(
+        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor: ...
 
     def turn_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
@@ -40,7 +38,21 @@ class Ops(Protocol):
 
 
 class TorchOps:
-    """The specification, on any device."""
+    """The specification, on any device; and the steps that it is made of, for backends to replace one by one.
+
+    rms_norm:     the norm of x, times ``weight``.
+    add_rms_norm: ``x + delta``, and its norm.
+    swiglu:       ``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first.
+    """
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        return linear(self.rms_norm(x, norm, eps))
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor:
+        x, h = self.add_rms_norm(x, output(attended), norm, eps)
+        return self.add(x, down(self.swiglu(gate_up(h))))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = x.float()

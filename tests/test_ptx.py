@@ -22,8 +22,9 @@ from triton_cases import arguments, formats, make_case, torch_error  # noqa: E40
 
 from skvq.kernels import reference  # noqa: E402
 from skvq.kernels.interface import FullSlots  # noqa: E402
+from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
-from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
+from skvq.kernels.triton_gpu import TritonGpu, matvec  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel  # noqa: E402
 
@@ -121,6 +122,30 @@ def test_packing_and_unpacking(arch: int, method: str, key_bits: float, value_bi
         strict=True,
     ):
         assert torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize(("dtype", "vectors", "early"), [(torch.float16, 1, False), (BF16, 3, False), (BF16, 1, True)])
+def test_matrices(arch: int, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vectors: int, early: bool) -> None:
+    """Whole tiles and a part of one, programs that end over an edge, biases."""
+    tiling = matvec.Tiling(rows=8, warps=2, depth=2, early=early and arch >= 90)
+    monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, gated: tiling)
+    gen = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, by: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=gen) * by).to(dtype).to("cuda")
+
+    x, attended, norm = normal(vectors, 1, 2048), normal(vectors, 1, 520), normal(2048)
+    output, down = DenseLinear(normal(2048, 520, by=0.05), normal(2048)), DenseLinear(normal(2048, 37, by=0.2), None)
+    qkv, gate_up = (DenseLinear(normal(count, 2048, by=0.02), normal(count)) for count in (61, 74))
+    for wanted, got in zip(
+        *(
+            (ops.norm_linear(x, norm, 1e-5, qkv), ops.after_attention(x, attended, output, norm, 1e-5, gate_up, down))
+            for ops in (TorchOps(), TritonOps())
+        ),
+        strict=True,
+    ):
+        wanted, got = plain(wanted).float(), plain(got).float()
+        assert float((got - wanted).abs().max()) <= 2 * torch.finfo(dtype).eps * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])

@@ -22,8 +22,9 @@ from triton_cases import arguments, formats, make_case, torch_error
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
+from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, packed, raised, tiles
+from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, matvec, packed, raised, tiles
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 
@@ -314,6 +315,59 @@ def fused_operations() -> None:
             assert dtype != cache or torch.equal(fulls[0].values, fulls[1].values)
 
 
+def matrices() -> None:
+    """A few vectors by matrices with what is around them, as torch one by one: even and odd widths, more tiles than are on
+    their way and fewer, rows that no program fills, biases; more vectors, and float32, go by torch's product."""
+    torch_ops, ops, kernel = TorchOps(), TritonOps(), matvec.matvec_kernel
+    gen = torch.Generator().manual_seed(0)
+    launches: list[int] = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(grid[0])
+            return kernel[grid]
+
+    matvec.matvec_kernel = Counted()  # type: ignore[assignment]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen)
+
+    def check(dtype: torch.dtype, vectors: int, width: int, heads: int, inner: int, tiling: matvec.Tiling) -> None:
+        matvec.tiling_of = lambda vectors, outs, gated: tiling  # type: ignore[assignment]
+
+        def matrix(outs: int, ins: int, bias: bool) -> DenseLinear:
+            return DenseLinear((draw(outs, ins) / ins**0.5).to(dtype), draw(outs).to(dtype) if bias else None)
+
+        x, attended, norm = draw(vectors, 1, width).to(dtype), draw(vectors, 1, heads).to(dtype), draw(width).to(dtype)
+        before = x.clone()
+        qkv, output = matrix(2 * heads + 3, width, vectors == 2), matrix(width, heads, vectors != 2)
+        down = matrix(width, inner, False)
+        gate_up = matrix(2 * inner, width, vectors == 2)
+        layer = (x, attended, output, norm, 1e-5, gate_up, down)
+        for got, wanted in (
+            (ops.norm_linear(x, norm, 1e-5, qkv), torch_ops.norm_linear(x, norm, 1e-5, qkv)),
+            (ops.after_attention(*layer), torch_ops.after_attention(*layer)),
+        ):
+            assert got.dtype == dtype and got.shape == wanted.shape
+            ulps = 6 if dtype == torch.bfloat16 else 2  # the interpreter cuts to bfloat16, a GPU rounds
+            error, largest = float((got.float() - wanted.float()).abs().max()), float(wanted.float().abs().max())
+            print(f"{dtype} {vectors} x {width} {heads} {inner} {tiling}: {error / largest:.2e}", flush=True)
+            assert error <= ulps * torch.finfo(dtype).eps * largest, (dtype, vectors, width, error, largest)
+        assert torch.equal(x, before)
+
+    rows = {n: matvec.Tiling(rows=n, warps=1, depth=2) for n in (4, 8, 16)}
+    check(torch.float16, 1, 512, 256, 320, rows[16])  # a step of the loop, none, one over an edge
+    check(torch.float16, 1, 1100, 40, 72, dataclasses.replace(rows[16], depth=1))
+    check(torch.float16, 2, 77, 1030, 33, rows[8])
+    check(torch.float16, 3, 48, 64, 1, rows[4])
+    check(torch.bfloat16, 1, 600, 300, 33, dataclasses.replace(rows[16], depth=3))
+    check(torch.bfloat16, 4, 96, 520, 40, rows[8])
+    assert len(launches) == 6 * 4
+    check(torch.float16, 5, 96, 64, 40, rows[8])
+    check(torch.float32, 1, 96, 64, 40, rows[8])
+    assert len(launches) == 6 * 4
+
+
 def decode_steps() -> None:
     """The engine on these kernels, step by step and as a graph with the grid of the longest context, over a packed tile."""
     from test_graph import Calls
@@ -374,6 +428,8 @@ def on_a_card() -> None:
             launch(self, *(plain(a) for a in args), **{name: plain(value) for name, value in kwargs.items()})
 
     GridExecutor.__call__, graph.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
+    few = matvec.Tiling(rows=16, warps=1, depth=1)  # programs: the interpreter runs them one by one
+    matvec.tiling_of = lambda vectors, outs, gated: few  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
         caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]
@@ -390,9 +446,13 @@ def on_a_card() -> None:
                     assert sequences[0].packed
             error = float((found[1] - found[0]).norm() / found[0].norm())
             assert error < 0.02, (cache, error)
-    assert {"attend_packed_kernel", "attend_labels_blocks_kernel", "attend_plain_kernel", "rms_norm_kernel"} <= {
-        k[0] for k in seen
-    }
+    assert {
+        "attend_packed_kernel",
+        "attend_labels_blocks_kernel",
+        "attend_plain_kernel",
+        "rms_norm_kernel",
+        "matvec_kernel",
+    } <= {k[0] for k in seen}
 
 
 CHECKS = {
@@ -400,7 +460,7 @@ CHECKS = {
     for check in (
         attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants,
         packing, odd_shapes,
-        fused_operations, lattice, label_ranges, assembly_order, decode_steps, on_a_card,
+        fused_operations, matrices, lattice, label_ranges, assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip
 

@@ -1,8 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
 # ruff: noqa: N803
-"""``kernels.ops.Ops`` on a GPU: everything between the matrix products of a layer that would else be several launches each."""
+"""``kernels.ops.Ops`` on a GPU: a few vectors by matrices with all around them in one launch (``matvec``); for more, kernels
+between the products of torch."""
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 import triton
@@ -10,6 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.interface import FullSlots
+from skvq.kernels.linear import DenseLinear, Linear
+from skvq.kernels.ops import TorchOps
+from skvq.kernels.triton_gpu import matvec
 
 
 @triton.jit
@@ -75,8 +81,26 @@ def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * width + c, (silu * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-class TritonOps:
+class TritonOps(TorchOps):
     """One launch an operation. Nothing here waits for the device or depends on what a tensor holds."""
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        if not is_matvec(x, linear):
+            return super().norm_linear(x, norm, eps, linear)
+        tiling = matvec.tiling_of(x.numel() // x.shape[-1], linear.weight.shape[0], gated=False)
+        return matvec.norm_linear(x, norm, eps, linear.weight, linear.bias, tiling)
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor:
+        if not (is_matvec(x, output) and is_matvec(x, gate_up) and is_matvec(x, down)):
+            return super().after_attention(x, attended, output, norm, eps, gate_up, down)
+        width, inner = x.shape[-1], gate_up.weight.shape[0] // 2
+        vectors = x.numel() // width
+        plain, gated = matvec.tiling_of(vectors, width, gated=False), matvec.tiling_of(vectors, inner, gated=True)
+        x = matvec.linear_add(x, attended, output.weight, output.bias, plain)
+        h = matvec.norm_swiglu(x, norm, eps, gate_up.weight, gate_up.bias, gated)
+        return matvec.linear_add(x, h, down.weight, down.bias, plain)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
@@ -115,6 +139,12 @@ class TritonOps:
             *keys.stride()[:3], D=size, num_warps=1,
         )  # fmt: skip
         return out
+
+
+def is_matvec(x: Tensor, linear: Linear) -> TypeGuard[DenseLinear]:
+    """Whether ``matvec`` multiplies the vectors of x by this matrix: a few, in 16 bits; torch does more, or float32."""
+    few = x.numel() // x.shape[-1] <= matvec.MOST_VECTORS
+    return few and isinstance(linear, DenseLinear) and linear.weight.dtype == x.dtype and x.dtype in matvec.HALVES
 
 
 def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:

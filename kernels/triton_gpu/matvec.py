@@ -1,0 +1,176 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
+# ruff: noqa: N803, N806, RUF005
+"""A 16-bit matrix times the few vectors of a decode step, at the speed of memory: one launch with what comes before and after.
+
+    norm_linear   W rms_norm(x) + b
+    linear_add    x + (W h + b)
+    norm_swiglu   silu(gate) * up of [gate; up] = W rms_norm(x) + b
+
+Results are rounded wherever torch rounds: they differ from the operations one by one in the order of sums alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+MOST_VECTORS = 4
+"""Vectors that one launch multiplies. Each costs a multiply-add a weight; a tensor core is the better means for more."""
+FEW_PROGRAMS = 512
+"""With fewer a card of 100 multiprocessors has too few loads on their way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How a launch is divided. A thread has 16 bytes of each of a tile's rows."""
+
+    rows: int  # of the output that a program owns, of the gate and of up alike
+    warps: int
+    depth: int  # tiles on their way at once
+    early: bool = False  # weights are asked for before the launch before has ended; compute capability 9.0 and later
+
+
+def tiling_of(vectors: int, outs: int, *, gated: bool) -> Tiling:
+    """The tiling for ``vectors`` (1 .. MOST_VECTORS) and ``outs`` numbers of output each."""
+    rows = (2 if gated else 4) if vectors == 1 else (1 if gated else 2)
+    while rows > 1 and outs < FEW_PROGRAMS * rows:
+        rows //= 2
+    return Tiling(rows=rows, warps=4, depth=2)
+
+
+@triton.jit
+def load_tile(ptrs, start, c, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Columns ``start + c`` of the weights, which nobody reads again."""
+    if EVEN:
+        return tl.load(ptrs + start, eviction_policy="evict_first")
+    return tl.load(ptrs + start, mask=start + c < WIDTH, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def load_vectors(x_ptrs, norm_ptr, scale, start, c, WIDTH: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
+    """Columns ``start + c`` of the vectors in float32, [M, 1, BLOCK]; with NORM after their norm."""
+    inside = True if EVEN else start + c < WIDTH
+    x = tl.load(x_ptrs + start, mask=inside)
+    if NORM:
+        normed = (x.to(tl.float32) * scale).to(x.dtype).to(tl.float32)
+        x = (normed * tl.load(norm_ptr + start + c, mask=inside).to(tl.float32)).to(x.dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def matvec_kernel(
+    x_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, vectors, outs, eps,
+    WIDTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """ROWS numbers of the output of each vector: of ``x`` [vectors, WIDTH], or with NORM of its norm, times ``weight``
+    [outs, WIDTH], or with GATED [2 outs, WIDTH], gates first; ADD: and the residual [vectors, outs].
+
+    Reads its rows of the weights once, DEPTH tiles of BLOCK columns ahead of their use; all of x once, with NORM twice, which
+    the L1 cache serves. M is the power of two at or above ``vectors``.
+    """
+    HELD: tl.constexpr = 2 * ROWS if GATED else ROWS
+    STRIDE: tl.constexpr = DEPTH * BLOCK
+    EVEN: tl.constexpr = WIDTH % STRIDE == 0
+    LAST: tl.constexpr = (WIDTH - 1) // STRIDE * STRIDE
+    dtype = out_ptr.dtype.element_ty
+    first = tl.program_id(0) * ROWS
+    r = tl.arange(0, HELD)
+    row = tl.minimum(first + r % ROWS, outs - 1)
+    if GATED:
+        row += r // ROWS * outs
+    # three dimensions throughout: a change of shape between loads and sum would be a change of layout, through shared memory
+    c = tl.arange(0, BLOCK)[None, None, :]
+    weight_ptrs = weight_ptr + row.to(tl.int64)[None, :, None] * WIDTH + c
+    m = tl.minimum(tl.arange(0, M), vectors - 1)
+    x_ptrs = x_ptr + m[:, None, None] * WIDTH + c
+    if BIAS:
+        bias = tl.load(bias_ptr + row)
+    tiles = ()
+    for d in tl.static_range(DEPTH):
+        tiles = tiles + (load_tile(weight_ptrs, d * BLOCK, c, WIDTH, EVEN),)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()  # from here on what other launches wrote is read
+    elif NORM:
+        tl.debug_barrier()  # else the compiler asks for weights after the norm
+    o = first + tl.arange(0, ROWS)[None, :]
+    inside = (tl.arange(0, M)[:, None] < vectors) & (o < outs)
+    place = m.to(tl.int64)[:, None] * outs + o
+    if ADD:
+        residual = tl.load(residual_ptr + place, mask=inside)
+    scale = 1.0
+    if NORM:
+        square = tl.zeros((M, 1, BLOCK), tl.float32)
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            x = tl.load(x_ptrs + start, mask=start + c < WIDTH, other=0.0).to(tl.float32)
+            square += x * x
+        scale = (1.0 / tl.sqrt(tl.sum(square, 2) / WIDTH + eps))[:, :, None]
+    acc = tl.zeros((M, HELD, BLOCK), tl.float32)
+    for start in tl.range(0, LAST, STRIDE, num_stages=1):
+        later = ()
+        for d in tl.static_range(DEPTH):
+            x = load_vectors(x_ptrs, norm_ptr, scale, start + d * BLOCK, c, WIDTH, EVEN, NORM)
+            acc += tiles[d].to(tl.float32) * x
+            later = later + (load_tile(weight_ptrs, start + (DEPTH + d) * BLOCK, c, WIDTH, EVEN),)
+        tiles = later
+    for d in tl.static_range(DEPTH):
+        acc += tiles[d].to(tl.float32) * load_vectors(x_ptrs, norm_ptr, scale, LAST + d * BLOCK, c, WIDTH, EVEN, NORM)
+    total = tl.sum(acc, 2)  # [M, HELD]
+    if BIAS:
+        total += bias.to(tl.float32)[None, :]
+    out = total.to(dtype)
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(out, (M, 2, ROWS)), (0, 2, 1)))
+        gate = gate.to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype)
+        out = (silu.to(tl.float32) * up.to(tl.float32)).to(dtype)
+    if ADD:
+        out = (residual.to(tl.float32) + out.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + place, out, mask=inside)
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
+    """``W rms_norm(x) + b`` of x [..., in] and weight [out, in]."""
+    assert norm.shape == x.shape[-1:] and norm.dtype == x.dtype and norm.is_contiguous(), (norm.shape, norm.dtype)
+    return _launch(x, norm, weight, bias, x, weight.shape[0], eps, tiling, norm=True, gated=False, add=False)
+
+
+def norm_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
+    """``silu(gate) * up`` of ``W rms_norm(x) + b``; x [..., in], weight [2 f, in] with the gates first; the result [..., f]."""
+    assert norm.shape == x.shape[-1:] and norm.dtype == x.dtype and norm.is_contiguous(), (norm.shape, norm.dtype)
+    return _launch(x, norm, weight, bias, x, weight.shape[0] // 2, eps, tiling, norm=True, gated=True, add=False)
+
+
+def linear_add(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
+    """``x + (W h + b)`` of x [..., out], h [..., in] and weight [out, in]."""
+    assert x.shape == (*h.shape[:-1], weight.shape[0]) and x.dtype == h.dtype, (x.shape, h.shape, weight.shape, x.dtype)
+    return _launch(h, h, weight, bias, x.contiguous(), weight.shape[0], 0.0, tiling, norm=False, gated=False, add=True)
+
+
+def _launch(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, outs: int, eps: float,
+    tiling: Tiling, *, norm: bool, gated: bool, add: bool,
+) -> Tensor:  # fmt: skip
+    width = x.shape[-1]
+    vectors = x.numel() // width
+    assert 1 <= vectors <= MOST_VECTORS, f"{vectors} vectors: this kernel multiplies up to {MOST_VECTORS}"
+    assert weight.shape == ((2 if gated else 1) * outs, width) and weight.is_contiguous(), (weight.shape, weight.stride())
+    assert x.dtype == weight.dtype and x.dtype in HALVES, (x.dtype, weight.dtype)
+    assert bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.is_contiguous()), weight.shape
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype, device=x.device)
+    block = min(triton.next_power_of_2(width), 256 * tiling.warps)
+    overlap = {"launch_pdl": True} if tiling.early else {}
+    matvec_kernel[(triton.cdiv(outs, tiling.rows),)](
+        x, norm_weight, weight, weight if bias is None else bias, residual, out, vectors, outs, eps, WIDTH=width,
+        M=triton.next_power_of_2(vectors), ROWS=tiling.rows, BLOCK=block, DEPTH=tiling.depth, NORM=norm, GATED=gated,
+        BIAS=bias is not None, ADD=add, EARLY=tiling.early, num_warps=min(tiling.warps, max(block // 256, 1)), num_stages=1,
+        **overlap,
+    )  # fmt: skip
+    return out
