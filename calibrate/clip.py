@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,14 +58,20 @@ def search_lattice_clip(x: Tensor, side: HeadSide, store: Callable[[Tensor, Head
     ``store(x, side)`` is what pages hold of x.
     """
     x = x[:: max(1, len(x) // LATTICE_SAMPLE)]
-    best = torch.full((x.shape[1],), torch.inf, device=x.device)
-    chosen = torch.ones_like(side.unit)
-    for factor in LATTICE_GRID:
-        error = store(x, replace(side, clip=torch.full_like(side.unit, factor))) - x
-        found = torch.einsum("thi,hij,thj->h", error, side.metric, error)
-        chosen = torch.where((found < best)[:, None], factor, chosen)
-        best = torch.minimum(found, best)
-    return chosen
+    heads, count = x.shape[1], len(LATTICE_GRID)
+    grid = torch.tensor(LATTICE_GRID, device=x.device).repeat_interleave(heads)  # all factors at once, each as heads of its own
+    tried = HeadSide(
+        unit=side.unit.repeat(count, 1),
+        clip=grid[:, None].expand(-1, side.unit.shape[1]).contiguous(),
+        metric=side.metric.repeat(count, 1, 1),
+        factor=side.factor.repeat(count, 1, 1),
+        has_metric=side.has_metric,
+    )
+    rows = x.repeat(1, count, 1)
+    error = store(rows, tried) - rows
+    found = torch.einsum("thi,hij,thj->h", error, tried.metric, error).view(count, heads)
+    least = (found == found.amin(0)).int().argmax(0)  # the first of equals
+    return grid[least * heads][:, None].expand_as(side.unit).contiguous()
 
 
 def weighted_error(y: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,8 @@ With k the keys of a head after RoPE and their mean's removal, S their covarianc
 p = 1/2 is WUSH (arXiv 2512.00956), the optimum for plain rounding; with lattice rounding of keys 0.7 is better (measured).
 Keys are read back by M. Values are read back by D, the regression of the exact attention output on that over stored values:
 it keeps the shrinkage of least squares where errors average out and undoes it where they add up.
+
+Decompositions are done on the CPU wherever the sample is: a GPU takes such small matrices one by one, and longer for each.
 """
 
 from __future__ import annotations
@@ -91,16 +93,17 @@ def fit_side(
     covariance: Tensor, y: Tensor, metric: Tensor, power: float, bits: float, group_size: int, store: Store
 ) -> dict[str, Tensor]:
     """How a side of ``covariance`` [KH, D, D] is held: ``basis``, ``decode`` (M), ``metric`` [KH, D, D]; ``unit``, ``clip``
-    [KH, G] from ``y`` [T, KH, D], a sample of it.
+    [KH, G] from ``y`` [T, KH, D], a sample of it. All on the device of ``y``.
     """
-    m = synthesis(covariance, metric, power)
+    metric = metric.cpu()
+    m = synthesis(covariance.cpu(), metric, power)
     weighted = m.transpose(1, 2) @ metric
     gram = weighted @ m
     norm = gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp_min(1e-30)
     damp = DAMP if LEVELS[bits] < FINE_LEVELS else FINE_DAMP
     gram = gram / norm + damp * torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
     basis = torch.linalg.solve(gram, weighted / norm)
-    found = {"basis": basis.float(), "decode": m.float(), "metric": gram.float()}
+    found = {name: t.float().to(y.device) for name, t in (("basis", basis), ("decode", m), ("metric", gram))}
     x = torch.einsum("hij,thj->thi", found["basis"], y)
     groups = x.view(*x.shape[:2], -1, group_size)
     found["unit"] = fit_unit(groups.abs().amax((0, -1)))
@@ -168,10 +171,10 @@ def fit_reading(stats: LayerStats, stored: Tensor, values: Tensor, synthesis_: T
         x, o = (torch.einsum("hrnt,thd->hrnd", p, y).flatten(1, 2).double() for y in (stored[text], values[text]))
         xx += x.transpose(1, 2) @ x
         ox += o.transpose(1, 2) @ x
-    m = synthesis_.double()
+    m, xx, ox = synthesis_.double().cpu(), xx.cpu(), ox.cpu()
     gain = (ox * m).sum((1, 2)) / ((m @ xx) * m).sum((1, 2)).clamp_min(1e-30)
     ridge = RIDGE * xx.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-12)[:, None, None]
     ridge = ridge * torch.eye(size, dtype=xx.dtype, device=xx.device)
     scaled = gain[:, None, None] * m
     fitted = torch.linalg.solve(xx + ridge, (ox + scaled @ ridge).transpose(1, 2)).transpose(1, 2)
-    return torch.lerp(scaled, fitted, BLEND).float()
+    return torch.lerp(scaled, fitted, BLEND).float().to(values.device)

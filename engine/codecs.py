@@ -122,9 +122,9 @@ def _head_side(tensors: Mapping[str, Tensor], side: str, metric: Tensor, has_met
 
 
 def unit_factor(metric: Tensor) -> Tensor:
-    """Upper Cholesky factor of each metric [KH, D, D] with its rows divided by their diagonal, float32."""
-    upper: Tensor = torch.linalg.cholesky(metric.double()).transpose(1, 2)
-    return torch.div(upper, upper.diagonal(dim1=1, dim2=2)[:, :, None]).float().contiguous()
+    """Upper Cholesky factor of each metric [KH, D, D] with its rows divided by their diagonal, float32; made on the CPU."""
+    upper: Tensor = torch.linalg.cholesky(metric.double().cpu()).transpose(1, 2)
+    return torch.div(upper, upper.diagonal(dim1=1, dim2=2)[:, :, None]).float().contiguous().to(metric.device)
 
 
 def label_codecs(
