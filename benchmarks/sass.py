@@ -177,7 +177,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("lattice", lattice.lattice_kernel, {"D": 128, "G": 2}, 2, 1, {"scale_ptr": BYTES}),
         Variant("unpack", unpack.unpack_kernel, tiled, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
-        Variant("turn", fused.turn_kernel, {"D": 128}, 1, 1, {**halves, "places_ptr": LONGS}),
+        Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
         *(matvec_variant(f"matvec {name}", **form) for name, form in MATVEC.items()),
         Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]

@@ -19,7 +19,7 @@ from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kern
 from skvq.kernels.triton_gpu.label_blocks import attend_labels_blocks_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_kernel
 from skvq.kernels.triton_gpu.lattice import quantize_side
-from skvq.kernels.triton_gpu.overlap import overlapping
+from skvq.kernels.triton_gpu.overlap import overlapping, overlaps
 from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
 from skvq.kernels.triton_gpu.packing import bits_code, decode_heads, launch_pack, launch_unpack, page_strides
@@ -91,7 +91,7 @@ class TritonGpu:
             if capability < (8, 0):
                 raise BackendUnavailable(f"backend 'triton' needs compute capability 8.0 or later, {device} has {capability}")
             self.fp8 = capability >= (8, 9)
-            self.pdl = capability >= (9, 0)
+            self.pdl = overlaps(device)
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.programs = processors * WARPS_PER_SM
         self.stages = 2

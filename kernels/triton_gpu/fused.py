@@ -16,6 +16,7 @@ from skvq.kernels.interface import FullSlots
 from skvq.kernels.linear import DenseLinear, Linear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import matvec
+from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
 
 
 @triton.jit
@@ -43,9 +44,10 @@ def rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, width, eps
 def turn_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, places_ptr, out_ptr, key_ptr, value_ptr,
     heads, stride_q, stride_k, stride_v, stride_slot, stride_head, stride_token,
-    D: tl.constexpr,
+    D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """RoPE of one head of one row: of q to ``out``, of k to its slot with v copied beside it. Reads and writes each once."""
+    wait_for_inputs(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, D // 2)
     cos, sin = tl.load(cos_ptr + row * (D // 2) + j), tl.load(sin_ptr + row * (D // 2) + j)
@@ -87,7 +89,7 @@ class TritonOps(TorchOps):
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
         if not is_matvec(x, linear):
             return super().norm_linear(x, norm, eps, linear)
-        tiling = matvec.tiling_of(x.numel() // x.shape[-1], linear.weight.shape[0], gated=False)
+        tiling = matvec.tiling_of(x.numel() // x.shape[-1], linear.weight.shape[0], gated=False, early=overlaps(x.device))
         return matvec.norm_linear(x, norm, eps, linear.weight, linear.bias, tiling)
 
     def after_attention(
@@ -97,7 +99,9 @@ class TritonOps(TorchOps):
             return super().after_attention(x, attended, output, norm, eps, gate_up, down)
         width, inner = x.shape[-1], gate_up.weight.shape[0] // 2
         vectors = x.numel() // width
-        plain, gated = matvec.tiling_of(vectors, width, gated=False), matvec.tiling_of(vectors, inner, gated=True)
+        early = overlaps(x.device)
+        plain = matvec.tiling_of(vectors, width, gated=False, early=early)
+        gated = matvec.tiling_of(vectors, inner, gated=True, early=early)
         x = matvec.linear_add(x, attended, output.weight, output.bias, plain)
         h = matvec.norm_swiglu(x, norm, eps, gate_up.weight, gate_up.bias, gated)
         return matvec.linear_add(x, h, down.weight, down.bias, plain)
@@ -136,7 +140,7 @@ class TritonOps(TorchOps):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         turn_kernel[(rows, heads + kv_heads)](
             q, k, v, cos, sin, slots, ring_slots, out, keys, values, heads, q.stride(0), k.stride(0), v.stride(0),
-            *keys.stride()[:3], D=size, num_warps=1,
+            *keys.stride()[:3], D=size, num_warps=1, **overlapping(overlaps(q.device)),
         )  # fmt: skip
         return out
 

@@ -35,12 +35,12 @@ class Tiling:
     early: bool = False  # weights are asked for before the launch before has ended; compute capability 9.0 and later
 
 
-def tiling_of(vectors: int, outs: int, *, gated: bool) -> Tiling:
+def tiling_of(vectors: int, outs: int, *, gated: bool, early: bool = False) -> Tiling:
     """The tiling for ``vectors`` (1 .. MOST_VECTORS) and ``outs`` numbers of output each."""
     rows = (2 if gated else 4) if vectors == 1 else (1 if gated else 2)
     while rows > 1 and outs < FEW_PROGRAMS * rows:
         rows //= 2
-    return Tiling(rows=rows, warps=4, depth=2)
+    return Tiling(rows=rows, warps=4, depth=2, early=early)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ before ``wait_for_inputs``, which waits for all that was launched before it and 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -19,6 +20,11 @@ def wait_for_inputs(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels of a device can overlap: compute capability 9.0 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def overlapping(pdl: bool) -> dict[str, bool]:
