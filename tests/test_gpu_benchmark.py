@@ -64,6 +64,9 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(script, name, lambda *rest, **named: {"gbps": 1.0, "good": True})
     monkeypatch.setattr(script, "gate_packing", lambda *rest: True)  # minutes each
     monkeypatch.setattr(script, "seconds_of", once)
+    few = script.matvec_sweep.matvec.Tiling(rows=16, warps=1, depth=1)  # programs of the engine's matrices
+    monkeypatch.setattr(script.matvec_sweep.matvec, "tiling_of", lambda vectors, outs, gated: few)
+    monkeypatch.setattr(script.matvec_sweep, "measure", lambda *rest: None)  # tested by itself
     monkeypatch.setattr(graph, "CudaGraphs", CheckedGraphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with card((9, 0)), emulated(90):
@@ -76,6 +79,33 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["gate prefill blocks torch.bfloat16"]["cudnn"] and found["prefill attention 256 product"]["cudnn"]
     assert all(found[f"prefill attention 256 {how}"]["same"] for how in ("flash", "cudnn", "product"))
     assert found["subnormals"] == {"kept": True} and "decode step 300 graph" in found
+
+
+def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of product in small, what the product takes and a sweep; what is wrong is not timed."""
+    module = script.matvec_sweep
+    shapes = {"a": ("norm_linear", 40, 48), "b": ("linear_add", 24, 64), "c": ("norm_swiglu", 48, 40)}
+    for name, value in {"SHAPES": shapes, "ROWS": (8,), "WARPS": (1,), "DEPTHS": (1, 2), "OUTGROWN": 1.0}.items():
+        monkeypatch.setattr(module, name, value)
+    few = module.matvec.Tiling(rows=8, warps=1, depth=1)
+    monkeypatch.setattr(module.matvec, "tiling_of", lambda vectors, outs, gated: few)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found: dict[str, Any] = {}
+
+    def step(name: str, work: Any) -> Any:
+        found[name] = work()
+        return found[name]
+
+    with card((9, 0)), emulated(90):
+        module.measure(step, once, (1, 2))
+        module.sweep(step, once, ("a",))
+        assert all(value["good"] for name, value in found.items() if name.startswith("gate "))
+        assert {"matvec a", "matvec a x2", "matvec c x2", "sweep matvec a x1 rows 8 warps 1 depth 2 early"} <= set(found)
+        assert found["matvec b"]["gbps"] > 0 and found["matvec b"]["linear"]["ms"] > 0
+        found.clear()
+        monkeypatch.setattr(module.Product, "fused", lambda self, weight, tiling: self.apart(module.TorchOps(), weight) + 1)
+        module.measure(step, once, (1,))
+        assert len(found) == 3 and not any(value["good"] for value in found.values())
 
 
 def test_a_failing_step_is_recorded_and_tried_once_more(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,9 +134,9 @@ def test_matrices(arch: int, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     def normal(*shape: int, by: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=gen) * by).to(dtype).to("cuda")
 
-    x, attended, norm = normal(vectors, 1, 2048), normal(vectors, 1, 520), normal(2048)
-    output, down = DenseLinear(normal(2048, 520, by=0.05), normal(2048)), DenseLinear(normal(2048, 37, by=0.2), None)
-    qkv, gate_up = (DenseLinear(normal(count, 2048, by=0.02), normal(count)) for count in (61, 74))
+    x, attended, norm = normal(vectors, 1, 1160), normal(vectors, 1, 520), normal(1160)
+    output, down = DenseLinear(normal(1160, 520, by=0.05), normal(1160)), DenseLinear(normal(1160, 37, by=0.2), None)
+    qkv, gate_up = (DenseLinear(normal(count, 1160, by=0.03), normal(count)) for count in (61, 74))
     for wanted, got in zip(
         *(
             (ops.norm_linear(x, norm, 1e-5, qkv), ops.after_attention(x, attended, output, norm, 1e-5, gate_up, down))

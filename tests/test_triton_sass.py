@@ -35,7 +35,7 @@ sass = load_sass()
 if not isinstance(sass.packed.attend_packed_kernel, triton.JITFunction):
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean"}
+QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean", "matvec qkv", "matvec gate up", "matvec down"}
 SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
 SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
     "quantize": 16,  # Triton 3.6 only; packing under labels
@@ -73,6 +73,19 @@ def test_registers_spills_and_instructions(arch: int, name: str) -> None:
 @pytest.mark.parametrize(("arch", "name"), cases(False))
 def test_registers_spills_and_instructions_of_all(arch: int, name: str) -> None:
     check(arch, name)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["qkv", "output", "gate up", "down"])
+def test_weights_are_on_their_way_before_anything_waits(arch: int, name: str) -> None:
+    """Eight loads of 16 bytes a thread, before the first multiply-add and, in a norm, before its barrier; none is narrower."""
+    [variant] = [v for v in sass.other_variants(arch) if v.name == f"matvec {name}"]
+    instructions, _ = sass.disassemble(sass.compile_variant(variant, arch).asm["cubin"])
+    texts = [text for _, text in instructions]
+    loads = [i for i, text in enumerate(texts) if "LDG" in text and ".EF" in text]  # marked as read once
+    first_wait = next(i for i, text in enumerate(texts) if "FFMA" in text or "BAR" in text)
+    assert all(".128" in texts[i] for i in loads)
+    assert sum(i < first_wait for i in loads) >= 8, texts[:first_wait]
 
 
 @pytest.mark.parametrize("arch", [80, 90])

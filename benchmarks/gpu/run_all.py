@@ -1,8 +1,8 @@
 """Measure on a GPU everything that README.md lists: one call, at most nine minutes, resumable, no network.
 
-``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520]``. Results are written after every step; a second call goes
-on where the first stopped. What matters most comes first. A format is timed only if its gate is green. A step that fails is
-recorded and tried once more by the next call; after an error that breaks the card's context a fresh process goes on.
+``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520] [--matvec]``. Results are written after every step; a second
+call goes on where the first stopped. What matters most comes first. A format is timed only if its gate is green. A step that
+fails is recorded and tried once more by the next call; after an error that breaks the card's context a fresh process goes on.
 Needs torch and Triton only; the decode step as a whole also what the engine imports. The compact table is printed last.
 """
 
@@ -26,8 +26,9 @@ if "skvq" not in sys.modules:  # the kernels alone, whatever else of the package
     package = types.ModuleType("skvq")
     package.__path__ = [str(ROOT)]
     sys.modules["skvq"] = package
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT / "benchmarks/gpu")]
 
+import matvec_sweep  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.attention  # noqa: E402
 import triton  # noqa: E402
@@ -274,7 +275,8 @@ def gate_packing(log: Log, kb: float, vb: float, what: str) -> bool:
 
 def gates_of_the_step(log: Log) -> bool:
     """What the decode step of the engine rests on beside attention over its format."""
-    good = [gate(log, f"fused {dtype}", lambda dtype=dtype: check_fused(dtype)) for dtype in (torch.bfloat16, torch.float16)]
+    good = [is_green(v) for name, v in log.results.items() if name.startswith("gate matvec ")]
+    good += [gate(log, f"fused {dtype}", lambda dtype=dtype: check_fused(dtype)) for dtype in (torch.bfloat16, torch.float16)]
     good += [gate(log, f"dense {dtype}", lambda dtype=dtype: check_dense(dtype)) for dtype in (torch.bfloat16, torch.float32)]
     good.append(gate(log, "bf16", lambda: error_of(make_case(packed=(3, 23), dtype=torch.bfloat16, device="cuda"))))
     good.append(gate_packing(log, 2.0, 2.0, "lattice"))
@@ -508,6 +510,8 @@ def measure(log: Log) -> None:
     SETTINGS["subnormals"] = log.step("subnormals", subnormals).get("kept", True)
     copy_gbps = log.step("copy", copy_bandwidth).get("gbps", math.nan)
     attention(log, "mistral-7b", TIMED[0], copy_gbps)
+    matvec_sweep.measure(log.step, seconds_of)
+    torch.cuda.empty_cache()
     if gates_of_the_step(log) and gate_of(log, 2.0, 2.0, 128, True):
         decoder = Decoder()
         for context in DECODE_CONTEXTS:
@@ -572,6 +576,11 @@ def table(results: dict[str, Any]) -> None:
             print(
                 f"{name}: {value['ms']:.2f} ms, slowest {value['slowest_ms']:.2f}, {value['x_floor']:.2f}x its bandwidth floor"
             )
+        elif name.startswith("matvec ") and "ms" in value:
+            shown = ", ".join(
+                f"{what} {value[what]['ms']:.4f} ms {value[what]['gbps']:.0f} GB/s" for what in ("linear", "apart")
+            )
+            print(f"{name}: {value['ms']:.4f} ms {value['gbps']:.0f} GB/s; {shown}")
         elif name.startswith("prefill attention ") and "ms" in value:
             told = "" if value["same"] else ", DIFFERS from flash"
             print(f"{name}: {value['tflops']:.0f} TFLOP/s, {value['first_ms']:.0f} ms the first time{told}")
@@ -585,6 +594,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seconds", type=float, default=520.0)
+    parser.add_argument("--matvec", action="store_true", help="only try tilings of the matrices of a decode step")
     options = parser.parse_args()
     name = torch.cuda.get_device_name(DEVICE)
     output = options.output or ROOT / "benchmarks/results" / f"gpu-{name.replace(' ', '-').lower()}.json"
@@ -593,7 +603,10 @@ def main() -> None:
     deadline = time.monotonic() + options.seconds
     log = Log(output, deadline, known | stamp(name, "torch", "triton"))
     try:
-        measure(log)
+        if options.matvec:
+            matvec_sweep.sweep(log.step, lambda work: seconds_of(work, 10))
+        else:
+            measure(log)
         finished = True
     except OutOfTime as left:
         finished = False
@@ -601,6 +614,7 @@ def main() -> None:
     except BrokenContext as broken:
         print(f"{broken} broke the context: a fresh process goes on", flush=True)
         left = ["--output", str(output), "--seconds", str(deadline - time.monotonic())]
+        left += ["--matvec"] * options.matvec
         os.execv(sys.executable, [sys.executable, str(Path(__file__).resolve()), *left])
     table(log.results)
     print(json.dumps({"device": name, "finished": finished, "output": str(output), "results": len(log.results)}))

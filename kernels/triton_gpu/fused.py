@@ -87,7 +87,7 @@ class TritonOps(TorchOps):
     """One launch an operation. Nothing here waits for the device or depends on what a tensor holds."""
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
-        if not is_matvec(x, linear):
+        if not is_matvec(linear, x):
             return super().norm_linear(x, norm, eps, linear)
         tiling = matvec.tiling_of(x.numel() // x.shape[-1], linear.weight.shape[0], gated=False, early=overlaps(x.device))
         return matvec.norm_linear(x, norm, eps, linear.weight, linear.bias, tiling)
@@ -95,7 +95,7 @@ class TritonOps(TorchOps):
     def after_attention(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
     ) -> Tensor:
-        if not (is_matvec(x, output) and is_matvec(x, gate_up) and is_matvec(x, down)):
+        if not (is_matvec(output, x) and is_matvec(gate_up, x) and is_matvec(down, x)):
             return super().after_attention(x, attended, output, norm, eps, gate_up, down)
         width, inner = x.shape[-1], gate_up.weight.shape[0] // 2
         vectors = x.numel() // width
@@ -145,7 +145,7 @@ class TritonOps(TorchOps):
         return out
 
 
-def is_matvec(x: Tensor, linear: Linear) -> TypeGuard[DenseLinear]:
+def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
     """Whether ``matvec`` multiplies the vectors of x by this matrix: a few, in 16 bits; torch does more, or float32."""
     few = x.numel() // x.shape[-1] <= matvec.MOST_VECTORS
     return few and isinstance(linear, DenseLinear) and linear.weight.dtype == x.dtype and x.dtype in matvec.HALVES

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RUF005
 """A 16-bit matrix times the few vectors of a decode step, at the speed of memory: one launch with what comes before and after.
 

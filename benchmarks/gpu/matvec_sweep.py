@@ -1,0 +1,177 @@
+"""The matrices of a decode step on a GPU: ``kernels.triton_gpu.matvec`` beside cuBLAS, and its tilings one by one.
+
+Steps for ``run_all.py``: it measures the tilings that the product takes, and with ``--matvec`` tries others and prints the best
+of each shape. Every one passes the gate of correctness or is not timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skvq.kernels.linear import DenseLinear
+from skvq.kernels.ops import TorchOps
+from skvq.kernels.triton_gpu import matvec
+from skvq.kernels.triton_gpu.fused import TritonOps
+
+Seconds = Callable[[Callable[[], Any]], tuple[float, float]]
+Step = Callable[..., Any]
+
+EPS = 1e-5
+OUTGROWN = 256e6  # bytes of weights that calls go round: four L2 caches
+MISTRAL = {
+    "qkv 6144x4096": ("norm_linear", 6144, 4096),
+    "output 4096x4096": ("linear_add", 4096, 4096),
+    "gate-up 28672x4096": ("norm_swiglu", 28672, 4096),
+    "down 4096x14336": ("linear_add", 4096, 14336),
+    "head 32000x4096": ("norm_linear", 32000, 4096),
+}
+LLAMA_2 = {
+    "qkv 12288x4096": ("norm_linear", 12288, 4096),
+    "gate-up 22016x4096": ("norm_swiglu", 22016, 4096),
+    "down 4096x11008": ("linear_add", 4096, 11008),
+}
+SHAPES = MISTRAL | LLAMA_2
+ROWS, WARPS, DEPTHS = (1, 2, 4, 8), (4, 8), (1, 2, 4)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Product:
+    """One of the products of a layer: what it is given, as often as its weights outgrow the L2 cache."""
+
+    kind: str
+    x: Tensor
+    norm: Tensor
+    residual: Tensor
+    weights: tuple[Tensor, ...]
+
+    @property
+    def outs(self) -> int:
+        return len(self.weights[0]) // (2 if self.kind == "norm_swiglu" else 1)
+
+    @property
+    def tiling(self) -> matvec.Tiling:
+        """What the product takes."""
+        return matvec.tiling_of(len(self.x), self.outs, gated=self.kind == "norm_swiglu")
+
+    def fused(self, weight: Tensor, tiling: matvec.Tiling) -> Tensor:
+        if self.kind == "linear_add":
+            return matvec.linear_add(self.residual, self.x, weight, None, tiling)
+        call = matvec.norm_swiglu if self.kind == "norm_swiglu" else matvec.norm_linear
+        return call(self.x, self.norm, EPS, weight, None, tiling)
+
+    def apart(self, ops: TorchOps, weight: Tensor) -> Tensor:
+        """The same by one operation after another, and by torch's product."""
+        linear = DenseLinear(weight, None)
+        if self.kind == "linear_add":
+            return ops.add(self.residual, linear(self.x))
+        y = linear(ops.rms_norm(self.x, self.norm, EPS))
+        return ops.swiglu(y) if self.kind == "norm_swiglu" else y
+
+    def exact(self) -> Tensor:
+        """In float32 throughout."""
+        floats = (t.float() for t in (self.x, self.norm, self.residual))
+        wide = Product(self.kind, *floats, (self.weights[0].float(),))
+        return wide.apart(TorchOps(), wide.weights[0])
+
+
+def make_product(name: str, vectors: int = 1, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Product:
+    kind, rows, width = SHAPES[name]
+    outs = rows // (2 if kind == "norm_swiglu" else 1)
+    x, norm, residual = (
+        torch.randn(*shape, device=device).to(dtype) for shape in ((vectors, width), (width,), (vectors, outs))
+    )
+    count = math.ceil(OUTGROWN / (2 * rows * width)) + 1
+    weights = tuple((torch.randn(rows, width, device=device) / width**0.5).to(dtype) for _ in range(count))
+    return Product(kind, x, norm, residual, weights)
+
+
+def check(product: Product, tiling: matvec.Tiling) -> dict[str, Any]:
+    """Error against float32, and that of the operations one by one: the first may be twice the second."""
+    exact = product.exact()
+    off, torch_off = (
+        float((got.float() - exact).abs().max())
+        for got in (product.fused(product.weights[0], tiling), product.apart(TorchOps(), product.weights[0]))
+    )
+    return {"off": off, "torch_off": torch_off, "good": off <= 2 * torch_off}
+
+
+def time_product(product: Product, tiling: matvec.Tiling, seconds_of: Seconds) -> dict[str, float]:
+    """Milliseconds and GB/s of one launch."""
+    taken, spread = seconds_of(lambda: [product.fused(weight, tiling) for weight in product.weights])
+    return numbers(product, taken, spread)
+
+
+def numbers(product: Product, taken: float, spread: float) -> dict[str, float]:
+    taken /= len(product.weights)
+    return {"ms": taken * 1e3, "gbps": product.weights[0].nbytes / taken / 1e9, "spread": spread}
+
+
+def beside_torch(product: Product, seconds_of: Seconds) -> dict[str, Any]:
+    """Ours; torch's product alone; and torch's product with the launches around it that ours has in it."""
+    ops = TritonOps()
+    bare, bare_spread = seconds_of(lambda: [F.linear(product.x, weight) for weight in product.weights])
+    apart, apart_spread = seconds_of(lambda: [product.apart(ops, weight) for weight in product.weights])
+    found: dict[str, Any] = time_product(product, product.tiling, seconds_of)
+    return found | {"linear": numbers(product, bare, bare_spread), "apart": numbers(product, apart, apart_spread)}
+
+
+def measure(step: Step, seconds_of: Seconds, vectors: tuple[int, ...] = (1, 4)) -> None:
+    """Every shape with the tiling of the product: ``step(name, work)`` does ``work`` and keeps its result."""
+    for name in SHAPES:
+        for count in vectors:
+            label = f"matvec {name}" + (f" x{count}" if count > 1 else "")
+            gate = step(f"gate {label}", lambda name=name, count=count: gate_of(name, count))
+            if gate.get("good"):
+                step(label, lambda name=name, count=count: beside_torch(make_product(name, count), seconds_of))
+
+
+def gate_of(name: str, vectors: int) -> dict[str, Any]:
+    """The worse of bfloat16 and float16."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        product = make_product(name, vectors, dtype)
+        found.append(check(product, product.tiling))
+    return min(found, key=lambda v: bool(v["good"]))
+
+
+def tilings(product: Product) -> Iterator[matvec.Tiling]:
+    """What a thread can hold: the weights on their way and a sum for each of 8 columns of each row of each vector."""
+    double = 2 if product.kind == "norm_swiglu" else 1
+    for rows, warps, depth in itertools.product(ROWS, WARPS, DEPTHS):
+        held = double * rows
+        if held * (4 * depth + 8 * len(product.x)) <= 160 and held * depth >= 2:
+            yield matvec.Tiling(rows=rows, warps=warps, depth=depth)
+
+
+def sweep(step: Step, seconds_of: Seconds, names: tuple[str, ...] = tuple(MISTRAL), vectors: int = 1) -> None:
+    """Every tiling of every shape; the best three again with launches that overlap; and what was best."""
+    overlaps = torch.cuda.get_device_capability()[0] >= 9
+    for name in names:
+        product = make_product(name, vectors)
+        step(
+            f"sweep matvec {name} x{vectors} linear",
+            lambda product=product: numbers(product, *seconds_of(lambda: [F.linear(product.x, w) for w in product.weights])),
+        )
+
+        def tried(tiling: matvec.Tiling, name: str = name, product: Product = product) -> tuple[float, str, matvec.Tiling]:
+            def work() -> dict[str, Any]:
+                gate = check(product, tiling)
+                return time_product(product, tiling, seconds_of) | gate if gate["good"] else gate
+
+            label = f"rows {tiling.rows} warps {tiling.warps} depth {tiling.depth}{' early' if tiling.early else ''}"
+            return step(f"sweep matvec {name} x{vectors} {label}", work).get("gbps", 0.0), label, tiling
+
+        found = [tried(tiling) for tiling in tilings(product)]
+        found.sort(key=lambda item: -item[0])
+        found += [tried(dataclasses.replace(tiling, early=True)) for _, _, tiling in found[:3] if overlaps]
+        for gbps, label, _ in sorted(found, key=lambda item: -item[0])[:5]:
+            print(f"  {gbps:5.0f} GB/s  {label}", flush=True)
+        torch.cuda.empty_cache()
