@@ -25,6 +25,7 @@ QUICK = [
     "invariants",
     "packing",
     "lattice",
+    "merging",
     "assembly_order",
     "odd_shapes",
 ]
