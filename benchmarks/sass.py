@@ -22,7 +22,20 @@ from stamp import stamp
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skvq.kernels.triton_gpu import combine, dense, fused, label_blocks, labels, lattice, matvec, pack, packed, prepare, unpack
+from skvq.kernels.triton_gpu import (
+    combine,
+    dense,
+    fused,
+    label_blocks,
+    labels,
+    lattice,
+    matvec,
+    merge,
+    pack,
+    packed,
+    prepare,
+    unpack,
+)  # fmt: skip
 from skvq.kernels.triton_gpu.backend import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -155,6 +168,7 @@ def other_variants(arch: int) -> list[Variant]:
     many = {**blocks, "G": 1, "GROUPS": 32}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     halves_too = tensors | {"turn_ptr": HALVES}
+    merging = {"own_ptr": HALVES, "merged_ptr": HALVES, "total_ptr": "*fp32", **{f"out{i}_ptr": HALVES for i in range(1, 8)}}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
         Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
@@ -177,6 +191,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("lattice", lattice.lattice_kernel, {"D": 128, "G": 2}, 2, 1, {"scale_ptr": BYTES}),
         Variant("unpack", unpack.unpack_kernel, tiled, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
+        Variant("merge", merge.merge_kernel, {"COUNT": 8, "D": 128, "BLOCK": 16}, 4, 1, merging),
         Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
         *(matvec_variant(f"matvec {name}", **form) for name, form in MATVEC.items()),
         Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),

@@ -25,9 +25,8 @@ from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.config import FULL_SPAN
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import StepRope
-from skvq.kernels.dense import attend_all, attend_causal
+from skvq.kernels.dense import attend_all, attend_causal, merge_runs
 from skvq.kernels.interface import Step
-from skvq.kernels.reference import merge
 
 SEGMENT_TOKENS = 8192
 """Packed tokens staged to 16 bits at once by streaming prefill."""
@@ -104,19 +103,19 @@ class StreamingLayer:
         for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, sequence.packed - start)
             out, lse = self._attend_block(q, *sequence.stage(self.layer, start, count), start)
-            outs.append(out.float())
+            outs.append(out)
             lses.append(lse)
         if sequence.orphans:
             out, lse = self._attend_block(q, *sequence.sinks(self.layer), 0)
-            outs.append(out.float())
+            outs.append(out)
             lses.append(lse)
         out, lse = attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span)
-        out, lse = merge([*outs, out.float()], [*lses, lse])
+        out, lse = merge_runs([*outs, out], [*lses, lse], q.dtype)
         mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])
         if sequence.setup.needs_mass:
             add_mass(mass, q, lse, keys.transpose(0, 1), sequence.setup.regions.window)
         sequence.absorb(self.layer, keys, values, mass, self.ids)
-        return out.to(q.dtype)[None]
+        return out[None]
 
     def _attend_block(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Attention over tokens from ``start`` on, [T, KH, D], all of them before the first query."""

@@ -14,8 +14,8 @@ import sys
 import torch
 from torch import Tensor
 
-BLOCK_TOKENS = 8192
-"""Fewest keys in a call: what streaming prefill stages at once."""
+BLOCK_TOKENS = 1024
+"""Fewest keys in a call: the chunk of prefill, so that what lies before one is blocks and nothing else."""
 
 LEAST_QUERIES = 128
 MOST_CHANNELS = 128
@@ -24,10 +24,10 @@ MOST_CHANNELS = 128
 def blocks(tokens: int) -> list[tuple[int, int]]:
     """Start and stop of runs of keys: powers of two of at least BLOCK_TOKENS, longest first, then what is left, if anything.
 
-    A prompt of any length so has calls of few lengths: 8 of them up to a million tokens.
+    A prompt of any length so has calls of few lengths: 11 of them up to a million tokens.
 
     >>> blocks(27000)
-    [(0, 16384), (16384, 24576), (24576, 27000)]
+    [(0, 16384), (16384, 24576), (24576, 26624), (26624, 27000)]
     """
     found, start = [], 0
     while tokens - start >= BLOCK_TOKENS:

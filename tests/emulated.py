@@ -12,11 +12,13 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
-from card import OnCard, plain
+from card import MERGE, OnCard, plain
 from ptx import Machine, Memory, Program
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from skvq.kernels import dense
 
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32",
@@ -90,5 +92,5 @@ def emulated(arch: int) -> Iterator[None]:
         with torch._C.DisableTorchFunction():
             launch(self, arch, grid, args, options)
 
-    with mock.patch.object(triton.JITFunction, "run", run):
+    with mock.patch.object(triton.JITFunction, "run", run), mock.patch.object(dense, "merge_on_card", MERGE):
         yield

@@ -162,7 +162,7 @@ class Program:
         name = op[0]
         if name in ("ret", "exit"):
             return lambda m: "end"
-        if name in ("bar", "barrier", "membar", "fence", "griddepcontrol"):  # programs run one after another
+        if name in ("bar", "barrier", "membar", "fence", "createpolicy", "griddepcontrol"):  # launches run one after another
             return lambda m: None
         if name == "cp" and op[1] == "async":
             return self.copy(op, names)

@@ -26,6 +26,7 @@ QUICK = [
     "invariants",
     "packing",
     "lattice",
+    "merging",
     "assembly_order",
     "odd_shapes",
 ]

@@ -6,6 +6,7 @@ A process of its own, because Triton reads TRITON_INTERPRET when a kernel is dec
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, matvec, packed, raised, tiles
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
+from skvq.kernels.triton_gpu.merge import merge_parts
 
 PROGRAMS = 12  # splits enough to be uneven
 
@@ -266,6 +268,25 @@ def lattice() -> None:
         assert abs(errors[1] / errors[0] - 1) < (1e-4 if bits < 8 else 5e-4), (size, group, bits, errors)
 
 
+def merging() -> None:
+    """Parts of any number, strides and dtype; a row that sees nothing in some part, or in all of them."""
+    gen = torch.Generator().manual_seed(3)
+    for number, (kv_heads, repeat, count, size) in itertools.product((2, 3, 8, 9, 17), ((2, 3, 37, 128), (1, 1, 5, 80))):
+        outs = [torch.randn(kv_heads, repeat, count, size, generator=gen) for _ in range(number)]
+        lses = [20 * torch.randn(kv_heads, repeat, count, generator=gen) for _ in range(number)]
+        for lse in lses:
+            lse[0, 0, 1] = -torch.inf
+        lses[1][:, :, 2] = -torch.inf
+        outs[0] = outs[0].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+        if number == 3:
+            outs[1] = outs[1].half()  # another dtype, and with it other strides
+        got = merge_parts(outs, lses, torch.float32)
+        wanted = reference.merge(*([t.flatten(0, 1).transpose(0, 1).float() for t in part] for part in (outs, lses)))
+        allowed = 2 * torch.finfo(torch.float32).eps * max(float(x[x.isfinite()].abs().max()) for x in lses)  # of an exponent
+        for one, other in zip(got, wanted, strict=True):
+            assert one.shape == other.shape and torch.allclose(one, other, atol=allowed, rtol=allowed), (number, size)
+
+
 def odd_shapes() -> None:
     """Head sizes without a kernel: torch computes them."""
     case = make_case(size=32, group_size=32, packed=(1,), kv_heads=2)
@@ -460,7 +481,7 @@ CHECKS = {
     for check in (
         attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants,
         packing, odd_shapes,
-        fused_operations, matrices, lattice, label_ranges, assembly_order, decode_steps, on_a_card,
+        fused_operations, matrices, lattice, merging, label_ranges, assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip
 

@@ -386,8 +386,8 @@ def time_packing(key_bits: float, value_bits: float, lattice: bool = False) -> d
 
 def time_prefill(context: int, how: str) -> dict[str, Any]:
     """A chunk of 1,024 queries of Mistral-7B's shape against a prefix: by one call of flash attention, by one of cuDNN, or as
-    prefill attends (there to one key fewer: the most blocks there can be, and flash attention for the last)."""
-    tokens = context - (how == "product")
+    prefill attends (there to a chunk fewer: the most blocks there can be)."""
+    tokens = context - (cudnn.BLOCK_TOKENS if how == "product" else 0)
     q = (3 * torch.randn(1024, 32, 128, device=DEVICE)).to(torch.bfloat16)
     k, v = (dense.kv_buffer(8, tokens, 128, torch.bfloat16, DEVICE).normal_() for _ in range(2))
     folded = q.view(1024, 8, 4, 128).permute(1, 2, 0, 3).reshape(8, 4096, 128)
@@ -522,7 +522,7 @@ def measure(log: Log) -> None:
         torch.cuda.empty_cache()
     for form in TIMED[1:]:
         attention(log, "mistral-7b", form, copy_gbps)
-    for dtype in (torch.bfloat16, torch.float16):  # blocks of 16,384 and 8,192 before the chunk, and some tokens between
+    for dtype in (torch.bfloat16, torch.float16):  # blocks of 16,384 and 8,192 before the chunk, and 400 tokens between
         gate(log, f"prefill blocks {dtype}", lambda dtype=dtype: check_dense(dtype, 1024, BLOCKS_CONTEXT))
     for context in PREFILL_CONTEXTS:
         for how in ("flash", "cudnn", "product"):
