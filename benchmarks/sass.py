@@ -141,12 +141,12 @@ MATVEC: dict[str, dict[str, Any]] = {  # the four of a layer of Mistral-7B; widt
 }
 
 
-def matvec_variant(name: str, *, width: int, vectors: int = 1, norm: bool = False, gated: bool = False) -> Variant:
+def matvec_variant(name: str, arch: int, *, width: int, vectors: int = 1, norm: bool = False, gated: bool = False) -> Variant:
     """A matrix of at least 4,096 rows in bfloat16; what comes before or after it is that of the layer."""
     tiling = matvec.tiling_of(vectors, 4096, gated=gated)
     constants = {
         "WIDTH": width, "M": vectors, "ROWS": tiling.rows, "BLOCK": 256 * tiling.warps, "DEPTH": tiling.depth, "NORM": norm,
-        "GATED": gated, "BIAS": norm and not gated, "ADD": not norm, "EARLY": tiling.early,
+        "GATED": gated, "BIAS": norm and not gated, "ADD": not norm, "EARLY": arch >= 90,
     }  # fmt: skip
     names = ("x_ptr", "norm_ptr", "weight_ptr", "bias_ptr", "residual_ptr", "out_ptr")
     return Variant(name, matvec.matvec_kernel, constants, tiling.warps, 1, dict.fromkeys(names, "*bf16"), registers=168)
@@ -193,7 +193,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("merge", merge.merge_kernel, {"COUNT": 8, "D": 128, "BLOCK": 16}, 4, 1, merging),
         Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
-        *(matvec_variant(f"matvec {name}", **form) for name, form in MATVEC.items()),
+        *(matvec_variant(f"matvec {name}", arch, **form) for name, form in MATVEC.items()),
         Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]
 

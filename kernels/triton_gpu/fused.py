@@ -89,7 +89,7 @@ class TritonOps(TorchOps):
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
         if not is_matvec(linear, x):
             return super().norm_linear(x, norm, eps, linear)
-        tiling = matvec.tiling_of(x.numel() // x.shape[-1], linear.weight.shape[0], gated=False, early=overlaps(x.device))
+        tiling = matvec.tiling_of(x.numel() // x.shape[-1], linear.weight.shape[0], gated=False)
         return matvec.norm_linear(x, norm, eps, linear.weight, linear.bias, tiling)
 
     def after_attention(
@@ -99,9 +99,8 @@ class TritonOps(TorchOps):
             return super().after_attention(x, attended, output, norm, eps, gate_up, down)
         width, inner = x.shape[-1], gate_up.weight.shape[0] // 2
         vectors = x.numel() // width
-        early = overlaps(x.device)
-        plain = matvec.tiling_of(vectors, width, gated=False, early=early)
-        gated = matvec.tiling_of(vectors, inner, gated=True, early=early)
+        plain = matvec.tiling_of(vectors, width, gated=False)
+        gated = matvec.tiling_of(vectors, inner, gated=True)
         x = matvec.linear_add(x, attended, output.weight, output.bias, plain)
         h = matvec.norm_swiglu(x, norm, eps, gate_up.weight, gate_up.bias, gated)
         return matvec.linear_add(x, h, down.weight, down.bias, plain)

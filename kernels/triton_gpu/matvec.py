@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skvq.kernels.triton_gpu.overlap import overlaps
+
 HALVES = (torch.float16, torch.bfloat16)
 MOST_VECTORS = 4
 """Vectors that one launch multiplies. Each costs a multiply-add a weight; a tensor core is the better means for more."""
@@ -32,15 +34,15 @@ class Tiling:
     rows: int  # of the output that a program owns, of the gate and of up alike
     warps: int
     depth: int  # tiles on their way at once
-    early: bool = False  # weights are asked for before the launch before has ended; compute capability 9.0 and later
+    early: bool = False  # weights are asked for before the launch before has ended, where launches overlap
 
 
-def tiling_of(vectors: int, outs: int, *, gated: bool, early: bool = False) -> Tiling:
+def tiling_of(vectors: int, outs: int, *, gated: bool) -> Tiling:
     """The tiling for ``vectors`` (1 .. MOST_VECTORS) and ``outs`` numbers of output each."""
     rows = (2 if gated else 4) if vectors == 1 else (1 if gated else 2)
     while rows > 1 and outs < FEW_PROGRAMS * rows:
         rows //= 2
-    return Tiling(rows=rows, warps=4, depth=2, early=early)
+    return Tiling(rows=rows, warps=4, depth=2, early=True)
 
 
 @triton.jit
@@ -166,11 +168,11 @@ def _launch(
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype, device=x.device)
     block = min(triton.next_power_of_2(width), 256 * tiling.warps)
-    overlap = {"launch_pdl": True} if tiling.early else {}
+    early = tiling.early and overlaps(x.device)
     matvec_kernel[(triton.cdiv(outs, tiling.rows),)](
         x, norm_weight, weight, weight if bias is None else bias, residual, out, vectors, outs, eps, WIDTH=width,
         M=triton.next_power_of_2(vectors), ROWS=tiling.rows, BLOCK=block, DEPTH=tiling.depth, NORM=norm, GATED=gated,
-        BIAS=bias is not None, ADD=add, EARLY=tiling.early, num_warps=min(tiling.warps, max(block // 256, 1)), num_stages=1,
-        **overlap,
+        BIAS=bias is not None, ADD=add, EARLY=early, num_warps=min(tiling.warps, max(block // 256, 1)), num_stages=1,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
