@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
         raise OptionError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # which of them is never open
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

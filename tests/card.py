@@ -192,6 +192,11 @@ ATTENTION: dict[str, Callable[..., Any]] = {
 }
 
 
+def _set_device(device: torch.device) -> None:
+    if device.index is None:
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+
+
 class Event:
     """A mark on the card's clock, which is the host's."""
 
@@ -235,7 +240,7 @@ def card(capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
     replaced: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
-        "set_device": lambda device: None,
+        "set_device": _set_device,
         "mem_get_info": lambda device=None: (2**36, 2**36),
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: Properties(),
