@@ -81,6 +81,8 @@ class TritonGpu:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.programs = processors * WARPS_PER_SM
         self.stages = 2
+        self.label_stages = 3
+        self.label_wide = WIDE
         self.subnormals = subnormals
         self.scratch = Scratch(device)
         self.tables = Tables()
@@ -175,11 +177,12 @@ class TritonGpu:
         # keys of 8 bits want float32
         fast = layout.tile == 128 and bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)
         warps = 1 if fast else 4
-        splits = self._splits(columns, step, layout.tile, warps * WIDE)
+        splits = self._splits(columns, step, layout.tile, warps * self.label_wide)
         part, stat = self._partials("packed", columns, q, splits)
         if splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
-            tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
+            places = LABEL_NUMBERS // layout.head_size if fast else layout.tile
+            tables = self.tables.rope(codec.rope, places, step.page_table.shape[1] * (PAGE_TOKENS // places))
             shared = (
                 pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
                 labels.key_labels, labels.value_labels, part, stat, step.page_table, step.slots, step.packed, step.positions,
@@ -187,18 +190,20 @@ class TritonGpu:
                 step.span, columns.total, tables.scale,
             )  # fmt: skip
             grid = (columns.heads, splits, q.shape[0] * columns.chunks)
-            forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
+            forms = {"D": layout.head_size, "G": layout.groups} | bits
             if fast:
                 groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
                     q, tables.bases, tables.table, *shared, groups, **forms,
-                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_NUMBERS // layout.head_size,
-                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=2,
+                    NH=columns.width,
+                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=places,
+                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=self.label_stages,
                 )  # fmt: skip
             else:
                 attend_labels_kernel[grid](
-                    q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=warps, num_stages=1
-                )
+                    q, tables.turn[6:], tables.places, *shared, **forms, NH=max(columns.width, 8), TILE=layout.tile,
+                    num_warps=warps, num_stages=1,
+                )  # fmt: skip
         return self._finish(q, columns, full, step, (part, stat, splits), None)
 
     def _finish(

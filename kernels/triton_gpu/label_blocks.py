@@ -18,7 +18,7 @@ import triton.language as tl
 from skvq.kernels.triton_gpu.loaders import meta_halves
 from skvq.kernels.triton_gpu.prepare import LOG2E
 from skvq.kernels.triton_gpu.raised import load_raised, raised
-from skvq.kernels.triton_gpu.tiles import NEVER, exp2, zero_rows
+from skvq.kernels.triton_gpu.tiles import NEVER, exp2, first_of_pairs, weight_columns, zero_rows
 
 
 @triton.constexpr_function
@@ -88,11 +88,11 @@ def turn_back(q_blocks, base, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.co
     In parts of 16 channels, all a warp holds without an exchange of lanes.
     """
     H: tl.constexpr = D // 2
-    at = base + FIRST + tl.arange(0, 16)[:, None] + tl.zeros([1, NH], tl.int32)
+    at = base + FIRST + tl.arange(0, 16)
     a = ()
     b = ()
     for n in tl.static_range(COUNT // 16):
-        cos, sin = tl.load(at + n * 16), tl.load(at + n * 16 + H)
+        cos, sin = tl.load(at + n * 16)[:, None], tl.load(at + n * 16 + H)[:, None]
         qa, qb = q_blocks[FIRST // 16 + n], q_blocks[(FIRST + H) // 16 + n]
         a = a + (qa * cos + qb * sin,)
         b = b + (qb * cos - qa * sin,)
@@ -106,6 +106,12 @@ def one_above(parts, ROWS: tl.constexpr, NH: tl.constexpr):
         return parts[0]
     else:
         return tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (2, 0, 1)), [ROWS, NH])
+
+
+@triton.jit
+def twice(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``x`` [ROWS, COLUMNS] above itself. No join: of those the compiler would make another order of channels."""
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(x, 0), [2, ROWS, COLUMNS]), [2 * ROWS, COLUMNS])
 
 
 @triton.jit
@@ -127,6 +133,9 @@ def attend_labels_blocks_kernel(
     """
     TILE: tl.constexpr = 128
     H: tl.constexpr = D // 2
+    PLACES: tl.constexpr = SHARE // 2
+    SHARES: tl.constexpr = TILE // SHARE
+    PAD: tl.constexpr = 2 if NH == 4 else 1
     KEY_ROW: tl.constexpr = D * KEY_BITS // 8
     VALUE_ROW: tl.constexpr = D * VALUE_BITS // 8
     KEY_EACH: tl.constexpr = KEY_ROW if KEY_ROW < 32 else 32
@@ -139,8 +148,10 @@ def attend_labels_blocks_kernel(
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
     column = chunk * NH + tl.arange(0, NH)
-    query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
-    real = column < queries * repeat
+    half = tl.arange(0, 2 * NH) % 2
+    column_2 = chunk * NH + tl.arange(0, 2 * NH) // 2
+    query_2 = ((row * queries + column_2 // repeat) * heads + head) * repeat + column_2 % repeat
+    real_2 = column_2 < queries * repeat
     now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
     oldest = now - span + 1
     tiles = tl.load(packed_ptr + row) // TILE
@@ -155,7 +166,7 @@ def attend_labels_blocks_kernel(
     raw_e = raw_place(tl.arange(0, KEY_EACH), ASM)
     t = tl.arange(0, SHARE)
     group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
-    place = (group // G) * stride_meta_head + (group % G) * TILE
+    group_place = (group // G) * stride_meta_head + (group % G) * TILE
     unit = tl.max(tl.load(key_unit_ptr + tl.load(key_label_ptr + head * D + tl.arange(0, D))), 0)
     scale = unit * 8192.0
     scale_hot = ()
@@ -175,8 +186,11 @@ def attend_labels_blocks_kernel(
         label = tl.load(key_label_ptr + head * D + b * 16 + e)
         other = tl.load(key_label_ptr + head * D + (b * 16 + H) % D + e)
         larger = tl.maximum(tl.load(key_unit_ptr + label), tl.load(key_unit_ptr + other)) * inverse(unit)
-        q = tl.load(q_ptr + query[None, :] * D + (b * 16 + e)[:, None], mask=real[None, :], other=0.0)
-        q_blocks = q_blocks + ((q.to(tl.float32) * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
+        q = tl.load(q_ptr + query_2[None, :] * D + (b * 16 + e)[:, None], mask=real_2[None, :], other=0.0).to(tl.float32)
+        o = tl.load(q_ptr + query_2[None, :] * D + ((b * 16 + H) % D + e)[:, None], mask=real_2[None, :], other=0.0)
+        angle = table_ptr + half[None, :] * (PLACES * D) + (b * 16 % H + e)[:, None]
+        q = q * tl.load(angle).to(tl.float32) + o.to(tl.float32) * (tl.load(angle + H).to(tl.float32) * (1.0 if b * 16 < H else -1.0))
+        q_blocks = q_blocks + ((q * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
     value_hot = ()
     value_mid_hot = ()
     for n in tl.static_range(D // VALUE_EACH):
@@ -186,19 +200,33 @@ def attend_labels_blocks_kernel(
         value_mid_hot = value_mid_hot + (one_hot(label, 32768.0 * raised(VALUE_BITS, n % PLANES), GROUPS),)
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
-    sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH)
-    for step in range(start * (TILE // SHARE), stop * (TILE // SHARE)):
-        i = step // (TILE // SHARE)
-        share = step % (TILE // SHARE)
-        page = tl.load(row_ptr + i // 10).to(tl.int64)
-        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % 10) * (TILE * KEY_ROW) + share * SHARE * KEY_ROW
-        value = value_ptr + page * stride_value_page + head * stride_value_head + (i % 10) * (TILE * VALUE_ROW) + share * SHARE
-        meta = meta_ptr + page * stride_meta_page + (i % 10) * (G * TILE) + share * SHARE
+    sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * PAD)
+    cosines = ()
+    sines = ()
+    place = tl.arange(0, PLACES)[:, None] * D
+    for n in tl.static_range(HALVES):
+        channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)[None, :]
+        cosines = cosines + (tl.load(table_ptr + place + channel),)
+        sines = sines + (tl.load(table_ptr + place + channel + H),)
+    place_in_page = start % 10 * SHARES
+    page_place, last_page = start // 10, (stop - 1) // 10
+    page = tl.load(row_ptr + page_place, mask=start < stop, other=0).to(tl.int64)
+    for step in range(start * SHARES, stop * SHARES):
+        key = key_ptr + page * stride_key_page + (head * stride_key_head + place_in_page * (SHARE * KEY_ROW))
+        tile, share = place_in_page // SHARES, place_in_page % SHARES
+        value = value_ptr + page * stride_value_page + (head * stride_value_head + tile * (TILE * VALUE_ROW) + share * SHARE)
+        meta = meta_ptr + page * stride_meta_page + (tile * (G * TILE) + share * SHARE)
+        # the next page is looked up a share ahead, so that the loads of the next share are on their way meanwhile
+        place_in_page += 1
+        if place_in_page == 10 * SHARES:
+            place_in_page = 0
+            page_place = tl.minimum(page_place + 1, last_page)
+        page = tl.load(row_ptr + page_place).to(tl.int64)
         flag = tl.load(meta + t) & 0x80
-        words = tl.load(meta + place[:, None] + t[None, :])  # [GROUPS, SHARE]
+        words = tl.load(meta + group_place[:, None] + t[None, :])  # [GROUPS, SHARE]
         ks, km = meta_halves(tl.trans(words), False, ASM)  # times 2^-8
         km += ks * (0.5 - 2 ** (KEY_BITS - 1))
-        x = tl.zeros([SHARE, NH], tl.float32)
+        x = tl.zeros([SHARE, 2 * NH], tl.float32)
         code = ()
         for n in tl.static_range(HALVES):
             if n % PAIRS == 0:
@@ -207,12 +235,15 @@ def attend_labels_blocks_kernel(
             ka += spread(km, mid_hot[n], SHARE, KEY_EACH, ASM)
             kb = code[n % PAIRS + PAIRS] * spread(ks, scale_hot[n + HALVES], SHARE, KEY_EACH, ASM)
             kb += spread(km, mid_hot[n + HALVES], SHARE, KEY_EACH, ASM)
-            channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)
-            angle = table_ptr + (share * SHARE + t)[:, None] * D + channel[None, :]
-            cos, sin = tl.load(angle), tl.load(angle + H)
-            ra, rb = turn_back(q_blocks, turn_ptr + i * D, first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH), KEY_EACH, D, NH)
+            cos = twice(cosines[n], PLACES, KEY_EACH)
+            sin = twice(sines[n], PLACES, KEY_EACH)
+            ra, rb = turn_back(
+                q_blocks, turn_ptr + step * D, first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH), KEY_EACH, D, 2 * NH
+            )
             x = tl.dot(ka * cos - kb * sin, ra, x)
             x = tl.dot(kb * cos + ka * sin, rb, x)
+        near, far = tl.split(tl.reshape(x, [SHARE, NH, 2]))
+        x = tl.where((t < PLACES)[:, None], near, far)
         x = tl.where((flag != 0)[:, None], NEVER, x)
         if HAS_SPAN:
             x = tl.where(t[:, None] < (oldest - step * SHARE)[None, :], NEVER, x)
@@ -221,7 +252,10 @@ def attend_labels_blocks_kernel(
         weights = exp2(x * scale - (tl.where(m_new > NEVER * 0.5, m_new, 0.0) * scale)[None, :], ASM)
         l_i = l_i * alpha + tl.sum(weights, 0)
         m_i = m_new
-        weights = weights.to(tl.float16)
+        weights = weight_columns(weights, False, SHARE, NH, PAD)
+        factor = alpha
+        if PAD == 2:
+            factor = tl.reshape(tl.join(alpha, tl.full([NH], 1.0, tl.float32)), [2 * NH])
         vs, vm = meta_halves(words, True, ASM)
         vm += vs * (0.5 - 2 ** (VALUE_BITS - 1))
         vs, vm = in_raw(vs, GROUPS, SHARE, ASM), in_raw(vm, GROUPS, SHARE, ASM)
@@ -231,13 +265,13 @@ def attend_labels_blocks_kernel(
                 code = load_raised(value + n // PLANES * (VALUE_EACH * TILE), VALUE_EACH, SHARE, TILE, VALUE_BITS, ASM)
             v = code[n % PLANES] * spread(value_hot[n], vs, VALUE_EACH, SHARE, ASM)
             v += spread(value_mid_hot[n], vm, VALUE_EACH, SHARE, ASM)
-            new = new + (tl.dot(v, weights, sums[n] * alpha[None, :]),)
+            new = new + (tl.dot(v, weights, sums[n] * factor[None, :]),)
         sums = new
     out = ((row * heads + head) * columns + column).to(tl.int64) * tl.num_programs(1) + split
     inside = column < columns
     for n in tl.static_range(D // VALUE_EACH):
         d = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
-        y = sums[n] * (2.0**-7 / raised(VALUE_BITS, n % PLANES))
+        y = first_of_pairs(sums[n], VALUE_EACH, NH, PAD) * (2.0**-7 / raised(VALUE_BITS, n % PLANES))
         y *= tl.load(value_unit_ptr + tl.load(value_label_ptr + head * D + d))[:, None]
         tl.store(part_ptr + out[None, :] * D + d[:, None], y, mask=inside[None, :])
     tl.store(stat_ptr + out * 2, tl.where(m_i > NEVER * 0.5, m_i * scale, NEVER), mask=inside)
