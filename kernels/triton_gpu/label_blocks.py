@@ -192,15 +192,14 @@ def attend_labels_blocks_kernel(
         q = q * tl.load(angle).to(tl.float32) + o.to(tl.float32) * (tl.load(angle + H).to(tl.float32) * (1.0 if b * 16 < H else -1.0))
         q_blocks = q_blocks + ((q * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
     value_hot = ()
-    value_mid_hot = ()
     for n in tl.static_range(D // VALUE_EACH):
         channel = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
         label = tl.load(value_label_ptr + head * D + channel)
         value_hot = value_hot + (one_hot(label, 32768.0, GROUPS),)
-        value_mid_hot = value_mid_hot + (one_hot(label, 32768.0 * raised(VALUE_BITS, n % PLANES), GROUPS),)
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
     sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * PAD)
+    mids = tl.zeros([GROUPS, NH * PAD], tl.float32)
     cosines = ()
     sines = ()
     place = tl.arange(0, PLACES)[:, None] * D
@@ -258,21 +257,24 @@ def attend_labels_blocks_kernel(
             factor = tl.reshape(tl.join(alpha, tl.full([NH], 1.0, tl.float32)), [2 * NH])
         vs, vm = meta_halves(words, True, ASM)
         vm += vs * (0.5 - 2 ** (VALUE_BITS - 1))
-        vs, vm = in_raw(vs, GROUPS, SHARE, ASM), in_raw(vm, GROUPS, SHARE, ASM)
+        mids = tl.dot(vm, weights, mids * factor[None, :])
+        vs = in_raw(vs, GROUPS, SHARE, ASM)
         new = ()
         for n in tl.static_range(D // VALUE_EACH):
             if n % PLANES == 0:
                 code = load_raised(value + n // PLANES * (VALUE_EACH * TILE), VALUE_EACH, SHARE, TILE, VALUE_BITS, ASM)
             v = code[n % PLANES] * spread(value_hot[n], vs, VALUE_EACH, SHARE, ASM)
-            v += spread(value_mid_hot[n], vm, VALUE_EACH, SHARE, ASM)
             new = new + (tl.dot(v, weights, sums[n] * factor[None, :]),)
         sums = new
     out = ((row * heads + head) * columns + column).to(tl.int64) * tl.num_programs(1) + split
     inside = column < columns
+    mids = first_of_pairs(mids, GROUPS, NH, PAD)
     for n in tl.static_range(D // VALUE_EACH):
         d = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
         y = first_of_pairs(sums[n], VALUE_EACH, NH, PAD) * (2.0**-7 / raised(VALUE_BITS, n % PLANES))
-        y *= tl.load(value_unit_ptr + tl.load(value_label_ptr + head * D + d))[:, None]
+        label = tl.load(value_label_ptr + head * D + d)
+        y += tl.gather(mids, tl.broadcast_to(label[:, None], [VALUE_EACH, NH]), 0) * 256.0
+        y *= tl.load(value_unit_ptr + label)[:, None]
         tl.store(part_ptr + out[None, :] * D + d[:, None], y, mask=inside[None, :])
     tl.store(stat_ptr + out * 2, tl.where(m_i > NEVER * 0.5, m_i * scale, NEVER), mask=inside)
     tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
