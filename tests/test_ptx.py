@@ -69,6 +69,8 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("labels", {"group_size": 64, "key_bits": 4.0, "value_bits": 8.0, "dtype": BF16}),
     ("labels", {"group_size": 64, "key_bits": 8.0, "value_bits": 1.5}),
     ("labels", {"group_size": 32, "size": 64, "span": 100}),
+    ("labels", {"group_size": 64, "kv_heads": 9, "repeat": 1, "packed": (1,)}),
+    ("labels", {"group_size": 64, "repeat": 4, "queries": 2, "packed": (1,)}),
 ]
 
 

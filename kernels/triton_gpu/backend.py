@@ -83,6 +83,7 @@ class TritonGpu:
         self.stages = 2
         self.label_stages = 3
         self.label_wide = WIDE
+        self.label_warps = 2
         self.subnormals = subnormals
         self.scratch = Scratch(device)
         self.tables = Tables()
@@ -176,11 +177,12 @@ class TritonGpu:
         bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
         # keys of 8 bits want float32
         fast = layout.tile == 128 and bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)
-        warps = 1 if fast else 4
+        groups = layout.kv_heads * layout.groups
+        warps = (self.label_warps if groups > 16 else 1) if fast else 4
         splits = self._splits(columns, step, layout.tile, warps * self.label_wide)
         part, stat = self._partials("packed", columns, q, splits)
         if splits:
-            labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
+            labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, groups)
             places = LABEL_NUMBERS // layout.head_size if fast else layout.tile
             tables = self.tables.rope(codec.rope, places, step.page_table.shape[1] * (PAGE_TOKENS // places))
             shared = (
@@ -192,7 +194,6 @@ class TritonGpu:
             grid = (columns.heads, splits, q.shape[0] * columns.chunks)
             forms = {"D": layout.head_size, "G": layout.groups} | bits
             if fast:
-                groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
                     q, tables.bases, tables.table, *shared, groups, **forms,
                     NH=columns.width,

@@ -127,7 +127,7 @@ def attend_labels_blocks_kernel(
 
     A dot with a one-hot matrix of the labels brings scales and mids to their channels, already in the lanes where the tensor
     core wants the codes (``in_place``): a pair of codes takes a fused multiply-add for its scale and mid, and a pair of keys
-    two for its turn, all in half precision: keys of 8 bits would lose their last. Keys are counted in 2^13 times the larger
+    two for its turn, all in half precision: keys of 8 bits would lose their last. Keys are counted in 2^17 times the larger
     unit of a turned pair, values in their own units: q and the sums make up for it, so that 16 bits hold what E4M3 does.
     One warp owns a program. GROUPS: groups of all kv heads, rounded up to a power of two, at least 16.
     """
@@ -168,7 +168,7 @@ def attend_labels_blocks_kernel(
     group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
     group_place = (group // G) * stride_meta_head + (group % G) * TILE
     unit = tl.max(tl.load(key_unit_ptr + tl.load(key_label_ptr + head * D + tl.arange(0, D))), 0)
-    scale = unit * 8192.0
+    scale = unit * 131072.0
     scale_hot = ()
     mid_hot = ()
     q_blocks = ()
@@ -179,9 +179,9 @@ def attend_labels_blocks_kernel(
         mine = tl.load(key_unit_ptr + label)
         larger = tl.maximum(mine, tl.load(key_unit_ptr + other))
         part = (mine * inverse(larger))[:, None]
-        lift = part * (2.0**-5 / raised(KEY_BITS, n % PAIRS + n // HALVES * PAIRS))
+        lift = part * (2.0**-9 / raised(KEY_BITS, n % PAIRS + n // HALVES * PAIRS))
         scale_hot = scale_hot + (tl.trans(one_hot(label, lift, GROUPS)),)
-        mid_hot = mid_hot + (tl.trans(one_hot(label, part * 2.0**-5, GROUPS)),)
+        mid_hot = mid_hot + (tl.trans(one_hot(label, part * 2.0**-9, GROUPS)),)
     for b in tl.static_range(D // 16):
         label = tl.load(key_label_ptr + head * D + b * 16 + e)
         other = tl.load(key_label_ptr + head * D + (b * 16 + H) % D + e)
