@@ -117,8 +117,8 @@ def other_variants(arch: int) -> list[Variant]:
     meta = 1.0 if arch >= 89 else 256.0
     prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
-    blocks = {**reorder, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
-    many = {**blocks, "G": 1, "GROUPS": 32}
+    blocks = {**reorder, "NH": 4, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
+    many = {**blocks, "GROUPS": 64}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     halves_too = tensors | {"turn_ptr": HALVES}
     return [
@@ -126,14 +126,24 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("combine", combine.combine_kernel, {"D": 128, "BLOCK": 16, "HAS_BASIS": True}, 4, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {"D": 128, "NH": 8, "BLOCK": 64, "WIDE": False}, 4, 3, halves),
-        Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 2, halves_too, 8192, 4.8),
-        Variant("reorder K2V2 g128, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 1, 2, halves_too, 8192, 6.2),
+        Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 3, halves_too, 8192, 4.4),
+        Variant("reorder K2V2 g64, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 2, 3, halves_too, 8192, 11.2),
+        Variant(
+            "reorder K2V2 g64, 8 columns",
+            label_blocks.attend_labels_blocks_kernel,
+            {**blocks, "NH": 8},
+            1,
+            3,
+            halves_too,
+            8192,
+            5.4,
+        ),
         Variant(
             "reorder K4V8 g64",
             label_blocks.attend_labels_blocks_kernel,
             {**blocks, "KEY_BITS": 4, "VALUE_BITS": 8},
             1,
-            2,
+            3,
             halves_too,
         ),
         Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 1, tensors),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
-from skvq.kernels.layout import LEVELS, PAGE_TOKENS
+from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout
 from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
@@ -29,7 +29,7 @@ WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 64
 LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
-WIDE = 2.0  # 255 registers, 24 to 50 KB of shared memory: room for about half as many programs
+LABEL_WARPS = 8  # of 255 registers, that a multiprocessor holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,23 @@ def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) ->
     return tile == 128 and not has_span and not (has_mean and groups > 1)
 
 
+def label_programs(layout: PageLayout, groups: int, warps: int, stages: int, shared_bytes: int) -> int:
+    """Programs of ``attend_labels_blocks_kernel`` that a multiprocessor with ``shared_bytes`` of shared memory holds.
+
+    Shared memory of one: three one-hot matrices, what a share of tokens reads, a stage ahead or more, and its weights.
+
+    >>> page = PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=2.0, group_size=64)
+    >>> label_programs(page, 16, 1, 3, 228 << 10), label_programs(page, 16, 1, 3, 164 << 10)
+    (8, 7)
+    """
+    size, tokens = layout.head_size, LABEL_NUMBERS // layout.head_size
+    columns = max(16, int(triton.next_power_of_2(groups)))
+    codes = tokens * size * int(layout.key_bits + layout.value_bits) // 8
+    read = codes + 4 * tokens * (columns + 1) + 2 * size
+    shared = 6 * columns * size + max(1, stages - 1) * read + 16 * tokens + 1024
+    return max(1, min(LABEL_WARPS // warps, shared_bytes // shared))
+
+
 class TritonGpu:
     """Kernels for one device. Scratch is taken on the first step of a shape; warm up before capturing a CUDA graph."""
 
@@ -72,18 +89,19 @@ class TritonGpu:
             raise BackendUnavailable(
                 f"backend 'triton' needs an NVIDIA GPU, not {device}; TRITON_INTERPRET=1 runs it on the CPU, for tests only"
             )
-        self.fp8, processors = False, 1
+        self.fp8, processors, self.shared_bytes = False, 1, 164 << 10
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
             if capability < (8, 0):
                 raise BackendUnavailable(f"backend 'triton' needs compute capability 8.0 or later, {device} has {capability}")
             self.fp8 = capability >= (8, 9)
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            properties = torch.cuda.get_device_properties(device)
+            processors, self.shared_bytes = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
         self.programs = processors * WARPS_PER_SM
         self.stages = 2
         self.label_stages = 3
-        self.label_wide = WIDE
-        self.label_warps = 2
+        self.label_warps = 2  # a program where there are more than 16 labels
+        self.label_waves = 1.0  # programs of `reorder`, as a share of those that the device holds at once
         self.subnormals = subnormals
         self.scratch = Scratch(device)
         self.tables = Tables()
@@ -179,7 +197,8 @@ class TritonGpu:
         fast = layout.tile == 128 and bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)
         groups = layout.kv_heads * layout.groups
         warps = (self.label_warps if groups > 16 else 1) if fast else 4
-        splits = self._splits(columns, step, layout.tile, warps * self.label_wide)
+        held = label_programs(layout, groups, warps, self.label_stages, self.shared_bytes) if fast else LABEL_WARPS / warps
+        splits = self._splits(columns, step, layout.tile, WARPS_PER_SM / (held * self.label_waves), whole=fast)
         part, stat = self._partials("packed", columns, q, splits)
         if splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, groups)
@@ -336,10 +355,14 @@ class TritonGpu:
         assert full.positions.stride(1) == 1 and full.positions.dtype == torch.int32, full.positions.dtype
         return Columns.of(q, kv_heads)
 
-    def _splits(self, columns: Columns, step: Step, tile: int, warps: float = 1) -> int:
-        """Splits that fill the device once, of at least two tiles; known to the host, whatever the lengths turn out."""
+    def _splits(self, columns: Columns, step: Step, tile: int, warps: float = 1, *, whole: bool = False) -> int:
+        """Splits that fill the device once, of at least two tiles; known to the host, whatever the lengths turn out.
+
+        ``whole``: rather fewer than more, where a few programs left over would take as long again.
+        """
         tiles = -(-step.max_packed // tile)
-        wanted = math.ceil(self.programs / (warps * columns.heads * columns.chunks * len(step.slots)))
+        wanted = self.programs / (warps * columns.heads * columns.chunks * len(step.slots))
+        wanted = max(1, math.floor(wanted + 1e-6)) if whole else math.ceil(wanted)
         return min(wanted, -(-tiles // 2), MAX_SPLITS)
 
     def _partials(self, name: str, columns: Columns, q: Tensor, splits: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 # ruff: noqa: N803, N806, RET505, RUF005
 """Decode attention of method ``reorder`` in half precision, for the bit widths and the tile that matter.
 
-Instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.67. Bytes to codes 0.8; scales and mids to their
-channels on the tensor core 0.5, applied to the codes 0.5; keys turned 0.5, sines and cosines read 0.13; one-hot matrices read
-0.13; both contractions 0.13; metadata of all groups, which every kv head reads, 0.55; queries turned back 0.2; softmax 0.45;
+Instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.31. Bytes to codes 0.75; scales and mids of keys,
+scales of values to their channels on the tensor core 0.38, applied to the codes 0.5; keys turned 0.5; one-hot matrices read
+0.1; both contractions 0.13; metadata of all groups, which every kv head reads, 0.6; queries turned back 0.25; softmax 0.3;
 addresses, copies and moves the rest. So the limit of 2.6 for keys before RoPE is out of reach where a group may have any
-channel. Shared memory, 31 KB, half of it one-hot matrices, leaves room for five programs on a multiprocessor of an A100 and
-for seven on one of an H100.
+channel. Sines and cosines of half a share stay in registers: the other half is turned by the queries, in columns that would
+idle. 243 registers, 22 KB of shared memory: eight programs on a multiprocessor of an H100, seven on one of an A100. Every 16
+groups more add 1.6 instructions and 17 KB; with 64 a program is two warps (10.9), three programs on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def attend_labels_blocks_kernel(
 
     A dot with a one-hot matrix of the labels brings scales and mids to their channels, already in the lanes where the tensor
     core wants the codes (``in_place``): a pair of codes takes a fused multiply-add for its scale and mid, and a pair of keys
-    two for its turn, all in half precision: keys of 8 bits would lose their last. Keys are counted in 2^17 times the larger
+    two for its turn, all in half precision: keys of 8 bits would lose their last. Mids of values are weighted and summed by
+    group. Columns of q come in pairs, the second turned back by half a share: a table of PLACES serves SHARE tokens. Keys are
+    counted in 2^13 times the larger
     unit of a turned pair, values in their own units: q and the sums make up for it, so that 16 bits hold what E4M3 does.
     One warp owns a program. GROUPS: groups of all kv heads, rounded up to a power of two, at least 16.
     """
@@ -168,7 +171,7 @@ def attend_labels_blocks_kernel(
     group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
     group_place = (group // G) * stride_meta_head + (group % G) * TILE
     unit = tl.max(tl.load(key_unit_ptr + tl.load(key_label_ptr + head * D + tl.arange(0, D))), 0)
-    scale = unit * 131072.0
+    scale = unit * 8192.0
     scale_hot = ()
     mid_hot = ()
     q_blocks = ()
@@ -179,9 +182,9 @@ def attend_labels_blocks_kernel(
         mine = tl.load(key_unit_ptr + label)
         larger = tl.maximum(mine, tl.load(key_unit_ptr + other))
         part = (mine * inverse(larger))[:, None]
-        lift = part * (2.0**-9 / raised(KEY_BITS, n % PAIRS + n // HALVES * PAIRS))
+        lift = part * (2.0**-5 / raised(KEY_BITS, n % PAIRS + n // HALVES * PAIRS))
         scale_hot = scale_hot + (tl.trans(one_hot(label, lift, GROUPS)),)
-        mid_hot = mid_hot + (tl.trans(one_hot(label, part * 2.0**-9, GROUPS)),)
+        mid_hot = mid_hot + (tl.trans(one_hot(label, part * 2.0**-5, GROUPS)),)
     for b in tl.static_range(D // 16):
         label = tl.load(key_label_ptr + head * D + b * 16 + e)
         other = tl.load(key_label_ptr + head * D + (b * 16 + H) % D + e)
@@ -189,7 +192,9 @@ def attend_labels_blocks_kernel(
         q = tl.load(q_ptr + query_2[None, :] * D + (b * 16 + e)[:, None], mask=real_2[None, :], other=0.0).to(tl.float32)
         o = tl.load(q_ptr + query_2[None, :] * D + ((b * 16 + H) % D + e)[:, None], mask=real_2[None, :], other=0.0)
         angle = table_ptr + half[None, :] * (PLACES * D) + (b * 16 % H + e)[:, None]
-        q = q * tl.load(angle).to(tl.float32) + o.to(tl.float32) * (tl.load(angle + H).to(tl.float32) * (1.0 if b * 16 < H else -1.0))
+        q = q * tl.load(angle).to(tl.float32) + o.to(tl.float32) * (
+            tl.load(angle + H).to(tl.float32) * (1.0 if b * 16 < H else -1.0)
+        )
         q_blocks = q_blocks + ((q * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
     value_hot = ()
     for n in tl.static_range(D // VALUE_EACH):

@@ -1,11 +1,10 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505
-"""Codes as fp16 subnormals that a product with a scale can use, in the order of the bytes.
+"""Codes as fp16 subnormals that a product with a scale can use: high in the mantissa, in the order of the bytes.
 
 A field at bit b of a half is the number ``field * 2^(b - 24)``, exactly, and a fused multiply-add takes it as it is: no
-exponent is put above it and taken off again. Fields of 2 and 4 bits stay where they lie in their byte: times a scale below 2^16
-they end at 2^-24, less than a hundredth of the unit of their group. Those of 8 bits are raised by 3, that scales of a few units
-keep their last bit. The order of the bytes is kept: they are no neighbours where registers follow the sums of a tensor core.
+exponent is put above it and taken off again. At bit 4 and above, times a scale below 2^16, it keeps the bits of a half. The
+order of the bytes is kept: they are no neighbours where registers follow the sums of a tensor core.
 """
 
 from __future__ import annotations
@@ -21,13 +20,12 @@ def _raised_assembly(bits: int) -> str:
     count = 8 // bits
     lines = []
     for name, selector in (("low", "0x4140"), ("high", "0x4342")):
-        lines.append(f"prmt.b32 {name}, ${2 * count}, 0, {selector};")
+        lines += [f"prmt.b32 {name}, ${2 * count}, 0, {selector};", f"shl.b32 {name}_up, {name}, {3 if bits == 8 else 4};"]
     for p in range(count):
-        mask = ((1 << bits) - 1 << bits * p) * 0x00010001
+        mask = ((1 << bits) - 1 << (3 if bits == 8 else 4 + bits * p % 4)) * 0x00010001
         for lane, name in enumerate(("low", "high")):
-            cut = f"shl.b32 ${lane}, {name}, 3;" if bits == 8 else f"and.b32 ${2 * p + lane}, {name}, 0x{mask:08X};"
-            lines.append(cut)
-    return "{ .reg .b32 low, high; " + " ".join(lines) + " }"
+            lines.append(f"and.b32 ${2 * p + lane}, {name if bits * p >= 4 else name + '_up'}, 0x{mask:08X};")
+    return "{ .reg .b32 low, high, low_up, high_up; " + " ".join(lines) + " }"
 
 
 ASM_2 = tl.constexpr(_raised_assembly(2))
@@ -45,13 +43,13 @@ def raised_planes(x, WIDTH: tl.constexpr, ASM: tl.constexpr):
             )
         else:
             w = x.to(tl.uint16)
-            return _half(w & 0x03), _half(w & 0x0C), _half(w & 0x30), _half(w & 0xC0)
+            return _half(w << 4 & 0x30), _half(w << 4 & 0xC0), _half(w & 0x30), _half(w & 0xC0)
     elif WIDTH == 4:
         if ASM:
             return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
         else:
             w = x.to(tl.uint16)
-            return _half(w & 0x0F), _half(w & 0xF0)
+            return _half(w << 4 & 0xF0), _half(w & 0xF0)
     else:
         tl.static_assert(WIDTH == 8)
         if ASM:
@@ -68,7 +66,7 @@ def _half(x):
 @triton.constexpr_function
 def raised(width, plane):
     """What the last bit of a field of plane ``plane`` stands for in ``raised_planes``, a power of two."""
-    return 2.0 ** ((3 if width == 8 else width * plane) - 24)
+    return 2.0 ** ((3 if width == 8 else 4 + width * plane % 4) - 24)
 
 
 @triton.jit
