@@ -22,6 +22,7 @@ from stamp import stamp
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from skvq.kernels.layout import PageLayout
 from skvq.kernels.triton_gpu import (
     combine,
     dense,
@@ -36,7 +37,7 @@ from skvq.kernels.triton_gpu import (
     prepare,
     unpack,
 )  # fmt: skip
-from skvq.kernels.triton_gpu.backend import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, rows_by_column
+from skvq.kernels.triton_gpu.backend import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, packed_form, rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HALVES, BYTES, WORDS, LONGS = "*fp16", "*u8", "*i32", "*i64"
@@ -66,6 +67,7 @@ class Variant:
     elements: int = 0  # cached numbers that one pass of the inner loop covers; 0: no loop to count
     limit: float = 0.0  # lane-instructions per element
     registers: int = 255
+    most: int = 0  # registers that the compiler may take, 0: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,45 +88,46 @@ class Measured:
 
 def attend_variant(
     name: str, *, limit: float, registers: int = 255, size: int = 128, key_bits: int = 2, value_bits: int = 2, groups: int = 1,
-    width: int = 4, span: bool = False, mean: bool = False, fp8: bool = False, normal: bool = False, part: int = 0,
-    stages: int = 2,
+    width: int = 4, span: bool = False, mean: bool = False, hopper: bool = False, normal: bool = False,
 ) -> Variant:  # fmt: skip
-    """One form of ``attend_packed_kernel``; bits 15 stand for 1.5."""
-    tile = 160 if 15 in (key_bits, value_bits) else 128
+    """One form of ``attend_packed_kernel`` as the backend launches it; bits 15 stand for 1.5."""
+    bits = [1.5 if b == 15 else float(b) for b in (key_bits, value_bits)]
+    layout = PageLayout(head_size=size, kv_heads=8, key_bits=bits[0], value_bits=bits[1], group_size=size // groups)
+    form = packed_form(layout, has_mean=mean, shared_bytes=(228 if hopper else 164) << 10)
     constants = {
-        "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "TILE": tile, "PART": part or tile,
-        "KEY_NORMAL": normal,
-        "VALUE_NORMAL": normal or value_bits in (4, 8), "HAS_SPAN": span, "HAS_MEAN": mean,
-        "BY_COLUMN": rows_by_column(tile, groups, has_mean=mean, has_span=span), "BLOCK": SLOT_BLOCK, "ASM": True, "FP8": fp8,
-        "PDL": fp8,
+        "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "TILE": layout.tile,
+        "PART": form.part, "KEY_NORMAL": normal, "VALUE_NORMAL": normal or value_bits in (4, 8), "HAS_SPAN": span,
+        "HAS_MEAN": mean, "BY_COLUMN": rows_by_column(layout.tile, groups, has_mean=mean, has_span=span), "BLOCK": SLOT_BLOCK,
+        "ASM": True, "FP8": hopper, "PDL": hopper,
     }  # fmt: skip
     pointers = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     pointers |= {"half_q_ptr": HALVES, "half_key_ptr": HALVES, "half_value_ptr": HALVES}
     return Variant(
-        name, packed.attend_packed_kernel, constants, 1, stages, pointers, 2 * size * (part or tile), limit, registers
-    )
+        name, packed.attend_packed_kernel, constants, 1, form.stages, pointers, 2 * size * form.part, limit, registers,
+        most=form.registers,
+    )  # fmt: skip
 
 
 def attend_variants(arch: int) -> list[Variant]:
     """Decode attention in the forms that matter, and the limits they must keep."""
-    fp8 = arch >= 89
+    hopper = arch >= 90
     return [
-        attend_variant("K2V2 g128", limit=1.35, registers=168, fp8=fp8),
-        attend_variant("K2V2 g128 span", limit=1.4, registers=200, span=True, fp8=fp8),
-        attend_variant("K2V2 g128 8 columns", limit=1.6, registers=208, width=8, fp8=fp8),
-        attend_variant("K2V2 g128 mean", limit=1.7, mean=True, fp8=fp8),
-        attend_variant("K2V2 g64", limit=1.85, registers=224, groups=2, fp8=fp8),
-        attend_variant("K2V2 g64 mean", limit=2.2, groups=2, mean=True, fp8=fp8),
-        attend_variant("K2V2 g32", limit=2.7 if arch < 89 else 2.3, groups=4, fp8=fp8),
-        attend_variant("K2V1.5 g128", limit=1.8, registers=168, value_bits=15, fp8=fp8),
-        attend_variant("K2V1.5 g128 mean", limit=2.2, value_bits=15, mean=True, fp8=fp8),
-        attend_variant("K2V1.5 g64", limit=2.3, registers=184, value_bits=15, groups=2, fp8=fp8),
-        attend_variant("K1.5V2 g128", limit=1.8, registers=184, key_bits=15, fp8=fp8),
-        attend_variant("K3V3 g128", limit=2.2, key_bits=3, value_bits=3, fp8=fp8),
-        attend_variant("K4V4 g128", limit=2.2, key_bits=4, value_bits=4, fp8=fp8),
-        attend_variant("K8V8 g128", limit=2.2, key_bits=8, value_bits=8, fp8=fp8),
-        attend_variant("K2V2 g64, head 64", limit=2.0, registers=168, size=64, fp8=fp8),
-        attend_variant("K2V2 g128, normal numbers", limit=2.5, normal=True, fp8=fp8),
+        attend_variant("K2V2 g128", limit=1.35, registers=168, hopper=hopper),
+        attend_variant("K2V2 g128 span", limit=1.4, registers=200, span=True, hopper=hopper),
+        attend_variant("K2V2 g128 8 columns", limit=1.6, registers=208, width=8, hopper=hopper),
+        attend_variant("K2V2 g128 mean", limit=1.7, mean=True, hopper=hopper),
+        attend_variant("K2V2 g64", limit=1.85, registers=224, groups=2, hopper=hopper),
+        attend_variant("K2V2 g64 mean", limit=2.2, groups=2, mean=True, hopper=hopper),
+        attend_variant("K2V2 g32", limit=2.7 if arch < 90 else 2.3, groups=4, hopper=hopper),
+        attend_variant("K2V1.5 g128", limit=1.8, registers=168, value_bits=15, hopper=hopper),
+        attend_variant("K2V1.5 g128 mean", limit=2.2, value_bits=15, mean=True, hopper=hopper),
+        attend_variant("K2V1.5 g64", limit=2.3, registers=184, value_bits=15, groups=2, hopper=hopper),
+        attend_variant("K1.5V2 g128", limit=1.8, registers=184, key_bits=15, hopper=hopper),
+        attend_variant("K3V3 g128", limit=2.2, key_bits=3, value_bits=3, hopper=hopper),
+        attend_variant("K4V4 g128", limit=2.2, key_bits=4, value_bits=4, hopper=hopper),
+        attend_variant("K8V8 g128", limit=2.2, key_bits=8, value_bits=8, hopper=hopper),
+        attend_variant("K2V2 g64, head 64", limit=2.0, registers=168, size=64, hopper=hopper),
+        attend_variant("K2V2 g128, normal numbers", limit=2.5, normal=True, hopper=hopper),
     ]
 
 
@@ -164,8 +167,8 @@ def other_variants(arch: int) -> list[Variant]:
     combined = {"D": 128, "BLOCK": 64, "MOST": MAX_SPLITS, "FULL": FULL_SPLITS, "HAS_BASIS": True} | pdl
     sixteen = {"D": 128, "NH": 8, "WIDE": False} | pdl
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
-    blocks = {**reorder, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
-    many = {**blocks, "G": 1, "GROUPS": 32}
+    blocks = {**reorder, "NH": 4, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
+    many = {**blocks, "GROUPS": 64}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     halves_too = tensors | {"turn_ptr": HALVES}
     merging = {"own_ptr": HALVES, "merged_ptr": HALVES, "total_ptr": "*fp32", **{f"out{i}_ptr": HALVES for i in range(1, 8)}}
@@ -174,14 +177,24 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
-        Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 2, halves_too, 8192, 4.8),
-        Variant("reorder K2V2 g128, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 1, 2, halves_too, 8192, 6.2),
+        Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 3, halves_too, 8192, 4.4),
+        Variant("reorder K2V2 g64, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 2, 3, halves_too, 8192, 11.2),
+        Variant(
+            "reorder K2V2 g64, 8 columns",
+            label_blocks.attend_labels_blocks_kernel,
+            {**blocks, "NH": 8},
+            1,
+            3,
+            halves_too,
+            8192,
+            5.4,
+        ),
         Variant(
             "reorder K4V8 g64",
             label_blocks.attend_labels_blocks_kernel,
             {**blocks, "KEY_BITS": 4, "VALUE_BITS": 8},
             1,
-            2,
+            3,
             halves_too,
         ),
         Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 1, tensors),
@@ -213,6 +226,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options |= {"maxnreg": variant.most} if variant.most else {}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -25,6 +25,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu, matvec  # noqa: E402
+from skvq.kernels.triton_gpu.backend import PackedForm  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel  # noqa: E402
 
@@ -44,7 +45,9 @@ def arch(request: pytest.FixtureRequest) -> Iterator[int]:
 def check_attend(method: str, part: int = 0, **options: Any) -> None:
     host, case = (make_case(**({"packed": (3,), "device": device} | options)) for device in ("cpu", "cuda"))
     made = TritonGpu(torch.device("cuda"))
-    made.programs, made.part = 8, part or made.part
+    made.programs = 8
+    if part:
+        made.form = PackedForm(part=part, stages=2, registers=0, programs=12)
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(host.q.float(), *arguments(host, method))
     error, allowed = float((plain(out).float() - exact).abs().max()), 2 * torch_error(exact, host, method)
@@ -56,6 +59,7 @@ def check_attend(method: str, part: int = 0, **options: Any) -> None:
 QUICK: list[tuple[str, dict[str, Any]]] = [
     ("heads", {"has_key_mean": True, "dtype": BF16}),
     ("heads", {"part": 64, "has_key_mean": True, "packed": (2,)}),
+    ("heads", {"packed": (2,)}),
     ("heads", {"value_bits": 1.5, "group_size": 64}),
     ("heads", {"size": 64, "key_bits": 3.0, "value_bits": 3.0}),
     ("labels", {"group_size": 64}),
@@ -71,6 +75,8 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("labels", {"group_size": 64, "key_bits": 4.0, "value_bits": 8.0, "dtype": BF16}),
     ("labels", {"group_size": 64, "key_bits": 8.0, "value_bits": 1.5}),
     ("labels", {"group_size": 32, "size": 64, "span": 100}),
+    ("labels", {"group_size": 64, "kv_heads": 9, "repeat": 1, "packed": (1,)}),
+    ("labels", {"group_size": 64, "repeat": 4, "queries": 2, "packed": (1,)}),
 ]
 
 

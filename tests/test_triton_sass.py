@@ -40,11 +40,16 @@ SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
 SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
     "quantize": 16,  # Triton 3.6 only; packing under labels
     "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
-    "reorder K2V2 g128, 32 heads": 64,  # metadata of 32 groups; that of 16 fits
-    "reorder K4V8 g64 on 80": 16,  # none with Triton 3.7
+    "reorder K2V2 g64, 32 heads": 224,  # metadata of 64 groups; that of 16 fits
+    "reorder K2V2 g64, 8 columns": 24,  # speculative queries, or eight heads that share keys
     "reorder K8V2": 176,  # keys in float32: right, and slow
 }
-SPILLS_OF_3_9 = {"K2V2 g128": 16, "K2V2 g64 mean": 16}  # on sm_90, from Triton 3.9 on; 3.6 and 3.7 keep them in registers
+SPILLS_OF_3_9 = {
+    "K2V2 g128": 16,
+    "K2V2 g64 mean": 16,
+    "reorder K2V2 g64": 16,
+    "reorder K4V8 g64": 8,
+}  # on sm_90, from Triton 3.9 on; 3.6 and 3.7 keep them in registers
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
     SPILLS |= {f"{name} on 90": nbytes for name, nbytes in SPILLS_OF_3_9.items()}
 

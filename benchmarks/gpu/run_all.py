@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
+from skvq.kernels.triton_gpu.backend import PackedForm, packed_form  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 
 DEVICE = torch.device("cuda")
@@ -475,18 +477,21 @@ class Decoder:
         return found | {"floor_ms": floor * 1e3, "x_floor": middle / floor}
 
 
-def sweep(cases: Callable[[], list[Case]], copy_gbps: float, context: int, log: Log) -> None:
-    """Programs a multiprocessor (hence splits) and stages of the software pipeline."""
-    made = backend()
-    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    for stages in (1, 2, 3):
-        for programs in (4, 8, 12, 16, 24):
-            made.programs, made.stages = processors * programs, stages
-            log.step(
-                f"sweep {context} stages {stages} programs {programs}",
-                lambda: time_attention(cases(), made, copy_gbps, context),
-                8,
-            )
+def sweep(log: Log, form: tuple[float, float, int, bool], context: int, copy_gbps: float) -> None:
+    """Ways to go over the tiles of a format beside the one that the product takes."""
+    kb, vb, group, mean = form
+    cases, made = arena("mistral-7b", context, *form), backend()
+    chosen = packed_form(cases[0].layout, has_mean=mean, shared_bytes=made.shared_bytes)
+    halves = (64, 128) if chosen.part in (64, 128) and kb != 3 else (chosen.part,)
+    for part, stages, registers, programs in itertools.product(halves, (2, 3), (0, 168), (8, 12)):
+        made.form = PackedForm(part=part, stages=stages, registers=registers, programs=programs)
+        mark = " (chosen)" if made.form == chosen else ""
+        log.step(
+            f"sweep {context} K{kb:g}V{vb:g} g{group}{' mean' if mean else ''} part {part} stages {stages} "
+            f"registers {registers} programs {programs}{mark}",
+            lambda: time_attention(cases, made, copy_gbps, context),
+            8,
+        )
 
 
 def attention(log: Log, shape: str, form: tuple[float, float, int, bool], copy_gbps: float) -> None:
@@ -543,14 +548,9 @@ def measure(log: Log) -> None:
         torch.cuda.empty_cache()
     for form in TIMED:
         attention(log, "llama-2-7b", form, copy_gbps)
-    made: list[list[Case]] = []
-
-    def cases() -> list[Case]:
-        if not made:
-            made.append(arena("mistral-7b", context, 2.0, 2.0, 128, False))
-        return made[0]
-
-    sweep(cases, copy_gbps, context, log)
+    for form in TIMED:
+        sweep(log, form, context, copy_gbps)
+        torch.cuda.empty_cache()
     other_gates(log)
 
 

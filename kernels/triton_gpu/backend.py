@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ SLOT_BLOCK = 16  # of 16-bit slots a program of one warp takes at a time
 PAGE_BLOCK = 64  # of 16-bit tokens of method fp, four warps
 FULL_SPLITS = 32
 LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
-WIDE = 2.0  # 255 registers, 24 to 50 KB of shared memory: room for about half as many programs
+LABEL_WARPS = 8  # of 255 registers, that a multiprocessor holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,31 @@ class Columns:
         return self.width * self.chunks
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedForm:
+    """How packed attention goes over its tiles, and how many programs of one warp a multiprocessor then holds."""
+
+    part: int  # tokens at a time
+    stages: int  # of the software pipeline; from 3 on the next tokens are on their way while these are computed with
+    registers: int  # at most, 0: as many as the compiler likes
+    programs: int
+
+
+def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> PackedForm:
+    """The fastest of those tried on an H200, 128k and 1M tokens, K2V2 and K2V1.5 in groups of 64 and 128.
+
+    The key mean takes 255 registers whatever the rest does, and so do keys of 3 bits, whose single bits lie apart.
+    """
+    if has_mean or layout.key_bits == 3:
+        return PackedForm(part=layout.tile, stages=2, registers=0, programs=8)
+    if layout.tile == 160:
+        stages = 3 if shared_bytes > 200 << 10 else 2
+        return PackedForm(part=160, stages=stages, registers=0, programs=8 if stages == 3 else 10)
+    token = int((layout.key_bits + layout.value_bits) * layout.head_size / 8) + 4 * layout.groups
+    programs = shared_bytes // (2 * 64 * token + (5 << 10))  # two parts on their way, q, room for sums to change places
+    return PackedForm(part=64, stages=3, registers=168, programs=min(programs, WARPS_PER_SM))
+
+
 @dataclass(frozen=True, slots=True)
 class Partials:
     """Partial softmaxes of every column, of ``splits`` programs: sums [B, KH, columns, splits, D], and their maxima (log2) and
@@ -73,6 +97,23 @@ def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) ->
     return tile == 128 and not has_span and not (has_mean and groups > 1)
 
 
+def label_programs(layout: PageLayout, groups: int, warps: int, stages: int, shared_bytes: int) -> int:
+    """Programs of ``attend_labels_blocks_kernel`` that a multiprocessor with ``shared_bytes`` of shared memory holds.
+
+    Shared memory of one: three one-hot matrices, what a share of tokens reads, a stage ahead or more, and its weights.
+
+    >>> page = PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=2.0, group_size=64)
+    >>> label_programs(page, 16, 1, 3, 228 << 10), label_programs(page, 16, 1, 3, 164 << 10)
+    (8, 7)
+    """
+    size, tokens = layout.head_size, LABEL_NUMBERS // layout.head_size
+    columns = max(16, int(triton.next_power_of_2(groups)))
+    codes = tokens * size * int(layout.key_bits + layout.value_bits) // 8
+    read = codes + 4 * tokens * (columns + 1) + 2 * size
+    shared = 6 * columns * size + max(1, stages - 1) * read + 16 * tokens + 1024
+    return max(1, min(LABEL_WARPS // warps, shared_bytes // shared))
+
+
 class TritonGpu:
     """Kernels for one device. Scratch is taken on the first step of a shape; warm up before capturing a CUDA graph."""
 
@@ -85,17 +126,20 @@ class TritonGpu:
             raise BackendUnavailable(
                 f"backend 'triton' needs an NVIDIA GPU, not {device}; TRITON_INTERPRET=1 runs it on the CPU, for tests only"
             )
-        self.fp8, self.pdl, processors = False, False, 1
+        self.fp8, self.pdl, processors, self.shared_bytes = False, False, 1, 164 << 10
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
             if capability < (8, 0):
                 raise BackendUnavailable(f"backend 'triton' needs compute capability 8.0 or later, {device} has {capability}")
             self.fp8 = capability >= (8, 9)
             self.pdl = overlaps(device)
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            properties = torch.cuda.get_device_properties(device)
+            processors, self.shared_bytes = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
         self.programs = processors * WARPS_PER_SM
-        self.stages = 2
-        self.part = 128
+        self.form: PackedForm | None = None  # other than ``packed_form`` chooses
+        self.label_stages = 3
+        self.label_warps = 2  # a program where there are more than 16 labels
+        self.label_waves = 1.0  # programs of `reorder`, as a share of those that the device holds at once
         self.subnormals = subnormals
         self.scratch = Scratch(device)
         self.tables = Tables()
@@ -110,10 +154,11 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             return reference.attend_heads(q, pages, codec, full, step)
         columns = self._check(q, layout.kv_heads, layout.head_size, full, step)
-        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile))
+        form = self.form or packed_form(layout, has_mean=codec.has_key_mean, shared_bytes=self.shared_bytes)
+        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile, form.programs))
         held = self._partials("full", columns, q, self._full_splits(full))
         if packed.splits:
-            self._attend_packed(q, pages, codec, full, step, columns, packed, held)
+            self._attend_packed(q, pages, codec, full, step, columns, form, packed, held)
         else:
             self._attend_slots(q, full, step, columns, held)
         return self._combine(q, columns, packed, held, codec)
@@ -126,6 +171,7 @@ class TritonGpu:
         full: FullSlots,
         step: Step,
         columns: Columns,
+        form: PackedForm,
         packed: Partials,
         held: Partials,
     ) -> None:
@@ -134,7 +180,7 @@ class TritonGpu:
         size, groups, width = layout.head_size, layout.groups, columns.width
         programs = q.shape[0] * columns.chunks * columns.heads
         pad = 2 if width == 4 else 1
-        part = self._part(layout)
+        part = form.part
         key_bits, value_bits = bits_code(layout.key_bits), bits_code(layout.value_bits)
         key_normal, value_normal = not self.subnormals, not self.subnormals or value_bits in (4, 8)
         by_column = rows_by_column(layout.tile, groups, has_mean=codec.has_key_mean, has_span=_is_limited(step))
@@ -163,8 +209,8 @@ class TritonGpu:
             full.positions.stride(0), full.positions.shape[1], held.splits,
             D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, TILE=layout.tile, PART=part,
             KEY_NORMAL=key_normal, VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
-            BY_COLUMN=by_column, BLOCK=SLOT_BLOCK, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=self.stages,
-            **overlapping(self.pdl),
+            BY_COLUMN=by_column, BLOCK=SLOT_BLOCK, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=form.stages,
+            **overlapping(self.pdl), **self._registers(form),
         )  # fmt: skip
 
     def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
@@ -174,7 +220,7 @@ class TritonGpu:
         columns = self._check(q, kv_heads, size, full, step)
         assert pages.keys.shape[2] == PAGE_TOKENS and pages.keys.stride()[2:] == (size, 1), pages.keys.stride()
         assert pages.values.stride() == pages.keys.stride(), (pages.values.stride(), pages.keys.stride())
-        packed = self._partials("packed", columns, q, self._splits(columns, step, PAGE_BLOCK, warps=4))
+        packed = self._partials("packed", columns, q, self._splits(columns, step, PAGE_BLOCK, WARPS_PER_SM / 4))
         held = self._partials("full", columns, q, self._full_splits(full))
         if packed.splits:
             attend_plain_kernel[(kv_heads, packed.splits, q.shape[0] * columns.chunks)](
@@ -199,12 +245,15 @@ class TritonGpu:
         bits = {"KEY_BITS": bits_code(layout.key_bits), "VALUE_BITS": bits_code(layout.value_bits)}
         # keys of 8 bits want float32
         fast = layout.tile == 128 and bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)
-        warps = 1 if fast else 4
-        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile, warps * WIDE))
+        groups = layout.kv_heads * layout.groups
+        warps = (self.label_warps if groups > 16 else 1) if fast else 4
+        room = label_programs(layout, groups, warps, self.label_stages, self.shared_bytes) if fast else LABEL_WARPS / warps
+        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile, room * self.label_waves))
         held = self._partials("full", columns, q, self._full_splits(full))
         if packed.splits:
-            labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, layout.kv_heads * layout.groups)
-            tables = self.tables.rope(codec.rope, layout.tile, step.page_table.shape[1] * layout.tiles)
+            labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, groups)
+            places = LABEL_NUMBERS // layout.head_size if fast else layout.tile
+            tables = self.tables.rope(codec.rope, places, step.page_table.shape[1] * (PAGE_TOKENS // places))
             shared = (
                 pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
                 labels.key_labels, labels.value_labels, packed.sums, packed.statistics,
@@ -213,18 +262,19 @@ class TritonGpu:
                 step.span, columns.total, tables.scale,
             )  # fmt: skip
             grid = (columns.heads, packed.splits, q.shape[0] * columns.chunks)
-            forms = {"D": layout.head_size, "G": layout.groups, "NH": max(columns.width, 8)} | bits
+            forms = {"D": layout.head_size, "G": layout.groups} | bits
             if fast:
-                groups = layout.kv_heads * layout.groups
                 attend_labels_blocks_kernel[grid](
                     q, tables.bases, tables.table, *shared, groups, **forms,
-                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=LABEL_NUMBERS // layout.head_size,
-                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=2,
+                    NH=columns.width,
+                    GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=places,
+                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=self.label_stages,
                 )  # fmt: skip
             else:
                 attend_labels_kernel[grid](
-                    q, tables.turn[6:], tables.places, *shared, **forms, TILE=layout.tile, num_warps=warps, num_stages=1
-                )
+                    q, tables.turn[6:], tables.places, *shared, **forms, NH=max(columns.width, 8), TILE=layout.tile,
+                    num_warps=warps, num_stages=1,
+                )  # fmt: skip
         self._attend_slots(q, full, step, columns, held)
         return self._combine(q, columns, packed, held, None)
 
@@ -349,15 +399,19 @@ class TritonGpu:
         assert full.positions.stride(1) == 1 and full.positions.dtype == torch.int32, full.positions.dtype
         return Columns.of(q, kv_heads)
 
-    def _splits(self, columns: Columns, step: Step, tile: int, warps: float = 1) -> int:
-        """Splits that fill the device once, of at least two tiles; known to the host, whatever the lengths turn out."""
+    def _splits(self, columns: Columns, step: Step, tile: int, programs: float) -> int:
+        """Splits that fill the device once, of at least two tiles; known to the host, whatever the lengths turn out.
+
+        ``programs``: those that a multiprocessor holds. A few more would take as long again.
+        """
         tiles = -(-step.max_packed // tile)
-        wanted = math.ceil(self.programs / (warps * columns.heads * columns.chunks * len(step.slots)))
+        rows = columns.heads * columns.chunks * len(step.slots)
+        wanted = max(1, int(self.programs * programs / (WARPS_PER_SM * rows) + 1e-6))
         return min(wanted, -(-tiles // 2), MAX_SPLITS)
 
-    def _part(self, layout: PageLayout) -> int:
-        """Tokens that packed attention takes at a time."""
-        return self.part if layout.tile == 128 and layout.key_bits != 3 else layout.tile
+    def _registers(self, form: PackedForm) -> dict[str, int]:
+        """Launch options; Triton's interpreter has no registers."""
+        return {} if self.interpreted or not form.registers else {"maxnreg": form.registers}
 
     def _full_splits(self, full: FullSlots) -> int:
         """Programs that share the 16-bit slots of a kv head and chunk."""

@@ -2,12 +2,13 @@
 # ruff: noqa: N803, N806, RET505, RUF005
 """Decode attention of method ``reorder`` in half precision, for the bit widths and the tile that matter.
 
-Instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.67. Bytes to codes 0.8; scales and mids to their
-channels on the tensor core 0.5, applied to the codes 0.5; keys turned 0.5, sines and cosines read 0.13; one-hot matrices read
-0.13; both contractions 0.13; metadata of all groups, which every kv head reads, 0.55; queries turned back 0.2; softmax 0.45;
+Instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.31. Bytes to codes 0.75; scales and mids of keys,
+scales of values to their channels on the tensor core 0.38, applied to the codes 0.5; keys turned 0.5; one-hot matrices read
+0.1; both contractions 0.13; metadata of all groups, which every kv head reads, 0.6; queries turned back 0.25; softmax 0.3;
 addresses, copies and moves the rest. So the limit of 2.6 for keys before RoPE is out of reach where a group may have any
-channel. Shared memory, 31 KB, half of it one-hot matrices, leaves room for five programs on a multiprocessor of an A100 and
-for seven on one of an H100.
+channel. Sines and cosines of half a share stay in registers: the other half is turned by the queries, in columns that would
+idle. 243 registers, 22 KB of shared memory: eight programs on a multiprocessor of an H100, seven on one of an A100. Every 16
+groups more add 1.6 instructions and 17 KB; with 64 a program is two warps (10.9), three programs on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton.language as tl
 from skvq.kernels.triton_gpu.loaders import meta_halves
 from skvq.kernels.triton_gpu.prepare import LOG2E
 from skvq.kernels.triton_gpu.raised import load_raised, raised
-from skvq.kernels.triton_gpu.tiles import NEVER, exp2, zero_rows
+from skvq.kernels.triton_gpu.tiles import NEVER, exp2, first_of_pairs, weight_columns, zero_rows
 
 
 @triton.constexpr_function
@@ -88,11 +89,11 @@ def turn_back(q_blocks, base, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.co
     In parts of 16 channels, all a warp holds without an exchange of lanes.
     """
     H: tl.constexpr = D // 2
-    at = base + FIRST + tl.arange(0, 16)[:, None] + tl.zeros([1, NH], tl.int32)
+    at = base + FIRST + tl.arange(0, 16)
     a = ()
     b = ()
     for n in tl.static_range(COUNT // 16):
-        cos, sin = tl.load(at + n * 16), tl.load(at + n * 16 + H)
+        cos, sin = tl.load(at + n * 16)[:, None], tl.load(at + n * 16 + H)[:, None]
         qa, qb = q_blocks[FIRST // 16 + n], q_blocks[(FIRST + H) // 16 + n]
         a = a + (qa * cos + qb * sin,)
         b = b + (qb * cos - qa * sin,)
@@ -109,6 +110,12 @@ def one_above(parts, ROWS: tl.constexpr, NH: tl.constexpr):
 
 
 @triton.jit
+def twice(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``x`` [ROWS, COLUMNS] above itself. No join: of those the compiler would make another order of channels."""
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(x, 0), [2, ROWS, COLUMNS]), [2 * ROWS, COLUMNS])
+
+
+@triton.jit
 def attend_labels_blocks_kernel(
     q_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, key_unit_ptr, value_unit_ptr, key_label_ptr, value_label_ptr,
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
@@ -121,12 +128,17 @@ def attend_labels_blocks_kernel(
 
     A dot with a one-hot matrix of the labels brings scales and mids to their channels, already in the lanes where the tensor
     core wants the codes (``in_place``): a pair of codes takes a fused multiply-add for its scale and mid, and a pair of keys
-    two for its turn, all in half precision: keys of 8 bits would lose their last. Keys are counted in 2^13 times the larger
+    two for its turn, all in half precision: keys of 8 bits would lose their last. Mids of values are weighted and summed by
+    group. Columns of q come in pairs, the second turned back by half a share: a table of PLACES serves SHARE tokens. Keys are
+    counted in 2^13 times the larger
     unit of a turned pair, values in their own units: q and the sums make up for it, so that 16 bits hold what E4M3 does.
     One warp owns a program. GROUPS: groups of all kv heads, rounded up to a power of two, at least 16.
     """
     TILE: tl.constexpr = 128
     H: tl.constexpr = D // 2
+    PLACES: tl.constexpr = SHARE // 2
+    SHARES: tl.constexpr = TILE // SHARE
+    PAD: tl.constexpr = 2 if NH == 4 else 1
     KEY_ROW: tl.constexpr = D * KEY_BITS // 8
     VALUE_ROW: tl.constexpr = D * VALUE_BITS // 8
     KEY_EACH: tl.constexpr = KEY_ROW if KEY_ROW < 32 else 32
@@ -139,8 +151,10 @@ def attend_labels_blocks_kernel(
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
     column = chunk * NH + tl.arange(0, NH)
-    query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
-    real = column < queries * repeat
+    half = tl.arange(0, 2 * NH) % 2
+    column_2 = chunk * NH + tl.arange(0, 2 * NH) // 2
+    query_2 = ((row * queries + column_2 // repeat) * heads + head) * repeat + column_2 % repeat
+    real_2 = column_2 < queries * repeat
     now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
     oldest = now - span + 1
     tiles = tl.load(packed_ptr + row) // TILE
@@ -155,7 +169,7 @@ def attend_labels_blocks_kernel(
     raw_e = raw_place(tl.arange(0, KEY_EACH), ASM)
     t = tl.arange(0, SHARE)
     group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
-    place = (group // G) * stride_meta_head + (group % G) * TILE
+    group_place = (group // G) * stride_meta_head + (group % G) * TILE
     unit = tl.max(tl.load(key_unit_ptr + tl.load(key_label_ptr + head * D + tl.arange(0, D))), 0)
     scale = unit * 8192.0
     scale_hot = ()
@@ -175,30 +189,48 @@ def attend_labels_blocks_kernel(
         label = tl.load(key_label_ptr + head * D + b * 16 + e)
         other = tl.load(key_label_ptr + head * D + (b * 16 + H) % D + e)
         larger = tl.maximum(tl.load(key_unit_ptr + label), tl.load(key_unit_ptr + other)) * inverse(unit)
-        q = tl.load(q_ptr + query[None, :] * D + (b * 16 + e)[:, None], mask=real[None, :], other=0.0)
-        q_blocks = q_blocks + ((q.to(tl.float32) * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
+        q = tl.load(q_ptr + query_2[None, :] * D + (b * 16 + e)[:, None], mask=real_2[None, :], other=0.0).to(tl.float32)
+        o = tl.load(q_ptr + query_2[None, :] * D + ((b * 16 + H) % D + e)[:, None], mask=real_2[None, :], other=0.0)
+        angle = table_ptr + half[None, :] * (PLACES * D) + (b * 16 % H + e)[:, None]
+        q = q * tl.load(angle).to(tl.float32) + o.to(tl.float32) * (
+            tl.load(angle + H).to(tl.float32) * (1.0 if b * 16 < H else -1.0)
+        )
+        q_blocks = q_blocks + ((q * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
     value_hot = ()
-    value_mid_hot = ()
     for n in tl.static_range(D // VALUE_EACH):
         channel = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
         label = tl.load(value_label_ptr + head * D + channel)
         value_hot = value_hot + (one_hot(label, 32768.0, GROUPS),)
-        value_mid_hot = value_mid_hot + (one_hot(label, 32768.0 * raised(VALUE_BITS, n % PLANES), GROUPS),)
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
-    sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH)
-    for step in range(start * (TILE // SHARE), stop * (TILE // SHARE)):
-        i = step // (TILE // SHARE)
-        share = step % (TILE // SHARE)
-        page = tl.load(row_ptr + i // 10).to(tl.int64)
-        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % 10) * (TILE * KEY_ROW) + share * SHARE * KEY_ROW
-        value = value_ptr + page * stride_value_page + head * stride_value_head + (i % 10) * (TILE * VALUE_ROW) + share * SHARE
-        meta = meta_ptr + page * stride_meta_page + (i % 10) * (G * TILE) + share * SHARE
+    sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * PAD)
+    mids = tl.zeros([GROUPS, NH * PAD], tl.float32)
+    cosines = ()
+    sines = ()
+    place = tl.arange(0, PLACES)[:, None] * D
+    for n in tl.static_range(HALVES):
+        channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)[None, :]
+        cosines = cosines + (tl.load(table_ptr + place + channel),)
+        sines = sines + (tl.load(table_ptr + place + channel + H),)
+    place_in_page = start % 10 * SHARES
+    page_place, last_page = start // 10, (stop - 1) // 10
+    page = tl.load(row_ptr + page_place, mask=start < stop, other=0).to(tl.int64)
+    for step in range(start * SHARES, stop * SHARES):
+        key = key_ptr + page * stride_key_page + (head * stride_key_head + place_in_page * (SHARE * KEY_ROW))
+        tile, share = place_in_page // SHARES, place_in_page % SHARES
+        value = value_ptr + page * stride_value_page + (head * stride_value_head + tile * (TILE * VALUE_ROW) + share * SHARE)
+        meta = meta_ptr + page * stride_meta_page + (tile * (G * TILE) + share * SHARE)
+        # the next page is looked up a share ahead, so that the loads of the next share are on their way meanwhile
+        place_in_page += 1
+        if place_in_page == 10 * SHARES:
+            place_in_page = 0
+            page_place = tl.minimum(page_place + 1, last_page)
+        page = tl.load(row_ptr + page_place).to(tl.int64)
         flag = tl.load(meta + t) & 0x80
-        words = tl.load(meta + place[:, None] + t[None, :])  # [GROUPS, SHARE]
+        words = tl.load(meta + group_place[:, None] + t[None, :])  # [GROUPS, SHARE]
         ks, km = meta_halves(tl.trans(words), False, ASM)  # times 2^-8
         km += ks * (0.5 - 2 ** (KEY_BITS - 1))
-        x = tl.zeros([SHARE, NH], tl.float32)
+        x = tl.zeros([SHARE, 2 * NH], tl.float32)
         code = ()
         for n in tl.static_range(HALVES):
             if n % PAIRS == 0:
@@ -207,12 +239,15 @@ def attend_labels_blocks_kernel(
             ka += spread(km, mid_hot[n], SHARE, KEY_EACH, ASM)
             kb = code[n % PAIRS + PAIRS] * spread(ks, scale_hot[n + HALVES], SHARE, KEY_EACH, ASM)
             kb += spread(km, mid_hot[n + HALVES], SHARE, KEY_EACH, ASM)
-            channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)
-            angle = table_ptr + (share * SHARE + t)[:, None] * D + channel[None, :]
-            cos, sin = tl.load(angle), tl.load(angle + H)
-            ra, rb = turn_back(q_blocks, turn_ptr + i * D, first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH), KEY_EACH, D, NH)
+            cos = twice(cosines[n], PLACES, KEY_EACH)
+            sin = twice(sines[n], PLACES, KEY_EACH)
+            ra, rb = turn_back(
+                q_blocks, turn_ptr + step * D, first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH), KEY_EACH, D, 2 * NH
+            )
             x = tl.dot(ka * cos - kb * sin, ra, x)
             x = tl.dot(kb * cos + ka * sin, rb, x)
+        near, far = tl.split(tl.reshape(x, [SHARE, NH, 2]))
+        x = tl.where((t < PLACES)[:, None], near, far)
         x = tl.where((flag != 0)[:, None], NEVER, x)
         if HAS_SPAN:
             x = tl.where(t[:, None] < (oldest - step * SHARE)[None, :], NEVER, x)
@@ -221,24 +256,30 @@ def attend_labels_blocks_kernel(
         weights = exp2(x * scale - (tl.where(m_new > NEVER * 0.5, m_new, 0.0) * scale)[None, :], ASM)
         l_i = l_i * alpha + tl.sum(weights, 0)
         m_i = m_new
-        weights = weights.to(tl.float16)
+        weights = weight_columns(weights, False, SHARE, NH, PAD)
+        factor = alpha
+        if PAD == 2:
+            factor = tl.reshape(tl.join(alpha, tl.full([NH], 1.0, tl.float32)), [2 * NH])
         vs, vm = meta_halves(words, True, ASM)
         vm += vs * (0.5 - 2 ** (VALUE_BITS - 1))
-        vs, vm = in_raw(vs, GROUPS, SHARE, ASM), in_raw(vm, GROUPS, SHARE, ASM)
+        mids = tl.dot(vm, weights, mids * factor[None, :])
+        vs = in_raw(vs, GROUPS, SHARE, ASM)
         new = ()
         for n in tl.static_range(D // VALUE_EACH):
             if n % PLANES == 0:
                 code = load_raised(value + n // PLANES * (VALUE_EACH * TILE), VALUE_EACH, SHARE, TILE, VALUE_BITS, ASM)
             v = code[n % PLANES] * spread(value_hot[n], vs, VALUE_EACH, SHARE, ASM)
-            v += spread(value_mid_hot[n], vm, VALUE_EACH, SHARE, ASM)
-            new = new + (tl.dot(v, weights, sums[n] * alpha[None, :]),)
+            new = new + (tl.dot(v, weights, sums[n] * factor[None, :]),)
         sums = new
     out = ((row * heads + head) * columns + column).to(tl.int64) * tl.num_programs(1) + split
     inside = column < columns
+    mids = first_of_pairs(mids, GROUPS, NH, PAD)
     for n in tl.static_range(D // VALUE_EACH):
         d = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
-        y = sums[n] * (2.0**-7 / raised(VALUE_BITS, n % PLANES))
-        y *= tl.load(value_unit_ptr + tl.load(value_label_ptr + head * D + d))[:, None]
+        y = first_of_pairs(sums[n], VALUE_EACH, NH, PAD) * (2.0**-7 / raised(VALUE_BITS, n % PLANES))
+        label = tl.load(value_label_ptr + head * D + d)
+        y += tl.gather(mids, tl.broadcast_to(label[:, None], [VALUE_EACH, NH]), 0) * 256.0
+        y *= tl.load(value_unit_ptr + label)[:, None]
         tl.store(part_ptr + out[None, :] * D + d[:, None], y, mask=inside[None, :])
     tl.store(stat_ptr + out * 2, tl.where(m_i > NEVER * 0.5, m_i * scale, NEVER), mask=inside)
     tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
