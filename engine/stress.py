@@ -118,8 +118,8 @@ def append(sequence: SequenceCache, keys: Sequence[Tensor], values: Sequence[Ten
 def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: Reporter, plants: Sequence[Plant] = ()) -> None:
     """Append ``count`` random tokens: normal keys and values, packed by the real kernel; layers differ by a shift.
 
-    A plant takes the place of the random token at its position. Raises CapacityError before anything is written. Numbers are those
-    of a seed and a device.
+    A plant takes the place of the random token at its position. Raises CapacityError before anything is written. Numbers depend
+    on the seed and the kind of device.
     """
     shape, device = sequence.setup.arena.shape, sequence.page_row.device
     last = sequence.length + count
