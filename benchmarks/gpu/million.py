@@ -1,7 +1,7 @@
 """A million tokens on a card, whole: read, held, decoded and found again, each beside what the plan says.
 
 ``python benchmarks/gpu/million.py [--parts prefill,command] [--layers 4] [--seconds 520]``. Results are written after every
-part, and a second call goes on with those that are missing. Dummy weights, so nothing is downloaded. The last stdout line is JSON.
+part, and a second call goes on with those that are missing. Dummy weights: nothing is downloaded. JSON comes last on stdout.
 
     prefill  ``--model`` reads the context exactly with ``--layers`` of its layers (0: all) and decodes some tokens
     llama    the arena of Llama-2-7B at K2 V1.5 g128, filled to the context, decoded; its peak against 80 GB
