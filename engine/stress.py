@@ -119,19 +119,21 @@ def append(sequence: SequenceCache, keys: Sequence[Tensor], values: Sequence[Ten
 def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: Reporter, plants: Sequence[Plant] = ()) -> None:
     """Append ``count`` random tokens: normal keys and values, packed by the real kernel; layers differ by a shift.
 
-    A plant takes the place of the random token at its position. Raises CapacityError before anything is written.
+    A plant takes the place of the random token at its position. Raises CapacityError before anything is written. Numbers depend
+    on the seed and the kind of device.
     """
     shape, device = sequence.setup.arena.shape, sequence.page_row.device
     last = sequence.length + count
     sequence.require(count)
     sequence.filled = True
     generator = torch.Generator().manual_seed(seed)
+    numbers = torch.Generator(device).manual_seed(seed + 1)  # where they are packed: a host draws a hundredth as fast as a card
     size = (min(count, PIECE_TOKENS), shape.kv_heads, shape.head_size)
     with report.bar(f"filling {count:,} random tokens", count) as bar:
         for start in range(sequence.length, last, PIECE_TOKENS):
             stop = min(start + PIECE_TOKENS, last)
             ids = torch.randint(vocab, (stop - start,), generator=generator).tolist()
-            both = [torch.randn(size, generator=generator)[: stop - start].to(shape.dtype).to(device) for _ in range(2)]
+            both = [torch.randn(size, generator=numbers, device=device)[: stop - start].to(shape.dtype) for _ in range(2)]
             here = [p for p in plants if start <= p.position < stop]
             keys, values = (_Layers(t, shape.layers, start, here, name) for t, name in zip(both, ("key", "value"), strict=True))
             append(sequence, keys, values, ids)

@@ -40,7 +40,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, T
     repeat = heads // kv_heads
     k_new, v_new = (t[:, past:].repeat_interleave(repeat, 0) for t in (k, v))
     out, lse = _flash(q.transpose(0, 1), k_new, v_new, causal=True)
-    own, own_lse = (t.unflatten(0, (kv_heads, repeat)) for t in (out, lse))  # [KH, rep, N, D], [KH, rep, N]
+    own, own_lse = (torch.unflatten(t, 0, (kv_heads, repeat)) for t in (out, lse))  # [KH, rep, N, D], [KH, rep, N]
     outs, lses = _attend_parts(q, k[:, :past], v[:, :past]) if past else ([], [])
     return _merged([own, *outs], [own_lse, *lses], q.dtype)
 
@@ -58,8 +58,8 @@ def _attend_parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[T
             out, lse = cudnn_on(q.device).attend(folded, keys, values)  # [KH, rep * N, D]
         else:
             out, lse = _flash(folded, keys, values, causal=False)
-        outs.append(out.unflatten(1, (-1, count)))
-        lses.append(lse.unflatten(1, (-1, count)))
+        outs.append(torch.unflatten(out, 1, (-1, count)))
+        lses.append(torch.unflatten(lse, 1, (-1, count)))
     return outs, lses
 
 
@@ -67,8 +67,8 @@ def _merged(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple
     """One softmax of those parts: output [N, H, D], log-sum-exp [N, H]."""
     if len(outs) > 1 and outs[0].is_cuda:
         return merge_on_card(outs, lses, dtype)
-    flat = [[t.flatten(0, 1).transpose(0, 1) for t in part] for part in (outs, lses)]
-    return (flat[0][0], flat[1][0]) if len(outs) == 1 else merge_runs(*flat, dtype)
+    outs, lses = ([t.flatten(0, 1).transpose(0, 1) for t in part] for part in (outs, lses))
+    return (outs[0], lses[0]) if len(outs) == 1 else merge_runs(outs, lses, dtype)
 
 
 def merge_runs(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

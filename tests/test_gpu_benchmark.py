@@ -29,15 +29,38 @@ from skvq.engine import graph  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run_all.py"
-    spec = importlib.util.spec_from_file_location("skvq_run_all", path)
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"skvq_{name}", Path(__file__).parents[1] / "benchmarks/gpu" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["skvq_run_all"] = module
+    sys.modules[f"skvq_{name}"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    return loaded("run_all")
+
+
+def test_a_million_tokens_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part on the CPU, in two calls: the second does what the first has not done."""
+    monkeypatch.setenv("SKVQ_CACHE", str(tmp_path / "cache"))
+    million = loaded("million")
+    monkeypatch.setattr(million, "STEPS", 3)
+    model, output = str(tiny_folder(tmp_path / "model", head_size=64, vocab_size=300, num_layers=3)), tmp_path / "found.json"
+    words = ["--model", model, "--llama", model, "--context", "3000", "--layers", "2", "--device", "cpu", "--method", "plain"]
+    million.main([*words, "--output", str(output), "--parts", "mistral,planted"])
+    first = json.loads(output.read_text())
+    assert first["planted 3000 2 layers"]["found"] == first["planted 3000 2 layers"]["of"] == len(million.DEPTHS)
+    million.main([*words, "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert found["mistral 3000"] == first["mistral 3000"] and not {k: v for k, v in found.items() if "error" in v}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["finished"]
+    read, held, command = (found[name] for name in ("prefill 3000 2 layers", "llama 3000", "command 3000 2 layers"))
+    assert read["tokens"] == 3000 - 7 and read["layers"] == 2 and read["seconds_of_all_layers"] == 1.5 * read["seconds"]
+    assert held["tokens"] == 3000 and held["ms_per_token"] > 0 and held["planned"] > held["sequence_bytes"]
+    assert command["summary"]["prompt_tokens"] >= 3000 - million.SLACK and command["summary"]["new_tokens"] == 7
 
 
 def once(work: Any, repeats: int = 0) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def merge_kernel(
 
 
 def merge_parts(outs: Sequence[Tensor], lses: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Merged, ``dtype`` [N, H, D] and float32 [N, H]: outputs [KH, rep, N, D] of any strides, and float32 [KH, rep, N]."""
+    """Outputs [KH, rep, N, D] of any strides, log-sum-exps float32 [KH, rep, N]: one ``dtype`` [N, H, D], float32 [N, H]."""
     assert len(outs) == len(lses) > 0, (len(outs), len(lses))
     kv_heads, repeat, count, size = outs[0].shape
     assert all(o.shape == outs[0].shape and o.stride(3) == 1 for o in outs), [o.shape for o in outs]
