@@ -112,21 +112,21 @@ def attend_variants(arch: int) -> list[Variant]:
     """Decode attention in the forms that matter, and the limits they must keep."""
     hopper = arch >= 90
     return [
-        attend_variant("K2V2 g128", limit=1.35, registers=168, hopper=hopper),
-        attend_variant("K2V2 g128 span", limit=1.4, registers=200, span=True, hopper=hopper),
-        attend_variant("K2V2 g128 8 columns", limit=1.6, registers=208, width=8, hopper=hopper),
+        attend_variant("K2V2 g128", limit=1.6, registers=168, hopper=hopper),
+        attend_variant("K2V2 g128 span", limit=1.6, registers=200, span=True, hopper=hopper),
+        attend_variant("K2V2 g128 8 columns", limit=1.8, registers=208, width=8, hopper=hopper),
         attend_variant("K2V2 g128 mean", limit=1.7, mean=True, hopper=hopper),
-        attend_variant("K2V2 g64", limit=1.85, registers=224, groups=2, hopper=hopper),
+        attend_variant("K2V2 g64", limit=2.1, registers=224, groups=2, hopper=hopper),
         attend_variant("K2V2 g64 mean", limit=2.2, groups=2, mean=True, hopper=hopper),
         attend_variant("K2V2 g32", limit=2.7 if arch < 90 else 2.3, groups=4, hopper=hopper),
-        attend_variant("K2V1.5 g128", limit=1.8, registers=168, value_bits=15, hopper=hopper),
+        attend_variant("K2V1.5 g128", limit=1.8, registers=184, value_bits=15, hopper=hopper),
         attend_variant("K2V1.5 g128 mean", limit=2.2, value_bits=15, mean=True, hopper=hopper),
         attend_variant("K2V1.5 g64", limit=2.3, registers=184, value_bits=15, groups=2, hopper=hopper),
         attend_variant("K1.5V2 g128", limit=1.8, registers=184, key_bits=15, hopper=hopper),
         attend_variant("K3V3 g128", limit=2.2, key_bits=3, value_bits=3, hopper=hopper),
         attend_variant("K4V4 g128", limit=2.2, key_bits=4, value_bits=4, hopper=hopper),
         attend_variant("K8V8 g128", limit=2.2, key_bits=8, value_bits=8, hopper=hopper),
-        attend_variant("K2V2 g64, head 64", limit=2.0, registers=168, size=64, hopper=hopper),
+        attend_variant("K2V2 g64, head 64", limit=2.2, registers=168, size=64, hopper=hopper),
         attend_variant("K2V2 g128, normal numbers", limit=2.5, normal=True, hopper=hopper),
     ]
 
@@ -146,7 +146,7 @@ MATVEC: dict[str, dict[str, Any]] = {  # the four of a layer of Mistral-7B; widt
 
 def matvec_variant(name: str, arch: int, *, width: int, vectors: int = 1, norm: bool = False, gated: bool = False) -> Variant:
     """A matrix of at least 4,096 rows in bfloat16; what comes before or after it is that of the layer."""
-    tiling = matvec.tiling_of(vectors, 4096, gated=gated)
+    tiling = matvec.tiling_of(vectors, 4096, width, gated=gated)
     constants = {
         "WIDTH": width, "M": vectors, "ROWS": tiling.rows, "BLOCK": 256 * tiling.warps, "DEPTH": tiling.depth, "NORM": norm,
         "GATED": gated, "BIAS": norm and not gated, "ADD": not norm, "EARLY": arch >= 90,
@@ -164,7 +164,7 @@ def other_variants(arch: int) -> list[Variant]:
     pdl = {"PDL": arch >= 90}
     prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
     prepared |= {"BY_COLUMN": True, "ASM": True} | pdl
-    combined = {"D": 128, "BLOCK": 64, "MOST": MAX_SPLITS, "FULL": FULL_SPLITS, "HAS_BASIS": True} | pdl
+    combined = {"D": 128, "BLOCK": 128, "MOST": MAX_SPLITS, "FULL": FULL_SPLITS, "HAS_BASIS": True} | pdl
     sixteen = {"D": 128, "NH": 8, "WIDE": False} | pdl
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
     blocks = {**reorder, "NH": 4, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
@@ -174,7 +174,7 @@ def other_variants(arch: int) -> list[Variant]:
     merging = {"own_ptr": HALVES, "merged_ptr": HALVES, "total_ptr": "*fp32", **{f"out{i}_ptr": HALVES for i in range(1, 8)}}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
-        Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
+        Variant("combine", combine.combine_kernel, combined, 16, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
         Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 3, halves_too, 8192, 4.4),

@@ -164,6 +164,8 @@ class Program:
             return lambda m: "end"
         if name in ("bar", "barrier", "membar", "fence", "createpolicy", "griddepcontrol"):  # launches run one after another
             return lambda m: None
+        if op[:4] == ["cp", "async", "bulk", "prefetch"]:
+            return lambda m: None
         if name == "cp" and op[1] == "async":
             return self.copy(op, names)
         if name == "ld" and op[1] == "param":

@@ -88,7 +88,7 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(script, "gate_packing", lambda *rest: True)  # minutes each
     monkeypatch.setattr(script, "seconds_of", once)
     few = script.matvec_sweep.matvec.Tiling(rows=16, warps=1, depth=1)  # programs of the engine's matrices
-    monkeypatch.setattr(script.matvec_sweep.matvec, "tiling_of", lambda vectors, outs, gated: few)
+    monkeypatch.setattr(script.matvec_sweep.matvec, "tiling_of", lambda vectors, outs, width, gated: few)
     monkeypatch.setattr(script.matvec_sweep, "measure", lambda *rest: None)  # tested by itself
     monkeypatch.setattr(graph, "CudaGraphs", CheckedGraphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -111,7 +111,7 @@ def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pyte
     for name, value in {"SHAPES": shapes, "ROWS": (8,), "WARPS": (1,), "DEPTHS": (1, 2), "OUTGROWN": 1.0}.items():
         monkeypatch.setattr(module, name, value)
     few = module.matvec.Tiling(rows=8, warps=1, depth=1)
-    monkeypatch.setattr(module.matvec, "tiling_of", lambda vectors, outs, gated: few)
+    monkeypatch.setattr(module.matvec, "tiling_of", lambda vectors, outs, width, gated: few)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found: dict[str, Any] = {}
 

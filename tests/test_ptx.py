@@ -134,7 +134,7 @@ def test_packing_and_unpacking(arch: int, method: str, key_bits: float, value_bi
 def test_matrices(arch: int, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vectors: int, early: bool) -> None:
     """Whole tiles and a part of one, programs that end over an edge, biases."""
     tiling = matvec.Tiling(rows=8, warps=2, depth=2, early=early and arch >= 90)
-    monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, gated: tiling)
+    monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, width, gated: tiling)
     gen = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, by: float = 1.0) -> torch.Tensor:

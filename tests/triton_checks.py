@@ -356,7 +356,7 @@ def matrices() -> None:
         return torch.randn(shape, generator=gen)
 
     def check(dtype: torch.dtype, vectors: int, width: int, heads: int, inner: int, tiling: matvec.Tiling) -> None:
-        matvec.tiling_of = lambda vectors, outs, gated: tiling  # type: ignore[assignment]
+        matvec.tiling_of = lambda vectors, outs, width, gated: tiling  # type: ignore[assignment]
 
         def matrix(outs: int, ins: int, bias: bool) -> DenseLinear:
             return DenseLinear((draw(outs, ins) / ins**0.5).to(dtype), draw(outs).to(dtype) if bias else None)
@@ -452,7 +452,7 @@ def on_a_card() -> None:
 
     GridExecutor.__call__, graph.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
     few = matvec.Tiling(rows=16, warps=1, depth=1)  # programs: the interpreter runs them one by one
-    matvec.tiling_of = lambda vectors, outs, gated: few  # type: ignore[assignment]
+    matvec.tiling_of = lambda vectors, outs, width, gated: few  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
         caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]

@@ -59,7 +59,7 @@ class Product:
     @property
     def tiling(self) -> matvec.Tiling:
         """What the product takes."""
-        return matvec.tiling_of(len(self.x), self.outs, gated=self.kind == "norm_swiglu")
+        return matvec.tiling_of(len(self.x), self.outs, self.x.shape[1], gated=self.kind == "norm_swiglu")
 
     def fused(self, weight: Tensor, tiling: matvec.Tiling) -> Tensor:
         if self.kind == "linear_add":

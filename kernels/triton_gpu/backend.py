@@ -70,9 +70,10 @@ class PackedForm:
 def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> PackedForm:
     """The fastest of those tried on an H200, 128k and 1M tokens, K2V2 and K2V1.5 in groups of 64 and 128.
 
-    The key mean takes 255 registers whatever the rest does, and so do keys of 3 bits, whose single bits lie apart.
+    Halves of a tile cost a sixth more instructions and half the registers and shared memory: more programs, and loads that are
+    a step ahead. The key mean takes 255 registers all the same; single bits of keys of 3 bits lie apart.
     """
-    if has_mean or layout.key_bits == 3:
+    if has_mean or layout.key_bits == 3 or layout.groups > 2:
         return PackedForm(part=layout.tile, stages=2, registers=0, programs=8)
     if layout.tile == 160:
         stages = 3 if shared_bytes > 200 << 10 else 2
@@ -299,7 +300,8 @@ class TritonGpu:
         combine_kernel[(batch * queries * heads,)](
             packed.sums, packed.statistics, held.sums, held.statistics, basis, mean, out, lse, packed.splits, held.splits,
             columns.total, queries, columns.heads, columns.repeat,
-            D=size, BLOCK=64, MOST=MAX_SPLITS, FULL=FULL_SPLITS, HAS_BASIS=has_basis, num_warps=8, **overlapping(self.pdl),
+            D=size, BLOCK=64 if packed.splits <= 64 else 128, MOST=MAX_SPLITS, FULL=FULL_SPLITS, HAS_BASIS=has_basis,
+            num_warps=16, **overlapping(self.pdl),
         )  # fmt: skip
         return out, lse
 

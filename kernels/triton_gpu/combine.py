@@ -15,26 +15,33 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def merge_splits(part, stat, splits, D: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):
-    """Sum [D], weight and log2 of the maximum of up to MOST partial sums, BLOCK of them at a time.
+def load_sums(part, splits, start, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums [BLOCK, D] of splits ``start`` and on, zero past the last."""
+    s = start + tl.arange(0, BLOCK)
+    return tl.load(part + s[:, None] * D + tl.arange(0, D)[None, :], mask=(s < splits)[:, None], other=0.0)
 
-    Maxima come first, all at once, so that no block waits for the one before it.
-    """
-    d = tl.arange(0, D)
-    all_splits = tl.arange(0, MOST)
-    m = tl.load(stat + all_splits * 2, mask=all_splits < splits, other=NEVER)
-    weight = tl.load(stat + all_splits * 2 + 1, mask=all_splits < splits, other=0.0)
-    top = tl.max(m, 0)
-    # a split that saw nothing holds sums of nothing: its weight is zero whatever its maximum
-    total = tl.sum(tl.where(m > NEVER * 0.5, weight * tl.exp2(m - top), 0.0), 0)
-    s = tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK, D], tl.float32)
-    for start in range(0, splits, BLOCK):
-        there = start + s < splits
-        top_here = tl.load(stat + (start + s) * 2, mask=there, other=NEVER)
-        block = tl.load(part + (start + s)[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
-        acc += block * tl.where(top_here > NEVER * 0.5, tl.exp2(top_here - top), 0.0)[:, None]
-    return tl.sum(acc, 0), total, top
+
+@triton.jit
+def load_maxima(stat, splits, start, BLOCK: tl.constexpr):
+    """Maxima [BLOCK], log2, of splits ``start`` and on."""
+    s = start + tl.arange(0, BLOCK)
+    return tl.load(stat + s * 2, mask=s < splits, other=NEVER)
+
+
+@triton.jit
+def factors(maxima, top):
+    """What sums count for beside a maximum: those of a split that saw nothing are sums of nothing, whatever its maximum."""
+    return tl.where(maxima > NEVER * 0.5, tl.exp2(maxima - top), 0.0)
+
+
+@triton.jit
+def total_weight(stat, splits, MOST: tl.constexpr):
+    """Weight and log2 of the maximum of up to MOST partial sums."""
+    maxima = load_maxima(stat, splits, 0, MOST)
+    s = tl.arange(0, MOST)
+    weight = tl.load(stat + s * 2 + 1, mask=s < splits, other=0.0)
+    top = tl.max(maxima, 0)
+    return tl.sum(weight * factors(maxima, top), 0), top
 
 
 @triton.jit(do_not_specialize=["splits", "full_splits"])  # varies: one compilation serves all
@@ -60,10 +67,18 @@ def combine_kernel(
         matrix = load_matrix(basis_ptr + head * (D * D), d, D)
         mean = tl.load(mean_ptr + head * D + d)
     wait_for_inputs(PDL)
-    full, full_weight, full_top = merge_splits(
-        full_part_ptr + at * full_splits * D, full_stat_ptr + at * full_splits * 2, full_splits, D, FULL, FULL
-    )
-    acc, weight, top = merge_splits(part_ptr + at * splits * D, stat_ptr + at * splits * 2, splits, D, BLOCK, MOST)
+    # all that can be asked for at once is, before anything of it is waited for
+    part, stat = part_ptr + at * splits * D, stat_ptr + at * splits * 2
+    full_part, full_stat = full_part_ptr + at * full_splits * D, full_stat_ptr + at * full_splits * 2
+    sums, maxima = load_sums(part, splits, 0, D, BLOCK), load_maxima(stat, splits, 0, BLOCK)
+    full_sums, full_maxima = load_sums(full_part, full_splits, 0, D, FULL), load_maxima(full_stat, full_splits, 0, FULL)
+    weight, top = total_weight(stat, splits, MOST)
+    full_weight, full_top = total_weight(full_stat, full_splits, FULL)
+    full = tl.sum(full_sums * factors(full_maxima, full_top)[:, None], 0)
+    acc = tl.sum(sums * factors(maxima, top)[:, None], 0)
+    for start in range(BLOCK, splits, BLOCK):
+        more = factors(load_maxima(stat, splits, start, BLOCK), top)
+        acc += tl.sum(load_sums(part, splits, start, D, BLOCK) * more[:, None], 0)
     if HAS_BASIS:
         acc = tl.sum(matrix * acc[None, :], 1) + weight * mean
     new = tl.maximum(top, full_top)

@@ -89,7 +89,7 @@ class TritonOps(TorchOps):
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
         if not is_matvec(linear, x):
             return super().norm_linear(x, norm, eps, linear)
-        tiling = matvec.tiling_of(x.numel() // x.shape[-1], linear.weight.shape[0], gated=False)
+        tiling = matvec.tiling_of(x.numel() // x.shape[-1], *linear.weight.shape, gated=False)
         return matvec.norm_linear(x, norm, eps, linear.weight, linear.bias, tiling)
 
     def after_attention(
@@ -97,13 +97,12 @@ class TritonOps(TorchOps):
     ) -> Tensor:
         if not (is_matvec(output, x) and is_matvec(gate_up, x) and is_matvec(down, x)):
             return super().after_attention(x, attended, output, norm, eps, gate_up, down)
-        width, inner = x.shape[-1], gate_up.weight.shape[0] // 2
+        width, inner, count = x.shape[-1], gate_up.weight.shape[0] // 2, attended.shape[-1]
         vectors = x.numel() // width
-        plain = matvec.tiling_of(vectors, width, gated=False)
-        gated = matvec.tiling_of(vectors, inner, gated=True)
-        x = matvec.linear_add(x, attended, output.weight, output.bias, plain)
+        x = matvec.linear_add(x, attended, output.weight, output.bias, matvec.tiling_of(vectors, width, count, gated=False))
+        gated = matvec.tiling_of(vectors, inner, width, gated=True)
         h = matvec.norm_swiglu(x, norm, eps, gate_up.weight, gate_up.bias, gated)
-        return matvec.linear_add(x, h, down.weight, down.bias, plain)
+        return matvec.linear_add(x, h, down.weight, down.bias, matvec.tiling_of(vectors, width, inner, gated=False))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()

@@ -26,6 +26,9 @@ MOST_VECTORS = 4
 FEW_PROGRAMS = 512
 """With fewer a card of 100 multiprocessors has too few loads on their way."""
 
+LONG = 8192
+"""A row, or a column, long enough for programs of 8 warps."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
@@ -37,9 +40,15 @@ class Tiling:
     early: bool = False  # weights are asked for before the launch before has ended, where launches overlap
 
 
-def tiling_of(vectors: int, outs: int, *, gated: bool) -> Tiling:
-    """The tiling for ``vectors`` (1 .. MOST_VECTORS) and ``outs`` numbers of output each."""
-    rows = (2 if gated else 4) if vectors == 1 else (1 if gated else 2)
+def tiling_of(vectors: int, outs: int, width: int, *, gated: bool) -> Tiling:
+    """The tiling for ``vectors`` (1 .. MOST_VECTORS) of ``width`` and ``outs`` numbers of output each.
+
+    For one vector the fastest of 14 on an H200 at the shapes of Mistral-7B: 82 to 103 % of a copy's bandwidth, where cuBLAS has
+    62 to 98 %. Rows for more vectors are what registers allow.
+    """
+    if vectors == 1 and not gated and (width > LONG or outs > LONG):
+        return Tiling(rows=4, warps=8, depth=4 if width > LONG else 2, early=True)
+    rows = 2 if vectors == 1 or not gated else 1
     while rows > 1 and outs < FEW_PROGRAMS * rows:
         rows //= 2
     return Tiling(rows=rows, warps=4, depth=2, early=True)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: B007, N803, N806, RUF005
+# ruff: noqa: B007, N803, N806, RUF005, SIM102
 """Decode attention over packed pages: scores and weighted sums taken on the codes themselves, nothing is dequantized."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from skvq.kernels.triton_gpu.dense import attend_slots
 from skvq.kernels.triton_gpu.loaders import metadata, perm4
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
+from skvq.kernels.triton_gpu.overlap import prefetch, wait_for_inputs
 from skvq.kernels.triton_gpu.tiles import (
     NEVER,
     exp2,
@@ -88,6 +88,14 @@ def attend_tiles(
     stop = tl.minimum(start + per_split, parts)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
     page = tl.load(row_ptr + start // PARTS, mask=start < stop, other=0).to(tl.int64)
+    if PDL:
+        if start < stop:  # the first of what is read comes while the queries are prepared
+            tile = start % PARTS // (TILE // PART)
+            count = tl.minimum(1280 // TILE - tile, 2)
+            KEY_TILE: tl.constexpr = KEY_PART * (TILE // PART)
+            prefetch(key_ptr + page * stride_key_page + head * stride_key_head + tile * KEY_TILE, count * KEY_TILE)
+            prefetch(value_ptr + page * stride_value_page + head * stride_value_head + tile * VALUE_TILE, count * VALUE_TILE)
+            prefetch(meta_ptr + page * stride_meta_page + head * stride_meta_head + tile * (G * TILE), count * (G * TILE * 4))
 
     wait_for_inputs(PDL)
     q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
