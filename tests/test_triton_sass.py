@@ -46,7 +46,7 @@ SPILLS = {  # bytes of stack, each with its reason; nothing of the default decod
 }
 SPILLS_OF_3_9 = {
     "K2V2 g128": 16,
-    "K2V2 g64 mean": 16,
+    "K2V2 g64 mean": 32,
     "reorder K2V2 g64": 16,
     "reorder K4V8 g64": 8,
 }  # on sm_90, from Triton 3.9 on; 3.6 and 3.7 keep them in registers
@@ -83,14 +83,15 @@ def test_registers_spills_and_instructions_of_all(arch: int, name: str) -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", ["qkv", "output", "gate up", "down"])
 def test_weights_are_on_their_way_before_anything_waits(arch: int, name: str) -> None:
-    """Eight loads of 16 bytes a thread, before the first multiply-add and, in a norm, before its barrier; none is narrower."""
+    """All tiles that may be on their way, loads of 16 bytes, before the first multiply-add and, in a norm, before its barrier; none is narrower."""
     [variant] = [v for v in sass.other_variants(arch) if v.name == f"matvec {name}"]
     instructions, _ = sass.disassemble(sass.compile_variant(variant, arch).asm["cubin"])
     texts = [text for _, text in instructions]
     loads = [i for i, text in enumerate(texts) if "LDG" in text and ".EF" in text]  # marked as read once
     first_wait = next(i for i, text in enumerate(texts) if "FFMA" in text or "BAR" in text)
     assert all(".128" in texts[i] for i in loads)
-    assert sum(i < first_wait for i in loads) >= 8, texts[:first_wait]
+    held = variant.constants["ROWS"] * (2 if variant.constants["GATED"] else 1)
+    assert sum(i < first_wait for i in loads) >= held * variant.constants["DEPTH"] >= 4, texts[:first_wait]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
