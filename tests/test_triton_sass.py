@@ -83,7 +83,7 @@ def test_registers_spills_and_instructions_of_all(arch: int, name: str) -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", ["qkv", "output", "gate up", "down"])
 def test_weights_are_on_their_way_before_anything_waits(arch: int, name: str) -> None:
-    """All tiles that may be on their way, loads of 16 bytes, before the first multiply-add and, in a norm, before its barrier; none is narrower."""
+    """All tiles that may be, or eight loads of 16 bytes a thread, before the first multiply-add and a norm's barrier."""
     [variant] = [v for v in sass.other_variants(arch) if v.name == f"matvec {name}"]
     instructions, _ = sass.disassemble(sass.compile_variant(variant, arch).asm["cubin"])
     texts = [text for _, text in instructions]
@@ -91,7 +91,7 @@ def test_weights_are_on_their_way_before_anything_waits(arch: int, name: str) ->
     first_wait = next(i for i, text in enumerate(texts) if "FFMA" in text or "BAR" in text)
     assert all(".128" in texts[i] for i in loads)
     held = variant.constants["ROWS"] * (2 if variant.constants["GATED"] else 1)
-    assert sum(i < first_wait for i in loads) >= held * variant.constants["DEPTH"] >= 4, texts[:first_wait]
+    assert sum(i < first_wait for i in loads) >= min(held * variant.constants["DEPTH"], 8) >= 4, texts[:first_wait]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
