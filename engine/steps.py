@@ -27,6 +27,7 @@ from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal, merge_runs
 from skvq.kernels.interface import Step
+from skvq.kernels.ops import Ops, TorchOps
 
 SEGMENT_TOKENS = 8192
 """Packed tokens staged to 16 bits at once by streaming prefill."""
@@ -47,14 +48,13 @@ class DenseLayer:
         self.filled = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
-        return self._attend(rope.turn(q)[0], rope.turn(k)[0], v[0])[0][None]
+        return self._attend(TorchOps(), q, k, v, rope)[1][None]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.filled + len(q)
-        self.keys[:, self.filled : end] = k.transpose(0, 1)
-        self.values[:, self.filled : end] = v.transpose(0, 1)
-        self.filled = end
-        return attend_causal(q, self.keys[:, :end], self.values[:, :end], self.span)
+    def _attend(self, ops: Ops, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> tuple[Tensor, Tensor, Tensor]:
+        """The turned queries [N, H, D], what they read, and its log-sum-exp [N, H]."""
+        q = ops.turn_to_buffer(q, k, v, rope.cos, rope.sin, self.keys, self.values, self.filled)[0]
+        self.filled += len(q)
+        return q, *attend_causal(q, self.keys[:, : self.filled], self.values[:, : self.filled], self.span)
 
 
 class ExactLayer(DenseLayer):
@@ -74,8 +74,7 @@ class ExactLayer(DenseLayer):
         self.filled, self.mass = filled, mass
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
-        q = rope.turn(q)[0]
-        out, lse = self._attend(q, rope.turn(k)[0], v[0])
+        q, out, lse = self._attend(self.sequence.setup.ops, q, k, v, rope)
         if self.sequence.setup.needs_mass:
             add_mass(self.mass[: self.filled], q, lse, self.keys[:, : self.filled], self.sequence.setup.regions.window)
         return out[None]

@@ -24,6 +24,8 @@ class Ops(Protocol):
     turn_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
                      (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
                      the turned q is returned.
+    turn_to_buffer:  RoPE on q [1, N, H, D] and k [1, N, KH, D] by cos and sin float32 [1, N, 1, D/2]; k and v go to tokens
+                     ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D] of their dtype; the turned q is returned.
     """
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
@@ -34,6 +36,10 @@ class Ops(Protocol):
 
     def turn_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
+    ) -> Tensor: ...
+
+    def turn_to_buffer(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
     ) -> Tensor: ...
 
 
@@ -75,6 +81,14 @@ class TorchOps:
     ) -> Tensor:
         full.keys[slots, :, ring_slots] = turn(k, cos, sin)[:, 0].to(full.keys.dtype)
         full.values[slots, :, ring_slots] = v[:, 0].to(full.values.dtype)
+        return turn(q, cos, sin)
+
+    def turn_to_buffer(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
+    ) -> Tensor:
+        last = first + q.shape[1]
+        keys[:, first:last] = turn(k, cos, sin)[0].transpose(0, 1)
+        values[:, first:last] = v[0].transpose(0, 1)
         return turn(q, cos, sin)
 
 

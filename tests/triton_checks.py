@@ -336,6 +336,15 @@ def fused_operations() -> None:
             same(fulls[0].keys, fulls[1].keys, 8.0)
             same(fulls[0].values, fulls[1].values)
             assert dtype != cache or torch.equal(fulls[0].values, fulls[1].values)
+        joint = torch.randn(1, 5, heads + 2 * kv_heads, size, generator=gen).to(dtype)
+        q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
+        angle = torch.rand(1, 5, 1, size // 2, generator=gen) * 6
+        held = [torch.full((9, kv_heads, 2 * size), 7.0, dtype=dtype) for _ in range(2)]  # keys and values, by token
+        both = [[part.transpose(0, 1) for part in t.split(size, 2)] for t in held]
+        outs = [o.turn_to_buffer(q, k, v, angle.cos(), angle.sin(), *b, 3) for o, b in zip((ops, torch_ops), both, strict=True)]
+        same(*outs, 8.0)
+        same(*held, 8.0)
+        assert torch.equal(both[0][1], both[1][1])
 
 
 def matrices() -> None:

@@ -127,20 +127,21 @@ class TritonOps(TorchOps):
     def turn_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
     ) -> Tensor:
-        rows, queries, heads, size = q.shape
+        rows, queries, _, size = q.shape
         kv_heads, keys, values = k.shape[2], full.keys, full.values
         assert queries == 1 and k.shape == v.shape == (rows, 1, kv_heads, size), (q.shape, k.shape, v.shape)
-        assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (size, 1), (q.stride(), k.stride(), v.stride())
-        assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
-        assert cos.dtype == sin.dtype == torch.float32, (cos.dtype, sin.dtype)
         assert slots.dtype == ring_slots.dtype == torch.int64 and slots.shape == ring_slots.shape == (rows,), slots.shape
-        assert keys.stride() == values.stride() and keys.stride(3) == 1, (keys.stride(), values.stride())
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        turn_kernel[(rows, heads + kv_heads)](
-            q, k, v, cos, sin, slots, ring_slots, out, keys, values, heads, q.stride(0), k.stride(0), v.stride(0),
-            *keys.stride()[:3], D=size, num_warps=1, **overlapping(overlaps(q.device)),
-        )  # fmt: skip
-        return out
+        return _turn(q, k, v, cos, sin, slots, ring_slots, keys, values)
+
+    def turn_to_buffer(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
+    ) -> Tensor:
+        _, count, _, size = q.shape
+        assert q.shape[0] == 1 and k.shape == v.shape == (1, count, len(keys), size), (q.shape, k.shape, v.shape)
+        assert keys.dtype == values.dtype == k.dtype and keys.stride() == values.stride() and keys.stride(2) == 1, keys.stride()
+        at = torch.arange(first, first + count, device=q.device)
+        rows = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
+        return _turn(*rows, at, at, keys.expand(1, *keys.shape), values.expand(1, *values.shape)).transpose(0, 1)
 
 
 def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
@@ -157,4 +158,22 @@ def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *
     rms_norm_kernel[(x.numel() // width,)](
         x, delta, weight, total, out, width, eps, BLOCK=block, ADD=add, num_warps=min(max(block // 512, 1), 16)
     )
+    return out
+
+
+def _turn(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """``turn_kernel`` on rows [R, 1, ...] that go to ``places`` of ``slots`` in keys and values [S, KH, T, D]."""
+    rows, _, heads, size = q.shape
+    assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (size, 1), (q.stride(), k.stride(), v.stride())
+    assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
+    assert cos.dtype == sin.dtype == torch.float32, (cos.dtype, sin.dtype)
+    assert keys.stride() == values.stride() and keys.stride(3) == 1, (keys.stride(), values.stride())
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    slot, head, token, _ = keys.stride()
+    turn_kernel[(rows, heads + k.shape[2])](
+        q, k, v, cos, sin, slots, places, out, keys, values, heads, q.stride(0), k.stride(0), v.stride(0),
+        slot if len(keys) > 1 else 0, head, token, D=size, num_warps=1, **overlapping(overlaps(q.device)),
+    )  # fmt: skip
     return out
