@@ -16,9 +16,10 @@ from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout
 from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
+from skvq.kernels.triton_gpu.encode import encode_heads
 from skvq.kernels.triton_gpu.label_blocks import attend_labels_blocks_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_kernel
-from skvq.kernels.triton_gpu.lattice import quantize_side
+from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps
 from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
@@ -95,6 +96,7 @@ class TritonGpu:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.programs = processors * WARPS_PER_SM
         self.stages = 2
+        self.lanes = 128 if self.interpreted else 32  # tokens of a program of the lattice quantizer
         self.part = 128
         self.subnormals = subnormals
         self.scratch = Scratch(device)
@@ -262,13 +264,19 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
             return
-        y_keys, y_values = (y.contiguous() for y in reference.encode_heads(codec, first, keys, values))
+        if codec.has_basis:
+            tables = self.tables.rope(codec.rope, layout.tile, page_row.shape[0] * layout.tiles) if codec.has_key_mean else None
+            y_keys, y_values = encode_heads(codec, first, keys, values, tables, layout.tile, self.interpreted)
+        else:
+            y_keys, y_values = keys.float().contiguous(), values.float().contiguous()
         sides = (codec.keys.unit, codec.keys.clip, codec.values.unit, codec.values.clip)
         if not (codec.keys.has_metric or codec.values.has_metric):
             launch_pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
             return
         (key, ks, km), (value, vs, vm) = (
-            quantize_side(y, bits, side)
+            quantize_lattice(y, LEVELS[bits], side, self.tables.metric(side), self.lanes)
+            if side.has_metric
+            else reference.quantize_heads(y, bits, side)
             for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
         )
         launch_pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)
