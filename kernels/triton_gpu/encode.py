@@ -86,9 +86,9 @@ def encode_kernel(
         store_product(key_out_ptr + out, key_basis_ptr + head * D * D, a, b, inside, D, WIDE)
     else:
         at = value_ptr + row * stride_value + head * stride_value_head + j
-        mean = value_mean_ptr + head * D + j
-        a = tl.load(at, mask=inside, other=0.0).to(tl.float32) - tl.load(mean)
-        b = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + HALF)
+        middle = value_mean_ptr + head * D + j
+        a = tl.load(at, mask=inside, other=0.0).to(tl.float32) - tl.load(middle)
+        b = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32) - tl.load(middle + HALF)
         store_product(value_out_ptr + out, value_basis_ptr + head * D * D, a, b, inside, D, WIDE)
 
 

@@ -370,6 +370,7 @@ def fit(
                 good = (determinant > 1e-6 * cc * one) & (scale + step > u * TINY)
                 step = tl.where(good, step, 0.0)
                 move = tl.where(good, (s1 - step * c1) / one, 0.0)
+                tl.debug_barrier()
                 keep(state, SCALE, group, scale + step, t, inside, tokens, G)
                 keep(state, MID, group, mid + move, t, inside, tokens, G)
                 tl.debug_barrier()
