@@ -26,6 +26,7 @@ from skvq.kernels.layout import PageLayout
 from skvq.kernels.triton_gpu import (
     combine,
     dense,
+    encode,
     fused,
     label_blocks,
     labels,
@@ -171,6 +172,8 @@ def other_variants(arch: int) -> list[Variant]:
     many = {**blocks, "GROUPS": 64}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     halves_too = tensors | {"turn_ptr": HALVES}
+    lattice_pointers = {"code_ptr": BYTES, "word_ptr": "*i32", "scale_ptr": BYTES, "mid_ptr": BYTES, "table_ptr": HALVES}
+    encode_pointers = {"key_ptr": HALVES, "value_ptr": HALVES, "value_out_ptr": "*fp32"}
     merging = {"own_ptr": HALVES, "merged_ptr": HALVES, "total_ptr": "*fp32", **{f"out{i}_ptr": HALVES for i in range(1, 8)}}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
@@ -201,7 +204,11 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("reorder K8V2", labels.attend_labels_kernel, {**reorder, "KEY_BITS": 8, "TILE": 128}, 4, 1, tensors),
         Variant("pack", pack.pack_kernel, {**tiled, "QUANTIZED": False}, 4, 1, {}),
         Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
-        Variant("lattice", lattice.lattice_kernel, {"D": 128, "G": 2}, 2, 1, {"scale_ptr": BYTES}),
+        *(
+            Variant(f"lattice g{128 // g}", lattice.lattice_kernel, {"D": 128, "G": g, "T": 32}, 1, 1, lattice_pointers)
+            for g in (1, 2)
+        ),
+        Variant("encode", encode.encode_kernel, {"D": 128, "HAS_MEAN": True, "WIDE": False}, 4, 1, encode_pointers),
         Variant("unpack", unpack.unpack_kernel, tiled, 4, 1, {}),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("merge", merge.merge_kernel, {"COUNT": 8, "D": 128, "BLOCK": 16}, 4, 1, merging),

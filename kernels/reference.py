@@ -94,12 +94,13 @@ def quantize_lattice(y: Tensor, levels: int, side: HeadSide) -> tuple[Tensor, Te
 
     Rounding is a closest-point problem in the lattice that the metric spans: the nearest-plane algorithm (Babai 1986; LDLQ in
     QuIP, arXiv 2307.13304), then sweeps of coordinate descent over the codes, in turn with a least-squares fit of scale and
-    mid in the same metric. Metadata are rounded to E4M3 before the last sweeps, so the codes make up for that too.
+    mid in the same metric. Metadata are rounded to E4M3 before the last sweeps, so the codes make up for that too. All in
+    float32, or in float64 where ``y`` and the side are.
     """
     tokens, heads, size = y.shape
     groups = side.unit.shape[1]
     width = size // groups
-    y = y.float()
+    y = y.to(side.metric.dtype)
     half, tiny = (levels - 1) / 2, side.unit * E4M3_MIN
     scale, mid = _fit_range(y.view(tokens, heads, groups, width), levels, side.clip, tiny, LATTICE_FITS)
     code = _nearest_plane(y, _by_channel(scale, width), _by_channel(mid, width), levels, side.factor)

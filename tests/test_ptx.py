@@ -108,7 +108,8 @@ def test_attention_in_every_format(arch: int) -> None:
 )
 def test_packing_and_unpacking(arch: int, method: str, key_bits: float, value_bits: float, lattice: bool) -> None:
     case = make_case(
-        key_bits=key_bits, value_bits=value_bits, group_size=32, size=64, packed=(11,), has_metric=lattice, device="cuda"
+        key_bits=key_bits, value_bits=value_bits, group_size=32, size=64, packed=(11,), has_metric=lattice, has_key_mean=True,
+        device="cuda",
     )  # fmt: skip
     codec, tile, row = case.heads if method == "heads" else case.labels, case.layout.tile, case.step.page_table[1]
     generator = torch.Generator().manual_seed(0)

@@ -30,6 +30,7 @@ from skvq.kernels.triton_gpu.backend import PackedForm
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.merge import merge_parts
+from skvq.kernels.triton_gpu.metric import MetricTables
 
 PROGRAMS = 12  # splits enough to be uneven
 
@@ -256,8 +257,10 @@ def lattice() -> None:
         y = torch.randn(96, 2, size, generator=gen) * torch.rand(2, size, generator=gen) * 3
         y[7], y[8] = 0.25, 1e-6  # groups of one number, groups below the smallest scale
         before = y.clone()
-        wanted = reference.quantize_lattice(y, LEVELS[bits], side)
-        got = quantize_lattice(y, LEVELS[bits], side)
+        # float32 loses ties of 8 bits that the kernel, which works on errors from the start, does not
+        exact = dataclasses.replace(side, **{k: getattr(side, k).double() for k in ("unit", "clip", "metric", "factor")})
+        wanted = reference.quantize_lattice(y.double(), LEVELS[bits], exact)
+        got = quantize_lattice(y, LEVELS[bits], side, MetricTables(side), 64)
         assert torch.equal(y, before)
         for name, one, other in zip(("codes", "scales", "mids"), wanted, got, strict=True):
             assert float((one == other).float().mean()) >= 0.999, (size, group, bits, name)
@@ -266,8 +269,7 @@ def lattice() -> None:
             levels = (reference.e4m3_decode(part) * side.unit for part in (scale, mid))
             e = y - reference.dequantize(codes.view(96, 2, -1, group), *levels, LEVELS[bits]).view_as(y)
             errors.append(float(torch.einsum("thi,hij,thj->", e.double(), side.metric.double(), e.double())))
-        # a tie of 8 bits that falls the other way moves the sum by 1e-4: float64 and the reference differ in two tokens here
-        assert abs(errors[1] / errors[0] - 1) < (1e-4 if bits < 8 else 5e-4), (size, group, bits, errors)
+        assert abs(errors[1] / errors[0] - 1) < 1e-4, (size, group, bits, errors)
 
 
 def merging() -> None:

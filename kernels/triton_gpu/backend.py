@@ -15,9 +15,10 @@ from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout
 from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
 from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
+from skvq.kernels.triton_gpu.encode import encode_heads
 from skvq.kernels.triton_gpu.label_blocks import attend_labels_blocks_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_kernel
-from skvq.kernels.triton_gpu.lattice import quantize_side
+from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps
 from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
@@ -141,6 +142,7 @@ class TritonGpu:
         self.label_stages = 3
         self.label_warps = 2  # a program where there are more than 16 labels
         self.label_waves = 1.0  # programs of `reorder`, as a share of those that the device holds at once
+        self.lanes = 128 if self.interpreted else 32  # tokens of a program of the lattice quantizer
         self.subnormals = subnormals
         self.scratch = Scratch(device)
         self.tables = Tables()
@@ -314,13 +316,19 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
             return
-        y_keys, y_values = (y.contiguous() for y in reference.encode_heads(codec, first, keys, values))
+        if codec.has_basis:
+            tables = self.tables.rope(codec.rope, layout.tile, page_row.shape[0] * layout.tiles) if codec.has_key_mean else None
+            y_keys, y_values = encode_heads(codec, first, keys, values, tables, layout.tile, self.interpreted)
+        else:
+            y_keys, y_values = keys.float().contiguous(), values.float().contiguous()
         sides = (codec.keys.unit, codec.keys.clip, codec.values.unit, codec.values.clip)
         if not (codec.keys.has_metric or codec.values.has_metric):
             launch_pack(pages, page_row, first, y_keys, y_values, sides, (y_keys,) * 4, retained, quantized=False)
             return
         (key, ks, km), (value, vs, vm) = (
-            quantize_side(y, bits, side)
+            quantize_lattice(y, LEVELS[bits], side, self.tables.metric(side), self.lanes)
+            if side.has_metric
+            else reference.quantize_heads(y, bits, side)
             for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
         )
         launch_pack(pages, page_row, first, key, value, sides, (ks, km, vs, vm), retained, quantized=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import HeadCodec, LabelCodec, RopeFrequencies
+from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies
+from skvq.kernels.triton_gpu.metric import MetricTables
 
 
 class Scratch:
@@ -48,10 +51,12 @@ class RopeTables:
 class Tables:
     """Tables by the identity of what they were made from; the maker is held, so an identity is never reused.
 
-    None is ever freed: a captured CUDA graph keeps their addresses.
+    None is ever freed: a captured CUDA graph keeps their addresses. Those of metrics, which no graph reads, live as long as the
+    metric: calibration makes many.
     """
 
     def __init__(self) -> None:
+        self._metrics: dict[int, tuple[weakref.ref[Tensor], MetricTables]] = {}
         self._ropes: dict[tuple[int, int, int], RopeTables] = {}
         self._labels: dict[int, tuple[object, LabelTables]] = {}
 
@@ -63,6 +68,15 @@ class Tables:
             known = RopeTables(rope, tile, tiles)
             self._ropes[key] = known
         return known
+
+    def metric(self, side: HeadSide) -> MetricTables:
+        """What the lattice quantizer needs of a side."""
+        key, metrics = id(side.metric), self._metrics
+        known = metrics.get(key)
+        if known is None:
+            known = (weakref.ref(side.metric, lambda _: metrics.pop(key, None)), MetricTables(side))
+            metrics[key] = known
+        return known[1]
 
     def labels(self, codec: HeadCodec | LabelCodec, key_labels: Tensor, value_labels: Tensor, groups: int) -> LabelTables:
         """Channels by group of a codec."""
