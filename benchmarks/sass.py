@@ -177,7 +177,7 @@ def other_variants(arch: int) -> list[Variant]:
     merging = {"own_ptr": HALVES, "merged_ptr": HALVES, "total_ptr": "*fp32", **{f"out{i}_ptr": HALVES for i in range(1, 8)}}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
-        Variant("combine", combine.combine_kernel, combined, 16, 1, halves),
+        Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
         Variant("slots", dense.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
         Variant("plain", dense.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
         Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 3, halves_too, 8192, 4.4),

@@ -303,7 +303,7 @@ class TritonGpu:
             packed.sums, packed.statistics, held.sums, held.statistics, basis, mean, out, lse, packed.splits, held.splits,
             columns.total, queries, columns.heads, columns.repeat,
             D=size, BLOCK=64 if packed.splits <= 64 else 128, MOST=MAX_SPLITS, FULL=FULL_SPLITS, HAS_BASIS=has_basis,
-            num_warps=16, **overlapping(self.pdl),
+            num_warps=8, **overlapping(self.pdl),
         )  # fmt: skip
         return out, lse
 
