@@ -8,10 +8,10 @@ moved since, small integers that halves hold exactly. BLOCK channels at a time, 
 BLOCK columns of the matrix, two halves a number, gives their slopes as good as float32; in the block each code acts on those
 after it by one multiply-add.
 
-As compiled for sm_90 a block of 32 tokens is 1,070 instructions of a warp, 68 of them on tensor cores and 140 loads, most of
-them numbers of the matrix that all lanes share; 7 sweeps of 8 blocks and what comes before and between them make about 90,000.
-8,192 tokens of 8 heads are 350,000 issue slots of each scheduler of an H200, 0.2 ms. Chains: 16 times five dependent
-instructions and some four trips through shared memory or L2 a block, 1,500 cycles or so, make 0.06 ms of a tile alone.
+As compiled for sm_90 a block of 32 tokens is 1,100 instructions of a warp, 68 of them on tensor cores and 140 loads, most of
+them numbers of the matrix that all lanes share: 7 sweeps of 8 blocks 62,000, the slopes before each sweep and fit 5,000 each,
+the two fits 16,000. 8,192 tokens of 8 heads are 490,000 issue slots of each scheduler of an H200, 0.3 ms. Chains: 16 times five
+dependent instructions and some four trips through shared memory or L2 a block, 1,500 cycles or so, make 0.1 ms of a tile alone.
 """
 
 from __future__ import annotations
@@ -141,36 +141,34 @@ def slopes_of_errors(
     y, code, out, state, table, down, half, turned, t, inside, stride, tokens, T: tl.constexpr, D: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """``matrix error`` to ``out``, channels from the last to the first where ``turned``. Errors are two halves each."""
-    N: tl.constexpr = D // BLOCK
-    PIECE: tl.constexpr = 64
     c = tl.arange(0, BLOCK)
+    n = tl.arange(0, D)
     row = t[:, None] * stride
     top = tl.zeros([T], tl.float32)
     for group in range(G):
         top = tl.maximum(top, kept(state, SCALE, group, t, inside, tokens, G))
     up, back = power_of_two_scale(top)
     up, back = up * 0.0078125, back * 128.0  # a step is at most 2^5
-    for first in range(0, D, PIECE):
-        acc = tl.zeros([T, PIECE], tl.float32)
-        n = first + tl.arange(0, PIECE)
-        for k in range(N):
-            v = k * BLOCK + c
-            channel = tl.where(turned != 0, D - 1 - v, v)
-            group = tl.where(turned != 0, N - 1 - k, k) // (N // G)
-            scale, mid = kept(state, SCALE, group, t, inside, tokens, G), kept(state, MID, group, t, inside, tokens, G)
-            q = tl.load(code + row + channel[None, :], mask=inside[:, None], other=0).to(tl.float32) - half
-            x = tl.load(y + row + channel[None, :], mask=inside[:, None], other=0.0) - mid[:, None] - scale[:, None] * q
-            x = tl.minimum(tl.maximum(x * up[:, None], -EDGE), EDGE)
-            high = x.to(tl.float16)
-            low = (x - high.to(tl.float32)).to(tl.float16)
-            at = table + (n // BLOCK * (2 * D * BLOCK) + n % BLOCK)[None, :] + (v * (2 * BLOCK))[:, None]
-            big, small = tl.load(at), tl.load(at + BLOCK)
-            acc = tl.dot(high, small, acc)
-            acc = tl.dot(low, big, acc)
-            acc = tl.dot(high, big, acc)
-        parts = cut_all(cut(acc * (back * down)[:, None]), 2)
-        for i in tl.static_range(PIECE // BLOCK):
-            tl.store(out + row + first + i * BLOCK + c[None, :], parts[i], mask=inside[:, None])
+    acc = tl.zeros([T, D], tl.float32)
+    for k in range(0, D, BLOCK):
+        channel, group = k + c, k // (D // G)
+        scale, mid = kept(state, SCALE, group, t, inside, tokens, G), kept(state, MID, group, t, inside, tokens, G)
+        q = tl.load(code + row + channel[None, :], mask=inside[:, None], other=0).to(tl.float32) - half
+        x = tl.load(y + row + channel[None, :], mask=inside[:, None], other=0.0) - mid[:, None] - scale[:, None] * q
+        x = tl.minimum(tl.maximum(x * up[:, None], -EDGE), EDGE)
+        high = x.to(tl.float16)
+        low = (x - high.to(tl.float32)).to(tl.float16)
+        source = tl.where(turned != 0, D - 1 - channel, channel)
+        at = table + (n // BLOCK * (2 * D * BLOCK) + n % BLOCK)[None, :] + (source * (2 * BLOCK))[:, None]
+        big, small = tl.load(at), tl.load(at + BLOCK)
+        acc = tl.dot(high, small, acc)
+        acc = tl.dot(low, big, acc)
+        acc = tl.dot(high, big, acc)
+    blocks = cut_all(cut(acc * (back * down)[:, None]), 2)
+    if D == 128:
+        blocks = cut_all(blocks, 4)
+    for i in tl.static_range(D // BLOCK):  # block by block: addresses of all at once would spill
+        tl.store(out + row + i * BLOCK + c[None, :], blocks[i], mask=inside[:, None])
     tl.debug_barrier()
 
 
