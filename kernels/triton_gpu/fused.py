@@ -145,8 +145,8 @@ class TritonOps(TorchOps):
 
 
 def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
-    """Whether ``matvec`` multiplies the vectors of x by this matrix: a few, in 16 bits; torch does more, or float32."""
-    few = x.numel() // x.shape[-1] <= matvec.MOST_VECTORS
+    """Whether ``matvec`` multiplies the vectors of x by this matrix: one, in 16 bits; torch does more, or float32."""
+    few = x.numel() // x.shape[-1] <= matvec.FASTER_VECTORS
     return few and isinstance(linear, DenseLinear) and linear.weight.dtype == x.dtype and x.dtype in matvec.HALVES
 
 
