@@ -43,16 +43,23 @@ class Card:
 
 
 GIB = 2**30
+ASSUMED, OF_H200 = (0.75, 0.80, 0.60), (0.92, 0.57, 0.65)
+"""Efficiencies of weights, cache and matrices. The H200's are measured (``benchmarks/results``): packed attention is slower
+than its memory."""
+
 CARDS = {
-    name: Card(name=name, memory=int(gib_ * GIB), bandwidth=speed, flops=flops, dtype=torch.bfloat16, host_memory=host * GIB)
-    for name, gib_, speed, flops, host in (
-        ("a100", 79.1, 1.9e12, 312e12, 128),
-        ("h100", 79.1, 3.0e12, 800e12, 128),
-        ("h200", 139.8, 4.3e12, 800e12, 128),
-        ("4090", 23.5, 0.95e12, 165e12, 32),
+    name: Card(
+        name=name, memory=int(gib_ * GIB), bandwidth=speed, flops=flops, dtype=torch.bfloat16, host_memory=host * GIB,
+        weight_efficiency=of_weights, cache_efficiency=of_cache, matrix_efficiency=of_matrices,
     )
-}
-"""Host memory is an assumption too: what a host of such a card has to spare."""
+    for name, gib_, speed, flops, host, (of_weights, of_cache, of_matrices) in (
+        ("a100", 79.1, 1.9e12, 312e12, 128, ASSUMED),
+        ("h100", 79.1, 3.0e12, 800e12, 128, ASSUMED),
+        ("h200", 139.8, 4.3e12, 800e12, 128, OF_H200),
+        ("4090", 23.5, 0.95e12, 165e12, 32, ASSUMED),
+    )
+}  # fmt: skip
+"""Host memory is an assumption throughout: what a host of such a card has to spare."""
 
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Card:
