@@ -21,7 +21,7 @@ def timed(call: Callable[[], object], device: torch.device, count: int) -> list[
             times.append(time.perf_counter() - start)
         return times
     torch.cuda.synchronize(device)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()
     for mark in marks[1:]:
         call()

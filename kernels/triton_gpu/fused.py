@@ -140,8 +140,8 @@ class TritonOps(TorchOps):
         assert q.shape[0] == 1 and k.shape == v.shape == (1, count, len(keys), size), (q.shape, k.shape, v.shape)
         assert keys.dtype == values.dtype == k.dtype and keys.stride() == values.stride() and keys.stride(2) == 1, keys.stride()
         at = torch.arange(first, first + count, device=q.device)
-        rows = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
-        return _turn(*rows, at, at, keys.expand(1, *keys.shape), values.expand(1, *values.shape)).transpose(0, 1)
+        q, k, v, cos, sin = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
+        return _turn(q, k, v, cos, sin, at, at, keys[None], values[None]).transpose(0, 1)
 
 
 def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
