@@ -38,7 +38,7 @@ from skvq.kernels.triton_gpu import (
     prepare,
     unpack,
 )  # fmt: skip
-from skvq.kernels.triton_gpu.backend import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, packed_form, rows_by_column
+from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, packed_form, rows_by_column
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HALVES, BYTES, WORDS, LONGS = "*fp16", "*u8", "*i32", "*i64"

@@ -25,7 +25,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu, matvec  # noqa: E402
-from skvq.kernels.triton_gpu.backend import PackedForm  # noqa: E402
+from skvq.kernels.triton_gpu.forms import PackedForm  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel  # noqa: E402
 

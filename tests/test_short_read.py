@@ -53,7 +53,7 @@ def test_it_says_what_streaming_says(engine: Engine, length: int, count: int, mo
     flips = 10 if count > room else 1  # a code may flip when a tile is packed in between
     assert (found - wanted).abs().max() < 5e-3 * flips
     assert (first.length, first.packed, first.token_ids) == (second.length, second.packed, second.token_ids)
-    more = random_ids(3, seed=2)
+    more = random_ids(3, seed=21)
     assert (steps(engine, [first], [more]) - steps(engine, [second], [more])).abs().max() < 5e-2
     engine.parts.setup.arena.check(arena_of(first, second))
     first.free()

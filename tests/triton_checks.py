@@ -25,8 +25,8 @@ from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
 from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, matvec, packed, raised, tiles
-from skvq.kernels.triton_gpu.backend import PackedForm
+from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, matvec, packed, prepare, raised, tiles
+from skvq.kernels.triton_gpu.forms import PackedForm
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.merge import merge_parts
@@ -134,7 +134,7 @@ def assembly_order() -> None:
     """
     portable = {name: getattr(loaders, name) for name in ("planes", "metadata", "meta_halves")}
     raised_planes = raised.raised_planes
-    slow_exp2 = tiles.exp2
+    slow_exp2, near_dot = tiles.exp2, prepare.near_dot
 
     def planes(x: tl.tensor, *rest: object) -> object:
         data = x.handle.data
@@ -146,6 +146,7 @@ def assembly_order() -> None:
     packed.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
     label_blocks.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
     raised.raised_planes = lambda x, width, asm: raised_planes(x, width, False)
+    prepare.near_dot = lambda a, b, parts, wide: near_dot(a, b, parts, True)  # it knows no bfloat16 dot either
     for method, options in (
         ("labels", {"packed": (1, 2)}),
         ("labels", {"packed": (2,), "key_bits": 4.0, "value_bits": 8.0, "group_size": 32, "size": 64, "span": 100}),

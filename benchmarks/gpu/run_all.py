@@ -43,7 +43,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
-from skvq.kernels.triton_gpu.backend import PackedForm, packed_form  # noqa: E402
+from skvq.kernels.triton_gpu.forms import PackedForm, packed_form  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 
 DEVICE = torch.device("cuda")

@@ -1,0 +1,99 @@
+"""How launches of attention are cut: columns, splits, and the forms that kernels take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from skvq.kernels.layout import PageLayout
+
+WARPS_PER_SM = 12  # one warp a program at up to 168 registers
+MAX_SPLITS = 512
+SLOT_BLOCK = 16  # of 16-bit slots a program of one warp takes at a time
+PAGE_BLOCK = 64  # of 16-bit tokens of method fp, four warps
+FULL_SPLITS = 32
+LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
+LABEL_WARPS = 8  # of 255 registers, that a multiprocessor holds
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """How the query columns of one kv head, N * H / KH of them, are cut: ``chunks`` of ``width``."""
+
+    heads: int  # kv heads
+    queries: int
+    repeat: int
+    width: int
+    chunks: int
+
+    @classmethod
+    def of(cls, q: Tensor, kv_heads: int) -> Columns:
+        """Four columns take half a tensor-core tile and the other half idles; more columns take whole ones."""
+        queries, repeat = q.shape[1], q.shape[2] // kv_heads
+        width = 4 if queries * repeat <= 4 else 8
+        return cls(kv_heads, queries, repeat, width, -(-queries * repeat // width))
+
+    @property
+    def total(self) -> int:
+        """Columns of a kv head, the idle ones of the last chunk included."""
+        return self.width * self.chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedForm:
+    """How packed attention goes over its tiles, and how many programs of one warp a multiprocessor then holds."""
+
+    part: int  # tokens at a time
+    stages: int  # of the software pipeline; from 3 on the next tokens are on their way while these are computed with
+    registers: int  # at most, 0: as many as the compiler likes
+    programs: int
+
+
+def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> PackedForm:
+    """The fastest of those tried on an H200, 128k and 1M tokens, K2V2 and K2V1.5 in groups of 64 and 128.
+
+    Halves of a tile cost a sixth more instructions and half the registers and shared memory: more programs, and loads that are
+    a step ahead. The key mean takes 255 registers all the same; single bits of keys of 3 bits lie apart.
+    """
+    if has_mean or layout.key_bits == 3 or layout.groups > 2:
+        return PackedForm(part=layout.tile, stages=2, registers=0, programs=8)
+    if layout.tile == 160:
+        stages = 3 if shared_bytes > 200 << 10 else 2
+        return PackedForm(part=160, stages=stages, registers=0, programs=8 if stages == 3 else 10)
+    token = int((layout.key_bits + layout.value_bits) * layout.head_size / 8) + 4 * layout.groups
+    programs = shared_bytes // (2 * 64 * token + (5 << 10))  # two parts on their way, q, room for sums to change places
+    return PackedForm(part=64, stages=3, registers=168, programs=min(programs, WARPS_PER_SM))
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Partial softmaxes of every column, of ``splits`` programs: sums [B, KH, columns, splits, D], and their maxima (log2) and
+    weights [..., 2]. float32."""
+
+    sums: Tensor
+    statistics: Tensor
+    splits: int
+
+
+def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
+    """How fragments of q are stored (``packed.load_rows``): as the registers allow, counted ahead of time."""
+    return tile == 128 and not has_span and not (has_mean and groups > 1)
+
+
+def label_programs(layout: PageLayout, groups: int, warps: int, stages: int, shared_bytes: int) -> int:
+    """Programs of ``attend_labels_blocks_kernel`` that a multiprocessor with ``shared_bytes`` of shared memory holds.
+
+    Shared memory of one: three one-hot matrices, what a share of tokens reads, a stage ahead or more, and its weights.
+
+    >>> page = PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=2.0, group_size=64)
+    >>> label_programs(page, 16, 1, 3, 228 << 10), label_programs(page, 16, 1, 3, 164 << 10)
+    (8, 7)
+    """
+    size, tokens = layout.head_size, LABEL_NUMBERS // layout.head_size
+    columns = max(16, int(triton.next_power_of_2(groups)))
+    codes = tokens * size * int(layout.key_bits + layout.value_bits) // 8
+    read = codes + 4 * tokens * (columns + 1) + 2 * size
+    shared = 6 * columns * size + max(1, stages - 1) * read + 16 * tokens + 1024
+    return max(1, min(LABEL_WARPS // warps, shared_bytes // shared))
