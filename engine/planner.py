@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from skvq.calibrate.allocate import as_layer_bits, fullest
 from skvq.engine.arena import ArenaShape, packed_page, plain_page
-from skvq.engine.codecs import layouts_of
+from skvq.engine.codecs import layouts_of, tensor_shapes
 from skvq.engine.config import BITS, CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, FilterRule
@@ -166,6 +167,18 @@ def usual_weight_bytes(model: ModelConfig, device: torch.device | str, dtype: to
     return model.num_parameters * (2 if on_cpu else dtype.itemsize)
 
 
+def calibration_bytes(cache: CacheConfig, model: ModelConfig, *, on_gpu: bool) -> int:
+    """Bases, means, scales, metrics and their factors of all layers in float32; on a GPU also what packing multiplies by, both
+    matrices of a side as two halves a number and their diagonal blocks in float32 (``triton_gpu.metric``)."""
+    if cache.method == "fp":
+        return 0
+    held = 4 * sum(math.prod(shape) for shape in tensor_shapes(cache, model).values())
+    if cache.method != "rotate":
+        return held
+    heads, size = model.num_layers * model.num_kv_heads, model.head_size
+    return held + 2 * heads * (4 * size * size + on_gpu * (8 * size * size + 128 * size))
+
+
 def make_plan(
     model: ModelConfig,
     cache: CacheConfig,
@@ -201,6 +214,7 @@ def make_plan(
         "weights": weight_bytes,
         "cache: packed pages": packed,
         "cache: window and retained": shape.nbytes - packed,
+        "calibration": calibration_bytes(cache, model, on_gpu=cuda_bytes > 0),
     }
     if cuda_bytes:
         held = {"CUDA context and libraries": cuda_bytes} | held

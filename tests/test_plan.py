@@ -129,7 +129,7 @@ def llama() -> ModelConfig:
         (mistral(), 3 * 2**20, PrefillForm(host_states=True)),
         (mistral(), 2**22, PrefillForm(host_states=True, head_groups=8)),
         (llama(), 2**17, PrefillForm()),
-        (llama(), 2**20, PrefillForm(host_states=True, head_groups=4)),
+        (llama(), 2**20, PrefillForm(host_states=True, head_groups=8)),
     ],
 )
 def test_a_prompt_is_held_in_the_cheapest_form_that_fits(model: ModelConfig, context: int, form: PrefillForm) -> None:
