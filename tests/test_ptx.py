@@ -47,7 +47,7 @@ def check_attend(method: str, part: int = 0, **options: Any) -> None:
     made = TritonGpu(torch.device("cuda"))
     made.programs = 8
     if part:
-        made.form = PackedForm(part=part, stages=2, registers=0, programs=12)
+        made.form_of = lambda layout, **rest: PackedForm(part=part, stages=2, registers=0, programs=12)
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(host.q.float(), *arguments(host, method))
     error, allowed = float((plain(out).float() - exact).abs().max()), 2 * torch_error(exact, host, method)

@@ -45,7 +45,7 @@ def check_attend(method: str, part: int = 0, **options: object) -> None:
     """``part``: tokens that packed attention takes at a time, if not as it likes."""
     case, made = make_case(**options), backend()  # type: ignore[arg-type]
     if part:
-        made.form = PackedForm(part=part, stages=2, registers=0, programs=12)
+        made.form_of = lambda layout, **rest: PackedForm(part=part, stages=2, registers=0, programs=12)
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
     error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)

@@ -484,8 +484,9 @@ def sweep(log: Log, form: tuple[float, float, int, bool], context: int, copy_gbp
     chosen = packed_form(cases[0].layout, has_mean=mean, shared_bytes=made.shared_bytes)
     halves = (64, 128) if chosen.part in (64, 128) and kb != 3 else (chosen.part,)
     for part, stages, registers, programs in itertools.product(halves, (2, 3), (0, 168), (8, 12)):
-        made.form = PackedForm(part=part, stages=stages, registers=registers, programs=programs)
-        mark = " (chosen)" if made.form == chosen else ""
+        tried = PackedForm(part=part, stages=stages, registers=registers, programs=programs)
+        made.form_of = lambda layout, tried=tried, **rest: tried
+        mark = " (chosen)" if tried == chosen else ""
         log.step(
             f"sweep {context} K{kb:g}V{vb:g} g{group}{' mean' if mean else ''} part {part} stages {stages} "
             f"registers {registers} programs {programs}{mark}",

@@ -18,6 +18,7 @@ from skvq.kernels.triton_gpu.encode import encode_heads
 from skvq.kernels.triton_gpu.forms import (
     FULL_SPLITS,
     LABEL_NUMBERS,
+    LABEL_STAGES,
     LABEL_WARPS,
     MAX_SPLITS,
     PAGE_BLOCK,
@@ -63,10 +64,7 @@ class TritonGpu:
             properties = torch.cuda.get_device_properties(device)
             processors, self.shared_bytes = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
         self.programs = processors * WARPS_PER_SM
-        self.form: PackedForm | None = None  # other than ``packed_form`` chooses
-        self.label_stages = 3
-        self.label_warps = 2  # a program where there are more than 16 labels
-        self.label_waves = 1.0  # programs of `reorder`, as a share of those that the device holds at once
+        self.form_of = packed_form
         self.lanes = 128 if self.interpreted else 32  # tokens of a program of the lattice quantizer
         self.subnormals = subnormals
         self.scratch = Scratch(device)
@@ -82,7 +80,7 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             return reference.attend_heads(q, pages, codec, full, step)
         columns = self._check(q, layout.kv_heads, layout.head_size, full, step)
-        form = self.form or packed_form(layout, has_mean=codec.has_key_mean, shared_bytes=self.shared_bytes)
+        form = self.form_of(layout, has_mean=codec.has_key_mean, shared_bytes=self.shared_bytes)
         packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile, form.programs))
         held = self._partials("full", columns, q, self._full_splits(full))
         if packed.splits:
@@ -174,9 +172,9 @@ class TritonGpu:
         # keys of 8 bits want float32
         fast = layout.tile == 128 and bits["KEY_BITS"] in (2, 4) and bits["VALUE_BITS"] in (2, 4, 8)
         groups = layout.kv_heads * layout.groups
-        warps = (self.label_warps if groups > 16 else 1) if fast else 4
-        room = label_programs(layout, groups, warps, self.label_stages, self.shared_bytes) if fast else LABEL_WARPS / warps
-        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile, room * self.label_waves))
+        warps = (2 if groups > 16 else 1) if fast else 4  # two share the matrices of many labels
+        room = label_programs(layout, groups, warps, LABEL_STAGES, self.shared_bytes) if fast else LABEL_WARPS / warps
+        packed = self._partials("packed", columns, q, self._splits(columns, step, layout.tile, room))
         held = self._partials("full", columns, q, self._full_splits(full))
         if packed.splits:
             labels = self.tables.labels(codec, codec.key_labels, codec.value_labels, groups)
@@ -196,7 +194,7 @@ class TritonGpu:
                     q, tables.bases, tables.table, *shared, groups, **forms,
                     NH=columns.width,
                     GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=places,
-                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=self.label_stages,
+                    HAS_SPAN=_is_limited(step), ASM=not self.interpreted, num_warps=warps, num_stages=LABEL_STAGES,
                 )  # fmt: skip
             else:
                 attend_labels_kernel[grid](

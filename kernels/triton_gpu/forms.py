@@ -16,6 +16,7 @@ PAGE_BLOCK = 64  # of 16-bit tokens of method fp, four warps
 FULL_SPLITS = 32
 LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
 LABEL_WARPS = 8  # of 255 registers, that a multiprocessor holds
+LABEL_STAGES = 3  # of the software pipeline of `reorder`: a share of the tokens is on its way while another is computed with
 
 
 @dataclass(frozen=True, slots=True)
