@@ -15,6 +15,7 @@ from torch import Tensor
 from skvq.engine.config import ModelConfig, RopeConfig
 from skvq.engine.errors import ModelError, OptionError
 from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.ops import turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,7 @@ class StepRope:
 
     def turn(self, x: Tensor) -> Tensor:
         """``x`` [B, N, heads, D] turned by its positions, in x's dtype; channels pair as (j, D/2 + j)."""
-        a, b = x.float().chunk(2, -1)
-        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).to(x.dtype)
+        return turn(x, self.cos, self.sin)
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
