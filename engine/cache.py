@@ -18,6 +18,7 @@ from skvq.engine.overflow import OnFull
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.regions import Regions
 from skvq.engine.session import save_session
+from skvq.engine.streams import Streams
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 from skvq.kernels.ops import Ops
@@ -38,6 +39,7 @@ class CacheSetup:
     packed_token_bytes: float  # of a packed token over all layers, codes and metadata
     identity: Identity
     backend: str  # name of the kernels
+    streams: Streams
 
     @property
     def needs_mass(self) -> bool:
@@ -226,6 +228,26 @@ class SequenceCache:
         full.values[self.slot][:, slots] = values[leaves:].transpose(0, 1)
         self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[leaves:]
 
+    def pack_window(self, new_ids: Tensor) -> None:
+        """Once this step's tokens are in the ring of every layer: pack those that leave it; the others stay where they are.
+
+        new_ids: int64, ids of this step's tokens. Call between reserve and commit. Writes pages, retained slots and positions.
+        """
+        arena, regions = self.setup.arena, self.setup.regions
+        target = self.packed_after(len(new_ids))
+        ids = self._ids(self.packed, target, new_ids)
+        slots = regions.retained + torch.arange(self.packed, target, device=ids.device) % regions.ring
+        mass = arena.tensors["full_mass"]
+
+        def pack(layer: int) -> None:
+            full = arena.full(layer)
+            keys, values = (t[self.slot][:, slots].transpose(0, 1) for t in (full.keys, full.values))
+            retained = self._retain(layer, self.packed, ids, keys, values, mass[layer, self.slot, slots])
+            self.method.pack(layer, self.page_row, self.packed, keys, values, retained)
+
+        self.setup.streams.each(arena.shape.layers, pack)
+        arena.tensors["full_positions"][:, self.slot].index_fill_(1, slots, -1)
+
     def window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values [T, KH, D] and attention mass [T] of the window's tokens ``packed .. end-1``, in order."""
         ring = self.setup.regions
@@ -262,7 +284,10 @@ class SequenceCache:
         return torch.cat([old, new_ids[max(0, start - self.length) : max(0, stop - self.length)]])
 
     def _retain(self, layer: int, first: int, ids: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-        """Ask the rules; copy what they keep into retained slots. Returns bool [T]: the tokens retained."""
+        """Ask the rules; copy what they keep into retained slots. Returns bool [T]: the tokens retained.
+
+        Nothing here waits for the device.
+        """
         full = self.setup.arena.full(layer)
         positions = torch.arange(first, first + len(keys), device=keys.device)
         tokens = LeavingTokens(
@@ -277,15 +302,16 @@ class SequenceCache:
         retained = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
         start = 0
         for rule in self.setup.rules:
-            held = full.positions[self.slot, start : start + rule.budget]
-            free = (held < 0).nonzero()[:, 0] + start
+            slots = slice(start, start + rule.budget)
             start += rule.budget
-            wanted = (rule.keep(tokens) & ~retained).nonzero()[: len(free), 0]
-            slots = free[: len(wanted)]
-            full.keys[self.slot][:, slots] = keys[wanted].transpose(0, 1)
-            full.values[self.slot][:, slots] = values[wanted].transpose(0, 1)
-            full.positions[self.slot, slots] = positions[wanted].int()
-            retained[wanted] = True
+            held = full.positions[self.slot, slots]
+            wanted = rule.keep(tokens) & ~retained
+            taken, source = seats(held < 0, wanted)
+            full.positions[self.slot, slots] = torch.where(taken, positions[source].int(), held)
+            for kept, new in ((full.keys, keys), (full.values, values)):
+                here = kept[self.slot][:, slots]
+                here.copy_(torch.where(taken[None, :, None], new[source].transpose(0, 1), here))
+            retained |= wanted & (wanted.cumsum(0) <= taken.sum())
         return retained
 
     # --- life -----------------------------------------------------------------------------------------------------------------
@@ -370,3 +396,17 @@ class SequenceCache:
         shape = self.setup.arena.shape
         elements = 2 * shape.layers * shape.kv_heads * shape.head_size * max(1, self.length)
         return 8 * self.nbytes / elements
+
+
+def seats(free: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the tokens of ``wanted`` [T] the slots of ``free`` [S], both in order, while there are any of both.
+
+    Returns which slots are taken, bool [S], and by which token, int64 [S] (any where not taken).
+
+    >>> taken, source = seats(torch.tensor([True, False, True]), torch.tensor([False, True, False, False]))
+    >>> taken, source[taken]
+    (tensor([ True, False, False]), tensor([1]))
+    """
+    order = torch.argsort(wanted.byte(), descending=True, stable=True)
+    rank = free.cumsum(0) - 1
+    return free & (rank < wanted.sum()), order[rank.clamp(0, len(wanted) - 1)]

@@ -41,7 +41,10 @@ class LeavingTokens:
 
 @runtime_checkable
 class FilterRule(Protocol):
-    """What a rule must have."""
+    """What a rule must have.
+
+    On a GPU rules are asked about different layers on different streams: tensors kept between calls must be kept by layer.
+    """
 
     @property
     def budget(self) -> int:

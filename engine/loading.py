@@ -26,6 +26,7 @@ from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies, scaled
 from skvq.engine.storage import Form, WeightReader, form_of
+from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
 from skvq.kernels.registry import BackendUnavailable, get_backend
@@ -158,6 +159,7 @@ def build_cache(
         packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), loaded.fingerprint, tensors, loaded.rope, shape.dtype),
         backend=loaded.backend.name,
+        streams=streams_of(embedding.device),
     )
     return cache, setup
 

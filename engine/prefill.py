@@ -18,7 +18,7 @@ from skvq.engine.graph import last_hidden
 from skvq.engine.model import Model
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
-from skvq.engine.rollback import all_or_nothing
+from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch, StreamingLayer
 from skvq.kernels.interface import RopeFrequencies
@@ -57,7 +57,8 @@ def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, 
         count = min(len(rest), sequence.ring_room)
         piece, rest = rest[:count], rest[count:]
         batch = DecodeBatch([sequence], model.config.attention_spans, count)
-        with all_or_nothing(sequence):
+        sequence.reserve(count)  # may drop pages, which cannot be taken back
+        with all_or_nothing(sequence, RING_MARKS):
             batch.begin(piece)
             x = last_hidden(model, rope, batch, batch.max_packed)
             batch.commit(piece)

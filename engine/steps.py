@@ -23,7 +23,7 @@ from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.config import FULL_SPAN
-from skvq.engine.rollback import all_or_nothing
+from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal, merge_runs
 from skvq.kernels.interface import Step
@@ -238,13 +238,11 @@ class DecodeBatch:
         for row, sequence in enumerate(self.sequences):
             new = list(token_ids[row * count : (row + 1) * count])
             packs = sequence.packed_after(count) > sequence.packed
-            with all_or_nothing(sequence) if packs else nullcontext():
+            with all_or_nothing(sequence, RING_MARKS) if packs else nullcontext():
                 for at, mass in self.mass[row]:
                     self.setup.arena.tensors["full_mass"][at] = mass
                 if packs:
-                    ids = torch.tensor(new, device=self.slots.device)
-                    for layer in range(len(self.spans)):
-                        sequence.absorb(layer, *sequence.window(layer, sequence.length + count), ids)
+                    sequence.pack_window(torch.tensor(new, device=self.slots.device))
                 sequence.commit(new)
 
 

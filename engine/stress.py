@@ -21,6 +21,7 @@ from skvq.engine.planner import arena_shape, gib, largest_of, regions_of, rules_
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
+from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.kernels.ops import ops_for
@@ -73,6 +74,7 @@ def bare_setup(
         packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, rules_of(cache), "no model", tensors, rope, shape.dtype),
         backend=backend.name,
+        streams=streams_of(device),
     )
 
 

@@ -211,6 +211,27 @@ class Event:
         return 1e3 * (other.at - self.at)
 
 
+class Stream:
+    """Work is done at once, in whatever order it is asked for; who has waited for whom is kept."""
+
+    current: ClassVar[Stream]
+
+    def __init__(self, device: object = None) -> None:
+        self.seen: set[Stream] = set()  # streams whose work so far comes before what this one does next
+
+    def wait_stream(self, other: Stream) -> None:
+        self.seen |= {other, *other.seen}
+
+
+@contextlib.contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    before, Stream.current = Stream.current, stream
+    try:
+        yield
+    finally:
+        Stream.current = before
+
+
 class Properties:
     """What the engine asks of a card."""
 
@@ -247,11 +268,15 @@ def card(capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
         "get_device_properties": lambda device=None: Properties(),
         "get_device_name": lambda device=None: "a card that is not there",
         "Event": Event,
+        "Stream": Stream,
+        "stream": on_stream,
+        "current_stream": lambda device=None: Stream.current,
         "synchronize": lambda device=None: None,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
     }
     cudnn_on.cache_clear()  # another card
+    Stream.current = Stream()
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))

@@ -12,6 +12,7 @@ from skvq.engine import prefill as prefill_module
 from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
+from skvq.engine.methods import CacheMethod
 from skvq.engine.rollback import SLOT_TENSORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,15 +98,16 @@ def test_a_decode_step_can_be_taken_again(engine: Engine, monkeypatch: pytest.Mo
     if where == "layer":
         break_off(engine, 1, lambda: steps(engine, [sequence], [[7]]))
     else:
-        absorb = SequenceCache.absorb
+        method = type(engine.parts.setup.method)
+        pack = method.pack
 
-        def breaking(self: SequenceCache, layer: int, *args: Any) -> None:
+        def breaking(self: CacheMethod, layer: int, *args: Any) -> None:
+            pack(self, layer, *args)
             if layer == 1:
                 raise KeyboardInterrupt
-            absorb(self, layer, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(SequenceCache, "absorb", breaking)
+            patch.setattr(method, "pack", breaking)
             with pytest.raises(KeyboardInterrupt):
                 steps(engine, [sequence], [[7]])
     assert torch.equal(steps(engine, [sequence], [[7, 8, 9]]), steps(engine, [twin], [[7, 8, 9]]))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from card import CARD, Card, OnCard, card
+from card import CARD, Card, OnCard, Stream, card
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine import graph
 from skvq.engine.bench import bench_decode, bench_prefill
 from skvq.engine.config import SamplingConfig
-from skvq.engine.filters import HeavyHitters, KeyOutliers, TokenIds
+from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
+from skvq.engine.methods import CacheMethod
 from skvq.engine.sampling import Sampler
 from skvq.engine.steps import DecodeBatch
 
@@ -101,6 +103,40 @@ def test_load_read_and_decode(folder: Path, gpu: Card, method: str) -> None:
     on_cpu = tiny_engine(folder, tiny_cache(method=method), dtype="bfloat16", **options)
     wanted = steps(on_cpu, [on_cpu.prefill(random_ids(400))], [random_ids(3, seed=1)])
     assert float((got - wanted).norm() / wanted.norm()) < 0.1
+
+
+def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path, gpu: Card) -> None:
+    """The current stream has all layers' work behind it afterwards, even if it is broken off; ids are all that is copied."""
+    rules = (AttentionSinks(3), KeyOutliers(threshold=3.0))
+    options: dict[str, Any] = {"max_context": 700, "cuda_graph": False, "device": "cuda", "dtype": "auto"}
+    engine = tiny_engine(folder, tiny_cache(filters=rules), **options)
+    tile = engine.parts.setup.regions.tile
+    sequence = engine.prefill(random_ids(16 + 2 * tile - 1))
+    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+    method = type(engine.parts.setup.method)
+    on: list[Stream] = []
+
+    def packing(self: CacheMethod, layer: int, *args: Any) -> None:
+        on.append(Stream.current)
+        if broken and layer == 1:
+            raise KeyboardInterrupt
+
+    current = Stream.current
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "pack", packing)
+        for warm, broken in ((False, True), (True, True), (True, False)):
+            if warm:
+                engine.parts.setup.streams.each(0, lambda layer: None)
+            current.seen.clear()
+            engine.step.run(batch, [7])
+            gpu.waits.clear()
+            with pytest.raises(KeyboardInterrupt) if broken else contextlib.nullcontext():
+                batch.commit([7])
+            assert gpu.waits == {"to": 4 if broken else 2, "tensor": 2}  # marks kept, and put back; ids
+            first, second = on[-2:]
+            assert (first is second is current) == (not warm) and (first is current or second is current) == (not warm)
+            assert {first, second} <= current.seen and current in first.seen & second.seen
+    assert sequence.packed == 2 * tile
 
 
 def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:

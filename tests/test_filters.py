@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
-from skvq.engine.cache import SequenceCache
+from skvq.engine.cache import SequenceCache, seats
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import (
@@ -64,6 +64,14 @@ def retained(sequence: SequenceCache, layer: int = 0) -> list[int]:
 
 def engine_with(folder: Path, *rules: FilterRule, **cache: object) -> Engine:
     return tiny_engine(tiny_folder(folder, num_layers=1), tiny_cache(filters=rules, method="plain", **cache), max_context=900)
+
+
+@given(st.lists(st.booleans(), max_size=9), st.lists(st.booleans(), min_size=1, max_size=12))
+def test_seats_are_given_in_order(free: list[bool], wanted: list[bool]) -> None:
+    """The first token that wants one gets the first free slot, and so on."""
+    given = dict(zip([s for s, f in enumerate(free) if f], [t for t, w in enumerate(wanted) if w], strict=False))
+    taken, source = seats(torch.tensor(free, dtype=torch.bool), torch.tensor(wanted))
+    assert {s: int(source[s]) for s in taken.nonzero()[:, 0].tolist()} == given
 
 
 # --- each rule alone --------------------------------------------------------------------------------------------------
