@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -262,16 +264,20 @@ def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterat
 
 @torch.inference_mode()
 def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of causal attention over a prompt in chunks, as exact prefill does it, all layers (one is measured)."""
-    shape = (config.num_kv_heads, tokens, config.head_size, dtype, device)
-    keys, values = (kv_buffer(*shape).normal_() for _ in range(2))
+    """Seconds of causal attention over a prompt in chunks, as exact prefill does it, over all layers; nan where a layer's keys
+    and values do not fit. One layer of each span is measured."""
+    shape = (config.num_kv_heads, tokens, config.head_size)
+    if 2 * math.prod(shape) * dtype.itemsize > available_memory(device) / 2:
+        return math.nan
+    keys, values = (kv_buffer(*shape, dtype, device).normal_() for _ in range(2))
     q = torch.empty(CHUNK_TOKENS, config.num_heads, config.head_size, dtype=dtype, device=device).normal_()
 
-    def attend() -> None:
+    def attend(span: int) -> None:
         for start, stop in chunks(tokens):
-            attend_causal(q[: stop - start], keys[:, :stop], values[:, :stop], config.attention_spans[0])
+            attend_causal(q[: stop - start], keys[:, :stop], values[:, :stop], span)
 
-    return min(timed(attend, device, 1)) * config.num_layers
+    layers = Counter(config.attention_spans)
+    return sum(count * min(timed(partial(attend, span), device, 1)) for span, count in layers.items())
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from skvq.calibrate.run import built_in_corpus, calibrate, texts_of
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import SkvqError
+from skvq.engine.identity import rope_digest
 from skvq.engine.model import Model
 from skvq.engine.report import Reporter
 from skvq.kernels.interface import Backend, RopeFrequencies
@@ -110,9 +111,11 @@ def cached_or_made(
     backend: Backend,
     report: Reporter,
 ) -> Artifact:
-    """The artifact for this model and cache: from the user's cache folder, else made now on the built-in corpus and kept."""
+    """The artifact for this model, its RoPE and this cache: from the user's cache folder, else made now on the built-in corpus
+    and kept."""
     header = header_for(cache, fingerprint, BUILT_IN, tokens)
-    digest = hashlib.sha256(json.dumps(asdict(header), sort_keys=True).encode()).hexdigest()
+    key = {**asdict(header), "rope": rope_digest(rope)}  # keys are calibrated as they are turned
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
     if path.is_file():
         return load_for(path, model, cache, fingerprint)

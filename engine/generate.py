@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,6 +44,8 @@ class Engine:
     def __init__(self, parts: EngineParts, report: Reporter, *, prefix_cache: bool = True) -> None:
         self.parts, self.report = parts, report
         self.timing = Timing()
+        """Of the last call that read or wrote text."""
+        self._timings: WeakKeyDictionary[SequenceCache, Timing] = WeakKeyDictionary()  # of each one's last generation
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
@@ -153,14 +157,21 @@ class Engine:
             if sequence is None:
                 own.free()
 
-    def generate(self, text: str | Sequence[str], sampling: SamplingConfig | None = None) -> Any:
-        """The answer to a text (str), or to each of a list of texts (list of str), ``max_sequences`` of them at a time."""
+    @overload
+    def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(self, text: Sequence[str], sampling: SamplingConfig | None = None) -> list[str]: ...
+
+    def generate(self, text: str | Sequence[str], sampling: SamplingConfig | None = None) -> str | list[str]:
+        """The answer to a text, or to each of several texts, ``max_sequences`` of them at a time."""
         if isinstance(text, str):
             return "".join(self.stream(text, sampling))
         answers: list[str] = []
-        width = self.parts.setup.arena.shape.sequences
+        total, width = Timing(), self.parts.setup.arena.shape.sequences
         for start in range(0, len(text), width):
-            answers += self._generate_batch(text[start : start + width], sampling or SamplingConfig())
+            answers += self._generate_batch(text[start : start + width], sampling or SamplingConfig(), total)
+        self.timing = total
         return answers
 
     def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingConfig | None = None) -> str:
@@ -256,6 +267,7 @@ class Engine:
         self.prefixes.keep(sequence)
         seconds = time.perf_counter() - start
         self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill=how, prefill_seconds=seconds)
+        self._timings[sequence] = self.timing
         return logits
 
     def _read_rest(self, sequence: SequenceCache, ids: Sequence[int], kept: Checkpoint, *, short: bool) -> tuple[str, Tensor]:
@@ -282,6 +294,7 @@ class Engine:
         """Continue sequences together; yields (index, piece of text)."""
         start = time.perf_counter()
         answers = [Answer(self.parts.tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
+        timings = [self._timings[s] for s in sequences]
         live = list(enumerate(answers))
         batch: DecodeBatch | None = None
         while live:
@@ -302,12 +315,14 @@ class Engine:
             if batch is None:
                 batch = DecodeBatch([a.sequence for _, a in live], self.parts.model.config.attention_spans)
             rows = self.decode_step(batch, [a.token for _, a in live])
-            for (_, answer), row in zip(live, rows, strict=True):
+            seconds = time.perf_counter() - start
+            for (index, answer), row in zip(live, rows, strict=True):
                 answer.take(row)
-            self.timing.new_tokens += len(live)
-            self.timing.decode_seconds = time.perf_counter() - start
+                timings[index].new_tokens += 1
+                timings[index].decode_seconds = seconds
 
-    def _generate_batch(self, texts: Sequence[str], config: SamplingConfig) -> list[str]:
+    def _generate_batch(self, texts: Sequence[str], config: SamplingConfig, total: Timing) -> list[str]:
+        """The answers; what they took is added to ``total``."""
         answers = [""] * len(texts)
         sequences: list[SequenceCache] = []
         try:
@@ -317,14 +332,18 @@ class Engine:
                 logits.append(self.read(sequences[-1], self.encode(text)))
             for index, piece in self._decode(sequences, logits, config):
                 answers[index] += piece
+            timings = [self._timings[s] for s in sequences]
+            for timing in timings:
+                total.add(replace(timing, decode_seconds=0.0))
+            total.decode_seconds += max(timing.decode_seconds for timing in timings)  # they were decoded together
         finally:
             for sequence in sequences:
                 sequence.free()
         return answers
 
     def summary(self, sequence: SequenceCache) -> Summary:
-        """What the last generation and its sequence came to."""
-        return summary_of(self.parts, sequence, self.timing)
+        """What a sequence and the last generation that used it came to."""
+        return summary_of(self.parts, sequence, self._timings.get(sequence, Timing()))
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 

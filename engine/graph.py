@@ -72,19 +72,21 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """Graphs of one device, each in memory of its own, which is given back when the graph is given up.
+    """Graphs of one device, captured on a stream of their own, each in memory of its own, which is given back with the graph.
 
     The work is first launched kernel by kernel, with the grids of the graph: kernels get compiled and scratch memory allocated.
     Grids are those of the longest sequence the arena may hold, ``max_packed``, so no length outgrows them.
     """
 
-    def __init__(self, max_packed: int) -> None:
+    def __init__(self, max_packed: int, device: torch.device) -> None:
         self.max_packed = max_packed
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own is one for all devices
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
         found = work()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # a pool of graphs that are gone could not be used again: cuBLAS keeps a part of it
+        # memory of its own: of a pool whose graph is gone cuBLAS keeps a part; other threads may allocate meanwhile
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             logits = work()
         logits.copy_(found)
         return Captured(graph.replay, logits)
@@ -159,4 +161,4 @@ def _on_gpu(setup: CacheSetup) -> bool:
 
 
 def _cuda_graphs(setup: CacheSetup) -> CudaGraphs:
-    return CudaGraphs(setup.regions.packed(setup.max_context))
+    return CudaGraphs(setup.regions.packed(setup.max_context), setup.arena.page_table.device)

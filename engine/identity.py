@@ -59,7 +59,7 @@ class Identity:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text[:12] if len(text) == 64 else repr(value) if isinstance(value, str) else f"{value:g}"
+    return text[:12] if len(text) == 64 else f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def identity_of(
@@ -83,7 +83,7 @@ def identity_of(
         filters=", ".join(map(_rule_name, rules)),
         dtype=str(dtype).removeprefix("torch."),
         calibration=_digest(tensors),
-        rope=_digest({"inv_freq": rope.inv_freq, "scale": torch.tensor(rope.scale, dtype=torch.float64)}),
+        rope=rope_digest(rope),
     )
 
 
@@ -100,6 +100,11 @@ def bits_text(layer_bits: Sequence[LayerWidths]) -> str:
 def _rule_name(rule: FilterRule) -> str:
     """A rule with its parameters, where it is a dataclass; else the class only."""
     return repr(rule) if is_dataclass(rule) else f"{type(rule).__module__}:{type(rule).__qualname__}"
+
+
+def rope_digest(rope: RopeFrequencies) -> str:
+    """Digest of RoPE frequencies and their scale."""
+    return _digest({"inv_freq": rope.inv_freq, "scale": torch.tensor(rope.scale, dtype=torch.float64)})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

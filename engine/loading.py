@@ -1,9 +1,10 @@
-"""Putting an engine together: weights, plan, arena, calibration, method. Nothing is allocated before the plan fits."""
+"""Putting an engine together: plan, weights, calibration, arena, method. A context that does not fit is refused before any of
+it is allocated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.identity import identity_of
-from skvq.engine.machine import available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
+from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.overflow import OnFull, on_full_of
@@ -29,7 +30,6 @@ from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
-from skvq.kernels.registry import BackendUnavailable, get_backend
 from skvq.loaders import Tokenizer, open_model
 from skvq.loaders.artifact import Artifact
 from skvq.loaders.source import WeightSource
@@ -96,18 +96,16 @@ def load_parts(
     if place.type == "cuda":
         torch.cuda.set_device(place)  # kernels are launched, and graphs captured, on the current device
     compute = pick_dtype(dtype, place)
-    try:
-        kernels = get_backend(backend, place)
-    except BackendUnavailable as error:
-        raise OptionError(str(error)) from None
+    kernels = find_backend(backend, place)
     source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     if calibration is not None:
         cache = with_chosen_bits(cache, calibration, fingerprint=source.fingerprint)
     cache = cache.fitted(config)
     form = form_of(kernels.name, place, compute)
-    weight_bytes = form.held_bytes(source)
-    context, plan = plan_that_fits(config, cache, max_context, max_sequences, compute, place, prefill, weight_bytes)
+    room = Room.of(place, form.held_bytes(source))
+    planned: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "prefill": prefill, **asdict(room)}
+    context, plan = plan_that_fits(config, cache, max_context, **planned)
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read {plan.form}")
     full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
@@ -128,11 +126,37 @@ def load_parts(
     was_open = cache.is_open
     cache, setup = build_cache(loaded, cache, max_sequences, calibration, full, report)
     if was_open:
-        _, plan = plan_that_fits(config, cache, context, max_sequences, compute, place, prefill, weight_bytes)
+        plan = make_plan(config, cache, context=context, **planned)
     return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill, cuda_graph=cuda_graph)
 
 
-@torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a device has for an engine, bytes of its weights and of CUDA's own included. Measured once, before any is taken."""
+
+    memory: int
+    weight_bytes: int
+    host_memory: int
+    cuda_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device, weight_bytes: int) -> Room:
+        """The room on a device where nothing of the engine is allocated yet."""
+        return cls(
+            memory=available_memory(device),
+            weight_bytes=weight_bytes,
+            host_memory=pinnable_memory(device),
+            cuda_bytes=cuda_bytes(device),
+        )
+
+    @classmethod
+    def beside(cls, device: torch.device, weight_bytes: int) -> Room:
+        """The room for another cache over weights that are there."""
+        room = cls.of(device, weight_bytes)
+        return replace(room, memory=room.memory + room.weight_bytes + room.cuda_bytes)
+
+
+@torch.inference_mode(False)  # backends cache tables of a codec by ``Tensor._version``, which inference tensors lack
 def build_cache(
     loaded: LoadedModel,
     cache: CacheConfig,
@@ -167,10 +191,15 @@ def build_cache(
 def with_cache(
     parts: EngineParts, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
 ) -> EngineParts:
-    """The same weights with another cache."""
-    cache = cache.fitted(parts.model.config)
+    """The same weights with another cache. Raises CapacityError if there is no room for it beside this one."""
+    config, embedding = parts.model.config, parts.model.weights.embedding
+    cache = cache.fitted(config)
+    room = Room.beside(embedding.device, parts.plan.parts["weights"])
+    planned: dict[str, Any] = {"sequences": max_sequences, "dtype": embedding.dtype, "prefill": parts.prefill, **asdict(room)}
+    plan_that_fits(config, cache, parts.loaded.context, **planned)
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, parts.setup.on_full, report)
-    return replace(parts, cache=cache, setup=setup)
+    plan = make_plan(config, cache, context=parts.loaded.context, **planned)
+    return replace(parts, cache=cache, setup=setup, plan=plan)
 
 
 def bind_method(
@@ -195,19 +224,18 @@ def plan_that_fits(
     config: ModelConfig,
     cache: CacheConfig,
     max_context: int | None,
-    max_sequences: int,
-    compute: torch.dtype,
-    device: torch.device,
-    prefill: str,
-    weight_bytes: int,
+    *,
+    sequences: int,
+    **options: Any,
 ) -> tuple[int, Plan]:
-    """The context and its plan, which fits. Raises CapacityError, with the largest context that would, if none does."""
-    for what, value in (("max_context", max_context), ("max_sequences", max_sequences)):
+    """The context and its plan, which fits; options as for ``make_plan``.
+
+    Raises CapacityError, with the largest context that would fit, if it does not.
+    """
+    for what, value in (("max_context", max_context), ("max_sequences", sequences)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
             raise OptionError(f"{what} must be a positive number, got {value!r}")
-    memory = available_memory(device)
-    options: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "memory": memory, "prefill": prefill}
-    options |= {"weight_bytes": weight_bytes, "host_memory": pinnable_memory(device), "cuda_bytes": cuda_bytes(device)}
+    options["sequences"] = sequences
     most = largest_context(config, cache, **options)
     context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
     plan = make_plan(config, cache, context=context, **options)

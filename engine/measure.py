@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from skvq.engine.machine import available_memory
+
 
 def timed(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
     """Seconds of each of ``count`` calls, as the device's clock has it, what the host takes included where the device waits."""
@@ -33,7 +35,8 @@ def timed(call: Callable[[], object], device: torch.device, count: int) -> list[
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by a copy far larger than any cache, the best of several: the ceiling of whatever reads
     memory."""
-    source = torch.ones(1 << (30 if device.type == "cuda" else 28), dtype=torch.uint8, device=device)
+    size = 1 << (30 if device.type == "cuda" else 28)
+    source = torch.ones(min(size, available_memory(device) // 4), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / min(timed(lambda: target.copy_(source), device, 10))
 

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import OptionError
+from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
-from skvq.engine.machine import available_memory
-from skvq.engine.planner import arena_shape
 from skvq.engine.steps import DecodeBatch
 
 NEEDLE = "The secret number of the harbour master is {answer}."
@@ -183,16 +181,11 @@ def _measured(engine: Engine, question: Question, packed: Tensor, answer: str) -
 
 def reference_of(engine: Engine) -> list[Engine]:
     """An engine over a 16-bit cache beside this one; none, with a message that says so, where memory does not hold it."""
-    parts = engine.parts
-    cache, embedding = replace(parts.cache, method="fp"), parts.model.weights.embedding
-    shape = arena_shape(parts.model.config, cache, max_context=parts.setup.max_context, max_sequences=2, dtype=embedding.dtype)
-    memory = available_memory(embedding.device)
-    if shape.nbytes > memory:
-        engine.report.message(
-            f"no comparison with a 16-bit cache: it takes {shape.nbytes / 2**30:.1f} GiB, {memory / 2**30:.1f} GiB are there"
-        )
+    try:
+        return [engine.with_cache(replace(engine.parts.cache, method="fp"), max_sequences=2)]
+    except CapacityError as error:
+        engine.report.message(f"no comparison with a 16-bit cache: {error}")
         return []
-    return [engine.with_cache(cache, max_sequences=2)]
 
 
 def summary(found: Sequence[Needle]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ PIECE_TOKENS = 8 * PAGE_TOKENS
 CHUNK_TOKENS = 1024
 """Tokens that go through a layer's projections and MLP at once in prefill."""
 
-STAGED_TOKENS = 8192
+SEGMENT_TOKENS = 8192
 """Packed tokens whose keys and values streaming prefill unpacks at once, to float32 whatever the compute dtype."""
 
 
@@ -45,7 +45,7 @@ class PrefillForm:
         exact, groups = self.prefill == "exact", self.head_groups
         kv = 2 * model.num_kv_heads * model.head_size * size  # keys and values of a token in a layer
         chunk = min(tokens, CHUNK_TOKENS) * model.hidden_size * size
-        staged = 2 * model.num_kv_heads * model.head_size * 4 * min(tokens, STAGED_TOKENS)  # any later text is streamed
+        staged = 2 * model.num_kv_heads * model.head_size * 4 * min(tokens, SEGMENT_TOKENS)  # any later text is streamed
         if not exact:
             return {"hidden states of a chunk": chunk, "one layer's keys and values": staged}
         states = {"hidden states of a chunk": chunk} if self.host_states else self._states(model, tokens, size)

@@ -23,14 +23,12 @@ from torch import Tensor
 
 from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.config import FULL_SPAN
+from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal, merge_runs
 from skvq.kernels.interface import Step
 from skvq.kernels.ops import Ops, TorchOps
-
-SEGMENT_TOKENS = 8192
-"""Packed tokens staged to 16 bits at once by streaming prefill."""
 
 
 class LayerCache(Protocol):

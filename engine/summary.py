@@ -11,7 +11,7 @@ from skvq.engine.loading import EngineParts
 
 @dataclass(slots=True)
 class Timing:
-    """Tokens and seconds of one generation."""
+    """Tokens and seconds of a generation, of one sequence or of several that are decoded together."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
@@ -19,6 +19,15 @@ class Timing:
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0
+
+    def add(self, other: Timing) -> None:
+        """Add what was done after this."""
+        self.prompt_tokens += other.prompt_tokens
+        self.reused_tokens += other.reused_tokens
+        self.prefill = other.prefill
+        self.prefill_seconds += other.prefill_seconds
+        self.new_tokens += other.new_tokens
+        self.decode_seconds += other.decode_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import arena_of, bytes_of, random_ids, stepped_nll, steps, tiny_cache, tiny_engine, tiny_folder
 
+from skvq.engine import loading
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError, SessionError
 from skvq.engine.generate import Engine
@@ -102,6 +103,17 @@ def test_the_arena_is_what_the_plan_says_to_the_byte(engine: Engine, artifact: P
     for one in (engine, spent):
         planned = sum(size for part, size in one.parts.plan.parts.items() if part.startswith("cache"))
         assert one.parts.setup.arena.nbytes == one.parts.setup.arena.shape.nbytes == planned
+
+
+def test_memory_is_measured_once(folder: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan allows is allocated before calibration chooses the bits: by then less is free, and that is no reason to stop."""
+    monkeypatch.setenv("SKVQ_CACHE", str(tmp_path))
+    cache = tiny_cache(method=artifact.name, bits_budget=BUDGET)
+    needed = tiny_engine(folder, replace(cache, bits_budget=2.8)).parts.plan.total
+    free = iter([2 * needed])
+    monkeypatch.setattr(loading, "available_memory", lambda device: next(free, 0))
+    engine = tiny_engine(folder, cache)
+    assert engine.parts.plan.fits and not engine.parts.cache.is_open
 
 
 def test_a_plan_is_a_bound_without_the_artifact_and_exact_with_it(artifact: Path, folder: Path) -> None:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class CheckedGraphs:
     """``Graphs`` of a card: work is refused that a graph could not hold, and a replay is the same work done once more."""
 
-    def __init__(self, max_packed: int) -> None:
+    def __init__(self, max_packed: int, device: torch.device) -> None:
         self.max_packed = max_packed
         [self.card] = Card.active
 

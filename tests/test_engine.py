@@ -155,6 +155,18 @@ def test_a_batch_whose_answers_end_at_different_times(engine: Engine) -> None:
     assert ending.generate(texts, sampling) == [ending.generate(text, sampling) for text in texts]
 
 
+def test_what_a_call_took_is_told_of_the_call_and_of_each_sequence(engine: Engine) -> None:
+    """A batch is the sum of its texts; a sequence keeps its own figures whatever is read after it."""
+    sampling = SamplingConfig(max_new_tokens=4)
+    texts = [PROMPT, "y", PROMPT * 2, "x", "z"]  # more than go together
+    engine.generate(texts, sampling)
+    assert engine.timing.prompt_tokens == sum(len(engine.encode(text)) for text in texts) and engine.timing.new_tokens == 15
+    sequence = engine.prefill(PROMPT)
+    engine.generate("y", sampling)
+    assert engine.summary(sequence).prompt_tokens == len(engine.encode(PROMPT)) and engine.summary(sequence).new_tokens == 0
+    sequence.free()
+
+
 # --- sequences --------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +228,7 @@ def test_a_token_that_is_not_there_is_refused(engine: Engine, token: int) -> Non
 def test_an_engine_over_the_same_weights_with_another_cache(engine: Engine) -> None:
     ids = random_ids(400)
     plain = engine.with_cache(tiny_cache(method="fp"))
+    assert plain.parts.plan.parts["cache: packed pages"] > engine.parts.plan.parts["cache: packed pages"]
     dense = -engine.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     assert plain.parts.model is engine.parts.model
     assert (plain.nll(ids) - dense).abs().mean() < (engine.nll(ids) - dense).abs().mean() / 10

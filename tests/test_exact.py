@@ -83,7 +83,7 @@ def test_without_room_for_all_heads_the_plan_has_groups_and_says_so(tmp_path: Pa
     """Small pieces, so that groups pay at a few thousand tokens. A shorter prompt has room for all heads."""
     for module in ("exact", "cache", "prefill_form"):
         monkeypatch.setattr(f"skvq.engine.{module}.PIECE_TOKENS", 128)
-    monkeypatch.setattr("skvq.engine.prefill_form.STAGED_TOKENS", 0)
+    monkeypatch.setattr("skvq.engine.prefill_form.SEGMENT_TOKENS", 0)
     ample = engine_for(tmp_path, tiny_cache(), "mha")
     config, plan = ample.parts.model.config, ample.parts.plan
     assert plan.form == PrefillForm() and not plan.host_parts

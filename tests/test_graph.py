@@ -183,7 +183,9 @@ def test_who_gets_a_graph(folder: Path) -> None:
         step = decode_step_of(model, parts.rope, replace(setup, backend=backend), graph=graph)
         return type(step.graphs) if isinstance(step, GraphStep) else type(step)
 
-    assert made(large, setup, "triton") is CudaGraphs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", lambda device: None)
+        assert made(large, setup, "triton") is CudaGraphs
     assert made(large, setup, "triton", graph=False) is EagerStep
     assert made(large, setup, "reference") is EagerStep
     assert made(large, mass, "triton") is EagerStep
@@ -202,8 +204,9 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
             seen.append("replay")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: seen.append(type(graph)) or nullcontext())
-    graphs, launched = CudaGraphs(512), []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: seen.append((type(graph), stream)) or nullcontext())
+    graphs, launched = CudaGraphs(512, torch.device("cuda:1")), []
 
     def work() -> Tensor:
         launched.append(len(seen))
@@ -211,7 +214,7 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
 
     captured = [graphs.capture(work) for _ in range(2)]
     captured[0].replay()
-    assert seen == [Graph, Graph, "replay"]
+    assert seen == [(Graph, "stream of cuda:1")] * 2 + ["replay"]
     assert launched == [0, 1, 1, 2]  # compiled before it is captured
     assert captured[1].logits.item() == 3.0  # what the work gave that was done, not what capturing left
 
