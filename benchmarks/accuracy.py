@@ -28,7 +28,6 @@ from torch import Tensor
 
 from skvq import CacheConfig, Engine
 from skvq.calibrate.run import built_in_corpus
-from skvq.engine.evaluate import as_ids
 from skvq.engine.measure import device_name
 from skvq.loaders import resolve
 
@@ -73,7 +72,7 @@ def main(model: str, corpus: Path, texts: tuple[Path, ...], tokens: int, output:
     for options in CACHES:
         packed_rows(engine, CacheConfig(**options), corpus, measured, tokens, note)
     first = texts[0]
-    ids = as_ids(engine.encode(first.read_text())[:tokens], torch.device("cpu"))
+    ids = engine.parts.model.ids(engine.encode(first.read_text())[:tokens])
     simulated_rows(engine, corpus, first.name, ids, note)
     transformers_row(model, first.name, ids, note)
     plot([r for r in rows if r["text"] == first.name and r["window"] != "tiles"], output.with_suffix(".png"))
@@ -112,7 +111,7 @@ def row_name(cache: CacheConfig) -> str:
 
 def simulated_rows(engine: Engine, corpus: Path, name: str, ids: Tensor, note: Callable[[dict[str, Any]], None]) -> None:
     """KIVI and SKVQ as their authors simulate them, 2 bits."""
-    published = published_schemes(engine, as_ids(engine.encode(corpus.read_text())[:CALIBRATION_TOKENS], ids.device))
+    published = published_schemes(engine, engine.parts.model.ids(engine.encode(corpus.read_text())[:CALIBRATION_TOKENS]))
     for label, bits, scheme in (
         ("KIVI, simulated, K2V2", 2 + 32 / GROUP, lambda layer: Kivi()),
         ("SKVQ as published, simulated, K2V2", 2 + 16 / GROUP, lambda layer: published[layer]),

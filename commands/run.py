@@ -57,7 +57,7 @@ def run(**options: Any) -> None:
     engine = load_engine(options, cache_config(options), on_full=options["on_full"])
     sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
     if options["fill"]:
-        engine.fill(sequence, options["fill"], seed=sampling.seed)
+        engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
     prompt = run_prompt(engine, text, options, sequence)
     pieces = []
     for piece in engine.stream(prompt, sampling, sequence=sequence, checkpoint=options["checkpoint"]):

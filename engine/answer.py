@@ -18,35 +18,39 @@ class Answer:
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
         self._text = TextStream(tokenizer)
-        self._stop = StopWatch(config.stop)
+        self._stop = StopWatch(config.stops)
         self._room = sequence.setup.on_full.room(sequence)
         self.count = 0
         self.done = False
+        self.finish = ""
+        """What ended it: ``end`` (an end token), ``stop`` (a stop string), ``length`` (enough tokens) or ``context`` (full)."""
         self.token = -1
         self.take(logits)
 
     def take(self, logits: Tensor) -> None:
         """Draw the next token from ``logits`` [V]; it is the next to be decoded unless the answer is over."""
         if self.count >= self.config.max_new_tokens:
-            self.done = True
+            self.done, self.finish = True, "length"
             return
         self.token = self._sampler.draw(logits)
         self.sequence.pending = [self.token]
         self.count += 1
         self.done = self.token in self._ends
+        self.finish = "end" if self.done else ""
 
     def piece(self) -> str:
         """Text that the token just drawn completes; called once a token."""
         if self.done or self.count == 0:
             return self.rest()
         shown = self._stop.push(self._text.push(self.token))
-        self.done = self._stop.stopped or self.count >= self.config.max_new_tokens or self.count > self._room
-        return shown + self.rest() if self.done and not self._stop.stopped else shown
-
-    @property
-    def cut_off(self) -> bool:
-        """Whether the answer is over only because the context is full."""
-        return self.done and self._room < self.count < self.config.max_new_tokens and self.token not in self._ends
+        if self._stop.stopped:
+            self.done, self.finish = True, "stop"
+            return shown
+        if self.count >= self.config.max_new_tokens:
+            self.done, self.finish = True, "length"
+        elif self.count > self._room:
+            self.done, self.finish = True, "context"
+        return shown + self.rest() if self.done else shown
 
     def rest(self) -> str:
         """What was held back, when the answer is over."""

@@ -20,6 +20,8 @@ Page = tuple[tuple[str, TensorSpec], ...]
 
 
 PACKED_TENSORS = ("key_codes", "value_codes", "meta")
+SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
+"""Of full-precision tokens: [L, S, KH, F, D] the first two, [L, S, F] the others."""
 
 
 def run_name(name: str, run: int) -> str:
@@ -149,6 +151,11 @@ class Arena:
         return len(self._free_pages) + sum(lender.spare_pages for lender in self._lenders)
 
     @property
+    def free_sequences(self) -> int:
+        """Sequence slots that can be had."""
+        return len(self._free_sequences)
+
+    @property
     def unused_pages(self) -> int:
         """Pages nobody holds."""
         return len(self._free_pages)
@@ -236,7 +243,7 @@ class Arena:
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy the full-precision tokens of a sequence slot."""
-        for name in ("full_keys", "full_values", "full_positions", "full_mass"):
+        for name in SLOT_TENSORS:
             self.tensors[name][:, target] = self.tensors[name][:, source]
 
     def release_sequence(self, slot: int) -> None:

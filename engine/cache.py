@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.errors import CapacityError
-from skvq.engine.filters import FilterRule, LeavingTokens
+from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.filters import FilterRule, LeavingTokens, asked
+from skvq.engine.guard import computes
 from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
 from skvq.engine.overflow import OnFull
@@ -56,6 +57,7 @@ class SequenceCache:
     """
 
     def __init__(self, setup: CacheSetup) -> None:
+        self.alive = False
         self.setup = setup
         self.slot = setup.arena.new_sequence()
         self.pages: list[int] = []
@@ -65,7 +67,31 @@ class SequenceCache:
         self.token_ids: list[int] = []
         self.filled = False  # holds tokens that no model has read (``stress.fill``)
         self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
+        self.logits: Tensor | None = None  # [V] that reading gave, of what follows the last token, until anything changes
         self.alive = True
+
+    def __repr__(self) -> str:
+        held = f"{self.length:,} tokens, {self.packed:,} packed in {len(self.pages)} pages" if self.alive else "freed"
+        return f"<SequenceCache: {held}>"
+
+    def __enter__(self) -> SequenceCache:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.free()
+
+    def __del__(self) -> None:
+        self.free()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.setup.arena.page_table.device
+
+    def require_alive(self) -> None:
+        """Raise OptionError if it has been freed: its slot may be another sequence's by now."""
+        if not self.alive:
+            raise OptionError("the sequence has been freed")
 
     # --- lengths ---------------------------------------------------------------------------------------------------------
 
@@ -83,7 +109,7 @@ class SequenceCache:
 
         Of a full context it may drop the oldest pages (``Engine.load(on_full="shift")``): lengths are other ones afterwards.
         """
-        assert self.alive, "the sequence has been freed"
+        self.require_alive()
         self.setup.on_full.make_room(self, count)
         self.require(count)
         target = self.packed_after(count)
@@ -144,7 +170,7 @@ class SequenceCache:
         self.packed = self.packed_after(len(token_ids))
         self.length += len(token_ids)
         self.token_ids.extend(token_ids)
-        self.pending = []
+        self.pending, self.logits = [], None
 
     def share(self, pages: Sequence[int], token_ids: Sequence[int]) -> None:
         """Make an empty sequence one of ``token_ids`` that fill ``pages``, others hold them; the caller sets retained slots."""
@@ -211,10 +237,10 @@ class SequenceCache:
     def absorb_piece(self, layer: int, start: int, keys: Tensor, values: Tensor, mass: Tensor, new_ids: Tensor) -> None:
         """``absorb`` of some of the tokens, which begin at position ``start``: all pieces one after another, the first at
         ``packed``, each a multiple of PIECE_TOKENS but the last."""
-        ring, full = self.setup.regions, self.setup.arena.full(layer)
+        regions, full = self.setup.regions, self.setup.arena.full(layer)
         end = start + len(keys)
         if start == self.packed:
-            full.positions[self.slot, ring.retained :] = -1
+            full.positions[self.slot, regions.retained :] = -1
         target = min(max(start, self.packed_after(len(new_ids))), end)
         keys, values, leaves = keys.to(full.keys.dtype), values.to(full.values.dtype), target - start
         if leaves:
@@ -222,7 +248,7 @@ class SequenceCache:
             retained = self._retain(layer, start, ids, keys[:leaves], values[:leaves], mass[:leaves])
             self.method.pack(layer, self.page_row, start, keys[:leaves], values[:leaves], retained)
         at = torch.arange(target, end, device=keys.device)
-        slots = ring.retained + at % ring.ring
+        slots = regions.slot(at)
         full.positions[self.slot, slots] = at.int()
         full.keys[self.slot][:, slots] = keys[leaves:].transpose(0, 1)
         full.values[self.slot][:, slots] = values[leaves:].transpose(0, 1)
@@ -236,7 +262,7 @@ class SequenceCache:
         arena, regions = self.setup.arena, self.setup.regions
         target = self.packed_after(len(new_ids))
         ids = self._ids(self.packed, target, new_ids)
-        slots = regions.retained + torch.arange(self.packed, target, device=ids.device) % regions.ring
+        slots = regions.slot(torch.arange(self.packed, target, device=ids.device))
         mass = arena.tensors["full_mass"]
 
         def pack(layer: int) -> None:
@@ -250,10 +276,8 @@ class SequenceCache:
 
     def window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values [T, KH, D] and attention mass [T] of the window's tokens ``packed .. end-1``, in order."""
-        ring = self.setup.regions
         full = self.setup.arena.full(layer)
-        at = torch.arange(self.packed, end, device=full.keys.device)
-        slots = ring.retained + at % ring.ring
+        slots = self.setup.regions.slot(torch.arange(self.packed, end, device=full.keys.device))
         keys, values = (t[self.slot][:, slots].transpose(0, 1) for t in (full.keys, full.values))
         return keys, values, self.setup.arena.tensors["full_mass"][layer, self.slot, slots]
 
@@ -305,7 +329,7 @@ class SequenceCache:
             slots = slice(start, start + rule.budget)
             start += rule.budget
             held = full.positions[self.slot, slots]
-            wanted = rule.keep(tokens) & ~retained
+            wanted = asked(rule, tokens) & ~retained
             taken, source = seats(held < 0, wanted)
             full.positions[self.slot, slots] = torch.where(taken, positions[source].int(), held)
             for kept, new in ((full.keys, keys), (full.values, values)):
@@ -316,25 +340,30 @@ class SequenceCache:
 
     # --- life -----------------------------------------------------------------------------------------------------------------
 
+    @computes
     def fork(self) -> SequenceCache:
         """A second sequence with the same past. Pages are shared; full-precision slots are copied."""
-        assert self.alive, "the sequence has been freed"
+        self.require_alive()
         twin = SequenceCache(self.setup)
         twin.pages = self.pages[: pages_for(self.packed)]  # without what a step that was broken off has reserved
         for page in twin.pages:
             self.setup.arena.share(page)
         twin.length, twin.packed, twin.dropped, twin.filled = self.length, self.packed, self.dropped, self.filled
-        twin.token_ids, twin.pending = list(self.token_ids), list(self.pending)
+        twin.token_ids, twin.pending, twin.logits = list(self.token_ids), list(self.pending), self.logits
         twin._write_row()
         self.setup.arena.copy_slot(self.slot, twin.slot)
         return twin
 
+    @computes
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``, dropped ones not counted.
 
         Tokens of the window are forgotten exactly. Where the cut lies in packed pages, tokens of its last, now partial, tile
         go back into the window as they were packed: the window is then shorter than usual until new tokens fill it.
         """
+        self.require_alive()
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise OptionError(f"length must be a number of tokens, got {length!r}")
         if not 0 <= length <= self.length:
             raise CapacityError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")
         setup, arena = self.setup, self.setup.arena
@@ -348,28 +377,37 @@ class SequenceCache:
         positions[positions >= length] = -1
         self.packed, self.length = packed, length
         del self.token_ids[length:]
-        self.pending = []
+        self.pending, self.logits = [], None
         while len(self.pages) > pages_for(packed):
             arena.release(self.pages.pop())
 
+    def take_back(self) -> None:
+        """Make the last token pending again: read once more, it gives the logits of what may follow."""
+        if not self.length:
+            raise OptionError("the sequence is empty: there is nothing to go on from")
+        last = self.token_ids[-1]
+        self.truncate(self.length - 1)
+        self.pending = [last]
+
     def _reopen(self, layer: int, packed: int, length: int) -> None:
         """Bring tokens ``packed .. length-1`` back from their tile into the ring; retained ones leave their slots for it."""
-        ring, full = self.setup.regions, self.setup.arena.full(layer)
-        full.positions[self.slot, ring.retained :] = -1
+        regions, full = self.setup.regions, self.setup.arena.full(layer)
+        full.positions[self.slot, regions.retained :] = -1
         if length == packed:
             return
-        keys, values = self.stage(layer, packed, ring.tile)
+        keys, values = self.stage(layer, packed, regions.tile)
         at = torch.arange(packed, length, device=keys.device)
-        slots = ring.retained + at % ring.ring
+        slots = regions.slot(at)
         full.keys[self.slot][:, slots] = keys[: len(at)].transpose(0, 1).to(full.keys.dtype)
         full.values[self.slot][:, slots] = values[: len(at)].transpose(0, 1).to(full.values.dtype)
-        held = full.positions[self.slot, self.orphans : ring.retained]
+        held = full.positions[self.slot, self.orphans : regions.retained]
         held[(held >= packed) & (held < length)] = -1
         full.positions[self.slot, slots] = at.int()
 
+    @computes
     def save(self, file: str | Path) -> None:
         """Write the sequence to a file, whole or not at all; ``Engine.restore`` brings it back. Raises SkvqError."""
-        assert self.alive, "the sequence has been freed"
+        self.require_alive()
         save_session(self, Path(file))
 
     def free(self) -> None:
@@ -385,6 +423,7 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes its tokens occupy: packed codes and metadata, and 16 bits for tokens in the window and retained."""
+        self.require_alive()
         shape = self.setup.arena.shape
         packed = self.packed * self.setup.packed_token_bytes
         held = int((self.setup.arena.tensors["full_positions"][:, self.slot] >= 0).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
@@ -145,7 +146,7 @@ class CacheConfig:
     value_bits: float = 2.0
     group_size: int = 64
     window: int = 128
-    filters: tuple[FilterRule, ...] = (AttentionSinks(5),)
+    filters: Sequence[FilterRule] = (AttentionSinks(5),)
     bits_budget: float | None = None
     layer_bits: tuple[LayerWidths, ...] = ()
 
@@ -212,10 +213,9 @@ class CacheConfig:
             return self
         group = min(self.group_size, model.head_size)
         if group not in GROUP_SIZES or model.head_size % group:
-            raise OptionError(
-                f"head size {model.head_size} is not a multiple of group size {group}: "
-                f"choose a group size of {', '.join(map(str, GROUP_SIZES))} that divides it, or method 'fp'"
-            )
+            fits = [str(size) for size in GROUP_SIZES if model.head_size % size == 0]
+            advice = f"choose a group size of {' or '.join(fits)}" if fits else "no group size divides it, choose method 'fp'"
+            raise OptionError(f"head size {model.head_size} is not a multiple of group size {group}: {advice}")
         if len(self.layer_bits) not in (0, model.num_layers):
             raise OptionError(
                 f"layer_bits names {len(self.layer_bits)} layers, the model has {model.num_layers}: give one pair each"
@@ -245,6 +245,7 @@ class SamplingConfig:
 
     repeat_penalty divides positive and multiplies negative logits of tokens seen before (CTRL, arXiv 1909.05858).
     top_k 0 and top_p 1 and min_p 0 keep everything; min_p is relative to the likeliest token.
+    seed: of the draws, the same for each answer; None draws a new one for each.
     stop: texts that end the generation and are not returned.
     """
 
@@ -254,12 +255,12 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
+    seed: int | None = 0
+    stop: str | Sequence[str] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = self.stops if isinstance(self.stop, (str, tuple, list)) else None
         checks = {
             "max_new_tokens": _is_whole(self.max_new_tokens) and self.max_new_tokens >= 0,
             "repeat_penalty": _is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100,
@@ -267,13 +268,19 @@ class SamplingConfig:
             "top_k": _is_whole(self.top_k) and self.top_k >= 0,
             "top_p": _is_number(self.top_p) and 0 < self.top_p <= 1,
             "min_p": _is_number(self.min_p) and 0 <= self.min_p <= 1,
-            "seed": _is_whole(self.seed) and -(2**63) <= self.seed < 2**64,
-            "stop": isinstance(stop, (tuple, list)) and all(isinstance(s, str) and s for s in stop),
+            "seed": self.seed is None or (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64),
+            "ignore_eos": isinstance(self.ignore_eos, bool),
+            "stop": stop is not None and all(isinstance(s, str) and s for s in stop),
         }
         for name, good in checks.items():
             if not good:
                 raise OptionError(f"{name} is out of range: {getattr(self, name)!r}")
-        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop", self.stops)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings, however they were given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def _width(value: object, name: str) -> float:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.model import Model
+from skvq.engine.model import LayerCache, Model
 from skvq.engine.planner import bits_per_element
 from skvq.engine.rope import StepRope, at_positions
-from skvq.engine.steps import DenseLayer, LayerCache, add_mass
+from skvq.engine.steps import DenseLayer, add_mass
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.reference import masked_attention, merge
@@ -189,8 +189,3 @@ def nll_of(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
         target = ids[start + 1 : start + ROWS + 1, None]
         parts.append(-model.head(hidden[start : start + len(target)]).log_softmax(-1).gather(1, target)[:, 0])
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def as_ids(token_ids: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [N] on the device."""
-    return torch.as_tensor(list(token_ids), dtype=torch.int64, device=device)

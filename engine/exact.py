@@ -17,7 +17,6 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.config import ModelConfig
-from skvq.engine.evaluate import as_ids
 from skvq.engine.model import Model
 from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
 from skvq.engine.prefill_form import PIECE_TOKENS, PrefillForm
@@ -57,7 +56,7 @@ def exact_prefill(
 ) -> Tensor:
     """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers. Broken off, it is empty."""
     sequence.reserve(len(ids))
-    tokens = as_ids(ids, model.weights.embedding.device)
+    tokens = model.ids(ids)
     state = new_state(model, len(ids), form)
     reader = (AllHeads if form.head_groups == 1 else HeadGroups)(model, rope, sequence, tokens, state)
     pieces = chunks(len(ids))

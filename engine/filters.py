@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.errors import OptionError, nearest
+from skvq.engine.options import option_class
 
 ENTRY_POINT = "skvq.filters"
 
@@ -58,6 +59,16 @@ class FilterRule(Protocol):
         """bool [T]: the tokens that should stay in full precision."""
 
 
+def asked(rule: FilterRule, tokens: LeavingTokens) -> Tensor:
+    """What the rule keeps, bool [T]. Raises OptionError, naming the rule, if it is anything else."""
+    kept: object = rule.keep(tokens)
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != tokens.positions.shape:
+        got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+        raise OptionError(f"filter rule {rule!r}: keep must return a bool tensor [{len(tokens.positions)}], got {got}")
+    return kept
+
+
+@option_class
 @dataclass(frozen=True, slots=True)
 class AttentionSinks:
     """The first ``n`` tokens of the sequence (StreamingLLM, arXiv 2309.17453)."""
@@ -79,14 +90,17 @@ class AttentionSinks:
         return tokens.positions < self.n
 
 
+@option_class
 @dataclass(frozen=True, slots=True)
 class TokenIds:
     """Tokens with one of these ids: separators, role marks, whatever the user knows to matter."""
 
-    ids: frozenset[int]
+    ids: Collection[int]
     budget: int = 64
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ids, Collection):
+            raise OptionError(f"TokenIds.ids must be a set of token ids, got {self.ids!r}")
         object.__setattr__(self, "ids", frozenset(self.ids))
         odd = [i for i in self.ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31]
         if odd:
@@ -102,6 +116,7 @@ class TokenIds:
         return torch.isin(tokens.token_ids, wanted)
 
 
+@option_class
 @dataclass(frozen=True, slots=True)
 class KeyOutliers:
     """Tokens whose key norm lies ``threshold`` robust deviations from their tile's median: sinks that do not sit at the
@@ -113,8 +128,7 @@ class KeyOutliers:
 
     def __post_init__(self) -> None:
         _check_budget(self.budget, "KeyOutliers.budget")
-        if not self.threshold > 0:
-            raise OptionError(f"KeyOutliers.threshold must be positive, got {self.threshold}")
+        _check_threshold(self.threshold, "KeyOutliers.threshold")
 
     @property
     def needs_attention_mass(self) -> bool:
@@ -132,6 +146,7 @@ def stands_out(x: Tensor, threshold: float) -> Tensor:
     return torch.gt(away, threshold * deviation.clamp_min(1e-6))
 
 
+@option_class
 @dataclass(frozen=True, slots=True)
 class HeavyHitters:
     """Tokens that drew ``threshold`` times their tile's mean attention while in the window (H2O, arXiv 2306.14048)."""
@@ -141,8 +156,7 @@ class HeavyHitters:
 
     def __post_init__(self) -> None:
         _check_budget(self.budget, "HeavyHitters.budget")
-        if not self.threshold > 0:
-            raise OptionError(f"HeavyHitters.threshold must be positive, got {self.threshold}")
+        _check_threshold(self.threshold, "HeavyHitters.threshold")
 
     @property
     def needs_attention_mass(self) -> bool:
@@ -207,6 +221,11 @@ def _find_rule(name: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise OptionError(f"filter rule {name!r} cannot be imported: {error}") from None
     return found
+
+
+def _check_threshold(value: float, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise OptionError(f"{what} must be a positive number, got {value!r}")
 
 
 def _check_budget(value: int, what: str, least: int = 1) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -13,19 +13,23 @@ import torch
 from torch import Tensor
 
 from skvq.engine import scoring
-from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.checkpoint import Checkpoint, FileCheckpoint, NoCheckpoint
 from skvq.engine.config import CacheConfig, SamplingConfig
-from skvq.engine.errors import OptionError, require_known
+from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.evaluate import DecodeRegimeLayer
 from skvq.engine.exact import exact_prefill
+from skvq.engine.generation import Generation
 from skvq.engine.graph import decode_step_of
+from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
+from skvq.engine.machine import pick_device
 from skvq.engine.options import names_options
+from skvq.engine.planner import bits_per_element
 from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
+from skvq.engine.prompt import Prompt, token_ids_of
 from skvq.engine.report import Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
@@ -91,28 +95,47 @@ class Engine:
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
         require_known(prefill, PREFILLS, "prefill")
+        _require_type("dummy_weights", dummy_weights, bool)
+        _require_type("prefix_cache", prefix_cache, bool)
+        _require_type("cuda_graph", cuda_graph, bool)
+        _require_type("download", download, bool)
+        _require_type("cache", cache, CacheConfig, None)
+        _require_type("rope_scaling", rope_scaling, str, None)
         chosen = report if report is not None else StderrReporter()
-        parts = load_parts(
-            str(model),
-            max_context=max_context,
-            max_sequences=max_sequences,
-            cache=cache if cache is not None else CacheConfig(),
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            calibration=Path(calibration) if calibration is not None else None,
-            dummy_weights=dummy_weights,
-            rope_scaling=rope_scaling,
-            prefill=prefill,
-            on_full=on_full,
-            cuda_graph=cuda_graph,
-            download=download,
-            report=chosen,
-        )
-        engine = cls(parts, chosen, prefix_cache=prefix_cache)
-        engine.warm_up()
+        with own_settings(pick_device(device)):
+            parts = load_parts(
+                str(model),
+                max_context=max_context,
+                max_sequences=max_sequences,
+                cache=cache if cache is not None else CacheConfig(),
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                calibration=Path(calibration) if calibration is not None else None,
+                dummy_weights=dummy_weights,
+                rope_scaling=rope_scaling,
+                prefill=prefill,
+                on_full=on_full,
+                cuda_graph=cuda_graph,
+                download=download,
+                report=chosen,
+            )
+            engine = cls(parts, chosen, prefix_cache=prefix_cache)
+            engine.warm_up()
         return engine
 
+    def __repr__(self) -> str:
+        setup, config = self.parts.setup, self.parts.model.config
+        cache = f"{self.parts.cache.method} of {bits_per_element(self.parts.cache, config):.2f} bits"
+        size = f"{config.num_parameters / 1e6:,.0f}M parameters, context {setup.max_context:,}"
+        return f"<Engine: {size}, cache {cache}, {setup.backend} on {self.device}>"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.parts.setup.arena.page_table.device
+
+    @computes
     @names_options
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
@@ -133,63 +156,118 @@ class Engine:
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
+    @names_options
     def stream(
         self,
-        text: str | Sequence[int],
+        text: Prompt,
         sampling: SamplingConfig | None = None,
         *,
         sequence: SequenceCache | None = None,
         checkpoint: str | Path | None = None,
-    ) -> Iterator[str]:
-        """Pieces of the answer to ``text`` as they are drawn, whole characters only.
+    ) -> Generator[str, None, None]:
+        """Pieces of the answer to a text, to token ids or to chat messages, as they are drawn; whole characters only.
 
-        With ``sequence`` the text continues it, and the sequence holds the answer afterwards (its last token is ``pending``
-        until more is read; an empty text goes on from there); else one is made and freed.
+        With ``sequence`` the prompt continues it, and the sequence holds the answer afterwards (its last token is ``pending``
+        until more is read); an empty text goes on from its last token. Without, one is made and freed. A stop string is left
+        out of the pieces, but the tokens that spell it stay in the sequence. Arguments are checked at once; work begins with
+        the first piece. ``checkpoint`` as for ``read``.
         """
-        own = sequence if sequence is not None else self.new_sequence()
+        config = self._sampling(sampling)
+        if sequence is not None:
+            self._require_own(sequence)
+            if sequence.length and isinstance(text, str) and not text:
+                ids: list[int] = []
+            else:
+                ids = self.encode(text, bos=sequence.length == 0)
+            return self._continue(sequence, ids, config, checkpoint)
+        return self._answer(self.encode(text), config, checkpoint)
+
+    def _answer(self, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None) -> Generator[str, None, None]:
+        sequence = self.new_sequence()
         try:
-            ids = [] if own.pending and not text else self.encode(text, bos=own.length == 0)
-            logits = self.read(own, ids, checkpoint=checkpoint)
-            for _, piece in self._decode([own], [logits], sampling or SamplingConfig()):
-                yield piece
-            self.prefixes.keep(own)
+            yield from self._continue(sequence, ids, config, checkpoint)
         finally:
-            if sequence is None:
-                own.free()
+            sequence.free()
+
+    def _continue(
+        self, sequence: SequenceCache, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
+    ) -> Generator[str, None, None]:
+        logits = sequence.logits
+        if ids or sequence.pending or logits is None:
+            if not ids and not sequence.pending:
+                sequence.take_back()
+            logits = self.read(sequence, ids, checkpoint=checkpoint)
+        else:
+            self.timing = self._timings[sequence] = Timing()
+        for _, piece in Generation(self, [sequence], [logits], config, [self._timings[sequence]]).pieces():
+            yield piece
+        self.prefixes.keep(sequence)
 
     @overload
-    def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...  # type: ignore[overload-overlap]
+    def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...
 
     @overload
-    def generate(self, text: Sequence[str], sampling: SamplingConfig | None = None) -> list[str]: ...
+    def generate(self, text: list[str] | tuple[str, ...], sampling: SamplingConfig | None = None) -> list[str]: ...
 
-    def generate(self, text: str | Sequence[str], sampling: SamplingConfig | None = None) -> str | list[str]:
-        """The answer to a text, or to each of several texts, ``max_sequences`` of them at a time."""
-        if isinstance(text, str):
-            return "".join(self.stream(text, sampling))
+    @overload
+    def generate(self, text: Prompt, sampling: SamplingConfig | None = None) -> str: ...
+
+    @names_options
+    def generate(self, text: Prompt | list[str] | tuple[str, ...], sampling: SamplingConfig | None = None) -> str | list[str]:
+        """The answer to a prompt (as for ``stream``), or to each of a list of texts.
+
+        Texts are answered together, as many at a time as there are free sequences and pages for.
+        """
+        if not (isinstance(text, (list, tuple)) and all(isinstance(one, str) for one in text)):
+            return "".join(self.stream(text, sampling))  # type: ignore[arg-type]
+        config = self._sampling(sampling)
+        prompts = [self.encode(one) for one in text]
         answers: list[str] = []
-        total, width = Timing(), self.parts.setup.arena.shape.sequences
-        for start in range(0, len(text), width):
-            answers += self._generate_batch(text[start : start + width], sampling or SamplingConfig(), total)
+        total = Timing()
+        while len(answers) < len(prompts):
+            together = self._fitting(prompts[len(answers) :], config)
+            answers += self._generate_together(together, config, total)
         self.timing = total
         return answers
 
+    @names_options
     def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingConfig | None = None) -> str:
-        """The assistant's answer to a conversation ``[{"role": ..., "content": ...}, ...]``."""
+        """The assistant's answer to a conversation ``[{"role": ..., "content": ...}, ...]``; ``stream`` takes one too."""
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise OptionError(f"a chat is a list of messages with 'role' and 'content', not {type(messages).__name__}")
         return "".join(self.stream(self.parts.tokenizer.encode_chat(messages), sampling))
 
-    def encode(self, text: str | Sequence[int], *, bos: bool = True) -> list[int]:
-        """Token ids of a text; ids are passed through. Raises OptionError if there are none or one is unknown."""
-        ids = self.parts.tokenizer.encode(text, bos=bos) if isinstance(text, str) else [int(i) for i in text]
+    def encode(self, text: Prompt, *, bos: bool = True) -> list[int]:
+        """Token ids of a text, or of chat messages; ids are passed through. Special tokens are recognized in a text.
+
+        Raises OptionError if there are none or one is unknown.
+        """
+        ids = token_ids_of(text, self.parts.tokenizer, bos=bos)
         if not ids:
             raise OptionError("the prompt is empty: give at least one token")
         self._require_known(ids)
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.parts.tokenizer.decode(ids)
+
     def _require_known(self, ids: Sequence[int]) -> None:
         vocab = self.parts.model.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
             raise OptionError(f"token ids run from {min(ids)} to {max(ids)}, the vocabulary has {vocab}")
+
+    def _require_own(self, sequence: SequenceCache) -> None:
+        if not isinstance(sequence, SequenceCache):
+            raise OptionError(f"sequence must come from prefill, new_sequence, fork or restore, got {type(sequence).__name__}")
+        sequence.require_alive()
+        if sequence.setup is not self.parts.setup:
+            raise OptionError("the sequence belongs to another engine: read its text with this one, or save and restore it")
+
+    @staticmethod
+    def _sampling(config: SamplingConfig | None) -> SamplingConfig:
+        _require_type("sampling", config, SamplingConfig, None)
+        return config if config is not None else SamplingConfig()
 
     # --- sequences ---------------------------------------------------------------------------------------------------------
 
@@ -197,10 +275,12 @@ class Engine:
         """An empty sequence in the arena."""
         return SequenceCache(self.parts.setup)
 
-    def prefill(
-        self, text: str | Sequence[int], *, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60
-    ) -> SequenceCache:
-        """A sequence that has read ``text``: fork it, continue it with ``stream(..., sequence=...)``, free it.
+    @names_options
+    def prefill(self, text: Prompt, *, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60) -> SequenceCache:
+        """A sequence that has read a text, token ids or chat messages: fork it, continue it with ``stream(..., sequence=...)``.
+
+        It takes one of ``max_sequences`` until it is freed: by ``free()``, at the end of ``with engine.prefill(...) as s``, or
+        when nothing refers to it any more.
 
         ``checkpoint`` as for ``read``.
         """
@@ -212,10 +292,15 @@ class Engine:
             raise
         return sequence
 
+    @computes
     def fill(self, sequence: SequenceCache, count: int, *, seed: int = 0) -> None:
         """Append ``count`` random tokens without running the model: a full cache to measure, no text to understand."""
+        self._require_own(sequence)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise OptionError(f"count must be a number of tokens, got {count!r}")
         fill_fast(sequence, count, seed=seed, vocab=self.parts.model.config.vocab_size, report=self.report)
 
+    @computes
     def restore(self, file: str | Path) -> SequenceCache:
         """The sequence that ``SequenceCache.save`` wrote, of this process or another. Fork it to ask several questions.
 
@@ -231,6 +316,7 @@ class Engine:
             raise
         return sequence
 
+    @computes
     @torch.inference_mode()
     def read(
         self,
@@ -247,9 +333,11 @@ class Engine:
         found by the next try. With ``checkpoint`` no prefix is reused: the work is written to that file every so many seconds
         and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
         """
+        self._require_own(sequence)
         parts, ids = self.parts, [*sequence.pending, *ids]
-        if ids:
-            self._require_known(ids)
+        if not ids:
+            raise OptionError("nothing to read: give at least one token")
+        self._require_known(ids)
         start = time.perf_counter()
         if len(ids) > parts.setup.on_full.room(sequence):
             sequence.require(len(ids))  # raises, before any work
@@ -263,7 +351,7 @@ class Engine:
                 self.prefixes.keep(sequence)
                 sequence.truncate(0)
             raise
-        logits = parts.model.head(hidden)
+        sequence.logits = logits = parts.model.head(hidden)
         self.prefixes.keep(sequence)
         seconds = time.perf_counter() - start
         self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill=how, prefill_seconds=seconds)
@@ -280,6 +368,7 @@ class Engine:
             return str(form), exact_prefill(*where, form, self.report, kept)
         return "streaming", streaming_prefill(*where, self.report, kept)
 
+    @computes
     @torch.inference_mode()
     def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
         """One token for each sequence of the batch: logits float32 [B, V]. Raises OptionError for an unknown token."""
@@ -288,51 +377,29 @@ class Engine:
         batch.commit(tokens)
         return logits
 
-    def _decode(
-        self, sequences: list[SequenceCache], logits: list[Tensor], config: SamplingConfig
-    ) -> Iterator[tuple[int, str]]:
-        """Continue sequences together; yields (index, piece of text)."""
-        start = time.perf_counter()
-        answers = [Answer(self.parts.tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
-        timings = [self._timings[s] for s in sequences]
-        live = list(enumerate(answers))
-        batch: DecodeBatch | None = None
-        while live:
-            for index, answer in live:
-                if piece := answer.piece():
-                    yield index, piece
-                if answer.done:
-                    batch = None
-                if answer.cut_off:
-                    context = self.parts.setup.max_context
-                    self.report.message(
-                        f"the context of {context:,} tokens is full, the answer ends after {answer.count:,} of "
-                        f"{config.max_new_tokens:,} tokens: load with a larger max_context (--ctx) to go on"
-                    )
-            live = [(i, a) for i, a in live if not a.done]
-            if not live:
+    def _fitting(self, prompts: Sequence[list[int]], config: SamplingConfig) -> Sequence[list[int]]:
+        """As many of the prompts, in order, as can be answered together; the first in any case."""
+        setup = self.parts.setup
+        room, count = setup.arena.free_pages, 0
+        for ids in prompts[: setup.arena.free_sequences]:
+            room -= setup.regions.pages(min(len(ids) + config.max_new_tokens, setup.max_context))
+            if room < 0:
                 break
-            if batch is None:
-                batch = DecodeBatch([a.sequence for _, a in live], self.parts.model.config.attention_spans)
-            rows = self.decode_step(batch, [a.token for _, a in live])
-            seconds = time.perf_counter() - start
-            for (index, answer), row in zip(live, rows, strict=True):
-                answer.take(row)
-                timings[index].new_tokens += 1
-                timings[index].decode_seconds = seconds
+            count += 1
+        return prompts[: max(1, count)]
 
-    def _generate_batch(self, texts: Sequence[str], config: SamplingConfig, total: Timing) -> list[str]:
+    def _generate_together(self, prompts: Sequence[list[int]], config: SamplingConfig, total: Timing) -> list[str]:
         """The answers; what they took is added to ``total``."""
-        answers = [""] * len(texts)
+        answers = [""] * len(prompts)
         sequences: list[SequenceCache] = []
         try:
             logits = []
-            for text in texts:
+            for ids in prompts:
                 sequences.append(self.new_sequence())
-                logits.append(self.read(sequences[-1], self.encode(text)))
-            for index, piece in self._decode(sequences, logits, config):
-                answers[index] += piece
+                logits.append(self.read(sequences[-1], ids))
             timings = [self._timings[s] for s in sequences]
+            for index, piece in Generation(self, sequences, logits, config, timings).pieces():
+                answers[index] += piece
             for timing in timings:
                 total.add(replace(timing, decode_seconds=0.0))
             total.decode_seconds += max(timing.decode_seconds for timing in timings)  # they were decoded together
@@ -347,22 +414,28 @@ class Engine:
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 
+    @computes
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
-        parts = self.parts
-        return parts.model.head(scoring.dense_hidden(parts, scoring.ids_of(parts, self.encode(token_ids))))
+        parts, ids = self.parts, self.encode(token_ids)
+        if len(ids) > parts.setup.max_context:
+            raise CapacityError(f"{len(ids):,} tokens do not fit a context of {parts.setup.max_context:,}")
+        return parts.model.head(scoring.dense_hidden(parts, parts.model.ids(ids)))
 
+    @computes
     @torch.inference_mode()
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)
 
+    @computes
     @torch.inference_mode()
     def regime_hidden(self, ids: Tensor, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer) -> Tensor:
         """Last hidden states [N, d] of a text whose every position sees what decode would see."""
         return scoring.regime_hidden(self.parts, ids, self.report, layer_class)
 
+    @computes
     @torch.inference_mode()
     def evaluate(
         self,
@@ -380,18 +453,24 @@ class Engine:
         bits_per_element, ppl_fp, ppl, kl (nats per token), top1, tokens, by_position. ``exact_window`` holds exactly W recent
         tokens, as papers simulate.
         """
+        for name, value in (("tokens", tokens), ("stride", stride)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be a positive number of tokens, got {value!r}")
+        for cache in caches if isinstance(caches, Sequence) else [caches]:
+            _require_type("each of caches", cache, CacheConfig)
         return scoring.evaluate(
             self.parts,
             self.encode(text)[:tokens],
-            caches,
+            list(caches) if isinstance(caches, Sequence) else [caches],
             self.report,
             stride=stride,
             calibration=Path(calibration) if calibration is not None else None,
             exact_window=exact_window,
         )
 
+    @computes
     def calibrate(
-        self, cache: CacheConfig, corpus: str, output: Path, *, corpus_name: str, tokens: int, seed: int = 0
+        self, cache: CacheConfig, corpus: str, output: str | Path, *, corpus_name: str, tokens: int, seed: int = 0
     ) -> ArtifactHeader:
         """Make a calibration for ``cache`` from a text and write it to ``output``; the header says what it is for."""
         loaded = self.parts.loaded
@@ -401,5 +480,11 @@ class Engine:
         ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
         header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
         artifact = make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, self.report)
-        save_artifact(artifact, output)
+        save_artifact(artifact, Path(output))
         return artifact.header
+
+
+def _require_type(what: str, value: object, *kinds: type | None) -> None:
+    """Raise OptionError unless ``value`` is of one of the kinds, None among them."""
+    if not any(value is None if kind is None else isinstance(value, kind) for kind in kinds):
+        raise OptionError(f"{what} must be {' or '.join(k.__name__ if k else 'None' for k in kinds)}, got {value!r}")

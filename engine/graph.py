@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Protocol
 
 import torch
@@ -62,6 +63,20 @@ class Captured:
     logits: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class CapturedFor:
+    """A graph and what it is good for."""
+
+    batch: DecodeBatch
+    bound: int
+    methods: list[CacheMethod]
+    captured: Captured
+
+    def serves(self, batch: DecodeBatch, bound: int) -> bool:
+        """Whether a step of ``batch`` is the one that was captured."""
+        return batch is self.batch and bound == self.bound and all(map(is_, self.methods, batch.methods))
+
+
 class Graphs(Protocol):
     """What can hold the work of a device. Capturing does the work: ``logits`` hold its result."""
 
@@ -107,8 +122,12 @@ class CpuGraphs:
         return batch.max_packed
 
 
+MOST_GRAPHS = 4
+"""Batches that may take turns without being captured again and again."""
+
+
 class GraphStep:
-    """The step of a batch captured once and replayed until another batch comes, or its sequences outgrow the graph.
+    """The step of a batch captured once and replayed until the batch is finished, or its sequences outgrow the graph.
 
     A sequence that drops its oldest tokens may change its method, whose tensors a graph holds by address: the step is then
     captured anew.
@@ -116,25 +135,20 @@ class GraphStep:
 
     def __init__(self, eager: EagerStep, graphs: Graphs) -> None:
         self.eager, self.graphs = eager, graphs
-        self._held: list[tuple[DecodeBatch, int, list[CacheMethod], Captured]] = []  # one at most
+        self._held: list[CapturedFor] = []  # the one used last is the last
 
     def run(self, batch: DecodeBatch, token_ids: Sequence[int]) -> Tensor:
         batch.begin(token_ids)
         bound = self.graphs.bound(batch)
-        captured = self._known(batch, bound)
-        if captured is not None:
-            captured.replay()
+        known = [held for held in self._held if held.serves(batch, bound)]
+        others = [held for held in self._held if held.batch is not batch and not held.batch.finished]
+        self._held = others[1 - MOST_GRAPHS :] + known  # nothing else holds a graph: the memory of those left out is free again
+        if known:
+            known[0].captured.replay()
         else:
-            self._held.clear()  # nothing else holds the graph before: its memory is free for the next
             captured = self.graphs.capture(lambda: self.eager.launch(batch, bound))
-            self._held.append((batch, bound, batch.methods, captured))
-        return captured.logits.clone()  # the next replay writes over them
-
-    def _known(self, batch: DecodeBatch, bound: int) -> Captured | None:
-        for known, good_for, methods, captured in self._held:
-            if known is batch and good_for == bound and all(a is b for a, b in zip(methods, batch.methods, strict=True)):
-                return captured
-        return None
+            self._held.append(CapturedFor(batch, bound, batch.methods, captured))
+        return self._held[-1].captured.logits.clone()  # the next replay writes over them
 
 
 def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, *, graph: bool) -> DecodeStep:

@@ -171,21 +171,47 @@ def build_cache(
     cache, tensors = _calibration(loaded, cache, calibration, report)
     shape = arena_shape(config, cache, max_context=loaded.context, max_sequences=max_sequences, dtype=embedding.dtype)
     arena = Arena(shape, embedding.device)
-    setup = CacheSetup(
-        arena=arena,
-        method=bind_method(arena, config, cache, tensors, loaded.rope, loaded.backend),
-        ops=loaded.model.ops,
-        regions=regions_of(cache, config),
-        rules=rules_of(cache),
+    setup = cache_setup(
+        arena,
+        config,
+        cache,
+        tensors,
         rope=loaded.rope,
+        backend=loaded.backend,
         max_context=loaded.context,
         on_full=on_full,
-        packed_token_bytes=token_bytes(cache, config),
-        identity=identity_of(cache, rules_of(cache), loaded.fingerprint, tensors, loaded.rope, shape.dtype),
-        backend=loaded.backend.name,
-        streams=streams_of(embedding.device),
+        fingerprint=loaded.fingerprint,
     )
     return cache, setup
+
+
+def cache_setup(
+    arena: Arena,
+    config: ModelConfig,
+    cache: CacheConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    rope: RopeFrequencies,
+    backend: Backend,
+    max_context: int,
+    on_full: OnFull,
+    fingerprint: str,
+) -> CacheSetup:
+    """What sequences share, over an arena; ``tensors`` are the calibration, ``fingerprint`` is the model's."""
+    return CacheSetup(
+        arena=arena,
+        method=bind_method(arena, config, cache, tensors, rope, backend),
+        ops=ops_for(backend.name),
+        regions=regions_of(cache, config),
+        rules=rules_of(cache),
+        rope=rope,
+        max_context=max_context,
+        on_full=on_full,
+        packed_token_bytes=token_bytes(cache, config),
+        identity=identity_of(cache, rules_of(cache), fingerprint, tensors, rope, arena.shape.dtype),
+        backend=backend.name,
+        streams=streams_of(arena.page_table.device),
+    )
 
 
 def with_cache(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.linear import Embedding, nbytes_of
 from skvq.engine.rope import StepRope
-from skvq.engine.steps import LayerCache
 from skvq.engine.storage import Storage
 from skvq.kernels.linear import Linear
 from skvq.kernels.ops import Ops
@@ -46,11 +48,21 @@ class ModelWeights:
         return nbytes_of(held)
 
 
+class LayerCache(Protocol):
+    """All the model knows of a cache: q [B, N, H, D], k and v [B, N, KH, D], all before RoPE; the output is [B, N, H, D]."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor: ...
+
+
 class Model:
     """Forward pass in pieces, so that the engine chooses the order of layers and chunks."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
+
+    def ids(self, token_ids: Sequence[int]) -> Tensor:
+        """int64 [N] where the model is."""
+        return torch.as_tensor(list(token_ids), dtype=torch.int64, device=self.weights.embedding.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states [..., d] of token ids int64 [...]."""

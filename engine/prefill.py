@@ -13,7 +13,6 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.config import ModelConfig
-from skvq.engine.evaluate import as_ids
 from skvq.engine.graph import last_hidden
 from skvq.engine.model import Model
 from skvq.engine.prefill_form import CHUNK_TOKENS
@@ -89,7 +88,7 @@ def streaming_prefill(
         for start, stop in pieces:
             piece = ids[start - begin : stop - begin]
             sequence.reserve(len(piece))
-            tokens = as_ids(piece, device)
+            tokens = model.ids(piece)
             first = sequence.origin + sequence.length
             turn = at_positions(rope, torch.arange(first, first + len(piece), device=device)[None])
             with all_or_nothing(sequence):

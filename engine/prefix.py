@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.cache import CacheSetup, SequenceCache
-from skvq.engine.rollback import SLOT_TENSORS
 from skvq.kernels.layout import PAGE_TOKENS
 
 

@@ -10,8 +10,13 @@ slots in which the token at position p has the slot ``retained + p % ring``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
 
 from skvq.kernels.layout import packed_tokens, pages_for
+
+Positions = TypeVar("Positions", int, Tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +47,8 @@ class Regions:
         """Tokens of a sequence of ``length`` that lie in packed pages."""
         return packed_tokens(length, self.window, self.tile)
 
-    def slot(self, position: int) -> int:
-        """Full-precision slot of a token in the window."""
+    def slot(self, position: Positions) -> Positions:
+        """Full-precision slot of a token in the window, or of each of several."""
         return self.retained + position % self.ring
 
     def pages(self, length: int) -> int:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from skvq.engine.arena import SLOT_TENSORS
+
 if TYPE_CHECKING:
     from skvq.engine.cache import SequenceCache
-
-SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
-"""What a chunk writes over. Pages it only appends to: bytes of packed tokens are never written again."""
 
 RING_MARKS = ("full_positions", "full_mass")
 """All that decode steps write over: their tokens go to slots of the ring that hold nothing."""
@@ -20,8 +19,8 @@ RING_MARKS = ("full_positions", "full_mass")
 def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSORS) -> Iterator[None]:
     """Around forward and commit of a step, after reserve: if it raises, window, retained tokens and lengths are as they were.
 
-    Costs a copy of what the step writes over in the sequence's full-precision slots, kept on the host. Pages that were reserved
-    stay reserved.
+    Costs a copy, kept on the host, of what the step may write over in the sequence's full-precision slots: all of it in a chunk
+    of a prompt, ``RING_MARKS`` in a decode step. Pages are only appended to; those that were reserved stay reserved.
     """
     tensors, slot = sequence.setup.arena.tensors, sequence.slot
     kept = {name: tensors[name][:, slot].to("cpu", copy=True) for name in written}

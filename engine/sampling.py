@@ -13,7 +13,11 @@ class Sampler:
 
     def __init__(self, config: SamplingConfig, prompt_ids: list[int], vocab_size: int, device: torch.device) -> None:
         self.config = config
-        self._generator = torch.Generator(device=device).manual_seed(config.seed)
+        self._generator = torch.Generator(device=device)
+        if config.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(config.seed)
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         if config.repeat_penalty != 1:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True

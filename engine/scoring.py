@@ -15,7 +15,6 @@ from skvq.engine.errors import OptionError
 from skvq.engine.evaluate import (
     DecodeRegimeLayer,
     StrictWindowLayer,
-    as_ids,
     compare,
     dense_layers,
     evaluation_row,
@@ -24,11 +23,6 @@ from skvq.engine.evaluate import (
 )
 from skvq.engine.loading import EngineParts, with_cache
 from skvq.engine.report import Reporter
-
-
-def ids_of(parts: EngineParts, token_ids: Sequence[int]) -> Tensor:
-    """int64 [N] where the model is."""
-    return as_ids(token_ids, parts.model.weights.embedding.device)
 
 
 def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
@@ -58,7 +52,7 @@ def regime_hidden(
 
 def nll(parts: EngineParts, token_ids: Sequence[int], report: Reporter) -> Tensor:
     """See ``Engine.nll``."""
-    ids = ids_of(parts, token_ids)
+    ids = parts.model.ids(token_ids)
     return nll_of(parts.model, regime_hidden(parts, ids, report), ids)
 
 
@@ -73,7 +67,7 @@ def evaluate(
     exact_window: bool,
 ) -> list[dict[str, Any]]:
     """See ``Engine.evaluate``: one row a cache, over the same weights and the same full-precision hidden states."""
-    stretches = [s for s in torch.split(ids_of(parts, token_ids), stride) if len(s) > 1]
+    stretches = [s for s in torch.split(parts.model.ids(token_ids), stride) if len(s) > 1]
     if not stretches:
         raise OptionError(f"the text has {len(token_ids)} tokens: at least 2 are needed to score it")
     references = [dense_hidden(parts, s) for s in stretches]

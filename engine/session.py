@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.container import Container, Entry, open_container, whole, write_container
 from skvq.engine.errors import SessionError
 from skvq.engine.identity import Identity
@@ -144,8 +145,7 @@ def slot_entries(sequence: SequenceCache) -> list[Entry]:
 def expect_slots(sequence: SequenceCache, file: Container) -> dict[str, Tensor]:
     """The file's full-precision slots by name, of the types and shapes this arena has."""
     tensors = sequence.setup.arena.tensors
-    names = ("full_keys", "full_values", "full_positions", "full_mass")
-    return {name: file.expect(name, tensors[name].dtype, tensors[name][:, 0].shape) for name in names}
+    return {name: file.expect(name, tensors[name].dtype, tensors[name][:, 0].shape) for name in SLOT_TENSORS}
 
 
 def write_slots(sequence: SequenceCache, slots: dict[str, Tensor]) -> None:

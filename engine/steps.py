@@ -1,8 +1,6 @@
-"""How one step of the model meets the cache. Each class here serves ``Model.layer`` the same call,
+"""How one step of the model meets the cache.
 
-    attend(q, k, v, rope) -> output      q [B, N, H, D], k and v [B, N, KH, D], all before RoPE; output [B, N, H, D]
-
-and differs in what attention sees and where the new tokens go:
+Each class here is a ``model.LayerCache`` and differs in what attention sees and where the new tokens go:
 
     DenseLayer      a whole text, dense causal attention in full precision, nothing kept          (Engine.logits)
     ExactLayer      the same, and the layer's keys and values are packed when its last chunk is done   (exact prefill)
@@ -16,7 +14,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +27,6 @@ from skvq.engine.rope import StepRope
 from skvq.kernels.dense import attend_all, attend_causal, merge_runs
 from skvq.kernels.interface import Step
 from skvq.kernels.ops import Ops, TorchOps
-
-
-class LayerCache(Protocol):
-    """All the model knows of a cache."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor: ...
 
 
 class DenseLayer:
@@ -168,6 +160,11 @@ class DecodeBatch:
         self.ring_slots = torch.zeros(count * tokens, dtype=torch.int64, device=device)
         self._no_mass = torch.zeros((), device=device)  # a number of the host would be copied, and waited for
         self.methods = [s.method for s in self.sequences]
+        self.finished = False
+
+    def finish(self) -> None:
+        """No step will follow: whoever still holds the batch, as a graph does, no longer holds its sequences."""
+        self.finished, self.sequences = True, []
 
     @property
     def max_packed(self) -> int:
@@ -199,7 +196,7 @@ class DecodeBatch:
         self.positions.copy_(places)
         self.turns.copy_(places + self._numbers[:, 2:3])
         self.packed.copy_(self._numbers[:, 1])
-        self.ring_slots.copy_((regions.retained + places % regions.ring).flatten())
+        self.ring_slots.copy_(regions.slot(places).flatten())
         self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.flatten()
         self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = self._no_mass
 
@@ -268,7 +265,7 @@ class DecodeLayer:
         for row, sequence in enumerate(self.batch.sequences):
             first = max(sequence.packed, sequence.length - setup.regions.window)
             at = torch.arange(first, sequence.length + self.batch.tokens, device=q.device)
-            slots = setup.regions.retained + at % setup.regions.ring
+            slots = setup.regions.slot(at)
             seen = mass[sequence.slot, slots]
             add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window)
             self.batch.mass[row].append(((self.layer, sequence.slot, slots), seen))

@@ -13,18 +13,15 @@ from skvq.engine.cache import CacheSetup, SequenceCache
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
-from skvq.engine.identity import identity_of
-from skvq.engine.loading import bind_method
+from skvq.engine.loading import cache_setup
 from skvq.engine.machine import available_memory
 from skvq.engine.overflow import on_full_of
-from skvq.engine.planner import arena_shape, gib, largest_of, regions_of, rules_of, token_bytes
+from skvq.engine.planner import arena_shape, gib, largest_of, regions_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
-from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend
 from skvq.kernels.layout import PAGE_TOKENS
-from skvq.kernels.ops import ops_for
 
 RANDOM_UNIT = 0.25
 """Unit of metadata for numbers of order one: scales from 3 levels to 256 are normal E4M3 numbers in it."""
@@ -53,6 +50,8 @@ def bare_setup(
     """What sequences share, without weights: a calibration is made up. Raises CapacityError if the arena does not fit."""
     cache = largest_of(cache.fitted(config), config)[0]
     shape = arena_shape(config, cache, max_context=max_context, max_sequences=max_sequences, dtype=dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     memory = available_memory(device)
     if shape.nbytes > memory:
         raise CapacityError(
@@ -60,21 +59,16 @@ def bare_setup(
             "fewer --layers or fewer bits"
         )
     rope = frequencies(config, max_context, device)
-    tensors = made_up_calibration(config, cache)
-    arena = Arena(shape, device)
-    return CacheSetup(
-        arena=arena,
-        method=bind_method(arena, config, cache, tensors, rope, backend),
-        ops=ops_for(backend.name),
-        regions=regions_of(cache, config),
-        rules=rules_of(cache),
+    return cache_setup(
+        Arena(shape, device),
+        config,
+        cache,
+        made_up_calibration(config, cache),
         rope=rope,
+        backend=backend,
         max_context=max_context,
         on_full=on_full_of(on_full, regions_of(cache, config), max_context),
-        packed_token_bytes=token_bytes(cache, config),
-        identity=identity_of(cache, rules_of(cache), "no model", tensors, rope, shape.dtype),
-        backend=backend.name,
-        streams=streams_of(device),
+        fingerprint="no model",
     )
 
 

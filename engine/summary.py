@@ -19,6 +19,7 @@ class Timing:
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0
+    finish: str = ""  # what ended the answer (``Answer.finish``)
 
     def add(self, other: Timing) -> None:
         """Add what was done after this."""
@@ -28,6 +29,7 @@ class Timing:
         self.prefill_seconds += other.prefill_seconds
         self.new_tokens += other.new_tokens
         self.decode_seconds += other.decode_seconds
+        self.finish = other.finish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class Summary:
     prefill_seconds: float
     new_tokens: int
     decode_seconds: float
+    finish: str  # end, stop, length or context; empty if nothing was written
     cached_tokens: int
     dropped_tokens: int  # older ones, whose pages made room
     cache_bytes: int

@@ -9,11 +9,11 @@ import torch
 from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import prefill as prefill_module
+from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
 from skvq.engine.methods import CacheMethod
-from skvq.engine.rollback import SLOT_TENSORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RULES = (AttentionSinks(3), KeyOutliers(threshold=3.0), HeavyHitters(threshold=2.0))

@@ -106,7 +106,7 @@ def test_the_arena_is_what_the_plan_says_to_the_byte(engine: Engine, artifact: P
 
 
 def test_memory_is_measured_once(folder: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the plan allows is allocated before calibration chooses the bits: by then less is free, and that is no reason to stop."""
+    """Weights are there before calibration chooses the bits: less is free by then, and that is no reason to stop."""
     monkeypatch.setenv("SKVQ_CACHE", str(tmp_path))
     cache = tiny_cache(method=artifact.name, bits_budget=BUDGET)
     needed = tiny_engine(folder, replace(cache, bits_budget=2.8)).parts.plan.total

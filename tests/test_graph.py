@@ -220,22 +220,30 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
 
 
 @torch.inference_mode()
-def test_a_graph_is_given_up_before_the_next(folder: Path) -> None:
+@pytest.mark.parametrize("finish, held", [(True, [0] * 6), (False, [0, 1, 2, 3, 3, 3])])
+def test_graphs_of_finished_batches_and_the_oldest_are_given_up_before_the_next(
+    folder: Path, finish: bool, held: list[int]
+) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     graphs: list[ref[Any]] = []
+    alive: list[int] = []
 
     class Watched(Calls):
         def capture(self, work: Callable[[], Tensor]) -> Captured:
-            assert all(graph() is None for graph in graphs), "the graph before is still held"
+            alive.append(sum(graph() is not None for graph in graphs))
             captured = super().capture(work)
             graphs.append(ref(captured.replay))
             return captured
 
     step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), Watched(512))
     sequences = start(engine, 1)
-    for _ in range(3):
-        step.run(DecodeBatch(sequences, engine.parts.model.config.attention_spans), [1])
-    assert len(graphs) == 3
+    for _ in range(6):
+        batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
+        step.run(batch, [1])
+        step.run(batch, [1])
+        if finish:
+            batch.finish()
+    assert alive == held
 
 
 def test_what_a_graph_reads_is_never_freed() -> None:

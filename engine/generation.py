@@ -1,0 +1,83 @@
+"""Several sequences continued together, a token of each at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from skvq.engine.answer import Answer
+from skvq.engine.cache import SequenceCache
+from skvq.engine.config import SamplingConfig
+from skvq.engine.guard import own_settings
+from skvq.engine.steps import DecodeBatch
+from skvq.engine.summary import Timing
+
+if TYPE_CHECKING:
+    from skvq.engine.generate import Engine
+
+
+class Generation:
+    """Answers that grow together. ``timings`` (one a sequence) are kept up to date; a reader's own time is no part of them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequences: Sequence[SequenceCache],
+        logits: Sequence[Tensor],
+        config: SamplingConfig,
+        timings: Sequence[Timing],
+    ) -> None:
+        self._engine, self._timings = engine, timings
+        tokenizer = engine.parts.tokenizer
+        with own_settings(engine.device):
+            self.answers = [Answer(tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """(index of the sequence, piece of its text), as they are drawn."""
+        live = list(range(len(self.answers)))
+        batch = self._batch(live)
+        try:
+            while live:
+                for index in live:
+                    if piece := self.answers[index].piece():
+                        yield index, piece
+                ended = [i for i in live if self.answers[i].done]
+                if ended:
+                    self._tell(ended)
+                    live = [i for i in live if i not in ended]
+                    batch.finish()
+                    batch = self._batch(live) if live else batch
+                if live:
+                    self._step(batch, live)
+        finally:
+            batch.finish()
+
+    def _batch(self, live: Sequence[int]) -> DecodeBatch:
+        with own_settings(self._engine.device):
+            return DecodeBatch([self.answers[i].sequence for i in live], self._engine.parts.model.config.attention_spans)
+
+    def _step(self, batch: DecodeBatch, live: Sequence[int]) -> None:
+        """Decode the token of each answer, and draw its next."""
+        start = time.perf_counter()
+        with own_settings(self._engine.device):
+            rows = self._engine.decode_step(batch, [self.answers[i].token for i in live])
+            for index, row in zip(live, rows, strict=True):
+                self.answers[index].take(row)
+        seconds = time.perf_counter() - start
+        for index in live:
+            self._timings[index].new_tokens += 1
+            self._timings[index].decode_seconds += seconds
+
+    def _tell(self, ended: Sequence[int]) -> None:
+        context = self._engine.parts.setup.max_context
+        for answer in (self.answers[i] for i in ended):
+            if answer.finish == "context":
+                self._engine.report.message(
+                    f"the context of {context:,} tokens is full, the answer ends after {answer.count:,} of "
+                    f"{answer.config.max_new_tokens:,} tokens: load with a larger max_context (--ctx) to go on"
+                )
+        for index in ended:
+            self._timings[index].finish = self.answers[index].finish

@@ -1,0 +1,32 @@
+"""What a user may give as a prompt, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from skvq.engine.errors import OptionError
+from skvq.loaders import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor
+"""A text, token ids of one text, or chat messages ``[{"role": ..., "content": ...}, ...]``."""
+
+
+def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, bos: bool) -> list[int]:
+    """Token ids of a prompt; those of a text begin with the tokenizer's BOS if ``bos``. Raises OptionError if it is none."""
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt, bos=bos))
+    if isinstance(prompt, (Tensor, np.ndarray)):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise OptionError(f"a prompt is a text, token ids or chat messages, not {type(prompt).__name__}")
+    if prompt and isinstance(prompt[0], Mapping):
+        return list(tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise OptionError(f"token ids of one prompt are whole numbers, got {str(token)[:80]!r}")
+    return [int(token) for token in prompt]  # type: ignore[arg-type]

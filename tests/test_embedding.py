@@ -1,0 +1,276 @@
+"""The engine in another program: its settings, mistakes of its users, and what is asked of sequences at odd moments."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
+
+from skvq import AttentionSinks, CacheConfig, KeyOutliers, Quiet, SamplingConfig, SkvqError, TokenIds
+from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.generate import Engine
+from skvq.engine.graph import MOST_GRAPHS, CpuGraphs, GraphStep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXT = "It was the best of times. "
+SAMPLING = SamplingConfig(max_new_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"), num_layers=1)
+
+
+@pytest.fixture(scope="module", params=["reference", "numba"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
+    return tiny_engine(folder, tiny_cache(), backend=request.param, max_context=700)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(engine: Engine) -> Iterator[None]:
+    yield
+    gc.collect()
+    engine.parts.setup.arena.check(arena_of())
+    assert engine.parts.setup.arena.free_sequences == 4
+
+
+# --- torch settings of the host program -------------------------------------------------------------------------------
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype, "the host's own setting was not left alone"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+HOSTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "nothing set": nullcontext,
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "no_grad": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_settings_of_the_host_program_change_nothing(engine: Engine, folder: Path, host: str) -> None:
+    wanted = engine.generate([TEXT, TEXT * 3], SamplingConfig(max_new_tokens=6, temperature=1.0))
+    ids = random_ids(300)
+    nll = engine.nll(ids)
+    with HOSTS[host]():
+        assert engine.generate([TEXT, TEXT * 3], SamplingConfig(max_new_tokens=6, temperature=1.0)) == wanted
+        scored = engine.nll(ids)
+        sequence = engine.prefill(ids)
+        sequence.truncate(100)
+        fork = sequence.fork()
+        loaded = tiny_engine(folder, tiny_cache(), backend=engine.parts.setup.backend, max_context=700)
+        assert loaded.generate(TEXT * 3, SamplingConfig(max_new_tokens=6, temperature=1.0)) == wanted[1]
+    assert torch.equal(scored, nll)
+    sequence.free()
+    fork.free()
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_goes_on_from_its_last_token(engine: Engine) -> None:
+    """An empty text continues what is there: after reading as that text alone would, after a truncation from its last token."""
+    wanted = engine.generate(TEXT * 20, SAMPLING)
+    with engine.prefill(TEXT * 20) as sequence:
+        with sequence.fork() as fork:
+            assert "".join(engine.stream("", SAMPLING, sequence=fork)) == wanted
+            assert "".join(engine.stream("", SAMPLING, sequence=fork)) and fork.length == sequence.length + 11
+        assert "".join(engine.stream("", SAMPLING, sequence=sequence)) == wanted
+    prompt = engine.encode(TEXT * 20)
+    with engine.prefill(prompt) as sequence, engine.prefill(prompt[:-1]) as shorter:
+        sequence.truncate(len(prompt))
+        assert "".join(engine.stream("", SAMPLING, sequence=sequence)) == "".join(
+            engine.stream(prompt[-1:], SAMPLING, sequence=shorter)
+        )
+    with engine.new_sequence() as empty, pytest.raises(OptionError, match="empty"):
+        engine.stream("", SAMPLING, sequence=empty)
+
+
+def test_a_sequence_that_nothing_refers_to_is_freed(engine: Engine) -> None:
+    for _ in range(6):
+        sequence = engine.prefill(TEXT)
+        list(engine.stream("", SAMPLING, sequence=sequence.fork()))
+        del sequence
+        gc.collect()
+
+
+USES: dict[str, Callable[[Engine, Any], object]] = {
+    "truncate": lambda engine, s: s.truncate(0),
+    "fork": lambda engine, s: s.fork(),
+    "save": lambda engine, s: s.save("never.skvq"),
+    "nbytes": lambda engine, s: s.nbytes,
+    "summary": lambda engine, s: engine.summary(s),
+    "stream": lambda engine, s: engine.stream("x", sequence=s),
+    "read": lambda engine, s: engine.read(s, [1]),
+    "fill": lambda engine, s: engine.fill(s, 3),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_sequence_that_was_freed_is_refused_and_its_slots_next_owner_is_safe(engine: Engine, use: str) -> None:
+    gone = engine.prefill(TEXT)
+    gone.free()
+    with engine.prefill(TEXT) as owner:
+        assert owner.slot == gone.slot
+        with pytest.raises(OptionError, match="has been freed"):
+            USES[use](engine, gone)
+        assert "".join(engine.stream("", SAMPLING, sequence=owner)) == engine.generate(TEXT, SAMPLING)
+    assert repr(gone) == "<SequenceCache: freed>"
+
+
+@pytest.mark.parametrize("length", [3.0, None, True, "3"])
+def test_a_length_that_is_no_number_changes_nothing(engine: Engine, length: Any) -> None:
+    with engine.prefill(TEXT) as sequence:
+        before = sequence.length
+        with pytest.raises(OptionError, match="length"):
+            sequence.truncate(length)
+        assert sequence.length == before == len(sequence.token_ids)
+
+
+def test_a_sequence_of_another_engine_is_refused(engine: Engine, folder: Path) -> None:
+    other = tiny_engine(folder, tiny_cache(), max_context=700)
+    with other.prefill(TEXT) as sequence:
+        with pytest.raises(OptionError, match="another engine"):
+            engine.stream("x", sequence=sequence)
+        with pytest.raises(OptionError, match="must come from"):
+            engine.stream("x", sequence="x")  # type: ignore[arg-type]
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_answered_as_many_at_a_time_as_fit(engine: Engine) -> None:
+    """With sequences held, and with texts that together need more pages than there are."""
+    texts = [TEXT * n for n in (1, 20, 2, 20, 3, 20)]
+    wanted = [engine.generate(text, SAMPLING) for text in texts]
+    with engine.prefill(TEXT * 20), engine.prefill(TEXT * 20):
+        assert engine.generate(texts, SAMPLING) == wanted
+    assert engine.generate([], SAMPLING) == []
+
+
+def test_texts_are_checked_before_any_is_answered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "read", lambda *args, **options: pytest.fail("a text was read"))
+    with pytest.raises(OptionError, match="empty"):
+        engine.generate([TEXT, ""])
+    with pytest.raises(OptionError):
+        engine.stream(TEXT, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor], ids=["list", "tuple", "numpy", "torch"])
+def test_ids_may_come_in_any_form(engine: Engine, make: Callable[[list[int]], Any]) -> None:
+    ids = random_ids(30)
+    assert engine.encode(make(ids)) == ids
+    assert engine.generate(make(ids), SAMPLING) == engine.generate(ids, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[1.7, 2.2], ["1", "2", 3], [True, False], b"abc", None, 5, torch.tensor([1.5]), torch.tensor([[1, 2]]), {"a": 1}, [None]],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused(engine: Engine, prompt: Any) -> None:
+    for call in (engine.generate, engine.stream, engine.prefill, engine.encode):
+        with pytest.raises(OptionError, match=r"prompt|token ids"):
+            call(prompt)
+    with pytest.raises(SkvqError):
+        engine.chat(prompt)
+
+
+def test_answers_that_take_turns_are_captured_once_each(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+    graphs: Any = getattr(engine.step, "graphs", CpuGraphs())  # the specification has none
+    capture = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda work: captured.append(1) or capture(work))
+    wanted = [engine.generate(TEXT * (n + 1), SAMPLING) for n in range(MOST_GRAPHS)]
+    captured.clear()
+    streams = [engine.stream(TEXT * (n + 1), SAMPLING) for n in range(MOST_GRAPHS)]
+    texts = [""] * MOST_GRAPHS
+    live = dict(enumerate(streams))
+    while live:
+        for n, stream in list(live.items()):
+            piece = next(stream, None)
+            if piece is None:
+                del live[n]
+            else:
+                texts[n] += piece
+    assert texts == wanted and len(captured) == (MOST_GRAPHS if isinstance(engine.step, GraphStep) else 0)
+
+
+def test_why_an_answer_ended(engine: Engine) -> None:
+    with engine.prefill(TEXT) as sequence:
+        whole = "".join(engine.stream("", SAMPLING, sequence=sequence))
+        assert engine.summary(sequence).finish == "length" and engine.timing.finish == "length"
+    list(engine.stream(TEXT, SamplingConfig(max_new_tokens=6, stop=whole[2:3], ignore_eos=True)))
+    assert engine.timing.finish == "stop"
+    list(engine.stream(random_ids(695), SamplingConfig(max_new_tokens=60, ignore_eos=True)))
+    assert engine.timing.finish == "context"
+
+
+def test_a_new_seed_for_each_answer(engine: Engine) -> None:
+    drawn = engine.generate([TEXT] * 4, SamplingConfig(max_new_tokens=20, temperature=1.0, seed=None))
+    assert len(set(drawn)) == 4
+    assert len(set(engine.generate([TEXT] * 4, SamplingConfig(max_new_tokens=20, temperature=1.0)))) == 1
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, Callable[[Engine], object]] = {
+    "did you mean 'checkpoint'": lambda e: e.prefill([1], checkpont="x"),
+    "unknown option 'max_new_tokens'": lambda e: e.generate("a", max_new_tokens=3),
+    "unknown option 'sinks'": lambda e: AttentionSinks(sinks=3),  # type: ignore[call-arg]
+    "sampling must be SamplingConfig": lambda e: e.generate("a", {"max_new_tokens": 3}),  # type: ignore[call-overload]
+    "TokenIds.ids": lambda e: TokenIds(5),  # type: ignore[arg-type]
+    "KeyOutliers.threshold": lambda e: KeyOutliers(threshold="x"),  # type: ignore[arg-type]
+    "stride": lambda e: e.evaluate(TEXT, [CacheConfig()], tokens=10, stride=0),
+    "tokens": lambda e: e.evaluate(TEXT, [CacheConfig()], tokens=-1, stride=5),
+    "each of caches": lambda e: e.evaluate(TEXT, ["fp"], tokens=10, stride=5),  # type: ignore[list-item]
+    "ignore_eos": lambda e: SamplingConfig(ignore_eos="no"),  # type: ignore[arg-type]
+    "dummy_weights must be bool": lambda e: Engine.load("x", dummy_weights="no"),  # type: ignore[arg-type]
+    "cache must be CacheConfig or None": lambda e: Engine.load("x", cache={"method": "fp"}),  # type: ignore[arg-type]
+    "rope_scaling must be str or None": lambda e: Engine.load("x", rope_scaling=4),  # type: ignore[arg-type]
+    "701 tokens do not fit": lambda e: e.logits([5] * 701),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_option_is_named(engine: Engine, message: str) -> None:
+    with pytest.raises((OptionError, CapacityError), match=message):
+        WRONG[message](engine)
+
+
+@pytest.mark.parametrize("kept", [[True], None, torch.zeros(128), torch.zeros(3, dtype=torch.bool)], ids=str)
+def test_a_rule_that_does_not_answer_is_named(folder: Path, kept: object) -> None:
+    class Odd:
+        budget, needs_attention_mass = 3, False
+
+        def __repr__(self) -> str:
+            return "Odd()"
+
+        def keep(self, tokens: object) -> Any:
+            return kept
+
+    with pytest.raises(OptionError, match=r"Odd\(\): keep must return a bool tensor"):
+        tiny_engine(folder, tiny_cache(filters=[Odd()], method="plain"), report=Quiet()).prefill(random_ids(300))
+
+
+def test_an_engine_says_what_it_is(engine: Engine) -> None:
+    assert "context 700" in repr(engine) and "rotate" in repr(engine) and str(engine.device) in repr(engine)
+    with engine.prefill(TEXT) as sequence:
+        assert repr(sequence) == f"<SequenceCache: {sequence.length} tokens, 0 packed in 0 pages>"
