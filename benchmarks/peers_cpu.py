@@ -65,7 +65,7 @@ class SkvqPeer:
             pass
         sequence.free()
         timing = engine.timing
-        return timing.prefill_seconds, 1e3 * timing.decode_seconds / timing.new_tokens
+        return timing.prefill_seconds, 1e3 * timing.decode_seconds / timing.decoded_tokens
 
 
 class LlamaPeer:

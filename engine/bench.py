@@ -236,8 +236,9 @@ def bench_decode(engine: Engine, contexts: Sequence[int]) -> Bench:
 
 
 def bench_prefill(engine: Engine, contexts: Sequence[int]) -> Bench:
-    """Prompts of each length."""
+    """Prompts of each length, after one that is not counted: kernels get compiled, torch plans its matrices."""
     device = engine.parts.setup.arena.page_table.device
+    engine.prefill([0] * min(max(contexts), CHUNK_TOKENS)).free()
     copy = _ceiling(device)
     return Bench(device=device_name(device), copy=copy, rows=(_prefill_row(engine, context, copy) for context in contexts))
 

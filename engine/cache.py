@@ -119,9 +119,10 @@ class SequenceCache:
     def require(self, count: int) -> None:
         """Raise CapacityError unless ``count`` more tokens fit the context as it is."""
         if self.length + count > self.setup.max_context:
+            held = f"{self.length:,} cached and {count:,} more" if self.length else f"{count:,}"
             raise CapacityError(
-                f"{self.length:,} + {count:,} tokens do not fit a context of {self.setup.max_context:,}: "
-                "shorten the text or load with a larger max_context (--ctx)"
+                f"{held} tokens do not fit a context of {self.setup.max_context:,}: shorten the text or load with a "
+                f"max_context (--ctx) of at least {self.length + count}"
             )
 
     def _grow(self, target: int) -> None:

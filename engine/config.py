@@ -262,19 +262,22 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         stop = self.stops if isinstance(self.stop, (str, tuple, list)) else None
         checks = {
-            "max_new_tokens": _is_whole(self.max_new_tokens) and self.max_new_tokens >= 0,
-            "repeat_penalty": _is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100,
-            "temperature": _is_number(self.temperature) and 0 <= self.temperature <= 1e6,
-            "top_k": _is_whole(self.top_k) and self.top_k >= 0,
-            "top_p": _is_number(self.top_p) and 0 < self.top_p <= 1,
-            "min_p": _is_number(self.min_p) and 0 <= self.min_p <= 1,
-            "seed": self.seed is None or (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64),
-            "ignore_eos": isinstance(self.ignore_eos, bool),
-            "stop": stop is not None and all(isinstance(s, str) and s for s in stop),
+            "max_new_tokens": (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 0, "a whole number, 0 or more"),
+            "repeat_penalty": (_is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100, "from 0.01 to 100"),
+            "temperature": (_is_number(self.temperature) and 0 <= self.temperature <= 1e6, "from 0 (greedy) to 1e6"),
+            "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (all) or more"),
+            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1 (all)"),
+            "min_p": (_is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 (all) to 1"),
+            "seed": (
+                self.seed is None or (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64),
+                "a whole number of 64 bits, or None",
+            ),
+            "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
+            "stop": (stop is not None and all(isinstance(s, str) and s for s in stop), "texts that are not empty"),
         }
-        for name, good in checks.items():
+        for name, (good, valid) in checks.items():
             if not good:
-                raise OptionError(f"{name} is out of range: {getattr(self, name)!r}")
+                raise OptionError(f"{name} must be {valid}, got {getattr(self, name)!r}")
         object.__setattr__(self, "stop", self.stops)
 
     @property

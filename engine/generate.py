@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 from weakref import WeakKeyDictionary
@@ -30,12 +31,13 @@ from skvq.engine.planner import bits_per_element
 from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, token_ids_of
-from skvq.engine.report import Reporter, StderrReporter
+from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.stress import fill_fast
 from skvq.engine.summary import Summary, Timing, summary_of
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
+from skvq.loaders.files import require_writable
 
 PREFILLS = ("exact", "streaming")
 SHORT_TOKENS = 128
@@ -120,9 +122,8 @@ class Engine:
                 download=download,
                 report=chosen,
             )
-            engine = cls(parts, chosen, prefix_cache=prefix_cache)
-            engine.warm_up()
-        return engine
+            cls(parts, Quiet(), prefix_cache=False).warm_up()
+            return cls(parts, chosen, prefix_cache=prefix_cache)
 
     def __repr__(self) -> str:
         setup, config = self.parts.setup, self.parts.model.config
@@ -152,7 +153,6 @@ class Engine:
                 self.decode_step(DecodeBatch([sequence], self.parts.model.config.attention_spans), [0])
         finally:
             sequence.free()
-        self.timing = Timing()
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
@@ -207,18 +207,18 @@ class Engine:
     def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...
 
     @overload
-    def generate(self, text: list[str] | tuple[str, ...], sampling: SamplingConfig | None = None) -> list[str]: ...
+    def generate(self, text: list[str] | list[list[int]], sampling: SamplingConfig | None = None) -> list[str]: ...
 
     @overload
     def generate(self, text: Prompt, sampling: SamplingConfig | None = None) -> str: ...
 
     @names_options
-    def generate(self, text: Prompt | list[str] | tuple[str, ...], sampling: SamplingConfig | None = None) -> str | list[str]:
-        """The answer to a prompt (as for ``stream``), or to each of a list of texts.
+    def generate(self, text: Prompt | list[str] | list[list[int]], sampling: SamplingConfig | None = None) -> str | list[str]:
+        """The answer to a prompt (as for ``stream``), or to each of a list of prompts.
 
-        Texts are answered together, as many at a time as there are free sequences and pages for.
+        These are answered together, as many at a time as there are free sequences and pages for.
         """
-        if not (isinstance(text, (list, tuple)) and all(isinstance(one, str) for one in text)):
+        if not isinstance(text, (list, tuple)) or any(isinstance(one, (Integral, Mapping)) for one in text):
             return "".join(self.stream(text, sampling))  # type: ignore[arg-type]
         config = self._sampling(sampling)
         prompts = [self.encode(one) for one in text]
@@ -477,7 +477,12 @@ class Engine:
         cache = cache.fitted(loaded.model.config)
         if cache.method == "fp":
             raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
+        require_writable(Path(output))
         ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
+        if len(ids) < min(tokens, 256):
+            raise OptionError(f"the corpus has {len(ids):,} tokens: give at least 256 to calibrate on")
+        if len(ids) < tokens:
+            self.report.message(f"the corpus has {len(ids):,} of the {tokens:,} tokens asked for")
         header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
         artifact = make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, self.report)
         save_artifact(artifact, Path(output))

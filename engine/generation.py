@@ -34,6 +34,8 @@ class Generation:
         tokenizer = engine.parts.tokenizer
         with own_settings(engine.device):
             self.answers = [Answer(tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
+        for timing, answer in zip(timings, self.answers, strict=True):
+            timing.new_tokens = answer.count
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(index of the sequence, piece of its text), as they are drawn."""
@@ -68,8 +70,10 @@ class Generation:
                 self.answers[index].take(row)
         seconds = time.perf_counter() - start
         for index in live:
-            self._timings[index].new_tokens += 1
-            self._timings[index].decode_seconds += seconds
+            timing = self._timings[index]
+            timing.new_tokens = self.answers[index].count
+            timing.decoded_tokens += 1
+            timing.decode_seconds += seconds
 
     def _tell(self, ended: Sequence[int]) -> None:
         context = self._engine.parts.setup.max_context

@@ -25,7 +25,7 @@ from skvq.engine.overflow import OnFull, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
-from skvq.engine.rope import frequencies, scaled
+from skvq.engine.rope import beyond_training, frequencies, scaled
 from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
@@ -110,10 +110,7 @@ def load_parts(
         report.message(f"to fit {context:,} tokens, prompts that need it are read {plan.form}")
     full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
     if context > config.trained_context:
-        report.message(
-            f"{context:,} tokens of context are beyond the {config.trained_context:,} this model was trained for: "
-            "memory and speed are real, answers past that length are not to be trusted"
-        )
+        report.message(f"{beyond_training(context, config.trained_context)}; memory and speed are real")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), ops_for(kernels.name)),
         tokenizer=tokenizer,
@@ -260,7 +257,7 @@ def plan_that_fits(
     """
     for what, value in (("max_context", max_context), ("max_sequences", sequences)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
-            raise OptionError(f"{what} must be a positive number, got {value!r}")
+            raise OptionError(f"{what} must be a number from 1 to {2**31 - 1:,}, got {value!r}")
     options["sequences"] = sequences
     most = largest_context(config, cache, **options)
     context = max_context if max_context is not None else min(config.trained_context, max(most, 1))

@@ -16,6 +16,7 @@ from skvq.engine.errors import OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.planner import Plan, gib, largest_context, largest_of, layer_token_bytes, make_plan, usual_weight_bytes
 from skvq.engine.prefill_form import PrefillForm
+from skvq.engine.rope import beyond_training, scaled
 from skvq.loaders import config_of
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
@@ -102,12 +103,14 @@ class PlanReport:
     largest: dict[str, int]
     prefill_seconds: float
     decode_ms: float
+    trained_context: int
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
         return {
             "model": self.model,
             "context": self.plan.context,
+            "trained_context": self.trained_context,
             "method": self.cache.method,
             "bits_per_element": self.plan.bits_per_element,
             "bits_budget": self.cache.bits_budget,
@@ -157,6 +160,8 @@ class PlanReport:
             f"  {'reading the whole context':32} {_duration(self.prefill_seconds):>12}",
             f"  {'a token, context full':32} {self.decode_ms:>9,.1f} ms",
         ]
+        if plan.context > self.trained_context:
+            lines += ["", f"{beyond_training(plan.context, self.trained_context)}: memory and times are those above"]
         return "\n".join(lines)
 
 
@@ -171,14 +176,19 @@ def plan_report(
     dtype: str | None,
     prefill: str,
     calibration: Path | None = None,
+    rope_scaling: str | None = None,
 ) -> PlanReport:
     """The report for a model by name: only its config is read, and the header of ``calibration`` if there is one to say how a
     budget of bits was spent. Raises OptionError, ModelError or CalibrationError."""
-    config = config_of(model)
+    config = config_of(model) if rope_scaling is None else scaled(config_of(model), rope_scaling)
+    if context >= 2**31:
+        raise OptionError(f"a context has at most {2**31 - 1:,} tokens, got {context:,}")
     cache = (cache if calibration is None else with_chosen_bits(cache, calibration)).fitted(config)
     card = _card(device, dtype)
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
+        if card.memory < 2**20:
+            raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, as 80GiB")
     options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
     place = "cuda" if card.name in CARDS else card.name
     options |= {"host_memory": card.host_memory, "cuda_bytes": cuda_bytes(place)}
@@ -195,6 +205,7 @@ def plan_report(
         largest=largest,
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
         decode_ms=1e3 * predicted_decode(config, cache, card, context),
+        trained_context=config.trained_context,
     )
 
 
@@ -239,6 +250,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _card(device: str, dtype: str | None) -> Card:
+    device = device.lower()
     if device in CARDS:
         card = CARDS[device]
     elif device == "auto" or device.split(":")[0] in ("cpu", "cuda"):

@@ -31,7 +31,10 @@ class StepRope:
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
-    """The model with its RoPE stretched by ``kind:factor`` over the trained length."""
+    """The model with its RoPE stretched by ``kind:factor`` over the trained length.
+
+    Stretched by a fixed factor (linear, yarn) it counts as trained for that much more; dynamic stretches with the context.
+    """
     kind, _, factor = text.partition(":")
     if kind not in ("linear", "dynamic", "yarn"):
         raise OptionError(f"rope scaling {text!r} is not of the form linear:FACTOR, dynamic:FACTOR or yarn:FACTOR")
@@ -42,7 +45,16 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
     if not 1 <= stretch <= 4096:
         raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
     rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=config.trained_context)
-    return replace(config, rope=rope)
+    trained = config.trained_context if kind == "dynamic" else int(stretch * config.trained_context)
+    return replace(config, rope=rope, trained_context=trained)
+
+
+def beyond_training(context: int, trained: int) -> str:
+    """What to tell a person of a context that is longer than the trained one."""
+    return (
+        f"{context:,} tokens are beyond the {trained:,} that this model was trained for, answers past that length are not to "
+        "be trusted"
+    )
 
 
 def at_positions(rope: RopeFrequencies, positions: Tensor) -> StepRope:

@@ -18,6 +18,7 @@ class Timing:
     prefill: str = ""  # how they were read
     prefill_seconds: float = 0.0
     new_tokens: int = 0
+    decoded_tokens: int = 0  # those that decode steps gave; the first comes with the prompt
     decode_seconds: float = 0.0
     finish: str = ""  # what ended the answer (``Answer.finish``)
 
@@ -28,6 +29,7 @@ class Timing:
         self.prefill = other.prefill
         self.prefill_seconds += other.prefill_seconds
         self.new_tokens += other.new_tokens
+        self.decoded_tokens += other.decoded_tokens
         self.decode_seconds += other.decode_seconds
         self.finish = other.finish
 
@@ -41,9 +43,11 @@ class Summary:
     prefill: str  # exact (and in which form), streaming, or as decode steps
     prefill_seconds: float
     new_tokens: int
+    decoded_tokens: int  # without the first, which reading gives
     decode_seconds: float
     finish: str  # end, stop, length or context; empty if nothing was written
     cached_tokens: int
+    packed_tokens: int  # of these, in pages
     dropped_tokens: int  # older ones, whose pages made room
     cache_bytes: int
     bits_per_element: float
@@ -59,18 +63,20 @@ class Summary:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """New tokens written a second, the first (which prefill gives) not counted."""
-        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """Tokens that decode steps wrote a second."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def line(self) -> str:
         """For people."""
         dropped = f" after {self.dropped_tokens:,} that were dropped" if self.dropped_tokens else ""
         reused = f"reused {self.reused_tokens:,} tokens, " if self.reused_tokens else ""
+        speed = f" at {self.decode_tokens_per_s:,.1f} tokens/s" if self.decoded_tokens else ""
+        bits, smaller = f"{self.bits_per_element:.2f} bits per element", f"{self.times_smaller:.1f} times smaller than 16-bit"
+        packed = f"{bits} ({self.method}), {smaller}" if self.packed_tokens else f"all in the 16-bit window ({self.method})"
         return (
             f"{reused}read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), "
-            f"wrote {self.new_tokens:,} at {self.decode_tokens_per_s:,.1f} tokens/s ({self.backend}, {self.device}); "
-            f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, "
-            f"{self.bits_per_element:.2f} bits per element ({self.method}), {self.times_smaller:.1f} times smaller than 16-bit"
+            f"wrote {self.new_tokens:,}{speed} ({self.backend}, {self.device}); "
+            f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, {packed}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,6 +93,7 @@ def summary_of(parts: EngineParts, sequence: SequenceCache, timing: Timing) -> S
     return Summary(
         **asdict(timing),
         cached_tokens=sequence.length,
+        packed_tokens=sequence.packed,
         dropped_tokens=sequence.dropped,
         cache_bytes=sequence.nbytes,
         bits_per_element=sequence.bits_per_element,

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EISDIR
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise SkvqError(f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}") from None
+
+
+def require_writable(path: Path) -> None:
+    """Raise SkvqError unless a file can be written at ``path``: asked before long work. Folders that are missing are made."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SkvqError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -75,7 +75,12 @@ def test_run_json_is_the_last_line_and_repeats_the_text(model: Path) -> None:
     options = ("--model", model, "-p", "the quick brown", "-n", 7, "--temperature", 0.8, "--seed", 5, "--ignore-eos")
     found = json.loads(call("run", *options, "--json").stdout.splitlines()[-1])
     assert found["text"] == call("run", *options).stdout.removesuffix("\n")
-    assert found["new_tokens"] == 7 - 1 and found["method"] == "rotate" and found["cached_tokens"] == found["prompt_tokens"] + 6
+    assert (
+        found["new_tokens"] == 7
+        and found["decoded_tokens"] == 6
+        and found["method"] == "rotate"
+        and found["cached_tokens"] == found["prompt_tokens"] + 6
+    )
     assert 1 < found["bits_per_element"] <= 16 and found["times_smaller"] == pytest.approx(16 / found["bits_per_element"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -39,6 +40,18 @@ def _nothing_is_left_behind(engine: Engine) -> Iterator[None]:
     gc.collect()
     engine.parts.setup.arena.check(arena_of())
     assert engine.parts.setup.arena.free_sequences == 4
+
+
+def test_what_the_documentation_shows_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = engine.parts.tokenizer
+    monkeypatch.setattr(Engine, "load", lambda *args, **options: engine)
+    monkeypatch.setattr(tokenizer, "encode_chat", lambda messages: tokenizer.encode(messages[0]["content"]))
+    text = (Path(__file__).parent.parent / "docs" / "embedding.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert names["answer"] and len(names["several"]) == 2 and names["more"] and names["book"].alive is False
+    assert names["cache"].filters[0].budget == 64
 
 
 # --- torch settings of the host program -------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_what_a_call_took_is_told_of_the_call_and_of_each_sequence(engine: Engin
     sampling = SamplingConfig(max_new_tokens=4)
     texts = [PROMPT, "y", PROMPT * 2, "x", "z"]  # more than go together
     engine.generate(texts, sampling)
-    assert engine.timing.prompt_tokens == sum(len(engine.encode(text)) for text in texts) and engine.timing.new_tokens == 15
+    assert engine.timing.prompt_tokens == sum(len(engine.encode(text)) for text in texts) and engine.timing.new_tokens == 20
     sequence = engine.prefill(PROMPT)
     engine.generate("y", sampling)
     assert engine.summary(sequence).prompt_tokens == len(engine.encode(PROMPT)) and engine.summary(sequence).new_tokens == 0

@@ -60,7 +60,7 @@ def test_a_million_tokens_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     read, held, command = (found[name] for name in ("prefill 3000 2 layers", "llama 3000", "command 3000 2 layers"))
     assert read["tokens"] == 3000 - 7 and read["layers"] == 2 and read["seconds_of_all_layers"] == 1.5 * read["seconds"]
     assert held["tokens"] == 3000 and held["ms_per_token"] > 0 and held["planned"] > held["sequence_bytes"]
-    assert command["summary"]["prompt_tokens"] >= 3000 - million.SLACK and command["summary"]["new_tokens"] == 7
+    assert command["summary"]["prompt_tokens"] >= 3000 - million.SLACK and command["summary"]["new_tokens"] == 8
 
 
 def once(work: Any, repeats: int = 0) -> tuple[float, float]:

@@ -252,7 +252,7 @@ def measure_command(task: Task) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"skvq-run ended with {done.returncode}: {done.stderr[-300:]}")
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["prompt_tokens"] >= count and told["new_tokens"] == 7, told  # the first of 8 is prefill's
+    assert told["prompt_tokens"] >= count and told["new_tokens"] == 8, told
     found = {"layers": config.num_layers, "bytes": count, "seconds": seconds, "predicted_prefill_seconds": predicted}
     return found | {"stderr": done.stderr[-600:], "summary": told}
 
