@@ -10,6 +10,9 @@ import click
 
 from skvq.engine.errors import SkvqError
 
+OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
+"""What torch says where memory ran out but the error's class does not."""
+
 
 class OneLineGroup(click.Group):
     """A group whose errors are one line each."""
@@ -41,4 +44,27 @@ def run_command(call: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("skvq: interrupted", err=True)
         return 130
+    except Exception as error:
+        told = machine_error(error)
+        if told is None:
+            raise
+        click.echo(f"skvq: error: {told}", err=True)
+        return 2
     return 0
+
+
+def machine_error(error: Exception) -> str | None:
+    """One line, with what to do, where memory ran out or a GPU failed; None for any other error, which is a mistake of ours.
+
+    Classes go by name: ``commands`` imports no torch, and Triton is imported only where a GPU is used.
+    """
+    kinds = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(error).__mro__}
+    first = next(iter(str(error).splitlines()), "")
+    said = ". ".join(first.split(". ")[:3]).rstrip(".") or "no more is known"
+    if kinds & {"builtins.MemoryError", "torch.OutOfMemoryError"} or any(words in first for words in OUT_OF_MEMORY):
+        return f"memory ran out ({said}): choose a smaller --ctx, fewer bits or another --device; `skvq plan` says what fits"
+    if "torch.AcceleratorError" in kinds:
+        return f"the GPU failed ({said}) and what it computed is lost: run again, or with --backend reference, slow but sure"
+    if "triton.OutOfResources" in kinds:
+        return f"a kernel does not fit this GPU ({said}): use --backend reference, and please report it"
+    return None
