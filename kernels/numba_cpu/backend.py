@@ -12,22 +12,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.numba_cpu import attend
+from skvq.kernels.numba_cpu.channels import channels_of, contiguous_channels
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.labels import build_attend_labels
 from skvq.kernels.numba_cpu.launch import Build, Kernels, Team
-from skvq.kernels.numba_cpu.pack import (
-    STRETCH,
-    Packing,
-    channels_of,
-    contiguous_channels,
-    heads_packing,
-    labels_packing,
-    pack_job,
-)
-from skvq.kernels.numba_cpu.packing import build_pack
+from skvq.kernels.numba_cpu.pack import build_pack
+from skvq.kernels.numba_cpu.packer import STRETCH, Packing, heads_packing, labels_packing, pack_job
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.numba_cpu.turns import all_turns, mean_tables
-from skvq.kernels.numba_cpu.unpacking import build_unpack
+from skvq.kernels.numba_cpu.unpack import build_unpack
 
 Found = TypeVar("Found")
 

@@ -13,18 +13,11 @@ from numba import njit
 
 from skvq.kernels.numba_cpu.heads import hide_before
 from skvq.kernels.numba_cpu.mean import start_rotors, turn_rotors
-from skvq.kernels.numba_cpu.numeric import decode_meta
+from skvq.kernels.numba_cpu.numeric import decode_meta, label_meta
 from skvq.kernels.numba_cpu.simd import f32, f64, fetch_add, i32, i64, job_at, u8
 from skvq.kernels.numba_cpu.softmax import take
 from skvq.kernels.numba_cpu.tiles import FAST, load_keys, load_value_rows
 from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, task_count
-
-
-@njit(**FAST)
-def label_meta(job, work, label, part):
-    """Address of the tile's numbers of a label: part 0 key scale, 1 key mid, 2 value scale, 3 value mid."""
-    head, group = label // job.groups, label % job.groups
-    return work + job.w_meta + 4 * job.tile * ((4 * head + part) * job.groups + group)
 
 
 @njit(**FAST)

@@ -40,7 +40,8 @@ class Function:
 def source_stamp(module: str) -> int:
     """A number that changes with the source of a module and of all of this package that it imports.
 
-    numba's cache looks at one file only, and would run yesterday's code of the others.
+    numba's cache looks at one file only, and would run yesterday's code of the others. Constants from outside this package are
+    copied, not imported, because a change of them would not be seen here; a test holds the copies equal.
     """
     package, found, waiting = __package__ or "", dict[str, bytes](), [module.rpartition(".")[2]]
     while waiting:
@@ -63,10 +64,6 @@ class Kernels:
         self._lock = threading.Lock()
         self._compiled: dict[Build, tuple[Any, Function]] = {}
         self._announced = False
-
-    def address(self, build: Build) -> int:
-        """Address of the C function that ``build`` makes."""
-        return self.function(build).address
 
     def function(self, build: Build) -> Function:
         """The C function that ``build`` makes."""

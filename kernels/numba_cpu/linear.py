@@ -13,10 +13,10 @@ from numba import njit
 
 from skvq.kernels.numba_cpu import linear_simd as simd
 from skvq.kernels.numba_cpu.block_format import BLOCK, LANES
-from skvq.kernels.numba_cpu.entry import job_reader
+from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.linear_expand import expand_block
 from skvq.kernels.numba_cpu.linear_simd import TOGETHER
-from skvq.kernels.numba_cpu.simd import f32, fetch_add, i64
+from skvq.kernels.numba_cpu.simd import f32, fetch_add, i64, record_at
 from skvq.kernels.numba_cpu.tiles import FAST
 
 MULTIPLY_FIELDS = (
@@ -27,8 +27,8 @@ EXPAND_FIELDS = (
     "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "group_bytes",
     "ids", "count", "out", "out_stride", "chunk",
 )  # fmt: skip
-multiply_job = job_reader(MULTIPLY_FIELDS)
-expand_job = job_reader(EXPAND_FIELDS)
+multiply_job = record_at(record(*MULTIPLY_FIELDS))
+expand_job = record_at(record(*EXPAND_FIELDS))
 FOUND_BYTES = 4 * LANES * TOGETHER
 
 

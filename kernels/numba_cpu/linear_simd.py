@@ -15,8 +15,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS, LANES, BlockFormat
-from skvq.kernels.numba_cpu.block_parts import FLOATS, PAIRS, _splat_float, by_kind, code_pairs, places_of, scales_of
-from skvq.kernels.numba_cpu.simd import F32, I16, I32, I64, WORDS, _all, _at, _intrinsic, _pick, _splat, host_features
+from skvq.kernels.numba_cpu.block_parts import PAIRS, _splat_float, by_kind, code_pairs, places_of, scales_of
+from skvq.kernels.numba_cpu.simd import (
+    F32,
+    FLOATS,
+    I16,
+    I32,
+    I64,
+    WORDS,
+    _all,
+    _at,
+    _intrinsic,
+    _pick,
+    _splat,
+    _sum,
+    host_features,
+)
 
 TOGETHER = 4  # vectors that share one unpacking
 CHAINS = 4  # integer sums in flight, to hide the latency of a multiply-add
@@ -43,13 +57,6 @@ def _multiply_pairs(builder, features, total, codes, pair):
     for shift in (16, 0):
         c, x = (builder.ashr(builder.shl(v, _all(shift)), _all(16)) for v in (codes, pair))
         total = builder.add(total, builder.mul(c, x))
-    return total
-
-
-def _sum(builder, vectors):
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = builder.add(total, vector)
     return total
 
 

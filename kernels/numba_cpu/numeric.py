@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.simd import as_bits, as_float, f32, half_to_float, i8, i32, u16
-from skvq.kernels.numba_cpu.tiles import FAST
+from skvq.kernels.numba_cpu.tiles import FAST, RETAINED
 
 HIDDEN = np.float32(-1e30)  # added to the score of a token that must not be seen
 NOTHING = np.float32(-1e20)  # running maximum before anything is seen: far above HIDDEN, far below any score
@@ -41,7 +41,14 @@ def decode_meta(source, target, bias, groups, tile):
         value_mid[i] = e4m3((word >> 24) & 255)
     hidden = f32(bias)
     for t in range(tile):
-        hidden[t] = HIDDEN if words[t] & 128 else np.float32(0)
+        hidden[t] = HIDDEN if words[t] & RETAINED else np.float32(0)
+
+
+@njit(**FAST)
+def label_meta(job, work, label, part):
+    """Address of the tile's numbers of a label: part 0 key scale, 1 key mid, 2 value scale, 3 value mid."""
+    head, group = label // job.groups, label % job.groups
+    return work + job.w_meta + 4 * job.tile * ((4 * head + part) * job.groups + group)
 
 
 @njit(**FAST)

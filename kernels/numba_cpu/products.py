@@ -25,6 +25,7 @@ from skvq.kernels.numba_cpu.simd import (
     _intrinsic,
     _pick,
     _splat,
+    _sum,
     host_features,
     prefetch,
 )  # fmt: skip
@@ -105,13 +106,6 @@ def _make_dot(rows):
 
     dot.__name__ = f"dot_{rows}"
     return intrinsic(dot)
-
-
-def _sum(builder, vectors):
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = builder.add(total, vector)
-    return total
 
 
 dot_1, dot_2, dot_3, dot_4 = (_make_dot(rows) for rows in (1, 2, 3, 4))

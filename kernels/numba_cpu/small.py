@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.entry import job_reader
+from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.numeric import FLOAT16, FLOAT32, exp2
-from skvq.kernels.numba_cpu.simd import as_bits, as_float, f32, f64, fetch_add, i64, u16
+from skvq.kernels.numba_cpu.simd import as_bits, as_float, f32, f64, fetch_add, i64, record_at, u16
 from skvq.kernels.numba_cpu.tiles import FAST
 
 ADD_FIELDS = ("x", "delta", "total", "count")
@@ -19,7 +19,7 @@ TURN_FIELDS = (
     "ring_slots", "keys", "values", "slot_stride", "head_stride", "place_stride", "kind",  # rows and strides in bytes
 )  # fmt: skip
 add_job, norm_job, swiglu_job, turn_job = (
-    job_reader(fields) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS)
+    record_at(record(*fields)) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS)
 )
 EPS = NORM_FIELDS.index("eps")
 LOG2_E = np.float32(1.4426950408889634)

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skvq.kernels.numba_cpu.entry import Entry, job_reader
+from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.launch import Launch, Team, here
-from skvq.kernels.numba_cpu.simd import I32, I64, i64
+from skvq.kernels.numba_cpu.simd import I32, I64, i64, record_at
 
 LAUNCH_FIELDS = ("function", "threads", "job", "image", "words")
 PLAY_FIELDS = ("parallel", "count", "launches")
@@ -33,7 +34,7 @@ EMPTY = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_stri
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 """Operations that tell the host a number: what the host then does is not on the tape."""
 
-play_job = job_reader(PLAY_FIELDS)
+play_job = record_at(record(*PLAY_FIELDS))
 
 
 class Kind(Enum):

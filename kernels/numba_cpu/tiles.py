@@ -14,7 +14,8 @@ from numba import njit
 from skvq.kernels.numba_cpu import spread
 from skvq.kernels.numba_cpu.simd import i8, u8
 
-SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES
+SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES; copied (``launch.source_stamp``)
+RETAINED = 128  # layout.RETAINED_FLAG, likewise
 FAST = {"fastmath": True, "error_model": "numpy", "nogil": True, "forceinline": True}
 """Of jitted functions. One that is called and not inlined is taken from another module in the process that compiles it than in
 those that read it from the cache, and rounds otherwise: the first run would pack other bytes than all later ones."""
@@ -24,15 +25,6 @@ LANE_BLOCK = 32
 @njit(**FAST)
 def round_up(count, multiple):
     return (count + multiple - 1) // multiple * multiple
-
-
-@njit(**FAST)
-def tile_bytes(levels, size, tile):
-    """Bytes of the codes of one head in a tile."""
-    if levels == 3:
-        return tile // TRITS * size
-    bits = 2 if levels == 4 else 3 if levels == 8 else 4 if levels == 16 else 8
-    return tile * size * bits // 8
 
 
 @njit(**FAST)

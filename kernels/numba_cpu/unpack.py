@@ -1,4 +1,4 @@
-"""Pages to float32 rows in the stored basis: the way back of ``packing.py``."""
+"""Pages to float32 rows in the stored basis: the way back of ``pack.py``."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,19 +6,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.numeric import decode_meta
-from skvq.kernels.numba_cpu.packing import page_of
+from skvq.kernels.numba_cpu.numeric import decode_meta, label_meta
+from skvq.kernels.numba_cpu.pack import page_of
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, pack_job_at, u8
 from skvq.kernels.numba_cpu.spread import transpose
 from skvq.kernels.numba_cpu.tiles import FAST, load_keys, load_value_rows
-
-
-@njit(**FAST)
-def meta_of(job, work, label, side):
-    """Address of the tile's scales of a label, float32 [tile]; their mids lie G rows on."""
-    return (
-        work + job.w_meta + 4 * job.tile * (4 * job.groups * (label // job.groups) + 2 * side * job.groups + label % job.groups)
-    )
 
 
 @njit(**FAST)
@@ -41,8 +33,8 @@ def read_keys(job, work, start, head):
     half = np.float32((job.key_levels - 1) * 0.5)
     for c in range(size):
         label = i64(job.key_labels)[head * size + c]
-        unit, meta = f32(job.key_unit)[label], meta_of(job, work, label, 0)
-        scale, mid, out = f32(meta), f32(meta + 4 * job.groups * tile), f32(work + job.w_rows + 4 * c * tile)
+        unit, out = f32(job.key_unit)[label], f32(work + job.w_rows + 4 * c * tile)
+        scale, mid = f32(label_meta(job, work, label, 0)), f32(label_meta(job, work, label, 1))
         words, shift = i32(work + job.w_codes + c // 4 * tile * 4), np.int32(c % 4 * 8)
         for t in range(tile):
             code = np.float32((words[t] >> shift) & np.int32(255))
@@ -58,8 +50,8 @@ def read_values(job, work, start, head):
     half = np.float32((job.value_levels - 1) * 0.5)
     for c in range(size):
         label = i64(job.value_labels)[head * size + c]
-        unit, meta = f32(job.value_unit)[label], meta_of(job, work, label, 1)
-        scale, mid, out = f32(meta), f32(meta + 4 * job.groups * tile), f32(work + job.w_rows + 4 * c * tile)
+        unit, out = f32(job.value_unit)[label], f32(work + job.w_rows + 4 * c * tile)
+        scale, mid = f32(label_meta(job, work, label, 2)), f32(label_meta(job, work, label, 3))
         codes = u8(work + job.w_codes + c * tile)
         for t in range(tile):
             out[t] = mid[t] * unit + scale[t] * unit * (np.float32(codes[t]) - half)
