@@ -1,4 +1,4 @@
-"""``skvq bench``: speed, and stress of the cache."""
+"""``skvq bench``: speed and stress tests of the cache."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ bench_options = stack(
 
 
 def _with_model(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with --shape as a model of random weights."""
+    """The options with ``model`` and ``dummy_weights`` set from --model or --shape, of which one must be given."""
     model, shape = options["model"], options["shape"]
     if (model is None) == (shape is None):
         raise OptionError("give either --model (real weights) or --shape (random weights)")
@@ -91,7 +91,7 @@ def _show_bench(measured: Bench, options: Mapping[str, Any]) -> None:
 
 
 def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
-    """A cache without weights, of a model's shape with ``--layers`` layers, and that shape."""
+    """A cache without a model, and its shape: ``config`` with ``--layers`` layers."""
     device = pick_device(options["device"])
     layers = options["layers"] or config.num_layers
     spans = islice(cycle(config.attention_spans), layers)

@@ -1,4 +1,4 @@
-"""A command whose errors are one line each on stderr, and its exit code."""
+"""Click commands that report errors as one line on stderr and set the exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from skvq.engine.errors import SkvqError
 
 OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
-"""What torch says where memory ran out but the error's class does not."""
+"""Messages of torch that mean memory ran out though the error's class does not say so."""
 
 
 class OneLineGroup(click.Group):
@@ -29,7 +29,7 @@ class OneLineCommand(click.Command):
 
 
 def run_command(call: Callable[[], Any]) -> int:
-    """Exit code of a command; what a user can mend becomes one line on stderr."""
+    """Run a command and return its exit code; errors a user can fix become one line on stderr."""
     try:
         call()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -54,9 +54,9 @@ def run_command(call: Callable[[], Any]) -> int:
 
 
 def machine_error(error: Exception) -> str | None:
-    """One line, with what to do, where memory ran out or a GPU failed; None for any other error, which is a mistake of ours.
+    """One line, with what to do, if memory ran out or a GPU failed; None for any other error: that is a bug, and is raised.
 
-    Classes go by name: ``commands`` imports no torch, and Triton is imported only where a GPU is used.
+    Classes are matched by name: ``commands`` does not import torch, and Triton is imported only where a GPU is used.
     """
     kinds = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(error).__mro__}
     first = next(iter(str(error).splitlines()), "")

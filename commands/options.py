@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order of the help."""
+    """One decorator that adds several options, in this order in the help."""
 
     def apply(function: F) -> F:
         for option in reversed(options):
@@ -28,7 +28,7 @@ def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def bits_of(context: click.Context, parameter: click.Parameter, value: str) -> float:
-    """A bit width of ``BITS``, for an option's callback."""
+    """Click callback: a bit width of ``BITS``."""
     known = [f"{b:g}" for b in BITS]
     if value not in known:
         raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}")
@@ -36,7 +36,7 @@ def bits_of(context: click.Context, parameter: click.Parameter, value: str) -> f
 
 
 def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
-    """Numbers with commas between."""
+    """Click callback: comma-separated numbers."""
     try:
         return [float(part) for part in value.split(",")]
     except ValueError:
@@ -44,7 +44,7 @@ def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -
 
 
 def counts_of(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    """Token counts with commas between."""
+    """Click callback: comma-separated token counts."""
     numbers = numbers_of(context, parameter, value.replace("_", ""))
     if any(n != int(n) or n < 1 for n in numbers):
         raise click.BadParameter(f"{value!r} is not a list of token counts such as 4096,32768")
@@ -74,7 +74,7 @@ engine_options = stack(
     click.option("--dummy-weights", is_flag=True, help="Random weights of the model's shape: no download, no sense."),
     download_option,
 )
-"""Of every command that loads a model; what ``load_engine`` reads beside the model's name."""
+"""Taken by every command that loads a model; read by ``load_engine``."""
 
 packing_options = stack(
     click.option("--method", type=click.Choice(METHODS), default="rotate", show_default=True, help="How the cache is packed."),
@@ -88,7 +88,7 @@ packing_options = stack(
     ),
     click.option("--group-size", type=int, default=64, show_default=True, help="Channels that share a scale: 32, 64, 128."),
 )
-"""What a calibration is made for."""
+"""How numbers are quantized: what a calibration depends on."""
 
 window_option = click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits.")
 cache_options = stack(

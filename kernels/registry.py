@@ -1,7 +1,7 @@
 """Backends by name: our three, and any that an installed package offers under the entry point ``skvq.kernels``.
 
 An entry point names a factory ``(torch.device) -> Backend``; it raises ``ImportError`` or ``BackendUnavailable`` with the
-reason when it cannot serve that device. It is imported when it is chosen: one that is broken is nobody else's trouble.
+reason when it cannot serve that device. It is imported only when chosen, so a broken one does not affect the others.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 ENTRY_POINT = "skvq.kernels"
 TRITON_HEAD_SIZES = (64, 128)
-"""Head sizes with Triton kernels; for others torch computes, and waits."""
+"""Head sizes that have Triton kernels; for others the reference computes, which synchronizes with the device."""
 
 
 class BackendUnavailable(Exception):
-    """The backend is unknown, or known and of no use on this device; the message says why."""
+    """The backend is unknown, or cannot be used on this device; the message says why."""
 
 
 def _reference(device: torch.device) -> Backend:
@@ -56,12 +56,12 @@ def plugins() -> dict[str, EntryPoint]:
 
 
 def is_capturable(backend: str, head_size: int) -> bool:
-    """Whether attention of a decode step is launches alone, nothing waits for the device: a graph can hold it."""
+    """Whether attention of a decode step is kernel launches only, without synchronization, so that a graph can capture it."""
     return backend == "numba" or (backend == "triton" and head_size in TRITON_HEAD_SIZES)
 
 
 def new_tape() -> Tape:
-    """For work of backend ``numba``."""
+    """A recorder of decode steps of backend ``numba``."""
     from skvq.kernels.numba_cpu.tape import Tape
 
     return Tape()
@@ -94,7 +94,7 @@ def get_backend(name: str, device: torch.device) -> Backend:
 
 
 def _plugin(entry: EntryPoint, device: torch.device) -> Backend:
-    """What another package's factory makes; whatever goes wrong in it is its own fault, and said to be."""
+    """The backend of another package. Raises BackendUnavailable, naming the entry point, for any error in its code."""
     try:
         factory: Callable[[torch.device], Backend] = entry.load()
         return factory(device)

@@ -1,4 +1,4 @@
-"""The contract of ``interface.Backend`` on CPUs."""
+"""``interface.Backend`` on CPUs."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class NumbaCpu:
         return labels_packing(codec, (keys, values), layout.tile)
 
     def _derive(self, owner: Tensor, key: object, make: Callable[[], Found]) -> Found:
-        """``make()``, kept as long as ``owner`` lives and is not written to."""
+        """``make()``, cached under ``key`` until the tensor ``owner`` dies or is written to."""
         version, derived = self._derived.get(owner, (owner._version, {}))  # type: ignore[no-untyped-call]
         if version != owner._version:
             derived = {}

@@ -1,4 +1,8 @@
-"""Keys and values to the stored basis and back, in torch: as ``reference.encode_heads`` and its kin, with fewer sines."""
+"""Keys and values to the stored basis and back, in torch.
+
+The same as ``encode_heads``, ``decode_heads`` and ``decode_labels`` of the reference, but with far fewer sines: RoPE of a token
+is that of its place in the tile times that of the tile's start.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from skvq.kernels.interface import HeadCodec, LabelCodec, RopeFrequencies
 
 
 def turns(first: int, count: int, tile: int, rope: RopeFrequencies) -> Tensor:
-    """``exp(i t w)`` of tokens first .. first+count-1: complex64 [count, D/2], from a table in a tile and one angle a tile."""
+    """``exp(i t inv_freq)`` for the positions t = first .. first+count-1: complex64 [count, D/2]."""
     inside = torch.arange(tile, dtype=torch.float64)[:, None] * rope.inv_freq
     base = torch.arange(first, first + count, tile, dtype=torch.float64)[:, None] * rope.inv_freq
     one = torch.ones((), dtype=torch.float64)
@@ -18,14 +22,14 @@ def turns(first: int, count: int, tile: int, rope: RopeFrequencies) -> Tensor:
 
 
 def turn(x: Tensor, table: Tensor, scale: float) -> Tensor:
-    """``x`` [T, KH, D] turned by ``table`` [T, D/2] times ``scale``, float32; a [KH, D] mean is spread over T."""
+    """RoPE of ``x`` [T, KH, D], or of a mean [KH, D], by ``table`` [T, D/2], times ``scale``: float32 [T, KH, D]."""
     a, b = x.float().chunk(2, -1)
     turned = torch.complex(a, b) * table[:, None] * scale
     return torch.cat([turned.real, turned.imag], -1)
 
 
 def encode_heads(codec: HeadCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Stored basis, float32 [T, KH, D] (``interface.HeadCodec``)."""
+    """Keys after RoPE and values [T, KH, D] to the stored basis, float32, contiguous (``interface.HeadCodec``)."""
     k, v = keys.float(), values.float()
     if not codec.has_basis:
         return k.contiguous(), v.contiguous()
@@ -40,7 +44,7 @@ def apply(matrices: Tensor, rows: Tensor) -> Tensor:
 
 
 def decode_heads(codec: HeadCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of ``encode_heads``."""
+    """Stored keys and values [T, KH, D] to keys after RoPE and values. May write to ``keys``."""
     if not codec.has_basis:
         return keys, values
     keys = apply(codec.query_basis.transpose(1, 2), keys)
@@ -50,11 +54,11 @@ def decode_heads(codec: HeadCodec, first: int, tile: int, keys: Tensor, values: 
 
 
 def encode_labels(codec: LabelCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys before RoPE and values, float32 [T, KH, D]."""
+    """Keys after RoPE and values [T, KH, D] to what is stored: keys before RoPE and values, float32, contiguous."""
     back = turns(first, len(keys), tile, codec.rope).conj()
     return turn(keys, back, 1 / codec.rope.scale).contiguous(), values.float().contiguous()
 
 
 def decode_labels(codec: LabelCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys after RoPE and values."""
+    """Stored keys and values [T, KH, D] to keys after RoPE and values."""
     return turn(keys, turns(first, len(keys), tile, codec.rope), codec.rope.scale), values

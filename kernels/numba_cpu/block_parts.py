@@ -16,7 +16,7 @@ PAIRS = ir.VectorType(I16, 2 * LANES)
 
 
 def by_kind(bodies, arguments):
-    """For an intrinsic of ``kind`` and so many int64 more: its signature, and the code that ``bodies[kind]`` emits."""
+    """Signature and codegen of an intrinsic ``(kind, *arguments)`` of int64: a switch over ``kind``, cases ``bodies``."""
 
     def codegen(context, builder, signature, args):
         end = builder.append_basic_block("end")
@@ -34,7 +34,7 @@ def by_kind(bodies, arguments):
 
 
 def places_of(builder, form: BlockFormat, matrix, index):
-    """Addresses of block ``index`` of sixteen rows, and of its d.
+    """Addresses of block ``index`` of a group of sixteen rows, and of the scales d it uses.
 
     With eight blocks that share d, block 21 is the sixth of the third span: ``2 * span_bytes + 5 * block_bytes``.
     """
@@ -79,7 +79,7 @@ def _signed_bytes(builder, words, shift):
 
 
 def scales_of(context, builder, form: BlockFormat, block, heads):
-    """What codes of sixteen rows are multiplied by in every part of a block, and what is added, or None: float32."""
+    """Of sixteen rows, as FLOATS: a list of the scales of a block's parts, and the minimum to add, or None."""
     scales, low = [_load_halves(context, builder, heads)] * form.parts, None
     if form.has_min:
         low = _load_halves(context, builder, builder.add(heads, ir.Constant(I64, 2 * LANES)))

@@ -12,14 +12,15 @@ from skvq.kernels.layout import PageLayout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Channels:
-    """Which channels a group holds: labels int64 [KH * D], and channels sorted by label with where each group starts."""
+    """The groups of one side. All tensors int64."""
 
-    labels: Tensor
-    order: Tensor
-    starts: Tensor
+    labels: Tensor  # [KH * D], group of each channel
+    order: Tensor  # [KH * D], channels sorted by group
+    starts: Tensor  # [groups + 1], where each group begins in ``order``
 
 
 def channels_of(labels: Tensor, groups: int) -> Channels:
+    """From ``labels`` int64 [KH * D], of which every one of ``groups`` occurs."""
     order = torch.argsort(labels, stable=True)
     counts = torch.bincount(labels, minlength=groups)
     assert len(counts) == groups and bool((counts > 0).all()), f"a group has no channel: {counts.tolist()}"
@@ -28,6 +29,6 @@ def channels_of(labels: Tensor, groups: int) -> Channels:
 
 
 def contiguous_channels(layout: PageLayout) -> Channels:
-    """Groups that lie side by side inside each head."""
+    """Groups of ``group_size`` neighbouring channels, in order."""
     labels = torch.arange(layout.kv_heads * layout.head_size) // layout.group_size
     return channels_of(labels, layout.kv_heads * layout.groups)

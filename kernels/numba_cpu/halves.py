@@ -86,7 +86,7 @@ def product(job, row, n):
 
 
 def build_multiply_halves(stamp):
-    """Entry point of ``out[n] = W x[n] + bias``: the job's address. Threads take ``chunk`` rows at a time."""
+    """Kernel of ``out[n] = W x[n] + bias``. Threads take ``chunk`` rows at a time."""
 
     def multiply_halves(address):
         if stamp == 0:

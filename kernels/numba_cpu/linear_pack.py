@@ -23,7 +23,7 @@ from skvq.kernels.numba_cpu.block_format import LANES, BlockFormat
 from skvq.kernels.numba_cpu.ggml_blocks import split_last, take_apart
 
 GROUPS_AT_A_TIME = 256
-"""Groups of sixteen rows taken apart at a time, which takes some bytes a weight."""
+"""Groups of sixteen rows repacked at a time, which bounds temporary memory (several bytes per weight)."""
 
 
 def pack_blocks(data: Tensor, form: BlockFormat) -> Tensor:

@@ -110,7 +110,7 @@ def dot_body(form: BlockFormat, vectors: int):
 
 
 def _from_offset(builder, form, sum_x):
-    """What a sum of products of codes starts from, so that ``offset`` is subtracted from every code."""
+    """Start of the sum over ``code * x``: ``-offset * sum(x)``, which subtracts ``offset`` from every code."""
     if not form.offset:
         return ir.Constant(WORDS, None)
     return _splat(builder, builder.mul(sum_x, ir.Constant(I32, -form.offset)))
@@ -159,11 +159,11 @@ DOTS = [dot_body(form, TOGETHER) for form in FORMATS.values()]
 
 @intrinsic
 def dot(typingctx, kind, matrix, blocks, rounded, step, out):
-    """``dot_body`` of the format of that number, for one vector."""
+    """``dot_body`` of the ``kind``-th of FORMATS, for one vector."""
     return by_kind(DOT, 5)
 
 
 @intrinsic
 def dots(typingctx, kind, matrix, blocks, rounded, step, out):
-    """``dot_body`` of the format of that number, for TOGETHER vectors."""
+    """``dot_body`` of the ``kind``-th of FORMATS, for TOGETHER vectors."""
     return by_kind(DOTS, 5)

@@ -1,6 +1,6 @@
-"""Quantize and pack whole tiles: float32 rows in the stored basis to pages.
+"""The kernel that quantizes and packs whole tiles: float32 rows in the stored basis to pages.
 
-A task is a tile and the groups of one kv head, or of all where groups cross heads. Group j of a side holds the channels
+A task is a tile of one kv head, or of all kv heads where groups cross heads. Group j of a side holds the channels
 ``channels[starts[j] : starts[j + 1]]`` of all KH * D; its metadata lie with kv head ``j // G``.
 """
 
@@ -18,7 +18,11 @@ from skvq.kernels.numba_cpu.tiles import FAST, RETAINED, SLOTS, TRITS
 
 @njit(**FAST)
 def quantize_side(job, work, start, head, heads, side):
-    """Codes of a tile to ``w_codes``: keys ``[token][channel]``, values ``[channel][token]``; words to the pages' metadata."""
+    """Quantize keys (side 0) or values (1) of a tile.
+
+    Writes codes as bytes to ``w_codes``, keys ``[token][channel]``, values ``[channel][token]``, and metadata to the page.
+    Values come second: they fill in the upper half of words that keys have begun.
+    """
     size, groups, tile = job.size, job.groups, job.tile
     channels_all = job.kv_heads * size
     page, inside = page_of(job, start)
@@ -52,7 +56,7 @@ def quantize_side(job, work, start, head, heads, side):
 
 @njit(**FAST)
 def quantize_head(job, work, start, head, side):
-    """``quantize_side`` of one head whose codes are chosen together, LANES tokens at a time."""
+    """``quantize_side`` where a side has a metric: the codes of a head are chosen together, for LANES tokens at a time."""
     size, groups, tile = job.size, job.groups, job.tile
     page, inside = page_of(job, start)
     if side == 0:
@@ -97,7 +101,10 @@ def page_of(job, start):
 
 @njit(**FAST)
 def pack_planes(codes, stride, rows, count, out, levels, across):
-    """Planes of ``rows`` x ``count`` codes: they divide a row, or (``across``) the rows, whose codes then share a shift."""
+    """Pack ``rows`` x ``count`` codes into planes (``layout.py``) at ``out``.
+
+    Channels are what planes divide: along a row for keys, across rows for values (``across``). Rows are ``stride`` bytes apart.
+    """
     widths = 2 if levels <= 8 else 4 if levels == 16 else 8
     place = 0
     while True:
@@ -128,7 +135,10 @@ def pack_planes(codes, stride, rows, count, out, levels, across):
 
 @njit(**FAST)
 def pack_trits(codes, slot_step, plane_step, rows, row_step, count, out):
-    """Bytes ``[rows][count]`` of five trits: trit p of a byte lies ``p * plane_step`` on, the next byte's ``slot_step`` on."""
+    """Pack codes of three levels, five to a byte, as bytes ``[rows][count]`` at ``out``.
+
+    Distances between codes: ``plane_step`` within a byte, ``slot_step`` from byte to byte, ``row_step`` from row to row.
+    """
     for r in range(rows):
         given, to = u8(codes + r * row_step), u8(out + r * count)
         for b in range(count):
@@ -161,7 +171,7 @@ def write_codes(job, work, start, head, heads, side):
 
 
 def build_pack(stamp):
-    """Entry point: the job's address."""
+    """The kernel; its job is PACK of ``job.py``."""
 
     def pack(address):
         if stamp == 0:

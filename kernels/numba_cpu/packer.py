@@ -1,4 +1,4 @@
-"""Jobs of the kernels that pack and unpack, whichever the codec."""
+"""Host side of packing and unpacking: what they need of a codec, and their job."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from skvq.kernels.numba_cpu.lattice import lattice_bytes
 from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
 STRETCH = 1280
-"""Tokens that are held in float32 at once."""
+"""Tokens packed or unpacked per launch: bounds the float32 copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """All that packing asks of a codec: sides, groups, and the way to the stored basis and back.
+    """What packing needs to know of a codec, of either kind.
 
-    ``encode`` and ``decode`` take the first position, keys and values [T, KH, D], and return float32.
+    ``encode(first, keys, values)`` takes [T, KH, D] to the stored basis, float32; ``decode`` takes them back.
     """
 
-    sides: tuple[Side, Side]
+    sides: tuple[Side, Side]  # keys, values
     channels: tuple[Channels, Channels]
     crossing: bool  # groups hold channels of several heads
     encode: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -58,7 +58,7 @@ def labels_packing(codec: LabelCodec, channels: tuple[Channels, Channels], tile:
 
 
 def side_fields(side: Side, channels: Channels, layout: PageLayout) -> tuple[int, ...]:
-    """Unit, clip, channels by group, and the metric and its factor, 0 where every code is rounded on its own."""
+    """Addresses of a side in the order of PACK_FIELDS; metric and factor are 0 where every code is rounded on its own."""
     tensors, matrices, heads, size = [side.unit, side.clip], list[Tensor](), layout.kv_heads, layout.head_size
     if isinstance(side, HeadSide) and side.has_metric:
         matrices = [side.metric, side.factor]
@@ -79,7 +79,7 @@ def pack_job(
     retained: Tensor,
     threads: int,
 ) -> tuple[Job, tuple[Tensor, ...]]:
-    """The job of packing ``rows`` or unpacking into them, and tensors that must live as long as it."""
+    """The job of packing ``rows`` (keys, values) or of unpacking into them, and tensors that must outlive it."""
     layout = pages.layout
     keys, values = rows
     assert keys.dtype == values.dtype == torch.float32 and keys.is_contiguous() and values.is_contiguous(), keys.dtype

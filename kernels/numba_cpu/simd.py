@@ -1,4 +1,4 @@
-"""What numba has no words for: typed pointers, bits of floats, atomics, vector reductions; and pieces of LLVM IR for more.
+"""Intrinsics that numba lacks: typed pointers, bits of floats, atomics, vector reductions; and helpers that emit LLVM IR.
 
 Vectors have 512 bits; LLVM splits them to what the CPU has. Addresses are int64.
 """
@@ -95,7 +95,7 @@ pack_job_at = record_at(PACK)
 
 @intrinsic
 def prefetch(typingctx, address, nbytes):
-    """Ask for the lines of ``nbytes`` bytes ahead of their use: tiles are far apart, and hardware stops at a 4 KiB border."""
+    """Prefetch ``nbytes`` bytes: tiles lie far apart, and the hardware prefetcher stops at 4 KiB boundaries."""
 
     def codegen(context, builder, signature, args):
         byte = I8.as_pointer()
@@ -178,7 +178,7 @@ def half_to_float(typingctx, source, target):
 
 
 def _make_extreme(name, better):
-    """Largest (or smallest) of ``count`` > 0 float32 at an address: LLVM leaves a loop over fmax scalar."""
+    """Intrinsic: largest (or smallest) of ``count`` > 0 float32 at an address. LLVM does not vectorize a loop over fmax."""
 
     def extreme(typingctx, address, count):
         def codegen(context, builder, signature, args):

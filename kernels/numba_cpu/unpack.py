@@ -1,4 +1,4 @@
-"""Pages to float32 rows in the stored basis: the way back of ``pack.py``."""
+"""The kernel that unpacks whole tiles to float32 rows in the stored basis: the inverse of ``pack.py``."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -15,7 +15,7 @@ from skvq.kernels.numba_cpu.tiles import FAST, load_keys, load_value_rows
 
 @njit(**FAST)
 def write_rows(source, target, stride, size, tile):
-    """float32 ``[channel][token]`` at ``source`` to rows of channels, ``stride`` bytes apart."""
+    """Transpose float32 ``[channel][token]`` at ``source`` to tokens ``stride`` bytes apart at ``target``."""
     whole = size // 16 * 16
     for c in range(0, whole, 16):
         for t in range(0, tile, 8):
@@ -28,7 +28,7 @@ def write_rows(source, target, stride, size, tile):
 
 @njit(**FAST)
 def read_keys(job, work, start, head):
-    """Stored keys of a tile and head as float32 rows, from words ``[D / 4][token]`` of four channels."""
+    """Dequantize the keys of a tile and head to the job's rows, from codes ``[D / 4][token][4]`` at ``w_codes``."""
     size, tile = job.size, job.tile
     half = np.float32((job.key_levels - 1) * 0.5)
     for c in range(size):
@@ -45,7 +45,7 @@ def read_keys(job, work, start, head):
 
 @njit(**FAST)
 def read_values(job, work, start, head):
-    """Stored values of a tile and head as float32 rows, from bytes ``[channel][token]``."""
+    """Dequantize the values of a tile and head to the job's rows, from codes ``[channel][token]`` at ``w_codes``."""
     size, tile = job.size, job.tile
     half = np.float32((job.value_levels - 1) * 0.5)
     for c in range(size):
@@ -60,7 +60,7 @@ def read_values(job, work, start, head):
 
 
 def build_unpack(stamp):
-    """Entry point: the job's address."""
+    """The kernel; its job is PACK of ``job.py``."""
 
     def unpack(address):
         if stamp == 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from skvq.kernels.interface import FullSlots, PlainPages, Step
 
 Tokens = tuple[Tensor, Tensor, Tensor]
-"""Keys and values [T, KH, D] float32, and bool [T]: which of the tokens are retained, so seen in a full-precision slot."""
+"""Keys and values [T, KH, D] float32, and retained flags bool [T]: those tokens are seen in full-precision slots instead."""
 
 Read = Callable[[Tensor, int, int], Tokens]
 """(page_row, first, count) -> the tokens as they are stored."""
@@ -45,7 +45,7 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def attend_packed(q: Tensor, full: FullSlots, step: Step, read: Read, decode: Decode) -> tuple[Tensor, Tensor]:
-    """Attend over the packed tokens that ``read`` and ``decode`` bring, and over full-precision slots."""
+    """See ``interface.Backend``; packed tokens come from ``read`` and then ``decode``, once for each row of the batch."""
 
     def tokens(slot: int, count: int) -> Tokens:
         keys, values, retained = read(step.page_table[slot], 0, count)
@@ -66,7 +66,7 @@ def attend_plain(q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> t
 
 
 def attend_rows(q: Tensor, full: FullSlots, step: Step, tokens: Callable[[int, int], Tokens]) -> tuple[Tensor, Tensor]:
-    """Attend row by row over what ``tokens(slot, count)`` are, keys after RoPE, and over the slot's full-precision tokens."""
+    """Attend row by row of the batch; ``tokens(slot, count)`` are the packed tokens of a sequence, with keys after RoPE."""
     outs, lses = [], []
     for row, (slot, count) in enumerate(zip(step.slots.tolist(), step.packed.tolist(), strict=True)):
         keys, values, retained = tokens(slot, count)

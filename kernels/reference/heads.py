@@ -17,7 +17,7 @@ from skvq.kernels.reference.rope import rotary
 
 
 def encode_heads(codec: HeadCodec, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Stored basis of keys after RoPE and values, [T, KH, D]: float32, ready to be quantized."""
+    """Keys after RoPE and values [T, KH, D], of tokens ``first ..``, to the stored basis; float32."""
     k, v = keys.float(), values.float()
     if not codec.has_basis:
         return k, v
@@ -73,7 +73,7 @@ def read_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: in
 
 
 def decode_heads(codec: HeadCodec, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys after RoPE and values from those of the stored basis, [T, KH, D] of tokens ``first ..``; float32."""
+    """Keys and values [T, KH, D] in the stored basis, of tokens ``first ..``, to keys after RoPE and values; float32."""
     if codec.has_basis:
         keys = torch.einsum("hij,thi->thj", codec.query_basis, keys)  # query_basis^T x
         if codec.has_key_mean:

@@ -16,7 +16,7 @@ from skvq.kernels.reference.rope import rotary
 
 
 def quantize_labels(y: Tensor, bits: float, side: Side, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [T, C] and scale and mid bytes [T, groups] of ``y`` [T, C], each channel with the group its label names."""
+    """Codes [T, C] and scale and mid bytes [T, groups] of ``y`` [T, C]; ``labels`` [C] are the channels' groups."""
     tokens = len(y)
     groups = len(side.unit)
     codes = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
@@ -71,7 +71,7 @@ def read_labels(
 
 
 def decode_labels(codec: LabelCodec, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys after RoPE from those before it, [T, KH, D] of tokens ``first ..``, float32; values are as stored."""
+    """Keys before RoPE [T, KH, D], of tokens ``first ..``, to keys after RoPE; float32. Values are as stored."""
     positions = torch.arange(first, first + len(keys), device=keys.device)
     return rotary(keys, positions, codec.rope), values
 

@@ -1,4 +1,4 @@
-"""Quantizing a head: the codes of all its channels are chosen together, in the metric that calibration found."""
+"""Quantizing a head as a whole: the codes of all its channels are chosen together, in a metric that calibration found."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LATTICE_SWEEPS = 2
 
 
 def quantize_lattice(y: Tensor, levels: int, side: HeadSide) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [T, KH, D] and scale and mid bytes uint8 [T, KH, G] of ``y`` [T, KH, D] that keep ``e^T metric e`` small.
+    """Codes [T, KH, D], scale and mid bytes [T, KH, G], uint8, of ``y`` [T, KH, D] whose error e has a small ``e^T metric e``.
 
     Rounding is a closest-point problem in the lattice that the metric spans: the nearest-plane algorithm (Babai 1986; LDLQ in
-    QuIP, arXiv 2307.13304), then sweeps of coordinate descent over the codes, in turn with a least-squares fit of scale and
-    mid in the same metric. Metadata are rounded to E4M3 before the last sweeps, so the codes make up for that too. All in
-    float32, or in float64 where ``y`` and the side are.
+    QuIP, arXiv 2307.13304), then sweeps of coordinate descent over the codes, alternating with a least-squares fit of scale
+    and mid in the same metric. Metadata are rounded to E4M3 before the last sweeps, so that the codes compensate for it.
+    Computed in the dtype of the metric.
     """
     tokens, heads, size = y.shape
     groups = side.unit.shape[1]
@@ -58,7 +58,7 @@ def _by_channel(x: Tensor, width: int) -> Tensor:
 
 
 def _nearest_plane(y: Tensor, scale: Tensor, mid: Tensor, levels: int, factor: Tensor) -> Tensor:
-    """Centred codes [T, KH, D], rounded from the last channel to the first; each makes up for the errors of those before."""
+    """Centred codes [T, KH, D], rounded from the last channel to the first; each corrects for the errors of those before."""
     half = (levels - 1) / 2
     code, error = torch.zeros_like(y), torch.zeros_like(y)
     for i in range(y.shape[-1] - 1, -1, -1):

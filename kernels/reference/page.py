@@ -1,4 +1,4 @@
-"""Codes and metadata in a page: the layouts of ``kernels/layout.py``, packed and unpacked."""
+"""Codes and metadata to the bytes of a page and back (``kernels/layout.py``)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def unpack_codes(packed: Tensor, bits: float, tile: int, size: int, *, token_maj
 def pack_meta(
     key_scale: Tensor, key_mid: Tensor, value_scale: Tensor, value_mid: Tensor, retained: Tensor, tile: int
 ) -> Tensor:
-    """Words of metadata bytes [T, KH, G] and flags bool [T]: int32 [T / tile, KH, G * tile]."""
+    """Metadata words int32 [T / tile, KH, G * tile] from bytes uint8 [T, KH, G] and retained flags bool [T]."""
     flag = torch.zeros_like(key_scale)
     flag[..., 0] = retained[:, None].to(torch.uint8) * RETAINED_FLAG
     words = torch.stack([key_scale | flag, key_mid, value_scale, value_mid], -1).view(torch.int32)[..., 0]  # [T, KH, G]
@@ -74,7 +74,7 @@ def pack_meta(
 
 
 def unpack_meta(words: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Inverse of ``pack_meta``: four float32 [T, KH, G] (in units) and the flags bool [T]."""
+    """Inverse of ``pack_meta``, but scales and mids are decoded: float32 [T, KH, G] in units; and the flags bool [T]."""
     tiles, heads, count = words.shape
     rows = words.view(tiles, heads, count // tile, tile).permute(0, 3, 1, 2).reshape(tiles * tile, heads, count // tile)
     parts = rows.flatten().view(torch.uint8).view(*rows.shape, 4)  # flat: of a size of 1 any stride counts as contiguous

@@ -9,7 +9,7 @@ from skvq.kernels.interface import RopeFrequencies
 
 
 def rotary(x: Tensor, positions: Tensor, rope: RopeFrequencies, *, inverse: bool = False) -> Tensor:
-    """Turn ``x`` [T, heads, D] by its positions [T] (inverse: back, scale undone), float32. Angles in float64."""
+    """RoPE of ``x`` [T, heads, D] at ``positions`` [T], or its inverse, scale included; float32, with angles in float64."""
     angle = positions.to(rope.inv_freq.device, torch.float64)[:, None, None] * rope.inv_freq  # [T, 1, D/2]
     factor = 1 / rope.scale if inverse else rope.scale
     cos, sin = (angle.cos() * factor).float(), (angle.sin() * (-factor if inverse else factor)).float()
