@@ -1,1 +1,1 @@
-"""The commands, one file each: text to frozen configs to one call."""
+"""The commands, one file each: options to configs, then one call of the engine."""

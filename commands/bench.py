@@ -1,9 +1,11 @@
-"""``skvq bench``: speed, and stress of the cache."""
+"""``skvq bench``: speed and stress tests of the cache."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import cycle, islice
 from typing import Any
 
 import click
@@ -11,24 +13,29 @@ import click
 from skvq import __version__
 from skvq.commands.errors import OneLineCommand, OneLineGroup
 from skvq.commands.options import (
-    CACHE_NAMES,
+    PACKING_NAMES,
     cache_config,
     cache_options,
+    calibration_option,
     ctxs_option,
+    download_option,
+    engine_options,
     json_option,
     load_engine,
     machine_options,
     numbers_of,
-    place_options,
+    pick,
+    prefill_option,
     stack,
 )
 from skvq.engine.bench import SPARE, Bench, bench_attention, bench_decode, bench_prefill
 from skvq.engine.cache import CacheSetup
-from skvq.engine.config import FULL_SPAN, ModelConfig
+from skvq.engine.config import ModelConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.machine import find_backend, pick_device, pick_dtype
 from skvq.engine.planted import planted, require_found, rows
 from skvq.engine.report import StderrReporter
+from skvq.engine.rope import scaled
 from skvq.engine.soak import soak
 from skvq.engine.stress import bare_setup
 from skvq.loaders import config_of
@@ -57,40 +64,40 @@ bench_options = stack(
     click.option("--model", "-m", help="Alias, folder, .gguf file or org/name, with its weights."),
     click.option("--shape", help="The same with random weights: only its config is read."),
     ctxs_option,
-    place_options,
+    calibration_option,
+    engine_options,
     cache_options,
     json_option,
 )
 
 
-def _bench_model(options: dict[str, Any]) -> str:
-    """The name given with --model or --shape; the latter means random weights."""
-    if (options["model"] is None) == (options["shape"] is None):
+def _with_model(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with ``model`` and ``dummy_weights`` set from --model or --shape, of which one must be given."""
+    model, shape = options["model"], options["shape"]
+    if (model is None) == (shape is None):
         raise OptionError("give either --model (real weights) or --shape (random weights)")
-    options["dummy_weights"] = options["dummy_weights"] or options["shape"] is not None
-    options["model"] = options["model"] or options["shape"]
-    return str(options["model"])
+    return {**options, "model": model or shape, "dummy_weights": options["dummy_weights"] or shape is not None}
 
 
-def _show_bench(measured: Bench, options: dict[str, Any]) -> None:
+def _show_bench(measured: Bench, options: Mapping[str, Any]) -> None:
     as_json, shown = options["as_json"], []
     click.echo(measured.ceiling(), err=as_json)
     for row in measured.rows:
         click.echo(row.line(), err=as_json)
         shown.append(row)
     if as_json:
-        told = {key: options[key] for key in ("model", "dummy_weights", *CACHE_NAMES[:5])}
+        told = pick(options, ("model", "dummy_weights", *PACKING_NAMES))
         click.echo(json.dumps({**told, "version": __version__, **measured.as_dict(shown)}))
 
 
-def _bare(shape: str, options: dict[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
-    """A cache without weights, of a shape and perhaps fewer layers."""
+def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
+    """A cache without a model, and its shape: ``config`` with ``--layers`` layers."""
     device = pick_device(options["device"])
-    config = config_of(shape)
     layers = options["layers"] or config.num_layers
-    config = replace(config, num_layers=layers, attention_spans=(FULL_SPAN,) * layers)
+    spans = islice(cycle(config.attention_spans), layers)
+    config = replace(config, num_layers=layers, attention_spans=tuple(spans))
     backend, dtype = find_backend(options["backend"], device), pick_dtype(options["dtype"], device)
-    cache = cache_config(dict(options))
+    cache = cache_config(options)
     setup = bare_setup(config, cache, max_context=context, max_sequences=1, backend=backend, dtype=dtype, device=device)
     return setup, config
 
@@ -101,24 +108,36 @@ def _bare(shape: str, options: dict[str, Any], context: int) -> tuple[CacheSetup
 @click.option("--layers", type=click.IntRange(min=1), help="With --attention-only: layers to fill; default: the model's.")
 def decode_command(**options: Any) -> None:
     """Time of a decode step, and of its attention, at each length of context."""
-    name, contexts = _bench_model(options), options["ctx"]
+    options, contexts = _with_model(options), options["ctx"]
     if options["attention_only"]:
-        setup, config = _bare(name, options, max(contexts))
+        if options["calibration"] is not None:
+            raise OptionError("--calibration does not go with --attention-only: without weights a calibration is made up")
+        config = config_of(options["model"], download=not options["no_download"])
+        if options["rope_scaling"] is not None:
+            config = scaled(config, options["rope_scaling"])
+        setup, config = _bare(config, options, max(contexts))
         _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options)
         return
     if options["layers"] is not None:
         raise OptionError("--layers goes with --attention-only: a model has the layers it has")
-    engine = load_engine({**options, "ctx": max(contexts) + SPARE}, cache_config(dict(options)))
+    engine = load_engine(options, cache_config(options), context=max(contexts) + SPARE, calibration=options["calibration"])
     _show_bench(bench_decode(engine, contexts), options)
 
 
 @bench.command("prefill", cls=OneLineCommand)
 @bench_options
+@prefill_option
 def prefill_command(**options: Any) -> None:
     """Time to read a prompt, and of its attention, at each length."""
-    _bench_model(options)
-    engine = load_engine({**options, "ctx": max(options["ctx"])}, cache_config(dict(options)))
-    _show_bench(bench_prefill(engine, options["ctx"]), options)
+    options, contexts = _with_model(options), options["ctx"]
+    engine = load_engine(
+        options,
+        cache_config(options),
+        context=max(contexts),
+        calibration=options["calibration"],
+        prefill=options["prefill"],
+    )
+    _show_bench(bench_prefill(engine, contexts), options)
 
 
 @bench.command("planted", cls=OneLineCommand)
@@ -128,14 +147,16 @@ def prefill_command(**options: Any) -> None:
 @click.option("--layers", type=click.IntRange(min=1), help="Layers to fill; default: the model's.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @machine_options
+@download_option
 @cache_options
 @json_option
 def planted_command(**options: Any) -> None:
     """Plant keys at chosen depths of a random cache: attention must find them, the answer is known."""
     device = pick_device(options["device"])
+    shape = config_of(options["shape"], download=not options["no_download"])
     found = []
     for context in options["ctx"]:
-        setup, config = _bare(options["shape"], options, context)
+        setup, config = _bare(shape, options, context)
         some = planted(setup, config.num_heads, context, options["depths"], seed=options["seed"], report=StderrReporter())
         for one in some:
             click.echo(one.line(), err=options["as_json"])

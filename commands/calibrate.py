@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from skvq.commands.errors import OneLineCommand
-from skvq.commands.options import cache_config, cache_options, engine_options, load_engine, model_option
+from skvq.commands.options import (
+    PACKING_NAMES,
+    engine_options,
+    is_given,
+    load_engine,
+    model_option,
+    packing_options,
+    pick,
+)
 from skvq.commands.text import corpus_text
 from skvq.engine.calibration import BUILT_IN
+from skvq.engine.config import CacheConfig
+from skvq.engine.errors import OptionError
 from skvq.engine.identity import bits_text
 
 
@@ -21,14 +30,20 @@ from skvq.engine.identity import bits_text
 @click.option("--text", help="Text file to calibrate on; default: reference prose that comes with Python.")
 @click.option("--tokens", type=click.IntRange(min=32), default=16384, show_default=True, help="Tokens of it to use.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option(
+    "--ctx", type=click.IntRange(min=1), default=2048, show_default=True, help="Context it is for, where RoPE depends on it."
+)
+@click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the window it will be used with.")
 @engine_options
-@cache_options
+@packing_options
 def calibrate(**options: Any) -> None:
     """Make a calibration file: the transform, groups, units and clip factors for a model and cache options."""
     output, text = options["output"], options["text"]
-    cache = cache_config(options)
+    if is_given("window") and options["bits_budget"] is None:
+        raise OptionError("--window goes with --bits-budget: a calibration for given bits serves every window")
+    cache = CacheConfig(**pick(options, PACKING_NAMES), window=options["window"])
     corpus = corpus_text(text)
-    engine = load_engine({**options, "ctx": options["ctx"] or 2048}, replace(cache, method="fp"))
+    engine = load_engine(options, CacheConfig(method="fp"), context=options["ctx"])
     header = engine.calibrate(
         cache, corpus, output, corpus_name=BUILT_IN if text is None else text, tokens=options["tokens"], seed=options["seed"]
     )

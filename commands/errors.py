@@ -1,4 +1,4 @@
-"""A command whose errors are one line each on stderr, and its exit code."""
+"""Click commands that report errors as one line on stderr and set the exit code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import click
 
 from skvq.engine.errors import SkvqError
+
+OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
+"""Messages of torch that mean memory ran out though the error's class does not say so."""
 
 
 class OneLineGroup(click.Group):
@@ -26,7 +29,7 @@ class OneLineCommand(click.Command):
 
 
 def run_command(call: Callable[[], Any]) -> int:
-    """Exit code of a command; what a user can mend becomes one line on stderr."""
+    """Run a command and return its exit code; errors a user can fix become one line on stderr."""
     try:
         call()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -41,4 +44,27 @@ def run_command(call: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("skvq: interrupted", err=True)
         return 130
+    except Exception as error:
+        told = machine_error(error)
+        if told is None:
+            raise
+        click.echo(f"skvq: error: {told}", err=True)
+        return 2
     return 0
+
+
+def machine_error(error: Exception) -> str | None:
+    """One line, with what to do, if memory ran out or a GPU failed; None for any other error: that is a bug, and is raised.
+
+    Classes are matched by name: ``commands`` does not import torch, and Triton is imported only where a GPU is used.
+    """
+    kinds = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(error).__mro__}
+    first = next(iter(str(error).splitlines()), "")
+    said = ". ".join(first.split(". ")[:3]).rstrip(".") or "no more is known"
+    if kinds & {"builtins.MemoryError", "torch.OutOfMemoryError"} or any(words in first for words in OUT_OF_MEMORY):
+        return f"memory ran out ({said}): choose a smaller --ctx, fewer bits or another --device; `skvq plan` says what fits"
+    if "torch.AcceleratorError" in kinds:
+        return f"the GPU failed ({said}) and what it computed is lost: run again, or with --backend reference, slow but sure"
+    if "triton.OutOfResources" in kinds:
+        return f"a kernel does not fit this GPU ({said}): use --backend reference, and please report it"
+    return None

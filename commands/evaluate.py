@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from skvq.commands.errors import OneLineCommand
-from skvq.commands.options import cache_config, cache_options, engine_options, json_option, load_engine, model_option
+from skvq.commands.options import (
+    cache_config,
+    cache_options,
+    calibration_option,
+    engine_options,
+    is_given,
+    json_option,
+    load_engine,
+    model_option,
+)
 from skvq.commands.text import corpus_text
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
@@ -26,6 +35,7 @@ from skvq.engine.plots import depth_plot, require_matplotlib
 @click.option("--by-position", is_flag=True, help="Also the error by depth.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Error by depth as PNG (extra: plot).")
 @click.option("--exact-window", is_flag=True, help="A window of exactly W tokens, as papers simulate, not whole tiles.")
+@calibration_option
 @engine_options
 @cache_options
 @json_option
@@ -33,11 +43,13 @@ def evaluate(**options: Any) -> None:
     """Measure a cache against the 16-bit one: perplexity, KL divergence in nats per token, top-1 agreement."""
     if options["plot"] is not None:
         require_matplotlib()
+    if options["methods"] is not None and is_given("method"):
+        raise OptionError("--method and --methods: give one or the other")
     cache = cache_config(options)
     caches = [cache] if options["methods"] is None else [_variant(cache, part) for part in options["methods"].split(",")]
     text = corpus_text(options["text"])
     stride = min(options["stride"] or options["tokens"], options["tokens"])
-    engine = load_engine({**options, "ctx": stride, "calibration": None}, replace(cache, method="fp"))
+    engine = load_engine(options, replace(cache, method="fp"), context=stride)
     rows = engine.evaluate(
         text,
         caches,

@@ -12,12 +12,14 @@ from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
     cache_config,
     cache_options,
+    calibration_option,
     ctxs_option,
+    engine_options,
     json_option,
     load_engine,
     model_option,
     numbers_of,
-    place_options,
+    prefill_option,
 )
 from skvq.commands.text import corpus_text
 from skvq.engine.needle import Needle, needles, reference_of, summary
@@ -32,7 +34,9 @@ from skvq.engine.plots import heat_map, require_matplotlib
 @click.option("--plot", type=click.Path(path_type=Path), help="Heat map as PNG (extra: plot).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers that are hidden.")
 @ctxs_option
-@place_options
+@calibration_option
+@prefill_option
+@engine_options
 @cache_options
 @json_option
 def needle(**options: Any) -> None:
@@ -41,7 +45,14 @@ def needle(**options: Any) -> None:
     if plot is not None:
         require_matplotlib()
     haystack = corpus_text(options["haystack"])
-    engine = load_engine({**options, "ctx": max(contexts)}, cache_config(dict(options)), max_sequences=2)
+    engine = load_engine(
+        options,
+        cache_config(options),
+        context=max(contexts),
+        calibration=options["calibration"],
+        prefill=options["prefill"],
+        max_sequences=2,
+    )
     references = [] if options["no_reference"] else reference_of(engine)
 
     def seen(one: Needle) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from skvq.engine.config import BITS, METHODS, CacheConfig
 from skvq.engine.filters import AttentionSinks, rule_from_text
@@ -16,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order of the help."""
+    """One decorator that adds several options, in this order in the help."""
 
     def apply(function: F) -> F:
         for option in reversed(options):
@@ -27,7 +28,7 @@ def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def bits_of(context: click.Context, parameter: click.Parameter, value: str) -> float:
-    """A bit width of ``BITS``, for an option's callback."""
+    """Click callback: a bit width of ``BITS``."""
     known = [f"{b:g}" for b in BITS]
     if value not in known:
         raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}")
@@ -35,7 +36,7 @@ def bits_of(context: click.Context, parameter: click.Parameter, value: str) -> f
 
 
 def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
-    """Numbers with commas between."""
+    """Click callback: comma-separated numbers."""
     try:
         return [float(part) for part in value.split(",")]
     except ValueError:
@@ -43,7 +44,7 @@ def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -
 
 
 def counts_of(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    """Token counts with commas between."""
+    """Click callback: comma-separated token counts."""
     numbers = numbers_of(context, parameter, value.replace("_", ""))
     if any(n != int(n) or n < 1 for n in numbers):
         raise click.BadParameter(f"{value!r} is not a list of token counts such as 4096,32768")
@@ -57,21 +58,25 @@ ctx_option = click.option(
 ctxs_option = click.option(
     "--ctx", callback=counts_of, default="4096", show_default=True, help="Tokens of context, as 4096,32768."
 )
+calibration_option = click.option("--calibration", type=click.Path(path_type=Path), help="File made by `skvq calibrate`.")
+prefill_option = click.option(
+    "--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True, help="How prompts are read."
+)
+download_option = click.option("--no-download", is_flag=True, help="Use only what is on this machine.")
 machine_options = stack(
     click.option("--backend", default="auto", show_default=True, help="auto, triton, numba, reference, or a plug-in's name."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."),
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16, bfloat16."),
 )
-place_options = stack(
-    click.option("--calibration", type=click.Path(path_type=Path), help="File made by `skvq calibrate`."),
+engine_options = stack(
     machine_options,
-    click.option("--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True, help="How prompts are read."),
     click.option("--rope-scaling", help="KIND:FACTOR to go past the trained length: linear:4, dynamic:4, yarn:4."),
     click.option("--dummy-weights", is_flag=True, help="Random weights of the model's shape: no download, no sense."),
-    click.option("--no-download", is_flag=True, help="Use only what is on this machine."),
+    download_option,
 )
-engine_options = stack(ctx_option, place_options)
-cache_options = stack(
+"""Taken by every command that loads a model; read by ``load_engine``."""
+
+packing_options = stack(
     click.option("--method", type=click.Choice(METHODS), default="rotate", show_default=True, help="How the cache is packed."),
     click.option("--key-bits", callback=bits_of, default="2", show_default=True, help="1.5, 2, 3, 4 or 8."),
     click.option("--value-bits", callback=bits_of, default="2", show_default=True, help="1.5, 2, 3, 4 or 8."),
@@ -82,7 +87,13 @@ cache_options = stack(
         "and kv head, keys and values apart.",
     ),
     click.option("--group-size", type=int, default=64, show_default=True, help="Channels that share a scale: 32, 64, 128."),
-    click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits."),
+)
+"""How numbers are quantized: what a calibration depends on."""
+
+window_option = click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits.")
+cache_options = stack(
+    packing_options,
+    window_option,
     click.option("--sinks", type=int, default=5, show_default=True, help="First tokens kept in 16 bits."),
     click.option(
         "--filter", "filters", multiple=True, help="More rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."
@@ -101,41 +112,54 @@ sampling_options = stack(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout is one JSON object.")
 
-CACHE_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size", "window", "sinks", "filters")
+PACKING_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size")
 SAMPLING_NAMES = (
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop", "ignore_eos",
 )  # fmt: skip
 
 
-def take(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """These options, taken out of ``options``."""
-    return {name: options.pop(name) for name in names}
+def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """These options by name."""
+    return {name: options[name] for name in names}
 
 
-def cache_config(options: dict[str, Any]) -> CacheConfig:
-    """The cache that ``cache_options`` describe; takes them out of ``options``."""
-    taken = take(options, CACHE_NAMES)
-    rules = (AttentionSinks(taken.pop("sinks")), *map(rule_from_text, taken.pop("filters")))
-    return CacheConfig(**taken, filters=rules)
+def is_given(name: str) -> bool:
+    """Whether the option was written on the command line, even with its default's value."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def load_engine(options: dict[str, Any], cache: CacheConfig, *, max_sequences: int = 1, on_full: str = "stop") -> Engine:
-    """The engine that ``model_option`` and ``engine_options`` describe.
+def cache_config(options: Mapping[str, Any]) -> CacheConfig:
+    """The cache that ``cache_options`` describe."""
+    rules = (AttentionSinks(options["sinks"]), *map(rule_from_text, options["filters"]))
+    return CacheConfig(**pick(options, PACKING_NAMES), window=options["window"], filters=rules)
+
+
+def load_engine(
+    options: Mapping[str, Any],
+    cache: CacheConfig,
+    *,
+    context: int | None,
+    calibration: Path | None = None,
+    prefill: str = "exact",
+    max_sequences: int = 1,
+    on_full: str = "stop",
+) -> Engine:
+    """The engine that ``model_option`` and ``engine_options`` describe, with room for ``context`` tokens.
 
     Without prefix reuse: a command reads one prompt, or measures several that begin alike and must be read alike.
     """
     return Engine.load(
         options["model"],
-        max_context=options["ctx"],
+        max_context=context,
         max_sequences=max_sequences,
         cache=cache,
         backend=options["backend"],
         device=options["device"],
         dtype=options["dtype"],
-        calibration=options["calibration"],
+        calibration=calibration,
         dummy_weights=options["dummy_weights"],
         rope_scaling=options["rope_scaling"],
-        prefill=options["prefill"],
+        prefill=prefill,
         on_full=on_full,
         prefix_cache=False,
         download=not options["no_download"],

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from skvq.commands.errors import OneLineCommand
-from skvq.commands.options import cache_config, cache_options, json_option, model_option
-from skvq.engine.generate import PREFILLS
+from skvq.commands.options import cache_config, cache_options, json_option, model_option, prefill_option
+from skvq.engine.errors import OptionError
 from skvq.engine.plan_report import plan_report
 
 
@@ -21,12 +21,14 @@ from skvq.engine.plan_report import plan_report
 @click.option("--memory", help="Memory to fit, as 80GiB; default: the device's.")
 @click.option("--device", default="auto", show_default=True, help="a100, h100, h200, 4090, or auto for this machine.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: what the device would use.")
-@click.option("--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True)
+@prefill_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="With --bits-budget: exact for the bits this file chose.")
 @cache_options
 @json_option
 def plan(**options: Any) -> None:
     """What a run would take, from the model's shape alone: bytes by part, the largest context at each width."""
+    if options["calibration"] is not None and options["bits_budget"] is None:
+        raise OptionError("--calibration goes with --bits-budget: bytes of given bits do not depend on a calibration")
     cache = cache_config(options)
     report = plan_report(
         options["model"],

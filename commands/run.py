@@ -13,16 +13,20 @@ from skvq.commands.options import (
     SAMPLING_NAMES,
     cache_config,
     cache_options,
+    calibration_option,
+    ctx_option,
     engine_options,
     json_option,
     load_engine,
     model_option,
+    pick,
+    prefill_option,
     sampling_options,
-    take,
 )
 from skvq.commands.text import read_text
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
 from skvq.engine.overflow import MODES
 
@@ -43,18 +47,30 @@ from skvq.engine.overflow import MODES
     help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on.",
 )
 @click.option("--fill", type=click.IntRange(min=0), default=0, help="Random tokens put into the cache before the text.")
+@ctx_option
+@calibration_option
+@prefill_option
 @engine_options
 @cache_options
 @sampling_options
 @json_option
 def run(**options: Any) -> None:
     """Read a text and go on from it."""
+    if options["system"] is not None and not options["chat"]:
+        raise OptionError("--system goes with --chat: without it the model reads the text as it is")
     session: Path | None = options["session"]
     goes_on = session is not None and session.exists()
     silent = options["prompt"] is None and options["file"] is None and (goes_on or options["fill"])
     text = "" if silent else read_text(options["prompt"], options["file"])
-    sampling = SamplingConfig(**take(options, SAMPLING_NAMES))
-    engine = load_engine(options, cache_config(options), on_full=options["on_full"])
+    sampling = SamplingConfig(**pick(options, SAMPLING_NAMES))
+    engine = load_engine(
+        options,
+        cache_config(options),
+        context=options["ctx"],
+        calibration=options["calibration"],
+        prefill=options["prefill"],
+        on_full=options["on_full"],
+    )
     sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)

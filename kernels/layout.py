@@ -2,7 +2,7 @@
 
 Letters: D head size, KH kv heads, G groups in a head. A page holds 1280 tokens of one layer; a tile is the stretch of
 tokens that is packed at once: 128, or 160 where keys or values are stored at 1.5 bits (page = ten or eight tiles). Layers of
-one cache may have other bits, but never other tiles: a sequence is packed in all layers at once.
+one cache may differ in bits, but not in tiles: a sequence is packed in all layers at once.
 
 **A cached number** is ``mid + scale * (code - (levels - 1) / 2)``: scale and mid are E4M3 bytes times a static power of
 two (the unit of that layer, head, group and side). Mid is the middle of the range, not its lower end: rotated groups are
@@ -43,11 +43,11 @@ LEVELS = {1.5: 3, 2.0: 4, 3.0: 8, 4.0: 16, 8.0: 256}
 """Levels of a code by its nominal bits."""
 
 BIT_PLANES = {2.0: (2,), 3.0: (2, 1), 4.0: (4,), 8.0: (8,)}
-"""Widths in bits of the plane sets that make up a code, lowest bits first. Trits are laid out by token instead."""
+"""Widths in bits of the planes that a code is split into, lowest bits first. Trits are laid out by token instead."""
 
 
 def stored_bits(bits: float) -> float:
-    """Bits a code really takes: five trits share a byte.
+    """Bits a code takes in memory: five trits share a byte.
 
     >>> stored_bits(1.5), stored_bits(3.0)
     (1.6, 3.0)

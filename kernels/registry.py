@@ -1,14 +1,14 @@
 """Backends by name: our three, and any that an installed package offers under the entry point ``skvq.kernels``.
 
 An entry point names a factory ``(torch.device) -> Backend``; it raises ``ImportError`` or ``BackendUnavailable`` with the
-reason when it cannot serve that device.
+reason when it cannot serve that device. It is imported only when chosen, so a broken one does not affect the others.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 ENTRY_POINT = "skvq.kernels"
 TRITON_HEAD_SIZES = (64, 128)
-"""Head sizes with Triton kernels; for others torch computes, and waits."""
+"""Head sizes that have Triton kernels; for others the reference computes, which synchronizes with the device."""
 
 
 class BackendUnavailable(Exception):
-    """The backend is unknown, or known and of no use on this device; the message says why."""
+    """The backend is unknown, or cannot be used on this device; the message says why."""
 
 
 def _reference(device: torch.device) -> Backend:
@@ -47,19 +47,21 @@ def _triton(device: torch.device) -> Backend:
     return TritonGpu(device)
 
 
-def factories() -> dict[str, Callable[[torch.device], Backend]]:
-    """Factories by name; a plug-in cannot take the name of one of ours."""
-    found: dict[str, Callable[[torch.device], Backend]] = {e.name: e.load() for e in entry_points(group=ENTRY_POINT)}
-    return found | {"reference": _reference, "numba": _numba, "triton": _triton}
+OURS: dict[str, Callable[[torch.device], Backend]] = {"reference": _reference, "numba": _numba, "triton": _triton}
+
+
+def plugins() -> dict[str, EntryPoint]:
+    """Backends of other packages by name, not imported; none can take the name of one of ours."""
+    return {e.name: e for e in entry_points(group=ENTRY_POINT) if e.name not in OURS}
 
 
 def is_capturable(backend: str, head_size: int) -> bool:
-    """Whether attention of a decode step is launches alone, nothing waits for the device: a graph can hold it."""
+    """Whether attention of a decode step is kernel launches only, without synchronization, so that a graph can capture it."""
     return backend == "numba" or (backend == "triton" and head_size in TRITON_HEAD_SIZES)
 
 
 def new_tape() -> Tape:
-    """For work of backend ``numba``."""
+    """A recorder of decode steps of backend ``numba``."""
     from skvq.kernels.numba_cpu.tape import Tape
 
     return Tape()
@@ -71,14 +73,35 @@ def default_name(device: torch.device) -> str:
 
 
 def get_backend(name: str, device: torch.device) -> Backend:
-    """The backend of that name (``auto``: ``default_name``) for a device. Raises BackendUnavailable, never falls back."""
-    known = factories()
+    """The backend of that name (``auto``: ``default_name``) for a device, never another. Raises BackendUnavailable.
+
+    A backend may itself leave a shape to the specification: Triton does with head and group sizes it has no kernels for, and
+    says so on stderr.
+    """
     chosen = default_name(device) if name == "auto" else name
-    if chosen not in known:
+    if chosen in OURS:
+        try:
+            return OURS[chosen](device)
+        except ImportError as error:
+            raise BackendUnavailable(f"backend {chosen!r} cannot be loaded: {error}") from error
+    found = plugins()
+    if chosen not in found:
+        known = [*OURS, *found]
         close = difflib.get_close_matches(chosen, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: auto, {', '.join(sorted(known))}"
         raise BackendUnavailable(f"unknown backend {chosen!r}; {hint}")
+    return _plugin(found[chosen], device)
+
+
+def _plugin(entry: EntryPoint, device: torch.device) -> Backend:
+    """The backend of another package. Raises BackendUnavailable, naming the entry point, for any error in its code."""
     try:
-        return known[chosen](device)
-    except ImportError as error:
-        raise BackendUnavailable(f"backend {chosen!r} cannot be loaded: {error}") from error
+        factory: Callable[[torch.device], Backend] = entry.load()
+        return factory(device)
+    except BackendUnavailable:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise BackendUnavailable(
+            f"backend {entry.name!r} of another package ({entry.value}) cannot be loaded: {what}"
+        ) from error

@@ -14,9 +14,10 @@ from tiny import tiny_folder
 from torch import Tensor
 
 from skvq.cli import main
+from skvq.commands.bench import _bare
 from skvq.engine.bench import gate
-from skvq.engine.config import CacheConfig
-from skvq.engine.errors import SkvqError
+from skvq.engine.config import FULL_SPAN, CacheConfig
+from skvq.engine.errors import ModelError, SkvqError
 from skvq.engine.methods import CacheMethod
 from skvq.engine.report import Quiet
 from skvq.engine.soak import SHAPE
@@ -60,6 +61,29 @@ def test_attention_alone_says_that_there_was_no_step(tmp_path: Path) -> None:
     assert row["attention_ms"] > 0 and row["ms_per_token"] is None and row["tokens_per_s"] is None
 
 
+def test_a_cache_without_weights_has_the_spans_of_the_models_layers() -> None:
+    config = replace(SHAPE, num_layers=2, attention_spans=(100, FULL_SPAN))
+    place = {"device": "cpu", "backend": "reference", "dtype": "auto"}
+    cache = {"method": "fp", "key_bits": 2.0, "value_bits": 2.0, "bits_budget": None, "group_size": 32}
+    options = {**place, **cache, "window": 16, "sinks": 5, "filters": ()}
+    for layers, spans in ((1, (100,)), (3, (100, FULL_SPAN, 100)), (None, (100, FULL_SPAN))):
+        assert _bare(config, {**options, "layers": layers}, 300)[1].attention_spans == spans
+
+
+def test_bench_does_not_download_where_it_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of the hub is asked for at the hub, but with --no-download."""
+    asked: list[str] = []
+
+    def download(model: str, *args: object) -> None:
+        asked.append(model)
+        raise ModelError("no network here")
+
+    monkeypatch.setattr("skvq.loaders.hub._download", download)
+    for kind in (("decode", "--attention-only"), ("planted",)):
+        assert bench(*kind, "--shape", "no/such", "--no-download").exit_code == 2 and not asked
+        assert bench(*kind, "--shape", "no/such").exit_code == 2 and asked.pop() == "no/such"
+
+
 def test_the_ceiling_is_printed_before_the_first_row(tmp_path: Path) -> None:
     lines = bench("decode", "--shape", tiny_folder(tmp_path), "--ctx", 64, "--attention-only").stdout.splitlines()
     assert lines[0].startswith("ceiling: a copy reads and writes") and "64 tokens" in lines[1] and "of copy" in lines[1]
@@ -71,6 +95,11 @@ def test_the_ceiling_is_printed_before_the_first_row(tmp_path: Path) -> None:
         ((), "either --model"),
         (("--model", "a", "--shape", "b"), "either --model"),
         (("--shape", "FOLDER", "--layers", "1"), "--attention-only"),
+        (("--shape", "FOLDER", "--attention-only", "--calibration", "/nowhere"), "--calibration"),
+        (("--shape", "FOLDER", "--attention-only", "--rope-scaling", "nonsense"), "nonsense"),
+        (("--shape", "FOLDER", "--ctx", "64", "--calibration", "/nowhere"), "/nowhere"),
+        (("--shape", "FOLDER", "--rope-scaling", "nonsense"), "nonsense"),
+        (("--shape", "no/such", "--attention-only", "--no-download"), "no/such"),
         (("--shape", "FOLDER", "--ctx", "many"), "list of numbers"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skvq.engine.linear import FloatMatrix, StoredEmbedding, StoredLinear
 from skvq.engine.report import Quiet
-from skvq.kernels.numba_cpu import block_parts, linear_simd
+from skvq.kernels.numba_cpu import linear_simd
 from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
@@ -150,7 +150,7 @@ def test_every_instruction_set_gives_the_same_integers(lacking: str, monkeypatch
 
     names = {f"+{name}" for name in lacking.split()}
     whole = simd.host_features
-    for module in (linear_simd, block_parts):
+    for module in (linear_simd, simd):
         monkeypatch.setattr(module, "host_features", lambda context: whole(context) - names)
 
     @njit

@@ -368,6 +368,10 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("plan", "--ctx", 1000, "--memory", "lots"), "lots"),
         (("plan", "--ctx", 1000, "--device", "h10"), "did you mean 'h100'"),
         (("plan",), "--ctx"),
+        (("plan", "--ctx", 1000, "--calibration", "/nowhere"), "--bits-budget"),
+        (("calibrate", "-o", "never", "--window", 64), "--bits-budget"),
+        (("eval", "--method", "plain", "--methods", "fp"), "one or the other"),
+        (("run", "-p", "the", "--system", "be brief"), "--chat"),
         (("rnu",), "rnu"),
     ],
 )
@@ -378,6 +382,79 @@ def test_other_commands_refuse_in_one_line(
     before = files_under(tmp_path, cache_folder())
     refused(call(*args, *(("--model", model) if args[0] != "rnu" else ())), fragment)
     assert files_under(tmp_path, cache_folder()) == before
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        ("calibrate", "--calibration"),
+        ("calibrate", "--prefill"),
+        ("calibrate", "--sinks"),
+        ("calibrate", "--filter"),
+        ("eval", "--ctx"),
+        ("eval", "--prefill"),
+        ("bench decode", "--prefill"),
+    ],
+)
+def test_an_option_that_a_command_would_not_read_is_unknown_to_it(model: Path, command: str, option: str) -> None:
+    args = [*command.split(), "--model", str(model), option, "1"]
+    refused(CliRunner().invoke(main, args, catch_exceptions=False), "No such option", option)
+
+
+READ_BY = {
+    "run": ("--ctx", "--calibration", "--prefill", "--backend", "--device", "--dtype", "--rope-scaling", "--sinks", "--window"),
+    "calibrate": ("--ctx", "--text", "--method", "--bits-budget", "--window", "--backend", "--rope-scaling", "--no-download"),
+    "eval": ("--text", "--tokens", "--stride", "--calibration", "--sinks", "--filter", "--dtype", "--rope-scaling"),
+    "plan": ("--ctx", "--memory", "--device", "--prefill", "--calibration", "--sinks", "--filter", "--window"),
+    "needle": ("--ctx", "--depths", "--plot", "--calibration", "--prefill", "--sinks", "--dummy-weights"),
+    "bench decode": ("--shape", "--ctx", "--calibration", "--sinks", "--rope-scaling", "--attention-only", "--no-download"),
+    "bench prefill": ("--shape", "--ctx", "--calibration", "--sinks", "--rope-scaling", "--prefill", "--no-download"),
+    "bench planted": ("--shape", "--ctx", "--depths", "--sinks", "--no-download", "--backend"),
+}
+
+
+@pytest.mark.parametrize("command", READ_BY)
+def test_help_names_what_a_command_reads(command: str) -> None:
+    told = CliRunner().invoke(main, [*command.split(), "--help"]).stdout.split()
+    assert set(READ_BY[command]) <= set(told)
+
+
+class OutOfResources(Exception):  # as Triton's, which is not imported where there is no GPU
+    pass
+
+
+OutOfResources.__module__ = "triton.runtime.errors"
+CUDA_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB left. Of that, some is torch's"
+
+
+@pytest.mark.parametrize(
+    "error, fragments",
+    [
+        (torch.OutOfMemoryError(CUDA_MEMORY), ("memory ran out", "Tried to allocate 2.00 GiB", "smaller --ctx", "skvq plan")),
+        (torch.AcceleratorError("CUDA error: out of memory\nSearch for", 2), ("memory ran out", "smaller --ctx")),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access\nSearch", 700),
+            ("GPU failed", "illegal", "again"),
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), ("memory ran out", "9 bytes")),
+        (MemoryError(), ("memory ran out", "smaller --ctx")),
+        (OutOfResources("out of resource: shared memory, Required: 9"), ("shared memory", "--backend reference")),
+    ],
+)
+def test_a_machine_that_gives_out_is_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, fragments: tuple[str, ...]
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("skvq.commands.options.Engine.load", fails)
+    refused(call("run", "--model", model, "-p", "the"), *fragments)
+
+
+def test_a_mistake_of_ours_stays_a_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skvq.commands.options.Engine.load", lambda *args, **options: [][1])
+    with pytest.raises(IndexError):
+        call("run", "--model", model, "-p", "the")
 
 
 VALUES = st.sampled_from(

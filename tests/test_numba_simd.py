@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,9 @@ import torch
 from numba import njit
 
 import skvq
+from skvq.kernels import layout, reference
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.numba_cpu import job, launch, numeric, products, simd, tiles
+from skvq.kernels.numba_cpu import job, lattice, launch, numeric, products, quantizer, simd, tiles
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.reference import e4m3_decode, pack_codes
@@ -157,6 +160,27 @@ def test_a_change_in_any_source_compiles_anew(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "mean.py" else b""))
     assert launch.source_stamp(heads) != before[0], "heads imports mean"
     assert launch.source_stamp(plain) == before[1], "plain does not"
+
+
+def test_constants_copied_from_outside_are_those_outside() -> None:
+    """See ``launch.source_stamp``: kernels copy them, so that a change is a change of their own source."""
+    assert (tiles.SLOTS, tiles.TRITS, tiles.RETAINED) == (layout.TRIT_SLOTS, layout.TRIT_PLANES, layout.RETAINED_FLAG)
+    assert (quantizer.E4M3_MAX, quantizer.E4M3_MIN) == (layout.E4M3_MAX, layout.E4M3_MIN)
+    assert quantizer.REFINE_STEPS == reference.REFINE_STEPS
+    for name in ("LATTICE_FITS", "LATTICE_ROUNDS", "LATTICE_SWEEPS"):
+        assert getattr(lattice, name) == getattr(reference, name), name
+
+
+def test_kernels_import_nothing_that_the_stamp_does_not_see() -> None:
+    """A module with jitted code takes from skvq only its own package, in the forms that ``source_stamp`` reads."""
+    for path in Path(tiles.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        if not re.search(r"^@(njit|intrinsic)|^def build_", text, re.MULTILINE):
+            continue
+        package = re.escape(launch.__package__)
+        seen = re.findall(rf"^from {package}\.\w+ import|^from {package} import [\w, ]+$", text, re.MULTILINE)
+        named = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("skvq")]
+        assert len(seen) == len(named), path.name
 
 
 def test_worked_examples_of_docstrings() -> None:

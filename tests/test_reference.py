@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_cases import make_case
 
 from skvq.engine import errors, filters, plan_report, planner, prefill, regions
 from skvq.kernels import dense, layout, reference
@@ -44,6 +45,20 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_worked_examples_of_docstrings(module: object) -> None:
     outcome = doctest.testmod(module)
     assert outcome.attempted and not outcome.failed
+
+
+@pytest.mark.parametrize("kind", ["heads", "labels"])
+def test_attention_unpacks_a_sequence_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    module, codec = getattr(reference, kind), getattr(case, kind)
+    attend = getattr(reference, f"attend_{kind}")
+    expected = attend(case.q, case.pages, codec, case.full, case.step)
+    read: list[int] = []
+    whole = module.read_tiles
+    monkeypatch.setattr(module, "read_tiles", lambda *args: read.append(args[3]) or whole(*args))
+    found = attend(case.q, case.pages, codec, case.full, case.step)
+    assert read == case.step.packed.tolist()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------

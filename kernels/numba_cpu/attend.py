@@ -1,4 +1,4 @@
-"""Attention wrappers: from the contract's tensors to a job, a team of threads and the answer."""
+"""Host side of attention: checks tensors, fills the job, divides the work among threads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
 KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 MAX_VECTORS = 32
-"""Query vectors of a kv head that share one unpacking: more would leave the cache."""
+"""Query vectors of a kv head that are handled together, so that each tile is unpacked once; more would not fit the cache."""
 TASKS_PER_THREAD = 4
 NUMBERS_PER_THREAD = 50_000
-"""Keys and values in one call worth waking a thread for: some 3 microseconds of work."""
+"""Cached numbers a thread must have to itself to be worth waking: about 3 microseconds of work."""
 MIN_TILES = 8
-"""Fewest tiles worth a split: preparing the queries costs about one."""
+"""Fewest tiles in a split: each split prepares the queries anew, which costs about as much as one tile."""
 PLAIN_TILE = 128
 COUNTERS = CALL_FIELDS.index("counters")
 LINE = 8  # words between what threads read and what they count in
@@ -31,11 +31,11 @@ NO_CODEC, NO_TABLES = (0,) * len(CODEC_FIELDS), (0,) * len(TABLE_FIELDS)
 
 Fields = tuple[int, ...]
 CallFields = tuple[Fields, Fields, Fields, Fields]
-"""Of pages, codec, tables and layout, in the order of ``job.py``."""
+"""PAGE_FIELDS, CODEC_FIELDS, TABLE_FIELDS and LAYOUT_FIELDS of ``job.py``."""
 
 
 def attend_job(q: Tensor, full: FullSlots, step: Step, fields: CallFields, threads: int) -> tuple[Job, tuple[Tensor, ...], int]:
-    """The job, tensors that must outlive it (output, log-sum-exp, ...), and the threads worth waking."""
+    """The job; the tensors it points to, output and log-sum-exp first, which must outlive it; and how many threads to use."""
     pages, codec, tables, layout = fields
     rows, queries, heads, size = q.shape
     keys, positions, table = full.keys, full.positions, step.page_table
@@ -125,7 +125,10 @@ def plain_layout_fields(pages: PlainPages) -> Fields:
 
 
 class Division:
-    """What follows from shapes alone: the job's last fields and its counters as bytes, size of the workspace, threads."""
+    """How a call is divided among threads.
+
+    ``fields`` are bytes of the job from LAYOUT_FIELDS on, then its counters; ``nbytes`` is the size of the workspace.
+    """
 
     __slots__ = ("fields", "nbytes", "threads")
 
@@ -135,7 +138,10 @@ class Division:
 
 @functools.lru_cache(maxsize=256)
 def divide(shape: Fields, layout: Fields, max_tiles: int, span: int, threads: int) -> Division:
-    """Splits and chunks that keep ``threads`` busy, and where things lie in the workspace."""
+    """Splits of the packed tokens and chunks of the queries that keep ``threads`` busy, and the layout of the workspace.
+
+    ``shape`` and ``layout`` are SHAPE_FIELDS and LAYOUT_FIELDS of ``job.py``; nothing else matters, so results are cached.
+    """
     rows, queries, heads, kv_heads, size, full, _ = shape
     _, _, _, _, groups, group_size, tile, _, _ = layout
     share = heads // kv_heads

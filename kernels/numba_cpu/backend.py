@@ -1,4 +1,4 @@
-"""The contract of ``interface.Backend`` on CPUs."""
+"""``interface.Backend`` on CPUs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.numba_cpu import attend
+from skvq.kernels.numba_cpu.channels import channels_of, contiguous_channels
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.labels import build_attend_labels
 from skvq.kernels.numba_cpu.launch import Build, Kernels, Team
-from skvq.kernels.numba_cpu.pack import (
-    STRETCH,
-    Packing,
-    channels_of,
-    contiguous_channels,
-    heads_packing,
-    labels_packing,
-    pack_job,
-)
-from skvq.kernels.numba_cpu.packing import build_pack
+from skvq.kernels.numba_cpu.pack import build_pack
+from skvq.kernels.numba_cpu.packer import STRETCH, Packing, heads_packing, labels_packing, pack_job
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.numba_cpu.turns import all_turns, mean_tables
-from skvq.kernels.numba_cpu.unpacking import build_unpack
+from skvq.kernels.numba_cpu.unpack import build_unpack
 
 Found = TypeVar("Found")
 
@@ -157,7 +150,7 @@ class NumbaCpu:
         return labels_packing(codec, (keys, values), layout.tile)
 
     def _derive(self, owner: Tensor, key: object, make: Callable[[], Found]) -> Found:
-        """``make()``, kept as long as ``owner`` lives and is not written to."""
+        """``make()``, cached under ``key`` until the tensor ``owner`` dies or is written to."""
         version, derived = self._derived.get(owner, (owner._version, {}))  # type: ignore[no-untyped-call]
         if version != owner._version:
             derived = {}

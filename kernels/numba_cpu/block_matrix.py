@@ -1,4 +1,4 @@
-"""A matrix of GGUF blocks in memory, and what can be done with it: product with a few vectors, and rows in float32."""
+"""A weight matrix kept as GGUF blocks: products with a few vectors, and rows expanded to float32."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from skvq.kernels.numba_cpu.linear_pack import pack_blocks
 from skvq.kernels.numba_cpu.linear_simd import TOGETHER
 
 CHUNKS_PER_THREAD = 4
-"""Pieces a thread takes one after another, so that a thread that is interrupted leaves its share to the others."""
+"""Pieces of the matrix per thread: a thread that the system interrupts holds up one piece, not its whole share."""
 ROUNDED_BYTES = 1 << 19
-"""Rounded vectors of a thread that stay in its cache while the matrix goes by."""
+"""Most bytes of rounded vectors multiplied at once: they stay in the cache while the matrix streams by."""
 EXPAND_ROWS = 16
 """Rows a thread expands at a time."""
 

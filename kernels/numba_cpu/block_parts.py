@@ -10,14 +10,13 @@ from llvmlite import ir
 from numba import types
 
 from skvq.kernels.numba_cpu.block_format import LANES, BlockFormat
-from skvq.kernels.numba_cpu.simd import F32, I8, I16, I32, I64, WORDS, _all, _at, host_features
+from skvq.kernels.numba_cpu.simd import FLOATS, I8, I16, I32, I64, WORDS, _all, _at, _load_halves
 
-FLOATS = ir.VectorType(F32, LANES)
 PAIRS = ir.VectorType(I16, 2 * LANES)
 
 
 def by_kind(bodies, arguments):
-    """For an intrinsic of ``kind`` and so many int64 more: its signature, and the code that ``bodies[kind]`` emits."""
+    """Signature and codegen of an intrinsic ``(kind, *arguments)`` of int64: a switch over ``kind``, cases ``bodies``."""
 
     def codegen(context, builder, signature, args):
         end = builder.append_basic_block("end")
@@ -35,7 +34,7 @@ def by_kind(bodies, arguments):
 
 
 def places_of(builder, form: BlockFormat, matrix, index):
-    """Addresses of block ``index`` of sixteen rows, and of its d.
+    """Addresses of block ``index`` of a group of sixteen rows, and of the scales d it uses.
 
     With eight blocks that share d, block 21 is the sixth of the third span: ``2 * span_bytes + 5 * block_bytes``.
     """
@@ -80,10 +79,10 @@ def _signed_bytes(builder, words, shift):
 
 
 def scales_of(context, builder, form: BlockFormat, block, heads):
-    """What codes of sixteen rows are multiplied by in every part of a block, and what is added, or None: float32."""
-    scales, low = [_halves(context, builder, heads)] * form.parts, None
+    """Of sixteen rows, as FLOATS: a list of the scales of a block's parts, and the minimum to add, or None."""
+    scales, low = [_load_halves(context, builder, heads)] * form.parts, None
     if form.has_min:
-        low = _halves(context, builder, builder.add(heads, ir.Constant(I64, 2 * LANES)))
+        low = _load_halves(context, builder, builder.add(heads, ir.Constant(I64, 2 * LANES)))
     if form.factors:
         at = form.factors_at
         scales = [_times_factor(builder, scale, block, at + LANES * part) for part, scale in enumerate(scales)]
@@ -96,18 +95,6 @@ def _times_factor(builder, values, block, at):
     """float32 times int8, rounded as one product."""
     factors = builder.load(_at(builder, block, at, ir.VectorType(I8, LANES)), align=1)
     return builder.fmul(values, builder.sitofp(builder.sext(factors, WORDS), FLOATS), flags=("contract",))
-
-
-def _halves(context, builder, address):
-    """Sixteen float16 as float32."""
-    triple = context.codegen().magic_tuple()[0]
-    if "+f16c" in host_features(context) or triple.startswith(("aarch64", "arm64")):
-        return builder.fpext(builder.load(_at(builder, address, 0, ir.VectorType(ir.HalfType(), LANES)), align=2), FLOATS)
-    halves = builder.zext(builder.load(_at(builder, address, 0, ir.VectorType(I16, LANES)), align=2), WORDS)
-    sign = builder.shl(builder.and_(halves, _all(0x8000)), _all(16))
-    size = builder.bitcast(builder.shl(builder.and_(halves, _all(0x7FFF)), _all(13)), FLOATS)
-    size = builder.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
-    return builder.bitcast(builder.or_(builder.bitcast(size, WORDS), sign), FLOATS)
 
 
 def _splat_float(builder, value):

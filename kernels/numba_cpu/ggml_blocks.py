@@ -49,7 +49,7 @@ def _with_minima(blocks: Tensor, form: BlockFormat) -> Parts:
     m is subtracted: its sign is turned, so that it is added like that of the other formats.
     """
     at = 16 + BLOCK * form.high_bits
-    codes = _split(blocks[..., at:], -1, BLOCK)  # [..., 4, 32]
+    codes = split_last(blocks[..., at:], -1, BLOCK)  # [..., 4, 32]
     codes = torch.stack([codes & 15, codes >> 4], -2).flatten(-3, -2)  # [..., 8, 32]
     if form.high_bits:
         codes = codes | _fields(blocks[..., 16:at], 1).transpose(-1, -2) << 4
@@ -60,7 +60,7 @@ def _with_minima(blocks: Tensor, form: BlockFormat) -> Parts:
 
 def _six_bit_factors(packed: Tensor) -> Tensor:
     """12 bytes to [..., 8, 2]. Blocks 0 to 3: low six bits of bytes 0 to 7; 4 to 7: bytes 8 to 11, top bits of bytes 0 to 7."""
-    d, m, low = _split(packed, 3, 4).unbind(-2)
+    d, m, low = split_last(packed, 3, 4).unbind(-2)
     scales = torch.cat([d & 63, low & 15 | d >> 2 & 48], -1)
     minima = torch.cat([m & 63, low >> 4 | m >> 2 & 48], -1)
     return torch.stack([scales, minima], -1)
@@ -68,10 +68,10 @@ def _six_bit_factors(packed: Tensor) -> Tensor:
 
 def _sixes(blocks: Tensor, form: BlockFormat) -> Parts:
     """Q6_K: for each half, 64 bytes of low fours (blocks 0 and 1, then 2 and 3); 32 bytes of high twos; factors; d."""
-    low = _split(blocks[..., :128], 2, 64)
-    low = _split(torch.stack([low & 15, low >> 4], -2).flatten(-3), 8, BLOCK)
-    high = _fields(_split(blocks[..., 128:192], 2, BLOCK), 2).transpose(-1, -2).flatten(-3, -2)  # [..., 8, 32]
-    return Parts(low | high << 4, _split(blocks[..., 192:208], form.span, form.parts), heads_of(blocks, form))
+    low = split_last(blocks[..., :128], 2, 64)
+    low = split_last(torch.stack([low & 15, low >> 4], -2).flatten(-3), 8, BLOCK)
+    high = _fields(split_last(blocks[..., 128:192], 2, BLOCK), 2).transpose(-1, -2).flatten(-3, -2)  # [..., 8, 32]
+    return Parts(low | high << 4, split_last(blocks[..., 192:208], form.span, form.parts), heads_of(blocks, form))
 
 
 def _fields(packed: Tensor, bits: int) -> Tensor:
@@ -79,6 +79,6 @@ def _fields(packed: Tensor, bits: int) -> Tensor:
     return packed[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & (1 << bits) - 1
 
 
-def _split(x: Tensor, *sizes: int) -> Tensor:
+def split_last(x: Tensor, *sizes: int) -> Tensor:
     """The last dimension as several."""
     return x.reshape(*x.shape[:-1], *sizes)

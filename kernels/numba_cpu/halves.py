@@ -8,17 +8,30 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from skvq.kernels.numba_cpu.block_parts import FLOATS, _halves
-from skvq.kernels.numba_cpu.entry import job_reader
+from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.linear_simd import CHAINS
 from skvq.kernels.numba_cpu.numeric import BFLOAT16
-from skvq.kernels.numba_cpu.simd import F32, I16, I64, LANES, WORDS, _all, _at, _intrinsic, f32, fetch_add
+from skvq.kernels.numba_cpu.simd import (
+    F32,
+    FLOATS,
+    I16,
+    I64,
+    LANES,
+    WORDS,
+    _all,
+    _at,
+    _intrinsic,
+    _load_halves,
+    f32,
+    fetch_add,
+    record_at,
+)
 from skvq.kernels.numba_cpu.tiles import FAST
 
 FIELDS = (
     "counter", "matrix", "kind", "rows", "columns", "x", "count", "bias", "out", "out_stride", "chunk",  # stride in bytes
 )  # fmt: skip
-multiply_job = job_reader(FIELDS)
+multiply_job = record_at(record(*FIELDS))
 
 
 def _brain(context, builder, address):
@@ -60,7 +73,7 @@ def _make_dot(name, widen):
     return intrinsic(dot)
 
 
-dot_bfloat16, dot_float16 = _make_dot("dot_bfloat16", _brain), _make_dot("dot_float16", _halves)
+dot_bfloat16, dot_float16 = _make_dot("dot_bfloat16", _brain), _make_dot("dot_float16", _load_halves)
 
 
 @njit(**FAST)
@@ -73,7 +86,7 @@ def product(job, row, n):
 
 
 def build_multiply_halves(stamp):
-    """Entry point of ``out[n] = W x[n] + bias``: the job's address. Threads take ``chunk`` rows at a time."""
+    """Kernel of ``out[n] = W x[n] + bias``. Threads take ``chunk`` rows at a time."""
 
     def multiply_halves(address):
         if stamp == 0:

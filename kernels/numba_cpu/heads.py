@@ -23,20 +23,20 @@ from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, ta
 
 @njit(**FAST)
 def group_words(job, group):
-    """First word of four channels that a group touches, and how many."""
+    """The first word (four channels) that overlaps a group, and how many do."""
     begin = group * job.group_size // 4
     return begin, ((group + 1) * job.group_size + 3) // 4 - begin
 
 
 @njit(**FAST)
 def query_stride(job):
-    """Bytes of a limb of a query: every group has its own words, zero outside the group."""
+    """Bytes of one limb of a query: each group has words of its own, with zeros for channels outside the group."""
     return job.groups * ((job.group_size + 3) // 4 + 1) * 4
 
 
 @njit(**FAST)
 def prepare(job, work, head, rows):
-    """Queries to the stored basis, then to limbs ``[row][limb][G][words]`` and coefficients ``[row][G][3]``."""
+    """Take queries to the stored basis; write their limbs ``[row][limb][G][words]`` and coefficients ``[row][G][3]``."""
     size, gsize, groups = job.size, job.group_size, job.groups
     bits = limb_bits(job.key_levels)
     limit, half = limb_limit(bits), np.float32((job.key_levels - 1) * 0.5)
@@ -70,7 +70,7 @@ def prepare(job, work, head, rows):
 
 @njit(**FAST)
 def tile_scores(job, work, rows, ahead):
-    """Scores ``[row][token]`` of the tile whose codes and metadata lie in the workspace."""
+    """Scores ``[row][token]`` of the tile that is unpacked in the workspace. ``ahead``: address to prefetch meanwhile."""
     tile, groups = job.tile, job.groups
     bits, stride, share = limb_bits(job.key_levels), query_stride(job), job.key_tile // groups
     for g in range(groups):
@@ -159,7 +159,7 @@ def tile_address(job, table, head, number):
 
 @njit(**FAST, inline="always")
 def attend_packed(job, work, row, head, query, rows, begin, end):
-    """Take tiles ``begin .. end-1`` of packed tokens."""
+    """Attend over tiles ``begin .. end-1`` of the packed tokens, into the state."""
     tile, groups, size = job.tile, job.groups, job.size
     table = i32(job.page_table + i64(job.slots)[row] * job.page_table_stride)
     prepare(job, work, head, rows)
@@ -182,7 +182,7 @@ def attend_packed(job, work, row, head, query, rows, begin, end):
 
 
 def build_attend_heads(stamp):
-    """Entry point: the job's address."""
+    """The kernel; its job is ATTEND of ``job.py``."""
 
     def attend_heads(address):
         if stamp == 0:

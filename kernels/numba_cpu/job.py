@@ -1,4 +1,4 @@
-"""What a kernel is told: one record of addresses and sizes, built by the wrappers and read by jitted code by name."""
+"""Jobs: the record of addresses and sizes that is a kernel's only argument, filled in order, read by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PACK_FIELDS = (
 
 
 def record(*names: str) -> np.dtype[np.void]:
-    """A record of int64 fields; strides in it are in bytes. ``rope_scale`` is the one float64."""
+    """A record of int64 fields (only ``rope_scale`` is float64). Strides in a job are in bytes."""
     return np.dtype([(name, np.float64 if name == "rope_scale" else np.int64) for name in names])
 
 
@@ -47,7 +47,7 @@ PACK = record(*PACK_FIELDS)
 
 
 def offsets(sizes: dict[str, int], names: tuple[str, ...]) -> tuple[tuple[int, ...], int]:
-    """Where each part of a workspace lies, in the order of ``names``, on lines of 64 bytes; and the bytes in all.
+    """Offsets of the parts of a workspace, each aligned to 64 bytes, in the order of ``names``; and its size in bytes.
 
     >>> offsets({"a": 65, "b": 1}, ("b", "a"))
     ((128, 0), 192)

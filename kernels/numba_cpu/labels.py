@@ -13,7 +13,7 @@ from numba import njit
 
 from skvq.kernels.numba_cpu.heads import hide_before
 from skvq.kernels.numba_cpu.mean import start_rotors, turn_rotors
-from skvq.kernels.numba_cpu.numeric import decode_meta
+from skvq.kernels.numba_cpu.numeric import decode_meta, label_meta
 from skvq.kernels.numba_cpu.simd import f32, f64, fetch_add, i32, i64, job_at, u8
 from skvq.kernels.numba_cpu.softmax import take
 from skvq.kernels.numba_cpu.tiles import FAST, load_keys, load_value_rows
@@ -21,15 +21,8 @@ from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, ta
 
 
 @njit(**FAST)
-def label_meta(job, work, label, part):
-    """Address of the tile's numbers of a label: part 0 key scale, 1 key mid, 2 value scale, 3 value mid."""
-    head, group = label // job.groups, label % job.groups
-    return work + job.w_meta + 4 * job.tile * ((4 * head + part) * job.groups + group)
-
-
-@njit(**FAST)
 def decode_all_meta(job, work, head, page, inside):
-    """Metadata of the tile, every kv head; the flags that stay are those of ``head``."""
+    """Decode the tile's metadata, of all kv heads, to ``w_meta``, and the bias by retained flags of ``head`` to ``w_bias``."""
     words = 4 * job.groups * job.tile
     for other in range(job.kv_heads):
         meta = job.meta + page * job.meta_page + other * job.meta_head + inside * words
@@ -42,7 +35,7 @@ def decode_all_meta(job, work, head, page, inside):
 
 @njit(**FAST)
 def dequantize_channel(job, work, head, channel, out):
-    """One channel of the tile's keys, from words ``[D / 4][token][4]``, to float32 ``[tile]``."""
+    """One channel of the tile's keys as float32 [tile] at ``out``, from codes ``[D / 4][token][4]`` at ``w_codes``."""
     label = i64(job.key_labels)[head * job.size + channel]
     unit, half = f32(job.key_unit)[label], np.float32((job.key_levels - 1) * 0.5)
     scale, mid = f32(label_meta(job, work, label, 0)), f32(label_meta(job, work, label, 1))
@@ -53,7 +46,7 @@ def dequantize_channel(job, work, head, channel, out):
 
 @njit(**FAST)
 def label_scores(job, work, head, rows):
-    """Scores ``[row][token]`` of the tile in the workspace; the rotors stand at its centre."""
+    """Scores ``[row][token]`` of the tile in the workspace; the rotors are those of its centre (``mean.py``)."""
     half, size, tile = job.size // 2, job.size, job.tile
     bias = f32(work + job.w_bias)
     cos_t, sin_t = f64(work + job.w_rotor), f64(work + job.w_rotor + 8 * half)
@@ -103,7 +96,7 @@ def label_values(job, work, head, rows):
 
 @njit(**FAST, inline="always")
 def attend_packed(job, work, row, head, query, rows, begin, end):
-    """Take tiles ``begin .. end-1`` of packed tokens."""
+    """Attend over tiles ``begin .. end-1`` of the packed tokens, into the state."""
     tile, size = job.tile, job.size
     table = i32(job.page_table + i64(job.slots)[row] * job.page_table_stride)
     start_rotors(job, work, i32(job.mean_pairs + 8), size // 2, begin)
@@ -122,7 +115,7 @@ def attend_packed(job, work, row, head, query, rows, begin, end):
 
 
 def build_attend_labels(stamp):
-    """Entry point: the job's address."""
+    """The kernel; its job is ATTEND of ``job.py``."""
 
     def attend_labels(address):
         if stamp == 0:

@@ -1,4 +1,4 @@
-"""A head's numbers to codes chosen together (``reference.quantize_lattice``), LANES tokens at once: a token is a SIMD lane.
+"""``reference.quantize_lattice`` for LANES tokens at once, one token per SIMD lane.
 
 Every array here is [rows][LANES] float32, so each step of the inherently sequential algorithm is one vector operation per
 channel, about 12 D^2 multiply-adds a token in all.
@@ -16,14 +16,14 @@ from skvq.kernels.numba_cpu.quantizer import E4M3_MIN, e4m3_encode
 from skvq.kernels.numba_cpu.simd import f32, i32
 from skvq.kernels.numba_cpu.tiles import FAST, round_up
 
-LATTICE_FITS, LATTICE_ROUNDS, LATTICE_SWEEPS = 2, 2, 2  # reference.LATTICE_*
+LATTICE_FITS, LATTICE_ROUNDS, LATTICE_SWEEPS = 2, 2, 2  # reference.LATTICE_*; copied (``launch.source_stamp``)
 LANES = 32
 ROW = 4 * LANES  # bytes of a row
 BLOCK = 16  # rows whose effect on all others is applied at once, as a matrix product
 
 
 def lattice_bytes(size: int, groups: int) -> int:
-    """Workspace of ``quantize_lattice``: y, codes, errors and slopes, then scale and mid of each group, sums, and a block."""
+    """Bytes that ``quantize_lattice`` needs at ``work``: y, codes, errors, slopes, scales, mids, sums and a block of rows."""
     return ROW * (4 * size + 2 * groups + 4 + BLOCK) + 4 * groups + 64
 
 
@@ -84,9 +84,10 @@ def slope_of(y, code, scale, mid, error, slope, metric, size, width):
 
 @njit(**FAST)
 def descend(code, slope, scale, metric, size, width, half, steps):
-    """Sweeps of coordinate descent over centred codes; ``slope`` follows, outside a block of rows once the block is done.
+    """Sweeps of coordinate descent over centred codes. ``slope`` is kept up to date: inside a block of BLOCK rows after every
+    step, outside it once the block is done.
 
-    ``steps`` is room for BLOCK rows.
+    ``steps`` is scratch of BLOCK rows.
     """
     whole = round_up(size, BLOCK)
     for start in range(0, LATTICE_SWEEPS * whole, BLOCK):
@@ -117,7 +118,10 @@ def descend(code, slope, scale, metric, size, width, half, steps):
 
 @njit(**FAST)
 def fit_metric(code, slope, scale, mid, metric, tiny, size, width, turned, sums):
-    """Least squares in the metric of scale and mid, group after group; ``slope`` follows. ``turned`` is room for D / G rows."""
+    """Fit scale and mid of one group after another by least squares in the metric, and keep ``slope`` up to date.
+
+    ``turned`` is scratch of D / G rows.
+    """
     cc, c1, cs, s1 = f32(sums), f32(sums + ROW), f32(sums + 2 * ROW), f32(sums + 3 * ROW)
     for g in range(size // width):
         one, block = np.float32(0), metric + 4 * g * width * (size + 1)
@@ -157,9 +161,9 @@ def fit_metric(code, slope, scale, mid, metric, tiny, size, width, turned, sums)
 
 @njit(**FAST)
 def nearest_plane(y, code, error, scale, mid, factor, size, width, half, wanted):
-    """Centred codes from the last channel to the first, each making up for the errors of those before.
+    """Choose centred codes from the last channel to the first, each correcting for the errors of those already chosen.
 
-    A block of rows first takes up the errors of all later blocks at once. ``wanted`` is room for BLOCK rows.
+    Errors of later blocks are applied to a block of rows all at once. ``wanted`` is scratch of BLOCK rows.
     """
     for first in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK):
         count, after = min(BLOCK, size - first), min(first + BLOCK, size)
@@ -180,7 +184,7 @@ def nearest_plane(y, code, error, scale, mid, factor, size, width, half, wanted)
 
 @njit(**FAST)
 def round_meta(code, slope, scale, mid, y, error, metric, units, size, width, words):
-    """Scale and mid to E4M3, mid fitted to the rounded scale; bytes scale | mid << 8 to int32 ``words`` [G][LANES]."""
+    """Round scale to E4M3, fit mid to it, round mid. Writes scale byte | mid byte << 8 to int32 ``words`` [G][LANES]."""
     for g in range(size // width):
         s, word = f32(scale + g * ROW), i32(words + g * ROW)
         for t in range(LANES):

@@ -1,4 +1,4 @@
-"""From a jitted function to all threads of torch: compiled once per machine, cached on disk, run on torch's own OpenMP team.
+"""Compiling kernels, once per machine, and running them on all of torch's threads.
 
 numba's ``prange`` would bring a second OpenMP runtime whose idle threads spin against torch's. Here every thread of the team
 torch already keeps calls the same C function, and the threads share the work through an atomic counter.
@@ -25,22 +25,24 @@ from skvq.kernels.numba_cpu.job import Job
 
 Build = Callable[[int], Callable[[int], None]]
 NOTICE_SECONDS = 2.0
-"""After so long a kernel is not being read from numba's cache, it is being compiled."""
+"""Loading from numba's cache is faster than this: after so long a kernel is being compiled, and the user is told."""
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A compiled function of a job's address, for other threads and for this one."""
+    """A compiled kernel, a C function of a job's address: its address for other threads, and a callable for this one."""
 
     address: int
     call: Callable[[int], None]
 
 
 def source_stamp(module: str) -> int:
-    """A number that changes with the source of a module and of all of this package that it imports.
+    """A hash of the source of a module and of all modules of this package that it imports.
 
-    numba's cache looks at one file only, and would run yesterday's code of the others.
+    numba's disk cache watches only the file of the function itself; with the hash compiled in, a change in any of them compiles
+    anew. Modules outside this package are not watched: kernels copy the constants they need from there, and a test holds
+    the copies equal.
     """
     package, found, waiting = __package__ or "", dict[str, bytes](), [module.rpartition(".")[2]]
     while waiting:
@@ -57,19 +59,15 @@ def source_stamp(module: str) -> int:
 
 
 class Kernels:
-    """Entry points, compiled when first asked for."""
+    """Compiled kernels by the function that builds them; compiled or read from disk when first asked for. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._compiled: dict[Build, tuple[Any, Function]] = {}
         self._announced = False
 
-    def address(self, build: Build) -> int:
-        """Address of the C function that ``build`` makes."""
-        return self.function(build).address
-
     def function(self, build: Build) -> Function:
-        """The C function that ``build`` makes."""
+        """The compiled kernel that ``build`` makes."""
         found = self._compiled.get(build)
         if found is None:
             with self._lock:
@@ -103,7 +101,7 @@ class Kernels:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A function and its job, and the job as it was before it ran."""
+    """One launch: the job's memory, which the kernel writes to (counters), and a copy from before it ran."""
 
     function: Function
     job: Job
@@ -112,17 +110,17 @@ class Launch:
 
 
 class Recorder(Protocol):
-    """What wants to know of launches (``tape.py``)."""
+    """Observes launches, and lends them workspace (``tape.py``)."""
 
     def launch(self, team: Team, launch: Launch) -> None:
-        """This is about to run."""
+        """Called before the launch runs."""
 
     def workspace(self, nbytes: int) -> Tensor:
-        """As the function of that name, for launches of this recording alone."""
+        """Memory for one launch, at least ``nbytes``; may be shared by all launches of this recording."""
 
 
 class _Here(threading.local):
-    """Of one thread."""
+    """The recorder of the current thread."""
 
     tape: Recorder | None = None
 
@@ -131,7 +129,7 @@ here = _Here()
 
 
 def workspace(nbytes: int) -> Tensor:
-    """Memory uint8, at least so much, for one launch to write to."""
+    """Scratch memory for one launch: uint8, at least ``nbytes``."""
     return torch.empty(nbytes, dtype=torch.uint8) if here.tape is None else here.tape.workspace(nbytes)
 
 
@@ -144,11 +142,11 @@ class Team:
 
     @property
     def parallel_address(self) -> int:
-        """Address of ``GOMP_parallel``, 0 without."""
+        """Address of ``GOMP_parallel``; 0 if torch has none."""
         return 0 if self._parallel is None else int(ctypes.cast(self._parallel, ctypes.c_void_p).value or 0)
 
     def run(self, function: Function, job: Job, threads: int) -> None:
-        """``job`` is the argument's memory; it must outlive the call, which it does: this waits."""
+        """Run ``function`` on the job on ``threads`` threads, and wait for all of them."""
         if here.tape is not None:
             here.tape.launch(self, Launch(function, job, job[:], threads))
         argument = job.buffer_info()[0]

@@ -13,10 +13,10 @@ from numba import njit
 
 from skvq.kernels.numba_cpu import linear_simd as simd
 from skvq.kernels.numba_cpu.block_format import BLOCK, LANES
-from skvq.kernels.numba_cpu.entry import job_reader
+from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.linear_expand import expand_block
 from skvq.kernels.numba_cpu.linear_simd import TOGETHER
-from skvq.kernels.numba_cpu.simd import f32, fetch_add, i64
+from skvq.kernels.numba_cpu.simd import f32, fetch_add, i64, record_at
 from skvq.kernels.numba_cpu.tiles import FAST
 
 MULTIPLY_FIELDS = (
@@ -27,13 +27,13 @@ EXPAND_FIELDS = (
     "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "group_bytes",
     "ids", "count", "out", "out_stride", "chunk",
 )  # fmt: skip
-multiply_job = job_reader(MULTIPLY_FIELDS)
-expand_job = job_reader(EXPAND_FIELDS)
+multiply_job = record_at(record(*MULTIPLY_FIELDS))
+expand_job = record_at(record(*EXPAND_FIELDS))
 FOUND_BYTES = 4 * LANES * TOGETHER
 
 
 def rounded_bytes(columns: int) -> int:
-    """Workspace of one rounded vector: pairs, scales, sums, sums of first halves."""
+    """Bytes of one rounded vector (layout: ``linear_simd.dot_body``)."""
     return -(-(columns // BLOCK * (2 * BLOCK + 12)) // 64) * 64
 
 
@@ -51,7 +51,7 @@ def dots(kind, matrix, blocks, rounded, step, out):
 
 @njit(**FAST)
 def round_vector(x, blocks, rounded):
-    """A vector as 16-bit integers with a scale and sums for each block."""
+    """Round a vector to 16-bit integers, with a scale and sums per block (layout: ``linear_simd.dot_body``)."""
     scales = rounded + blocks * 2 * BLOCK
     sums = scales + blocks * 4
     firsts = sums + blocks * 4
@@ -61,7 +61,7 @@ def round_vector(x, blocks, rounded):
 
 @njit(**FAST)
 def put(job, found, group, n):
-    """Sixteen results to the output, with the bias; the last group may be cut."""
+    """Write sixteen results with the bias added; fewer if the last group of rows is not full."""
     values = f32(found)
     out = f32(job.out + n * job.out_stride + 4 * LANES * group)
     count = min(LANES, job.rows - group * LANES)
@@ -75,7 +75,7 @@ def put(job, found, group, n):
 
 
 def build_multiply(stamp):
-    """Entry point of ``out[n] = W x[n] + bias``: the job's address. Threads take ``chunk`` groups of rows at a time."""
+    """Kernel of ``out[n] = W x[n] + bias``. Threads take ``chunk`` groups of sixteen rows at a time."""
 
     def multiply(address):
         if stamp == 0:
@@ -115,7 +115,7 @@ def expand_row(kind, matrix, blocks, row, out):
 
 
 def build_expand(stamp):
-    """Entry point of ``out[n] = W[ids[n]]`` in float32: the job's address."""
+    """Kernel of ``out[n] = W[ids[n]]`` in float32."""
 
     def expand(address):
         if stamp == 0:

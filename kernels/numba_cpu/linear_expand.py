@@ -57,7 +57,7 @@ def _codes(builder, form, word, v):
 
 
 def _of_row(builder, vector, row):
-    """One lane in all."""
+    """Lane ``row`` of a vector, in all lanes."""
     return _splat_float(builder, builder.extract_element(vector, builder.trunc(row, I32)))
 
 
@@ -66,5 +66,5 @@ EXPAND = [expand_body(form) for form in FORMATS.values()]
 
 @intrinsic
 def expand_block(typingctx, kind, matrix, index, row, out):
-    """``expand_body`` of the format of that number."""
+    """``expand_body`` of the ``kind``-th of FORMATS."""
     return by_kind(EXPAND, 4)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from skvq.kernels.numba_cpu.block_format import LANES, BlockFormat
-from skvq.kernels.numba_cpu.ggml_blocks import take_apart
+from skvq.kernels.numba_cpu.ggml_blocks import split_last, take_apart
 
 GROUPS_AT_A_TIME = 256
-"""Groups of sixteen rows taken apart at a time, which takes some bytes a weight."""
+"""Groups of sixteen rows repacked at a time, which bounds temporary memory (several bytes per weight)."""
 
 
 def pack_blocks(data: Tensor, form: BlockFormat) -> Tensor:
@@ -50,29 +50,24 @@ def _pack(data: Tensor, form: BlockFormat, out: Tensor) -> None:
         whole[..., form.high_at : form.factors_at] = _high(codes >> 4, form.high_bits).flatten(-3)
     if form.factors:
         whole[..., form.factors_at :] = parts.factors.permute(0, 1, 3, 4, 2).flatten(-2)  # [groups, spans, span, factors, 16]
-    out[..., form.heads_at :] = _last(parts.heads, -1, 2).transpose(2, 3).flatten(2)
+    out[..., form.heads_at :] = split_last(parts.heads, -1, 2).transpose(2, 3).flatten(2)
 
 
 def _bytes(codes: Tensor) -> Tensor:
     """[..., 16, 32] bytes to [..., 8, 16, 4] in the column order 0, 2, 1, 3."""
-    return _last(codes, 8, 4)[..., [0, 2, 1, 3]].transpose(-3, -2)
+    return split_last(codes, 8, 4)[..., [0, 2, 1, 3]].transpose(-3, -2)
 
 
 def _nibbles(codes: Tensor) -> Tensor:
     """Codes [..., 16, 32] below 16 to [..., 4, 16, 4] bytes of words."""
-    even, odd = _last(codes, 4, 4, 2).unbind(-1)  # [..., 16, word, pair]: nibbles 0 to 3, and 4 to 7
+    even, odd = split_last(codes, 4, 4, 2).unbind(-1)  # [..., 16, word, pair]: nibbles 0 to 3, and 4 to 7
     low, high = (part[..., 0::2] | part[..., 1::2] << 4 for part in (even, odd))
     return torch.cat([low, high], -1).transpose(-3, -2)
 
 
 def _high(fields: Tensor, bits: int) -> Tensor:
     """Fields [..., 16, 32] of some bits to [..., bits, 16, 4] bytes of words: low halves even columns, high halves odd."""
-    even, odd = _last(fields, bits, 16 // bits, 2).unbind(-1)  # [..., 16, word, pair]
+    even, odd = split_last(fields, bits, 16 // bits, 2).unbind(-1)  # [..., 16, word, pair]
     places = torch.arange(0, 8, bits, dtype=torch.uint8)
-    order = _last(torch.cat([even, odd], -1), 4, 8 // bits)
+    order = split_last(torch.cat([even, odd], -1), 4, 8 // bits)
     return (order << places).sum(-1, dtype=torch.uint8).transpose(-3, -2)
-
-
-def _last(x: Tensor, *sizes: int) -> Tensor:
-    """The last dimension as several."""
-    return x.reshape(*x.shape[:-1], *sizes)

@@ -15,8 +15,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS, LANES, BlockFormat
-from skvq.kernels.numba_cpu.block_parts import FLOATS, PAIRS, _splat_float, by_kind, code_pairs, places_of, scales_of
-from skvq.kernels.numba_cpu.simd import F32, I16, I32, I64, WORDS, _all, _at, _intrinsic, _pick, _splat, host_features
+from skvq.kernels.numba_cpu.block_parts import PAIRS, _splat_float, by_kind, code_pairs, places_of, scales_of
+from skvq.kernels.numba_cpu.simd import (
+    F32,
+    FLOATS,
+    I16,
+    I32,
+    I64,
+    WORDS,
+    _all,
+    _at,
+    _intrinsic,
+    _pick,
+    _splat,
+    _sum,
+    host_features,
+)
 
 TOGETHER = 4  # vectors that share one unpacking
 CHAINS = 4  # integer sums in flight, to hide the latency of a multiply-add
@@ -43,13 +57,6 @@ def _multiply_pairs(builder, features, total, codes, pair):
     for shift in (16, 0):
         c, x = (builder.ashr(builder.shl(v, _all(shift)), _all(16)) for v in (codes, pair))
         total = builder.add(total, builder.mul(c, x))
-    return total
-
-
-def _sum(builder, vectors):
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = builder.add(total, vector)
     return total
 
 
@@ -103,7 +110,7 @@ def dot_body(form: BlockFormat, vectors: int):
 
 
 def _from_offset(builder, form, sum_x):
-    """What a sum of products of codes starts from, so that ``offset`` is subtracted from every code."""
+    """Start of the sum over ``code * x``: ``-offset * sum(x)``, which subtracts ``offset`` from every code."""
     if not form.offset:
         return ir.Constant(WORDS, None)
     return _splat(builder, builder.mul(sum_x, ir.Constant(I32, -form.offset)))
@@ -152,11 +159,11 @@ DOTS = [dot_body(form, TOGETHER) for form in FORMATS.values()]
 
 @intrinsic
 def dot(typingctx, kind, matrix, blocks, rounded, step, out):
-    """``dot_body`` of the format of that number, for one vector."""
+    """``dot_body`` of the ``kind``-th of FORMATS, for one vector."""
     return by_kind(DOT, 5)
 
 
 @intrinsic
 def dots(typingctx, kind, matrix, blocks, rounded, step, out):
-    """``dot_body`` of the format of that number, for TOGETHER vectors."""
+    """``dot_body`` of the ``kind``-th of FORMATS, for TOGETHER vectors."""
     return by_kind(DOTS, 5)

@@ -20,7 +20,7 @@ from skvq.kernels.numba_cpu.turns import TERMS
 
 @njit(**FAST)
 def start_rotors(job, work, pairs, count, tile_number):
-    """cos, sin at the tile's centre and of one tile's turn, ``[4][D / 2]``, for the pairs listed."""
+    """Write float64 rotors ``[4][D / 2]`` of the pairs listed: cos, sin at the tile's centre; cos, sin of one tile's step."""
     half = job.size // 2
     frequency, rotor = f64(job.inv_freq), f64(work + job.w_rotor)
     centre = tile_number * job.tile + (job.tile - 1) * 0.5
@@ -32,7 +32,7 @@ def start_rotors(job, work, pairs, count, tile_number):
 
 @njit(**FAST)
 def turn_rotors(job, work, count):
-    """Turn the rotors on by one tile."""
+    """Advance the rotors to the next tile."""
     half = job.size // 2
     cos, sin = f64(work + job.w_rotor), f64(work + job.w_rotor + 8 * half)
     x, y = f64(work + job.w_rotor + 16 * half), f64(work + job.w_rotor + 24 * half)
@@ -44,7 +44,7 @@ def turn_rotors(job, work, count):
 
 @njit(**FAST)
 def mean_prepare(job, work, head, rows, tile_number):
-    """(A, B) ``[row][2][D / 2]`` at ``w_mean`` and the rotors; returns the number of pairs."""
+    """Write (A, B) of each query, ``[row][2][D / 2]``, to ``w_mean``, and start the rotors. Returns the number of pairs."""
     if not job.mean:
         return 0
     half, size = job.size // 2, job.size
@@ -66,7 +66,7 @@ def mean_prepare(job, work, head, rows, tile_number):
 
 @njit(**FAST)
 def mean_scores(job, work, head, rows):
-    """Add the mean's share to the scores of the tile the rotors stand at."""
+    """Add the mean's share to the scores of the tile that the rotors have reached."""
     half, tile, size = job.size // 2, job.tile, job.size
     listed = i32(job.mean_pairs + 4 * head * (2 + half))
     fast, slow = np.int64(listed[0]), np.int64(listed[1])

@@ -1,4 +1,4 @@
-"""Numbers by their bits: E4M3 metadata, exp2, 16-bit floats, and the two signed limbs that dot products take."""
+"""Number formats: E4M3 metadata, exp2, 16-bit floats, and the two int8 limbs of a dot product."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu.simd import as_bits, as_float, f32, half_to_float, i8, i32, u16
-from skvq.kernels.numba_cpu.tiles import FAST
+from skvq.kernels.numba_cpu.tiles import FAST, RETAINED
 
 HIDDEN = np.float32(-1e30)  # added to the score of a token that must not be seen
 NOTHING = np.float32(-1e20)  # running maximum before anything is seen: far above HIDDEN, far below any score
@@ -19,7 +19,7 @@ LEAST = np.float32(1e-30)
 
 @njit(**FAST)
 def e4m3(byte):
-    """Value of an E4M3 byte without denormal floats, which a process may have switched off."""
+    """Value of an E4M3 byte, by bit arithmetic that needs no denormals: a process may flush them to zero."""
     size = (byte & 127) << 20
     normal = as_float(size + E4M3_NORMAL)
     small = as_float(size + E4M3_SMALL) - SMALLEST_NORMAL
@@ -29,7 +29,11 @@ def e4m3(byte):
 
 @njit(**FAST)
 def decode_meta(source, target, bias, groups, tile):
-    """Words ``[G][tile]`` at ``source`` to four float32 ``[G][tile]`` at ``target``, and HIDDEN or 0 by token at ``bias``."""
+    """Decode metadata words ``[G][tile]`` of one kv head.
+
+    Writes float32 ``[4][G][tile]`` to ``target`` (key scales, key mids, value scales, value mids), and to ``bias`` float32
+    [tile], what to add to a token's score: HIDDEN if it is retained elsewhere, else 0.
+    """
     words, count = i32(source), groups * tile
     key_scale, key_mid = f32(target), f32(target + 4 * count)
     value_scale, value_mid = f32(target + 8 * count), f32(target + 12 * count)
@@ -41,7 +45,17 @@ def decode_meta(source, target, bias, groups, tile):
         value_mid[i] = e4m3((word >> 24) & 255)
     hidden = f32(bias)
     for t in range(tile):
-        hidden[t] = HIDDEN if words[t] & 128 else np.float32(0)
+        hidden[t] = HIDDEN if words[t] & RETAINED else np.float32(0)
+
+
+@njit(**FAST)
+def label_meta(job, work, label, part):
+    """Address of float32 [tile] at ``w_meta``, metadata of the group ``label`` of all heads.
+
+    ``part``: 0 key scale, 1 key mid, 2 value scale, 3 value mid (``decode_meta``, one kv head after another).
+    """
+    head, group = label // job.groups, label % job.groups
+    return work + job.w_meta + 4 * job.tile * ((4 * head + part) * job.groups + group)
 
 
 @njit(**FAST)
@@ -63,13 +77,13 @@ def exp2(x):
 
 @njit(**FAST)
 def limb_bits(levels):
-    """Bits of the low limb: 8, or 7 for 8-bit codes so that no pair of products leaves int16 (``simd._multiply_add``)."""
+    """Bits of the low limb: 8, or 7 for 8-bit codes so that no pair of products leaves int16 (``products._multiply_add``)."""
     return 7 if levels == 256 else 8
 
 
 @njit(**FAST)
 def limb_limit(bits):
-    """Largest number that two limbs hold."""
+    """Largest integer that two limbs can hold."""
     return np.float32(32639) if bits == 8 else np.float32(8255)
 
 

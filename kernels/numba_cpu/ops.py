@@ -1,4 +1,4 @@
-"""``kernels.ops.Ops`` on the CPU: float32 through kernels of one pass, other dtypes through torch."""
+"""``kernels.ops.Ops`` on the CPU: float32 by fused kernels, other dtypes by torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from skvq.kernels.ops import TorchOps
 ADD, NORM = Entry(build_add, ADD_FIELDS), Entry(build_norm, NORM_FIELDS)
 SWIGLU, TURN = Entry(build_swiglu, SWIGLU_FIELDS), Entry(build_turn, TURN_FIELDS)
 PARALLEL_NUMBERS = 1 << 15
-"""Numbers in one call worth waking other threads for."""
+"""Calls on fewer numbers run on one thread."""
 
 
 class NumbaOps(TorchOps):

@@ -1,178 +1,191 @@
-"""Packing wrappers: into the stored basis by torch, a bounded stretch of tokens at a time, then the kernels; and back."""
+"""The kernel that quantizes and packs whole tiles: float32 rows in the stored basis to pages.
 
+A task is a tile of one kv head, or of all kv heads where groups cross heads. Group j of a side holds the channels
+``channels[starts[j] : starts[j + 1]]`` of all KH * D; its metadata lie with kv head ``j // G``.
+"""
+
+# mypy: ignore-errors
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+import numpy as np
+from numba import njit
 
-import torch
-from torch import Tensor
-
-from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, PackedPages, RopeFrequencies, Side
-from skvq.kernels.layout import PageLayout
-from skvq.kernels.numba_cpu.attend import layout_fields, page_fields
-from skvq.kernels.numba_cpu.job import Job, offsets
-from skvq.kernels.numba_cpu.lattice import LANES as LATTICE_LANES
-from skvq.kernels.numba_cpu.lattice import lattice_bytes
-from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
-
-STRETCH = 1280
-"""Tokens that are held in float32 at once."""
+from skvq.kernels.numba_cpu.lattice import LANES, quantize_lattice
+from skvq.kernels.numba_cpu.quantizer import quantize
+from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, pack_job_at, u8
+from skvq.kernels.numba_cpu.tiles import FAST, RETAINED, SLOTS, TRITS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Channels:
-    """Which channels a group holds: labels int64 [KH * D], and channels sorted by label with where each group starts."""
+@njit(**FAST)
+def quantize_side(job, work, start, head, heads, side):
+    """Quantize keys (side 0) or values (1) of a tile.
 
-    labels: Tensor
-    order: Tensor
-    starts: Tensor
-
-
-def channels_of(labels: Tensor, groups: int) -> Channels:
-    order = torch.argsort(labels, stable=True)
-    counts = torch.bincount(labels, minlength=groups)
-    assert len(counts) == groups and bool((counts > 0).all()), f"a group has no channel: {counts.tolist()}"
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Channels(labels=labels.contiguous(), order=order, starts=starts)
-
-
-def contiguous_channels(layout: PageLayout) -> Channels:
-    """Groups that lie side by side inside each head."""
-    labels = torch.arange(layout.kv_heads * layout.head_size) // layout.group_size
-    return channels_of(labels, layout.kv_heads * layout.groups)
-
-
-def turns(first: int, count: int, tile: int, rope: RopeFrequencies) -> Tensor:
-    """``exp(i t w)`` of tokens first .. first+count-1: complex64 [count, D/2], from a table in a tile and one angle a tile."""
-    inside = torch.arange(tile, dtype=torch.float64)[:, None] * rope.inv_freq
-    base = torch.arange(first, first + count, tile, dtype=torch.float64)[:, None] * rope.inv_freq
-    one = torch.ones((), dtype=torch.float64)
-    table = torch.polar(one, base)[:, None] * torch.polar(one, inside)  # [tiles, tile, D/2]
-    return table.flatten(0, 1)[:count].to(torch.complex64)
-
-
-def turn(x: Tensor, table: Tensor, scale: float) -> Tensor:
-    """``x`` [T, KH, D] turned by ``table`` [T, D/2] times ``scale``, float32; a [KH, D] mean is spread over T."""
-    a, b = x.float().chunk(2, -1)
-    turned = torch.complex(a, b) * table[:, None] * scale
-    return torch.cat([turned.real, turned.imag], -1)
-
-
-def encode_heads(codec: HeadCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Stored basis, float32 [T, KH, D] (``interface.HeadCodec``)."""
-    k, v = keys.float(), values.float()
-    if not codec.has_basis:
-        return k.contiguous(), v.contiguous()
-    if codec.has_key_mean:
-        k = k - turn(codec.key_mean, turns(first, len(k), tile, codec.rope), codec.rope.scale)
-    return apply(codec.key_basis, k), apply(codec.value_basis, v - codec.value_mean)
-
-
-def apply(matrices: Tensor, rows: Tensor) -> Tensor:
-    """``matrices[h] @ rows[t, h]``: [KH, D, D] and [T, KH, D] -> [T, KH, D], contiguous."""
-    return torch.bmm(rows.transpose(0, 1), matrices.transpose(1, 2)).transpose(0, 1).contiguous()
-
-
-def decode_heads(codec: HeadCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of ``encode_heads``."""
-    if not codec.has_basis:
-        return keys, values
-    keys = apply(codec.query_basis.transpose(1, 2), keys)
-    if codec.has_key_mean:
-        keys += turn(codec.key_mean, turns(first, len(keys), tile, codec.rope), codec.rope.scale)
-    return keys, apply(codec.output_basis, values) + codec.value_mean
-
-
-def encode_labels(codec: LabelCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys before RoPE and values, float32 [T, KH, D]."""
-    back = turns(first, len(keys), tile, codec.rope).conj()
-    return turn(keys, back, 1 / codec.rope.scale).contiguous(), values.float().contiguous()
-
-
-def decode_labels(codec: LabelCodec, first: int, tile: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys after RoPE and values."""
-    return turn(keys, turns(first, len(keys), tile, codec.rope), codec.rope.scale), values
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """All that packing asks of a codec: sides, groups, and the way to the stored basis and back.
-
-    ``encode`` and ``decode`` take the first position, keys and values [T, KH, D], and return float32.
+    Writes codes as bytes to ``w_codes``, keys ``[token][channel]``, values ``[channel][token]``, and metadata to the page.
+    Values come second: they fill in the upper half of words that keys have begun.
     """
-
-    sides: tuple[Side, Side]
-    channels: tuple[Channels, Channels]
-    crossing: bool  # groups hold channels of several heads
-    encode: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-    decode: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def heads_packing(codec: HeadCodec, channels: Channels, tile: int) -> Packing:
-    return Packing(
-        sides=(codec.keys, codec.values),
-        channels=(channels, channels),
-        crossing=False,
-        encode=lambda first, keys, values: encode_heads(codec, first, tile, keys, values),
-        decode=lambda first, keys, values: decode_heads(codec, first, tile, keys, values),
-    )
-
-
-def labels_packing(codec: LabelCodec, channels: tuple[Channels, Channels], tile: int) -> Packing:
-    return Packing(
-        sides=(codec.keys, codec.values),
-        channels=channels,
-        crossing=True,
-        encode=lambda first, keys, values: encode_labels(codec, first, tile, keys, values),
-        decode=lambda first, keys, values: decode_labels(codec, first, tile, keys, values),
-    )
-
-
-def side_fields(side: Side, channels: Channels, layout: PageLayout) -> tuple[int, ...]:
-    """Unit, clip, channels by group, and the metric and its factor, 0 where every code is rounded on its own."""
-    tensors, matrices, heads, size = [side.unit, side.clip], list[Tensor](), layout.kv_heads, layout.head_size
-    if isinstance(side, HeadSide) and side.has_metric:
-        matrices = [side.metric, side.factor]
-        assert side.metric.shape == side.factor.shape == (heads, size, size), (side.metric.shape, side.factor.shape)
-    for t in tensors + matrices:
-        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
-    assert side.unit.numel() == side.clip.numel() == heads * layout.groups, (side.unit.shape, side.clip.shape)
-    tensors += [channels.starts, channels.order, channels.labels]
-    return (*(t.data_ptr() for t in tensors), *([t.data_ptr() for t in matrices] or (0, 0)))
+    size, groups, tile = job.size, job.groups, job.tile
+    channels_all = job.kv_heads * size
+    page, inside = page_of(job, start)
+    if side == 0:
+        source, levels, units, clips = job.keys, job.key_levels, f32(job.key_unit), f32(job.key_clip)
+        starts, channels = i64(job.key_starts), i64(job.key_channels)
+    else:
+        source, levels, units, clips = job.values, job.value_levels, f32(job.value_unit), f32(job.value_clip)
+        starts, channels = i64(job.value_starts), i64(job.value_channels)
+    group, coded, codes = f32(work + job.w_group), u8(work + job.w_group + 8 * channels_all), u8(work + job.w_codes)
+    by_channel, by_token = (1, heads * size) if side == 0 else (tile, 1)
+    flags, at = u8(job.retained + start - job.first), work + job.w_group
+    if (job.key_metric if side == 0 else job.value_metric) != 0:
+        quantize_head(job, work, start, head, side)
+        return
+    for j in range(head * groups, (head + heads) * groups):
+        begin, count = starts[j], starts[j + 1] - starts[j]
+        words = i32(job.meta + page * job.meta_page + j // groups * job.meta_head + 4 * (inside * groups + j % groups) * tile)
+        for t in range(tile):
+            row = f32(source + 4 * (start - job.first + t) * channels_all)
+            for i in range(count):
+                group[i] = row[channels[begin + i]]
+            word = quantize(at, count, levels, units[j], clips[j], at + 4 * channels_all, at + 8 * channels_all)
+            if side == 0:
+                words[t] = word | (RETAINED if flags[t] and j % groups == 0 else 0)
+            else:
+                words[t] = (words[t] & 0xFFFF) | (word << 16)
+            for i in range(count):
+                codes[(channels[begin + i] - head * size) * by_channel + t * by_token] = coded[i]
 
 
-def pack_job(
-    pages: PackedPages,
-    packing: Packing,
-    page_row: Tensor,
-    first: int,
-    rows: tuple[Tensor, Tensor],
-    retained: Tensor,
-    threads: int,
-) -> tuple[Job, tuple[Tensor, ...]]:
-    """The job of packing ``rows`` or unpacking into them, and tensors that must live as long as it."""
-    layout = pages.layout
-    keys, values = rows
-    assert keys.dtype == values.dtype == torch.float32 and keys.is_contiguous() and values.is_contiguous(), keys.dtype
-    flags, table = retained.contiguous(), page_row.to(torch.int32).contiguous()
-    together = layout.kv_heads if packing.crossing else 1
-    lanes = -(-layout.head_size // LANE_BLOCK) * LANE_BLOCK
-    sizes = {
-        "w_codes": together * lanes * layout.tile,
-        "w_group": max(9 * layout.kv_heads * layout.head_size, 4 * layout.tile, 4 * LATTICE_LANES * layout.groups),
-        "w_meta": 16 * layout.kv_heads * layout.groups * layout.tile,
-        "w_lattice": lattice_bytes(layout.head_size, layout.groups),
-        "w_rows": 4 * layout.head_size * layout.tile,
-    }
-    where, work_bytes = offsets(sizes, ("w_codes", "w_group", "w_meta", "w_lattice", "w_rows"))
-    work, counters = torch.empty(threads * work_bytes, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
-    job = array("q", (
-        keys.data_ptr(), values.data_ptr(), flags.data_ptr(), table.data_ptr(), first, len(keys), layout.kv_heads,
-        layout.head_size, *page_fields(pages), *layout_fields(layout)[:5], layout.tile, layout.tiles, together,
-        *side_fields(packing.sides[0], packing.channels[0], layout),
-        *side_fields(packing.sides[1], packing.channels[1], layout),
-        counters.data_ptr(), work.data_ptr(), work_bytes, *where,
-    ))  # fmt: skip
-    return job, (flags, table, work, counters)
+@njit(**FAST)
+def quantize_head(job, work, start, head, side):
+    """``quantize_side`` where a side has a metric: the codes of a head are chosen together, for LANES tokens at a time."""
+    size, groups, tile = job.size, job.groups, job.tile
+    page, inside = page_of(job, start)
+    if side == 0:
+        source, levels, units, clips = job.keys, job.key_levels, job.key_unit, job.key_clip
+        metric, factor, by_channel, by_token = job.key_metric, job.key_factor, 1, size
+    else:
+        source, levels, units, clips = job.values, job.value_levels, job.value_unit, job.value_clip
+        metric, factor, by_channel, by_token = job.value_metric, job.value_factor, tile, 1
+    matrix, group, half = 4 * head * size * size, 4 * head * groups, np.float32((levels - 1) * 0.5)
+    lattice = work + job.w_lattice
+    y, found, codes = f32(lattice), i32(work + job.w_group), u8(work + job.w_codes)
+    words = i32(job.meta + page * job.meta_page + head * job.meta_head + 4 * inside * groups * tile)
+    flags = u8(job.retained + start - job.first)
+    for token in range(0, tile, LANES):
+        for t in range(LANES):
+            row = f32(source + 4 * ((start - job.first + token + t) * job.kv_heads + head) * size)
+            for i in range(size):
+                y[i * LANES + t] = row[i]
+        quantize_lattice(
+            lattice, size, groups, levels, f32(units + group), f32(clips + group), metric + matrix, factor + matrix,
+            work + job.w_group,
+        )  # fmt: skip
+        for g in range(groups):
+            for t in range(LANES):
+                word, at = found[g * LANES + t], g * tile + token + t
+                if side == 0:
+                    words[at] = word | (RETAINED if flags[token + t] and g == 0 else 0)
+                else:
+                    words[at] = (words[at] & 0xFFFF) | (word << 16)
+        for i in range(size):
+            code = f32(lattice + 4 * LANES * (size + i))
+            for t in range(LANES):
+                codes[i * by_channel + (token + t) * by_token] = np.uint8(code[t] + half)
+
+
+@njit(**FAST)
+def page_of(job, start):
+    """Page and tile within it of the tile that starts at a token."""
+    number = start // job.tile
+    return np.int64(i32(job.page_row)[number // job.tiles]), number % job.tiles
+
+
+@njit(**FAST)
+def pack_planes(codes, stride, rows, count, out, levels, across):
+    """Pack ``rows`` x ``count`` codes into planes (``layout.py``) at ``out``.
+
+    Channels are what planes divide: along a row for keys, across rows for values (``across``). Rows are ``stride`` bytes apart.
+    """
+    widths = 2 if levels <= 8 else 4 if levels == 16 else 8
+    place = 0
+    while True:
+        planes, mask = 8 // widths, np.uint8((1 << widths) - 1)
+        if across:
+            for b in range(rows // planes):
+                to = u8(out + b * count)
+                for p in range(planes):
+                    given, shift = u8(codes + (p * (rows // planes) + b) * stride), np.uint8(p * widths)
+                    for t in range(count):
+                        bits = ((given[t] >> place) & mask) << shift
+                        to[t] = bits if p == 0 else to[t] | bits
+            out += rows // planes * count
+        else:
+            width = count // planes
+            for t in range(rows):
+                to = u8(out + t * width)
+                for p in range(planes):
+                    given, shift = u8(codes + t * stride + p * width), np.uint8(p * widths)
+                    for b in range(width):
+                        bits = ((given[b] >> place) & mask) << shift
+                        to[b] = bits if p == 0 else to[b] | bits
+            out += rows * width
+        if levels != 8 or place == 2:
+            return
+        widths, place = 1, 2
+
+
+@njit(**FAST)
+def pack_trits(codes, slot_step, plane_step, rows, row_step, count, out):
+    """Pack codes of three levels, five to a byte, as bytes ``[rows][count]`` at ``out``.
+
+    Distances between codes: ``plane_step`` within a byte, ``slot_step`` from byte to byte, ``row_step`` from row to row.
+    """
+    for r in range(rows):
+        given, to = u8(codes + r * row_step), u8(out + r * count)
+        for b in range(count):
+            value = np.int32(0)
+            for p in range(TRITS):
+                value = value * 3 + given[b * slot_step + p * plane_step]
+            to[b] = (256 * value + 242) // 243
+
+
+@njit(**FAST)
+def write_codes(job, work, start, head, heads, side):
+    """Codes of a tile from ``w_codes`` to the pages."""
+    size, tile = job.size, job.tile
+    page, inside = page_of(job, start)
+    for h in range(heads):
+        if side == 0:
+            codes, stride = work + job.w_codes + h * size, heads * size
+            out = job.key_codes + page * job.key_page + (head + h) * job.key_head + inside * job.key_tile
+            if job.key_levels == 3:
+                pack_trits(codes, 1, SLOTS * stride, SLOTS, stride, size, out)
+            else:
+                pack_planes(codes, stride, tile, size, out, job.key_levels, False)
+        else:
+            codes = work + job.w_codes + h * size * tile
+            out = job.value_codes + page * job.value_page + (head + h) * job.value_head + inside * job.value_tile
+            if job.value_levels == 3:
+                pack_trits(codes, 1, SLOTS, size, tile, SLOTS, out)
+            else:
+                pack_planes(codes, tile, size, tile, out, job.value_levels, True)
+
+
+def build_pack(stamp):
+    """The kernel; its job is PACK of ``job.py``."""
+
+    def pack(address):
+        if stamp == 0:
+            return
+        job = pack_job_at(address)
+        work = job.work + fetch_add(job.counters + 8, 1) * job.work_bytes
+        parts = job.kv_heads // job.heads_together
+        while True:
+            task = fetch_add(job.counters, 1)
+            if task >= job.count // job.tile * parts:
+                break
+            start, head = job.first + task // parts * job.tile, task % parts * job.heads_together
+            for side in range(2):
+                quantize_side(job, work, start, head, job.heads_together, side)
+                write_codes(job, work, start, head, job.heads_together, side)
+
+    return pack

@@ -15,7 +15,7 @@ from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, ta
 
 @njit(**FAST)
 def attend_pages(job, work, row, head, query, rows, begin, end):
-    """Take tokens of 16-bit pages, tiles ``begin .. end-1``."""
+    """Attend over tiles ``begin .. end-1`` of 16-bit pages, into the state."""
     table = i32(job.page_table + i64(job.slots)[row] * job.page_table_stride)
     width = job.size * (4 if job.page_kind == FLOAT32 else 2)
     packed = i32(job.packed)[row]
@@ -29,7 +29,7 @@ def attend_pages(job, work, row, head, query, rows, begin, end):
 
 
 def build_attend_plain(stamp):
-    """Entry point of method ``fp``: the job's address."""
+    """The kernel of method ``fp``; its job is ATTEND of ``job.py``."""
 
     def attend_plain(address):
         if stamp == 0:

@@ -1,4 +1,4 @@
-"""Small matrix products over blocks of 32 lanes, accumulators in registers: bytes by two-limb integers, and float32.
+"""Small matrix products, 32 lanes at a time with accumulators in registers: codes by two-limb integers, and float32.
 
 Only ``_multiply_add`` names instructions: ``vpdpbusd`` (AVX-512 or AVX VNNI), ``vpmaddubsw`` + ``vpmaddwd`` (AVX2), or plain
 integer arithmetic. All three give the same integers, because no caller lets ``vpmaddubsw`` saturate.
@@ -25,6 +25,7 @@ from skvq.kernels.numba_cpu.simd import (
     _intrinsic,
     _pick,
     _splat,
+    _sum,
     host_features,
     prefetch,
 )  # fmt: skip
@@ -58,7 +59,7 @@ def _multiply_add(builder, features, total, codes, limbs):
 
 
 def _make_dot(rows):
-    """``rows`` two-limb vectors against 32 lanes of codes; the accumulators stay in registers (16 for four rows)."""
+    """Intrinsic: dot products of ``rows`` two-limb vectors with 32 lanes of codes. Four rows need 16 vector registers."""
     unroll = 1 if rows > 2 else 2  # enough independent chains to hide the latency
 
     def dot(typingctx, codes, step, count, limbs, limb_stride, row_stride, out, out_stride, shift):
@@ -105,13 +106,6 @@ def _make_dot(rows):
 
     dot.__name__ = f"dot_{rows}"
     return intrinsic(dot)
-
-
-def _sum(builder, vectors):
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = builder.add(total, vector)
-    return total
 
 
 dot_1, dot_2, dot_3, dot_4 = (_make_dot(rows) for rows in (1, 2, 3, 4))
@@ -178,7 +172,7 @@ def add_outer(typingctx, lanes, coefs, count, out, step):
 def dots(rows, codes, step, count, limbs, limb_stride, row_stride, out, out_stride, shift, lanes, ahead, ahead_bytes):
     """``out[row, lane] = sum_j codes[j][lane] . limbs[row][j]`` as float32, ``lanes`` a multiple of 32.
 
-    Meanwhile ``ahead_bytes`` at ``ahead`` are fetched for later, a little with each block: a burst would stall the loads.
+    Meanwhile ``ahead_bytes`` at ``ahead`` are prefetched, a part with each block: all at once they would stall the loads.
     """
     part = ahead_bytes * LANE_BLOCK // lanes
     for lane in range(0, 4 * lanes, 4 * LANE_BLOCK):

@@ -1,4 +1,4 @@
-"""One group of numbers to codes and two E4M3 bytes: SKVQ's quantizer with metadata rounded first (``reference.quantize``)."""
+"""``reference.quantize`` for one group of one token."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -10,7 +10,7 @@ from skvq.kernels.numba_cpu.numeric import e4m3
 from skvq.kernels.numba_cpu.simd import as_bits, f32, largest, smallest, u8
 from skvq.kernels.numba_cpu.tiles import FAST
 
-REFINE_STEPS = 3  # reference.REFINE_STEPS
+REFINE_STEPS = 3  # reference.REFINE_STEPS; copied, as are those of layout.py below (``launch.source_stamp``)
 E4M3_MAX, E4M3_MIN = np.float32(448), np.float32(2.0**-9)
 
 
@@ -28,7 +28,7 @@ def e4m3_encode(x):
 
 @njit(fastmath={"nnan", "ninf", "nsz"}, error_model="numpy", nogil=True, forceinline=True)
 def round_codes(values, count, scale, mid, top, half, out):
-    """Centred codes, float32 at ``out``. No sum may be reordered and no division replaced: ties must fall as they should."""
+    """Centred codes, float32 at ``out``. No reordering, no reciprocals: ties must round as in the reference."""
     y, code = f32(values), f32(out)
     for i in range(count):
         code[i] = min(max(np.rint((y[i] - mid) / scale + half), np.float32(0)), top) - half
@@ -36,9 +36,9 @@ def round_codes(values, count, scale, mid, top, half, out):
 
 @njit(**FAST)
 def quantize(values, count, levels, unit, clip, rounded, codes):
-    """Write the codes of ``count`` float32 at ``values`` as bytes at ``codes``; returns scale byte | mid byte << 8.
+    """Quantize ``count`` float32 at ``values``: codes as bytes to ``codes``; returns scale byte | mid byte << 8.
 
-    ``rounded`` is room for ``count`` float32.
+    ``rounded`` is scratch of ``count`` float32.
     """
     y, code = f32(values), f32(rounded)
     top, half = np.float32(levels - 1), np.float32((levels - 1) * 0.5)

@@ -16,7 +16,7 @@ from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK
 
 @njit(**FAST)
 def scale_queries(job, work, row, head, query, count):
-    """Queries of a chunk in float32 times log2(e)/sqrt(D): row m = n * R + r of ``w_q``. Returns the rows."""
+    """Write queries times log2(e)/sqrt(D) to ``w_q``, row ``n * share + r`` for query n, head r of the kv head."""
     share, size = job.heads // job.kv_heads, job.size
     factor = np.float32(1.4426950408889634 / np.sqrt(size))
     for n in range(count):
@@ -30,7 +30,7 @@ def scale_queries(job, work, row, head, query, count):
 
 @njit(**FAST)
 def attend_slots(job, work, row, head, query, rows):
-    """Take the full-precision slots that are held, ``job.tile`` at a time."""
+    """Attend over the sequence's full-precision slots, ``job.tile`` at a time, into the state."""
     slot = i64(job.slots)[row]
     held = i32(job.full_positions + slot * job.full_positions_stride)
     base = slot * job.full_slot + head * job.full_head
@@ -45,10 +45,10 @@ def attend_slots(job, work, row, head, query, rows):
 
 @njit(**FAST)
 def mark_visible(job, work, row, query, rows, held, first, count, slots):
-    """Scores start at 0 where query row m sees row ``first + i``, at HIDDEN elsewhere and up to the next 32 lanes.
+    """Initialize scores: 0 where a query sees row ``first + i``, HIDDEN where it does not and in the padding to 32 lanes.
 
-    ``slots``: positions are ``held[first + i]`` and each query sees only those up to its own; else row i lies at position
-    ``first + i``. ``w_seen`` says which rows anybody sees; returns how many.
+    With ``slots`` a row's position is ``held[first + i]`` and a query sees none after its own; else it is ``first + i``.
+    Marks the rows that any query sees in ``w_seen``, and returns how many.
     """
     share, tile = job.heads // job.kv_heads, job.tile
     positions, seen = i32(job.positions + 4 * row * job.queries), u8(work + job.w_seen)
@@ -76,7 +76,7 @@ def mark_visible(job, work, row, query, rows, held, first, count, slots):
 
 @njit(**FAST)
 def load_rows(job, work, source, step, kind, first):
-    """Rows ``first .. first+31`` as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows nobody sees: they hold anything."""
+    """Rows ``first .. first+31`` as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows no query sees, which hold garbage."""
     size, lanes = job.size, (job.size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
     seen, all_seen = u8(work + job.w_seen + first), 0
     for i in range(LANE_BLOCK):
@@ -95,7 +95,7 @@ def load_rows(job, work, source, step, kind, first):
 
 @njit(**FAST)
 def attend_rows(job, work, row, query, rows, keys, values, step, kind, held, first, count, slots):
-    """Scores, softmax and weighted values of ``count`` rows of at most a tile, ``step`` bytes apart (``mark_visible``)."""
+    """Attend over ``count`` rows, at most a tile, ``step`` bytes apart, into the state. See ``mark_visible``."""
     size, tile, width = job.size, job.tile, job.size + job.groups
     if mark_visible(job, work, row, query, rows, held, first, count, slots) == 0:
         return

@@ -1,4 +1,4 @@
-"""What numba has no words for: typed pointers, bits of floats, atomics, vector reductions; and pieces of LLVM IR for more.
+"""Intrinsics that numba lacks: typed pointers, bits of floats, atomics, vector reductions; and helpers that emit LLVM IR.
 
 Vectors have 512 bits; LLVM splits them to what the CPU has. Addresses are int64.
 """
@@ -17,6 +17,7 @@ from skvq.kernels.numba_cpu.job import ATTEND, PACK
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16
 WORDS = ir.VectorType(I32, LANES)  # sixteen words of four bytes
+FLOATS = ir.VectorType(F32, LANES)
 BYTES = ir.VectorType(I8, 4 * LANES)
 
 
@@ -74,8 +75,8 @@ def fetch_add(typingctx, address, amount):
     return types.int64(types.int64, types.int64), codegen
 
 
-def _record_at(dtype):
-    """The record at an address: jitted code reads its fields by name."""
+def record_at(dtype):
+    """For jitted code: the record of that dtype at an address, whose fields it reads by name."""
     record = numba.from_dtype(dtype)
 
     def build(typingctx, address):
@@ -88,13 +89,13 @@ def _record_at(dtype):
     return intrinsic(build)
 
 
-job_at = _record_at(ATTEND)
-pack_job_at = _record_at(PACK)
+job_at = record_at(ATTEND)
+pack_job_at = record_at(PACK)
 
 
 @intrinsic
 def prefetch(typingctx, address, nbytes):
-    """Ask for the lines of ``nbytes`` bytes ahead of their use: tiles are far apart, and hardware stops at a 4 KiB border."""
+    """Prefetch ``nbytes`` bytes: tiles lie far apart, and the hardware prefetcher stops at 4 KiB boundaries."""
 
     def codegen(context, builder, signature, args):
         byte = I8.as_pointer()
@@ -130,6 +131,14 @@ def _pick(builder, first, second, lanes):
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
 
+def _sum(builder, vectors):
+    """Sum of vectors of integers."""
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = builder.add(total, vector)
+    return total
+
+
 def host_features(context):
     """Features of the CPU that is compiled for, numba's overrides included: ``{"+avx2", "-avx512f", ...}``."""
     return frozenset(context.codegen().magic_tuple()[2].split(","))
@@ -142,22 +151,24 @@ def _intrinsic(module, name, result, arguments):
 # --- 16-bit numbers ----------------------------------------------------------------------------------------------------
 
 
+def _load_halves(context, builder, address):
+    """Sixteen float16 at an address as FLOATS: one instruction where the CPU has it, else by their bits."""
+    triple = context.codegen().magic_tuple()[0]
+    if "+f16c" in host_features(context) or triple.startswith(("aarch64", "arm64")):
+        return builder.fpext(builder.load(_at(builder, address, 0, ir.VectorType(ir.HalfType(), LANES)), align=2), FLOATS)
+    halves = builder.zext(builder.load(_at(builder, address, 0, ir.VectorType(I16, LANES)), align=2), WORDS)
+    sign = builder.shl(builder.and_(halves, _all(0x8000)), _all(16))
+    size = builder.bitcast(builder.shl(builder.and_(halves, _all(0x7FFF)), _all(13)), FLOATS)
+    size = builder.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
+    return builder.bitcast(builder.or_(builder.bitcast(size, WORDS), sign), FLOATS)
+
+
 @intrinsic
 def half_to_float(typingctx, source, target):
-    """Sixteen float16 at ``source`` to float32 at ``target``, in one instruction where the CPU has it."""
+    """Sixteen float16 at ``source`` to float32 at ``target``."""
 
     def codegen(context, builder, signature, args):
-        floats, triple = ir.VectorType(F32, LANES), context.codegen().magic_tuple()[0]
-        target = _at(builder, args[1], 0, floats)
-        if "+f16c" in host_features(context) or triple.startswith(("aarch64", "arm64")):
-            halves = builder.load(_at(builder, args[0], 0, ir.VectorType(ir.HalfType(), LANES)), align=2)
-            builder.store(builder.fpext(halves, floats), target, align=4)
-            return context.get_dummy_value()
-        halves = builder.zext(builder.load(_at(builder, args[0], 0, ir.VectorType(I16, LANES)), align=2), WORDS)
-        sign = builder.shl(builder.and_(halves, _all(0x8000)), _all(16))
-        bits = builder.shl(builder.and_(halves, _all(0x7FFF)), _all(13))
-        size = builder.fmul(builder.bitcast(bits, floats), ir.Constant(floats, [2.0**112] * LANES))
-        builder.store(builder.or_(builder.bitcast(size, WORDS), sign), builder.bitcast(target, WORDS.as_pointer()), align=4)
+        builder.store(_load_halves(context, builder, args[0]), _at(builder, args[1], 0, FLOATS), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -167,24 +178,23 @@ def half_to_float(typingctx, source, target):
 
 
 def _make_extreme(name, better):
-    """Largest (or smallest) of ``count`` > 0 float32 at an address: LLVM leaves a loop over fmax scalar."""
+    """Intrinsic: largest (or smallest) of ``count`` > 0 float32 at an address. LLVM does not vectorize a loop over fmax."""
 
     def extreme(typingctx, address, count):
         def codegen(context, builder, signature, args):
             address, count = args
-            floats = ir.VectorType(F32, LANES)
 
             def choose(slot, value):
                 held = builder.load(slot)
                 builder.store(builder.select(builder.fcmp_ordered(better, value, held), value, held), slot)
 
             first = builder.load(_at(builder, address, 0, F32), align=4)
-            zero = builder.insert_element(ir.Constant(floats, ir.Undefined), first, ir.Constant(I32, 0))
+            zero = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), first, ir.Constant(I32, 0))
             best = cgutils.alloca_once_value(builder, builder.shuffle_vector(zero, zero, ir.Constant(WORDS, [0] * LANES)))
             turns = builder.sdiv(count, ir.Constant(I64, LANES))
             with cgutils.for_range(builder, turns) as loop:
                 at = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
-                choose(best, builder.load(_at(builder, address, at, floats), align=4))
+                choose(best, builder.load(_at(builder, address, at, FLOATS), align=4))
             vector = builder.load(best)
             while vector.type.count > 1:
                 half = vector.type.count // 2

@@ -1,4 +1,4 @@
-"""The small operations of a decode step in one pass each (``kernels.ops``), float32."""
+"""Fused kernels of the small operations of a decode step (``kernels.ops``): one pass over memory each, float32."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.entry import job_reader
+from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.numeric import FLOAT16, FLOAT32, exp2
-from skvq.kernels.numba_cpu.simd import as_bits, as_float, f32, f64, fetch_add, i64, u16
+from skvq.kernels.numba_cpu.simd import as_bits, as_float, f32, f64, fetch_add, i64, record_at, u16
 from skvq.kernels.numba_cpu.tiles import FAST
 
 ADD_FIELDS = ("x", "delta", "total", "count")
@@ -19,7 +19,7 @@ TURN_FIELDS = (
     "ring_slots", "keys", "values", "slot_stride", "head_stride", "place_stride", "kind",  # rows and strides in bytes
 )  # fmt: skip
 add_job, norm_job, swiglu_job, turn_job = (
-    job_reader(fields) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS)
+    record_at(record(*fields)) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS)
 )
 EPS = NORM_FIELDS.index("eps")
 LOG2_E = np.float32(1.4426950408889634)
@@ -27,7 +27,7 @@ LOG2_E = np.float32(1.4426950408889634)
 
 @njit(**FAST)
 def norm_row(x, weight, out, columns, eps):
-    """Norm of one row."""
+    """RMS norm of one row."""
     row, scale, to = f32(x), f32(weight), f32(out)
     squares = np.float32(0)
     for i in range(columns):
@@ -57,7 +57,7 @@ def swiglu_row(gate_up, out, columns):
 
 
 def build_add(stamp):
-    """Entry point of ``total = x + delta``, by one thread."""
+    """Kernel of ``total = x + delta``, for one thread."""
 
     def add(address):
         if stamp == 0:
@@ -69,7 +69,7 @@ def build_add(stamp):
 
 
 def build_norm(stamp):
-    """Entry point of ``out = norm(x)``, or with ``delta`` of ``total = x + delta; out = norm(total)``."""
+    """Kernel of ``out = norm(x)``, or with ``delta`` of ``total = x + delta; out = norm(total)``."""
 
     def norm(address):
         if stamp == 0:
@@ -92,7 +92,7 @@ def build_norm(stamp):
 
 
 def build_swiglu(stamp):
-    """Entry point of ``out = silu(gate) * up``."""
+    """Kernel of ``out = silu(gate) * up``."""
 
     def swiglu(address):
         if stamp == 0:
@@ -136,7 +136,7 @@ def bfloat_bits(value):
 
 @njit(**FAST)
 def turn_row(source, target, cos, sin, half, kind):
-    """One head turned, in the dtype ``kind``."""
+    """RoPE of one head, written in the dtype ``kind``."""
     x, c, s = f32(source), f32(cos), f32(sin)
     if kind == FLOAT32:
         floats = f32(target)
@@ -155,7 +155,7 @@ def turn_row(source, target, cos, sin, half, kind):
 
 @njit(**FAST)
 def store_row(source, target, count, kind):
-    """A float32 row in the dtype ``kind``."""
+    """Write a float32 row in the dtype ``kind``."""
     values, floats, halves = f32(source), f32(target), u16(target)
     for i in range(count):
         if kind == FLOAT32:
@@ -165,7 +165,7 @@ def store_row(source, target, count, kind):
 
 
 def build_turn(stamp):
-    """Entry point of ``turn_to_slots``."""
+    """Kernel of ``kernels.ops.Ops.turn_to_slots``."""
 
     def turn(address):
         if stamp == 0:

@@ -1,7 +1,7 @@
-"""One softmax in pieces: the running maximum, sum and weighted values of a set of query vectors, in units of log2.
+"""Online softmax in base 2.
 
-A row of the state is ``[acc (width) ...]`` with ``top`` (m_i) and ``total`` (l_i) beside it. Partial states are merged by the
-last thread to finish a kv head.
+The state of a query vector: running maximum ``top`` (m_i), sum of weights ``total`` (l_i), weighted values ``acc``. Partial
+states of one query are merged by the last thread to finish.
 """
 
 # mypy: ignore-errors
@@ -20,7 +20,7 @@ MINUS_INFINITY = np.int32(-8388608)  # bits of float32 -inf; fast-math code must
 
 @njit(**FAST)
 def start(tops, totals, acc, rows, width):
-    """A state that has seen nothing."""
+    """Initialize the state of ``rows`` query vectors."""
     top, total, a = f32(tops), f32(totals), f32(acc)
     for m in range(rows):
         top[m] = NOTHING
@@ -31,7 +31,7 @@ def start(tops, totals, acc, rows, width):
 
 @njit(**FAST)
 def take(scores, stride, count, rows, tops, totals, acc, width):
-    """Take ``count`` more scores a row: they become weights in place; what was accumulated is scaled to the new maximum."""
+    """Turn ``count`` scores of each row into weights, in place; update ``top`` and ``total``, rescale ``acc``."""
     top, total = f32(tops), f32(totals)
     for m in range(rows):
         s = f32(scores + 4 * m * stride)
@@ -54,7 +54,7 @@ def take(scores, stride, count, rows, tops, totals, acc, width):
 
 @njit(**FAST)
 def merge(partials, count, step, rows, size, out, tops, totals):
-    """Merge ``count`` states ``step`` bytes apart, rows ``[top, total, acc]``, to ``out`` [rows, size], not normalized."""
+    """Merge ``count`` states, ``step`` bytes apart, rows ``[top, total, acc]``, into ``out`` [rows, size], not normalized."""
     top, total = f32(tops), f32(totals)
     for m in range(rows):
         at = partials + 4 * m * (size + 2)
@@ -90,7 +90,7 @@ def matvec(matrix, x, out, size):
 
 @njit(**FAST)
 def write_lse(address, top, total):
-    """Natural log-sum-exp of a state, -inf where it has seen nothing."""
+    """Write the natural log-sum-exp of a state; -inf if it has seen no token."""
     if total > np.float32(0):
         f32(address)[0] = (top + np.log2(total)) * LN2
     else:

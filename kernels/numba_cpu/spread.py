@@ -1,4 +1,4 @@
-"""Sixteen rows at a time through shuffles: transposing words, and spreading packed bytes to one byte a code."""
+"""Vector shuffles of sixteen rows at a time: transposing words, and spreading packed codes to one byte each."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -11,7 +11,10 @@ from skvq.kernels.numba_cpu.simd import BYTES, I32, I64, LANES, WORDS, _all, _at
 
 
 def _columns(builder, source, stride, columns, rows):
-    """Word j of sixteen rows, one vector a word. ``rows`` contiguous: 0, else that many rows at ``stride``, repeated."""
+    """``columns`` vectors of sixteen lanes, the j-th of word j of each row.
+
+    ``rows``: how many rows lie ``stride`` bytes apart, repeated to fill the lanes; 0 for sixteen contiguous ones.
+    """
     if rows == 0:
         grid = [builder.load(_at(builder, source, 64 * i, WORDS), align=1) for i in range(columns)]
     else:
@@ -46,7 +49,7 @@ def transpose(typingctx, source, stride, target, step):
 
 
 def _make_spread(name, width, columns, rows):
-    """Planes of ``width`` bits of 16 rows x ``columns`` words to one byte a code, words across lanes.
+    """Intrinsic: planes of ``width`` bits of 16 rows x ``columns`` words to one byte per code, a row in each lane.
 
     Plane p of word j goes to ``target + p * plane_step + j * word_step``, shifted left by ``place``; a place above 0 adds to
     what lies there. With 8 rows, lanes 8 to 15 hold the next plane, and planes go out in pairs.
@@ -87,7 +90,7 @@ spread_1_half = _make_spread("spread_1_half", 1, 8, 8)
 
 @intrinsic
 def spread_trits(typingctx, source, stride, target, plane_step, word_step):
-    """Five trits a byte of 16 rows x 8 words: a digit is how many thirds of 256 the byte passes, then the byte triples."""
+    """As ``_make_spread``, for five trits a byte: a trit is the byte's third of 0..255, and times 3 brings up the next."""
 
     def codegen(context, builder, signature, args):
         source, stride, target, plane_step, word_step = args

@@ -23,21 +23,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skvq.kernels.numba_cpu.entry import Entry, job_reader
+from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.launch import Launch, Team, here
-from skvq.kernels.numba_cpu.simd import I32, I64, i64
+from skvq.kernels.numba_cpu.simd import I32, I64, i64, record_at
 
 LAUNCH_FIELDS = ("function", "threads", "job", "image", "words")
 PLAY_FIELDS = ("parallel", "count", "launches")
 EMPTY = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
-"""Operations that tell the host a number: what the host then does is not on the tape."""
+"""Operations that return data to Python: what Python does with it cannot be recorded."""
 
-play_job = job_reader(PLAY_FIELDS)
+play_job = record_at(record(*PLAY_FIELDS))
 
 
 class Kind(Enum):
-    """Operations of torch, as a tape sees them. ``reshape`` and ``to`` may be views or not."""
+    """What an operation of torch does, as far as a tape cares. ``reshape`` and ``to`` may return a view or a copy."""
 
     COMPUTES, MAY_BE_VIEW, EMPTY, WAITS = range(4)
 
@@ -68,7 +69,7 @@ def call_team(typingctx, parallel, function, argument, threads):
 
 
 def build_play(stamp):
-    """Entry point of launches one after another: each gets its job as it was recorded, counters at zero."""
+    """Kernel that runs recorded launches one after another, each after its job is restored (counters at zero)."""
     fields = len(LAUNCH_FIELDS)
 
     def play(address):
@@ -94,7 +95,7 @@ PLAY = Entry(build_play, PLAY_FIELDS)
 
 
 class Launches:
-    """Kernels that were launched one after another, with nothing of torch between them."""
+    """Kernels launched in a row, with no torch operation between them."""
 
     def __init__(self, team: Team) -> None:
         self.team = team
@@ -118,7 +119,7 @@ class Launches:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """An operation of torch that computes; ``out`` keeps its place."""
+    """A torch operation to call again; its result is copied into ``out``, whose memory stays the same."""
 
     function: Any
     args: tuple[Any, ...]
@@ -155,13 +156,13 @@ class Tape(TorchDispatchMode):
         super().__exit__(*error)
 
     def launch(self, team: Team, launch: Launch) -> None:
-        """A kernel is about to be launched."""
+        """See ``launch.Recorder``."""
         if not self._steps or not isinstance(self._steps[-1], Launches):
             self._steps.append(Launches(team))
         self._steps[-1].add(launch)
 
     def workspace(self, nbytes: int) -> Tensor:
-        """The same memory for all launches, as they run one after another: it stays in the CPU's cache."""
+        """See ``launch.Recorder``. All launches share it, since they run one after another: it stays in the CPU's cache."""
         if self._memory.nbytes < nbytes:
             self._memory = torch.empty(nbytes, dtype=torch.uint8)
         return self._memory
@@ -194,5 +195,5 @@ def _kind_of(func: Any) -> Kind:
 
 
 def _is_view(out: Any, of: Tensor) -> bool:
-    """Whether a result (of ``chunk``: its parts) is memory of what was given."""
+    """Whether the result (of ``chunk``: its first part) shares memory with ``of``."""
     return torch._C._is_alias_of(out if isinstance(out, Tensor) else out[0], of)

@@ -1,7 +1,7 @@
-"""Tile loaders: packed codes of any width to one byte a code, in the order that the dot products want.
+"""Tile loaders: packed codes of any width to one byte a code, in the order that ``products.dots`` reads.
 
-Words of four codes lie across lanes: keys ``[D / 4][token][4 channels]``, values ``[tile / 4][lane][4 tokens]`` with D rounded
-up to 32 lanes. So one dot product serves all widths, and what is unpacked once is shared by all queries of a kv head.
+Four codes that a dot product contracts make a word: keys ``[D / 4][token][4 channels]``, values ``[tile / 4][lane][4 tokens]``
+with D rounded up to 32 lanes. So one dot product serves all widths, and what is unpacked once serves all queries of a kv head.
 ``levels`` (3, 4, 8, 16, 256) stands for the width. Common head sizes go through shuffles, 16 rows at a time; others by bytes.
 """
 
@@ -14,25 +14,17 @@ from numba import njit
 from skvq.kernels.numba_cpu import spread
 from skvq.kernels.numba_cpu.simd import i8, u8
 
-SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES
+SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES; copied (``launch.source_stamp``)
+RETAINED = 128  # layout.RETAINED_FLAG, likewise
 FAST = {"fastmath": True, "error_model": "numpy", "nogil": True, "forceinline": True}
-"""Of jitted functions. One that is called and not inlined is taken from another module in the process that compiles it than in
-those that read it from the cache, and rounds otherwise: the first run would pack other bytes than all later ones."""
+"""Options of every jitted function. All are inlined: a callee that is not may be compiled differently, and round so, in the
+process that compiles a kernel than in those that read it from the cache: the first run would pack other bytes."""
 LANE_BLOCK = 32
 
 
 @njit(**FAST)
 def round_up(count, multiple):
     return (count + multiple - 1) // multiple * multiple
-
-
-@njit(**FAST)
-def tile_bytes(levels, size, tile):
-    """Bytes of the codes of one head in a tile."""
-    if levels == 3:
-        return tile // TRITS * size
-    bits = 2 if levels == 4 else 3 if levels == 8 else 4 if levels == 16 else 8
-    return tile * size * bits // 8
 
 
 @njit(**FAST)
@@ -175,7 +167,7 @@ def _value_trits(source, target, size, tile):
 
 @njit(**FAST)
 def load_value_rows(source, target, levels, size, tile):
-    """Codes of values to ``[channel][token]``, one byte each."""
+    """Codes of values ``[bytes][token]`` at ``source`` to ``[channel][token]`` at ``target``, one byte each."""
     if levels == 3:
         for channel in range(size):
             row, out = u8(source + channel * SLOTS), u8(target + channel * tile)

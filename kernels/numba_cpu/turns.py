@@ -1,4 +1,4 @@
-"""Tables of RoPE inside a tile, around its centre: what ``mean.py`` and ``labels.py`` read."""
+"""Tables of RoPE within a tile, with angles relative to its centre, for ``mean.py`` and ``labels.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TERMS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanTables:
-    """Tables of one codec and tile length. A kv head has F fast pairs, then S slow ones."""
+    """Tables of one codec and tile length. Each kv head lists F fast pairs of channels, then S slow ones (``SLOW_ANGLE``)."""
 
     pairs: np.ndarray[Any, Any]  # int32 [KH, 2 + D/2]: F, S, then the pairs, fast first
     frequencies: np.ndarray[Any, Any]  # float64 [D/2]
@@ -66,7 +66,7 @@ def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTable
 
 
 def all_turns(rope: RopeFrequencies, size: int, tile: int) -> MeanTables:
-    """Tables of every pair in order, for keys that are turned one by one (``labels.py``)."""
+    """Tables that list every pair in order, all as fast: ``labels.py`` turns each key pair by pair."""
     found = mean_tables(rope, torch.ones(1, size), tile)
     arrays = {name: getattr(found, name) for name in ("frequencies", "cos", "sin", "rows", "series")}
     return _tables(rope, arrays | {"pairs": np.array([size // 2, 0, *range(size // 2)], np.int32)})

@@ -1,6 +1,7 @@
-"""Division of labour: (row, kv head, chunk of queries) x (splits of the packed tokens, and the full-precision slots).
+"""How threads share the work of attention.
 
-Every thread takes tasks from a counter; the last to finish a (row, kv head, chunk) merges its partial states.
+A unit is a (row of the batch, kv head, chunk of queries). Its tasks are the splits of its packed tokens, then one more for its
+full-precision slots. Threads take tasks from a counter; who finishes the last of a unit merges them.
 """
 
 # mypy: ignore-errors
@@ -18,7 +19,7 @@ from skvq.kernels.numba_cpu.tiles import FAST
 
 @njit(**FAST)
 def first_tile(job, row, query, count):
-    """First tile that any of the queries sees."""
+    """First packed tile within the span of any of ``count`` queries."""
     positions = i32(job.positions + 4 * row * job.queries)
     earliest = np.int64(positions[query])
     for n in range(1, count):
@@ -28,7 +29,7 @@ def first_tile(job, row, query, count):
 
 @njit(**FAST)
 def write_partial(job, work, target, rows):
-    """State of a task as rows ``[top, total, acc (D)]``; the constant part of each group is added to its channels."""
+    """Write the state of a task as rows ``[top, total, acc (D)]``, the mid part of each group added to its channels."""
     size, width = job.size, job.size + job.groups
     for m in range(rows):
         out = f32(target + 4 * m * (size + 2))
@@ -43,7 +44,7 @@ def write_partial(job, work, target, rows):
 
 @njit(**FAST)
 def finish(job, work, row, head, query, rows, partials):
-    """Merge splits, leave the stored basis, merge with the full-precision slots, normalize."""
+    """Merge the splits of a unit, take the sum out of the stored basis, merge the full-precision slots, normalize, write."""
     size, share = job.size, job.heads // job.kv_heads
     step = 4 * job.vectors * (size + 2)
     tops, totals, acc = work + job.w_top, work + job.w_total, work + job.w_dots
@@ -73,7 +74,7 @@ def finish(job, work, row, head, query, rows, partials):
 
 @njit(**FAST)
 def my_workspace(job):
-    """A thread's own workspace."""
+    """Address of the calling thread's workspace; call once per thread."""
     return job.work + fetch_add(job.counters + 8, 1) * job.work_bytes
 
 
@@ -84,7 +85,10 @@ def task_count(job):
 
 @njit(**FAST)
 def begin_task(job, work, task):
-    """Queries and an empty state; full-precision slots are taken here. Returns row, head, first query, rows, tiles."""
+    """Set up a task: scaled queries and an empty state. A task of full-precision slots is done here.
+
+    Returns row, kv head, first query, query rows, and the packed tiles to attend over: first and one past the last.
+    """
     unit, part = task // (job.splits + 1), task % (job.splits + 1)
     query = unit % job.chunks * job.chunk
     head, row = unit // job.chunks % job.kv_heads, unit // job.chunks // job.kv_heads
@@ -101,7 +105,7 @@ def begin_task(job, work, task):
 
 @njit(**FAST)
 def end_task(job, work, task, row, head, query, rows):
-    """Hand in the state; the last of a (row, head, chunk) merges."""
+    """Store the state of a task; the last task of a unit merges all of them."""
     parts = job.splits + 1
     unit, part = task // parts, task % parts
     nbytes = 4 * job.vectors * (job.size + 2)

@@ -1,4 +1,4 @@
-"""Pages to float32 rows in the stored basis: the way back of ``packing.py``."""
+"""The kernel that unpacks whole tiles to float32 rows in the stored basis: the inverse of ``pack.py``."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,24 +6,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.numeric import decode_meta
-from skvq.kernels.numba_cpu.packing import page_of
+from skvq.kernels.numba_cpu.numeric import decode_meta, label_meta
+from skvq.kernels.numba_cpu.pack import page_of
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, pack_job_at, u8
 from skvq.kernels.numba_cpu.spread import transpose
 from skvq.kernels.numba_cpu.tiles import FAST, load_keys, load_value_rows
 
 
 @njit(**FAST)
-def meta_of(job, work, label, side):
-    """Address of the tile's scales of a label, float32 [tile]; their mids lie G rows on."""
-    return (
-        work + job.w_meta + 4 * job.tile * (4 * job.groups * (label // job.groups) + 2 * side * job.groups + label % job.groups)
-    )
-
-
-@njit(**FAST)
 def write_rows(source, target, stride, size, tile):
-    """float32 ``[channel][token]`` at ``source`` to rows of channels, ``stride`` bytes apart."""
+    """Transpose float32 ``[channel][token]`` at ``source`` to tokens ``stride`` bytes apart at ``target``."""
     whole = size // 16 * 16
     for c in range(0, whole, 16):
         for t in range(0, tile, 8):
@@ -36,13 +28,13 @@ def write_rows(source, target, stride, size, tile):
 
 @njit(**FAST)
 def read_keys(job, work, start, head):
-    """Stored keys of a tile and head as float32 rows, from words ``[D / 4][token]`` of four channels."""
+    """Dequantize the keys of a tile and head to the job's rows, from codes ``[D / 4][token][4]`` at ``w_codes``."""
     size, tile = job.size, job.tile
     half = np.float32((job.key_levels - 1) * 0.5)
     for c in range(size):
         label = i64(job.key_labels)[head * size + c]
-        unit, meta = f32(job.key_unit)[label], meta_of(job, work, label, 0)
-        scale, mid, out = f32(meta), f32(meta + 4 * job.groups * tile), f32(work + job.w_rows + 4 * c * tile)
+        unit, out = f32(job.key_unit)[label], f32(work + job.w_rows + 4 * c * tile)
+        scale, mid = f32(label_meta(job, work, label, 0)), f32(label_meta(job, work, label, 1))
         words, shift = i32(work + job.w_codes + c // 4 * tile * 4), np.int32(c % 4 * 8)
         for t in range(tile):
             code = np.float32((words[t] >> shift) & np.int32(255))
@@ -53,13 +45,13 @@ def read_keys(job, work, start, head):
 
 @njit(**FAST)
 def read_values(job, work, start, head):
-    """Stored values of a tile and head as float32 rows, from bytes ``[channel][token]``."""
+    """Dequantize the values of a tile and head to the job's rows, from codes ``[channel][token]`` at ``w_codes``."""
     size, tile = job.size, job.tile
     half = np.float32((job.value_levels - 1) * 0.5)
     for c in range(size):
         label = i64(job.value_labels)[head * size + c]
-        unit, meta = f32(job.value_unit)[label], meta_of(job, work, label, 1)
-        scale, mid, out = f32(meta), f32(meta + 4 * job.groups * tile), f32(work + job.w_rows + 4 * c * tile)
+        unit, out = f32(job.value_unit)[label], f32(work + job.w_rows + 4 * c * tile)
+        scale, mid = f32(label_meta(job, work, label, 2)), f32(label_meta(job, work, label, 3))
         codes = u8(work + job.w_codes + c * tile)
         for t in range(tile):
             out[t] = mid[t] * unit + scale[t] * unit * (np.float32(codes[t]) - half)
@@ -68,7 +60,7 @@ def read_values(job, work, start, head):
 
 
 def build_unpack(stamp):
-    """Entry point: the job's address."""
+    """The kernel; its job is PACK of ``job.py``."""
 
     def unpack(address):
         if stamp == 0:

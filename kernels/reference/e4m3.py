@@ -1,0 +1,18 @@
+"""FP8 E4M3, the format of scales and mids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skvq.kernels.layout import E4M3_MAX
+
+
+def e4m3_encode(x: Tensor) -> Tensor:
+    """Round to the nearest E4M3 byte (uint8), saturating at +-448."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def e4m3_decode(byte: Tensor) -> Tensor:
+    """Value of an E4M3 byte, float32."""
+    return byte.view(torch.float8_e4m3fn).float()
