@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from skvq.commands.options import (
     PACKING_NAMES,
     engine_options,
     is_given,
+    json_option,
     load_engine,
     model_option,
     packing_options,
@@ -22,6 +25,7 @@ from skvq.engine.calibration import BUILT_IN
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.identity import bits_text
+from skvq.loaders.files import require_writable
 
 
 @click.command(cls=OneLineCommand)
@@ -36,6 +40,7 @@ from skvq.engine.identity import bits_text
 @click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the window it will be used with.")
 @engine_options
 @packing_options
+@json_option
 def calibrate(**options: Any) -> None:
     """Make a calibration file: the transform, groups, units and clip factors for a model and cache options."""
     output, text = options["output"], options["text"]
@@ -43,9 +48,12 @@ def calibrate(**options: Any) -> None:
         raise OptionError("--window goes with --bits-budget: a calibration for given bits serves every window")
     cache = CacheConfig(**pick(options, PACKING_NAMES), window=options["window"])
     corpus = corpus_text(text)
+    require_writable(output)
     engine = load_engine(options, CacheConfig(method="fp"), context=options["ctx"])
     header = engine.calibrate(
         cache, corpus, output, corpus_name=BUILT_IN if text is None else text, tokens=options["tokens"], seed=options["seed"]
     )
     chosen = "" if header.bits_budget is None else f"; bits by layer: {bits_text(header.layer_bits)}"
     click.echo(f"skvq: wrote {output} ({header.method}, {header.tokens:,} tokens of {header.corpus}{chosen})", err=True)
+    if options["as_json"]:
+        click.echo(json.dumps({"output": str(output), **asdict(header)}))

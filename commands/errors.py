@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,12 +47,18 @@ def run_command(call: Callable[[], Any]) -> int:
         click.echo("skvq: interrupted", err=True)
         return 130
     except Exception as error:
-        told = machine_error(error)
+        told = machine_error(error) or output_error(error)
         if told is None:
             raise
         click.echo(f"skvq: error: {told}", err=True)
         return 2
     return 0
+
+
+def output_error(error: Exception) -> str | None:
+    """One line if standard output takes no more; None for any other error."""
+    full = isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return f"cannot write to standard output: {os.strerror(error.errno)}" if full and error.errno else None  # type: ignore
 
 
 def machine_error(error: Exception) -> str | None:

@@ -14,11 +14,11 @@ from skvq.commands.options import (
     cache_options,
     calibration_option,
     ctxs_option,
+    depths_of,
     engine_options,
     json_option,
     load_engine,
     model_option,
-    numbers_of,
     prefill_option,
 )
 from skvq.commands.text import corpus_text
@@ -29,7 +29,7 @@ from skvq.engine.plots import heat_map, require_matplotlib
 @click.command(cls=OneLineCommand)
 @model_option
 @click.option("--haystack", help="Text file to hide the needle in; default: reference prose that comes with Python.")
-@click.option("--depths", callback=numbers_of, default="0,25,50,75,100", show_default=True, help="Per cent of text before it.")
+@click.option("--depths", callback=depths_of, default="0,25,50,75,100", show_default=True, help="Per cent of text before it.")
 @click.option("--no-reference", is_flag=True, help="Do not ask the same over a 16-bit cache.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Heat map as PNG (extra: plot).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers that are hidden.")

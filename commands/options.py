@@ -63,10 +63,27 @@ prefill_option = click.option(
     "--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True, help="How prompts are read."
 )
 download_option = click.option("--no-download", is_flag=True, help="Use only what is on this machine.")
+
+
+def use_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    """Click callback: the threads torch, and with it every CPU kernel, computes on."""
+    if value is not None:
+        import torch
+
+        torch.set_num_threads(value)
+
+
 machine_options = stack(
     click.option("--backend", default="auto", show_default=True, help="auto, triton, numba, reference, or a plug-in's name."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."),
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16, bfloat16."),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        callback=use_threads,
+        expose_value=False,
+        help="CPU threads; fewer than there are cores on a machine that is busy. Default: torch's.",
+    ),
 )
 engine_options = stack(
     machine_options,
@@ -126,6 +143,14 @@ def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def is_given(name: str) -> bool:
     """Whether the option was written on the command line, even with its default's value."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def depths_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """Click callback: comma-separated percentages."""
+    numbers = numbers_of(context, parameter, value)
+    if not all(0 <= n <= 100 for n in numbers):
+        raise click.BadParameter(f"{value!r}: depths are percentages from 0 to 100")
+    return numbers
 
 
 def cache_config(options: Mapping[str, Any]) -> CacheConfig:

@@ -23,6 +23,7 @@ from skvq.engine.plan_report import plan_report
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: what the device would use.")
 @prefill_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="With --bits-budget: exact for the bits this file chose.")
+@click.option("--rope-scaling", help="KIND:FACTOR to go past the trained length: linear:4, dynamic:4, yarn:4.")
 @cache_options
 @json_option
 def plan(**options: Any) -> None:
@@ -40,6 +41,7 @@ def plan(**options: Any) -> None:
         dtype=options["dtype"],
         prefill=options["prefill"],
         calibration=options["calibration"],
+        rope_scaling=options["rope_scaling"],
     )
     click.echo(json.dumps(report.as_dict()) if options["as_json"] else report.table())
     report.plan.check()

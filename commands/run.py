@@ -29,6 +29,7 @@ from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
 from skvq.engine.overflow import MODES
+from skvq.loaders.files import require_writable
 
 
 @click.command(cls=OneLineCommand)
@@ -38,7 +39,11 @@ from skvq.engine.overflow import MODES
 @click.option("--chat", is_flag=True, help="Use the model's chat format.")
 @click.option("--system", help="System message, with --chat.")
 @click.option("--session", type=click.Path(path_type=Path), help="Go on from this file if it exists; write it at the end.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Keep a half-read prompt here; go on from it if it exists.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Keep a half-read prompt here, every minute and on Ctrl-C; go on from it if it exists.",
+)
 @click.option(
     "--on-full",
     type=click.Choice(list(MODES)),
@@ -59,6 +64,8 @@ def run(**options: Any) -> None:
     if options["system"] is not None and not options["chat"]:
         raise OptionError("--system goes with --chat: without it the model reads the text as it is")
     session: Path | None = options["session"]
+    if session is not None:
+        require_writable(session)
     goes_on = session is not None and session.exists()
     silent = options["prompt"] is None and options["file"] is None and (goes_on or options["fill"])
     text = "" if silent else read_text(options["prompt"], options["file"])
@@ -72,6 +79,10 @@ def run(**options: Any) -> None:
         on_full=options["on_full"],
     )
     sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
+    if goes_on and options["file"] is not None:
+        engine.report.message(
+            f"{session} holds {sequence.length:,} tokens already, {options['file']} is read after them: without -f it is not"
+        )
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
     prompt = run_prompt(engine, text, options, sequence)
@@ -93,13 +104,11 @@ def run(**options: Any) -> None:
 def run_prompt(engine: Engine, text: str, options: dict[str, Any], sequence: SequenceCache) -> str | list[int]:
     """What ``skvq run`` reads next: the text, in the chat format if asked for; a sequence goes on without a second BOS.
 
-    With no text a restored session goes on from its last token, and a filled cache from one token.
+    With no text a sequence goes on from its last token.
     """
-    tokenizer = engine.parts.tokenizer
-    if not text:
-        return "" if sequence.pending else [tokenizer.bos_token_id or 0]
-    if not options["chat"]:
+    if not text or not options["chat"]:
         return text
+    tokenizer = engine.parts.tokenizer
     system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
     ids = list(tokenizer.encode_chat([*system, {"role": "user", "content": text}]))
     return ids[1:] if sequence.length and ids[:1] == [tokenizer.bos_token_id] else ids

@@ -14,10 +14,18 @@ def read_text(prompt: str | None, file: str | None) -> str:
     if prompt is None and file is None:
         raise OptionError("no text: give -p TEXT, -f FILE, or -f - for standard input")
     parts = [] if file is None else [file_text(file)]
-    text = "\n\n".join(parts + ([] if prompt is None else [prompt]))
+    text = "\n\n".join(parts + ([] if prompt is None else [argument_text(prompt)]))
     if not text.strip():
         raise OptionError("the prompt is empty: give some text with -p or -f")
     return text
+
+
+def argument_text(argument: str) -> str:
+    """The text of an argument. In a locale without UTF-8 Python holds its bytes as surrogates: they are decoded here."""
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise OptionError("the text of -p is not UTF-8: give it in a file with -f") from None
 
 
 def corpus_text(file: str | None) -> str:
@@ -27,6 +35,8 @@ def corpus_text(file: str | None) -> str:
 
 def file_text(file: str) -> str:
     """The text of a file, - for standard input. Raises OptionError if it cannot be read or is not UTF-8."""
+    if file == "-" and sys.stdin is None:
+        raise OptionError("-f -: standard input is closed")
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except OSError as error:

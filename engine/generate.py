@@ -456,11 +456,14 @@ class Engine:
         for name, value in (("tokens", tokens), ("stride", stride)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} must be a positive number of tokens, got {value!r}")
+        ids = self.encode(text)
+        if len(ids) < tokens:
+            self.report.message(f"the text has {len(ids):,} of the {tokens:,} tokens asked for")
         for cache in caches if isinstance(caches, Sequence) else [caches]:
             _require_type("each of caches", cache, CacheConfig)
         return scoring.evaluate(
             self.parts,
-            self.encode(text)[:tokens],
+            ids[:tokens],
             list(caches) if isinstance(caches, Sequence) else [caches],
             self.report,
             stride=stride,

@@ -80,4 +80,5 @@ def evaluate(
             for reference, s in zip(references, stretches, strict=True)
         ]
         rows.append(evaluation_row(other.cache, parts.model.config, found))
+        del other  # its arena makes room for the next
     return rows

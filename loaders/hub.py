@@ -40,6 +40,7 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
 
     With ``download`` a model that is not whole in the cache is fetched. ModelError, one line, says what to put where.
     """
+    _require_name(model)
     alias = ALIASES.get(model)
     if alias is not None and alias.package:
         return ModelFiles(_package_file(model, alias), "gguf")
@@ -55,8 +56,14 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
     return ModelFiles(folder, "safetensors")
 
 
+def _require_name(model: str) -> None:
+    if not model.strip():
+        raise ModelError("no model is named: give an alias (`skvq models`), a folder, a .gguf file or org/name of the hub")
+
+
 def config_of(model: str, *, download: bool = True) -> ModelConfig:
     """The shape of a model without its weights: an alias's published one, a GGUF header, or config.json alone."""
+    _require_name(model)
     published = {name: alias.config for name, alias in ALIASES.items()}
     published |= {alias.repo: alias.config for alias in ALIASES.values() if alias.repo}
     path = Path(model).expanduser()

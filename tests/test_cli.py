@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, wr
 from safetensors.torch import load_file, save_file
 
 from skvq.cli import main, run
+from skvq.commands.errors import output_error
+from skvq.commands.text import argument_text, file_text
 from skvq.engine.config import RopeConfig
+from skvq.engine.errors import OptionError
 from skvq.loaders.files import cache_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -475,3 +479,33 @@ def test_any_options_work_or_are_one_line(model: Path, options: list[tuple[str, 
     assert result.exit_code in (0, 2), result.output
     if result.exit_code == 2:
         assert result.stderr.count("skvq: error: ") == 1 and "Traceback" not in result.stderr
+
+
+def test_threads_are_those_of_torch(model: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        result = call("run", "-m", model, "--dummy-weights", "-p", "x", "-n", 1, "--threads", 1)
+        assert result.exit_code == 0 and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_places_that_cannot_be_written_are_told_before_any_work(model: Path, tmp_path: Path) -> None:
+    refused(call("calibrate", "-m", model, "-o", tmp_path), "Is a directory")
+    refused(call("run", "-m", model, "-p", "x", "--session", tmp_path), "Is a directory")
+    refused(call("needle", "-m", model, "--depths", "0,150"), "from 0 to 100")
+
+
+def test_an_argument_in_a_locale_without_utf_8_is_decoded() -> None:
+    assert argument_text("日本 🙂") == argument_text("日本 🙂".encode().decode("ascii", "surrogateescape")) == "日本 🙂"
+    with pytest.raises(OptionError, match="not UTF-8"):
+        argument_text(b"\xff".decode("ascii", "surrogateescape"))
+
+
+def test_standard_input_or_output_that_is_not_there_is_one_line(model: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OptionError, match="standard input is closed"):
+        patch.setattr("sys.stdin", None)
+        file_text("-")
+    line = output_error(OSError(errno.ENOSPC, "full"))
+    assert line is not None and "No space left" in line
+    assert output_error(OSError(errno.ENOSPC, "full", "a file")) is None and output_error(ValueError()) is None
