@@ -502,9 +502,9 @@ def test_an_argument_in_a_locale_without_utf_8_is_decoded() -> None:
         argument_text(b"\xff".decode("ascii", "surrogateescape"))
 
 
-def test_standard_input_or_output_that_is_not_there_is_one_line(model: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OptionError, match="standard input is closed"):
-        patch.setattr("sys.stdin", None)
+def test_standard_input_or_output_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(OptionError, match="standard input is closed"):
         file_text("-")
     line = output_error(OSError(errno.ENOSPC, "full"))
     assert line is not None and "No space left" in line
