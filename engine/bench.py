@@ -132,19 +132,20 @@ def gate(setup: CacheSetup, heads: int, tokens: int, report: Reporter) -> float:
 def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
     """Seconds of one step's attention through torch's SDPA over 16-bit keys and values; nan where they do not fit.
 
-    One layer's are read again and again: where they fit a processor's cache that is in SDPA's favour.
+    One layer's are read again and again: where they fit a processor's cache that is in SDPA's favour. A layer with a span is
+    asked about the tokens in it.
     """
     device, dtype = setup.arena.page_table.device, setup.arena.shape.dtype
-    shape = (1, config.num_kv_heads, tokens, config.head_size)
+    shape = (1, config.num_kv_heads, min(tokens, max(config.attention_spans)), config.head_size)
     if 2 * math.prod(shape) * dtype.itemsize > available_memory(device) / 2:
         return math.nan
     keys, values = (torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))
     q = random_query(setup, config.num_heads).transpose(1, 2)  # [1, H, 1, D]
-    shared, layers = config.num_heads != config.num_kv_heads, setup.arena.shape.layers
+    shared = config.num_heads != config.num_kv_heads
 
     def attention() -> None:
-        for _ in range(layers):
-            F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared)
+        for span in config.attention_spans:
+            F.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], enable_gqa=shared)
 
     return statistics.median(timed(attention, device, WARM_UP + 5)[WARM_UP:])
 
@@ -163,12 +164,14 @@ def filled(setup: CacheSetup, context: int, report: Reporter) -> Iterator[Sequen
 @torch.inference_mode()
 def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) -> DecodeRow:
     """Attention alone, over a filled sequence."""
-    setup, read = sequence.setup, sequence.nbytes
+    setup, spans = sequence.setup, config.attention_spans
     device = setup.arena.page_table.device
-    q, step = random_query(setup, config.num_heads), last_token_step(sequence)
+    q = random_query(setup, config.num_heads)
+    steps = [replace(last_token_step(sequence), span=span) for span in spans]
+    read = sequence.nbytes * sum(min(span, sequence.length) for span in spans) / (sequence.length * len(spans))
 
     def attention() -> Tensor:
-        outs = [setup.method.attend(layer, q, step)[0] for layer in range(setup.arena.shape.layers)]
+        outs = [setup.method.attend(layer, q, step)[0] for layer, step in enumerate(steps)]
         return outs[-1]
 
     seconds = statistics.median(timed(as_launched(attention, setup), device, WARM_UP + STEPS)[WARM_UP:])

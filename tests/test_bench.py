@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from skvq.cli import main
 from skvq.commands.bench import _bare
-from skvq.engine.bench import gate
+from skvq.engine.bench import bench_attention, filled, gate
 from skvq.engine.config import FULL_SPAN, CacheConfig
 from skvq.engine.errors import ModelError, SkvqError
 from skvq.engine.methods import CacheMethod
@@ -107,6 +108,19 @@ def test_bad_input_is_one_line(tmp_path: Path, args: tuple[str, ...], said: str)
     folder = str(tiny_folder(tmp_path))
     result = bench("decode", *(folder if a == "FOLDER" else a for a in args))
     assert result.exit_code == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1 and said in result.stderr
+
+
+def test_attention_is_measured_within_each_layers_span() -> None:
+    """And so are the bytes that it reads."""
+    place: dict[str, Any] = {"backend": Reference(), "dtype": torch.float32, "device": torch.device("cpu")}
+    config, asked = replace(SHAPE, num_layers=2, attention_spans=(100, FULL_SPAN)), []
+    setup = bare_setup(config, CacheConfig(), max_context=1000, max_sequences=1, **place)
+    method = copy(setup.method)
+    method.attend = lambda layer, q, step: asked.append((layer, step.span)) or setup.method.attend(layer, q, step)
+    [row] = bench_attention(replace(setup, method=method), config, [700], Quiet()).rows
+    assert set(asked) == {(0, 100), (1, FULL_SPAN)} | {(0, FULL_SPAN)}  # the last is the gate's
+    with filled(setup, 700, Quiet()) as sequence:
+        assert row.gbps * 1e6 * row.attention_ms == pytest.approx(sequence.nbytes * (100 + 700) / 1400)
 
 
 class Wrong:
