@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from skvq.engine.config import BITS, METHODS, CacheConfig
 from skvq.engine.filters import AttentionSinks, rule_from_text
 from skvq.engine.generate import PREFILLS, Engine
+from skvq.engine.machine import set_threads
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,9 +69,7 @@ download_option = click.option("--no-download", is_flag=True, help="Use only wha
 def use_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
     """Click callback: the threads torch, and with it every CPU kernel, computes on."""
     if value is not None:
-        import torch
-
-        torch.set_num_threads(value)
+        set_threads(value)
 
 
 machine_options = stack(

@@ -140,15 +140,20 @@ class GraphStep:
     def run(self, batch: DecodeBatch, token_ids: Sequence[int]) -> Tensor:
         batch.begin(token_ids)
         bound = self.graphs.bound(batch)
-        known = [held for held in self._held if held.serves(batch, bound)]
-        others = [held for held in self._held if held.batch is not batch and not held.batch.finished]
-        self._held = others[1 - MOST_GRAPHS :] + known  # nothing else holds a graph: the memory of those left out is free again
-        if known:
-            known[0].captured.replay()
+        if self._recall(batch, bound):
+            self._held[-1].captured.replay()
         else:
             captured = self.graphs.capture(lambda: self.eager.launch(batch, bound))
             self._held.append(CapturedFor(batch, bound, batch.methods, captured))
         return self._held[-1].captured.logits.clone()  # the next replay writes over them
+
+    def _recall(self, batch: DecodeBatch, bound: int) -> bool:
+        """Make the graph of this step the last, if there is one. Those of finished batches, and the oldest if there are too
+        many, are given up: nothing else holds them, so their memory is free for the next."""
+        known = [held for held in self._held if held.serves(batch, bound)]
+        others = [held for held in self._held if held.batch is not batch and not held.batch.finished]
+        self._held = others[1 - MOST_GRAPHS :] + known
+        return bool(known)
 
 
 def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, *, graph: bool) -> DecodeStep:

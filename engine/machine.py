@@ -50,6 +50,11 @@ def find_backend(name: str, device: torch.device) -> Backend:
         raise OptionError(str(error)) from None
 
 
+def set_threads(count: int) -> None:
+    """CPU threads that torch, and with it every CPU kernel of ours, computes on."""
+    torch.set_num_threads(count)
+
+
 def pinnable_memory(device: torch.device) -> int:
     """Bytes of host memory that can be pinned beside a GPU; none where the device is the host itself."""
     return available_memory(torch.device("cpu")) if device.type == "cuda" else 0

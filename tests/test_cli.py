@@ -67,12 +67,13 @@ def files_under(*folders: Path) -> set[tuple[str, int]]:
 
 
 def test_run_prints_the_answer_alone_and_one_closing_line(model: Path) -> None:
-    result = call("run", "--model", model, "-p", "the quick brown", "-n", 7, "--method", "fp")
-    assert result.exit_code == 0 and result.stdout.endswith("\n") and "skvq" not in result.stdout
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("skvq: read ")
-    for word in ("tokens/s", "MB", "bits per element", "times smaller than 16-bit"):
-        assert word in lines[0]
+    for prompt, words in (("the quick brown", "in the 16-bit window"), ("the quick brown " * 60, "times smaller than 16-bit")):
+        result = call("run", "--model", model, "-p", prompt, "-n", 7, "--method", "fp")
+        assert result.exit_code == 0 and result.stdout.endswith("\n") and "skvq" not in result.stdout
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("skvq: read ")
+        for word in ("tokens/s", "MB", words):
+            assert word in lines[0]
 
 
 def test_run_json_is_the_last_line_and_repeats_the_text(model: Path) -> None:
