@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.triton_gpu import (
     combine,
-    dense,
     encode,
     fused,
     label_blocks,
@@ -35,7 +34,10 @@ from skvq.kernels.triton_gpu import (
     merge,
     pack,
     packed,
+    plain,
     prepare,
+    quantize,
+    slots,
     unpack,
 )  # fmt: skip
 from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, packed_form, rows_by_column
@@ -178,8 +180,8 @@ def other_variants(arch: int) -> list[Variant]:
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
         Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
-        Variant("slots", dense.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
-        Variant("plain", dense.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
+        Variant("slots", slots.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
+        Variant("plain", plain.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
         Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 3, halves_too, 8192, 4.4),
         Variant("reorder K2V2 g64, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 2, 3, halves_too, 8192, 11.2),
         Variant(
@@ -203,7 +205,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 1, tensors),
         Variant("reorder K8V2", labels.attend_labels_kernel, {**reorder, "KEY_BITS": 8, "TILE": 128}, 4, 1, tensors),
         Variant("pack", pack.pack_kernel, {**tiled, "QUANTIZED": False}, 4, 1, {}),
-        Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
+        Variant("quantize", quantize.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
         *(
             Variant(f"lattice g{128 // g}", lattice.lattice_kernel, {"D": 128, "G": g, "T": 32}, 1, 1, lattice_pointers)
             for g in (1, 2)

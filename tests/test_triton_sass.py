@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
-from skvq.kernels.triton_gpu import loaders, raised  # noqa: E402
+from skvq.kernels.triton_gpu import loaders, metadata, raised  # noqa: E402
 
 
 def load_sass() -> ModuleType:
@@ -184,7 +184,7 @@ def test_assembly_of_raised_planes(width: int) -> None:
 @pytest.mark.parametrize("values", [False, True])
 def test_assembly_of_metadata_halves(values: bool) -> None:
     """Two words of E4M3 bytes: pairs of scales, those of keys without their flag, and of mids, as halves times 2^-8."""
-    text = (loaders.ASM_HALVES_HIGH if values else loaders.ASM_HALVES_LOW).value
+    text = (metadata.ASM_HALVES_HIGH if values else metadata.ASM_HALVES_LOW).value
     rng = np.random.default_rng(0)
     for pair in (rng.integers(0, 2**32, (50, 2)) & (0xFF7FFFFF if values else 0xFFFFFFFF)).tolist():
         scales, mids = (run_assembly(text, *pair)[i] for i in range(2))

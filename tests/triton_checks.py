@@ -25,7 +25,18 @@ from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
 from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, matvec, packed, prepare, raised, tiles
+from skvq.kernels.triton_gpu import (
+    TritonGpu,
+    fragments,
+    label_blocks,
+    loaders,
+    matvec,
+    metadata,
+    prepare,
+    raised,
+    softmax,
+    tiles,
+)
 from skvq.kernels.triton_gpu.forms import PackedForm
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
@@ -132,18 +143,18 @@ def assembly_order() -> None:
 
     The interpreter has none, so its functions are replaced by their portable form, after that exchange.
     """
-    portable = {name: getattr(loaders, name) for name in ("planes", "metadata", "meta_halves")}
+    portable = {"planes": loaders.planes, "metadata": metadata.metadata, "meta_halves": metadata.meta_halves}
     raised_planes = raised.raised_planes
-    slow_exp2, near_dot = tiles.exp2, prepare.near_dot
+    slow_exp2, near_dot = softmax.exp2, prepare.near_dot
 
     def planes(x: tl.tensor, *rest: object) -> object:
         data = x.handle.data
         swapped = data.reshape(*data.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(data.shape)
         return portable["planes"](tl.tensor(type(x.handle)(swapped, x.handle.dtype), x.type), *rest[:-1], False)
 
-    tiles.planes = planes
-    tiles.exp2 = packed.exp2 = label_blocks.exp2 = lambda x, asm: slow_exp2(x, False)
-    packed.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
+    fragments.planes = planes
+    tiles.exp2 = label_blocks.exp2 = lambda x, asm: slow_exp2(x, False)
+    tiles.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
     label_blocks.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
     raised.raised_planes = lambda x, width, asm: raised_planes(x, width, False)
     prepare.near_dot = lambda a, b, parts, wide: near_dot(a, b, parts, True)  # it knows no bfloat16 dot either

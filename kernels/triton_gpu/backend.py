@@ -13,7 +13,6 @@ from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS
 from skvq.kernels.registry import TRITON_HEAD_SIZES, BackendUnavailable
 from skvq.kernels.triton_gpu.combine import combine_kernel
-from skvq.kernels.triton_gpu.dense import attend_plain_kernel, attend_slots_kernel
 from skvq.kernels.triton_gpu.encode import encode_heads
 from skvq.kernels.triton_gpu.forms import (
     FULL_SPLITS,
@@ -35,10 +34,12 @@ from skvq.kernels.triton_gpu.label_blocks import attend_labels_blocks_kernel
 from skvq.kernels.triton_gpu.labels import attend_labels_kernel
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps
-from skvq.kernels.triton_gpu.pack import quantize_kernel
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel
 from skvq.kernels.triton_gpu.packing import bits_code, decode_heads, launch_pack, launch_unpack, page_strides
+from skvq.kernels.triton_gpu.plain import attend_plain_kernel
 from skvq.kernels.triton_gpu.prepare import prepare_heads_kernel
+from skvq.kernels.triton_gpu.quantize import quantize_kernel
+from skvq.kernels.triton_gpu.slots import attend_slots_kernel
 from skvq.kernels.triton_gpu.workspace import Scratch, Tables
 
 

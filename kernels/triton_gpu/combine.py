@@ -9,9 +9,7 @@ import triton.language as tl
 
 from skvq.kernels.triton_gpu.overlap import wait_for_inputs
 from skvq.kernels.triton_gpu.prepare import load_matrix
-
-NEVER = tl.constexpr(-1.0e30)
-LN2 = tl.constexpr(0.6931471805599453)
+from skvq.kernels.triton_gpu.softmax import LN2, NEVER
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from skvq.kernels import reference
+from skvq.kernels.triton_gpu.e4m3 import ROUND, TINY, e4m3_decode, e4m3_encode
 from skvq.kernels.triton_gpu.lanes import as_pairs
-from skvq.kernels.triton_gpu.pack import ROUND, TINY, e4m3_decode, e4m3_encode
 from skvq.kernels.triton_gpu.state import MID, OLD_MID, OLD_SCALE, SCALE, keep, kept
 from skvq.kernels.triton_gpu.sweep import BLOCK, group_effects, load_slopes
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skvq.kernels.triton_gpu.dense import load_columns
-from skvq.kernels.triton_gpu.pack import e4m3_decode
-from skvq.kernels.triton_gpu.prepare import LOG2E
-from skvq.kernels.triton_gpu.tiles import NEVER
+from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
+from skvq.kernels.triton_gpu.slots import load_columns
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
 from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
 
 

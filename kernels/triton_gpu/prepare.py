@@ -9,8 +9,7 @@ import triton.language as tl
 
 from skvq.kernels.triton_gpu.loaders import perm4
 from skvq.kernels.triton_gpu.overlap import wait_for_inputs
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from skvq.kernels.triton_gpu.softmax import LOG2E
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from skvq.kernels.triton_gpu import metric
+from skvq.kernels.triton_gpu.e4m3 import ROUND
 from skvq.kernels.triton_gpu.lanes import as_halves, as_pairs, backwards_words, cut, cut_all, paste, paste_all
-from skvq.kernels.triton_gpu.pack import ROUND
 from skvq.kernels.triton_gpu.prepare import power_of_two_scale
 from skvq.kernels.triton_gpu.state import MID, SCALE, kept
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skvq.kernels.triton_gpu.pack import e4m3_decode
+from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
 
 
 @triton.jit

@@ -1,0 +1,27 @@
+# mypy: ignore-errors
+"""E4M3 bytes by integer arithmetic, for cards before sm_89 have no FP8."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
+TINY = tl.constexpr(2.0**-9)
+
+
+@triton.jit
+def e4m3_encode(x):
+    """Byte (int32) of the nearest E4M3 number, ties to even, saturating at 448; integer arithmetic, sm_80 has no FP8."""
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    below = ((magnitude * 512.0 + ROUND) - ROUND).to(tl.int32)
+    return tl.where(magnitude < 0.015625, below, normal) | tl.where(x < 0, 0x80, 0)
+
+
+@triton.jit
+def e4m3_decode(byte):
+    """Value of an E4M3 byte (int32), float32."""
+    half = ((byte & 0x7F) << 7) | ((byte & 0x80) << 8)
+    return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0

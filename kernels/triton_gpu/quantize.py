@@ -1,0 +1,72 @@
+# mypy: ignore-errors
+# ruff: noqa: N803
+"""Codes of groups of channels that are rounded one by one (``reference.quantize``)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.e4m3 import ROUND, TINY, e4m3_decode, e4m3_encode
+
+REFINE_STEPS = tl.constexpr(3)
+
+
+@triton.jit
+def nearest_code(y, scale, mid, LEVELS: tl.constexpr):
+    """Code of y [T, g] against scale and mid [T], as float32."""
+    x = tl.div_rn(y - mid[:, None], tl.broadcast_to(scale[:, None], y.shape)) + (LEVELS - 1) / 2
+    return (tl.minimum(tl.maximum(x, 0.0), LEVELS - 1.0) + ROUND) - ROUND
+
+
+@triton.jit
+def fit_groups(y, there, count, unit, clip, LEVELS: tl.constexpr):
+    """Codes [T, g] (int32), scale and mid bytes [T] (int32) of groups ``y`` [T, g]; ``reference.quantize``, step by step.
+
+    Columns where ``there`` is false pad a group of ``count`` channels. ``unit`` and ``clip`` are scalars.
+    """
+    half: tl.constexpr = (LEVELS - 1) / 2
+    low = tl.min(tl.where(there, y, float("inf")), 1) * clip
+    high = tl.max(tl.where(there, y, float("-inf")), 1) * clip
+    tiny = unit * TINY
+    scale = tl.maximum(tl.div_rn(high - low, tl.full(high.shape, LEVELS - 1.0, tl.float32)), tiny)
+    mid = (high + low) * 0.5
+    size = tl.full(high.shape, 1.0, tl.float32) * count
+    mean = tl.div_rn(tl.sum(tl.where(there, y, 0.0), 1), size)
+    for _ in tl.static_range(REFINE_STEPS):
+        code = tl.where(there, nearest_code(y, scale, mid, LEVELS) - half, 0.0)
+        code_mean = tl.div_rn(tl.sum(code, 1), size)
+        centred = tl.where(there, code - code_mean[:, None], 0.0)
+        spread = tl.sum(centred * centred, 1)
+        fitted = tl.maximum(tl.div_rn(tl.sum(centred * tl.where(there, y, 0.0), 1), tl.maximum(spread, 1e-6)), tiny)
+        scale = tl.where(spread > 0, fitted, scale)
+        mid = mean - scale * code_mean
+    scale_byte = e4m3_encode(scale / unit)
+    mid_byte = e4m3_encode(mid / unit)
+    code = nearest_code(y, e4m3_decode(scale_byte) * unit, e4m3_decode(mid_byte) * unit, LEVELS)
+    return code.to(tl.int32), scale_byte, mid_byte
+
+
+@triton.jit
+def quantize_kernel(
+    y_ptr, unit_ptr, clip_ptr, member_ptr, size_ptr, code_ptr, scale_ptr, mid_ptr, tokens, groups, stride_token, widest,
+    LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantize BLOCK tokens of one group of channels.
+
+    ``member`` int32 [groups, widest] names the channels of each group (``size`` of them); codes go back to their channels,
+    uint8 [T, channels], bytes of scale and mid to uint8 [T, groups]. Reads 4 bytes a number, writes 1 and 2 a group.
+    """
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(1)
+    w = tl.arange(0, WIDTH)
+    count = tl.load(size_ptr + group)
+    channel = tl.load(member_ptr + group * widest + w, mask=w < count, other=0)
+    inside = (t < tokens)[:, None] & (w < count)[None, :]
+    at = t[:, None].to(tl.int64) * stride_token + channel[None, :]
+    y = tl.load(y_ptr + at, mask=inside, other=0.0)
+    there = tl.broadcast_to((w < count)[None, :], [BLOCK, WIDTH])
+    code, scale, mid = fit_groups(y, there, count.to(tl.float32), tl.load(unit_ptr + group), tl.load(clip_ptr + group), LEVELS)
+    tl.store(code_ptr + at, code.to(tl.uint8), mask=inside)
+    tl.store(scale_ptr + t.to(tl.int64) * groups + group, scale.to(tl.uint8), mask=t < tokens)
+    tl.store(mid_ptr + t.to(tl.int64) * groups + group, mid.to(tl.uint8), mask=t < tokens)

@@ -1,0 +1,118 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, RUF005, SIM108
+"""Scores of a tile of packed keys: dots on the codes, and the part that the mean of the keys has in them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skvq.kernels.triton_gpu.fragments import dots, load_planes, zero_rows
+from skvq.kernels.triton_gpu.loaders import perm4
+
+
+@triton.jit
+def bit_rows(base, ROWS: tl.constexpr, NORMAL: tl.constexpr, PERMUTED: tl.constexpr):
+    """Planes of single bits of 8 bytes a row, in pairs: column ``2 b + i`` of entry p is bit ``2 p + i`` of byte b.
+
+    Every byte is loaded twice. ``pair_rows`` would do without, but of such operands Triton 3.7 contracts one half twice.
+    """
+    r = perm4(tl.arange(0, ROWS), PERMUTED)
+    c = tl.arange(0, 16)
+    raw = tl.load(base + r[:, None] * 8 + (c // 2)[None, :])
+    out = ()
+    for p in tl.static_range(4):
+        mask = ((1 << 2 * p) << (c % 2)).to(tl.uint8)[None, :]
+        half = (raw & mask).to(tl.uint16)
+        if NORMAL:
+            out = out + ((half | 0x6400).to(tl.float16, bitcast=True) - (mask.to(tl.float16) + 1024.0).to(tl.float16),)
+        else:
+            out = out + (half.to(tl.float16, bitcast=True),)
+    return out
+
+
+@triton.jit
+def key_scores(
+    base, SUB: tl.constexpr, q_low, q_high, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
+    SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Raw scores ``q . code`` of share SUB of a tile: G tensors [SHARE, N]."""
+    low: tl.constexpr = 2 if BITS == 3 else BITS
+    row: tl.constexpr = D * low // 8
+    wide: tl.constexpr = row if row < D // G else D // G
+    cumulative: tl.constexpr = low == 2 and BITS == 2 and G == 1 and not NORMAL
+    offset: tl.constexpr = 0 if BITS == 3 else 2 ** (BITS - 1)
+    part = load_planes(
+        base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, offset, cumulative, NORMAL, ASM, ASM
+    )
+    s = dots(part, q_low, zero_rows(G, SHARE, q_low[0].shape[1]))
+    if BITS == 3:
+        first: tl.constexpr = TILE * row + SUB * SHARE * (D // 8)
+        if D == 64:
+            part = bit_rows(base + first, SHARE, NORMAL, ASM)
+        else:
+            part = load_planes(base, first, SHARE, D // 8, D // 8, 1, 1, 0, 1, 1, False, NORMAL, ASM, ASM)
+        s = dots(part, q_high, s)
+    return s
+
+
+@triton.jit
+def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
+    """Raw scores ``q . code`` of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
+    prefix = zero_rows(5 * G, 32, N)
+    for i in tl.static_range(D // 32):
+        part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, 0, False, NORMAL, ASM, ASM)
+        new = ()
+        for j in tl.static_range(5 * G):
+            if j // 5 == i * G // (D // 32):
+                new = new + (tl.dot(part[j % 5], q_low[i], prefix[j]),)
+            else:
+                new = new + (prefix[j],)
+        prefix = new
+    out = ()
+    for k in tl.static_range(5):
+        score = ()
+        for g in tl.static_range(G):
+            score = score + ((prefix[g * 5 + k] - 3.0 * prefix[g * 5 + k - 1]) if k > 0 else prefix[g * 5],)
+        out = out + (score,)
+    return out
+
+
+@triton.jit
+def mean_scores(
+    turn, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES: tl.constexpr, STEPS: tl.constexpr,
+    D: tl.constexpr, NH: tl.constexpr,
+):  # fmt: skip
+    """``q . RoPE_t(mean)`` of the tokens of a part, a tuple of SHARES tensors [tokens, NH], up to a scale.
+
+    ``sum_j A_j cos(w_j t) + B_j sin(w_j t)`` with t = base + 32 a + j: A and B (``cosines``, ``sines`` [D/2, NH]) are turned to
+    each 32-token step of the part and contracted with one table of 32 places; pairs of steps share the columns of a dot.
+    """
+    j = tl.arange(0, D // 2)
+    base_cos, base_sin = tl.load(turn + j)[:, None], tl.load(turn + D // 2 + j)[:, None]
+    out = ()
+    if STEPS == 4:
+        cos = base_cos * step_cos[0] - base_sin * step_sin[0]  # [D/2, 4]
+        sin = base_sin * step_cos[0] + base_cos * step_sin[0]
+        cos = tl.expand_dims(tl.reshape(cos, [D // 2, 2, 2]), 2)  # [D/2, 2, 1, 2]
+        sin = tl.expand_dims(tl.reshape(sin, [D // 2, 2, 2]), 2)
+        a = tl.expand_dims(tl.expand_dims(cosines, 1), 3)  # [D/2, 1, NH, 1]
+        b = tl.expand_dims(tl.expand_dims(sines, 1), 3)
+        with_cos = tl.reshape((a * cos + b * sin).to(tl.float16), [D // 2, 4 * NH])
+        with_sin = tl.reshape((b * cos - a * sin).to(tl.float16), [D // 2, 4 * NH])
+        z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
+        out = (tl.reshape(tl.permute(tl.reshape(z, [32, 2, NH, 2]), (1, 3, 0, 2)), [128, NH]),)
+    else:
+        for n in tl.static_range(3 if SHARES == 5 else 1):
+            cos = tl.expand_dims(base_cos * step_cos[n] - base_sin * step_sin[n], 1)  # [D/2, 1, 2]
+            sin = tl.expand_dims(base_sin * step_cos[n] + base_cos * step_sin[n], 1)
+            a = tl.expand_dims(cosines, 2)  # [D/2, NH, 1]
+            b = tl.expand_dims(sines, 2)
+            with_cos = tl.reshape((a * cos + b * sin).to(tl.float16), [D // 2, 2 * NH])
+            with_sin = tl.reshape((b * cos - a * sin).to(tl.float16), [D // 2, 2 * NH])
+            z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
+            first, second = tl.split(tl.reshape(z, [32, NH, 2]))
+            out = out + (first, second)
+        if SHARES == 1:
+            out = (tl.reshape(tl.permute(tl.join(out[0], out[1]), (2, 0, 1)), [64, NH]),)
+    return out
