@@ -22,7 +22,6 @@ QUICK = [
     "attend_others",
     "attend_formats",
     "label_ranges",
-    "normal_planes",
     "invariants",
     "packing",
     "lattice",

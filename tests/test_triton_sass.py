@@ -41,7 +41,6 @@ SPILLS = {  # bytes of stack, each with its reason; nothing of the default decod
     "lattice g128 on 80": 24,  # Triton 3.6 only; as that of g64
     "lattice g64": 56,  # addresses, outside of the loops over blocks of channels
     "quantize": 16,  # Triton 3.6 only; packing under labels
-    "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
     "reorder K2V2 g64, 32 heads": 224,  # metadata of 64 groups; that of 16 fits
     "reorder K2V2 g64, 8 columns": 24,  # speculative queries, or eight heads that share keys
     "reorder K8V2": 176,  # keys in float32: right, and slow
@@ -149,7 +148,7 @@ def run_assembly(text: str, *words: int) -> dict[int, int]:
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 15])
 @pytest.mark.parametrize("form", ["", "_CUMULATIVE", "_NORMAL"])
 def test_assembly_equals_the_portable_form(width: int, form: str) -> None:
-    if (form == "_CUMULATIVE" and width != 2) or (form == "_NORMAL" and width == 15):
+    if (form == "_CUMULATIVE" and width != 2) or (form == "_NORMAL" and width not in (4, 8)):
         return
     text = getattr(loaders, f"ASM_{'TRIT' if width == 15 else width}{form}").value
     exponent = 0x6400 if form == "_NORMAL" else 0

@@ -48,8 +48,7 @@ class TritonGpu:
 
     name = "triton"
 
-    def __init__(self, device: torch.device, *, subnormals: bool = True) -> None:
-        """``subnormals`` False: for tensor cores that flush fp16 subnormals (none since V100 is known to)."""
+    def __init__(self, device: torch.device) -> None:
         self.interpreted = not isinstance(attend_packed_kernel, triton.JITFunction)
         if device.type != "cuda" and not self.interpreted:
             raise BackendUnavailable(
@@ -67,7 +66,6 @@ class TritonGpu:
         self.programs = processors * WARPS_PER_SM
         self.form_of = packed_form
         self.lanes = 128 if self.interpreted else 32  # tokens of a program of the lattice quantizer
-        self.subnormals = subnormals
         self.scratch = Scratch(device)
         self.tables = Tables()
         self._told: set[str] = set()
@@ -109,7 +107,6 @@ class TritonGpu:
         pad = 2 if width == 4 else 1
         part = form.part
         key_bits, value_bits = bits_code(layout.key_bits), bits_code(layout.value_bits)
-        key_normal, value_normal = not self.subnormals, not self.subnormals or value_bits in (4, 8)
         by_column = rows_by_column(layout.tile, groups, has_mean=codec.has_key_mean, has_span=_is_limited(step))
         rows = self.scratch.take("rows", programs * (2 if key_bits == 3 else 1) * size * width * pad, torch.float16)
         qsum = self.scratch.take("qsum", programs * groups * width, torch.float32)
@@ -123,7 +120,7 @@ class TritonGpu:
         prepare_heads_kernel[(columns.heads, q.shape[0] * columns.chunks)](
             q, codec.query_basis, codec.keys.unit, codec.key_mean, rows, qsum, scale, coefficient,
             columns.chunks, columns.queries, columns.repeat, rope_scale,
-            D=size, BITS=key_bits, G=groups, NH=width, NORMAL=key_normal, META=1.0 if self.fp8 else 256.0,
+            D=size, BITS=key_bits, G=groups, NH=width, META=1.0 if self.fp8 else 256.0,
             HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean,
             BY_COLUMN=by_column, ASM=not self.interpreted, num_warps=8, **overlapping(self.pdl),
         )  # fmt: skip
@@ -135,7 +132,7 @@ class TritonGpu:
             q, full.keys, full.values, full.positions, held.sums, held.statistics, *full.keys.stride()[:3],
             full.positions.stride(0), full.positions.shape[1], held.splits,
             D=size, KEY_BITS=key_bits, VALUE_BITS=value_bits, G=groups, NH=width, TILE=layout.tile, PART=part,
-            KEY_NORMAL=key_normal, VALUE_NORMAL=value_normal, HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
+            HAS_SPAN=_is_limited(step), HAS_MEAN=codec.has_key_mean,
             BY_COLUMN=by_column, BLOCK=SLOT_BLOCK, ASM=not self.interpreted, FP8=self.fp8, num_warps=1, num_stages=form.stages,
             **overlapping(self.pdl), **self._registers(form),
         )  # fmt: skip

@@ -36,7 +36,7 @@ def weight_columns(w, TRITS: tl.constexpr, ROWS: tl.constexpr, NH: tl.constexpr,
 @triton.jit
 def load_planes(
     base, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, BLOCKS: tl.constexpr,
-    SKIP: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr,
+    SKIP: tl.constexpr, WIDTH: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr,
     PERMUTED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Planes of BLOCKS byte blocks [ROWS, COLUMNS] in channel order: plane p, block j is entry ``p * BLOCKS + j``.
@@ -48,7 +48,7 @@ def load_planes(
     by_block = ()
     for j in tl.static_range(BLOCKS):
         raw = tl.load(base + (at + j * SKIP))
-        by_block = by_block + (planes(raw, WIDTH, OFFSET, CUMULATIVE, NORMAL, ASM),)
+        by_block = by_block + (planes(raw, WIDTH, CUMULATIVE, NORMAL, ASM),)
     out = ()
     for p in tl.static_range(len(by_block[0])):
         for j in tl.static_range(BLOCKS):

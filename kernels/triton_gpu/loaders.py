@@ -14,8 +14,8 @@ differences of q (keys) or of accumulators (values). Planes of trits are the pre
 ``byte * 3^k >> 8``: one multiplication and one byte permutation, where cutting a trit out takes three; undone by
 ``score_k = Z_k - 3 Z_(k-1)`` (keys) and by the weights ``P_k - 3 P_(k+1)`` in two halves (values).
 
-NORMAL planes are the fallback for tensor cores that flush subnormals, and the better choice for values of 4 and 8 bits: the
-same bits under the exponent of 1024, less ``1024 + offset``, hence the exact integer ``code - offset`` around zero.
+Values of 4 and 8 bits are better off with NORMAL planes: the same bits under the exponent of 1024, less ``1024 + offset``,
+hence the exact integer ``code - offset`` around zero.
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ ASM_2 = tl.constexpr(_mask_assembly(2, False))
 ASM_2_CUMULATIVE = tl.constexpr(_mask_assembly(2, True))
 ASM_4 = tl.constexpr(_mask_assembly(4, False))
 ASM_8 = tl.constexpr(_mask_assembly(8, False))
-ASM_1_NORMAL = tl.constexpr(_mask_assembly(1, False, 0x6400))
-ASM_2_NORMAL = tl.constexpr(_mask_assembly(2, False, 0x6400))
 ASM_4_NORMAL = tl.constexpr(_mask_assembly(4, False, 0x6400))
 ASM_8_NORMAL = tl.constexpr(_mask_assembly(8, False, 0x6400))
 ASM_TRIT = tl.constexpr(_trit_assembly())
@@ -80,27 +78,27 @@ def perm4(i, ASM: tl.constexpr):
 
 
 @triton.jit
-def _half(x, NORMAL: tl.constexpr):
+def _as_half(x, NORMAL: tl.constexpr):
     bits = x.to(tl.uint16) | 0x6400 if NORMAL else x.to(tl.uint16)
     return bits.to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _planes_1(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
+def _planes_1(x, ASM: tl.constexpr):
     if ASM:
         return tl.inline_asm_elementwise(
-            ASM_1_NORMAL if NORMAL else ASM_1, REGS_1, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
-            tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+            ASM_1, REGS_1, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+            tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
         out = ()
         for p in tl.static_range(8):
-            out = out + (_half(x & (1 << p), NORMAL),)
+            out = out + (_as_half(x & (1 << p), False),)
         return out
 
 
 @triton.jit
-def _planes_2(x, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
+def _planes_2(x, CUMULATIVE: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         if CUMULATIVE:
             return tl.inline_asm_elementwise(
@@ -108,14 +106,13 @@ def _planes_2(x, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constex
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
-                ASM_2_NORMAL if NORMAL else ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True, pack=4,
+                ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
             )  # fmt: skip
     else:
         if CUMULATIVE:
-            return (_half(x & 0x03, False), _half(x & 0x0F, False), _half(x & 0x3F, False), _half(x, False))
+            return (_as_half(x & 0x03, False), _as_half(x & 0x0F, False), _as_half(x & 0x3F, False), _as_half(x, False))
         else:
-            return (_half(x & 0x03, NORMAL), _half(x & 0x0C, NORMAL), _half(x & 0x30, NORMAL), _half(x & 0xC0, NORMAL))
+            return (_as_half(x & 0x03, False), _as_half(x & 0x0C, False), _as_half(x & 0x30, False), _as_half(x & 0xC0, False))
 
 
 @triton.jit
@@ -125,7 +122,7 @@ def _planes_4(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
             ASM_4_NORMAL if NORMAL else ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
-        return (_half(x & 0x0F, NORMAL), _half(x & 0xF0, NORMAL))
+        return (_as_half(x & 0x0F, NORMAL), _as_half(x & 0xF0, NORMAL))
 
 
 @triton.jit
@@ -134,7 +131,7 @@ def _planes_8(x, NORMAL: tl.constexpr, ASM: tl.constexpr):
         asm: tl.constexpr = ASM_8_NORMAL if NORMAL else ASM_8
         return (tl.inline_asm_elementwise(asm, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
     else:
-        return (_half(x, NORMAL),)
+        return (_as_half(x, NORMAL),)
 
 
 @triton.jit
@@ -146,24 +143,24 @@ def _prefixes(x, ASM: tl.constexpr):
     else:
         w = x.to(tl.uint16)
         return (
-            _half(w * 3 >> 8, False),
-            _half(w * 9 >> 8, False),
-            _half(w * 27 >> 8, False),
-            _half(w * 81 >> 8, False),
-            _half(w * 243 >> 8, False),
+            _as_half(w * 3 >> 8, False),
+            _as_half(w * 9 >> 8, False),
+            _as_half(w * 27 >> 8, False),
+            _as_half(w * 81 >> 8, False),
+            _as_half(w * 243 >> 8, False),
         )
 
 
 @triton.jit
-def planes(x, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
+def planes(x, WIDTH: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
     """Tuple of fp16 planes of the bytes ``x``: 8 / WIDTH of them, or the five prefixes of trits (WIDTH 15).
 
-    Plane p holds ``(field_p - OFFSET) * 2^(WIDTH p)`` if NORMAL, else ``field_p * 2^(WIDTH p - 24)``.
+    Plane p holds ``field_p * 2^(WIDTH p - 24)``, or if NORMAL ``(field_p - 2^(WIDTH - 1)) * 2^(WIDTH p)``, for 4 and 8 bits.
     """
     if WIDTH == 1:
-        raw = _planes_1(x, NORMAL, ASM)
+        raw = _planes_1(x, ASM)
     elif WIDTH == 2:
-        raw = _planes_2(x, CUMULATIVE, NORMAL, ASM)
+        raw = _planes_2(x, CUMULATIVE, ASM)
     elif WIDTH == 4:
         raw = _planes_4(x, NORMAL, ASM)
     elif WIDTH == 8:
@@ -171,15 +168,19 @@ def planes(x, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexp
     else:
         raw = _prefixes(x, ASM)
     if NORMAL:
+        tl.static_assert(WIDTH == 4 or WIDTH == 8)
         out = ()
         for p in tl.static_range(len(raw)):
-            x = raw[p]
-            if WIDTH == 15:
-                x = (x.to(tl.uint16, bitcast=True) | 0x6400).to(tl.float16, bitcast=True)
-            out = out + (x - (1024.0 + OFFSET * (1 if WIDTH == 15 else 1 << (WIDTH * p))),)
+            out = out + (raw[p] - (1024.0 + 2 ** (WIDTH - 1) * (1 << (WIDTH * p))),)
         return out
     else:
         return raw
+
+
+@triton.constexpr_function
+def has_normal_planes(bits):
+    """Whether values of ``bits`` bits are loaded as NORMAL planes; keys never are."""
+    return bits == 4 or bits == 8
 
 
 @triton.jit

@@ -20,7 +20,7 @@ def attend_packed_kernel(
     half_q_ptr, half_key_ptr, half_value_ptr, held_ptr, full_part_ptr, full_stat_ptr,
     stride_slot, stride_head, stride_token, stride_held, count, full_splits,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
-    PART: tl.constexpr, KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PART: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Both kinds of a sequence's regions in one launch: ``full_splits`` programs of a kv head and chunk take its 16-bit slots,
@@ -43,6 +43,6 @@ def attend_packed_kernel(
             part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
             stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
             stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split - full_splits, splits,
-            D, KEY_BITS, VALUE_BITS, G, NH, TILE, PART, KEY_NORMAL, VALUE_NORMAL, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
+            D, KEY_BITS, VALUE_BITS, G, NH, TILE, PART, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
             PDL,
         )  # fmt: skip

@@ -81,7 +81,7 @@ def fragment_places(r, c, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.con
 def prepare_heads_kernel(
     q_ptr, basis_ptr, unit_ptr, mean_ptr, out_ptr, qsum_ptr, scale_ptr, coefficient_ptr,
     chunks, queries, repeat, rope_scale,
-    D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, NORMAL: tl.constexpr, META: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, META: tl.constexpr,
     HAS_BASIS: tl.constexpr, HAS_MEAN: tl.constexpr, BY_COLUMN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``query_basis q * unit`` in fp16 as ``attend_packed_kernel`` contracts them, their sums and scales.
@@ -93,7 +93,7 @@ def prepare_heads_kernel(
     """
     PAD: tl.constexpr = 2 if NH == 4 else 1
     WIDE: tl.constexpr = 8 if NH == 4 else NH
-    CUMULATIVE: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
+    CUMULATIVE: tl.constexpr = BITS == 2 and G == 1
     LOW: tl.constexpr = 8 if BITS == 15 else (2 if BITS == 3 else BITS)
     STEP: tl.constexpr = D * LOW // 8  # channels of a plane
     ROWS: tl.constexpr = 2 * D if BITS == 3 else D
@@ -122,7 +122,7 @@ def prepare_heads_kernel(
         y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
     up, down = power_of_two_scale(tl.max(tl.max(tl.abs(y), 1), 0))
     blocks = quarters(y, D, WIDE)
-    one: tl.constexpr = 1.0 if NORMAL else 2.0**-24
+    one: tl.constexpr = 2.0**-24  # what the last bit of a subnormal half stands for
     sums = ()
     for g in tl.static_range(G):
         sums = sums + (tl.zeros([WIDE], tl.float32),)

@@ -12,7 +12,7 @@ from skvq.kernels.triton_gpu.loaders import perm4
 
 
 @triton.jit
-def bit_rows(base, ROWS: tl.constexpr, NORMAL: tl.constexpr, PERMUTED: tl.constexpr):
+def bit_rows(base, ROWS: tl.constexpr, PERMUTED: tl.constexpr):
     """Planes of single bits of 8 bytes a row, in pairs: column ``2 b + i`` of entry p is bit ``2 p + i`` of byte b.
 
     Every byte is loaded twice. ``pair_rows`` would do without, but of such operands Triton 3.7 contracts one half twice.
@@ -23,45 +23,38 @@ def bit_rows(base, ROWS: tl.constexpr, NORMAL: tl.constexpr, PERMUTED: tl.conste
     out = ()
     for p in tl.static_range(4):
         mask = ((1 << 2 * p) << (c % 2)).to(tl.uint8)[None, :]
-        half = (raw & mask).to(tl.uint16)
-        if NORMAL:
-            out = out + ((half | 0x6400).to(tl.float16, bitcast=True) - (mask.to(tl.float16) + 1024.0).to(tl.float16),)
-        else:
-            out = out + (half.to(tl.float16, bitcast=True),)
+        out = out + ((raw & mask).to(tl.uint16).to(tl.float16, bitcast=True),)
     return out
 
 
 @triton.jit
 def key_scores(
     base, SUB: tl.constexpr, q_low, q_high, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
-    SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
+    SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Raw scores ``q . code`` of share SUB of a tile: G tensors [SHARE, N]."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
     row: tl.constexpr = D * low // 8
     wide: tl.constexpr = row if row < D // G else D // G
-    cumulative: tl.constexpr = low == 2 and BITS == 2 and G == 1 and not NORMAL
-    offset: tl.constexpr = 0 if BITS == 3 else 2 ** (BITS - 1)
-    part = load_planes(
-        base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, offset, cumulative, NORMAL, ASM, ASM
-    )
+    cumulative: tl.constexpr = BITS == 2 and G == 1
+    part = load_planes(base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, cumulative, False, ASM, ASM)
     s = dots(part, q_low, zero_rows(G, SHARE, q_low[0].shape[1]))
     if BITS == 3:
         first: tl.constexpr = TILE * row + SUB * SHARE * (D // 8)
         if D == 64:
-            part = bit_rows(base + first, SHARE, NORMAL, ASM)
+            part = bit_rows(base + first, SHARE, ASM)
         else:
-            part = load_planes(base, first, SHARE, D // 8, D // 8, 1, 1, 0, 1, 1, False, NORMAL, ASM, ASM)
+            part = load_planes(base, first, SHARE, D // 8, D // 8, 1, 1, 0, 1, False, False, ASM, ASM)
         s = dots(part, q_high, s)
     return s
 
 
 @triton.jit
-def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
+def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, ASM: tl.constexpr):
     """Raw scores ``q . code`` of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
     prefix = zero_rows(5 * G, 32, N)
     for i in tl.static_range(D // 32):
-        part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, 0, False, NORMAL, ASM, ASM)
+        part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, False, False, ASM, ASM)
         new = ()
         for j in tl.static_range(5 * G):
             if j // 5 == i * G // (D // 32):

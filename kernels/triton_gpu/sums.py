@@ -8,26 +8,24 @@ import triton
 import triton.language as tl
 
 from skvq.kernels.triton_gpu.fragments import dots_each, first_of_pairs, load_planes, weight_columns
-from skvq.kernels.triton_gpu.loaders import pair_rows
+from skvq.kernels.triton_gpu.loaders import has_normal_planes, pair_rows
 
 
 @triton.jit
 def value_share(
     base, SUB: tl.constexpr, weights, scale, low_sums, high_sums, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
-    TILE: tl.constexpr, SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
+    TILE: tl.constexpr, SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Add share SUB of a tile to the sums of every plane: (low_sums, high_sums) * scale + codes . weights."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
     rows: tl.constexpr = D * low // 8
     wide: tl.constexpr = rows if rows < D // G else D // G
-    cumulative: tl.constexpr = low == 2 and BITS == 2 and G == 1 and not NORMAL
-    offset: tl.constexpr = 0 if BITS == 3 else 2 ** (BITS - 1)
-    part = load_planes(
-        base, SUB * SHARE, wide, SHARE, TILE, 1, rows // wide, wide * TILE, low, offset, cumulative, NORMAL, False, ASM
-    )
+    cumulative: tl.constexpr = BITS == 2 and G == 1
+    normal: tl.constexpr = has_normal_planes(BITS)
+    part = load_planes(base, SUB * SHARE, wide, SHARE, TILE, 1, rows // wide, wide * TILE, low, cumulative, normal, False, ASM)
     low_sums = dots_each(part, weights, scale, low_sums)
     if BITS == 3:
-        part = load_planes(base, rows * TILE + SUB * SHARE, D // 8, SHARE, TILE, 1, 1, 0, 1, 1, False, NORMAL, False, ASM)
+        part = load_planes(base, rows * TILE + SUB * SHARE, D // 8, SHARE, TILE, 1, 1, 0, 1, False, False, False, ASM)
         if D == 64:
             part = pair_rows(part)
         high_sums = dots_each(part, weights, scale, high_sums)
@@ -37,7 +35,7 @@ def value_share(
 @triton.jit
 def value_trits(
     base, weights, scales, factor, sums, D: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr,
-    NORMAL: tl.constexpr, ASM: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of trits to the sums: ``sum_k P_k (D_k - 3 D_(k-1)) = sum_k (P_k - 3 P_(k+1)) D_k``, P in two halves."""
     columns = ()
@@ -49,7 +47,7 @@ def value_trits(
             columns = columns + (weight_columns(w, True, 32, NH, PAD),)
     out = ()
     for i in tl.static_range(D // 32):
-        codes = load_planes(base, i * 1024, 32, 32, 32, 1, 1, 0, 15, 0, False, NORMAL, False, ASM)
+        codes = load_planes(base, i * 1024, 32, 32, 32, 1, 1, 0, 15, False, False, False, ASM)
         acc = sums[i] * factor
         for k in tl.static_range(5):
             acc = tl.dot(codes[k], columns[i * G // (D // 32) * 5 + k], acc)
@@ -72,13 +70,13 @@ def high_rows(y, PLANE: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr, D: tl
 @triton.jit
 def store_sums(
     out, low_sums, high_sums, mids, unit_ptr, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
-    NH: tl.constexpr, PAD: tl.constexpr, NORMAL: tl.constexpr, META: tl.constexpr, stride_column,
+    NH: tl.constexpr, PAD: tl.constexpr, META: tl.constexpr, stride_column,
 ):  # fmt: skip
     """Undo the places of the planes and write ``(sum p vs (code - half) + p vm) * unit`` of every channel."""
     low: tl.constexpr = 2 if BITS == 3 else BITS
     blocks: tl.constexpr = D * low // (8 * EACH) if BITS != 15 else 1
-    cumulative: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
-    one: tl.constexpr = 1.0 if NORMAL else 16777216.0
+    cumulative: tl.constexpr = BITS == 2 and G == 1
+    one: tl.constexpr = 1.0 if has_normal_planes(BITS) else 16777216.0
     h = tl.arange(0, NH)
     r = tl.arange(0, EACH)
     for i in tl.static_range(len(low_sums)):

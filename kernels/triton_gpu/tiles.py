@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from skvq.kernels.triton_gpu.fragments import first_of_pairs, load_rows, weight_columns, zero_rows
-from skvq.kernels.triton_gpu.loaders import perm4
+from skvq.kernels.triton_gpu.loaders import has_normal_planes, perm4
 from skvq.kernels.triton_gpu.metadata import metadata
 from skvq.kernels.triton_gpu.overlap import prefetch, wait_for_inputs
 from skvq.kernels.triton_gpu.scores import key_scores, key_scores_trits, mean_scores
@@ -23,7 +23,7 @@ def attend_tiles(
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split, splits,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
-    PART: tl.constexpr, KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PART: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
@@ -45,8 +45,8 @@ def attend_tiles(
     VALUE_EACH: tl.constexpr = 32 if VALUE_BITS == 15 else (VALUE_WIDE if VALUE_WIDE < D // G else D // G)
     KEY_PART: tl.constexpr = 32 * D if KEY_BITS == 15 else PART * D * KEY_BITS // 8
     VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
-    KEY_HALF: tl.constexpr = 1.0 if KEY_BITS == 15 else (-0.5 if KEY_NORMAL else (2**KEY_BITS - 1) / 2)
-    HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if VALUE_NORMAL else (2**VALUE_BITS - 1) / 2)
+    KEY_HALF: tl.constexpr = 1.0 if KEY_BITS == 15 else (2**KEY_BITS - 1) / 2
+    HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if has_normal_planes(VALUE_BITS) else (2**VALUE_BITS - 1) / 2)
     # weights are 2^SHIFT times too large, for fp16's sake: up to 2^15 * 448 / 256, three times that for trits
     SHIFT: tl.constexpr = (7.0 if FP8 else 15.0) - (2.0 if VALUE_BITS == 15 else 0.0)
     N: tl.constexpr = NH * KEY_PAD
@@ -124,10 +124,10 @@ def attend_tiles(
             )
         raw = ()
         if KEY_BITS == 15:
-            raw = key_scores_trits(key, q_low, N, D, G, KEY_NORMAL, ASM)
+            raw = key_scores_trits(key, q_low, N, D, G, ASM)
         else:
             for s in tl.static_range(SHARES):
-                share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
+                share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, ASM)
                 raw = raw + (share,)
         if HAS_MEAN and SHARES == 1 and G == 1:
             mean = mean_scores(
@@ -189,7 +189,7 @@ def attend_tiles(
             factor = tl.reshape(tl.join(alpha, alpha), [NH * 2])
 
         if VALUE_BITS == 15:
-            low_sums = value_trits(value, weights, scales, factor[None, :], low_sums, D, G, NH, VALUE_PAD, VALUE_NORMAL, ASM)
+            low_sums = value_trits(value, weights, scales, factor[None, :], low_sums, D, G, NH, VALUE_PAD, ASM)
         else:
             for s in tl.static_range(SHARES):
                 by_group = ()
@@ -198,14 +198,14 @@ def attend_tiles(
                     by_group = by_group + (weight_columns(w, False, SHARE, NH, VALUE_PAD),)
                 low_sums, high_sums = value_share(
                     value, s, by_group, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, VALUE_BITS, G, TILE,
-                    SHARE, VALUE_NORMAL, ASM,
+                    SHARE, ASM,
                 )  # fmt: skip
 
     columns = chunks * NH
     out = ((row * heads + head) * columns + chunk * NH).to(tl.int64) * splits + split
     store_sums(
         part_ptr + out * D, low_sums, high_sums, mids, unit_ptr + head * G, D, VALUE_BITS, G, VALUE_EACH, NH, VALUE_PAD,
-        VALUE_NORMAL, 1.0 if FP8 else 256.0, splits * D,
+        1.0 if FP8 else 256.0, splits * D,
     )  # fmt: skip
     tl.store(stat_ptr + (out + h * splits) * 2, tl.where(m_i > NEVER * 0.5, m_i * scale - SHIFT, NEVER))
     tl.store(stat_ptr + (out + h * splits) * 2 + 1, l_i)
