@@ -25,6 +25,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu, matvec  # noqa: E402
+from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
 from skvq.kernels.triton_gpu.forms import PackedForm  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel  # noqa: E402
@@ -42,12 +43,16 @@ def arch(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
+def tuned(form: PackedForm) -> Tuning:
+    """Packed attention in that form, whatever the layout."""
+    return Tuning(form_of=lambda layout, **rest: form)
+
+
 def check_attend(method: str, part: int = 0, **options: Any) -> None:
     host, case = (make_case(**({"packed": (3,), "device": device} | options)) for device in ("cpu", "cuda"))
-    made = TritonGpu(torch.device("cuda"))
-    made.programs = 8
-    if part:
-        made.form_of = lambda layout, **rest: PackedForm(part=part, stages=2, registers=0, programs=12)
+    device = torch.device("cuda")
+    tuning = tuned(PackedForm(part=part, stages=2, registers=0, programs=12)) if part else Tuning()
+    made = TritonGpu(device, card=dataclasses.replace(Card.of(device), processors=1), tuning=tuning)
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(host.q.float(), *arguments(host, method))
     error, allowed = float((plain(out).float() - exact).abs().max()), 2 * torch_error(exact, host, method)

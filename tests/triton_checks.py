@@ -37,26 +37,26 @@ from skvq.kernels.triton_gpu import (
     softmax,
     tiles,
 )
+from skvq.kernels.triton_gpu.card import Card, Tuning
 from skvq.kernels.triton_gpu.forms import PackedForm
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.merge import merge_parts
 from skvq.kernels.triton_gpu.metric import MetricTables
 
-PROGRAMS = 12  # splits enough to be uneven
+CPU = torch.device("cpu")
 
 
 def backend() -> TritonGpu:
-    made = TritonGpu(torch.device("cpu"))
-    made.programs = PROGRAMS
-    return made
+    return TritonGpu(CPU)
 
 
 def check_attend(method: str, part: int = 0, **options: object) -> None:
     """``part``: tokens that packed attention takes at a time, if not as it likes."""
     case, made = make_case(**options), backend()  # type: ignore[arg-type]
     if part:
-        made.form_of = lambda layout, **rest: PackedForm(part=part, stages=2, registers=0, programs=12)
+        form = PackedForm(part=part, stages=2, registers=0, programs=12)
+        made = TritonGpu(CPU, tuning=Tuning(form_of=lambda layout, **rest: form))
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
     error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
@@ -165,8 +165,7 @@ def assembly_order() -> None:
         ("heads", {"packed": (2,), "key_bits": 3.0, "value_bits": 1.5, "size": 64, "repeat": 8}),
     ):
         case = make_case(**options)  # type: ignore[arg-type]
-        made = backend()
-        made.interpreted = False
+        made = TritonGpu(CPU, card=dataclasses.replace(Card.of(CPU), interpreted=False))
         out, _ = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
         exact, _ = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
         error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)

@@ -43,6 +43,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
+from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
 from skvq.kernels.triton_gpu.forms import PackedForm, packed_form  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 
@@ -478,17 +479,17 @@ class Decoder:
 def sweep(log: Log, form: tuple[float, float, int, bool], context: int, copy_gbps: float) -> None:
     """Ways to go over the tiles of a format beside the one that the product takes."""
     kb, vb, group, mean = form
-    cases, made = arena("mistral-7b", context, *form), backend()
-    chosen = packed_form(cases[0].layout, has_mean=mean, shared_bytes=made.shared_bytes)
+    cases = arena("mistral-7b", context, *form)
+    chosen = packed_form(cases[0].layout, has_mean=mean, shared_bytes=Card.of(DEVICE).shared_bytes)
     halves = (64, 128) if chosen.part in (64, 128) and kb != 3 else (chosen.part,)
     for part, stages, registers, programs in itertools.product(halves, (2, 3), (0, 168), (8, 12)):
         tried = PackedForm(part=part, stages=stages, registers=registers, programs=programs)
-        made.form_of = lambda layout, tried=tried, **rest: tried
+        made = TritonGpu(DEVICE, tuning=Tuning(form_of=lambda layout, tried=tried, **rest: tried))
         mark = " (chosen)" if tried == chosen else ""
         log.step(
             f"sweep {context} K{kb:g}V{vb:g} g{group}{' mean' if mean else ''} part {part} stages {stages} "
             f"registers {registers} programs {programs}{mark}",
-            lambda: time_attention(cases, made, copy_gbps, context),
+            lambda made=made: time_attention(cases, made, copy_gbps, context),
             8,
         )
 

@@ -1,15 +1,20 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
 """One softmax from partial ones: packed splits, the output basis, full-precision splits."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, Columns
+from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.prepare import load_matrix
 from skvq.kernels.triton_gpu.softmax import LN2, NEVER
+from skvq.kernels.triton_gpu.workspace import Partials
 
 
 @triton.jit
@@ -88,3 +93,19 @@ def combine_kernel(
     result = (acc * a + full * b) / safe
     tl.store(out_ptr + program.to(tl.int64) * D + d, tl.where(seen, result, 0.0).to(out_ptr.dtype.element_ty))
     tl.store(lse_ptr + program, tl.where(seen, (new + tl.log2(safe)) * LN2, float("-inf")))
+
+
+def launch_combine(
+    card: Card, q: Tensor, columns: Columns, packed: Partials, held: Partials, basis: Tensor, mean: Tensor, *, has_basis: bool
+) -> tuple[Tensor, Tensor]:
+    """Output [B, N, H, D] in q's dtype, log-sum-exp float32 [B, N, H]. Without a basis ``basis`` and ``mean`` are not read."""
+    batch, queries, heads, size = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
+    combine_kernel[(batch * queries * heads,)](
+        packed.sums, packed.statistics, held.sums, held.statistics, basis, mean, out, lse, packed.splits, held.splits,
+        columns.total, queries, columns.heads, columns.repeat,
+        D=size, BLOCK=64 if packed.splits <= 64 else 128, MOST=MAX_SPLITS, FULL=FULL_SPLITS, HAS_BASIS=has_basis,
+        num_warps=8, **overlapping(card.pdl),
+    )  # fmt: skip
+    return out, lse

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
+from skvq.kernels.interface import FullSlots, Step
 from skvq.kernels.layout import PageLayout
 
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 16  # of 16-bit slots a program of one warp takes at a time
 PAGE_BLOCK = 64  # of 16-bit tokens of method fp, four warps
+PAGE_PROGRAMS = 3  # of those four warps, that a multiprocessor holds
 FULL_SPLITS = 32
 LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
 LABEL_WARPS = 8  # of 255 registers, that a multiprocessor holds
@@ -30,8 +33,18 @@ class Columns:
     chunks: int
 
     @classmethod
-    def of(cls, q: Tensor, kv_heads: int) -> Columns:
-        """Four columns take half a tensor-core tile and the other half idles; more columns take whole ones."""
+    def of(cls, q: Tensor, kv_heads: int, size: int, full: FullSlots, step: Step) -> Columns:
+        """Four columns take half a tensor-core tile and the other half idles; more columns take whole ones.
+
+        What attention is given is looked at here: shapes, dtypes and strides, as all its kernels rely on them.
+        """
+        assert q.ndim == 4 and q.is_contiguous() and q.shape[3] == size and q.shape[2] % kv_heads == 0, (q.shape, q.stride())
+        assert step.positions.shape == q.shape[:2] and step.positions.dtype == torch.int32, step.positions
+        assert step.packed.dtype == step.page_table.dtype == torch.int32, (step.packed.dtype, step.page_table.dtype)
+        assert step.slots.dtype == torch.int64 and step.page_table.stride(1) == 1, step.page_table.stride()
+        assert full.keys.stride() == full.values.stride(), (full.keys.stride(), full.values.stride())
+        assert full.keys.stride(3) == 1 and full.positions.stride(1) == 1, (full.keys.stride(), full.positions.stride())
+        assert full.positions.dtype == torch.int32, full.positions.dtype
         queries, repeat = q.shape[1], q.shape[2] // kv_heads
         width = 4 if queries * repeat <= 4 else 8
         return cls(kv_heads, queries, repeat, width, -(-queries * repeat // width))
@@ -68,16 +81,6 @@ def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> Pac
     return PackedForm(part=64, stages=3, registers=168, programs=min(programs, WARPS_PER_SM))
 
 
-@dataclass(frozen=True, slots=True)
-class Partials:
-    """Partial softmaxes of every column, of ``splits`` programs: sums [B, KH, columns, splits, D], and their maxima (log2) and
-    weights [..., 2]. float32."""
-
-    sums: Tensor
-    statistics: Tensor
-    splits: int
-
-
 def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
     """How fragments of q are stored (``packed.load_rows``): as the registers allow, counted ahead of time."""
     return tile == 128 and not has_span and not (has_mean and groups > 1)
@@ -98,3 +101,43 @@ def label_programs(layout: PageLayout, groups: int, warps: int, stages: int, sha
     read = codes + 4 * tokens * (columns + 1) + 2 * size
     shared = 6 * columns * size + max(1, stages - 1) * read + 16 * tokens + 1024
     return max(1, min(LABEL_WARPS // warps, shared_bytes // shared))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelForm:
+    """How attention under labels goes over its tiles."""
+
+    blocks: bool  # by ``attend_labels_blocks_kernel``, else by ``attend_labels_kernel``
+    warps: int
+    programs: int  # that a multiprocessor holds
+    places: int  # of the table of RoPE: tokens at a time, or those of a tile
+
+
+def label_form(layout: PageLayout, shared_bytes: int) -> LabelForm:
+    """In half precision where the bits allow it: keys of 8 bits want float32, trits and 3 bits are rare."""
+    groups = layout.kv_heads * layout.groups
+    if layout.tile == 128 and layout.key_bits in (2, 4) and layout.value_bits in (2, 4, 8):
+        warps = 2 if groups > 16 else 1  # two share the matrices of many labels
+        programs = label_programs(layout, groups, warps, LABEL_STAGES, shared_bytes)
+        return LabelForm(blocks=True, warps=warps, programs=programs, places=LABEL_NUMBERS // layout.head_size)
+    return LabelForm(blocks=False, warps=4, programs=LABEL_WARPS // 4, places=layout.tile)
+
+
+def splits_of(columns: Columns, step: Step, tile: int, programs: int) -> int:
+    """Splits that fill the device once, of at least two tiles; known to the host, whatever the lengths turn out.
+
+    ``programs``: those that the device holds. A few more would take as long again.
+    """
+    tiles = -(-step.max_packed // tile)
+    wanted = max(1, programs // (columns.heads * columns.chunks * len(step.slots)))
+    return min(wanted, -(-tiles // 2), MAX_SPLITS)
+
+
+def full_splits(full: FullSlots) -> int:
+    """Programs that share the 16-bit slots of a kv head and chunk."""
+    return min(max(-(-full.positions.shape[1] // SLOT_BLOCK), 1), FULL_SPLITS)
+
+
+def has_span(step: Step) -> bool:
+    """Whether the span can hide a token."""
+    return step.span < 2**31 - 1

@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RUF005
 """Decode attention of method ``reorder`` in half precision, for the bit widths and the tile that matter.
 
@@ -15,12 +15,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels.interface import LabelCodec, PackedPages, Step
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import LABEL_STAGES, Columns, LabelForm, has_span
 from skvq.kernels.triton_gpu.fragments import first_of_pairs, weight_columns, zero_rows
 from skvq.kernels.triton_gpu.metadata import meta_halves
 from skvq.kernels.triton_gpu.one_hot import first_channel, in_raw, inverse, one_hot, raw_place, spread, turn_back, twice
+from skvq.kernels.triton_gpu.pages import bits_code, page_strides
 from skvq.kernels.triton_gpu.raised import load_raised, raised
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, exp2
+from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
 
 @triton.jit
@@ -191,3 +197,21 @@ def attend_labels_blocks_kernel(
         tl.store(part_ptr + out[None, :] * D + d[:, None], y, mask=inside[None, :])
     tl.store(stat_ptr + out * 2, tl.where(m_i > NEVER * 0.5, m_i * scale, NEVER), mask=inside)
     tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+
+
+def launch_label_blocks(
+    card: Card, form: LabelForm, q: Tensor, pages: PackedPages, codec: LabelCodec, labels: LabelTables, rope: RopeTables,
+    step: Step, columns: Columns, packed: Partials,
+) -> None:  # fmt: skip
+    """Packed tiles to ``packed``."""
+    layout, groups = pages.layout, pages.layout.kv_heads * pages.layout.groups
+    attend_labels_blocks_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](
+        q, rope.bases, rope.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
+        labels.key_labels, labels.value_labels, packed.sums, packed.statistics,
+        step.page_table, step.slots, step.packed, step.positions,
+        *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        step.span, columns.total, rope.scale, groups,
+        D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+        NH=columns.width, GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=form.places,
+        HAS_SPAN=has_span(step), ASM=not card.interpreted, num_warps=form.warps, num_stages=LABEL_STAGES,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806
 """Decode attention over packed pages whose groups cross heads and whose keys are stored before RoPE (method ``reorder``)."""
 
@@ -6,11 +6,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels.interface import LabelCodec, PackedPages, Step
 from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
+from skvq.kernels.triton_gpu.forms import Columns, LabelForm
+from skvq.kernels.triton_gpu.pages import bits_code, page_strides
 from skvq.kernels.triton_gpu.slots import load_columns
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
 from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
+from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
 
 @triton.jit
@@ -102,3 +107,20 @@ def key_channels(
     word = load_meta(meta, label, t, stride_meta_head, G, TILE)
     code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - ((3 if BITS == 15 else 2**BITS) - 1) / 2
     return e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code
+
+
+def launch_labels(
+    form: LabelForm, q: Tensor, pages: PackedPages, codec: LabelCodec, labels: LabelTables, rope: RopeTables, step: Step,
+    columns: Columns, packed: Partials,
+) -> None:  # fmt: skip
+    """Packed tiles to ``packed``."""
+    layout = pages.layout
+    attend_labels_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](
+        q, rope.turn[6:], rope.places, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
+        labels.key_labels, labels.value_labels, packed.sums, packed.statistics,
+        step.page_table, step.slots, step.packed, step.positions,
+        *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        step.span, columns.total, rope.scale,
+        D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+        NH=max(columns.width, 8), TILE=layout.tile, num_warps=form.warps, num_stages=1,
+    )  # fmt: skip

@@ -1,12 +1,16 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806
 """Quantize-and-pack: stored-basis keys and values in, codes and metadata out, each number read once."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels.interface import HeadCodec, LabelCodec, PackedPages
+from skvq.kernels.triton_gpu.pages import bits_code, page_strides
 from skvq.kernels.triton_gpu.quantize import fit_groups
 
 
@@ -119,3 +123,26 @@ def pack_kernel(
         tl.store(key_out + s * D + d, ((256 * key_trits + 242) // 243).to(tl.uint8))
     if VALUE_BITS == 15:
         tl.store(value_out + d * 32 + s, ((256 * value_trits + 242) // 243).to(tl.uint8))
+
+
+def launch_pack(
+    pages: PackedPages, codec: HeadCodec | LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor,
+    meta: tuple[Tensor, Tensor, Tensor, Tensor], retained: Tensor, *, quantized: bool,
+) -> None:  # fmt: skip
+    """Keys and values [T, KH, D] in the stored basis to the pages of tokens ``first .. first+T-1``: whole tiles.
+
+    float32, and ``meta`` is not read; or where ``quantized`` codes uint8, and ``meta`` their bytes of scales and mids, uint8
+    [T, KH, G]: key scales, key mids, value scales, value mids.
+    """
+    layout, count = pages.layout, len(retained)
+    assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
+    assert page_row.dtype == torch.int32 and page_row.is_contiguous(), page_row.dtype
+    if not count:
+        return
+    pack_kernel[(count // layout.tile, layout.kv_heads)](
+        keys, values, codec.keys.unit, codec.keys.clip, codec.values.unit, codec.values.clip, *meta,
+        retained.view(torch.uint8), pages.key_codes, pages.value_codes, pages.meta, page_row,
+        first // layout.tile, *page_strides(pages),
+        D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+        TILE=layout.tile, QUANTIZED=quantized, num_warps=4,
+    )  # fmt: skip

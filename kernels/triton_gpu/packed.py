@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
 """Decode attention over packed pages and full-precision slots, in one launch."""
 
@@ -6,9 +6,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels.interface import FullSlots, HeadCodec, PackedPages, Step
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, Columns, PackedForm, has_span
+from skvq.kernels.triton_gpu.overlap import overlapping
+from skvq.kernels.triton_gpu.pages import bits_code, page_strides
+from skvq.kernels.triton_gpu.prepare import Prepared
 from skvq.kernels.triton_gpu.slots import attend_slots
 from skvq.kernels.triton_gpu.tiles import attend_tiles
+from skvq.kernels.triton_gpu.workspace import Partials
 
 
 @triton.jit(do_not_specialize=["splits", "full_splits"])
@@ -46,3 +54,28 @@ def attend_packed_kernel(
             D, KEY_BITS, VALUE_BITS, G, NH, TILE, PART, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
             PDL,
         )  # fmt: skip
+
+
+def launch_packed(
+    card: Card, form: PackedForm, q: Tensor, prepared: Prepared, turn: Tensor, table: Tensor, pages: PackedPages,
+    codec: HeadCodec, full: FullSlots, step: Step, columns: Columns, packed: Partials, held: Partials,
+) -> None:  # fmt: skip
+    """Packed tiles to ``packed``, in the stored basis, and 16-bit slots to ``held``.
+
+    ``turn`` and ``table``: of ``RopeTables`` for parts of ``form.part`` tokens; anything where the codec has no key mean.
+    """
+    layout = pages.layout
+    options = {"maxnreg": form.registers} if form.registers and not card.interpreted else {}
+    attend_packed_kernel[(columns.heads, held.splits + packed.splits, q.shape[0] * columns.chunks)](
+        prepared.rows, prepared.sums, prepared.scales, prepared.coefficients, turn, table, pages.key_codes, pages.value_codes,
+        pages.meta, codec.values.unit,
+        packed.sums, packed.statistics, step.page_table, step.slots, step.packed, step.positions,
+        *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        step.span, packed.splits,
+        q, full.keys, full.values, full.positions, held.sums, held.statistics, *full.keys.stride()[:3],
+        full.positions.stride(0), full.positions.shape[1], held.splits,
+        D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+        NH=columns.width, TILE=layout.tile, PART=form.part, HAS_SPAN=has_span(step), HAS_MEAN=codec.has_key_mean,
+        BY_COLUMN=prepared.by_column, BLOCK=SLOT_BLOCK, ASM=not card.interpreted, FP8=card.fp8,
+        num_warps=1, num_stages=form.stages, **overlapping(card.pdl), **options,
+    )  # fmt: skip

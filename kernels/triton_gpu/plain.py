@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
 """Decode attention over the 16-bit pages of method ``fp``."""
 
@@ -6,10 +6,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
+from skvq.kernels.interface import PlainPages, Step
+from skvq.kernels.layout import PAGE_TOKENS
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import PAGE_BLOCK, Columns
+from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.slots import dense_step, load_columns
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
+from skvq.kernels.triton_gpu.workspace import Partials
 
 
 @triton.jit
@@ -57,3 +63,18 @@ def attend_plain_kernel(
     tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
     tl.store(stat_ptr + out * 2, m_i, mask=inside)
     tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+
+
+def launch_plain(card: Card, q: Tensor, pages: PlainPages, step: Step, columns: Columns, packed: Partials) -> None:
+    """16-bit pages to ``packed``."""
+    size = q.shape[3]
+    assert pages.keys.shape[2] == PAGE_TOKENS and pages.keys.stride()[2:] == (size, 1), pages.keys.stride()
+    assert pages.values.stride() == pages.keys.stride(), (pages.values.stride(), pages.keys.stride())
+    attend_plain_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](
+        q, pages.keys, pages.values, step.page_table, step.slots, step.packed, step.positions,
+        packed.sums, packed.statistics,
+        pages.keys.stride(0), pages.keys.stride(1), step.page_table.stride(0), columns.heads, columns.chunks,
+        columns.queries, columns.repeat, step.span, columns.total,
+        D=size, NH=max(columns.width, 8), BLOCK=PAGE_BLOCK, WIDE=card.interpreted, num_warps=4, num_stages=3,
+        **overlapping(card.pdl),
+    )  # fmt: skip

@@ -1,15 +1,25 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: B007, N803, N806, RET505, RUF005, SIM108, SIM300
 """Queries made ready for the packed pages: basis, scale and the order of the planes, once a step."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels.interface import HeadCodec
+from skvq.kernels.layout import PageLayout
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import Columns
 from skvq.kernels.triton_gpu.loaders import perm4
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
+from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
+from skvq.kernels.triton_gpu.pages import bits_code
 from skvq.kernels.triton_gpu.softmax import LOG2E
+from skvq.kernels.triton_gpu.workspace import Scratch
 
 
 @triton.jit
@@ -177,3 +187,38 @@ def prepare_heads_kernel(
         tl.store(coefficient_ptr + at, cos * up, mask=used)
         tl.store(coefficient_ptr + at + D // 2 * NH, sin * up, mask=used)
         tl.store(scale_ptr + program * 2 + 1, down * (LOG2E / D**0.5) / scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Queries of every kv head and chunk of columns as ``attend_tiles`` contracts them. In scratch memory."""
+
+    rows: Tensor  # float16, D rows of a program, of keys of 3 bits 2 D
+    sums: Tensor  # float32 [programs, G, columns]
+    scales: Tensor  # float32 [programs, 2]: of the rows, and of the coefficients in units of it
+    coefficients: Tensor  # float32 [programs, D, columns]: cosines and sines of the key mean; not written where there is none
+    by_column: bool  # how rows are stored (``fragments.load_rows``)
+
+
+def launch_prepare(
+    card: Card, scratch: Scratch, q: Tensor, codec: HeadCodec, layout: PageLayout, columns: Columns, *, by_column: bool
+) -> Prepared:
+    """Queries [B, N, H, D] made ready for pages of that layout."""
+    size, groups, width, bits = layout.head_size, layout.groups, columns.width, bits_code(layout.key_bits)
+    programs = q.shape[0] * columns.chunks * columns.heads
+    wide = max(width, 8)  # columns of the tensor core
+    scales = scratch.take("scale", programs * 2, torch.float32)
+    done = Prepared(
+        rows=scratch.take("rows", programs * (2 if bits == 3 else 1) * size * wide, torch.float16),
+        sums=scratch.take("qsum", programs * groups * width, torch.float32),
+        scales=scales,
+        coefficients=scratch.take("coefficient", programs * size * width, torch.float32) if codec.has_key_mean else scales,
+        by_column=by_column,
+    )
+    prepare_heads_kernel[(columns.heads, q.shape[0] * columns.chunks)](
+        q, codec.query_basis, codec.keys.unit, codec.key_mean, done.rows, done.sums, done.scales, done.coefficients,
+        columns.chunks, columns.queries, columns.repeat, float(codec.rope.scale),
+        D=size, BITS=bits, G=groups, NH=width, META=card.meta, HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean,
+        BY_COLUMN=by_column, ASM=not card.interpreted, num_warps=8, **overlapping(card.pdl),
+    )  # fmt: skip
+    return done

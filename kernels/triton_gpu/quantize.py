@@ -1,12 +1,15 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
 """Codes of groups of channels that are rounded one by one (``reference.quantize``)."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels.interface import Side
 from skvq.kernels.triton_gpu.e4m3 import ROUND, TINY, e4m3_decode, e4m3_encode
 
 REFINE_STEPS = tl.constexpr(3)
@@ -70,3 +73,19 @@ def quantize_kernel(
     tl.store(code_ptr + at, code.to(tl.uint8), mask=inside)
     tl.store(scale_ptr + t.to(tl.int64) * groups + group, scale.to(tl.uint8), mask=t < tokens)
     tl.store(mid_ptr + t.to(tl.int64) * groups + group, mid.to(tl.uint8), mask=t < tokens)
+
+
+def quantize_labels(y: Tensor, levels: int, side: Side, members: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [T, channels], scale and mid bytes uint8 [T, groups] of ``y`` float32 [T, channels].
+
+    ``members`` int32 [groups, widest] and ``sizes`` int32 [groups]: channels of each group (``workspace.LabelTables``).
+    """
+    count, (groups, widest) = len(y), members.shape
+    assert y.dtype == torch.float32 and y.is_contiguous() and members.is_contiguous(), (y.dtype, y.stride(), members.stride())
+    codes = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
+    scale, mid = (torch.empty(count, groups, dtype=torch.uint8, device=y.device) for _ in range(2))
+    quantize_kernel[(triton.cdiv(count, 16), groups)](
+        y, side.unit, side.clip, members, sizes, codes, scale, mid, count, groups, y.shape[1], widest,
+        LEVELS=levels, WIDTH=triton.next_power_of_2(widest), BLOCK=16, num_warps=8,
+    )  # fmt: skip
+    return codes, scale, mid

@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
 """Decode attention over the full-precision slots, and what any attention over 16-bit tokens shares."""
 
@@ -6,9 +6,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
+from skvq.kernels.interface import FullSlots, Step
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, Columns
+from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
+from skvq.kernels.triton_gpu.workspace import Partials
 
 
 @triton.jit
@@ -88,4 +93,14 @@ def attend_slots_kernel(
         stride_slot, stride_head, stride_token, stride_held, heads, queries, repeat, count, span, columns,
         tl.program_id(0), tl.program_id(2) // chunks, tl.program_id(2) % chunks, tl.program_id(1), tl.num_programs(1),
         D, NH, BLOCK, WIDE,
+    )  # fmt: skip
+
+
+def launch_slots(card: Card, q: Tensor, full: FullSlots, step: Step, columns: Columns, held: Partials) -> None:
+    """16-bit slots to ``held``, in a launch of their own."""
+    attend_slots_kernel[(columns.heads, held.splits, q.shape[0] * columns.chunks)](
+        q, full.keys, full.values, full.positions, step.slots, step.positions, held.sums, held.statistics,
+        *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        full.positions.shape[1], step.span, columns.total,
+        D=q.shape[3], NH=8, BLOCK=SLOT_BLOCK, WIDE=card.interpreted, num_warps=1, num_stages=1, **overlapping(card.pdl),
     )  # fmt: skip

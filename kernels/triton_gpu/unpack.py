@@ -1,13 +1,18 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RET505
 """Unpacking to the stored basis: what streaming prefill stages, a tile a program."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels import reference
+from skvq.kernels.interface import HeadCodec, LabelCodec, PackedPages
 from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
+from skvq.kernels.triton_gpu.pages import bits_code, page_strides
 
 
 @triton.jit
@@ -85,3 +90,34 @@ def unpack_kernel(
         - ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
     )
     tl.store(value_out_ptr + out, e4m3_decode((word >> 24) & 0xFF) * unit + e4m3_decode((word >> 16) & 0xFF) * unit * code)
+
+
+def launch_unpack(
+    pages: PackedPages, codec: HeadCodec | LabelCodec, page_row: Tensor, first: int, count: int,
+    key_label: Tensor, value_label: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Keys and values [T, KH, D] float32 in the stored basis; labels int32 [KH * D], as ``LabelCodec`` has them."""
+    layout = pages.layout
+    assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
+    shape = (count, layout.kv_heads, layout.head_size)
+    keys, values = (torch.empty(shape, dtype=torch.float32, device=page_row.device) for _ in range(2))
+    if count:
+        unpack_kernel[(count // 32, layout.kv_heads)](
+            keys, values, pages.key_codes, pages.value_codes, pages.meta, page_row, codec.keys.unit, codec.values.unit,
+            key_label, value_label, first // layout.tile, *page_strides(pages),
+            D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+            TILE=layout.tile, num_warps=4,
+        )  # fmt: skip
+    return keys, values
+
+
+def decode_heads(codec: HeadCodec, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo bases and means of stored keys and values [T, KH, D], as ``reference.unpack_heads`` does."""
+    if codec.has_basis:
+        keys = torch.einsum("hij,thi->thj", codec.query_basis, keys)
+        if codec.has_key_mean:
+            count = len(keys)
+            positions = torch.arange(first, first + count, device=keys.device)
+            keys = keys + reference.rotary(codec.key_mean.expand(count, -1, -1), positions, codec.rope)
+        values = torch.einsum("hij,thj->thi", codec.output_basis, values) + codec.value_mean
+    return keys, values

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies
+from skvq.kernels.interface import HeadSide, LabelCodec, RopeFrequencies
+from skvq.kernels.triton_gpu.forms import Columns
 from skvq.kernels.triton_gpu.metric import MetricTables
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Partial softmaxes of every column, of ``splits`` programs: sums [B, KH, columns, splits, D], and their maxima (log2) and
+    weights [..., 2]. float32."""
+
+    sums: Tensor
+    statistics: Tensor
+    splits: int
 
 
 class Scratch:
@@ -27,6 +39,12 @@ class Scratch:
             self._by_name[name, dtype] = buffer
             self._held.append(buffer)
         return buffer
+
+    def partials(self, name: str, q: Tensor, columns: Columns, splits: int) -> Partials:
+        """Room for what ``splits`` programs of every kv head and chunk of columns write."""
+        rows = q.shape[0] * columns.heads * columns.total * splits
+        sums = self.take(f"{name} sums", rows * q.shape[3], torch.float32)
+        return Partials(sums, self.take(f"{name} statistics", rows * 2, torch.float32), splits)
 
 
 class RopeTables:
@@ -78,11 +96,11 @@ class Tables:
             metrics[key] = known
         return known[1]
 
-    def labels(self, codec: HeadCodec | LabelCodec, key_labels: Tensor, value_labels: Tensor, groups: int) -> LabelTables:
+    def labels(self, codec: LabelCodec, groups: int) -> LabelTables:
         """Channels by group of a codec."""
         known = self._labels.get(id(codec))
         if known is None:
-            known = (codec, LabelTables(key_labels, value_labels, groups))
+            known = (codec, LabelTables(codec.key_labels, codec.value_labels, groups))
             self._labels[id(codec)] = known
         return known[1]
 
