@@ -170,7 +170,7 @@ def test_assembly_equals_the_portable_form(width: int, form: str) -> None:
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_assembly_of_raised_planes(width: int) -> None:
     """Fields of the four bytes of a word, in order, each as the half that is ``raised`` times as much."""
-    text = getattr(raised, f"ASM_{width}").value
+    text = getattr(raised, f"RAISED_{width}").value
     rng = np.random.default_rng(0)
     for word in [0, 0xFFFFFFFF, *rng.integers(0, 2**32, 50).tolist()]:
         got = run_assembly(text, word)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skvq.kernels.layout import E4M3_MIN
+
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
-TINY = tl.constexpr(2.0**-9)
+TINY = tl.constexpr(E4M3_MIN)
 
 
 @triton.jit

@@ -108,9 +108,6 @@ class TritonOps(TorchOps):
         x = x.contiguous()
         return _norm(x, x, x, weight, eps, add=False)
 
-    def add(self, x: Tensor, delta: Tensor) -> Tensor:
-        return x + delta
-
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         assert delta.shape == x.shape and delta.dtype == x.dtype, (delta.shape, x.shape, delta.dtype, x.dtype)
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)

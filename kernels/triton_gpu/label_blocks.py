@@ -23,7 +23,7 @@ from skvq.kernels.triton_gpu.forms import LABEL_STAGES, Columns, LabelForm, has_
 from skvq.kernels.triton_gpu.fragments import first_of_pairs, weight_columns, zero_rows
 from skvq.kernels.triton_gpu.metadata import meta_halves
 from skvq.kernels.triton_gpu.one_hot import first_channel, in_raw, inverse, one_hot, raw_place, spread, turn_back, twice
-from skvq.kernels.triton_gpu.pages import bits_code, page_strides
+from skvq.kernels.triton_gpu.pages import bits_code, in_page, page_strides
 from skvq.kernels.triton_gpu.raised import load_raised, raised
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, exp2
 from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
@@ -49,6 +49,7 @@ def attend_labels_blocks_kernel(
     One warp owns a program. GROUPS: groups of all kv heads, rounded up to a power of two, at least 16.
     """
     TILE: tl.constexpr = 128
+    TILES: tl.constexpr = in_page(TILE)
     H: tl.constexpr = D // 2
     PLACES: tl.constexpr = SHARE // 2
     SHARES: tl.constexpr = TILE // SHARE
@@ -126,8 +127,8 @@ def attend_labels_blocks_kernel(
         channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)[None, :]
         cosines = cosines + (tl.load(table_ptr + place + channel),)
         sines = sines + (tl.load(table_ptr + place + channel + H),)
-    place_in_page = start % 10 * SHARES
-    page_place, last_page = start // 10, (stop - 1) // 10
+    place_in_page = start % TILES * SHARES
+    page_place, last_page = start // TILES, (stop - 1) // TILES
     page = tl.load(row_ptr + page_place, mask=start < stop, other=0).to(tl.int64)
     for step in range(start * SHARES, stop * SHARES):
         key = key_ptr + page * stride_key_page + (head * stride_key_head + place_in_page * (SHARE * KEY_ROW))
@@ -136,7 +137,7 @@ def attend_labels_blocks_kernel(
         meta = meta_ptr + page * stride_meta_page + (tile * (G * TILE) + share * SHARE)
         # the next page is looked up a share ahead, so that the loads of the next share are on their way meanwhile
         place_in_page += 1
-        if place_in_page == 10 * SHARES:
+        if place_in_page == TILES * SHARES:
             place_in_page = 0
             page_place = tl.minimum(page_place + 1, last_page)
         page = tl.load(row_ptr + page_place).to(tl.int64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from skvq.kernels.interface import LabelCodec, PackedPages, Step
 from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
 from skvq.kernels.triton_gpu.forms import Columns, LabelForm
-from skvq.kernels.triton_gpu.pages import bits_code, page_strides
+from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, middle, page_strides
 from skvq.kernels.triton_gpu.slots import load_columns
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
 from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
@@ -31,7 +31,7 @@ def attend_labels_kernel(
     A key is turned by its place in the tile (a fixed table), the queries back by the tile's base: ``q . RoPE_(b+j)(k) =
     (RoPE_-b q) . RoPE_j(k)``. Reads the codes of its kv head and the metadata of all, which the other heads read too.
     """
-    TILES: tl.constexpr = 1280 // TILE
+    TILES: tl.constexpr = in_page(TILE)
     H: tl.constexpr = D // 2
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
@@ -59,9 +59,9 @@ def attend_labels_kernel(
     for i in range(start, stop):
         page = tl.load(row_ptr + i // TILES).to(tl.int64)
         key = key_ptr + page * stride_key_page + head * stride_key_head
-        key += (i % TILES) * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
+        key += (i % TILES) * code_bytes(KEY_BITS, D, TILE)
         value = value_ptr + page * stride_value_page + head * stride_value_head
-        value += (i % TILES) * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
+        value += (i % TILES) * code_bytes(VALUE_BITS, D, TILE)
         meta = meta_ptr + page * stride_meta_page + (i % TILES) * (G * TILE)
         base_cos, base_sin = tl.load(turn_ptr + i * D + j)[:, None], tl.load(turn_ptr + i * D + H + j)[:, None]
         ra, rb = qa * base_cos + qb * base_sin, qb * base_cos - qa * base_sin
@@ -82,8 +82,7 @@ def attend_labels_kernel(
             at = i * TILE + t
             x = tl.where((flag == 0) & (at >= oldest[None, :]), x, NEVER)
             word = load_meta(meta, label_v, t, stride_meta_head, G, TILE) >> 16
-            code = load_codes(value, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32)
-            code -= ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
+            code = load_codes(value, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32) - middle(VALUE_BITS)
             v = e4m3_decode((word >> 8) & 0xFF) * unit_v + e4m3_decode(word & 0xFF) * unit_v * code
             m_new = tl.maximum(m_i, tl.max(x, 0))
             alpha = tl.exp2(m_i - m_new)
@@ -105,7 +104,7 @@ def key_channels(
 ):  # fmt: skip
     """Keys before RoPE of 32 tokens at the channels ``d`` [1, n], float32."""
     word = load_meta(meta, label, t, stride_meta_head, G, TILE)
-    code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - ((3 if BITS == 15 else 2**BITS) - 1) / 2
+    code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - middle(BITS)
     return e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.interface import HeadCodec, LabelCodec, PackedPages
-from skvq.kernels.triton_gpu.pages import bits_code, page_strides
+from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, levels, low_bits, page_strides
 from skvq.kernels.triton_gpu.quantize import fit_groups
 
 
@@ -30,7 +30,7 @@ def store_bits(
 @triton.jit
 def store_codes(code, out, share, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BY_TOKEN: tl.constexpr):
     """Write codes [32, D] of share ``share`` of a tile, every plane set of them (not trits)."""
-    low: tl.constexpr = 2 if BITS == 3 else BITS
+    low: tl.constexpr = low_bits(BITS)
     size: tl.constexpr = D * low // 8
     store_bits(code, out, share, D, low, 0, size if BY_TOKEN else 1, 1 if BY_TOKEN else TILE)
     if BITS == 3:
@@ -76,18 +76,14 @@ def pack_kernel(
     ``key`` and ``value`` are float32 [T, KH, D] in the stored basis, or with QUANTIZED their codes uint8, with the bytes of
     scale and mid beside them. Reads each once, writes (key_bits + value_bits) D / 8 + 4 G bytes a token.
     """
-    TILES: tl.constexpr = 1280 // TILE
+    TILES: tl.constexpr = in_page(TILE)
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     page = tl.load(page_ptr + (first_tile + tile) // TILES).to(tl.int64)
     place = (first_tile + tile) % TILES
-    key_out = (
-        key_code_ptr
-        + page * stride_key_page
-        + head * stride_key_head
-        + place * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
-    )
+    key_out = key_code_ptr + page * stride_key_page + head * stride_key_head
+    key_out += place * code_bytes(KEY_BITS, D, TILE)
     value_out = value_code_ptr + page * stride_value_page + head * stride_value_head
-    value_out += place * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
+    value_out += place * code_bytes(VALUE_BITS, D, TILE)
     meta_out = meta_ptr + page * stride_meta_page + head * stride_meta_head + place * (G * TILE)
     rows = tl.arange(0, 32 * G)
     key_trits = tl.zeros([32, D], tl.int32)
@@ -99,13 +95,10 @@ def pack_kernel(
             value, vs, vm = codes_of_share(value_ptr, value_scale_ptr, value_mid_ptr, token, head, D, G)
         else:
             at = (token.to(tl.int64) * heads + head) * D
-            key, ks, km = side_of_share(
-                key_ptr, at, key_unit_ptr + head * G, key_clip_ptr + head * G, D, G, 3 if KEY_BITS == 15 else 2**KEY_BITS
-            )
-            value, vs, vm = side_of_share(
-                value_ptr, at, value_unit_ptr + head * G, value_clip_ptr + head * G, D, G,
-                3 if VALUE_BITS == 15 else 2**VALUE_BITS,
-            )  # fmt: skip
+            unit, clip = key_unit_ptr + head * G, key_clip_ptr + head * G
+            key, ks, km = side_of_share(key_ptr, at, unit, clip, D, G, levels(KEY_BITS))
+            unit, clip = value_unit_ptr + head * G, value_clip_ptr + head * G
+            value, vs, vm = side_of_share(value_ptr, at, unit, clip, D, G, levels(VALUE_BITS))
         flag = tl.load(retained_ptr + token + rows // G).to(tl.int32)
         ks |= tl.where((flag != 0) & (rows % G == 0), 0x80, 0)
         tl.store(meta_out + (rows % G) * TILE + share * 32 + rows // G, ks | (km << 8) | (vs << 16) | (vm << 24))

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 """Decode attention over the 16-bit pages of method ``fp``."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from skvq.kernels.layout import PAGE_TOKENS
 from skvq.kernels.triton_gpu.card import Card
 from skvq.kernels.triton_gpu.forms import PAGE_BLOCK, Columns
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
+from skvq.kernels.triton_gpu.pages import in_page
 from skvq.kernels.triton_gpu.slots import dense_step, load_columns
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
 from skvq.kernels.triton_gpu.workspace import Partials
@@ -28,6 +29,7 @@ def attend_plain_kernel(
 
     Reads 4 D bytes a token once, writes NH rows of D + 2 floats.
     """
+    BLOCKS: tl.constexpr = in_page(BLOCK)
     wait_for_inputs(PDL)
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
@@ -49,10 +51,10 @@ def attend_plain_kernel(
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
     acc = tl.zeros([D, NH], tl.float32)
-    page = tl.load(row_ptr + start // (1280 // BLOCK), mask=start < stop, other=0).to(tl.int64)
+    page = tl.load(row_ptr + start // BLOCKS, mask=start < stop, other=0).to(tl.int64)
     for i in range(start, stop):
-        place = page * stride_page + head * stride_head + ((i % (1280 // BLOCK)) * BLOCK + b)[:, None] * D + d[None, :]
-        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // (1280 // BLOCK)).to(tl.int64)
+        place = page * stride_page + head * stride_head + ((i % BLOCKS) * BLOCK + b)[:, None] * D + d[None, :]
+        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // BLOCKS).to(tl.int64)
         at = (i * BLOCK + b)[:, None]
         k = tl.load(key_ptr + place, mask=at < packed, other=0.0)
         v = tl.load(value_ptr + place, mask=at < packed, other=0.0)

@@ -17,7 +17,7 @@ from skvq.kernels.triton_gpu.card import Card
 from skvq.kernels.triton_gpu.forms import Columns
 from skvq.kernels.triton_gpu.loaders import perm4
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
-from skvq.kernels.triton_gpu.pages import bits_code
+from skvq.kernels.triton_gpu.pages import bits_code, block_rows, low_bits, row_bytes
 from skvq.kernels.triton_gpu.softmax import LOG2E
 from skvq.kernels.triton_gpu.workspace import Scratch
 
@@ -104,10 +104,10 @@ def prepare_heads_kernel(
     PAD: tl.constexpr = 2 if NH == 4 else 1
     WIDE: tl.constexpr = 8 if NH == 4 else NH
     CUMULATIVE: tl.constexpr = BITS == 2 and G == 1
-    LOW: tl.constexpr = 8 if BITS == 15 else (2 if BITS == 3 else BITS)
-    STEP: tl.constexpr = D * LOW // 8  # channels of a plane
+    LOW: tl.constexpr = low_bits(BITS)
+    STEP: tl.constexpr = row_bytes(BITS, D)  # channels of a plane
     ROWS: tl.constexpr = 2 * D if BITS == 3 else D
-    EACH: tl.constexpr = 32 if BITS == 15 else (STEP if STEP < D // G else D // G)
+    EACH: tl.constexpr = block_rows(BITS, D, G)
     BLOCK: tl.constexpr = D // 4
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     PARTS: tl.constexpr = 1 if DTYPE == tl.bfloat16 else (2 if DTYPE == tl.float16 else 3)

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skvq.kernels import reference
 from skvq.kernels.interface import Side
 from skvq.kernels.triton_gpu.e4m3 import ROUND, TINY, e4m3_decode, e4m3_encode
 
-REFINE_STEPS = tl.constexpr(3)
+REFINE_STEPS = tl.constexpr(reference.REFINE_STEPS)
 
 
 @triton.jit

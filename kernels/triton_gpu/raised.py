@@ -28,9 +28,9 @@ def _raised_assembly(bits: int) -> str:
     return "{ .reg .b32 low, high, low_up, high_up; " + " ".join(lines) + " }"
 
 
-ASM_2 = tl.constexpr(_raised_assembly(2))
-ASM_4 = tl.constexpr(_raised_assembly(4))
-ASM_8 = tl.constexpr(_raised_assembly(8))
+RAISED_2 = tl.constexpr(_raised_assembly(2))
+RAISED_4 = tl.constexpr(_raised_assembly(4))
+RAISED_8 = tl.constexpr(_raised_assembly(8))
 
 
 @triton.jit
@@ -39,21 +39,21 @@ def raised_planes(x, WIDTH: tl.constexpr, ASM: tl.constexpr):
     if WIDTH == 2:
         if ASM:
             return tl.inline_asm_elementwise(
-                ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4
+                RAISED_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4
             )
         else:
             w = x.to(tl.uint16)
             return _half(w << 4 & 0x30), _half(w << 4 & 0xC0), _half(w & 0x30), _half(w & 0xC0)
     elif WIDTH == 4:
         if ASM:
-            return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(RAISED_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
         else:
             w = x.to(tl.uint16)
             return _half(w << 4 & 0xF0), _half(w & 0xF0)
     else:
         tl.static_assert(WIDTH == 8)
         if ASM:
-            return (tl.inline_asm_elementwise(ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
+            return (tl.inline_asm_elementwise(RAISED_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
         else:
             return (_half(x.to(tl.uint16) << 3),)
 

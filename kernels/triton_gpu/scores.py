@@ -9,6 +9,7 @@ import triton.language as tl
 
 from skvq.kernels.triton_gpu.fragments import dots, load_planes, zero_rows
 from skvq.kernels.triton_gpu.loaders import perm4
+from skvq.kernels.triton_gpu.pages import block_rows, low_bits, row_bytes
 
 
 @triton.jit
@@ -33,9 +34,9 @@ def key_scores(
     SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Raw scores ``q . code`` of share SUB of a tile: G tensors [SHARE, N]."""
-    low: tl.constexpr = 2 if BITS == 3 else BITS
-    row: tl.constexpr = D * low // 8
-    wide: tl.constexpr = row if row < D // G else D // G
+    low: tl.constexpr = low_bits(BITS)
+    row: tl.constexpr = row_bytes(BITS, D)
+    wide: tl.constexpr = block_rows(BITS, D, G)
     cumulative: tl.constexpr = BITS == 2 and G == 1
     part = load_planes(base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, cumulative, False, ASM, ASM)
     s = dots(part, q_low, zero_rows(G, SHARE, q_low[0].shape[1]))

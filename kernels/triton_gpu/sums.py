@@ -9,6 +9,7 @@ import triton.language as tl
 
 from skvq.kernels.triton_gpu.fragments import dots_each, first_of_pairs, load_planes, weight_columns
 from skvq.kernels.triton_gpu.loaders import has_normal_planes, pair_rows
+from skvq.kernels.triton_gpu.pages import block_rows, low_bits, row_bytes
 
 
 @triton.jit
@@ -17,9 +18,9 @@ def value_share(
     TILE: tl.constexpr, SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Add share SUB of a tile to the sums of every plane: (low_sums, high_sums) * scale + codes . weights."""
-    low: tl.constexpr = 2 if BITS == 3 else BITS
-    rows: tl.constexpr = D * low // 8
-    wide: tl.constexpr = rows if rows < D // G else D // G
+    low: tl.constexpr = low_bits(BITS)
+    rows: tl.constexpr = row_bytes(BITS, D)
+    wide: tl.constexpr = block_rows(BITS, D, G)
     cumulative: tl.constexpr = BITS == 2 and G == 1
     normal: tl.constexpr = has_normal_planes(BITS)
     part = load_planes(base, SUB * SHARE, wide, SHARE, TILE, 1, rows // wide, wide * TILE, low, cumulative, normal, False, ASM)
@@ -73,8 +74,8 @@ def store_sums(
     NH: tl.constexpr, PAD: tl.constexpr, META: tl.constexpr, stride_column,
 ):  # fmt: skip
     """Undo the places of the planes and write ``(sum p vs (code - half) + p vm) * unit`` of every channel."""
-    low: tl.constexpr = 2 if BITS == 3 else BITS
-    blocks: tl.constexpr = D * low // (8 * EACH) if BITS != 15 else 1
+    low: tl.constexpr = low_bits(BITS)
+    blocks: tl.constexpr = row_bytes(BITS, D) // EACH
     cumulative: tl.constexpr = BITS == 2 and G == 1
     one: tl.constexpr = 1.0 if has_normal_planes(BITS) else 16777216.0
     h = tl.arange(0, NH)

@@ -11,6 +11,7 @@ from skvq.kernels.triton_gpu.fragments import first_of_pairs, load_rows, weight_
 from skvq.kernels.triton_gpu.loaders import has_normal_planes, perm4
 from skvq.kernels.triton_gpu.metadata import metadata
 from skvq.kernels.triton_gpu.overlap import prefetch, wait_for_inputs
+from skvq.kernels.triton_gpu.pages import block_rows, code_bytes, in_page, middle
 from skvq.kernels.triton_gpu.scores import key_scores, key_scores_trits, mean_scores
 from skvq.kernels.triton_gpu.softmax import NEVER, exp2
 from skvq.kernels.triton_gpu.sums import store_sums, value_share, value_trits
@@ -36,17 +37,15 @@ def attend_tiles(
     """
     SHARES: tl.constexpr = 5 if TILE == 160 else 1
     SHARE: tl.constexpr = PART // SHARES
-    PARTS: tl.constexpr = 1280 // PART
+    PARTS: tl.constexpr = in_page(PART)
     KEY_PAD: tl.constexpr = 2 if NH == 4 else 1
     VALUE_PAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
-    KEY_WIDE: tl.constexpr = D if KEY_BITS == 15 else D * (2 if KEY_BITS == 3 else KEY_BITS) // 8
-    VALUE_WIDE: tl.constexpr = D if VALUE_BITS == 15 else D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
-    KEY_EACH: tl.constexpr = 32 if KEY_BITS == 15 else (KEY_WIDE if KEY_WIDE < D // G else D // G)
-    VALUE_EACH: tl.constexpr = 32 if VALUE_BITS == 15 else (VALUE_WIDE if VALUE_WIDE < D // G else D // G)
-    KEY_PART: tl.constexpr = 32 * D if KEY_BITS == 15 else PART * D * KEY_BITS // 8
-    VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
-    KEY_HALF: tl.constexpr = 1.0 if KEY_BITS == 15 else (2**KEY_BITS - 1) / 2
-    HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if has_normal_planes(VALUE_BITS) else (2**VALUE_BITS - 1) / 2)
+    KEY_EACH: tl.constexpr = block_rows(KEY_BITS, D, G)
+    VALUE_EACH: tl.constexpr = block_rows(VALUE_BITS, D, G)
+    KEY_PART: tl.constexpr = code_bytes(KEY_BITS, D, PART)
+    VALUE_TILE: tl.constexpr = code_bytes(VALUE_BITS, D, TILE)
+    KEY_HALF: tl.constexpr = middle(KEY_BITS)
+    HALF: tl.constexpr = -0.5 if has_normal_planes(VALUE_BITS) else middle(VALUE_BITS)
     # weights are 2^SHIFT times too large, for fp16's sake: up to 2^15 * 448 / 256, three times that for trits
     SHIFT: tl.constexpr = (7.0 if FP8 else 15.0) - (2.0 if VALUE_BITS == 15 else 0.0)
     N: tl.constexpr = NH * KEY_PAD
@@ -81,7 +80,7 @@ def attend_tiles(
     if PDL:
         if start < stop:  # the first of what is read comes while the queries are prepared
             tile = start % PARTS // (TILE // PART)
-            count = tl.minimum(1280 // TILE - tile, 2)
+            count = tl.minimum(in_page(TILE) - tile, 2)
             KEY_TILE: tl.constexpr = KEY_PART * (TILE // PART)
             prefetch(key_ptr + page * stride_key_page + head * stride_key_head + tile * KEY_TILE, count * KEY_TILE)
             prefetch(value_ptr + page * stride_value_page + head * stride_value_head + tile * VALUE_TILE, count * VALUE_TILE)

@@ -12,7 +12,7 @@ from torch import Tensor
 from skvq.kernels import reference
 from skvq.kernels.interface import HeadCodec, LabelCodec, PackedPages
 from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
-from skvq.kernels.triton_gpu.pages import bits_code, page_strides
+from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, low_bits, middle, page_strides
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def load_codes(base, share, s, d, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.
         return (byte * 3) >> 8
     else:
         t = share * 32 + s
-        low: tl.constexpr = 2 if BITS == 3 else BITS
+        low: tl.constexpr = low_bits(BITS)
         code = load_field(base, t, d, D, low, TILE, BY_TOKEN)
         if BITS == 3:
             code |= load_field(base + TILE * D // 4, t, d, D, 1, TILE, BY_TOKEN) << 2
@@ -60,7 +60,7 @@ def unpack_kernel(
     A channel's group is its label, also where groups are contiguous. The product is exact, hence every bit is that of the
     reference. Reads the tile's share once, writes 8 bytes a channel and token.
     """
-    TILES: tl.constexpr = 1280 // TILE
+    TILES: tl.constexpr = in_page(TILE)
     tile, share = tl.program_id(0) // (TILE // 32), tl.program_id(0) % (TILE // 32)
     head, heads = tl.program_id(1), tl.num_programs(1)
     page = tl.load(page_ptr + (first_tile + tile) // TILES).to(tl.int64)
@@ -71,24 +71,19 @@ def unpack_kernel(
     meta = meta_ptr + page * stride_meta_page + place * (G * TILE)
 
     base = key_code_ptr + page * stride_key_page + head * stride_key_head
-    base += place * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
+    base += place * code_bytes(KEY_BITS, D, TILE)
     label = tl.load(key_label_ptr + head * D + d)
     unit = tl.load(key_unit_ptr + label)
     word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
-    code = (
-        load_codes(base, share, s, d, D, KEY_BITS, TILE, True).to(tl.float32) - ((3 if KEY_BITS == 15 else 2**KEY_BITS) - 1) / 2
-    )
+    code = load_codes(base, share, s, d, D, KEY_BITS, TILE, True).to(tl.float32) - middle(KEY_BITS)
     tl.store(key_out_ptr + out, e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code)
 
     base = value_code_ptr + page * stride_value_page + head * stride_value_head
-    base += place * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
+    base += place * code_bytes(VALUE_BITS, D, TILE)
     label = tl.load(value_label_ptr + head * D + d)
     unit = tl.load(value_unit_ptr + label)
     word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
-    code = (
-        load_codes(base, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32)
-        - ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
-    )
+    code = load_codes(base, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32) - middle(VALUE_BITS)
     tl.store(value_out_ptr + out, e4m3_decode((word >> 24) & 0xFF) * unit + e4m3_decode((word >> 16) & 0xFF) * unit * code)
 
 
