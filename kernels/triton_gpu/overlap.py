@@ -8,6 +8,8 @@ before ``wait_for_inputs``, which waits for all that was launched before it and 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -32,9 +34,20 @@ def prefetch(ptr, count):
     )  # fmt: skip
 
 
+@functools.cache
+def driver_version() -> int:
+    """The CUDA version that the driver serves: 12030 for 12.3."""
+    return torch._C._cuda_getDriverVersion()
+
+
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels of a device can overlap: compute capability 9.0 and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether launches on a device may overlap: on Hopper and on Blackwell's data-centre cards, from CUDA 12.3 on.
+
+    Older drivers cannot hold such launches in a CUDA graph, and capturing them is reported to fail on compute capability 12.0.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return False
+    return driver_version() >= 12030
 
 
 def overlapping(pdl: bool) -> dict[str, bool]:
