@@ -28,6 +28,7 @@ QUICK = [
     "merging",
     "assembly_order",
     "odd_shapes",
+    "crowded_labels",
 ]
 
 

@@ -10,12 +10,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
-from skvq.kernels.triton_gpu import loaders, metadata, raised  # noqa: E402
+from skvq.kernels.layout import PageLayout  # noqa: E402
+from skvq.kernels.triton_gpu import loaders, metadata, overlap, raised  # noqa: E402
+from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, label_bytes, label_form  # noqa: E402
 
 
 def load_sass() -> ModuleType:
@@ -191,3 +194,42 @@ def test_assembly_of_metadata_halves(values: bool) -> None:
             scale, mid = (word >> (16 if values else 0)) & 0xFF, (word >> (24 if values else 8)) & 0xFF
             assert (scales >> (16 * lane)) & 0xFFFF == (scale & 0x7F) << 7, hex(word)
             assert (mids >> (16 * lane)) & 0xFFFF == (mid & 0x7F) << 7 | (mid & 0x80) << 8, hex(word)
+
+
+def many_groups(kv_heads: int, key_bits: float = 2.0, value_bits: float = 2.0) -> PageLayout:
+    return PageLayout(head_size=128, kv_heads=kv_heads, key_bits=key_bits, value_bits=value_bits, group_size=64)
+
+
+@pytest.mark.parametrize(("name", "layout"), [
+    ("reorder K2V2 g64", many_groups(8)), ("reorder K2V2 g64, 32 heads", many_groups(32)),
+    ("reorder K4V8 g64", many_groups(8, 4.0, 8.0)),
+])  # fmt: skip
+def test_shared_memory_of_labels_is_foreseen(name: str, layout: PageLayout) -> None:
+    [variant] = [v for v in sass.other_variants(80) if v.name == name]
+    shared = sass.compile_variant(variant, 80).metadata.shared
+    assert shared <= label_bytes(layout) <= shared + SHARED_MARGIN
+
+
+ADA, AMPERE, HOPPER = 101_376, 166_912, 232_448  # bytes that a block may have
+
+
+@pytest.mark.parametrize(("layout", "room", "blocks"), [
+    (many_groups(8), ADA, True), (many_groups(32), ADA, True), (many_groups(64), ADA, False),
+    (many_groups(64), AMPERE, True), (many_groups(64, 4.0, 8.0), AMPERE, True), (many_groups(128), AMPERE, False),
+    (many_groups(128), HOPPER, False), (many_groups(8, 3.0, 2.0), HOPPER, False),
+])  # fmt: skip
+def test_groups_that_do_not_fit_take_the_other_kernel(layout: PageLayout, room: int, blocks: bool) -> None:
+    form = label_form(layout, shared_bytes=228 << 10, block_bytes=room)
+    assert (form.blocks, form.crowded) == (blocks, not blocks and layout.key_bits != 3)
+
+
+@pytest.mark.parametrize(("capability", "driver", "wanted"), [
+    ((8, 0), 13000, False), ((8, 9), 13000, False), ((9, 0), 12020, False), ((9, 0), 12030, True), ((10, 3), 13000, True),
+    ((12, 0), 13000, False), ((12, 1), 13000, False),
+])  # fmt: skip
+def test_where_launches_overlap(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: int, wanted: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(overlap, "driver_version", lambda: driver)
+    assert overlap.overlaps(torch.device("cuda")) is wanted and not overlap.overlaps(torch.device("cpu"))

@@ -5,7 +5,9 @@ A process of its own, because Triton reads TRITON_INTERPRET when a kernel is dec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import os
 import sys
@@ -38,7 +40,7 @@ from skvq.kernels.triton_gpu import (
     tiles,
 )
 from skvq.kernels.triton_gpu.card import Card, Tuning
-from skvq.kernels.triton_gpu.forms import PackedForm
+from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, PackedForm, label_bytes
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.merge import merge_parts
@@ -299,6 +301,20 @@ def odd_shapes() -> None:
     assert torch.equal(out, reference.attend_heads(case.q, case.pages, case.heads, case.full, case.step)[0])
 
 
+def crowded_labels() -> None:
+    """Groups that do not fit into shared memory: the slower kernel computes them, and one word is said."""
+    case = make_case(packed=(1,), group_size=64)
+    small = dataclasses.replace(Card.of(CPU), block_bytes=label_bytes(case.layout))
+    exact, _ = reference.attend_labels(case.q.float(), *arguments(case, "labels"))
+    for card, words in ((small, 1), (dataclasses.replace(small, block_bytes=small.block_bytes + SHARED_MARGIN), 0)):
+        made, said = TritonGpu(CPU, card=card), io.StringIO()
+        with contextlib.redirect_stderr(said):
+            outs = [made.attend_labels(case.q, *arguments(case, "labels"))[0] for _ in range(2)]
+        assert said.getvalue().count("\n") == said.getvalue().count("a slower kernel computes") == words, said.getvalue()
+        for out in outs:
+            assert float((out.float() - exact).abs().max()) <= 2 * torch_error(exact, case, "labels")
+
+
 def fused_operations() -> None:
     """Every operation against torch, in every dtype; odd sizes, strided rows, poisoned slots, inputs left alone."""
     torch_ops, ops = TorchOps(), TritonOps()
@@ -495,7 +511,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, invariants, packing, odd_shapes,
-        fused_operations, matrices, lattice, merging, label_ranges, assembly_order, decode_steps, on_a_card,
+        crowded_labels, fused_operations, matrices, lattice, merging, label_ranges, assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip
 

@@ -101,7 +101,10 @@ class TritonGpu:
         if self._is_odd(layout.head_size, layout.group_size):
             return reference.attend_labels(q, pages, codec, full, step)
         columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
-        form = label_form(layout, card.shared_bytes)
+        form = label_form(layout, shared_bytes=card.shared_bytes, block_bytes=card.block_bytes)
+        if form.crowded:
+            groups, room = layout.kv_heads * layout.groups, card.block_bytes >> 10
+            self._say_once(f"{groups} groups do not fit into the {room} KB that a block may share; a slower kernel computes")
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
         packed = self.scratch.partials("packed", q, columns, splits)
         held = self.scratch.partials("full", q, columns, full_splits(full))
@@ -190,11 +193,12 @@ class TritonGpu:
         """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
         if head_size in TRITON_HEAD_SIZES and group_size in (32, 64, 128):
             return False
-        self._say_once(f"head size {head_size}, group size {group_size}")
+        shape = f"head size {head_size}, group size {group_size}"
+        self._say_once(f"no Triton kernel for {shape}; torch computes it, correct and slow")
         return True
 
     def _say_once(self, what: str) -> None:
         """Nothing is slower than it might be without a word."""
         if what not in self._told:
             self._told.add(what)
-            print(f"skvq: no Triton kernel for {what}; torch computes it, correct and slow", file=sys.stderr)
+            print(f"skvq: {what}", file=sys.stderr)

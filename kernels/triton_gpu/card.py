@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ class Card:
     pdl: bool  # a launch may start before the one before it has ended
     processors: int
     shared_bytes: int  # shared memory of a multiprocessor
+    block_bytes: int  # the most of it that one program may have
     interpreted: bool  # no assembly, no registers, no bfloat16 dot
 
     @classmethod
@@ -32,16 +34,17 @@ class Card:
                 raise BackendUnavailable(
                     f"backend 'triton' needs an NVIDIA GPU, not {device}; TRITON_INTERPRET=1 runs it on the CPU, for tests only"
                 )
-            return cls(fp8=False, pdl=False, processors=1, shared_bytes=164 << 10, interpreted=True)
+            return cls(fp8=False, pdl=False, processors=1, shared_bytes=164 << 10, block_bytes=163 << 10, interpreted=True)
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             raise BackendUnavailable(f"backend 'triton' needs compute capability 8.0 or later, {device} has {capability}")
-        properties = torch.cuda.get_device_properties(device)
+        properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks some
         return cls(
             fp8=capability >= (8, 9),
             pdl=overlaps(device),
             processors=properties.multi_processor_count,
             shared_bytes=properties.shared_memory_per_multiprocessor,
+            block_bytes=properties.shared_memory_per_block_optin,
             interpreted=interpreted,
         )
 

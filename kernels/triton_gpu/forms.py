@@ -20,6 +20,7 @@ FULL_SPLITS = 32
 LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
 LABEL_WARPS = 8  # of 255 registers, that a multiprocessor holds
 LABEL_STAGES = 3  # of the software pipeline of `reorder`: a share of the tokens is on its way while another is computed with
+SHARED_MARGIN = 2 << 10  # bytes, for a compiler that needs more of it than those that were tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,41 +87,45 @@ def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) ->
     return tile == 128 and not has_span and not (has_mean and groups > 1)
 
 
-def label_programs(layout: PageLayout, groups: int, warps: int, stages: int, shared_bytes: int) -> int:
-    """Programs of ``attend_labels_blocks_kernel`` that a multiprocessor with ``shared_bytes`` of shared memory holds.
+def label_bytes(layout: PageLayout) -> int:
+    """Shared memory that a program of ``attend_labels_blocks_kernel`` takes, at most: what compilers were seen to need, and
+    half a kilobyte more.
 
-    Shared memory of one: three one-hot matrices, what a share of tokens reads, a stage ahead or more, and its weights.
+    Three one-hot matrices, what a share of tokens reads, a stage ahead or more, and its weights.
 
-    >>> page = PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=2.0, group_size=64)
-    >>> label_programs(page, 16, 1, 3, 228 << 10), label_programs(page, 16, 1, 3, 164 << 10)
-    (8, 7)
+    >>> label_bytes(PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=2.0, group_size=64))
+    22784
     """
-    size, tokens = layout.head_size, LABEL_NUMBERS // layout.head_size
+    size, tokens, groups = layout.head_size, LABEL_NUMBERS // layout.head_size, layout.kv_heads * layout.groups
     columns = max(16, int(triton.next_power_of_2(groups)))
     codes = tokens * size * int(layout.key_bits + layout.value_bits) // 8
     read = codes + 4 * tokens * (columns + 1) + 2 * size
-    shared = 6 * columns * size + max(1, stages - 1) * read + 16 * tokens + 1024
-    return max(1, min(LABEL_WARPS // warps, shared_bytes // shared))
+    return 6 * columns * size + (LABEL_STAGES - 1) * read + 16 * tokens + 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelForm:
     """How attention under labels goes over its tiles."""
 
-    blocks: bool  # by ``attend_labels_blocks_kernel``, else by ``attend_labels_kernel``
+    blocks: bool  # by ``attend_labels_blocks_kernel``, else by ``attend_labels_kernel``, which is slower
+    crowded: bool  # not so only because of shared memory: too many groups
     warps: int
     programs: int  # that a multiprocessor holds
     places: int  # of the table of RoPE: tokens at a time, or those of a tile
 
 
-def label_form(layout: PageLayout, shared_bytes: int) -> LabelForm:
-    """In half precision where the bits allow it: keys of 8 bits want float32, trits and 3 bits are rare."""
-    groups = layout.kv_heads * layout.groups
-    if layout.tile == 128 and layout.key_bits in (2, 4) and layout.value_bits in (2, 4, 8):
-        warps = 2 if groups > 16 else 1  # two share the matrices of many labels
-        programs = label_programs(layout, groups, warps, LABEL_STAGES, shared_bytes)
-        return LabelForm(blocks=True, warps=warps, programs=programs, places=LABEL_NUMBERS // layout.head_size)
-    return LabelForm(blocks=False, warps=4, programs=LABEL_WARPS // 4, places=layout.tile)
+def label_form(layout: PageLayout, *, shared_bytes: int, block_bytes: int) -> LabelForm:
+    """In half precision where the bits allow it: keys of 8 bits want float32, trits and 3 bits are rare.
+
+    ``shared_bytes`` is the shared memory of a multiprocessor, ``block_bytes`` the most that one program may have of it.
+    """
+    suited = layout.tile == 128 and layout.key_bits in (2, 4) and layout.value_bits in (2, 4, 8)
+    needed = label_bytes(layout)
+    if not suited or needed + SHARED_MARGIN > block_bytes:
+        return LabelForm(blocks=False, crowded=suited, warps=4, programs=LABEL_WARPS // 4, places=layout.tile)
+    warps = 2 if layout.kv_heads * layout.groups > 16 else 1  # two share the matrices of many labels
+    programs = max(1, min(LABEL_WARPS // warps, shared_bytes // needed))
+    return LabelForm(blocks=True, crowded=False, warps=warps, programs=programs, places=LABEL_NUMBERS // layout.head_size)
 
 
 def splits_of(columns: Columns, step: Step, tile: int, programs: int) -> int:
