@@ -183,3 +183,20 @@ def test_fused_operations(arch: int, dtype: torch.dtype) -> None:
         assert float((got.float() - wanted.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * float(
             wanted.float().abs().max()
         )
+
+
+def test_keys_further_apart_than_32_bits_count(arch: int) -> None:
+    """A prompt's buffer of many heads: 2^31 numbers lie between the first and the last. Most of them are never touched."""
+    gen = torch.Generator().manual_seed(0)
+    apart, size = 2**30, 64
+    memory = torch.empty(2 * apart + 8 * size, dtype=BF16, device="cuda")
+    keys, values = (memory.as_strided((3, 4, size), (apart, 2 * size, 1), offset) for offset in (0, size))
+    joint = torch.randn(1, 2, 9, size, generator=gen).to(BF16).to("cuda")
+    q, k, v = joint.split([3, 3, 3], 2)
+    angle = (torch.rand(1, 2, 1, size // 2, generator=gen) * 6).to("cuda")
+    TritonOps().turn_to_buffer(q, k, v, angle.cos(), angle.sin(), keys, values, 1)
+    wanted = [torch.zeros(3, 4, size, dtype=BF16, device="cuda") for _ in range(2)]
+    TorchOps().turn_to_buffer(q, k, v, angle.cos(), angle.sin(), *wanted, 1)
+    for got, expected in zip((keys, values), wanted, strict=True):
+        off = (plain(got)[:, 1:3].float() - plain(expected)[:, 1:3].float()).abs().max()
+        assert float(off) <= 2 * torch.finfo(BF16).eps * float(plain(expected).float().abs().max())

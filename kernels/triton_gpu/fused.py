@@ -61,7 +61,7 @@ def turn_kernel(
         kv = head - heads
         base = k_ptr + row * stride_k + kv * D
         a, b = tl.load(base + j).to(tl.float32), tl.load(base + D // 2 + j).to(tl.float32)
-        at = tl.load(slots_ptr + row) * stride_slot + kv * stride_head + tl.load(places_ptr + row) * stride_token
+        at = tl.load(slots_ptr + row) * stride_slot + kv.to(tl.int64) * stride_head + tl.load(places_ptr + row) * stride_token
         # through the dtype of the model, as the specification goes
         first, second = (a * cos - b * sin).to(k_ptr.dtype.element_ty), (b * cos + a * sin).to(k_ptr.dtype.element_ty)
         tl.store(key_ptr + at + j, first.to(key_ptr.dtype.element_ty))
