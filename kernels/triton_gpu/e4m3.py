@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""E4M3 bytes by integer arithmetic, for cards before sm_89 have no FP8."""
+"""E4M3 (FP8) bytes in integer arithmetic: cards before sm_89 have no instruction for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TINY = tl.constexpr(E4M3_MIN)
 
 @triton.jit
 def e4m3_encode(x):
-    """Byte (int32) of the nearest E4M3 number, ties to even, saturating at 448; integer arithmetic, sm_80 has no FP8."""
+    """The byte (as int32) of the nearest E4M3 number: ties to even, saturating at +-448."""
     magnitude = tl.minimum(tl.abs(x), 448.0)
     bits = magnitude.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
@@ -24,6 +24,6 @@ def e4m3_encode(x):
 
 @triton.jit
 def e4m3_decode(byte):
-    """Value of an E4M3 byte (int32), float32."""
+    """The value, float32, of an E4M3 byte given as int32."""
     half = ((byte & 0x7F) << 7) | ((byte & 0x80) << 8)
     return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RUF005
-"""Scale and mid of each group by least squares: plain at first, then in the metric."""
+"""Scale and mid of each group for the lattice quantizer: plain least squares at first, then least squares in the metric."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ FITS = tl.constexpr(reference.LATTICE_FITS)
 
 @triton.jit
 def rounded(x, half):
-    """Nearest code of ``x``, which counts from the middle of the range."""
+    """The nearest code 0 .. 2 half of ``x``, where x = 0 is the middle of that range."""
     return (tl.minimum(tl.maximum(x + half, 0.0), half + half) + ROUND) - ROUND
 
 
 @triton.jit
 def fit_range(y, code, state, unit, clip, half, t, inside, stride, tokens, T: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """First scale and mid of each group: the clipped range, then plain least squares (``reference._fit_range``), and codes."""
+    """Where the quantizer starts: scale and mid of each group, to ``state``, and the codes that go with them, to ``code``.
+
+    They are taken from the clipped range, then refined by plain least squares (``reference._fit_range``).
+    """
     WIDTH: tl.constexpr = D // G
     PIECE: tl.constexpr = 32
     for group in range(G):
@@ -63,7 +66,7 @@ def fit_range(y, code, state, unit, clip, half, t, inside, stride, tokens, T: tl
 
 @triton.jit
 def load_code_pairs(code, t, inside, stride, N: tl.constexpr):
-    """Codes by blocks, pairs of halves [T, BLOCK / 2]."""
+    """All codes of T tokens as float16, two in a word: a tuple of D / BLOCK tensors uint32 [T, BLOCK / 2]."""
     at = code + t[:, None] * stride + tl.arange(0, BLOCK)[None, :]
     parts = ()
     for k in tl.static_range(N):
@@ -77,9 +80,10 @@ def fit(
     code, slopes, state, table, ones, diagonal, total, unit, scale_out, mid_out, down, half, last, t, inside, stride, tokens,
     T: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Scale and mid of least squares in the metric, one group after another (``reference._fit_metric``).
+    """Scale and mid by least squares in the metric, one group after another (``reference._fit_metric``), to ``state``.
 
-    The ``last`` time scales, then mids fitted to the rounded scales of all groups become E4M3; their bytes go to [T, KH, G].
+    The ``last`` time they are rounded to E4M3: scales of all groups first, then mids that are fitted to the rounded scales.
+    The bytes go to ``scale_out`` and ``mid_out`` [T, KH, G].
     """
     N: tl.constexpr = D // BLOCK
     c = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""How launches of attention are cut: columns, splits, and the forms that kernels take."""
+"""How launches of attention are cut: columns, splits, and which form of a kernel a layout takes. Integers only; no launches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARED_MARGIN = 2 << 10  # bytes, for a compiler that needs more of it than thos
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """How the query columns of one kv head, N * H / KH of them, are cut: ``chunks`` of ``width``."""
+    """The columns of one kv head, N * H / KH of them, cut into ``chunks`` of ``width``; the last chunk may have idle ones."""
 
     heads: int  # kv heads
     queries: int
@@ -35,9 +35,11 @@ class Columns:
 
     @classmethod
     def of(cls, q: Tensor, kv_heads: int, size: int, full: FullSlots, step: Step) -> Columns:
-        """Four columns take half a tensor-core tile and the other half idles; more columns take whole ones.
+        """The columns of q [B, N, H, D], whose shape, dtype and strides are checked here, with all else that attention kernels
+        rely on.
 
-        What attention is given is looked at here: shapes, dtypes and strides, as all its kernels rely on them.
+        Up to four columns make chunks of four, which use half a tensor-core tile; more make chunks of eight, which use all of
+        it.
         """
         assert q.ndim == 4 and q.is_contiguous() and q.shape[3] == size and q.shape[2] % kv_heads == 0, (q.shape, q.stride())
         assert step.positions.shape == q.shape[:2] and step.positions.dtype == torch.int32, step.positions
@@ -58,7 +60,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedForm:
-    """How packed attention goes over its tiles, and how many programs of one warp a multiprocessor then holds."""
+    """How packed attention goes over its tiles, and how many of its programs, one warp each, a multiprocessor then holds."""
 
     part: int  # tokens at a time
     stages: int  # of the software pipeline; from 3 on the next tokens are on their way while these are computed with
@@ -67,10 +69,11 @@ class PackedForm:
 
 
 def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> PackedForm:
-    """The fastest of those tried on an H200, 128k and 1M tokens, K2V2 and K2V1.5 in groups of 64 and 128.
+    """The fastest of the forms that were tried on an H200, at 128k and 1M tokens, K2V2 and K2V1.5 in groups of 64 and 128.
 
-    Halves of a tile cost a sixth more instructions and half the registers and shared memory: more programs, and loads that are
-    a step ahead. The key mean takes 255 registers all the same; single bits of keys of 3 bits lie apart.
+    Half a tile at a time takes a sixth more instructions, but half the registers and shared memory: more programs fit, and
+    loads can run a step ahead. Not with a key mean, which takes 255 registers either way; nor for keys of 3 bits, whose single
+    bits lie in planes of their own.
     """
     if has_mean or layout.key_bits == 3 or layout.groups > 2:
         return PackedForm(part=layout.tile, stages=2, registers=0, programs=8)
@@ -83,15 +86,16 @@ def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> Pac
 
 
 def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
-    """How fragments of q are stored (``packed.load_rows``): as the registers allow, counted ahead of time."""
+    """Whether fragments of q are stored by column (``fragments.load_rows``). Decided by what the compiler did to the
+    registers.
+    """
     return tile == 128 and not has_span and not (has_mean and groups > 1)
 
 
 def label_bytes(layout: PageLayout) -> int:
-    """Shared memory that a program of ``attend_labels_blocks_kernel`` takes, at most: what compilers were seen to need, and
-    half a kilobyte more.
+    """Shared memory in bytes of one program of ``attend_labels_blocks_kernel``: what compilers were seen to take and 512 more.
 
-    Three one-hot matrices, what a share of tokens reads, a stage ahead or more, and its weights.
+    It holds three one-hot matrices, the data of the shares of tokens that are on their way, and the weights of one share.
 
     >>> label_bytes(PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=2.0, group_size=64))
     22784
@@ -105,7 +109,7 @@ def label_bytes(layout: PageLayout) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelForm:
-    """How attention under labels goes over its tiles."""
+    """How attention under labels goes over its tiles, and by which of its two kernels."""
 
     blocks: bool  # by ``attend_labels_blocks_kernel``, else by ``attend_labels_kernel``, which is slower
     crowded: bool  # not so only because of shared memory: too many groups
@@ -115,9 +119,10 @@ class LabelForm:
 
 
 def label_form(layout: PageLayout, *, shared_bytes: int, block_bytes: int) -> LabelForm:
-    """In half precision where the bits allow it: keys of 8 bits want float32, trits and 3 bits are rare.
+    """The fast kernel (``blocks``) where it computes these bits and its groups fit into shared memory, else the general one.
 
-    ``shared_bytes`` is the shared memory of a multiprocessor, ``block_bytes`` the most that one program may have of it.
+    Keys of 8 bits would lose their last bits in its half precision; of trits and 3 bits it knows nothing. ``shared_bytes`` is
+    the shared memory of a multiprocessor, ``block_bytes`` the most of it that one program may have.
     """
     suited = layout.tile == 128 and layout.key_bits in (2, 4) and layout.value_bits in (2, 4, 8)
     needed = label_bytes(layout)
@@ -129,9 +134,10 @@ def label_form(layout: PageLayout, *, shared_bytes: int, block_bytes: int) -> La
 
 
 def splits_of(columns: Columns, step: Step, tile: int, programs: int) -> int:
-    """Splits that fill the device once, of at least two tiles; known to the host, whatever the lengths turn out.
+    """Splits that fill the device once, each of two tiles or more; at most MAX_SPLITS. 0: nothing can be packed yet.
 
-    ``programs``: those that the device holds. A few more would take as long again.
+    ``programs`` is how many the device holds at a time: with more, a second round would take as long as the first. Follows
+    from ``step.max_packed``, a bound that the host knows, and not from lengths that lie on the device.
     """
     tiles = -(-step.max_packed // tile)
     wanted = max(1, programs // (columns.heads * columns.chunks * len(step.slots)))
@@ -139,10 +145,10 @@ def splits_of(columns: Columns, step: Step, tile: int, programs: int) -> int:
 
 
 def full_splits(full: FullSlots) -> int:
-    """Programs that share the 16-bit slots of a kv head and chunk."""
+    """Programs among which the full-precision slots of one kv head and chunk are divided."""
     return min(max(-(-full.positions.shape[1] // SLOT_BLOCK), 1), FULL_SPLITS)
 
 
 def has_span(step: Step) -> bool:
-    """Whether the span can hide a token."""
+    """Whether the layer's attention span can hide a token at all."""
     return step.span < 2**31 - 1

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505, RUF005
-"""Operands and sums of the tensor cores, as tuples of pieces: loaded, multiplied, put in order."""
+"""What tensor cores are fed and give back, as tuples of tensors small enough for registers: loads, products, padded columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from skvq.kernels.triton_gpu.loaders import perm4, planes
 
 @triton.jit
 def first_of_pairs(x, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
-    """Real columns of ``x`` [ROWS, NH * PAD]; with PAD 2 every other column is idle."""
+    """The real columns [ROWS, NH] of ``x`` [ROWS, NH * PAD]: with PAD 2 every other column is only there to fill the tensor
+    core.
+    """
     if PAD == 2:
         real, _ = tl.split(tl.reshape(x, [ROWS, NH, 2]))
         return real
@@ -22,7 +24,11 @@ def first_of_pairs(x, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def weight_columns(w, TRITS: tl.constexpr, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
-    """fp16 columns of the weights ``w`` [ROWS, NH] for the second dot; for trits a high and a low half of each."""
+    """The weights ``w`` [ROWS, NH] as float16 columns [ROWS, NH * PAD] of the second product.
+
+    With PAD 2 zeros fill the odd columns, or with TRITS what float16 lost of the weights: the sum of both columns is exact
+    enough.
+    """
     high = w.to(tl.float16)
     if TRITS:
         low = (w - high.to(tl.float32)).to(tl.float16)
@@ -39,9 +45,11 @@ def load_planes(
     SKIP: tl.constexpr, WIDTH: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr,
     PERMUTED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Planes of BLOCKS byte blocks [ROWS, COLUMNS] in channel order: plane p, block j is entry ``p * BLOCKS + j``.
+    """Planes of BLOCKS byte blocks [ROWS, COLUMNS], a tuple in the order of the channels: plane p of block j is ``p * BLOCKS +
+    j``.
 
-    Byte (r, c) of block j lies at ``base + first + j * SKIP + r * ROW + c * COLUMN``. PERMUTED: rows in ``perm4`` order.
+    Byte (r, c) of block j lies at ``base + first + j * SKIP + r * ROW + c * COLUMN``. PERMUTED: rows are loaded in the order
+    of ``perm4``. The other constants are those of ``loaders.planes``.
     """
     r = perm4(tl.arange(0, ROWS), PERMUTED)
     at = first + r[:, None] * ROW + tl.arange(0, COLUMNS)[None, :] * COLUMN
@@ -58,10 +66,10 @@ def load_planes(
 
 @triton.jit
 def load_rows(base, ROWS: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """Tuple of the fragments [EACH, N] of q, ROWS / EACH of them, stored by column or by row.
+    """The queries as a tuple of ROWS / EACH fragments [EACH, N] float16, which ``prepare`` stored by column or by row.
 
-    By column they come as the tensor core's second operand wants them, and stay in registers; by row they stay in shared
-    memory, at the cost of register moves: better where five shares of a tile need the registers.
+    Stored by column they come in the order of the tensor core's second operand and stay in registers. By row they stay in
+    shared memory and take a few moves more: better where five shares of a tile need the registers.
     """
     at = tl.arange(0, EACH)[:, None] * (1 if BY_COLUMN else N) + tl.arange(0, N)[None, :] * (EACH if BY_COLUMN else 1)
     out = ()
@@ -72,6 +80,7 @@ def load_rows(base, ROWS: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr, BY_
 
 @triton.jit
 def zero_rows(COUNT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
+    """COUNT sums [ROWS, N] of zeros, float32."""
     out = ()
     for _ in tl.static_range(COUNT):
         out = out + (tl.zeros([ROWS, N], tl.float32),)
@@ -80,7 +89,9 @@ def zero_rows(COUNT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def dots(a, b, sums):
-    """``sums`` plus the dots of ``a`` with ``b``; each group's sum takes an equal share of them, in order."""
+    """``sums`` plus products of the tuples ``a`` and ``b``: the first len(a) / len(sums) products to the first sum, and
+    so on.
+    """
     each: tl.constexpr = len(a) // len(sums)
     out = ()
     for g in tl.static_range(len(sums)):
@@ -93,7 +104,9 @@ def dots(a, b, sums):
 
 @triton.jit
 def dots_each(a, weights, scale, accumulators):
-    """``accumulators * scale + a . weights`` entry by entry; the entries of ``weights`` serve equal shares of ``a``."""
+    """``accumulators[i] * scale + a[i] weights[j]`` for every i; the first len(a) / len(weights) entries take j = 0, and so
+    on.
+    """
     each: tl.constexpr = len(a) // len(weights)
     out = ()
     for i in tl.static_range(len(a)):

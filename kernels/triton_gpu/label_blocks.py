@@ -2,13 +2,24 @@
 # ruff: noqa: N803, N806, RUF005
 """Decode attention of method ``reorder`` in half precision, for the bit widths and the tile that matter.
 
-Instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.31. Bytes to codes 0.75; scales and mids of keys,
-scales of values to their channels on the tensor core 0.38, applied to the codes 0.5; keys turned 0.5; one-hot matrices read
-0.1; both contractions 0.13; metadata of all groups, which every kv head reads, 0.6; queries turned back 0.25; softmax 0.3;
-addresses, copies and moves the rest. So the limit of 2.6 for keys before RoPE is out of reach where a group may have any
-channel. Sines and cosines of half a share stay in registers: the other half is turned by the queries, in columns that would
-idle. 243 registers, 22 KB of shared memory: eight programs on a multiprocessor of an H100, seven on one of an A100. Every 16
-groups more add 1.6 instructions and 17 KB; with 64 a program is two warps (10.9), three programs on a multiprocessor.
+Why it is as fast as it is. Lane-instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.31 in all.
+
+    0.75  bytes to codes
+    0.6   metadata of all groups: every kv head reads them all
+    0.5   scales applied to the codes
+    0.5   RoPE of the keys
+    0.38  scales and mids of keys, scales of values brought to their channels, on the tensor core
+    0.3   softmax
+    0.25  RoPE of the queries, backwards
+    0.13  the two products of attention
+    0.1   one-hot matrices read
+    0.8   addresses, copies, moves
+
+The limit of 2.6, which keys before RoPE could keep otherwise, is out of reach where a group may have any channel. Sines and
+cosines of half a share stay in registers; for the other half it is the queries that are turned, in columns that would idle
+otherwise. A program takes 243 registers and 22 KB of shared memory, so an H100's multiprocessor holds eight and an A100's
+seven. Every 16 groups more cost 1.6 instructions and 17 KB; with 64 a program is two warps (10.9 instructions), three a
+multiprocessor.
 """
 
 from __future__ import annotations
@@ -38,15 +49,19 @@ def attend_labels_blocks_kernel(
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, GROUPS: tl.constexpr,
     SHARE: tl.constexpr, HAS_SPAN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """``attend_labels_kernel`` for codes of 2 and 4 bits, values also of 8, in tiles of 128, SHARE tokens at a time.
+    """``attend_labels_kernel`` for codes of 2 and 4 bits, values also of 8, in tiles of 128 tokens. One warp owns a program.
 
-    A dot with a one-hot matrix of the labels brings scales and mids to their channels, already in the lanes where the tensor
-    core wants the codes (``in_place``): a pair of codes takes a fused multiply-add for its scale and mid, and a pair of keys
-    two for its turn, all in half precision: keys of 8 bits would lose their last. Mids of values are weighted and summed by
-    group. Columns of q come in pairs, the second turned back by half a share: a table of PLACES serves SHARE tokens. Keys are
-    counted in 2^13 times the larger
-    unit of a turned pair, values in their own units: q and the sums make up for it, so that 16 bits hold what E4M3 does.
-    One warp owns a program. GROUPS: groups of all kv heads, rounded up to a power of two, at least 16.
+    A program takes SHARE tokens at a time. A product with a one-hot matrix of the labels brings the scales and mids of all
+    groups to their channels, already in the lanes where the tensor core wants the codes (``one_hot.in_place``). Two codes then
+    cost one fused multiply-add for scale and mid, and two keys another two for RoPE, all in half precision. Mids of values are
+    not brought to channels: they are weighted and summed by group.
+
+    Every column of q comes twice, the second time turned back by SHARE / 2 tokens, so a table of PLACES = SHARE / 2 places
+    serves all SHARE tokens. To keep what E4M3 holds within 16 bits, keys are counted in 2^13 times the larger unit of the two
+    channels that RoPE pairs, and values in their own units; q and the final sums make up for it.
+
+    GROUPS is the number of groups of all kv heads, rounded up to a power of two, at least 16; ``all_groups`` the number
+    itself. Reads and writes what ``attend_labels_kernel`` does.
     """
     TILE: tl.constexpr = 128
     TILES: tl.constexpr = in_page(TILE)
@@ -204,7 +219,9 @@ def launch_label_blocks(
     card: Card, form: LabelForm, q: Tensor, pages: PackedPages, codec: LabelCodec, labels: LabelTables, rope: RopeTables,
     step: Step, columns: Columns, packed: Partials,
 ) -> None:  # fmt: skip
-    """Packed tiles to ``packed``."""
+    """Partial softmaxes over the packed tiles, in the model's own basis, to ``packed``. ``rope``: of tiles of ``form.places``
+    tokens.
+    """
     layout, groups = pages.layout, pages.layout.kv_heads * pages.layout.groups
     attend_labels_blocks_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](
         q, rope.bases, rope.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,

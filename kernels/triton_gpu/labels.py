@@ -26,10 +26,11 @@ def attend_labels_kernel(
     stride_pages_slot, heads, chunks, queries, repeat, span, columns, rope_scale,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Partial attention of one kv head, one chunk of NH columns and one split of tiles, dequantized in registers.
+    """Partial attention of one kv head, one chunk of NH columns and one split of the tiles; for any bits, and slow.
 
-    A key is turned by its place in the tile (a fixed table), the queries back by the tile's base: ``q . RoPE_(b+j)(k) =
-    (RoPE_-b q) . RoPE_j(k)``. Reads the codes of its kv head and the metadata of all, which the other heads read too.
+    Keys and values are dequantized in registers. RoPE of the key at place j of the tile that starts at b is divided: ``q .
+    RoPE_(b+j)(k) = (RoPE_-b q) . RoPE_j(k)``, so keys take one table for all tiles. Reads the codes of its kv head and the
+    metadata of all kv heads, as the programs of the other heads do; writes NH rows of D + 2 floats.
     """
     TILES: tl.constexpr = in_page(TILE)
     H: tl.constexpr = D // 2
@@ -102,7 +103,9 @@ def key_channels(
     key, meta, label, unit, share, s, t, d, stride_meta_head, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys before RoPE of 32 tokens at the channels ``d`` [1, n], float32."""
+    """Keys before RoPE, float32 [32, n], of the tokens ``t`` [32, 1] at the channels ``d`` [1, n], whose labels and units are
+    given.
+    """
     word = load_meta(meta, label, t, stride_meta_head, G, TILE)
     code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - middle(BITS)
     return e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code
@@ -112,7 +115,7 @@ def launch_labels(
     form: LabelForm, q: Tensor, pages: PackedPages, codec: LabelCodec, labels: LabelTables, rope: RopeTables, step: Step,
     columns: Columns, packed: Partials,
 ) -> None:  # fmt: skip
-    """Packed tiles to ``packed``."""
+    """Partial softmaxes over the packed tiles, in the model's own basis, to ``packed``. ``rope``: of the layout's tiles."""
     layout = pages.layout
     attend_labels_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](
         q, rope.turn[6:], rope.places, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,

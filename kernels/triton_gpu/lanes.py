@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RET505, RUF005
-"""Columns of a tensor taken apart and put together again, and narrow numbers packed into words; a row is a lane's."""
+"""Tensors whose rows belong to one lane each: columns taken apart and put together, small numbers packed into words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def cut(x):
-    """Left and right half of the columns of x [T, n]; of single ones [T]."""
+    """The left and the right half of the columns of x [T, n], each [T, n / 2]; or where n is 2 each [T]."""
     T: tl.constexpr = x.shape[0]
     HALF: tl.constexpr = x.shape[1] // 2
     if HALF == 1:
@@ -21,6 +21,7 @@ def cut(x):
 
 @triton.jit
 def cut_all(parts, COUNT: tl.constexpr):
+    """The halves of the first COUNT tensors, in order: twice as many tensors, half as wide."""
     new = ()
     for i in tl.static_range(COUNT):
         new = new + cut(parts[i])
@@ -29,7 +30,7 @@ def cut_all(parts, COUNT: tl.constexpr):
 
 @triton.jit
 def paste(a, b):
-    """Columns of a [T, n], then those of b."""
+    """The columns of a, then those of b: the inverse of ``cut``."""
     if len(a.shape) == 1:
         return tl.join(a, b)
     else:
@@ -38,6 +39,7 @@ def paste(a, b):
 
 @triton.jit
 def paste_all(parts, COUNT: tl.constexpr):
+    """Neighbours pasted: the inverse of ``cut_all``, COUNT tensors from 2 COUNT."""
     new = ()
     for i in tl.static_range(COUNT):
         new = new + (paste(parts[2 * i], parts[2 * i + 1]),)
@@ -46,7 +48,7 @@ def paste_all(parts, COUNT: tl.constexpr):
 
 @triton.jit
 def as_pairs(x):
-    """Neighbours of x [T, n] of halves, two a word: [T, n / 2]."""
+    """x float16 [T, n] with two neighbours in a word: uint32 [T, n / 2], the first in the lower half."""
     low, high = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True).to(tl.uint32), [x.shape[0], x.shape[1] // 2, 2]))
     return low | (high << 16)
 
@@ -60,11 +62,11 @@ def as_halves(x):
 
 @triton.jit
 def backwards_word(word):
-    """Bytes of a word the other way round."""
+    """The four bytes of a word in reverse order."""
     return ((word & 0xFF) << 24) | ((word & 0xFF00) << 8) | ((word >> 8) & 0xFF00) | ((word >> 24) & 0xFF)
 
 
 @triton.jit
 def backwards_words(words):
-    """Four words [T] as those of the channels the other way round."""
+    """Sixteen bytes in four words [T], in reverse order."""
     return (backwards_word(words[3]), backwards_word(words[2]), backwards_word(words[1]), backwards_word(words[0]))

@@ -1,17 +1,19 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
-"""Codes of a head chosen together (``reference.quantize_lattice``): a token is a lane where channels come one after another.
+"""Codes of a head chosen together (``reference.quantize_lattice``). A lane owns a token, for channels come one after another.
 
-Nearest plane is a sweep of coordinate descent too, in the factor with its channels the other way round (``metric.py``): one
-sweep serves both. A sweep knows the slopes ``matrix error`` from before it, in float32, and by how many steps each code has
-moved since, small integers that halves hold exactly. BLOCK channels at a time, one product on tensor cores of all steps with
-BLOCK columns of the matrix, two halves a number, gives their slopes as good as float32; in the block each code acts on those
-after it by one multiply-add.
+The algorithm. Nearest plane is a sweep of coordinate descent too: one in the Cholesky factor instead of the metric, from the
+last channel to the first (``metric.py`` keeps the factor in that order). So one function, ``sweep``, serves both. A sweep is
+given the slopes ``matrix error`` as they were before it, float32, and keeps how many steps each code has moved since: small
+integers, which float16 holds exactly. It takes BLOCK channels at a time. Their slopes follow from one product, on tensor
+cores, of all steps so far with BLOCK columns of the matrix, whose numbers are two float16 each: as good as float32. Within the
+block each code acts on those after it by one multiply-add.
 
-As compiled for sm_90 a block of 32 tokens is 1,100 instructions of a warp, 68 of them on tensor cores and 140 loads, most of
-them numbers of the matrix that all lanes share: 7 sweeps of 8 blocks 62,000, the slopes before each sweep and fit 5,000 each,
-the two fits 16,000. 8,192 tokens of 8 heads are 490,000 issue slots of each scheduler of an H200, 0.3 ms. Chains: 16 times five
-dependent instructions and some four trips through shared memory or L2 a block, 1,500 cycles or so, make 0.1 ms of a tile alone.
+The cost, as compiled for sm_90. A block of 32 tokens takes 1,100 instructions of a warp, 68 of them on tensor cores, 140 of
+them loads, mostly of matrix numbers that all lanes share. That makes 62,000 for seven sweeps of eight blocks, 5,000 for the
+slopes before each sweep and fit, 16,000 for the two fits. 8,192 tokens of 8 heads occupy each scheduler of an H200 for 490,000
+issue slots: 0.3 ms. A single tile takes 0.1 ms, for a block is a chain of 16 times five dependent instructions and about four
+trips through shared memory or L2, some 1,500 cycles.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ def lattice_kernel(
     total_ptr, down_ptr, unit_ptr, clip_ptr, tokens, heads, half,
     D: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Quantize T tokens of one head, one a lane; neighbouring programs take the heads in turn.
+    """Quantize T tokens of one head, a token a lane. Programs next to each other have the same tokens of different heads.
 
-    ``y`` float32 [T, KH, D]; codes go to uint8 [T, KH, D], which ``word`` is as int32, bytes of scale and mid to uint8
-    [T, KH, G]. ``slopes`` float32 [T, KH, D] and ``state`` float32 [KH, 4, G, T] are scratch, ``metric.MetricTables`` the rest.
+    In: ``y`` float32 [T, KH, D], ``metric.MetricTables`` (table, inner, ones, diagonal, total, down), ``unit`` and ``clip``
+    [KH, G]. Out: ``code`` uint8 [T, KH, D], which ``word`` is again as int32; ``scale`` and ``mid`` bytes [T, KH, G]. Scratch:
+    ``slopes`` float32 [T, KH, D] and ``state`` float32 [KH, 4, G, T]. Here T is all tokens; a program's are the constant T.
     Reads and writes about 40 D numbers a token, in the caches, and 5 D^2 numbers of the head's tables a program.
     """
     head = tl.program_id(0) % heads
@@ -74,7 +77,10 @@ def lattice_kernel(
 def quantize_lattice(
     y: Tensor, levels: int, side: HeadSide, tables: MetricTables, lanes: int = 32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [T, KH, D], scale and mid bytes uint8 [T, KH, G] of ``y`` float32 [T, KH, D], ``lanes`` tokens a program."""
+    """Codes uint8 [T, KH, D], scale and mid bytes uint8 [T, KH, G] of ``y`` float32 [T, KH, D], all new.
+
+    ``lanes``: tokens of a program, 32 a warp.
+    """
     tokens, heads, size = y.shape
     groups = side.unit.shape[1]
     assert y.dtype == torch.float32 and y.is_contiguous() and y.device == tables.table.device, (y.dtype, y.stride(), y.device)

@@ -1,21 +1,24 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505, RUF005
-"""Tile loaders: bytes of codes -> fp16 planes for the tensor cores, without one integer-to-float conversion.
+"""Bytes of codes to float16 planes for the tensor cores, without one integer-to-float conversion.
 
-A code left in the low mantissa bits of a half IS the number ``code * 2^-24`` (a subnormal), so unpacking is a mask. The
-assembly forms take four bytes b0..b3 as one word and cut it into the 16-bit lanes ``(b0, b2)`` and ``(b1, b3)``: the planes
-come out with **bytes 1 and 2 of every four exchanged** (``perm4``). Both contractions absorb that for nothing: rows of q are
-stored in that order (keys), tokens of the scores are loaded in that order (values). That is right only where four registers
-hold four neighbours of a row, which is the compiler's choice: ``tests/test_ptx.py`` sees what it chose. The portable form
-(``ASM`` false: the interpreter has no assembly) keeps the order of the bytes.
+**A code is a subnormal.** Left in the low mantissa bits of a half, a code IS the number ``code * 2^-24``: unpacking is a mask.
 
-Planes of 2 bits may be CUMULATIVE, a field with all below it, ``x & (4^(p+1) - 1)``: one mask less a word; it is undone by
-differences of q (keys) or of accumulators (values). Planes of trits are the prefixes ``D_k = 3 D_(k-1) + t_k`` =
-``byte * 3^k >> 8``: one multiplication and one byte permutation, where cutting a trit out takes three; undone by
-``score_k = Z_k - 3 Z_(k-1)`` (keys) and by the weights ``P_k - 3 P_(k+1)`` in two halves (values).
+**Bytes 1 and 2 of every four change places** (``perm4``). The assembly takes four bytes b0 .. b3 as one word and cuts it into
+the 16-bit lanes (b0, b2) and (b1, b3). Both products of attention absorb that at no cost: for keys the rows of q are stored in
+that order, for values the tokens of the scores are loaded in it. It is right only where four registers hold four neighbours of
+a row, which is the compiler's choice; ``tests/test_triton_sass.py`` sees what it chose. The portable form (not ASM) keeps the
+order of the bytes.
 
-Values of 4 and 8 bits are better off with NORMAL planes: the same bits under the exponent of 1024, less ``1024 + offset``,
-hence the exact integer ``code - offset`` around zero.
+**Cumulative planes of 2 bits.** A field together with all below it, ``x & (4^(p+1) - 1)``, saves a mask a word. For keys,
+differences of the rows of q undo it; for values, differences of the sums.
+
+**Trits.** Planes are prefixes: ``D_k = 3 D_(k-1) + t_k = byte * 3^k >> 8`` is one multiplication and one byte permutation,
+where a trit alone would take three. Undone by ``score_k = Z_k - 3 Z_(k-1)`` for keys, and for values by weights ``P_k - 3
+P_(k+1)``, which take two halves each.
+
+**Normal planes.** The same bits under the exponent of 1024, less ``1024 + offset``: the exact integer ``code - offset``,
+around zero. Values of 4 and 8 bits are better off with them.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ import triton.language as tl
 
 
 def _mask_assembly(bits: int, cumulative: bool, exponent: int = 0) -> str:
-    """Planes of ``bits`` bits of one word: even lanes, then odd lanes of each plane, ``exponent`` put above each."""
+    """PTX that cuts one word into 8 / bits planes: two registers each, of lanes (b0, b2), then of lanes (b1, b3).
+
+    ``exponent`` is put above every field: 0x6400 makes normal numbers of 1024 and more.
+    """
     planes = 8 // bits
     lines = [f"prmt.b32 odd, ${2 * planes}, 0, 0x4341;", f"and.b32 even, ${2 * planes}, 0x00FF00FF;"]
     for p in range(planes):
@@ -45,7 +51,7 @@ def _mask_assembly(bits: int, cumulative: bool, exponent: int = 0) -> str:
 
 
 def _trit_assembly() -> str:
-    """Prefixes D_1 .. D_5 of the five trits of each byte of one word."""
+    """PTX that makes the prefixes D_1 .. D_5 of the bytes of one word: two registers each, as in ``_mask_assembly``."""
     lines = ["and.b32 even, $10, 0x00FF00FF;", "prmt.b32 odd, $10, 0, 0x4341;"]
     for k in range(5):
         for lane, name in enumerate(("even", "odd")):
@@ -70,7 +76,7 @@ REGS_TRIT = tl.constexpr("=r," * 10 + "r")
 
 @triton.jit
 def perm4(i, ASM: tl.constexpr):
-    """The byte that stands at place ``i`` after an assembly loader: 0, 2, 1, 3 in every four."""
+    """Which byte stands at place ``i`` after the assembly: 0, 2, 1, 3 of every four."""
     if ASM:
         return (i & -4) | ((i & 1) << 1) | ((i >> 1) & 1)
     else:
@@ -79,6 +85,7 @@ def perm4(i, ASM: tl.constexpr):
 
 @triton.jit
 def _as_half(x, NORMAL: tl.constexpr):
+    """The bits of ``x`` as those of a half: a subnormal, or with NORMAL 1024 and more."""
     bits = x.to(tl.uint16) | 0x6400 if NORMAL else x.to(tl.uint16)
     return bits.to(tl.float16, bitcast=True)
 
@@ -153,7 +160,7 @@ def _prefixes(x, ASM: tl.constexpr):
 
 @triton.jit
 def planes(x, WIDTH: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
-    """Tuple of fp16 planes of the bytes ``x``: 8 / WIDTH of them, or the five prefixes of trits (WIDTH 15).
+    """The planes of the bytes ``x``, float16 each: a tuple of 8 / WIDTH, or for trits (WIDTH 15) of the five prefixes.
 
     Plane p holds ``field_p * 2^(WIDTH p - 24)``, or if NORMAL ``(field_p - 2^(WIDTH - 1)) * 2^(WIDTH p)``, for 4 and 8 bits.
     """
@@ -185,7 +192,10 @@ def has_normal_planes(bits):
 
 @triton.jit
 def pair_rows(x):
-    """Pairs of planes of 8 rows (values of 3 bits, head size 64) become one of 16: row ``2 b + i`` is row b of plane i."""
+    """Every two planes [8, n] as one [16, n], as the tensor core wants it: row ``2 b + i`` is row b of plane i of the two.
+
+    For values of 3 bits at head size 64, whose single bits lie in eight bytes a token.
+    """
     out = ()
     for p in tl.static_range(len(x) // 2):
         both = tl.join(x[2 * p], x[2 * p + 1])

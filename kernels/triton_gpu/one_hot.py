@@ -1,6 +1,8 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, N806, RET505, RUF005
-"""Scales brought to their channels by dots with one-hot matrices, in the lanes where the tensor core wants them."""
+"""Scales and mids of groups brought to their channels by products with one-hot matrices, and RoPE in the same order of
+lanes.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +12,32 @@ import triton.language as tl
 
 @triton.constexpr_function
 def first_channel(n, planes, blocks, each):
-    """First channel of entry ``n`` when the planes of a block follow each other, then those of the next block."""
+    """First channel of entry ``n`` of a tuple that has all ``planes`` of the first of ``blocks`` blocks, then of the next.
+
+    ``each``: channels of an entry.
+    """
     return (n % planes * blocks + n // planes) * each
 
 
 @triton.jit
 def inverse(x):
-    """1 / x of a power of two."""
+    """1 / x where x is a power of two."""
     return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def one_hot(label, weight, G: tl.constexpr):
-    """[channels, G] fp16: ``weight`` where a channel's label is the column, else 0; a power of two, hence exact."""
+    """[channels, G] float16: ``weight`` where the column is the channel's label, else 0. Exact, for weights are powers
+    of two.
+    """
     return tl.where(tl.arange(0, G)[None, :] == label[:, None], weight, 0.0).to(tl.float16)
 
 
 @triton.jit
 def raw_place(i, ASM: tl.constexpr):
-    """Where ``in_place`` finds the number of place ``i``: a dot that brings it out there needs no exchange of lanes."""
+    """The order in which a product must make its columns so that ``in_place`` needs no exchange between lanes: column i is
+    number ``raw_place(i)``.
+    """
     if ASM:
         return (i & -16) | (((i >> 1) & 3) << 2) | (((i >> 3) & 1) << 1) | (i & 1)
     else:
@@ -37,10 +46,11 @@ def raw_place(i, ASM: tl.constexpr):
 
 @triton.jit
 def in_place(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
-    """``x`` [ROWS, COLUMNS] with its columns, made in the order of ``raw_place``, in their own order.
+    """``x`` [ROWS, COLUMNS], whose columns come in the order of ``raw_place``, with its columns in order.
 
-    A lane of a sum of the tensor core holds columns (2c, 2c+1) and (8+2c, 9+2c) of sixteen, of an operand made from bytes
-    4c .. 4c+3. Columns exchanged accordingly, the sum is an operand where it stands.
+    Of every sixteen columns, lane c of the four that share a row holds columns (2c, 2c+1) and (8+2c, 9+2c) of a tensor core's
+    sum, but 4c .. 4c+3 of an operand made from bytes. With columns exchanged accordingly the sum is an operand where it
+    stands.
     """
     if ASM:
         x = tl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2])
@@ -61,7 +71,7 @@ def in_raw(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def spread(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
-    """``a b`` in fp16, one term of each sum not zero."""
+    """``a b`` in float16, where one factor is one-hot: each sum has a single term that is not zero."""
     if ASM:
         return in_place(tl.dot(a, b, out_dtype=tl.float16), ROWS, COLUMNS, ASM)
     else:
@@ -70,9 +80,10 @@ def spread(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def turn_back(q_blocks, base, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, NH: tl.constexpr):
-    """Queries at COUNT channels from FIRST on and at those D / 2 further, turned back by the angles at ``base``.
+    """The queries at COUNT channels from FIRST on, and at those D / 2 further, turned back by the angles at ``base``: [COUNT,
+    NH] each.
 
-    In parts of 16 channels, all a warp holds without an exchange of lanes.
+    ``q_blocks`` has 16 channels an entry, as many as a warp can put side by side without an exchange between lanes.
     """
     H: tl.constexpr = D // 2
     at = base + FIRST + tl.arange(0, 16)
@@ -88,7 +99,7 @@ def turn_back(q_blocks, base, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.co
 
 @triton.jit
 def one_above(parts, ROWS: tl.constexpr, NH: tl.constexpr):
-    """One tensor [ROWS, NH] of one or two parts."""
+    """One tensor [ROWS, NH] of one part, or of two, the first above the second."""
     if len(parts) == 1:
         return parts[0]
     else:
@@ -97,5 +108,5 @@ def one_above(parts, ROWS: tl.constexpr, NH: tl.constexpr):
 
 @triton.jit
 def twice(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``x`` [ROWS, COLUMNS] above itself. No join: of those the compiler would make another order of channels."""
+    """``x`` [ROWS, COLUMNS] above itself. Not by a join: the compiler would put the channels of a join in another order."""
     return tl.reshape(tl.broadcast_to(tl.expand_dims(x, 0), [2, ROWS, COLUMNS]), [2 * ROWS, COLUMNS])

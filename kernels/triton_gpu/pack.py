@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806
-"""Quantize-and-pack: stored-basis keys and values in, codes and metadata out, each number read once."""
+"""Keys and values in the stored basis to codes and metadata in the pages, quantized on the way or before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from skvq.kernels.triton_gpu.quantize import fit_groups
 def store_bits(
     code, out, share, D: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr
 ):
-    """Write one plane set of ``code`` [32, D]: byte (t, b) at ``t * ROW + b * COLUMN`` gathers the planes of channel b."""
+    """Write one plane set, fields of WIDTH bits from bit SHIFT on, of ``code`` [32, D]; byte b of token t goes to ``out + t *
+    ROW + b * COLUMN``.
+    """
     count: tl.constexpr = 8 // WIDTH
     size: tl.constexpr = D // count
     field = tl.reshape((code >> SHIFT) & (2**WIDTH - 1), [32, count, size])
@@ -29,7 +31,7 @@ def store_bits(
 
 @triton.jit
 def store_codes(code, out, share, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Write codes [32, D] of share ``share`` of a tile, every plane set of them (not trits)."""
+    """Write every plane set of the codes [32, D] of share ``share`` of a tile; not for trits."""
     low: tl.constexpr = low_bits(BITS)
     size: tl.constexpr = D * low // 8
     store_bits(code, out, share, D, low, 0, size if BY_TOKEN else 1, 1 if BY_TOKEN else TILE)
@@ -39,7 +41,9 @@ def store_codes(code, out, share, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.
 
 @triton.jit
 def side_of_share(y_ptr, at, unit_ptr, clip_ptr, D: tl.constexpr, G: tl.constexpr, LEVELS: tl.constexpr):
-    """Codes [32, D] and metadata bytes [32 * G] of 32 tokens of one head: a row a group."""
+    """Quantize 32 tokens of one head from ``at`` on: codes int32 [32, D], scale and mid bytes int32 [32 * G], token by
+    token.
+    """
     size: tl.constexpr = D // G
     rows = tl.arange(0, 32 * G)
     y = tl.load(
@@ -53,7 +57,7 @@ def side_of_share(y_ptr, at, unit_ptr, clip_ptr, D: tl.constexpr, G: tl.constexp
 
 @triton.jit
 def codes_of_share(code_ptr, scale_ptr, mid_ptr, token, head, D: tl.constexpr, G: tl.constexpr):
-    """Codes [32, D] and metadata bytes [32 * G] of 32 tokens of one head, quantized before."""
+    """The same of tokens that are quantized: read from uint8 codes [T, KH, D], scale and mid bytes [T, KH, G]."""
     heads = tl.num_programs(1)
     t = token + tl.arange(0, 32)
     code = tl.load(code_ptr + (t[:, None].to(tl.int64) * heads + head) * D + tl.arange(0, D)[None, :]).to(tl.int32)
@@ -71,10 +75,10 @@ def pack_kernel(
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Write codes and metadata of one tile of one kv head, 32 tokens at a time.
+    """Codes and metadata of one tile of one kv head, keys and values, 32 tokens at a time.
 
-    ``key`` and ``value`` are float32 [T, KH, D] in the stored basis, or with QUANTIZED their codes uint8, with the bytes of
-    scale and mid beside them. Reads each once, writes (key_bits + value_bits) D / 8 + 4 G bytes a token.
+    ``key`` and ``value`` are float32 [T, KH, D], to be quantized here; or with QUANTIZED uint8 codes, with the bytes of scale
+    and mid beside them. Reads each once, writes (key_bits + value_bits) D / 8 + 4 G bytes a token.
     """
     TILES: tl.constexpr = in_page(TILE)
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -122,10 +126,11 @@ def launch_pack(
     pages: PackedPages, codec: HeadCodec | LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor,
     meta: tuple[Tensor, Tensor, Tensor, Tensor], retained: Tensor, *, quantized: bool,
 ) -> None:  # fmt: skip
-    """Keys and values [T, KH, D] in the stored basis to the pages of tokens ``first .. first+T-1``: whole tiles.
+    """Write T tokens [T, KH, D], given in the stored basis, to the pages as tokens ``first .. first+T-1``. Whole tiles only.
 
-    float32, and ``meta`` is not read; or where ``quantized`` codes uint8, and ``meta`` their bytes of scales and mids, uint8
-    [T, KH, G]: key scales, key mids, value scales, value mids.
+    Not ``quantized``: keys and values are float32, each code is rounded on its own, and ``meta`` is not read. ``quantized``:
+    they are uint8 codes, and ``meta`` has the bytes of key scales, key mids, value scales and value mids, uint8 [T, KH, G].
+    ``retained`` bool [T] marks the tokens whose packed copy attention skips.
     """
     layout, count = pages.layout, len(retained)
     assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)

@@ -31,11 +31,11 @@ def attend_packed_kernel(
     PART: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Both kinds of a sequence's regions in one launch: ``full_splits`` programs of a kv head and chunk take its 16-bit slots,
-    BLOCK at a time, ``splits`` its packed tiles.
+    """Attention over both regions of a sequence in one launch. For each kv head and chunk, ``full_splits`` programs take its
+    full-precision slots, BLOCK at a time, and ``splits`` programs its packed tiles.
 
-    The kernel before this one is ``prepare_heads_kernel``, which waits for all that was launched before it. So only what that
-    kernel writes has to be waited for: q, slots, tables of pages and positions are there.
+    Must follow ``prepare_heads_kernel`` in the stream: that kernel waits for all launched before it. So q, slots, page tables
+    and positions are there, and ``attend_tiles`` has to wait only for what that kernel itself writes.
     """
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
@@ -60,9 +60,10 @@ def launch_packed(
     card: Card, form: PackedForm, q: Tensor, prepared: Prepared, turn: Tensor, table: Tensor, pages: PackedPages,
     codec: HeadCodec, full: FullSlots, step: Step, columns: Columns, packed: Partials, held: Partials,
 ) -> None:  # fmt: skip
-    """Packed tiles to ``packed``, in the stored basis, and 16-bit slots to ``held``.
+    """Partial softmaxes over packed tiles to ``packed``, in the stored basis, and over full-precision slots to ``held``.
 
-    ``turn`` and ``table``: of ``RopeTables`` for parts of ``form.part`` tokens; anything where the codec has no key mean.
+    ``prepared`` is what ``launch_prepare`` made of this q. ``turn`` and ``table`` are those of ``RopeTables`` for parts of
+    ``form.part`` tokens, or any tensor where the codec has no key mean.
     """
     layout = pages.layout
     options = {"maxnreg": form.registers} if form.registers and not card.interpreted else {}

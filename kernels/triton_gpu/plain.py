@@ -68,7 +68,7 @@ def attend_plain_kernel(
 
 
 def launch_plain(card: Card, q: Tensor, pages: PlainPages, step: Step, columns: Columns, packed: Partials) -> None:
-    """16-bit pages to ``packed``."""
+    """Partial softmaxes over the 16-bit pages to ``packed``."""
     size = q.shape[3]
     assert pages.keys.shape[2] == PAGE_TOKENS and pages.keys.stride()[2:] == (size, 1), pages.keys.stride()
     assert pages.values.stride() == pages.keys.stride(), (pages.values.stride(), pages.keys.stride())

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
-"""Codes of groups of channels that are rounded one by one (``reference.quantize``)."""
+"""Groups of channels whose codes are rounded one by one (``reference.quantize``)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ REFINE_STEPS = tl.constexpr(reference.REFINE_STEPS)
 
 @triton.jit
 def nearest_code(y, scale, mid, LEVELS: tl.constexpr):
-    """Code of y [T, g] against scale and mid [T], as float32."""
+    """The codes, as float32, of y [T, g] under scale and mid [T]."""
     x = tl.div_rn(y - mid[:, None], tl.broadcast_to(scale[:, None], y.shape)) + (LEVELS - 1) / 2
     return (tl.minimum(tl.maximum(x, 0.0), LEVELS - 1.0) + ROUND) - ROUND
 
 
 @triton.jit
 def fit_groups(y, there, count, unit, clip, LEVELS: tl.constexpr):
-    """Codes [T, g] (int32), scale and mid bytes [T] (int32) of groups ``y`` [T, g]; ``reference.quantize``, step by step.
+    """Codes int32 [T, g], scale and mid bytes int32 [T] of groups ``y`` [T, g]: ``reference.quantize``, step by step.
 
-    Columns where ``there`` is false pad a group of ``count`` channels. ``unit`` and ``clip`` are scalars.
+    A group has ``count`` channels; columns where ``there`` is false are padding. ``unit`` and ``clip`` are scalars or [T].
     """
     half: tl.constexpr = (LEVELS - 1) / 2
     low = tl.min(tl.where(there, y, float("inf")), 1) * clip
@@ -56,10 +56,11 @@ def quantize_kernel(
     y_ptr, unit_ptr, clip_ptr, member_ptr, size_ptr, code_ptr, scale_ptr, mid_ptr, tokens, groups, stride_token, widest,
     LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Quantize BLOCK tokens of one group of channels.
+    """Quantize one group of channels, wherever they lie, of BLOCK tokens.
 
-    ``member`` int32 [groups, widest] names the channels of each group (``size`` of them); codes go back to their channels,
-    uint8 [T, channels], bytes of scale and mid to uint8 [T, groups]. Reads 4 bytes a number, writes 1 and 2 a group.
+    ``member`` int32 [groups, widest] names the channels of each group, ``size`` int32 [groups] counts them. Codes go to the
+    places of their channels, uint8 [T, channels], bytes of scale and mid to uint8 [T, groups]. Reads 4 bytes a number, writes
+    1, and 2 a group.
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = tl.program_id(1)

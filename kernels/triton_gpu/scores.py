@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RUF005, SIM108
-"""Scores of a tile of packed keys: dots on the codes, and the part that the mean of the keys has in them."""
+"""Scores of packed keys: products of the queries with the codes themselves, and what the mean of the keys adds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from skvq.kernels.triton_gpu.pages import block_rows, low_bits, row_bytes
 
 @triton.jit
 def bit_rows(base, ROWS: tl.constexpr, PERMUTED: tl.constexpr):
-    """Planes of single bits of 8 bytes a row, in pairs: column ``2 b + i`` of entry p is bit ``2 p + i`` of byte b.
+    """Planes of single bits, eight bytes a row, two planes to a tensor [ROWS, 16]: column ``2 b + i`` of entry p is bit ``2 p
+    + i`` of byte b, float16.
 
-    Every byte is loaded twice. ``pair_rows`` would do without, but of such operands Triton 3.7 contracts one half twice.
+    Every byte is loaded twice. ``pair_rows`` would avoid that, but of such operands Triton 3.7 multiplies one half twice.
     """
     r = perm4(tl.arange(0, ROWS), PERMUTED)
     c = tl.arange(0, 16)
@@ -33,7 +34,9 @@ def key_scores(
     base, SUB: tl.constexpr, q_low, q_high, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
     SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Raw scores ``q . code`` of share SUB of a tile: G tensors [SHARE, N]."""
+    """``q . code`` of SHARE tokens, share SUB of a tile, before scales and mids: a tuple of G tensors [SHARE, N], one a
+    group.
+    """
     low: tl.constexpr = low_bits(BITS)
     row: tl.constexpr = row_bytes(BITS, D)
     wide: tl.constexpr = block_rows(BITS, D, G)
@@ -52,7 +55,9 @@ def key_scores(
 
 @triton.jit
 def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, ASM: tl.constexpr):
-    """Raw scores ``q . code`` of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
+    """``q . code`` of a whole tile of trits, before scales and mids: for each of its five shares a tuple of G tensors
+    [32, N].
+    """
     prefix = zero_rows(5 * G, 32, N)
     for i in tl.static_range(D // 32):
         part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, False, False, ASM, ASM)
@@ -77,10 +82,11 @@ def mean_scores(
     turn, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES: tl.constexpr, STEPS: tl.constexpr,
     D: tl.constexpr, NH: tl.constexpr,
 ):  # fmt: skip
-    """``q . RoPE_t(mean)`` of the tokens of a part, a tuple of SHARES tensors [tokens, NH], up to a scale.
+    """``q . RoPE_t(mean)`` of the tokens of a part, up to a scale: a tuple of SHARES tensors [tokens, NH].
 
-    ``sum_j A_j cos(w_j t) + B_j sin(w_j t)`` with t = base + 32 a + j: A and B (``cosines``, ``sines`` [D/2, NH]) are turned to
-    each 32-token step of the part and contracted with one table of 32 places; pairs of steps share the columns of a dot.
+    With ``A`` and ``B`` [D/2, NH] (``cosines``, ``sines``, from ``prepare``) it is ``sum_j A_j cos(w_j t) + B_j sin(w_j t)``.
+    Let t = base + 32 a + place: A and B are turned by the angle of ``base + 32 a``, for each of the STEPS values of a, and
+    multiplied with one table of 32 places. Pairs of steps share the columns of a product.
     """
     j = tl.arange(0, D // 2)
     base_cos, base_sin = tl.load(turn + j)[:, None], tl.load(turn + D // 2 + j)[:, None]

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
-"""Decode attention over the full-precision slots, and what any attention over 16-bit tokens shares."""
+"""Decode attention over the full-precision slots; ``dense_step`` and ``load_columns`` serve the 16-bit pages too."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from skvq.kernels.triton_gpu.workspace import Partials
 
 @triton.jit
 def dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE: tl.constexpr):
-    """One block of tokens: scores [T, N] on the M rows, masked by ``seen``, added to the running softmax.
+    """The running softmax (maximum, weight, sum) after one more block of 16-bit tokens.
 
-    WIDE: dots in float32, for the interpreter, which knows no bfloat16 dot.
+    k and v [T, D], q [D, N], ``seen`` bool [T, N], sum [D, N]; ``scale`` includes the log2 of e. Tokens are the rows of the
+    product, of which tensor cores have more than columns.
     """
     if WIDE:
         k, v = k.to(tl.float32), v.to(tl.float32)
@@ -36,7 +37,7 @@ def dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE: tl.constexpr):
 
 @triton.jit
 def load_columns(q_ptr, column, row, head, heads, queries, repeat, D: tl.constexpr):
-    """q [D, N] in its own dtype; columns past the last query head are zero."""
+    """q [D, N] in its own dtype, column c of one kv head; zero past the last query head."""
     query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
     d = tl.arange(0, D)
     return tl.load(q_ptr + query[None, :] * D + d[:, None], mask=(column < queries * repeat)[None, :], other=0.0)
@@ -49,10 +50,10 @@ def attend_slots(
     head, row, chunk, split, splits,
     D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Partial attention of one kv head, one chunk of NH columns and one block share of a sequence's slots.
+    """Partial attention of one kv head and one chunk of NH columns over every ``splits``-th block of a sequence's slots.
 
-    Visible: ``0 <= held <= t`` and ``t - held < span``. An empty slot may hold anything, NaN included: it is read as zero.
-    Reads 4 D bytes a slot, writes NH rows of D + 2 floats.
+    A slot that holds position ``held`` is seen from position t if ``0 <= held <= t`` and ``t - held < span``. An empty slot
+    may hold anything, NaN included, and is read as zeros. Reads 4 D bytes a slot, writes NH rows of D + 2 floats.
     """
     column = chunk * NH + tl.arange(0, NH)
     d = tl.arange(0, D)
@@ -86,7 +87,7 @@ def attend_slots_kernel(
     stride_slot, stride_head, stride_token, stride_held, heads, chunks, queries, repeat, count, span, columns,
     D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``attend_slots``, one program a kv head, block share and chunk."""
+    """``attend_slots`` by itself: a program a kv head, split and chunk."""
     wait_for_inputs(PDL)
     attend_slots(
         q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
@@ -97,7 +98,7 @@ def attend_slots_kernel(
 
 
 def launch_slots(card: Card, q: Tensor, full: FullSlots, step: Step, columns: Columns, held: Partials) -> None:
-    """16-bit slots to ``held``, in a launch of their own."""
+    """Partial softmaxes over the full-precision slots to ``held``."""
     attend_slots_kernel[(columns.heads, held.splits, q.shape[0] * columns.chunks)](
         q, full.keys, full.values, full.positions, step.slots, step.positions, held.sums, held.statistics,
         *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,

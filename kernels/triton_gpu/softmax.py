@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505
-"""What softmaxes in base 2 share: constants, and the power."""
+"""What every softmax here needs: it is taken in base 2, and a score of NEVER stands for a token that is not seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEVER = tl.constexpr(-1.0e30)
 
 @triton.jit
 def exp2(x, ASM: tl.constexpr):
-    """2^x; one instruction where assembly is at hand (``tl.exp2`` spends three more on denormal results)."""
+    """2^x. One instruction with ASM; ``tl.exp2`` takes three more, for results that are subnormal."""
     if ASM:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:

@@ -1,6 +1,8 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505, RUF005
-"""Weighted sums of a tile of packed values, and how they become sums of channels in the end."""
+"""Weighted sums of packed values: products of the softmax weights with the codes themselves, made sums of channels at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ def value_share(
     base, SUB: tl.constexpr, weights, scale, low_sums, high_sums, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
     TILE: tl.constexpr, SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Add share SUB of a tile to the sums of every plane: (low_sums, high_sums) * scale + codes . weights."""
+    """The sums of every plane, times ``scale``, plus ``codes weights`` of share SUB of a tile: (low_sums, high_sums).
+
+    ``high_sums`` are those of the single bits of values of 3 bits, else ().
+    """
     low: tl.constexpr = low_bits(BITS)
     rows: tl.constexpr = row_bytes(BITS, D)
     wide: tl.constexpr = block_rows(BITS, D, G)
@@ -38,7 +43,11 @@ def value_trits(
     base, weights, scales, factor, sums, D: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of trits to the sums: ``sum_k P_k (D_k - 3 D_(k-1)) = sum_k (P_k - 3 P_(k+1)) D_k``, P in two halves."""
+    """The sums after one more tile of trits.
+
+    Planes are prefixes D_k, so ``sum_k P_k (D_k - 3 D_(k-1)) = sum_k (P_k - 3 P_(k+1)) D_k`` with the weights P of share k.
+    Those differences cancel, so they are given as two halves.
+    """
     columns = ()
     for g in tl.static_range(G):
         for k in tl.static_range(5):
@@ -58,7 +67,9 @@ def value_trits(
 
 @triton.jit
 def high_rows(y, PLANE: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr):
-    """Sums [16, NH] of the high bit of 3-bit codes in channel order, times four."""
+    """Sums [16, NH] over the single bits of values of 3 bits, in the order of the channels and times the 4 that the bit is
+    worth.
+    """
     y = first_of_pairs(y, 16, NH, PAD)
     if D == 64:
         a, b = tl.split(tl.permute(tl.reshape(y, [8, 2, NH]), (0, 2, 1)))
@@ -73,7 +84,10 @@ def store_sums(
     out, low_sums, high_sums, mids, unit_ptr, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
     NH: tl.constexpr, PAD: tl.constexpr, META: tl.constexpr, stride_column,
 ):  # fmt: skip
-    """Undo the places of the planes and write ``(sum p vs (code - half) + p vm) * unit`` of every channel."""
+    """Write ``(sum p vs (code - half) + p vm) * unit`` of every channel to ``out``: NH rows of D, ``stride_column`` apart.
+
+    Takes what the loop has summed: ``low_sums`` and ``high_sums`` by plane, of codes as loaded, and ``mids`` [NH] by group.
+    """
     low: tl.constexpr = low_bits(BITS)
     blocks: tl.constexpr = row_bytes(BITS, D) // EACH
     cumulative: tl.constexpr = BITS == 2 and G == 1

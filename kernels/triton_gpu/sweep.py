@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RUF005, SIM108
-"""Slopes of the error, and the sweep of coordinate descent that brings them to zero, code by code."""
+"""Slopes of the quantization error in the metric, and the sweep that moves each code to where its own slope vanishes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ EDGE = tl.constexpr(60000.0)  # errors stop here, thousands of steps large: halv
 
 @triton.jit
 def load_effects(table, block, group, D: tl.constexpr, G: tl.constexpr):
-    """What the codes of a group do to the slopes of ``block``, the two halves that a number is side by side: [D / G, 32]."""
+    """How the codes of a group change the slopes of a block: [D / G, 2 BLOCK], each number as two halves, BLOCK columns
+    apart.
+    """
     WIDTH: tl.constexpr = D // G
     at = tl.arange(0, WIDTH)[:, None] * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
     return tl.load(table + (block * D + group * WIDTH) * (2 * BLOCK) + at)
@@ -31,7 +33,10 @@ def slopes_of_errors(
     y, code, out, state, table, down, half, backwards, t, inside, stride, tokens, T: tl.constexpr, D: tl.constexpr,
     G: tl.constexpr,
 ):  # fmt: skip
-    """``matrix error`` to ``out``, channels from the last to the first where ``backwards``. Errors are two halves each."""
+    """``matrix error`` of T tokens to ``out``. ``backwards``: from the last channel to the first, as the factor is stored.
+
+    Errors are scaled by a power of two and split in two halves, so that the product is as good as one of float32.
+    """
     c = tl.arange(0, BLOCK)
     n = tl.arange(0, D)
     row = t[:, None] * stride
@@ -65,9 +70,12 @@ def slopes_of_errors(
 
 @triton.jit
 def replaced(steps, words, block, N: tl.constexpr):
-    """Steps by blocks, ``words`` [T, BLOCK / 2] those of one: pairs of halves, each 1536 and a step.
+    """``steps``, a tuple of blocks [T, BLOCK / 2], with those of block ``block`` replaced by ``words``, as ``settle`` returns
+    them.
 
-    A product with ones puts them where other products want them: neighbours of four in a thread."""
+    A product with a permutation matrix puts the new steps into the lanes where other products want them, four neighbours in a
+    thread, and takes off the 1536.
+    """
     c = tl.arange(0, BLOCK)
     place = c % 8 // 2 * 4 + c // 8 * 2 + c % 2
     one = tl.where(c[:, None] == place[None, :], 1.0, 0.0).to(tl.float16)
@@ -81,7 +89,7 @@ def replaced(steps, words, block, N: tl.constexpr):
 
 @triton.jit
 def group_effects(codes, table, block, down, D: tl.constexpr, G: tl.constexpr):
-    """``matrix codes`` in one block, group by group."""
+    """``matrix codes`` in one block, a tuple of G tensors [T, BLOCK]: what the codes of each group contribute."""
     PER: tl.constexpr = D // G // BLOCK
     out = ()
     for group in tl.static_range(G):
@@ -100,16 +108,18 @@ def group_effects(codes, table, block, down, D: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def load_slopes(slopes, block, t, inside, stride):
+    """The slopes of one block, [T, BLOCK]."""
     at = slopes + t[:, None] * stride + block * BLOCK + tl.arange(0, BLOCK)[None, :]
     return tl.load(at, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
 def settle(slopes, words, inner, inverse, top):
-    """Each code of a block moves to where its slope vanishes, one after another.
+    """Move each code of a block to where its slope vanishes, one after another.
 
-    ``slopes`` [T, BLOCK], ``words`` the codes, four words [T] of four; ``inner[i, j]``: what a step of i takes off the slope of
-    j. Returns the steps as pairs of halves [T, BLOCK / 2], each 1536 more, and the codes as words.
+    ``slopes`` [T, BLOCK]; ``words``: the codes, four words [T] of four bytes; ``inner[i, j]``: what one step of code i takes
+    off the slope of code j; ``inverse`` is 1 / scale, ``top`` the largest code. Returns the steps taken as pairs of halves [T,
+    BLOCK / 2], each plus 1536 (an integer added to the bits of 1536.0 is added to the number), and the new codes as words.
     """
     v = cut_all(cut_all(cut_all(cut(slopes), 2), 4), 8)
     new = ()
@@ -147,7 +157,10 @@ def sweep(
     word_ptr, slopes, state, table, inner, down, half, backwards, t, inside, stride, tokens, T: tl.constexpr, D: tl.constexpr,
     G: tl.constexpr,
 ):  # fmt: skip
-    """All codes once, BLOCK by BLOCK, from ``slopes`` before; ``backwards``: from the last channel to the first."""
+    """Go over all codes once, BLOCK by BLOCK; ``backwards``: from the last channel to the first.
+
+    ``slopes`` are those before the sweep. Codes are read and written at ``word_ptr``, four to a word.
+    """
     N: tl.constexpr = D // BLOCK
     steps = ()
     for _ in tl.static_range(N):

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: B007, N803, N806, RUF005, SIM102
-"""Packed attention of one program: scores and weighted sums taken on the codes themselves, nothing is dequantized."""
+"""Attention of one program over packed tiles. Products are taken of the codes themselves; nothing is dequantized."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ def attend_tiles(
     PART: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
+    """Partial softmax(q k^T) v of one kv head, one chunk of NH columns and one split of a sequence's tiles.
 
-    Score of token t, in units of 1 / scale: ``sum_g ks_g (q_g . code) + (km_g - half ks_g) sum q_g [+ q . RoPE_t(mean)]``;
-    weighted sum: ``sum_t p vs (code - half) + p vm``. Tokens are the M rows of both dots, query columns their N = NH * PAD.
-    One warp owns a program and goes over its tiles PART tokens at a time: a tile, or half of one where keys have no bits apart.
-    Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
-    writes NH rows of D + 2 floats. Bits 15 stand for 1.5.
+    With ks, km, vs, vm scales and mids of keys and values and ``half`` the middle of the codes, the score of token t, up to
+    the scale of ``prepare``, is ``sum_g ks_g (q_g . code) + (km_g - half ks_g) sum q_g [+ q . RoPE_t(mean)]`` over groups g.
+    The weighted sum is ``sum_t p vs (code - half) + p vm``. Tokens are the rows of both products, columns their N = NH * PAD
+    columns.
+
+    One warp owns a program and takes PART tokens at a time: a tile, or half of one where keys have no single bits apart. Reads
+    the codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token; writes NH rows of D + 2
+    floats.
     """
     SHARES: tl.constexpr = 5 if TILE == 160 else 1
     SHARE: tl.constexpr = PART // SHARES

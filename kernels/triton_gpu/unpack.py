@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RET505
-"""Unpacking to the stored basis: what streaming prefill stages, a tile a program."""
+"""Packed tiles back to numbers in the stored basis: what streaming prefill reads, 32 tokens a program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, low_bi
 
 @triton.jit
 def load_field(base, t, d, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Field (int32) of channels ``d`` [1, D] of tokens ``t`` [T, 1] of a tile: one plane set."""
+    """One field (int32) of channels ``d`` [1, D] and tokens ``t`` [T, 1] of a tile, from one plane set of WIDTH bits."""
     size: tl.constexpr = D * WIDTH // 8
     row: tl.constexpr = size if BY_TOKEN else 1
     column: tl.constexpr = 1 if BY_TOKEN else TILE
@@ -27,7 +27,7 @@ def load_field(base, t, d, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def load_codes(base, share, s, d, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, BY_TOKEN: tl.constexpr):
-    """Codes (int32) of tokens ``32 share + s`` [T, 1], channels ``d`` [1, D], of one tile."""
+    """Codes (int32) of tokens ``32 share + s`` [T, 1] and channels ``d`` [1, D] of one tile; for trits too."""
     if BITS == 15:
         byte = tl.load(base + (s * D + d if BY_TOKEN else d * 32 + s)).to(tl.int32)
         for _ in range(share):
@@ -44,7 +44,9 @@ def load_codes(base, share, s, d, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.
 
 @triton.jit
 def load_meta(meta, label, t, stride_head, G: tl.constexpr, TILE: tl.constexpr):
-    """Metadata words of tokens ``t`` [T, 1] for the groups ``label`` [1, D]; ``meta`` is the tile of kv head 0."""
+    """Metadata words of tokens ``t`` [T, 1] and groups ``label`` [1, D], counted over all kv heads; ``meta`` is that of kv
+    head 0.
+    """
     return tl.load(meta + (label // G) * stride_head + (label % G) * TILE + t)
 
 
@@ -55,10 +57,10 @@ def unpack_kernel(
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``mid + scale * (code - (levels - 1) / 2)`` of 32 tokens of one kv head, keys and values, float32 [T, KH, D].
+    """``mid + scale * (code - (levels - 1) / 2)`` of 32 tokens of one kv head, keys and values, to float32 [T, KH, D].
 
-    A channel's group is its label, also where groups are contiguous. The product is exact, hence every bit is that of the
-    reference. Reads the tile's share once, writes 8 bytes a channel and token.
+    A channel's group is its label, also where groups are contiguous. Every bit equals that of the reference, for scale times
+    code is exact in float32. Reads its share of a tile once, writes 8 bytes a channel and token.
     """
     TILES: tl.constexpr = in_page(TILE)
     tile, share = tl.program_id(0) // (TILE // 32), tl.program_id(0) % (TILE // 32)
@@ -91,7 +93,10 @@ def launch_unpack(
     pages: PackedPages, codec: HeadCodec | LabelCodec, page_row: Tensor, first: int, count: int,
     key_label: Tensor, value_label: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Keys and values [T, KH, D] float32 in the stored basis; labels int32 [KH * D], as ``LabelCodec`` has them."""
+    """Keys and values of tokens ``first .. first+count-1``, whole tiles, in the stored basis: new, float32 [T, KH, D].
+
+    Labels int32 [KH * D]: the group of each channel, counted over all kv heads, as ``LabelCodec`` has them.
+    """
     layout = pages.layout
     assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
     shape = (count, layout.kv_heads, layout.head_size)
