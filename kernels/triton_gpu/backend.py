@@ -37,8 +37,8 @@ from skvq.kernels.triton_gpu.plain import launch_plain
 from skvq.kernels.triton_gpu.prepare import launch_prepare
 from skvq.kernels.triton_gpu.quantize import quantize_labels
 from skvq.kernels.triton_gpu.slots import launch_slots
-from skvq.kernels.triton_gpu.unpack import decode_heads, launch_unpack
-from skvq.kernels.triton_gpu.workspace import RopeTables, Scratch, Tables
+from skvq.kernels.triton_gpu.unpack import unpack_heads, unpack_labels
+from skvq.kernels.triton_gpu.workspace import Partials, RopeTables, Scratch, Tables
 
 
 class TritonGpu:
@@ -65,8 +65,7 @@ class TritonGpu:
         columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
         form = self.tuning.form_of(layout, has_mean=mean, shared_bytes=card.shared_bytes)
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
-        packed = self.scratch.partials("packed", q, columns, splits)
-        held = self.scratch.partials("full", q, columns, full_splits(full))
+        packed, held = self._partials(q, columns, full, splits)
         if packed.splits:
             by_column = rows_by_column(layout.tile, layout.groups, has_mean=mean, has_span=has_span(step))
             prepared = launch_prepare(card, self.scratch, q, codec, layout, columns, by_column=by_column)
@@ -87,8 +86,7 @@ class TritonGpu:
             return reference.attend_plain(q, pages, full, step)
         columns = Columns.of(q, kv_heads, size, full, step)
         splits = splits_of(columns, step, PAGE_BLOCK, card.processors * PAGE_PROGRAMS)
-        packed = self.scratch.partials("packed", q, columns, splits)
-        held = self.scratch.partials("full", q, columns, full_splits(full))
+        packed, held = self._partials(q, columns, full, splits)
         if packed.splits:
             launch_plain(card, q, pages, step, columns, packed)
         launch_slots(card, q, full, step, columns, held)
@@ -106,8 +104,7 @@ class TritonGpu:
             groups, room = layout.kv_heads * layout.groups, card.block_bytes >> 10
             self._say_once(f"{groups} groups do not fit into the {room} KB that a block may share; a slower kernel computes")
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
-        packed = self.scratch.partials("packed", q, columns, splits)
-        held = self.scratch.partials("full", q, columns, full_splits(full))
+        packed, held = self._partials(q, columns, full, splits)
         if packed.splits:
             labels = self.tables.labels(codec, layout.kv_heads * layout.groups)
             rope = self._rope(codec, form.places, step.page_table.shape[1])
@@ -164,26 +161,21 @@ class TritonGpu:
     def unpack_heads(
         self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
     ) -> tuple[Tensor, Tensor]:
-        layout = pages.layout
-        if self._is_odd(layout.head_size, layout.group_size):
-            return reference.unpack_heads(pages, codec, page_row, first, count)
-        channels = torch.arange(layout.kv_heads * layout.head_size, device=page_row.device)
-        label = torch.div(channels, layout.group_size, rounding_mode="floor").to(torch.int32)
-        keys, values = launch_unpack(pages, codec, page_row, first, count, label, label)
-        return decode_heads(codec, first, keys, values)
+        unpack = reference.unpack_heads if self._is_odd(pages.layout.head_size, pages.layout.group_size) else unpack_heads
+        return unpack(pages, codec, page_row, first, count)
 
     def unpack_labels(
         self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int
     ) -> tuple[Tensor, Tensor]:
-        layout = pages.layout
-        if self._is_odd(layout.head_size, layout.group_size):
-            return reference.unpack_labels(pages, codec, page_row, first, count)
-        key_labels, value_labels = codec.key_labels.to(torch.int32), codec.value_labels.to(torch.int32)
-        keys, values = launch_unpack(pages, codec, page_row, first, count, key_labels, value_labels)
-        positions = torch.arange(first, first + count, device=keys.device)
-        return reference.rotary(keys, positions, codec.rope), values
+        unpack = reference.unpack_labels if self._is_odd(pages.layout.head_size, pages.layout.group_size) else unpack_labels
+        return unpack(pages, codec, page_row, first, count)
 
-    # --- tables and words ---------------------------------------------------------------------------------------------
+    # --- memory, tables, words ------------------------------------------------------------------------------------------
+
+    def _partials(self, q: Tensor, columns: Columns, full: FullSlots, splits: int) -> tuple[Partials, Partials]:
+        """Room for partial softmaxes over packed pages, of ``splits`` programs, and over full-precision slots."""
+        held = self.scratch.partials("full", q, columns, full_splits(full))
+        return self.scratch.partials("packed", q, columns, splits), held
 
     def _rope(self, codec: HeadCodec | LabelCodec, tile: int, pages: int) -> RopeTables:
         """Of tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""

@@ -111,13 +111,24 @@ def launch_unpack(
     return keys, values
 
 
-def decode_heads(codec: HeadCodec, first: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo bases and means of stored keys and values [T, KH, D], as ``reference.unpack_heads`` does."""
+def unpack_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """``Backend.unpack_heads``: keys after RoPE and values, float32 [T, KH, D], new. Bases and means are undone by torch."""
+    layout = pages.layout
+    channels = torch.arange(layout.kv_heads * layout.head_size, device=page_row.device)
+    label = torch.div(channels, layout.group_size, rounding_mode="floor").to(torch.int32)
+    keys, values = launch_unpack(pages, codec, page_row, first, count, label, label)
     if codec.has_basis:
         keys = torch.einsum("hij,thi->thj", codec.query_basis, keys)
         if codec.has_key_mean:
-            count = len(keys)
             positions = torch.arange(first, first + count, device=keys.device)
             keys = keys + reference.rotary(codec.key_mean.expand(count, -1, -1), positions, codec.rope)
         values = torch.einsum("hij,thj->thi", codec.output_basis, values) + codec.value_mean
     return keys, values
+
+
+def unpack_labels(pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """``Backend.unpack_labels``: keys after RoPE, which torch does, and values, float32 [T, KH, D], new."""
+    key_labels, value_labels = codec.key_labels.to(torch.int32), codec.value_labels.to(torch.int32)
+    keys, values = launch_unpack(pages, codec, page_row, first, count, key_labels, value_labels)
+    positions = torch.arange(first, first + count, device=keys.device)
+    return reference.rotary(keys, positions, codec.rope), values
