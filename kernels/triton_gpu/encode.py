@@ -34,8 +34,8 @@ def precise_dot(a, b, WIDE: tl.constexpr):
 
 @triton.jit
 def turned_mean(mean, turn_ptr, place_ptr, tile, place, other, rope_scale, D: tl.constexpr):
-    """One half of the key mean after RoPE, [TOKENS, D / 2]: ``other`` is -1 for the first half of the channels, 1 for the
-    second.
+    """One half of the key mean after RoPE, [TOKENS, D / 2]: ``other`` is -1 for the first half of the channels and 1 for the
+    other.
 
     The angle of a token is that of its tile's first token (row ``tile`` of ``turn``) plus that of its place in the tile (rows
     ``place`` [TOKENS] of ``place_ptr``).

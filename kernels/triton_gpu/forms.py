@@ -35,8 +35,7 @@ class Columns:
 
     @classmethod
     def of(cls, q: Tensor, kv_heads: int, size: int, full: FullSlots, step: Step) -> Columns:
-        """The columns of q [B, N, H, D], whose shape, dtype and strides are checked here, with all else that attention kernels
-        rely on.
+        """The columns of q [B, N, H, D]. All that attention kernels rely on is checked here: shapes, dtypes and strides.
 
         Up to four columns make chunks of four, which use half a tensor-core tile; more make chunks of eight, which use all of
         it.
@@ -86,8 +85,8 @@ def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> Pac
 
 
 def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
-    """Whether fragments of q are stored by column (``fragments.load_rows``). Decided by what the compiler did to the
-    registers.
+    """Whether fragments of q are stored by column (``fragments.load_rows``): where the compiler was seen to do better
+    with it.
     """
     return tile == 128 and not has_span and not (has_mean and groups > 1)
 

@@ -12,9 +12,7 @@ from skvq.kernels.triton_gpu.loaders import perm4, planes
 
 @triton.jit
 def first_of_pairs(x, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
-    """The real columns [ROWS, NH] of ``x`` [ROWS, NH * PAD]: with PAD 2 every other column is only there to fill the tensor
-    core.
-    """
+    """The real columns [ROWS, NH] of ``x`` [ROWS, NH * PAD]: with PAD 2 every other column only fills the tensor core."""
     if PAD == 2:
         real, _ = tl.split(tl.reshape(x, [ROWS, NH, 2]))
         return real
@@ -45,7 +43,7 @@ def load_planes(
     SKIP: tl.constexpr, WIDTH: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr,
     PERMUTED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Planes of BLOCKS byte blocks [ROWS, COLUMNS], a tuple in the order of the channels: plane p of block j is ``p * BLOCKS +
+    """Planes of BLOCKS byte blocks [ROWS, COLUMNS] in the order of the channels: plane p of block j is entry ``p * BLOCKS +
     j``.
 
     Byte (r, c) of block j lies at ``base + first + j * SKIP + r * ROW + c * COLUMN``. PERMUTED: rows are loaded in the order
@@ -89,9 +87,7 @@ def zero_rows(COUNT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def dots(a, b, sums):
-    """``sums`` plus products of the tuples ``a`` and ``b``: the first len(a) / len(sums) products to the first sum, and
-    so on.
-    """
+    """``sums`` plus the products of tuples ``a`` and ``b``: each sum takes len(a) / len(sums) of them, in order."""
     each: tl.constexpr = len(a) // len(sums)
     out = ()
     for g in tl.static_range(len(sums)):
@@ -104,9 +100,7 @@ def dots(a, b, sums):
 
 @triton.jit
 def dots_each(a, weights, scale, accumulators):
-    """``accumulators[i] * scale + a[i] weights[j]`` for every i; the first len(a) / len(weights) entries take j = 0, and so
-    on.
-    """
+    """``accumulators[i] * scale + a[i] weights[j]`` for every i: each j serves len(a) / len(weights) of them, in order."""
     each: tl.constexpr = len(a) // len(weights)
     out = ()
     for i in tl.static_range(len(a)):

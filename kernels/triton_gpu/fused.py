@@ -24,8 +24,7 @@ from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inpu
 
 @triton.jit
 def rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """``r / sqrt(mean(r^2) + eps) * weight`` of one row a program, where ``r`` is x, or with ADD x + delta, which goes to
-    ``total``.
+    """``r / sqrt(mean(r^2) + eps) * weight`` of one row; ``r`` is x, or with ADD ``x + delta``, which goes to ``total``.
 
     Reads and writes each number once. Rounds wherever torch rounds.
     """
@@ -50,9 +49,7 @@ def turn_kernel(
     heads, stride_q, stride_k, stride_v, stride_slot, stride_head, stride_token,
     D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """RoPE of one head of one row. A query head goes to ``out``; a key head goes to its slot, and its value is copied beside
-    it.
-    """
+    """RoPE of one head of one row. A query head goes to ``out``, a key head to its slot; its value is copied beside it."""
     wait_for_inputs(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, D // 2)
@@ -148,17 +145,13 @@ class TritonOps(TorchOps):
 
 
 def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
-    """Whether ``matvec`` multiplies x by this matrix: one vector, matrix and vector of the same 16-bit dtype. Else
-    torch does.
-    """
+    """Whether ``matvec`` multiplies x by this matrix: a single vector, both of one 16-bit dtype. All else is torch's."""
     few = x.numel() // x.shape[-1] <= matvec.FASTER_VECTORS
     return few and isinstance(linear, DenseLinear) and linear.weight.dtype == x.dtype and x.dtype in matvec.HALVES
 
 
 def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
-    """``rms_norm_kernel`` on contiguous x and delta; without ``add`` delta and total are not touched. The norm is new,
-    like x.
-    """
+    """``rms_norm_kernel`` on contiguous x and delta, to a new tensor. Without ``add`` delta and total are not touched."""
     width = x.shape[-1]
     assert weight.shape == (width,) and weight.is_contiguous() and weight.dtype == x.dtype, (weight.shape, weight.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -172,8 +165,8 @@ def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *
 def _turn(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """``turn_kernel`` on rows [R, 1, heads, D]: k and v go to ``places`` [R] of ``slots`` [R] in keys and values [S, KH, T,
-    D].
+    """``turn_kernel`` on rows [R, 1, heads, D]: k and v go to keys and values [S, KH, T, D], at ``slots`` [R] and ``places``
+    [R].
 
     Returns the turned q, new. cos and sin are float32 [R, 1, 1, D / 2].
     """

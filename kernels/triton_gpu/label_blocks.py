@@ -219,8 +219,9 @@ def launch_label_blocks(
     card: Card, form: LabelForm, q: Tensor, pages: PackedPages, codec: LabelCodec, labels: LabelTables, rope: RopeTables,
     step: Step, columns: Columns, packed: Partials,
 ) -> None:  # fmt: skip
-    """Partial softmaxes over the packed tiles, in the model's own basis, to ``packed``. ``rope``: of tiles of ``form.places``
-    tokens.
+    """Partial softmaxes over the packed tiles, in the model's own basis, to ``packed``.
+
+    ``rope``: tables of stretches of ``form.places`` tokens.
     """
     layout, groups = pages.layout, pages.layout.kv_heads * pages.layout.groups
     attend_labels_blocks_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](

@@ -103,9 +103,7 @@ def key_channels(
     key, meta, label, unit, share, s, t, d, stride_meta_head, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys before RoPE, float32 [32, n], of the tokens ``t`` [32, 1] at the channels ``d`` [1, n], whose labels and units are
-    given.
-    """
+    """Keys before RoPE, float32 [32, n], of tokens ``t`` [32, 1] at channels ``d`` [1, n] with the labels and units given."""
     word = load_meta(meta, label, t, stride_meta_head, G, TILE)
     code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - middle(BITS)
     return e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code

@@ -1,8 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, N806, RET505, RUF005
-"""Scales and mids of groups brought to their channels by products with one-hot matrices, and RoPE in the same order of
-lanes.
-"""
+"""Scales and mids of groups brought to their channels by products with one-hot matrices; RoPE in the same order of lanes."""
 
 from __future__ import annotations
 
@@ -27,17 +25,13 @@ def inverse(x):
 
 @triton.jit
 def one_hot(label, weight, G: tl.constexpr):
-    """[channels, G] float16: ``weight`` where the column is the channel's label, else 0. Exact, for weights are powers
-    of two.
-    """
+    """[channels, G] float16: ``weight`` where the column is the channel's label, else 0. Exact: weights are powers of two."""
     return tl.where(tl.arange(0, G)[None, :] == label[:, None], weight, 0.0).to(tl.float16)
 
 
 @triton.jit
 def raw_place(i, ASM: tl.constexpr):
-    """The order in which a product must make its columns so that ``in_place`` needs no exchange between lanes: column i is
-    number ``raw_place(i)``.
-    """
+    """Which number a product must have as column ``i``, so that ``in_place`` needs no exchange between lanes."""
     if ASM:
         return (i & -16) | (((i >> 1) & 3) << 2) | (((i >> 3) & 1) << 1) | (i & 1)
     else:
@@ -80,10 +74,10 @@ def spread(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def turn_back(q_blocks, base, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, NH: tl.constexpr):
-    """The queries at COUNT channels from FIRST on, and at those D / 2 further, turned back by the angles at ``base``: [COUNT,
-    NH] each.
+    """The queries at COUNT channels from FIRST on, and at those D / 2 further, turned back by the angles at ``base``.
 
-    ``q_blocks`` has 16 channels an entry, as many as a warp can put side by side without an exchange between lanes.
+    Two tensors [COUNT, NH]. ``q_blocks`` has 16 channels an entry, as many as a warp can put side by side without an exchange
+    between lanes.
     """
     H: tl.constexpr = D // 2
     at = base + FIRST + tl.arange(0, 16)

@@ -26,8 +26,8 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def prefetch(ptr, count):
-    """Ask for ``count`` bytes from ``ptr`` on to be brought to the L2 cache, and go on. Both multiples of 16. Only with PDL:
-    sm_90 on.
+    """Ask for ``count`` bytes from ``ptr`` on, both multiples of 16, to be brought to the L2 cache, and go on. sm_90 and
+    later.
     """
     tl.inline_asm_elementwise(
         "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; "

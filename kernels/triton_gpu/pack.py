@@ -18,8 +18,9 @@ from skvq.kernels.triton_gpu.quantize import fit_groups
 def store_bits(
     code, out, share, D: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr
 ):
-    """Write one plane set, fields of WIDTH bits from bit SHIFT on, of ``code`` [32, D]; byte b of token t goes to ``out + t *
-    ROW + b * COLUMN``.
+    """Write one plane set of ``code`` [32, D]: fields of WIDTH bits, from bit SHIFT of the codes on.
+
+    Byte b of token t goes to ``out + t * ROW + b * COLUMN``.
     """
     count: tl.constexpr = 8 // WIDTH
     size: tl.constexpr = D // count
@@ -41,9 +42,7 @@ def store_codes(code, out, share, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.
 
 @triton.jit
 def side_of_share(y_ptr, at, unit_ptr, clip_ptr, D: tl.constexpr, G: tl.constexpr, LEVELS: tl.constexpr):
-    """Quantize 32 tokens of one head from ``at`` on: codes int32 [32, D], scale and mid bytes int32 [32 * G], token by
-    token.
-    """
+    """Quantize 32 tokens of one head from ``at`` on: codes int32 [32, D]; scale and mid bytes int32 [32 * G], by token."""
     size: tl.constexpr = D // G
     rows = tl.arange(0, 32 * G)
     y = tl.load(

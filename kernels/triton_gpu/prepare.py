@@ -31,8 +31,9 @@ def power_of_two_scale(top):
 
 @triton.jit
 def load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D: tl.constexpr):
-    """q float32 [channels, columns], zero where not ``real``: column c is query head ``c % repeat`` at query ``c //
-    repeat``.
+    """q float32 [channels, columns], zero where not ``real``.
+
+    Column c is query head ``c % repeat`` of kv head ``head`` at query ``c // repeat``.
     """
     query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
     return tl.load(q_ptr + query[None, :] * D + channel[:, None], mask=real[None, :], other=0.0).to(tl.float32)
@@ -209,9 +210,7 @@ class Prepared:
 def launch_prepare(
     card: Card, scratch: Scratch, q: Tensor, codec: HeadCodec, layout: PageLayout, columns: Columns, *, by_column: bool
 ) -> Prepared:
-    """Queries [B, N, H, D] made ready for pages of this layout. The result lies in scratch memory: the next step overwrites
-    it.
-    """
+    """Queries [B, N, H, D] made ready for pages of this layout, in scratch memory: the next step overwrites them."""
     size, groups, width, bits = layout.head_size, layout.groups, columns.width, bits_code(layout.key_bits)
     programs = q.shape[0] * columns.chunks * columns.heads
     wide = max(width, 8)  # columns of the tensor core

@@ -14,10 +14,10 @@ from skvq.kernels.triton_gpu.pages import block_rows, low_bits, row_bytes
 
 @triton.jit
 def bit_rows(base, ROWS: tl.constexpr, PERMUTED: tl.constexpr):
-    """Planes of single bits, eight bytes a row, two planes to a tensor [ROWS, 16]: column ``2 b + i`` of entry p is bit ``2 p
-    + i`` of byte b, float16.
+    """Planes of single bits, eight bytes a row, two planes to a tensor [ROWS, 16] float16.
 
-    Every byte is loaded twice. ``pair_rows`` would avoid that, but of such operands Triton 3.7 multiplies one half twice.
+    Column ``2 b + i`` of entry p is bit ``2 p + i`` of byte b. Every byte is loaded twice: ``pair_rows`` would avoid that, but
+    of such operands Triton 3.7 multiplies one half twice.
     """
     r = perm4(tl.arange(0, ROWS), PERMUTED)
     c = tl.arange(0, 16)
@@ -34,9 +34,7 @@ def key_scores(
     base, SUB: tl.constexpr, q_low, q_high, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
     SHARE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """``q . code`` of SHARE tokens, share SUB of a tile, before scales and mids: a tuple of G tensors [SHARE, N], one a
-    group.
-    """
+    """``q . code`` of SHARE tokens, share SUB of a tile, before scales and mids: a tensor [SHARE, N] for each group."""
     low: tl.constexpr = low_bits(BITS)
     row: tl.constexpr = row_bytes(BITS, D)
     wide: tl.constexpr = block_rows(BITS, D, G)
@@ -55,8 +53,8 @@ def key_scores(
 
 @triton.jit
 def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, ASM: tl.constexpr):
-    """``q . code`` of a whole tile of trits, before scales and mids: for each of its five shares a tuple of G tensors
-    [32, N].
+    """``q . code`` of a whole tile of trits, before scales and mids: for each of five shares a tensor [32, N] for each
+    group.
     """
     prefix = zero_rows(5 * G, 32, N)
     for i in tl.static_range(D // 32):

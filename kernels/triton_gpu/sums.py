@@ -1,8 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505, RUF005
-"""Weighted sums of packed values: products of the softmax weights with the codes themselves, made sums of channels at
-the end.
-"""
+"""Weighted sums of packed values: products of softmax weights with the codes themselves, in the end sums of channels."""
 
 from __future__ import annotations
 
@@ -67,9 +65,7 @@ def value_trits(
 
 @triton.jit
 def high_rows(y, PLANE: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr):
-    """Sums [16, NH] over the single bits of values of 3 bits, in the order of the channels and times the 4 that the bit is
-    worth.
-    """
+    """Sums [16, NH] over the single bits of values of 3 bits, by channel, times 4, which is what that bit is worth."""
     y = first_of_pairs(y, 16, NH, PAD)
     if D == 64:
         a, b = tl.split(tl.permute(tl.reshape(y, [8, 2, NH]), (0, 2, 1)))

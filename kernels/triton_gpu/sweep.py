@@ -20,9 +20,7 @@ EDGE = tl.constexpr(60000.0)  # errors stop here, thousands of steps large: halv
 
 @triton.jit
 def load_effects(table, block, group, D: tl.constexpr, G: tl.constexpr):
-    """How the codes of a group change the slopes of a block: [D / G, 2 BLOCK], each number as two halves, BLOCK columns
-    apart.
-    """
+    """How the codes of a group change the slopes of a block, [D / G, 2 BLOCK]: a number is two halves, BLOCK columns apart."""
     WIDTH: tl.constexpr = D // G
     at = tl.arange(0, WIDTH)[:, None] * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
     return tl.load(table + (block * D + group * WIDTH) * (2 * BLOCK) + at)
@@ -70,7 +68,7 @@ def slopes_of_errors(
 
 @triton.jit
 def replaced(steps, words, block, N: tl.constexpr):
-    """``steps``, a tuple of blocks [T, BLOCK / 2], with those of block ``block`` replaced by ``words``, as ``settle`` returns
+    """``steps``, a tuple of blocks [T, BLOCK / 2], where those of block ``block`` are now ``words``, as ``settle`` returns
     them.
 
     A product with a permutation matrix puts the new steps into the lanes where other products want them, four neighbours in a

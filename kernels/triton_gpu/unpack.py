@@ -44,9 +44,7 @@ def load_codes(base, share, s, d, D: tl.constexpr, BITS: tl.constexpr, TILE: tl.
 
 @triton.jit
 def load_meta(meta, label, t, stride_head, G: tl.constexpr, TILE: tl.constexpr):
-    """Metadata words of tokens ``t`` [T, 1] and groups ``label`` [1, D], counted over all kv heads; ``meta`` is that of kv
-    head 0.
-    """
+    """Metadata words of tokens ``t`` [T, 1] and groups ``label`` [1, D] of all kv heads; ``meta`` is the tile of the first."""
     return tl.load(meta + (label // G) * stride_head + (label % G) * TILE + t)
 
 

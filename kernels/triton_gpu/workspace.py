@@ -27,7 +27,7 @@ class Partials:
 
 
 class Scratch:
-    """Buffers by name, which grow when a step needs more. None is ever freed or moved: a captured CUDA graph keeps their
+    """Buffers by name, which grow when a step needs more. None is freed or moved: a captured CUDA graph keeps their
     addresses.
     """
 
