@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.triton_gpu import (
     combine,
-    dense,
     encode,
     fused,
     label_blocks,
@@ -35,7 +34,10 @@ from skvq.kernels.triton_gpu import (
     merge,
     pack,
     packed,
+    plain,
     prepare,
+    quantize,
+    slots,
     unpack,
 )  # fmt: skip
 from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, packed_form, rows_by_column
@@ -89,7 +91,7 @@ class Measured:
 
 def attend_variant(
     name: str, *, limit: float, registers: int = 255, size: int = 128, key_bits: int = 2, value_bits: int = 2, groups: int = 1,
-    width: int = 4, span: bool = False, mean: bool = False, hopper: bool = False, normal: bool = False,
+    width: int = 4, span: bool = False, mean: bool = False, hopper: bool = False,
 ) -> Variant:  # fmt: skip
     """One form of ``attend_packed_kernel`` as the backend launches it; bits 15 stand for 1.5."""
     bits = [1.5 if b == 15 else float(b) for b in (key_bits, value_bits)]
@@ -97,7 +99,7 @@ def attend_variant(
     form = packed_form(layout, has_mean=mean, shared_bytes=(228 if hopper else 164) << 10)
     constants = {
         "D": size, "KEY_BITS": key_bits, "VALUE_BITS": value_bits, "G": groups, "NH": width, "TILE": layout.tile,
-        "PART": form.part, "KEY_NORMAL": normal, "VALUE_NORMAL": normal or value_bits in (4, 8), "HAS_SPAN": span,
+        "PART": form.part, "HAS_SPAN": span,
         "HAS_MEAN": mean, "BY_COLUMN": rows_by_column(layout.tile, groups, has_mean=mean, has_span=span), "BLOCK": SLOT_BLOCK,
         "ASM": True, "FP8": hopper, "PDL": hopper,
     }  # fmt: skip
@@ -128,7 +130,6 @@ def attend_variants(arch: int) -> list[Variant]:
         attend_variant("K4V4 g128", limit=2.2, key_bits=4, value_bits=4, hopper=hopper),
         attend_variant("K8V8 g128", limit=2.2, key_bits=8, value_bits=8, hopper=hopper),
         attend_variant("K2V2 g64, head 64", limit=2.2, registers=168, size=64, hopper=hopper),
-        attend_variant("K2V2 g128, normal numbers", limit=2.5, normal=True, hopper=hopper),
     ]
 
 
@@ -163,7 +164,7 @@ def other_variants(arch: int) -> list[Variant]:
     halves = {"q_ptr": HALVES, "key_ptr": HALVES, "value_ptr": HALVES, "out_ptr": HALVES}
     meta = 1.0 if arch >= 89 else 256.0
     pdl = {"PDL": arch >= 90}
-    prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "NORMAL": False, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
+    prepared = {"D": 128, "BITS": 2, "G": 1, "NH": 4, "META": meta, "HAS_BASIS": True, "HAS_MEAN": True}
     prepared |= {"BY_COLUMN": True, "ASM": True} | pdl
     combined = {"D": 128, "BLOCK": 128, "MOST": MAX_SPLITS, "FULL": FULL_SPLITS, "HAS_BASIS": True} | pdl
     sixteen = {"D": 128, "NH": 8, "WIDE": False} | pdl
@@ -178,8 +179,8 @@ def other_variants(arch: int) -> list[Variant]:
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
         Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
-        Variant("slots", dense.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
-        Variant("plain", dense.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
+        Variant("slots", slots.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
+        Variant("plain", plain.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
         Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 3, halves_too, 8192, 4.4),
         Variant("reorder K2V2 g64, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 2, 3, halves_too, 8192, 11.2),
         Variant(
@@ -203,7 +204,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("reorder, odd bits", labels.attend_labels_kernel, {**reorder, "VALUE_BITS": 3, "TILE": 128}, 4, 1, tensors),
         Variant("reorder K8V2", labels.attend_labels_kernel, {**reorder, "KEY_BITS": 8, "TILE": 128}, 4, 1, tensors),
         Variant("pack", pack.pack_kernel, {**tiled, "QUANTIZED": False}, 4, 1, {}),
-        Variant("quantize", pack.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
+        Variant("quantize", quantize.quantize_kernel, {"LEVELS": 4, "WIDTH": 256, "BLOCK": 16}, 8, 1, {"scale_ptr": BYTES}),
         *(
             Variant(f"lattice g{128 // g}", lattice.lattice_kernel, {"D": 128, "G": g, "T": 32}, 1, 1, lattice_pointers)
             for g in (1, 2)

@@ -238,6 +238,7 @@ class Properties:
     multi_processor_count = 2
     total_memory = 2**36
     shared_memory_per_multiprocessor = 164 << 10
+    shared_memory_per_block_optin = 163 << 10
 
 
 MERGE = dense.merge_on_card

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from skvq.kernels import dense
+from skvq.kernels.triton_gpu import overlap
 
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32",
@@ -92,5 +93,9 @@ def emulated(arch: int) -> Iterator[None]:
         with torch._C.DisableTorchFunction():
             launch(self, arch, grid, args, options)
 
-    with mock.patch.object(triton.JITFunction, "run", run), mock.patch.object(dense, "merge_on_card", MERGE):
+    with (
+        mock.patch.object(triton.JITFunction, "run", run),
+        mock.patch.object(dense, "merge_on_card", MERGE),
+        mock.patch.object(overlap, "driver_version", return_value=13000),
+    ):
         yield

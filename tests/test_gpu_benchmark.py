@@ -101,7 +101,7 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not bad
     assert found["gate prefill blocks torch.bfloat16"]["cudnn"] and found["prefill attention 256 product"]["cudnn"]
     assert all(found[f"prefill attention 256 {how}"]["same"] for how in ("flash", "cudnn", "product"))
-    assert found["subnormals"] == {"kept": True} and "decode step 300 graph" in found
+    assert found["gate subnormals"] == {"good": True} and "decode step 300 graph" in found
 
 
 def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu, matvec  # noqa: E402
+from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
 from skvq.kernels.triton_gpu.forms import PackedForm  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel  # noqa: E402
@@ -42,12 +43,16 @@ def arch(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
+def tuned(form: PackedForm) -> Tuning:
+    """Packed attention in that form, whatever the layout."""
+    return Tuning(form_of=lambda layout, **rest: form)
+
+
 def check_attend(method: str, part: int = 0, **options: Any) -> None:
     host, case = (make_case(**({"packed": (3,), "device": device} | options)) for device in ("cpu", "cuda"))
-    made = TritonGpu(torch.device("cuda"))
-    made.programs = 8
-    if part:
-        made.form_of = lambda layout, **rest: PackedForm(part=part, stages=2, registers=0, programs=12)
+    device = torch.device("cuda")
+    tuning = tuned(PackedForm(part=part, stages=2, registers=0, programs=12)) if part else Tuning()
+    made = TritonGpu(device, card=dataclasses.replace(Card.of(device), processors=1), tuning=tuning)
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(host.q.float(), *arguments(host, method))
     error, allowed = float((plain(out).float() - exact).abs().max()), 2 * torch_error(exact, host, method)
@@ -178,3 +183,20 @@ def test_fused_operations(arch: int, dtype: torch.dtype) -> None:
         assert float((got.float() - wanted.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * float(
             wanted.float().abs().max()
         )
+
+
+def test_keys_further_apart_than_32_bits_count(arch: int) -> None:
+    """A prompt's buffer of many heads: 2^31 numbers lie between the first and the last. Most of them are never touched."""
+    gen = torch.Generator().manual_seed(0)
+    apart, size = 2**30, 64
+    memory = torch.empty(2 * apart + 8 * size, dtype=BF16, device="cuda")
+    keys, values = (memory.as_strided((3, 4, size), (apart, 2 * size, 1), offset) for offset in (0, size))
+    joint = torch.randn(1, 2, 9, size, generator=gen).to(BF16).to("cuda")
+    q, k, v = joint.split([3, 3, 3], 2)
+    angle = (torch.rand(1, 2, 1, size // 2, generator=gen) * 6).to("cuda")
+    TritonOps().turn_to_buffer(q, k, v, angle.cos(), angle.sin(), keys, values, 1)
+    wanted = [torch.zeros(3, 4, size, dtype=BF16, device="cuda") for _ in range(2)]
+    TorchOps().turn_to_buffer(q, k, v, angle.cos(), angle.sin(), *wanted, 1)
+    for got, expected in zip((keys, values), wanted, strict=True):
+        off = (plain(got)[:, 1:3].float() - plain(expected)[:, 1:3].float()).abs().max()
+        assert float(off) <= 2 * torch.finfo(BF16).eps * float(plain(expected).float().abs().max())

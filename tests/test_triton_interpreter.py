@@ -22,13 +22,13 @@ QUICK = [
     "attend_others",
     "attend_formats",
     "label_ranges",
-    "normal_planes",
     "invariants",
     "packing",
     "lattice",
     "merging",
     "assembly_order",
     "odd_shapes",
+    "crowded_labels",
 ]
 
 

@@ -10,12 +10,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
-from skvq.kernels.triton_gpu import loaders, raised  # noqa: E402
+from skvq.kernels.layout import PageLayout  # noqa: E402
+from skvq.kernels.triton_gpu import loaders, metadata, overlap, raised  # noqa: E402
+from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, label_bytes, label_form  # noqa: E402
 
 
 def load_sass() -> ModuleType:
@@ -41,7 +44,6 @@ SPILLS = {  # bytes of stack, each with its reason; nothing of the default decod
     "lattice g128 on 80": 24,  # Triton 3.6 only; as that of g64
     "lattice g64": 56,  # addresses, outside of the loops over blocks of channels
     "quantize": 16,  # Triton 3.6 only; packing under labels
-    "K2V2 g128, normal numbers": 16,  # the fallback for tensor cores that flush subnormals
     "reorder K2V2 g64, 32 heads": 224,  # metadata of 64 groups; that of 16 fits
     "reorder K2V2 g64, 8 columns": 24,  # speculative queries, or eight heads that share keys
     "reorder K8V2": 176,  # keys in float32: right, and slow
@@ -149,7 +151,7 @@ def run_assembly(text: str, *words: int) -> dict[int, int]:
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 15])
 @pytest.mark.parametrize("form", ["", "_CUMULATIVE", "_NORMAL"])
 def test_assembly_equals_the_portable_form(width: int, form: str) -> None:
-    if (form == "_CUMULATIVE" and width != 2) or (form == "_NORMAL" and width == 15):
+    if (form == "_CUMULATIVE" and width != 2) or (form == "_NORMAL" and width not in (4, 8)):
         return
     text = getattr(loaders, f"ASM_{'TRIT' if width == 15 else width}{form}").value
     exponent = 0x6400 if form == "_NORMAL" else 0
@@ -171,7 +173,7 @@ def test_assembly_equals_the_portable_form(width: int, form: str) -> None:
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_assembly_of_raised_planes(width: int) -> None:
     """Fields of the four bytes of a word, in order, each as the half that is ``raised`` times as much."""
-    text = getattr(raised, f"ASM_{width}").value
+    text = getattr(raised, f"RAISED_{width}").value
     rng = np.random.default_rng(0)
     for word in [0, 0xFFFFFFFF, *rng.integers(0, 2**32, 50).tolist()]:
         got = run_assembly(text, word)
@@ -184,7 +186,7 @@ def test_assembly_of_raised_planes(width: int) -> None:
 @pytest.mark.parametrize("values", [False, True])
 def test_assembly_of_metadata_halves(values: bool) -> None:
     """Two words of E4M3 bytes: pairs of scales, those of keys without their flag, and of mids, as halves times 2^-8."""
-    text = (loaders.ASM_HALVES_HIGH if values else loaders.ASM_HALVES_LOW).value
+    text = (metadata.ASM_HALVES_HIGH if values else metadata.ASM_HALVES_LOW).value
     rng = np.random.default_rng(0)
     for pair in (rng.integers(0, 2**32, (50, 2)) & (0xFF7FFFFF if values else 0xFFFFFFFF)).tolist():
         scales, mids = (run_assembly(text, *pair)[i] for i in range(2))
@@ -192,3 +194,42 @@ def test_assembly_of_metadata_halves(values: bool) -> None:
             scale, mid = (word >> (16 if values else 0)) & 0xFF, (word >> (24 if values else 8)) & 0xFF
             assert (scales >> (16 * lane)) & 0xFFFF == (scale & 0x7F) << 7, hex(word)
             assert (mids >> (16 * lane)) & 0xFFFF == (mid & 0x7F) << 7 | (mid & 0x80) << 8, hex(word)
+
+
+def many_groups(kv_heads: int, key_bits: float = 2.0, value_bits: float = 2.0) -> PageLayout:
+    return PageLayout(head_size=128, kv_heads=kv_heads, key_bits=key_bits, value_bits=value_bits, group_size=64)
+
+
+@pytest.mark.parametrize(("name", "layout"), [
+    ("reorder K2V2 g64", many_groups(8)), ("reorder K2V2 g64, 32 heads", many_groups(32)),
+    ("reorder K4V8 g64", many_groups(8, 4.0, 8.0)),
+])  # fmt: skip
+def test_shared_memory_of_labels_is_foreseen(name: str, layout: PageLayout) -> None:
+    [variant] = [v for v in sass.other_variants(80) if v.name == name]
+    shared = sass.compile_variant(variant, 80).metadata.shared
+    assert shared <= label_bytes(layout) <= shared + SHARED_MARGIN
+
+
+ADA, AMPERE, HOPPER = 101_376, 166_912, 232_448  # bytes that a block may have
+
+
+@pytest.mark.parametrize(("layout", "room", "blocks"), [
+    (many_groups(8), ADA, True), (many_groups(32), ADA, True), (many_groups(64), ADA, False),
+    (many_groups(64), AMPERE, True), (many_groups(64, 4.0, 8.0), AMPERE, True), (many_groups(128), AMPERE, False),
+    (many_groups(128), HOPPER, False), (many_groups(8, 3.0, 2.0), HOPPER, False),
+])  # fmt: skip
+def test_groups_that_do_not_fit_take_the_other_kernel(layout: PageLayout, room: int, blocks: bool) -> None:
+    form = label_form(layout, shared_bytes=228 << 10, block_bytes=room)
+    assert (form.blocks, form.crowded) == (blocks, not blocks and layout.key_bits != 3)
+
+
+@pytest.mark.parametrize(("capability", "driver", "wanted"), [
+    ((8, 0), 13000, False), ((8, 9), 13000, False), ((9, 0), 12020, False), ((9, 0), 12030, True), ((10, 3), 13000, True),
+    ((12, 0), 13000, False), ((12, 1), 13000, False),
+])  # fmt: skip
+def test_where_launches_overlap(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: int, wanted: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(overlap, "driver_version", lambda: driver)
+    assert overlap.overlaps(torch.device("cuda")) is wanted and not overlap.overlaps(torch.device("cpu"))

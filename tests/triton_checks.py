@@ -5,7 +5,9 @@ A process of its own, because Triton reads TRITON_INTERPRET when a kernel is dec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import os
 import sys
@@ -25,27 +27,38 @@ from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
 from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import TritonGpu, label_blocks, loaders, matvec, packed, prepare, raised, tiles
-from skvq.kernels.triton_gpu.forms import PackedForm
+from skvq.kernels.triton_gpu import (
+    TritonGpu,
+    fragments,
+    label_blocks,
+    loaders,
+    matvec,
+    metadata,
+    prepare,
+    raised,
+    softmax,
+    tiles,
+)
+from skvq.kernels.triton_gpu.card import Card, Tuning
+from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, PackedForm, label_bytes
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.merge import merge_parts
 from skvq.kernels.triton_gpu.metric import MetricTables
 
-PROGRAMS = 12  # splits enough to be uneven
+CPU = torch.device("cpu")
 
 
 def backend() -> TritonGpu:
-    made = TritonGpu(torch.device("cpu"))
-    made.programs = PROGRAMS
-    return made
+    return TritonGpu(CPU)
 
 
 def check_attend(method: str, part: int = 0, **options: object) -> None:
     """``part``: tokens that packed attention takes at a time, if not as it likes."""
     case, made = make_case(**options), backend()  # type: ignore[arg-type]
     if part:
-        made.form_of = lambda layout, **rest: PackedForm(part=part, stages=2, registers=0, programs=12)
+        form = PackedForm(part=part, stages=2, registers=0, programs=12)
+        made = TritonGpu(CPU, tuning=Tuning(form_of=lambda layout, **rest: form))
     out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
     exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
     error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
@@ -132,18 +145,18 @@ def assembly_order() -> None:
 
     The interpreter has none, so its functions are replaced by their portable form, after that exchange.
     """
-    portable = {name: getattr(loaders, name) for name in ("planes", "metadata", "meta_halves")}
+    portable = {"planes": loaders.planes, "metadata": metadata.metadata, "meta_halves": metadata.meta_halves}
     raised_planes = raised.raised_planes
-    slow_exp2, near_dot = tiles.exp2, prepare.near_dot
+    slow_exp2, near_dot = softmax.exp2, prepare.near_dot
 
     def planes(x: tl.tensor, *rest: object) -> object:
         data = x.handle.data
         swapped = data.reshape(*data.shape[:-1], -1, 4)[..., [0, 2, 1, 3]].reshape(data.shape)
         return portable["planes"](tl.tensor(type(x.handle)(swapped, x.handle.dtype), x.type), *rest[:-1], False)
 
-    tiles.planes = planes
-    tiles.exp2 = packed.exp2 = label_blocks.exp2 = lambda x, asm: slow_exp2(x, False)
-    packed.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
+    fragments.planes = planes
+    tiles.exp2 = label_blocks.exp2 = lambda x, asm: slow_exp2(x, False)
+    tiles.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
     label_blocks.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
     raised.raised_planes = lambda x, width, asm: raised_planes(x, width, False)
     prepare.near_dot = lambda a, b, parts, wide: near_dot(a, b, parts, True)  # it knows no bfloat16 dot either
@@ -154,8 +167,7 @@ def assembly_order() -> None:
         ("heads", {"packed": (2,), "key_bits": 3.0, "value_bits": 1.5, "size": 64, "repeat": 8}),
     ):
         case = make_case(**options)  # type: ignore[arg-type]
-        made = backend()
-        made.interpreted = False
+        made = TritonGpu(CPU, card=dataclasses.replace(Card.of(CPU), interpreted=False))
         out, _ = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
         exact, _ = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
         error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
@@ -174,16 +186,6 @@ def attend_formats(step: int = 7) -> None:
 
 def every_format() -> None:
     attend_formats(1)
-
-
-def normal_planes() -> None:
-    """The fallback for tensor cores that flush subnormals."""
-    for key_bits, value_bits in ((2.0, 2.0), (1.5, 1.5), (3.0, 3.0), (4.0, 8.0)):
-        case = make_case(key_bits=key_bits, value_bits=value_bits, packed=(1,), group_size=64)
-        made = TritonGpu(torch.device("cpu"), subnormals=False)
-        out, _ = made.attend_heads(case.q, case.pages, case.heads, case.full, case.step)
-        exact, _ = reference.attend_heads(case.q.float(), case.pages, case.heads, case.full, case.step)
-        assert float((out.float() - exact).abs().max()) <= 2 * torch_error(exact, case, "heads")
 
 
 def invariants() -> None:
@@ -297,6 +299,20 @@ def odd_shapes() -> None:
     case = make_case(size=32, group_size=32, packed=(1,), kv_heads=2)
     out, _ = backend().attend_heads(case.q, case.pages, case.heads, case.full, case.step)
     assert torch.equal(out, reference.attend_heads(case.q, case.pages, case.heads, case.full, case.step)[0])
+
+
+def crowded_labels() -> None:
+    """Groups that do not fit into shared memory: the slower kernel computes them, and one word is said."""
+    case = make_case(packed=(1,), group_size=64)
+    small = dataclasses.replace(Card.of(CPU), block_bytes=label_bytes(case.layout))
+    exact, _ = reference.attend_labels(case.q.float(), *arguments(case, "labels"))
+    for card, words in ((small, 1), (dataclasses.replace(small, block_bytes=small.block_bytes + SHARED_MARGIN), 0)):
+        made, said = TritonGpu(CPU, card=card), io.StringIO()
+        with contextlib.redirect_stderr(said):
+            outs = [made.attend_labels(case.q, *arguments(case, "labels"))[0] for _ in range(2)]
+        assert said.getvalue().count("\n") == said.getvalue().count("a slower kernel computes") == words, said.getvalue()
+        for out in outs:
+            assert float((out.float() - exact).abs().max()) <= 2 * torch_error(exact, case, "labels")
 
 
 def fused_operations() -> None:
@@ -494,9 +510,8 @@ def on_a_card() -> None:
 CHECKS = {
     check.__name__: check
     for check in (
-        attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, normal_planes, invariants,
-        packing, odd_shapes,
-        fused_operations, matrices, lattice, merging, label_ranges, assembly_order, decode_steps, on_a_card,
+        attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, invariants, packing, odd_shapes,
+        crowded_labels, fused_operations, matrices, lattice, merging, label_ranges, assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip
 

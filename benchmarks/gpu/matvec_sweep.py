@@ -20,6 +20,7 @@ from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import matvec
 from skvq.kernels.triton_gpu.fused import TritonOps
+from skvq.kernels.triton_gpu.overlap import overlaps
 
 Seconds = Callable[[Callable[[], Any]], tuple[float, float]]
 Step = Callable[..., Any]
@@ -153,7 +154,7 @@ def tilings(product: Product) -> Iterator[matvec.Tiling]:
 
 def sweep(step: Step, seconds_of: Seconds, names: tuple[str, ...] = tuple(MISTRAL), vectors: int = 1) -> None:
     """Every tiling of every shape; the best three again with launches that overlap; and what was best."""
-    overlaps = torch.cuda.get_device_capability()[0] >= 9
+    early = overlaps(torch.device("cuda"))
     for name in names:
         product = make_product(name, vectors)
         step(
@@ -171,7 +172,7 @@ def sweep(step: Step, seconds_of: Seconds, names: tuple[str, ...] = tuple(MISTRA
 
         found = [tried(tiling) for tiling in tilings(product)]
         found.sort(key=lambda item: -item[0])
-        found += [tried(dataclasses.replace(tiling, early=True)) for _, _, tiling in found[:3] if overlaps]
+        found += [tried(dataclasses.replace(tiling, early=True)) for _, _, tiling in found[:3] if early]
         for gbps, label, _ in sorted(found, key=lambda item: -item[0])[:5]:
             print(f"  {gbps:5.0f} GB/s  {label}", flush=True)
         torch.cuda.empty_cache()

@@ -43,6 +43,7 @@ from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
+from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
 from skvq.kernels.triton_gpu.forms import PackedForm, packed_form  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
 
@@ -63,7 +64,6 @@ CORE = [
     (3.0, 3.0, 128, 128),
     (2.0, 2.0, 64, 64),
 ]
-SETTINGS = {"subnormals": True}  # what the first step finds
 TIMED = [(2.0, 2.0, 128, False), (2.0, 2.0, 64, True), (2.0, 1.5, 128, False), (2.0, 2.0, 64, False), (2.0, 2.0, 128, True)]
 
 
@@ -128,13 +128,13 @@ def _subnormal_kernel(a_ptr, b_ptr, out_ptr):
 
 
 def subnormals() -> dict[str, Any]:
-    """Whether tensor cores keep fp16 subnormals: codes 0..255 as halves against small integers, exactly."""
+    """Whether tensor cores keep fp16 subnormals, as packed attention needs: codes 0..255 by small integers, exactly."""
     codes = torch.arange(256, device=DEVICE, dtype=torch.uint8).view(16, 16)
     other = torch.arange(-64, 64, device=DEVICE).view(16, 8).half()
     out = torch.empty(16, 8, device=DEVICE)
     _subnormal_kernel[(1,)](codes, other, out, num_warps=1)
     wanted = (codes.double() @ other.double() * 2.0**-24).float()
-    return {"kept": bool(torch.equal(out, wanted))}
+    return {"good": bool(torch.equal(out, wanted))}
 
 
 def seconds_of(work: Callable[[], Any], repeats: int = 20) -> tuple[float, float]:
@@ -226,8 +226,7 @@ def is_green(value: Any) -> bool:
 
 
 def backend() -> TritonGpu:
-    """As this card's tensor cores want it."""
-    return TritonGpu(DEVICE, subnormals=SETTINGS["subnormals"])
+    return TritonGpu(DEVICE)
 
 
 def check_packing(key_bits: float, value_bits: float, method: str, lattice: bool = False) -> dict[str, Any]:
@@ -480,17 +479,17 @@ class Decoder:
 def sweep(log: Log, form: tuple[float, float, int, bool], context: int, copy_gbps: float) -> None:
     """Ways to go over the tiles of a format beside the one that the product takes."""
     kb, vb, group, mean = form
-    cases, made = arena("mistral-7b", context, *form), backend()
-    chosen = packed_form(cases[0].layout, has_mean=mean, shared_bytes=made.shared_bytes)
+    cases = arena("mistral-7b", context, *form)
+    chosen = packed_form(cases[0].layout, has_mean=mean, shared_bytes=Card.of(DEVICE).shared_bytes)
     halves = (64, 128) if chosen.part in (64, 128) and kb != 3 else (chosen.part,)
     for part, stages, registers, programs in itertools.product(halves, (2, 3), (0, 168), (8, 12)):
         tried = PackedForm(part=part, stages=stages, registers=registers, programs=programs)
-        made.form_of = lambda layout, tried=tried, **rest: tried
+        made = TritonGpu(DEVICE, tuning=Tuning(form_of=lambda layout, tried=tried, **rest: tried))
         mark = " (chosen)" if tried == chosen else ""
         log.step(
             f"sweep {context} K{kb:g}V{vb:g} g{group}{' mean' if mean else ''} part {part} stages {stages} "
             f"registers {registers} programs {programs}{mark}",
-            lambda: time_attention(cases, made, copy_gbps, context),
+            lambda made=made: time_attention(cases, made, copy_gbps, context),
             8,
         )
 
@@ -513,7 +512,7 @@ def attention(log: Log, shape: str, form: tuple[float, float, int, bool], copy_g
 
 
 def measure(log: Log) -> None:
-    SETTINGS["subnormals"] = log.step("subnormals", subnormals).get("kept", True)
+    gate(log, "subnormals", subnormals)
     copy_gbps = log.step("copy", copy_bandwidth).get("gbps", math.nan)
     attention(log, "mistral-7b", TIMED[0], copy_gbps)
     matvec_sweep.measure(log.step, seconds_of)

@@ -1,42 +1,48 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
-"""One softmax from partial ones: packed splits, the output basis, full-precision splits."""
+"""The last kernel of attention: partial softmaxes become one, and the output basis is applied to the packed part."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, Columns
+from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.prepare import load_matrix
-
-NEVER = tl.constexpr(-1.0e30)
-LN2 = tl.constexpr(0.6931471805599453)
+from skvq.kernels.triton_gpu.softmax import LN2, NEVER
+from skvq.kernels.triton_gpu.workspace import Partials
 
 
 @triton.jit
 def load_sums(part, splits, start, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums [BLOCK, D] of splits ``start`` and on, zero past the last."""
+    """Sums [BLOCK, D] of the splits from ``start`` on; zeros past the last split."""
     s = start + tl.arange(0, BLOCK)
     return tl.load(part + s[:, None] * D + tl.arange(0, D)[None, :], mask=(s < splits)[:, None], other=0.0)
 
 
 @triton.jit
 def load_maxima(stat, splits, start, BLOCK: tl.constexpr):
-    """Maxima [BLOCK], log2, of splits ``start`` and on."""
+    """Maxima of the scores [BLOCK], log2, of the splits from ``start`` on; NEVER past the last split."""
     s = start + tl.arange(0, BLOCK)
     return tl.load(stat + s * 2, mask=s < splits, other=NEVER)
 
 
 @triton.jit
 def factors(maxima, top):
-    """What sums count for beside a maximum: those of a split that saw nothing are sums of nothing, whatever its maximum."""
+    """What each split's sum is multiplied by when ``top`` is the common maximum.
+
+    Zero where a split saw no token: what it left counts for nothing, whatever its maximum.
+    """
     return tl.where(maxima > NEVER * 0.5, tl.exp2(maxima - top), 0.0)
 
 
 @triton.jit
 def total_weight(stat, splits, MOST: tl.constexpr):
-    """Weight and log2 of the maximum of up to MOST partial sums."""
+    """Sum of the softmax weights of up to MOST splits, and the common maximum (log2) that it is relative to."""
     maxima = load_maxima(stat, splits, 0, MOST)
     s = tl.arange(0, MOST)
     weight = tl.load(stat + s * 2 + 1, mask=s < splits, other=0.0)
@@ -50,11 +56,12 @@ def combine_kernel(
     splits, full_splits, columns, queries, heads, repeat,
     D: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, FULL: tl.constexpr, HAS_BASIS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``out = (w_p (B sum_p + l_p mean) + w_f sum_f) / (w_p l_p + w_f l_f)`` and the log-sum-exp of one query and head.
+    """Output and log-sum-exp of one query head at one query position.
 
-    B is the output basis: packed splits are in the stored basis, full-precision ones in that of the model. There are up to
-    MOST of the former and FULL of the latter. Reads ``(splits + full_splits) (D + 2)`` floats and one [D, D] matrix, writes D
-    numbers.
+    ``out = (w_p (B sum_p + l_p mean) + w_f sum_f) / (w_p l_p + w_f l_f)``, where p stands for the packed tokens, f for those
+    in full precision, l is a sum of weights and w brings it to the common maximum. B is the output basis: sums over packed
+    tokens are in the stored basis, those over full-precision ones in the model's own. At most MOST splits of p and FULL of f.
+    Reads (splits + full_splits) (D + 2) floats and one [D, D] matrix, writes D numbers.
     """
     program = tl.program_id(0)  # ((row * queries) + query) * heads * repeat + head * repeat + r
     r = program % repeat
@@ -90,3 +97,23 @@ def combine_kernel(
     result = (acc * a + full * b) / safe
     tl.store(out_ptr + program.to(tl.int64) * D + d, tl.where(seen, result, 0.0).to(out_ptr.dtype.element_ty))
     tl.store(lse_ptr + program, tl.where(seen, (new + tl.log2(safe)) * LN2, float("-inf")))
+
+
+def launch_combine(
+    card: Card, q: Tensor, columns: Columns, packed: Partials, held: Partials, basis: Tensor, mean: Tensor, *, has_basis: bool
+) -> tuple[Tensor, Tensor]:
+    """The output [B, N, H, D] in q's dtype and the log-sum-exp float32 [B, N, H], both new.
+
+    ``packed`` and ``held`` are the partial softmaxes over packed pages and over full-precision slots. ``basis`` [KH, D, D] and
+    ``mean`` [KH, D] are not read unless ``has_basis``.
+    """
+    batch, queries, heads, size = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
+    combine_kernel[(batch * queries * heads,)](
+        packed.sums, packed.statistics, held.sums, held.statistics, basis, mean, out, lse, packed.splits, held.splits,
+        columns.total, queries, columns.heads, columns.repeat,
+        D=size, BLOCK=64 if packed.splits <= 64 else 128, MOST=MAX_SPLITS, FULL=FULL_SPLITS, HAS_BASIS=has_basis,
+        num_warps=8, **overlapping(card.pdl),
+    )  # fmt: skip
+    return out, lse

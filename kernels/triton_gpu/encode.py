@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RET505
-"""Keys and values to the basis they are stored in (``reference.encode_heads``), one launch."""
+"""Keys and values before packing: means are subtracted and the basis applied (``reference.encode_heads``), in one launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = tl.constexpr(32)  # of the stored basis at a time
 
 @triton.jit
 def precise_dot(a, b, WIDE: tl.constexpr):
-    """``a b`` as good as float32: three bfloat16 numbers each, of any range. WIDE: for the interpreter, which knows none."""
+    """``a b`` to float32's precision on tensor cores: each number is cut into three bfloat16 numbers, so any range will do."""
     if WIDE:
         return tl.dot(a, b, input_precision="ieee")
     else:
@@ -34,7 +34,12 @@ def precise_dot(a, b, WIDE: tl.constexpr):
 
 @triton.jit
 def turned_mean(mean, turn_ptr, place_ptr, tile, place, other, rope_scale, D: tl.constexpr):
-    """One half of the mean after RoPE [TOKENS, D / 2]: ``other`` is -1 for the first and 1 for the second."""
+    """One half of the key mean after RoPE, [TOKENS, D / 2]: ``other`` is -1 for the first half of the channels and 1 for the
+    other.
+
+    The angle of a token is that of its tile's first token (row ``tile`` of ``turn``) plus that of its place in the tile (rows
+    ``place`` [TOKENS] of ``place_ptr``).
+    """
     j = tl.arange(0, D // 2)
     base_cos, base_sin = tl.load(turn_ptr + tile * D + j)[None, :], tl.load(turn_ptr + tile * D + D // 2 + j)[None, :]
     at = place_ptr + place[:, None] * D + j[None, :]
@@ -46,7 +51,7 @@ def turned_mean(mean, turn_ptr, place_ptr, tile, place, other, rope_scale, D: tl
 
 @triton.jit
 def store_product(out, basis, a, b, inside, D: tl.constexpr, WIDE: tl.constexpr):
-    """``basis x`` of x in two halves [TOKENS, D / 2]."""
+    """Write ``basis x`` to ``out``; x comes as its first and last D / 2 channels, ``a`` and ``b`` [TOKENS, D / 2]."""
     for start in range(0, D, COLUMNS):
         n = (start + tl.arange(0, COLUMNS))[None, :]
         matrix = basis + n * D + tl.arange(0, D // 2)[:, None]
@@ -61,10 +66,10 @@ def encode_kernel(
     stride_key, stride_value, stride_key_head, stride_value_head,
     D: tl.constexpr, HAS_MEAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``basis (x - mean)`` of TOKENS tokens of one head, program 0 of axis 2 keys, 1 values.
+    """``basis (x - mean)`` of TOKENS tokens of one head. Programs with index 0 on axis 2 do the keys, those with 1 the values.
 
-    ``key`` and ``value`` [T, KH, D] in 16 bits, out float32 [T, KH, D]; ``turn`` and ``place``: ``workspace.RopeTables``, of
-    tiles and of places in a tile. Reads 2 bytes and writes 4 a number, and reads one [D, D] matrix a program.
+    ``key`` and ``value`` are [T, KH, D] in 16 bits, the outputs float32 [T, KH, D]; ``turn`` and ``place`` are tables of
+    ``workspace.RopeTables``. Reads 2 and writes 4 bytes a number, and reads one [D, D] matrix a program.
     """
     HALF: tl.constexpr = D // 2
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -95,7 +100,10 @@ def encode_kernel(
 def encode_heads(
     codec: HeadCodec, first: int, keys: Tensor, values: Tensor, tables: RopeTables | None, tile: int, wide: bool
 ) -> tuple[Tensor, Tensor]:
-    """Float32 [T, KH, D] each; ``tables`` where the codec has a key mean, of tiles of ``tile`` tokens."""
+    """Keys and values [T, KH, D], 16 bits, token ``first`` first, in the stored basis: two new tensors float32 [T, KH, D].
+
+    ``tables`` are those of tiles of ``tile`` tokens; None only where the codec has no key mean. ``wide``: WIDE of the kernel.
+    """
     tokens, heads, size = keys.shape
     assert keys.stride(2) == values.stride(2) == 1 and values.shape == keys.shape, (keys.stride(), values.stride())
     assert tile % TOKENS.value == 0 and first % tile == 0, (first, tile)

@@ -1,7 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
 # ruff: noqa: N803
-"""``kernels.ops.Ops`` on a GPU: a few vectors by matrices with all around them in one launch (``matvec``); for more, kernels
-between the products of torch."""
+"""``kernels.ops.Ops`` on a GPU.
+
+One vector a step: each product of a matrix is one launch together with the operations around it (``matvec``). More vectors:
+torch multiplies, and the operations between the products are one launch each.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inpu
 
 @triton.jit
 def rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """``r / sqrt(mean(r^2) + eps) * weight`` of ``r = x``, or with ADD of ``r = x + delta``, written to total; a row a program.
+    """``r / sqrt(mean(r^2) + eps) * weight`` of one row; ``r`` is x, or with ADD ``x + delta``, which goes to ``total``.
 
-    Reads x, delta and the weight once, writes the sum and out once. Every step is rounded as torch rounds it.
+    Reads and writes each number once. Rounds wherever torch rounds.
     """
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -46,7 +49,7 @@ def turn_kernel(
     heads, stride_q, stride_k, stride_v, stride_slot, stride_head, stride_token,
     D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """RoPE of one head of one row: of q to ``out``, of k to its slot with v copied beside it. Reads and writes each once."""
+    """RoPE of one head of one row. A query head goes to ``out``, a key head to its slot; its value is copied beside it."""
     wait_for_inputs(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, D // 2)
@@ -61,7 +64,7 @@ def turn_kernel(
         kv = head - heads
         base = k_ptr + row * stride_k + kv * D
         a, b = tl.load(base + j).to(tl.float32), tl.load(base + D // 2 + j).to(tl.float32)
-        at = tl.load(slots_ptr + row) * stride_slot + kv * stride_head + tl.load(places_ptr + row) * stride_token
+        at = tl.load(slots_ptr + row) * stride_slot + kv.to(tl.int64) * stride_head + tl.load(places_ptr + row) * stride_token
         # through the dtype of the model, as the specification goes
         first, second = (a * cos - b * sin).to(k_ptr.dtype.element_ty), (b * cos + a * sin).to(k_ptr.dtype.element_ty)
         tl.store(key_ptr + at + j, first.to(key_ptr.dtype.element_ty))
@@ -73,7 +76,7 @@ def turn_kernel(
 
 @triton.jit
 def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """``silu(gate) * up``, BLOCK columns of one row a program; reads both once, writes once."""
+    """``silu(gate) * up`` of BLOCK columns of one row. Reads and writes each number once."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width
@@ -84,7 +87,7 @@ def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
 
 
 class TritonOps(TorchOps):
-    """One launch an operation. Nothing here waits for the device or depends on what a tensor holds."""
+    """Nothing here waits for the device or depends on what a tensor holds, so a CUDA graph can hold it."""
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
         if not is_matvec(linear, x):
@@ -107,9 +110,6 @@ class TritonOps(TorchOps):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         return _norm(x, x, x, weight, eps, add=False)
-
-    def add(self, x: Tensor, delta: Tensor) -> Tensor:
-        return x + delta
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         assert delta.shape == x.shape and delta.dtype == x.dtype, (delta.shape, x.shape, delta.dtype, x.dtype)
@@ -145,12 +145,13 @@ class TritonOps(TorchOps):
 
 
 def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
-    """Whether ``matvec`` multiplies the vectors of x by this matrix: one, in 16 bits; torch does more, or float32."""
+    """Whether ``matvec`` multiplies x by this matrix: a single vector, both of one 16-bit dtype. All else is torch's."""
     few = x.numel() // x.shape[-1] <= matvec.FASTER_VECTORS
     return few and isinstance(linear, DenseLinear) and linear.weight.dtype == x.dtype and x.dtype in matvec.HALVES
 
 
 def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
+    """``rms_norm_kernel`` on contiguous x and delta, to a new tensor. Without ``add`` delta and total are not touched."""
     width = x.shape[-1]
     assert weight.shape == (width,) and weight.is_contiguous() and weight.dtype == x.dtype, (weight.shape, weight.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -164,7 +165,11 @@ def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *
 def _turn(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """``turn_kernel`` on rows [R, 1, ...] that go to ``places`` of ``slots`` in keys and values [S, KH, T, D]."""
+    """``turn_kernel`` on rows [R, 1, heads, D]: k and v go to keys and values [S, KH, T, D], at ``slots`` [R] and ``places``
+    [R].
+
+    Returns the turned q, new. cos and sin are float32 [R, 1, 1, D / 2].
+    """
     rows, _, heads, size = q.shape
     assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (size, 1), (q.stride(), k.stride(), v.stride())
     assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape

@@ -1,118 +1,43 @@
-# mypy: ignore-errors
-# ruff: noqa: N803, N806, RET505, RUF005
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
+# ruff: noqa: N803, N806, RUF005
 """Decode attention of method ``reorder`` in half precision, for the bit widths and the tile that matter.
 
-Instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.31. Bytes to codes 0.75; scales and mids of keys,
-scales of values to their channels on the tensor core 0.38, applied to the codes 0.5; keys turned 0.5; one-hot matrices read
-0.1; both contractions 0.13; metadata of all groups, which every kv head reads, 0.6; queries turned back 0.25; softmax 0.3;
-addresses, copies and moves the rest. So the limit of 2.6 for keys before RoPE is out of reach where a group may have any
-channel. Sines and cosines of half a share stay in registers: the other half is turned by the queries, in columns that would
-idle. 243 registers, 22 KB of shared memory: eight programs on a multiprocessor of an H100, seven on one of an A100. Every 16
-groups more add 1.6 instructions and 17 KB; with 64 a program is two warps (10.9), three programs on a multiprocessor.
+Why it is as fast as it is. Lane-instructions per cached number, K2V2 with 16 groups, counted on sm_90: 4.31 in all.
+
+    0.75  bytes to codes
+    0.6   metadata of all groups: every kv head reads them all
+    0.5   scales applied to the codes
+    0.5   RoPE of the keys
+    0.38  scales and mids of keys, scales of values brought to their channels, on the tensor core
+    0.3   softmax
+    0.25  RoPE of the queries, backwards
+    0.13  the two products of attention
+    0.1   one-hot matrices read
+    0.8   addresses, copies, moves
+
+The limit of 2.6, which keys before RoPE could keep otherwise, is out of reach where a group may have any channel. Sines and
+cosines of half a share stay in registers; for the other half it is the queries that are turned, in columns that would idle
+otherwise. A program takes 243 registers and 22 KB of shared memory, so an H100's multiprocessor holds eight and an A100's
+seven. Every 16 groups more cost 1.6 instructions and 17 KB; with 64 a program is two warps (10.9 instructions), three a
+multiprocessor.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.loaders import meta_halves
-from skvq.kernels.triton_gpu.prepare import LOG2E
+from skvq.kernels.interface import LabelCodec, PackedPages, Step
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import LABEL_STAGES, Columns, LabelForm, has_span
+from skvq.kernels.triton_gpu.fragments import first_of_pairs, weight_columns, zero_rows
+from skvq.kernels.triton_gpu.metadata import meta_halves
+from skvq.kernels.triton_gpu.one_hot import first_channel, in_raw, inverse, one_hot, raw_place, spread, turn_back, twice
+from skvq.kernels.triton_gpu.pages import bits_code, in_page, page_strides
 from skvq.kernels.triton_gpu.raised import load_raised, raised
-from skvq.kernels.triton_gpu.tiles import NEVER, exp2, first_of_pairs, weight_columns, zero_rows
-
-
-@triton.constexpr_function
-def first_channel(n, planes, blocks, each):
-    """First channel of entry ``n`` when the planes of a block follow each other, then those of the next block."""
-    return (n % planes * blocks + n // planes) * each
-
-
-@triton.jit
-def inverse(x):
-    """1 / x of a power of two."""
-    return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def one_hot(label, weight, G: tl.constexpr):
-    """[channels, G] fp16: ``weight`` where a channel's label is the column, else 0; a power of two, hence exact."""
-    return tl.where(tl.arange(0, G)[None, :] == label[:, None], weight, 0.0).to(tl.float16)
-
-
-@triton.jit
-def raw_place(i, ASM: tl.constexpr):
-    """Where ``in_place`` finds the number of place ``i``: a dot that brings it out there needs no exchange of lanes."""
-    if ASM:
-        return (i & -16) | (((i >> 1) & 3) << 2) | (((i >> 3) & 1) << 1) | (i & 1)
-    else:
-        return i
-
-
-@triton.jit
-def in_place(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
-    """``x`` [ROWS, COLUMNS] with its columns, made in the order of ``raw_place``, in their own order.
-
-    A lane of a sum of the tensor core holds columns (2c, 2c+1) and (8+2c, 9+2c) of sixteen, of an operand made from bytes
-    4c .. 4c+3. Columns exchanged accordingly, the sum is an operand where it stands.
-    """
-    if ASM:
-        x = tl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2])
-        return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [ROWS, COLUMNS])
-    else:
-        return x
-
-
-@triton.jit
-def in_raw(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
-    """The inverse of ``in_place``."""
-    if ASM:
-        x = tl.reshape(x, [ROWS, COLUMNS // 16, 4, 2, 2])
-        return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), [ROWS, COLUMNS])
-    else:
-        return x
-
-
-@triton.jit
-def spread(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr):
-    """``a b`` in fp16, one term of each sum not zero."""
-    if ASM:
-        return in_place(tl.dot(a, b, out_dtype=tl.float16), ROWS, COLUMNS, ASM)
-    else:
-        return tl.dot(a, b).to(tl.float16)
-
-
-@triton.jit
-def turn_back(q_blocks, base, FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, NH: tl.constexpr):
-    """Queries at COUNT channels from FIRST on and at those D / 2 further, turned back by the angles at ``base``.
-
-    In parts of 16 channels, all a warp holds without an exchange of lanes.
-    """
-    H: tl.constexpr = D // 2
-    at = base + FIRST + tl.arange(0, 16)
-    a = ()
-    b = ()
-    for n in tl.static_range(COUNT // 16):
-        cos, sin = tl.load(at + n * 16)[:, None], tl.load(at + n * 16 + H)[:, None]
-        qa, qb = q_blocks[FIRST // 16 + n], q_blocks[(FIRST + H) // 16 + n]
-        a = a + (qa * cos + qb * sin,)
-        b = b + (qb * cos - qa * sin,)
-    return one_above(a, COUNT, NH), one_above(b, COUNT, NH)
-
-
-@triton.jit
-def one_above(parts, ROWS: tl.constexpr, NH: tl.constexpr):
-    """One tensor [ROWS, NH] of one or two parts."""
-    if len(parts) == 1:
-        return parts[0]
-    else:
-        return tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (2, 0, 1)), [ROWS, NH])
-
-
-@triton.jit
-def twice(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``x`` [ROWS, COLUMNS] above itself. No join: of those the compiler would make another order of channels."""
-    return tl.reshape(tl.broadcast_to(tl.expand_dims(x, 0), [2, ROWS, COLUMNS]), [2 * ROWS, COLUMNS])
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, exp2
+from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
 
 @triton.jit
@@ -124,17 +49,22 @@ def attend_labels_blocks_kernel(
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, GROUPS: tl.constexpr,
     SHARE: tl.constexpr, HAS_SPAN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """``attend_labels_kernel`` for codes of 2 and 4 bits, values also of 8, in tiles of 128, SHARE tokens at a time.
+    """``attend_labels_kernel`` for codes of 2 and 4 bits, values also of 8, in tiles of 128 tokens. One warp owns a program.
 
-    A dot with a one-hot matrix of the labels brings scales and mids to their channels, already in the lanes where the tensor
-    core wants the codes (``in_place``): a pair of codes takes a fused multiply-add for its scale and mid, and a pair of keys
-    two for its turn, all in half precision: keys of 8 bits would lose their last. Mids of values are weighted and summed by
-    group. Columns of q come in pairs, the second turned back by half a share: a table of PLACES serves SHARE tokens. Keys are
-    counted in 2^13 times the larger
-    unit of a turned pair, values in their own units: q and the sums make up for it, so that 16 bits hold what E4M3 does.
-    One warp owns a program. GROUPS: groups of all kv heads, rounded up to a power of two, at least 16.
+    A program takes SHARE tokens at a time. A product with a one-hot matrix of the labels brings the scales and mids of all
+    groups to their channels, already in the lanes where the tensor core wants the codes (``one_hot.in_place``). Two codes then
+    cost one fused multiply-add for scale and mid, and two keys another two for RoPE, all in half precision. Mids of values are
+    not brought to channels: they are weighted and summed by group.
+
+    Every column of q comes twice, the second time turned back by SHARE / 2 tokens, so a table of PLACES = SHARE / 2 places
+    serves all SHARE tokens. To keep what E4M3 holds within 16 bits, keys are counted in 2^13 times the larger unit of the two
+    channels that RoPE pairs, and values in their own units; q and the final sums make up for it.
+
+    GROUPS is the number of groups of all kv heads, rounded up to a power of two, at least 16; ``all_groups`` the number
+    itself. Reads and writes what ``attend_labels_kernel`` does.
     """
     TILE: tl.constexpr = 128
+    TILES: tl.constexpr = in_page(TILE)
     H: tl.constexpr = D // 2
     PLACES: tl.constexpr = SHARE // 2
     SHARES: tl.constexpr = TILE // SHARE
@@ -212,8 +142,8 @@ def attend_labels_blocks_kernel(
         channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)[None, :]
         cosines = cosines + (tl.load(table_ptr + place + channel),)
         sines = sines + (tl.load(table_ptr + place + channel + H),)
-    place_in_page = start % 10 * SHARES
-    page_place, last_page = start // 10, (stop - 1) // 10
+    place_in_page = start % TILES * SHARES
+    page_place, last_page = start // TILES, (stop - 1) // TILES
     page = tl.load(row_ptr + page_place, mask=start < stop, other=0).to(tl.int64)
     for step in range(start * SHARES, stop * SHARES):
         key = key_ptr + page * stride_key_page + (head * stride_key_head + place_in_page * (SHARE * KEY_ROW))
@@ -222,7 +152,7 @@ def attend_labels_blocks_kernel(
         meta = meta_ptr + page * stride_meta_page + (tile * (G * TILE) + share * SHARE)
         # the next page is looked up a share ahead, so that the loads of the next share are on their way meanwhile
         place_in_page += 1
-        if place_in_page == 10 * SHARES:
+        if place_in_page == TILES * SHARES:
             place_in_page = 0
             page_place = tl.minimum(page_place + 1, last_page)
         page = tl.load(row_ptr + page_place).to(tl.int64)
@@ -283,3 +213,24 @@ def attend_labels_blocks_kernel(
         tl.store(part_ptr + out[None, :] * D + d[:, None], y, mask=inside[None, :])
     tl.store(stat_ptr + out * 2, tl.where(m_i > NEVER * 0.5, m_i * scale, NEVER), mask=inside)
     tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+
+
+def launch_label_blocks(
+    card: Card, form: LabelForm, q: Tensor, pages: PackedPages, codec: LabelCodec, labels: LabelTables, rope: RopeTables,
+    step: Step, columns: Columns, packed: Partials,
+) -> None:  # fmt: skip
+    """Partial softmaxes over the packed tiles, in the model's own basis, to ``packed``.
+
+    ``rope``: tables of stretches of ``form.places`` tokens.
+    """
+    layout, groups = pages.layout, pages.layout.kv_heads * pages.layout.groups
+    attend_labels_blocks_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](
+        q, rope.bases, rope.table, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
+        labels.key_labels, labels.value_labels, packed.sums, packed.statistics,
+        step.page_table, step.slots, step.packed, step.positions,
+        *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        step.span, columns.total, rope.scale, groups,
+        D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+        NH=columns.width, GROUPS=max(16, triton.next_power_of_2(groups)), SHARE=form.places,
+        HAS_SPAN=has_span(step), ASM=not card.interpreted, num_warps=form.warps, num_stages=LABEL_STAGES,
+    )  # fmt: skip

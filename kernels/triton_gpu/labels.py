@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806
 """Decode attention over packed pages whose groups cross heads and whose keys are stored before RoPE (method ``reorder``)."""
 
@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.dense import load_columns
-from skvq.kernels.triton_gpu.pack import e4m3_decode
-from skvq.kernels.triton_gpu.prepare import LOG2E
-from skvq.kernels.triton_gpu.tiles import NEVER
+from skvq.kernels.interface import LabelCodec, PackedPages, Step
+from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
+from skvq.kernels.triton_gpu.forms import Columns, LabelForm
+from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, middle, page_strides
+from skvq.kernels.triton_gpu.slots import load_columns
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
 from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
+from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
 
 @triton.jit
@@ -22,12 +26,13 @@ def attend_labels_kernel(
     stride_pages_slot, heads, chunks, queries, repeat, span, columns, rope_scale,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Partial attention of one kv head, one chunk of NH columns and one split of tiles, dequantized in registers.
+    """Partial attention of one kv head, one chunk of NH columns and one split of the tiles; for any bits, and slow.
 
-    A key is turned by its place in the tile (a fixed table), the queries back by the tile's base: ``q . RoPE_(b+j)(k) =
-    (RoPE_-b q) . RoPE_j(k)``. Reads the codes of its kv head and the metadata of all, which the other heads read too.
+    Keys and values are dequantized in registers. RoPE of the key at place j of the tile that starts at b is divided: ``q .
+    RoPE_(b+j)(k) = (RoPE_-b q) . RoPE_j(k)``, so keys take one table for all tiles. Reads the codes of its kv head and the
+    metadata of all kv heads, as the programs of the other heads do; writes NH rows of D + 2 floats.
     """
-    TILES: tl.constexpr = 1280 // TILE
+    TILES: tl.constexpr = in_page(TILE)
     H: tl.constexpr = D // 2
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
@@ -55,9 +60,9 @@ def attend_labels_kernel(
     for i in range(start, stop):
         page = tl.load(row_ptr + i // TILES).to(tl.int64)
         key = key_ptr + page * stride_key_page + head * stride_key_head
-        key += (i % TILES) * (32 * D if KEY_BITS == 15 else TILE * D * KEY_BITS // 8)
+        key += (i % TILES) * code_bytes(KEY_BITS, D, TILE)
         value = value_ptr + page * stride_value_page + head * stride_value_head
-        value += (i % TILES) * (32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8)
+        value += (i % TILES) * code_bytes(VALUE_BITS, D, TILE)
         meta = meta_ptr + page * stride_meta_page + (i % TILES) * (G * TILE)
         base_cos, base_sin = tl.load(turn_ptr + i * D + j)[:, None], tl.load(turn_ptr + i * D + H + j)[:, None]
         ra, rb = qa * base_cos + qb * base_sin, qb * base_cos - qa * base_sin
@@ -78,8 +83,7 @@ def attend_labels_kernel(
             at = i * TILE + t
             x = tl.where((flag == 0) & (at >= oldest[None, :]), x, NEVER)
             word = load_meta(meta, label_v, t, stride_meta_head, G, TILE) >> 16
-            code = load_codes(value, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32)
-            code -= ((3 if VALUE_BITS == 15 else 2**VALUE_BITS) - 1) / 2
+            code = load_codes(value, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32) - middle(VALUE_BITS)
             v = e4m3_decode((word >> 8) & 0xFF) * unit_v + e4m3_decode(word & 0xFF) * unit_v * code
             m_new = tl.maximum(m_i, tl.max(x, 0))
             alpha = tl.exp2(m_i - m_new)
@@ -99,7 +103,24 @@ def key_channels(
     key, meta, label, unit, share, s, t, d, stride_meta_head, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys before RoPE of 32 tokens at the channels ``d`` [1, n], float32."""
+    """Keys before RoPE, float32 [32, n], of tokens ``t`` [32, 1] at channels ``d`` [1, n] with the labels and units given."""
     word = load_meta(meta, label, t, stride_meta_head, G, TILE)
-    code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - ((3 if BITS == 15 else 2**BITS) - 1) / 2
+    code = load_codes(key, share, s, d, D, BITS, TILE, True).to(tl.float32) - middle(BITS)
     return e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code
+
+
+def launch_labels(
+    form: LabelForm, q: Tensor, pages: PackedPages, codec: LabelCodec, labels: LabelTables, rope: RopeTables, step: Step,
+    columns: Columns, packed: Partials,
+) -> None:  # fmt: skip
+    """Partial softmaxes over the packed tiles, in the model's own basis, to ``packed``. ``rope``: of the layout's tiles."""
+    layout = pages.layout
+    attend_labels_kernel[(columns.heads, packed.splits, q.shape[0] * columns.chunks)](
+        q, rope.turn[6:], rope.places, pages.key_codes, pages.value_codes, pages.meta, codec.keys.unit, codec.values.unit,
+        labels.key_labels, labels.value_labels, packed.sums, packed.statistics,
+        step.page_table, step.slots, step.packed, step.positions,
+        *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        step.span, columns.total, rope.scale,
+        D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+        NH=max(columns.width, 8), TILE=layout.tile, num_warps=form.warps, num_stages=1,
+    )  # fmt: skip

@@ -69,10 +69,10 @@ def load_tile(ptrs, start, c, WIDTH: tl.constexpr, EVEN: tl.constexpr):
 def load_vectors(x_ptrs, norm_ptr, scale, start, c, WIDTH: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
     """Columns ``start + c`` of the vectors in float32, [M, 1, BLOCK]; with NORM after their norm."""
     inside = True if EVEN else start + c < WIDTH
-    x = tl.load(x_ptrs + start, mask=inside)
+    x = tl.load(x_ptrs + start, mask=inside, other=0.0)
     if NORM:
         normed = (x.to(tl.float32) * scale).to(x.dtype).to(tl.float32)
-        x = (normed * tl.load(norm_ptr + start + c, mask=inside).to(tl.float32)).to(x.dtype)
+        x = (normed * tl.load(norm_ptr + start + c, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
     return x.to(tl.float32)
 
 

@@ -1,12 +1,14 @@
 # mypy: ignore-errors
 # ruff: noqa: N803
-"""Kernels of one chain that overlap: the next is started while the last still runs, and waits where it needs its results.
+"""Programmatic dependent launch (PDL): a kernel may be started while the one before it still runs, and waits where it must.
 
-Programmatic dependent launch of Hopper and later. A kernel with PDL reads only what no kernel writes (weights, bases, tables)
-before ``wait_for_inputs``, which waits for all that was launched before it and only then lets the next kernel start.
+A kernel with PDL may read what no kernel writes (weights, bases, tables) before it calls ``wait_for_inputs``, and nothing
+else. ``wait_for_inputs`` waits for everything that was launched before; only then may the next kernel be started.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -16,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """After this, everything written by earlier kernels can be read, and what they have read be written over."""
+    """Wait for all earlier kernels. From here on what they wrote may be read, and what they read may be overwritten."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -24,7 +26,9 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def prefetch(ptr, count):
-    """Bring ``count`` bytes from ``ptr``, both multiples of 16, to the L2 cache; nothing waits for them. Hopper and later."""
+    """Ask for ``count`` bytes from ``ptr`` on, both multiples of 16, to be brought to the L2 cache, and go on. sm_90 and
+    later.
+    """
     tl.inline_asm_elementwise(
         "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; "
         "@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
@@ -32,11 +36,22 @@ def prefetch(ptr, count):
     )  # fmt: skip
 
 
+@functools.cache
+def driver_version() -> int:
+    """The CUDA version that the driver serves: 12030 for 12.3."""
+    return torch._C._cuda_getDriverVersion()
+
+
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels of a device can overlap: compute capability 9.0 and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether launches on a device may overlap: on Hopper and on Blackwell's data-centre cards, from CUDA 12.3 on.
+
+    Older drivers cannot hold such launches in a CUDA graph, and capturing them is reported to fail on compute capability 12.0.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return False
+    return driver_version() >= 12030
 
 
 def overlapping(pdl: bool) -> dict[str, bool]:
-    """Launch options of a kernel whose PDL is ``pdl``; Triton's interpreter knows none of them."""
+    """The arguments of a launch that say whether it is PDL; Triton's interpreter knows no ``launch_pdl``."""
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}

@@ -1,224 +1,22 @@
-# mypy: ignore-errors
-# ruff: noqa: B007, N803, N806, RUF005, SIM102
-"""Decode attention over packed pages: scores and weighted sums taken on the codes themselves, nothing is dequantized."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
+# ruff: noqa: N803
+"""Decode attention over packed pages and full-precision slots, in one launch."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.dense import attend_slots
-from skvq.kernels.triton_gpu.loaders import metadata, perm4
-from skvq.kernels.triton_gpu.overlap import prefetch, wait_for_inputs
-from skvq.kernels.triton_gpu.tiles import (
-    NEVER,
-    exp2,
-    first_of_pairs,
-    key_scores,
-    key_scores_trits,
-    load_rows,
-    mean_scores,
-    store_sums,
-    value_share,
-    value_trits,
-    weight_columns,
-    zero_rows,
-)
-
-
-@triton.jit
-def attend_tiles(
-    q_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
-    part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
-    stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
-    stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split, splits,
-    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
-    PART: tl.constexpr, KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
-    BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Partial softmax(q k^T) v of one kv head, one chunk of NH query columns and one split of the tiles of a sequence.
-
-    Score of token t, in units of 1 / scale: ``sum_g ks_g (q_g . code) + (km_g - half ks_g) sum q_g [+ q . RoPE_t(mean)]``;
-    weighted sum: ``sum_t p vs (code - half) + p vm``. Tokens are the M rows of both dots, query columns their N = NH * PAD.
-    One warp owns a program and goes over its tiles PART tokens at a time: a tile, or half of one where keys have no bits apart.
-    Reads codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token;
-    writes NH rows of D + 2 floats. Bits 15 stand for 1.5.
-    """
-    SHARES: tl.constexpr = 5 if TILE == 160 else 1
-    SHARE: tl.constexpr = PART // SHARES
-    PARTS: tl.constexpr = 1280 // PART
-    KEY_PAD: tl.constexpr = 2 if NH == 4 else 1
-    VALUE_PAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
-    KEY_WIDE: tl.constexpr = D if KEY_BITS == 15 else D * (2 if KEY_BITS == 3 else KEY_BITS) // 8
-    VALUE_WIDE: tl.constexpr = D if VALUE_BITS == 15 else D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
-    KEY_EACH: tl.constexpr = 32 if KEY_BITS == 15 else (KEY_WIDE if KEY_WIDE < D // G else D // G)
-    VALUE_EACH: tl.constexpr = 32 if VALUE_BITS == 15 else (VALUE_WIDE if VALUE_WIDE < D // G else D // G)
-    KEY_PART: tl.constexpr = 32 * D if KEY_BITS == 15 else PART * D * KEY_BITS // 8
-    VALUE_TILE: tl.constexpr = 32 * D if VALUE_BITS == 15 else TILE * D * VALUE_BITS // 8
-    KEY_HALF: tl.constexpr = 1.0 if KEY_BITS == 15 else (-0.5 if KEY_NORMAL else (2**KEY_BITS - 1) / 2)
-    HALF: tl.constexpr = 1.0 if VALUE_BITS == 15 else (-0.5 if VALUE_NORMAL else (2**VALUE_BITS - 1) / 2)
-    # weights are 2^SHIFT times too large, for fp16's sake: up to 2^15 * 448 / 256, three times that for trits
-    SHIFT: tl.constexpr = (7.0 if FP8 else 15.0) - (2.0 if VALUE_BITS == 15 else 0.0)
-    N: tl.constexpr = NH * KEY_PAD
-    Q_ROWS: tl.constexpr = 2 * D if KEY_BITS == 3 else D
-
-    program = (row * chunks + chunk) * heads + head
-    h = tl.arange(0, NH)
-    t = perm4(tl.arange(0, SHARE), ASM)
-    if HAS_MEAN:
-        j = tl.arange(0, D // 2)
-        place = table_ptr + perm4(tl.arange(0, 32), ASM)[:, None] * D + j[None, :]
-        place_cos, place_sin = tl.load(place), tl.load(place + D // 2)
-        STEPS: tl.constexpr = SHARE // 32 if SHARES == 1 else 2
-        step_cos = ()
-        step_sin = ()
-        for n in tl.static_range(1 if SHARES == 1 else 3):
-            step = turn_ptr + (n * STEPS + tl.arange(0, STEPS))[None, :] * D + j[:, None]
-            step_cos = step_cos + (tl.load(step),)
-            step_sin = step_sin + (tl.load(step + D // 2),)
-
-    query = tl.minimum((chunk * NH + h) // repeat, queries - 1)
-    oldest = tl.load(positions_ptr + row * queries + query) - span + 1
-    parts = tl.load(packed_ptr + row) // PART
-    begin = 0
-    if HAS_SPAN:
-        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // PART, parts)
-    per_split = tl.cdiv(parts - begin, splits)
-    start = begin + split * per_split
-    stop = tl.minimum(start + per_split, parts)
-    row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
-    page = tl.load(row_ptr + start // PARTS, mask=start < stop, other=0).to(tl.int64)
-    if PDL:
-        if start < stop:  # the first of what is read comes while the queries are prepared
-            tile = start % PARTS // (TILE // PART)
-            count = tl.minimum(1280 // TILE - tile, 2)
-            KEY_TILE: tl.constexpr = KEY_PART * (TILE // PART)
-            prefetch(key_ptr + page * stride_key_page + head * stride_key_head + tile * KEY_TILE, count * KEY_TILE)
-            prefetch(value_ptr + page * stride_value_page + head * stride_value_head + tile * VALUE_TILE, count * VALUE_TILE)
-            prefetch(meta_ptr + page * stride_meta_page + head * stride_meta_head + tile * (G * TILE), count * (G * TILE * 4))
-
-    wait_for_inputs(PDL)
-    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
-    q_high = ()
-    if KEY_BITS == 3:
-        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N, BY_COLUMN)
-    qsum = ()
-    for g in tl.static_range(G):
-        qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
-    scale = tl.load(scale_ptr + program * 2)
-    if HAS_MEAN:
-        at = program * (D * NH) + j[:, None] * NH + h[None, :]
-        cosines, sines = tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH)
-        mean_scale = tl.load(scale_ptr + program * 2 + 1)
-
-    m_i = tl.full([NH], NEVER, tl.float32)
-    l_i = tl.zeros([NH], tl.float32)
-    mids = ()
-    for g in tl.static_range(G):
-        mids = mids + (tl.zeros([NH], tl.float32),)
-    low_sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * VALUE_PAD)
-    high_sums = zero_rows(D // 16 if VALUE_BITS == 3 else 0, 16, NH * VALUE_PAD)
-
-    for i in range(start, stop):
-        tile, first = i % PARTS // (TILE // PART), i % (TILE // PART) * PART
-        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % PARTS) * KEY_PART
-        value = value_ptr + page * stride_value_page + head * stride_value_head + tile * VALUE_TILE + first
-        meta = meta_ptr + page * stride_meta_page + head * stride_meta_head + tile * (G * TILE) + first
-        # the next page is looked up a part ahead, so that no load waits for it
-        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // PARTS).to(tl.int64)
-
-        # before or after the scores: whichever leaves the registers (counted ahead of time)
-        if HAS_MEAN and (SHARES == 5 or G > 1):
-            mean = mean_scores(
-                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
-            )
-        raw = ()
-        if KEY_BITS == 15:
-            raw = key_scores_trits(key, q_low, N, D, G, KEY_NORMAL, ASM)
-        else:
-            for s in tl.static_range(SHARES):
-                share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, KEY_NORMAL, ASM)
-                raw = raw + (share,)
-        if HAS_MEAN and SHARES == 1 and G == 1:
-            mean = mean_scores(
-                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
-            )
-        words = ()
-        for s in tl.static_range(SHARES):
-            for g in tl.static_range(G):
-                words = words + (tl.load(meta + g * TILE + s * SHARE + t),)
-        scores = ()
-        for s in tl.static_range(SHARES):
-            word = words[s * G]
-            ks, km = metadata(word, False, ASM, FP8)
-            retained = (word & 0x80) != 0
-            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[0][None, :] * (km - KEY_HALF * ks)[:, None]
-            for g in tl.static_range(1, G):
-                ks, km = metadata(words[s * G + g], False, ASM, FP8)
-                x += (
-                    first_of_pairs(raw[s][g], SHARE, NH, KEY_PAD) * ks[:, None]
-                    + qsum[g][None, :] * (km - KEY_HALF * ks)[:, None]
-                )
-            if HAS_MEAN:
-                x += mean[s] * mean_scale
-            x = tl.where(retained[:, None], NEVER, x)
-            if HAS_SPAN:
-                x = tl.where(t[:, None] < (oldest - (i * PART + s * SHARE))[None, :], NEVER, x)
-            scores = scores + (x,)
-
-        top = scores[0]
-        for s in tl.static_range(1, SHARES):
-            top = tl.maximum(top, scores[s])
-        m_new = tl.maximum(m_i, tl.max(top, 0))
-        alpha = exp2((m_i - m_new) * scale, ASM)
-        base = SHIFT - tl.where(m_new > NEVER * 0.5, m_new, 0.0) * scale
-        m_i = m_new
-        weights = (exp2(scores[0] * scale + base[None, :], ASM),)
-        total = weights[0]
-        for s in tl.static_range(1, SHARES):
-            p = exp2(scores[s] * scale + base[None, :], ASM)
-            weights = weights + (p,)
-            total += p
-        l_i = l_i * alpha + tl.sum(total, 0)
-        scales = ()
-        zeros = ()
-        for s in tl.static_range(SHARES):
-            for g in tl.static_range(G):
-                vs, vm = metadata(words[s * G + g], True, ASM, FP8)
-                scales = scales + (vs,)
-                zeros = zeros + (vm - HALF * vs,)
-        new_mids = ()
-        for g in tl.static_range(G):
-            mid = weights[0] * zeros[g][:, None]
-            for s in tl.static_range(1, SHARES):
-                mid += weights[s] * zeros[s * G + g][:, None]
-            new_mids = new_mids + (mids[g] * alpha + tl.sum(mid, 0),)
-        mids = new_mids
-        factor = alpha
-        if VALUE_PAD == 2:
-            factor = tl.reshape(tl.join(alpha, alpha), [NH * 2])
-
-        if VALUE_BITS == 15:
-            low_sums = value_trits(value, weights, scales, factor[None, :], low_sums, D, G, NH, VALUE_PAD, VALUE_NORMAL, ASM)
-        else:
-            for s in tl.static_range(SHARES):
-                by_group = ()
-                for g in tl.static_range(G):
-                    w = weights[s] * scales[s * G + g][:, None]
-                    by_group = by_group + (weight_columns(w, False, SHARE, NH, VALUE_PAD),)
-                low_sums, high_sums = value_share(
-                    value, s, by_group, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, VALUE_BITS, G, TILE,
-                    SHARE, VALUE_NORMAL, ASM,
-                )  # fmt: skip
-
-    columns = chunks * NH
-    out = ((row * heads + head) * columns + chunk * NH).to(tl.int64) * splits + split
-    store_sums(
-        part_ptr + out * D, low_sums, high_sums, mids, unit_ptr + head * G, D, VALUE_BITS, G, VALUE_EACH, NH, VALUE_PAD,
-        VALUE_NORMAL, 1.0 if FP8 else 256.0, splits * D,
-    )  # fmt: skip
-    tl.store(stat_ptr + (out + h * splits) * 2, tl.where(m_i > NEVER * 0.5, m_i * scale - SHIFT, NEVER))
-    tl.store(stat_ptr + (out + h * splits) * 2 + 1, l_i)
+from skvq.kernels.interface import FullSlots, HeadCodec, PackedPages, Step
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, Columns, PackedForm, has_span
+from skvq.kernels.triton_gpu.overlap import overlapping
+from skvq.kernels.triton_gpu.pages import bits_code, page_strides
+from skvq.kernels.triton_gpu.prepare import Prepared
+from skvq.kernels.triton_gpu.slots import attend_slots
+from skvq.kernels.triton_gpu.tiles import attend_tiles
+from skvq.kernels.triton_gpu.workspace import Partials
 
 
 @triton.jit(do_not_specialize=["splits", "full_splits"])
@@ -230,14 +28,14 @@ def attend_packed_kernel(
     half_q_ptr, half_key_ptr, half_value_ptr, held_ptr, full_part_ptr, full_stat_ptr,
     stride_slot, stride_head, stride_token, stride_held, count, full_splits,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
-    PART: tl.constexpr, KEY_NORMAL: tl.constexpr, VALUE_NORMAL: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PART: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Both kinds of a sequence's regions in one launch: ``full_splits`` programs of a kv head and chunk take its 16-bit slots,
-    BLOCK at a time, ``splits`` its packed tiles.
+    """Attention over both regions of a sequence in one launch. For each kv head and chunk, ``full_splits`` programs take its
+    full-precision slots, BLOCK at a time, and ``splits`` programs its packed tiles.
 
-    The kernel before this one is ``prepare_heads_kernel``, which waits for all that was launched before it. So only what that
-    kernel writes has to be waited for: q, slots, tables of pages and positions are there.
+    Must follow ``prepare_heads_kernel`` in the stream: that kernel waits for all launched before it. So q, slots, page tables
+    and positions are there, and ``attend_tiles`` has to wait only for what that kernel itself writes.
     """
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
@@ -253,6 +51,32 @@ def attend_packed_kernel(
             part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
             stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
             stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split - full_splits, splits,
-            D, KEY_BITS, VALUE_BITS, G, NH, TILE, PART, KEY_NORMAL, VALUE_NORMAL, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
+            D, KEY_BITS, VALUE_BITS, G, NH, TILE, PART, HAS_SPAN, HAS_MEAN, BY_COLUMN, ASM, FP8,
             PDL,
         )  # fmt: skip
+
+
+def launch_packed(
+    card: Card, form: PackedForm, q: Tensor, prepared: Prepared, turn: Tensor, table: Tensor, pages: PackedPages,
+    codec: HeadCodec, full: FullSlots, step: Step, columns: Columns, packed: Partials, held: Partials,
+) -> None:  # fmt: skip
+    """Partial softmaxes over packed tiles to ``packed``, in the stored basis, and over full-precision slots to ``held``.
+
+    ``prepared`` is what ``launch_prepare`` made of this q. ``turn`` and ``table`` are those of ``RopeTables`` for parts of
+    ``form.part`` tokens, or any tensor where the codec has no key mean.
+    """
+    layout = pages.layout
+    options = {"maxnreg": form.registers} if form.registers and not card.interpreted else {}
+    attend_packed_kernel[(columns.heads, held.splits + packed.splits, q.shape[0] * columns.chunks)](
+        prepared.rows, prepared.sums, prepared.scales, prepared.coefficients, turn, table, pages.key_codes, pages.value_codes,
+        pages.meta, codec.values.unit,
+        packed.sums, packed.statistics, step.page_table, step.slots, step.packed, step.positions,
+        *page_strides(pages), step.page_table.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        step.span, packed.splits,
+        q, full.keys, full.values, full.positions, held.sums, held.statistics, *full.keys.stride()[:3],
+        full.positions.stride(0), full.positions.shape[1], held.splits,
+        D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+        NH=columns.width, TILE=layout.tile, PART=form.part, HAS_SPAN=has_span(step), HAS_MEAN=codec.has_key_mean,
+        BY_COLUMN=prepared.by_column, BLOCK=SLOT_BLOCK, ASM=not card.interpreted, FP8=card.fp8,
+        num_warps=1, num_stages=form.stages, **overlapping(card.pdl), **options,
+    )  # fmt: skip

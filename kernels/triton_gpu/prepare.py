@@ -1,28 +1,40 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: B007, N803, N806, RET505, RUF005, SIM108, SIM300
-"""Queries made ready for the packed pages: basis, scale and the order of the planes, once a step."""
+"""Queries made ready for packed pages, once a step: the basis applied, scaled to float16, stored in the order of the planes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from skvq.kernels.interface import HeadCodec
+from skvq.kernels.layout import PageLayout
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import Columns
 from skvq.kernels.triton_gpu.loaders import perm4
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
+from skvq.kernels.triton_gpu.pages import bits_code, block_rows, low_bits, row_bytes
+from skvq.kernels.triton_gpu.softmax import LOG2E
+from skvq.kernels.triton_gpu.workspace import Scratch
 
 
 @triton.jit
 def power_of_two_scale(top):
-    """(2^e, 2^-e) that brings ``top`` into [2^11, 2^12)."""
+    """(2^e, 2^-e), of which the first brings ``top`` into [2^11, 2^12)."""
     exponent = tl.minimum(tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 15), 250)
     return ((265 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 11) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D: tl.constexpr):
-    """q [channels, columns] float32: column c is query head ``c % repeat`` of kv head ``head`` at query ``c // repeat``."""
+    """q float32 [channels, columns], zero where not ``real``.
+
+    Column c is query head ``c % repeat`` of kv head ``head`` at query ``c // repeat``.
+    """
     query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
     return tl.load(q_ptr + query[None, :] * D + channel[:, None], mask=real[None, :], other=0.0).to(tl.float32)
 
@@ -35,7 +47,7 @@ def load_matrix(matrix_ptr, rows, D: tl.constexpr):
 
 @triton.jit
 def bfloat_parts(x, COUNT: tl.constexpr):
-    """float32 numbers as sums of COUNT bfloat16 numbers of 8 bits each, cut off, largest first."""
+    """float32 numbers as a sum of COUNT bfloat16 numbers, the largest first: 8 bits each, cut off and not rounded."""
     out = ()
     for _ in tl.static_range(COUNT):
         bits = x.to(tl.uint32, bitcast=True)
@@ -46,8 +58,11 @@ def bfloat_parts(x, COUNT: tl.constexpr):
 
 @triton.jit
 def near_dot(a, b, B_PARTS: tl.constexpr, WIDE: tl.constexpr):
-    """``a b`` of float32 numbers of any range on tensor cores: a to 16 bits, b to 8 * B_PARTS, of which halves have 11 and
-    bfloat16 8. What is made of it has 11. WIDE: one dot of float32, for the interpreter, which knows no bfloat16 dot."""
+    """``a b`` of float32 numbers of any range, on tensor cores by way of bfloat16: a to 16 bits, b to 8 * B_PARTS bits.
+
+    Enough where the result is rounded to float16, which has 11. b needs as many bits as it came with: one part for bfloat16,
+    two for float16.
+    """
     if WIDE:
         return tl.dot(a, b, input_precision="ieee")
     else:
@@ -71,7 +86,7 @@ def quarters(y, D: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def fragment_places(r, c, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """Places of rows ``r`` and columns ``c`` in fragments of EACH rows and N columns."""
+    """Where row ``r`` and column ``c`` of fragments of EACH rows and N columns are stored (``fragments.load_rows``)."""
     if BY_COLUMN:
         return (r // EACH * EACH * N + r % EACH)[:, None] + c[None, :] * EACH
     else:
@@ -82,23 +97,24 @@ def fragment_places(r, c, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.con
 def prepare_heads_kernel(
     q_ptr, basis_ptr, unit_ptr, mean_ptr, out_ptr, qsum_ptr, scale_ptr, coefficient_ptr,
     chunks, queries, repeat, rope_scale,
-    D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, NORMAL: tl.constexpr, META: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, META: tl.constexpr,
     HAS_BASIS: tl.constexpr, HAS_MEAN: tl.constexpr, BY_COLUMN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of ``query_basis q * unit`` in fp16 as ``attend_packed_kernel`` contracts them, their sums and scales.
+    """``query_basis q * unit`` in float16 for ``attend_tiles``, with its sums by group and its scales: one kv head and chunk.
 
-    A program owns one kv head and one chunk of NH columns; all its columns share a power of two, so that fp16's exponents
-    keep every channel at 11 bits. Sums are taken over the rounded rows: a constant code cancels exactly. Rows are written by
-    quarters, which planes of 2 bits are, so that planes meet row by row. Reads NH rows of q and one [D, D] matrix, writes D
-    (3 bits: 2 D) rows of N halves.
+    All NH columns of a program are scaled by one power of two, so that float16's exponent keeps 11 bits of every channel. Sums
+    are those of the rounded numbers, so that a constant added to all codes cancels exactly. Rows are written a quarter of the
+    head at a time: planes of 2 bits are quarters, so what belongs to one plane is done at once. With HAS_MEAN also the
+    coefficients of ``scores.mean_scores``. META is ``Card.meta``. Reads NH rows of q and one [D, D] matrix, writes D rows of N
+    halves, for keys of 3 bits 2 D.
     """
     PAD: tl.constexpr = 2 if NH == 4 else 1
     WIDE: tl.constexpr = 8 if NH == 4 else NH
-    CUMULATIVE: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
-    LOW: tl.constexpr = 8 if BITS == 15 else (2 if BITS == 3 else BITS)
-    STEP: tl.constexpr = D * LOW // 8  # channels of a plane
+    CUMULATIVE: tl.constexpr = BITS == 2 and G == 1
+    LOW: tl.constexpr = low_bits(BITS)
+    STEP: tl.constexpr = row_bytes(BITS, D)  # channels of a plane
     ROWS: tl.constexpr = 2 * D if BITS == 3 else D
-    EACH: tl.constexpr = 32 if BITS == 15 else (STEP if STEP < D // G else D // G)
+    EACH: tl.constexpr = block_rows(BITS, D, G)
     BLOCK: tl.constexpr = D // 4
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     PARTS: tl.constexpr = 1 if DTYPE == tl.bfloat16 else (2 if DTYPE == tl.float16 else 3)
@@ -123,7 +139,7 @@ def prepare_heads_kernel(
         y = load_query(q_ptr, channel, column, real, row, head, queries, repeat, heads, D) * unit
     up, down = power_of_two_scale(tl.max(tl.max(tl.abs(y), 1), 0))
     blocks = quarters(y, D, WIDE)
-    one: tl.constexpr = 1.0 if NORMAL else 2.0**-24
+    one: tl.constexpr = 2.0**-24  # what the last bit of a subnormal half stands for
     sums = ()
     for g in tl.static_range(G):
         sums = sums + (tl.zeros([WIDE], tl.float32),)
@@ -178,3 +194,38 @@ def prepare_heads_kernel(
         tl.store(coefficient_ptr + at, cos * up, mask=used)
         tl.store(coefficient_ptr + at + D // 2 * NH, sin * up, mask=used)
         tl.store(scale_ptr + program * 2 + 1, down * (LOG2E / D**0.5) / scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Queries of every kv head and chunk of columns as ``attend_tiles`` contracts them. In scratch memory."""
+
+    rows: Tensor  # float16, D rows of a program, of keys of 3 bits 2 D
+    sums: Tensor  # float32 [programs, G, columns]
+    scales: Tensor  # float32 [programs, 2]: of the rows, and of the coefficients in units of it
+    coefficients: Tensor  # float32 [programs, D, columns]: cosines and sines of the key mean; not written where there is none
+    by_column: bool  # how rows are stored (``fragments.load_rows``)
+
+
+def launch_prepare(
+    card: Card, scratch: Scratch, q: Tensor, codec: HeadCodec, layout: PageLayout, columns: Columns, *, by_column: bool
+) -> Prepared:
+    """Queries [B, N, H, D] made ready for pages of this layout, in scratch memory: the next step overwrites them."""
+    size, groups, width, bits = layout.head_size, layout.groups, columns.width, bits_code(layout.key_bits)
+    programs = q.shape[0] * columns.chunks * columns.heads
+    wide = max(width, 8)  # columns of the tensor core
+    scales = scratch.take("scale", programs * 2, torch.float32)
+    done = Prepared(
+        rows=scratch.take("rows", programs * (2 if bits == 3 else 1) * size * wide, torch.float16),
+        sums=scratch.take("qsum", programs * groups * width, torch.float32),
+        scales=scales,
+        coefficients=scratch.take("coefficient", programs * size * width, torch.float32) if codec.has_key_mean else scales,
+        by_column=by_column,
+    )
+    prepare_heads_kernel[(columns.heads, q.shape[0] * columns.chunks)](
+        q, codec.query_basis, codec.keys.unit, codec.key_mean, done.rows, done.sums, done.scales, done.coefficients,
+        columns.chunks, columns.queries, columns.repeat, float(codec.rope.scale),
+        D=size, BITS=bits, G=groups, NH=width, META=card.meta, HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean,
+        BY_COLUMN=by_column, ASM=not card.interpreted, num_warps=8, **overlapping(card.pdl),
+    )  # fmt: skip
+    return done

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505
-"""Codes as fp16 subnormals that a product with a scale can use: high in the mantissa, in the order of the bytes.
+"""Codes as float16 subnormals that can be multiplied by a scale at once: high in the mantissa, bytes in their own order.
 
-A field at bit b of a half is the number ``field * 2^(b - 24)``, exactly, and a fused multiply-add takes it as it is: no
-exponent is put above it and taken off again. At bit 4 and above, times a scale below 2^16, it keeps the bits of a half. The
-order of the bytes is kept: they are no neighbours where registers follow the sums of a tensor core.
+A field whose lowest bit is bit b of a half is the number ``field * 2^(b - 24)``, exactly, so a fused multiply-add can take it
+as it is. With b >= 4, and scales below 2^16, the product keeps the 11 bits of a half. Bytes keep their order, unlike those of
+``loaders``: here registers follow the layout of a tensor core's sums, where four bytes of a word are no neighbours of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from skvq.kernels.triton_gpu.loaders import REGS_2, REGS_4, REGS_8
 
 
 def _raised_assembly(bits: int) -> str:
-    """Planes of the four bytes of a word: a pair of halves of its lower two, then of its upper two, a plane."""
+    """PTX that cuts one word into 8 / bits planes: two registers each, of the word's lower two bytes, then of its upper two."""
     count = 8 // bits
     lines = []
     for name, selector in (("low", "0x4140"), ("high", "0x4342")):
@@ -28,32 +28,32 @@ def _raised_assembly(bits: int) -> str:
     return "{ .reg .b32 low, high, low_up, high_up; " + " ".join(lines) + " }"
 
 
-ASM_2 = tl.constexpr(_raised_assembly(2))
-ASM_4 = tl.constexpr(_raised_assembly(4))
-ASM_8 = tl.constexpr(_raised_assembly(8))
+RAISED_2 = tl.constexpr(_raised_assembly(2))
+RAISED_4 = tl.constexpr(_raised_assembly(4))
+RAISED_8 = tl.constexpr(_raised_assembly(8))
 
 
 @triton.jit
 def raised_planes(x, WIDTH: tl.constexpr, ASM: tl.constexpr):
-    """Tuple of fp16 planes of the bytes ``x``, fields of 2, 4 or 8 bits: plane p holds ``field_p * raised(WIDTH, p)``."""
+    """The planes of the bytes ``x``, fields of 2, 4 or 8 bits, float16: plane p holds ``field_p * raised(WIDTH, p)``."""
     if WIDTH == 2:
         if ASM:
             return tl.inline_asm_elementwise(
-                ASM_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4
+                RAISED_2, REGS_2, [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4
             )
         else:
             w = x.to(tl.uint16)
             return _half(w << 4 & 0x30), _half(w << 4 & 0xC0), _half(w & 0x30), _half(w & 0xC0)
     elif WIDTH == 4:
         if ASM:
-            return tl.inline_asm_elementwise(ASM_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(RAISED_4, REGS_4, [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
         else:
             w = x.to(tl.uint16)
             return _half(w << 4 & 0xF0), _half(w & 0xF0)
     else:
         tl.static_assert(WIDTH == 8)
         if ASM:
-            return (tl.inline_asm_elementwise(ASM_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
+            return (tl.inline_asm_elementwise(RAISED_8, REGS_8, [x], dtype=tl.float16, is_pure=True, pack=4),)
         else:
             return (_half(x.to(tl.uint16) << 3),)
 
@@ -65,7 +65,7 @@ def _half(x):
 
 @triton.constexpr_function
 def raised(width, plane):
-    """What the last bit of a field of plane ``plane`` stands for in ``raised_planes``, a power of two."""
+    """What one step of a code is in plane ``plane`` of ``raised_planes``: a power of two."""
     return 2.0 ** ((3 if width == 8 else 4 + width * plane % 4) - 24)
 
 

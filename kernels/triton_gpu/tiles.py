@@ -1,309 +1,213 @@
 # mypy: ignore-errors
-# ruff: noqa: N803, RET505, RUF005, SIM108
-"""Parts of the attention loop over packed tiles: loads, dots on codes, the key mean, sums undone and written."""
+# ruff: noqa: B007, N803, N806, RUF005, SIM102
+"""Attention of one program over packed tiles. Products are taken of the codes themselves; nothing is dequantized."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from skvq.kernels.triton_gpu.loaders import pair_rows, perm4, planes
-
-NEVER = tl.constexpr(-1.0e30)
-
-
-@triton.jit
-def exp2(x, ASM: tl.constexpr):
-    """2^x; one instruction where assembly is at hand (``tl.exp2`` spends three more on denormal results)."""
-    if ASM:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.exp2(x)
+from skvq.kernels.triton_gpu.fragments import first_of_pairs, load_rows, weight_columns, zero_rows
+from skvq.kernels.triton_gpu.loaders import has_normal_planes, perm4
+from skvq.kernels.triton_gpu.metadata import metadata
+from skvq.kernels.triton_gpu.overlap import prefetch, wait_for_inputs
+from skvq.kernels.triton_gpu.pages import block_rows, code_bytes, in_page, middle
+from skvq.kernels.triton_gpu.scores import key_scores, key_scores_trits, mean_scores
+from skvq.kernels.triton_gpu.softmax import NEVER, exp2
+from skvq.kernels.triton_gpu.sums import store_sums, value_share, value_trits
 
 
 @triton.jit
-def first_of_pairs(x, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
-    """Real columns of ``x`` [ROWS, NH * PAD]; with PAD 2 every other column is idle."""
-    if PAD == 2:
-        real, _ = tl.split(tl.reshape(x, [ROWS, NH, 2]))
-        return real
-    else:
-        return x
-
-
-@triton.jit
-def weight_columns(w, TRITS: tl.constexpr, ROWS: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr):
-    """fp16 columns of the weights ``w`` [ROWS, NH] for the second dot; for trits a high and a low half of each."""
-    high = w.to(tl.float16)
-    if TRITS:
-        low = (w - high.to(tl.float32)).to(tl.float16)
-        return tl.reshape(tl.join(high, low), [ROWS, NH * PAD])
-    elif PAD == 2:
-        return tl.reshape(tl.join(high, tl.zeros_like(high)), [ROWS, NH * PAD])
-    else:
-        return high
-
-
-@triton.jit
-def load_planes(
-    base, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, BLOCKS: tl.constexpr,
-    SKIP: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr,
-    PERMUTED: tl.constexpr, ASM: tl.constexpr,
+def attend_tiles(
+    q_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
+    part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,
+    stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
+    stride_pages_slot, heads, chunks, queries, repeat, span, head, row, chunk, split, splits,
+    D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, TILE: tl.constexpr,
+    PART: tl.constexpr, HAS_SPAN: tl.constexpr, HAS_MEAN: tl.constexpr,
+    BY_COLUMN: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Planes of BLOCKS byte blocks [ROWS, COLUMNS] in channel order: plane p, block j is entry ``p * BLOCKS + j``.
+    """Partial softmax(q k^T) v of one kv head, one chunk of NH columns and one split of a sequence's tiles.
 
-    Byte (r, c) of block j lies at ``base + first + j * SKIP + r * ROW + c * COLUMN``. PERMUTED: rows in ``perm4`` order.
+    With ks, km, vs, vm scales and mids of keys and values and ``half`` the middle of the codes, the score of token t, up to
+    the scale of ``prepare``, is ``sum_g ks_g (q_g . code) + (km_g - half ks_g) sum q_g [+ q . RoPE_t(mean)]`` over groups g.
+    The weighted sum is ``sum_t p vs (code - half) + p vm``. Tokens are the rows of both products, columns their N = NH * PAD
+    columns.
+
+    One warp owns a program and takes PART tokens at a time: a tile, or half of one where keys have no single bits apart. Reads
+    the codes and metadata of its tiles once, (key_bits + value_bits) D / 8 + 4 G bytes a token; writes NH rows of D + 2
+    floats.
     """
-    r = perm4(tl.arange(0, ROWS), PERMUTED)
-    at = first + r[:, None] * ROW + tl.arange(0, COLUMNS)[None, :] * COLUMN
-    by_block = ()
-    for j in tl.static_range(BLOCKS):
-        raw = tl.load(base + (at + j * SKIP))
-        by_block = by_block + (planes(raw, WIDTH, OFFSET, CUMULATIVE, NORMAL, ASM),)
-    out = ()
-    for p in tl.static_range(len(by_block[0])):
-        for j in tl.static_range(BLOCKS):
-            out = out + (by_block[j][p],)
-    return out
+    SHARES: tl.constexpr = 5 if TILE == 160 else 1
+    SHARE: tl.constexpr = PART // SHARES
+    PARTS: tl.constexpr = in_page(PART)
+    KEY_PAD: tl.constexpr = 2 if NH == 4 else 1
+    VALUE_PAD: tl.constexpr = 2 if NH == 4 or VALUE_BITS == 15 else 1
+    KEY_EACH: tl.constexpr = block_rows(KEY_BITS, D, G)
+    VALUE_EACH: tl.constexpr = block_rows(VALUE_BITS, D, G)
+    KEY_PART: tl.constexpr = code_bytes(KEY_BITS, D, PART)
+    VALUE_TILE: tl.constexpr = code_bytes(VALUE_BITS, D, TILE)
+    KEY_HALF: tl.constexpr = middle(KEY_BITS)
+    HALF: tl.constexpr = -0.5 if has_normal_planes(VALUE_BITS) else middle(VALUE_BITS)
+    # weights are 2^SHIFT times too large, for fp16's sake: up to 2^15 * 448 / 256, three times that for trits
+    SHIFT: tl.constexpr = (7.0 if FP8 else 15.0) - (2.0 if VALUE_BITS == 15 else 0.0)
+    N: tl.constexpr = NH * KEY_PAD
+    Q_ROWS: tl.constexpr = 2 * D if KEY_BITS == 3 else D
 
-
-@triton.jit
-def load_rows(base, ROWS: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """Tuple of the fragments [EACH, N] of q, ROWS / EACH of them, stored by column or by row.
-
-    By column they come as the tensor core's second operand wants them, and stay in registers; by row they stay in shared
-    memory, at the cost of register moves: better where five shares of a tile need the registers.
-    """
-    at = tl.arange(0, EACH)[:, None] * (1 if BY_COLUMN else N) + tl.arange(0, N)[None, :] * (EACH if BY_COLUMN else 1)
-    out = ()
-    for i in tl.static_range(ROWS // EACH):
-        out = out + (tl.load(base + i * EACH * N + at),)
-    return out
-
-
-@triton.jit
-def zero_rows(COUNT: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros([ROWS, N], tl.float32),)
-    return out
-
-
-@triton.jit
-def dots(a, b, sums):
-    """``sums`` plus the dots of ``a`` with ``b``; each group's sum takes an equal share of them, in order."""
-    each: tl.constexpr = len(a) // len(sums)
-    out = ()
-    for g in tl.static_range(len(sums)):
-        s = sums[g]
-        for i in tl.static_range(each):
-            s = tl.dot(a[g * each + i], b[g * each + i], s)
-        out = out + (s,)
-    return out
-
-
-@triton.jit
-def dots_each(a, weights, scale, accumulators):
-    """``accumulators * scale + a . weights`` entry by entry; the entries of ``weights`` serve equal shares of ``a``."""
-    each: tl.constexpr = len(a) // len(weights)
-    out = ()
-    for i in tl.static_range(len(a)):
-        out = out + (tl.dot(a[i], weights[i // each], accumulators[i] * scale),)
-    return out
-
-
-@triton.jit
-def bit_rows(base, ROWS: tl.constexpr, NORMAL: tl.constexpr, PERMUTED: tl.constexpr):
-    """Planes of single bits of 8 bytes a row, in pairs: column ``2 b + i`` of entry p is bit ``2 p + i`` of byte b.
-
-    Every byte is loaded twice. ``pair_rows`` would do without, but of such operands Triton 3.7 contracts one half twice.
-    """
-    r = perm4(tl.arange(0, ROWS), PERMUTED)
-    c = tl.arange(0, 16)
-    raw = tl.load(base + r[:, None] * 8 + (c // 2)[None, :])
-    out = ()
-    for p in tl.static_range(4):
-        mask = ((1 << 2 * p) << (c % 2)).to(tl.uint8)[None, :]
-        half = (raw & mask).to(tl.uint16)
-        if NORMAL:
-            out = out + ((half | 0x6400).to(tl.float16, bitcast=True) - (mask.to(tl.float16) + 1024.0).to(tl.float16),)
-        else:
-            out = out + (half.to(tl.float16, bitcast=True),)
-    return out
-
-
-@triton.jit
-def key_scores(
-    base, SUB: tl.constexpr, q_low, q_high, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
-    SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Raw scores ``q . code`` of share SUB of a tile: G tensors [SHARE, N]."""
-    low: tl.constexpr = 2 if BITS == 3 else BITS
-    row: tl.constexpr = D * low // 8
-    wide: tl.constexpr = row if row < D // G else D // G
-    cumulative: tl.constexpr = low == 2 and BITS == 2 and G == 1 and not NORMAL
-    offset: tl.constexpr = 0 if BITS == 3 else 2 ** (BITS - 1)
-    part = load_planes(
-        base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, offset, cumulative, NORMAL, ASM, ASM
-    )
-    s = dots(part, q_low, zero_rows(G, SHARE, q_low[0].shape[1]))
-    if BITS == 3:
-        first: tl.constexpr = TILE * row + SUB * SHARE * (D // 8)
-        if D == 64:
-            part = bit_rows(base + first, SHARE, NORMAL, ASM)
-        else:
-            part = load_planes(base, first, SHARE, D // 8, D // 8, 1, 1, 0, 1, 1, False, NORMAL, ASM, ASM)
-        s = dots(part, q_high, s)
-    return s
-
-
-@triton.jit
-def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr):
-    """Raw scores ``q . code`` of the five shares of 32 tokens of a tile of trits: five tuples of G tensors [32, N]."""
-    prefix = zero_rows(5 * G, 32, N)
-    for i in tl.static_range(D // 32):
-        part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, 0, False, NORMAL, ASM, ASM)
-        new = ()
-        for j in tl.static_range(5 * G):
-            if j // 5 == i * G // (D // 32):
-                new = new + (tl.dot(part[j % 5], q_low[i], prefix[j]),)
-            else:
-                new = new + (prefix[j],)
-        prefix = new
-    out = ()
-    for k in tl.static_range(5):
-        score = ()
-        for g in tl.static_range(G):
-            score = score + ((prefix[g * 5 + k] - 3.0 * prefix[g * 5 + k - 1]) if k > 0 else prefix[g * 5],)
-        out = out + (score,)
-    return out
-
-
-@triton.jit
-def value_share(
-    base, SUB: tl.constexpr, weights, scale, low_sums, high_sums, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
-    TILE: tl.constexpr, SHARE: tl.constexpr, NORMAL: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Add share SUB of a tile to the sums of every plane: (low_sums, high_sums) * scale + codes . weights."""
-    low: tl.constexpr = 2 if BITS == 3 else BITS
-    rows: tl.constexpr = D * low // 8
-    wide: tl.constexpr = rows if rows < D // G else D // G
-    cumulative: tl.constexpr = low == 2 and BITS == 2 and G == 1 and not NORMAL
-    offset: tl.constexpr = 0 if BITS == 3 else 2 ** (BITS - 1)
-    part = load_planes(
-        base, SUB * SHARE, wide, SHARE, TILE, 1, rows // wide, wide * TILE, low, offset, cumulative, NORMAL, False, ASM
-    )
-    low_sums = dots_each(part, weights, scale, low_sums)
-    if BITS == 3:
-        part = load_planes(base, rows * TILE + SUB * SHARE, D // 8, SHARE, TILE, 1, 1, 0, 1, 1, False, NORMAL, False, ASM)
-        if D == 64:
-            part = pair_rows(part)
-        high_sums = dots_each(part, weights, scale, high_sums)
-    return low_sums, high_sums
-
-
-@triton.jit
-def value_trits(
-    base, weights, scales, factor, sums, D: tl.constexpr, G: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr,
-    NORMAL: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Add a tile of trits to the sums: ``sum_k P_k (D_k - 3 D_(k-1)) = sum_k (P_k - 3 P_(k+1)) D_k``, P in two halves."""
-    columns = ()
-    for g in tl.static_range(G):
-        for k in tl.static_range(5):
-            w = weights[k] * scales[k * G + g][:, None]
-            if k < 4:
-                w -= 3.0 * (weights[k + 1] * scales[(k + 1) * G + g][:, None])
-            columns = columns + (weight_columns(w, True, 32, NH, PAD),)
-    out = ()
-    for i in tl.static_range(D // 32):
-        codes = load_planes(base, i * 1024, 32, 32, 32, 1, 1, 0, 15, 0, False, NORMAL, False, ASM)
-        acc = sums[i] * factor
-        for k in tl.static_range(5):
-            acc = tl.dot(codes[k], columns[i * G // (D // 32) * 5 + k], acc)
-        out = out + (acc,)
-    return out
-
-
-@triton.jit
-def mean_scores(
-    turn, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES: tl.constexpr, STEPS: tl.constexpr,
-    D: tl.constexpr, NH: tl.constexpr,
-):  # fmt: skip
-    """``q . RoPE_t(mean)`` of the tokens of a part, a tuple of SHARES tensors [tokens, NH], up to a scale.
-
-    ``sum_j A_j cos(w_j t) + B_j sin(w_j t)`` with t = base + 32 a + j: A and B (``cosines``, ``sines`` [D/2, NH]) are turned to
-    each 32-token step of the part and contracted with one table of 32 places; pairs of steps share the columns of a dot.
-    """
-    j = tl.arange(0, D // 2)
-    base_cos, base_sin = tl.load(turn + j)[:, None], tl.load(turn + D // 2 + j)[:, None]
-    out = ()
-    if STEPS == 4:
-        cos = base_cos * step_cos[0] - base_sin * step_sin[0]  # [D/2, 4]
-        sin = base_sin * step_cos[0] + base_cos * step_sin[0]
-        cos = tl.expand_dims(tl.reshape(cos, [D // 2, 2, 2]), 2)  # [D/2, 2, 1, 2]
-        sin = tl.expand_dims(tl.reshape(sin, [D // 2, 2, 2]), 2)
-        a = tl.expand_dims(tl.expand_dims(cosines, 1), 3)  # [D/2, 1, NH, 1]
-        b = tl.expand_dims(tl.expand_dims(sines, 1), 3)
-        with_cos = tl.reshape((a * cos + b * sin).to(tl.float16), [D // 2, 4 * NH])
-        with_sin = tl.reshape((b * cos - a * sin).to(tl.float16), [D // 2, 4 * NH])
-        z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
-        out = (tl.reshape(tl.permute(tl.reshape(z, [32, 2, NH, 2]), (1, 3, 0, 2)), [128, NH]),)
-    else:
-        for n in tl.static_range(3 if SHARES == 5 else 1):
-            cos = tl.expand_dims(base_cos * step_cos[n] - base_sin * step_sin[n], 1)  # [D/2, 1, 2]
-            sin = tl.expand_dims(base_sin * step_cos[n] + base_cos * step_sin[n], 1)
-            a = tl.expand_dims(cosines, 2)  # [D/2, NH, 1]
-            b = tl.expand_dims(sines, 2)
-            with_cos = tl.reshape((a * cos + b * sin).to(tl.float16), [D // 2, 2 * NH])
-            with_sin = tl.reshape((b * cos - a * sin).to(tl.float16), [D // 2, 2 * NH])
-            z = tl.dot(place_sin, with_sin, tl.dot(place_cos, with_cos))
-            first, second = tl.split(tl.reshape(z, [32, NH, 2]))
-            out = out + (first, second)
-        if SHARES == 1:
-            out = (tl.reshape(tl.permute(tl.join(out[0], out[1]), (2, 0, 1)), [64, NH]),)
-    return out
-
-
-@triton.jit
-def high_rows(y, PLANE: tl.constexpr, NH: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr):
-    """Sums [16, NH] of the high bit of 3-bit codes in channel order, times four."""
-    y = first_of_pairs(y, 16, NH, PAD)
-    if D == 64:
-        a, b = tl.split(tl.permute(tl.reshape(y, [8, 2, NH]), (0, 2, 1)))
-        a, b = a * (4.0 / 4**PLANE), b * (2.0 / 4**PLANE)
-        return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), [16, NH])
-    else:
-        return y * (4.0 / 2**PLANE)
-
-
-@triton.jit
-def store_sums(
-    out, low_sums, high_sums, mids, unit_ptr, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr,
-    NH: tl.constexpr, PAD: tl.constexpr, NORMAL: tl.constexpr, META: tl.constexpr, stride_column,
-):  # fmt: skip
-    """Undo the places of the planes and write ``(sum p vs (code - half) + p vm) * unit`` of every channel."""
-    low: tl.constexpr = 2 if BITS == 3 else BITS
-    blocks: tl.constexpr = D * low // (8 * EACH) if BITS != 15 else 1
-    cumulative: tl.constexpr = BITS == 2 and G == 1 and not NORMAL
-    one: tl.constexpr = 1.0 if NORMAL else 16777216.0
+    program = (row * chunks + chunk) * heads + head
     h = tl.arange(0, NH)
-    r = tl.arange(0, EACH)
-    for i in tl.static_range(len(low_sums)):
-        x = low_sums[i]
-        if cumulative and i > 0:
-            x = x - low_sums[i - 1]
-        if BITS == 15:
-            x, rest = tl.split(tl.reshape(x, [EACH, NH, 2]))
-            x += rest
+    t = perm4(tl.arange(0, SHARE), ASM)
+    if HAS_MEAN:
+        j = tl.arange(0, D // 2)
+        place = table_ptr + perm4(tl.arange(0, 32), ASM)[:, None] * D + j[None, :]
+        place_cos, place_sin = tl.load(place), tl.load(place + D // 2)
+        STEPS: tl.constexpr = SHARE // 32 if SHARES == 1 else 2
+        step_cos = ()
+        step_sin = ()
+        for n in tl.static_range(1 if SHARES == 1 else 3):
+            step = turn_ptr + (n * STEPS + tl.arange(0, STEPS))[None, :] * D + j[:, None]
+            step_cos = step_cos + (tl.load(step),)
+            step_sin = step_sin + (tl.load(step + D // 2),)
+
+    query = tl.minimum((chunk * NH + h) // repeat, queries - 1)
+    oldest = tl.load(positions_ptr + row * queries + query) - span + 1
+    parts = tl.load(packed_ptr + row) // PART
+    begin = 0
+    if HAS_SPAN:
+        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // PART, parts)
+    per_split = tl.cdiv(parts - begin, splits)
+    start = begin + split * per_split
+    stop = tl.minimum(start + per_split, parts)
+    row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
+    page = tl.load(row_ptr + start // PARTS, mask=start < stop, other=0).to(tl.int64)
+    if PDL:
+        if start < stop:  # the first of what is read comes while the queries are prepared
+            tile = start % PARTS // (TILE // PART)
+            count = tl.minimum(in_page(TILE) - tile, 2)
+            KEY_TILE: tl.constexpr = KEY_PART * (TILE // PART)
+            prefetch(key_ptr + page * stride_key_page + head * stride_key_head + tile * KEY_TILE, count * KEY_TILE)
+            prefetch(value_ptr + page * stride_value_page + head * stride_value_head + tile * VALUE_TILE, count * VALUE_TILE)
+            prefetch(meta_ptr + page * stride_meta_page + head * stride_meta_head + tile * (G * TILE), count * (G * TILE * 4))
+
+    wait_for_inputs(PDL)
+    q_low = load_rows(q_ptr + program * (Q_ROWS * N), D, KEY_EACH, N, BY_COLUMN)
+    q_high = ()
+    if KEY_BITS == 3:
+        q_high = load_rows(q_ptr + (program * Q_ROWS + D) * N, D, 16, N, BY_COLUMN)
+    qsum = ()
+    for g in tl.static_range(G):
+        qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
+    scale = tl.load(scale_ptr + program * 2)
+    if HAS_MEAN:
+        at = program * (D * NH) + j[:, None] * NH + h[None, :]
+        cosines, sines = tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH)
+        mean_scale = tl.load(scale_ptr + program * 2 + 1)
+
+    m_i = tl.full([NH], NEVER, tl.float32)
+    l_i = tl.zeros([NH], tl.float32)
+    mids = ()
+    for g in tl.static_range(G):
+        mids = mids + (tl.zeros([NH], tl.float32),)
+    low_sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * VALUE_PAD)
+    high_sums = zero_rows(D // 16 if VALUE_BITS == 3 else 0, 16, NH * VALUE_PAD)
+
+    for i in range(start, stop):
+        tile, first = i % PARTS // (TILE // PART), i % (TILE // PART) * PART
+        key = key_ptr + page * stride_key_page + head * stride_key_head + (i % PARTS) * KEY_PART
+        value = value_ptr + page * stride_value_page + head * stride_value_head + tile * VALUE_TILE + first
+        meta = meta_ptr + page * stride_meta_page + head * stride_meta_head + tile * (G * TILE) + first
+        # the next page is looked up a part ahead, so that no load waits for it
+        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // PARTS).to(tl.int64)
+
+        # before or after the scores: whichever leaves the registers (counted ahead of time)
+        if HAS_MEAN and (SHARES == 5 or G > 1):
+            mean = mean_scores(
+                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
+            )
+        raw = ()
+        if KEY_BITS == 15:
+            raw = key_scores_trits(key, q_low, N, D, G, ASM)
         else:
-            x = first_of_pairs(x, EACH, NH, PAD)
-        x = x * (one / (1 if BITS == 15 else 2 ** (low * (i // blocks))))
-        if BITS == 3:
-            if EACH == 32:
-                above = high_rows(high_sums[2 * i], 2 * i, NH, PAD, D), high_rows(high_sums[2 * i + 1], 2 * i + 1, NH, PAD, D)
-                x += one * tl.reshape(tl.permute(tl.join(above[0], above[1]), (2, 0, 1)), [32, NH])
-            else:
-                x += one * high_rows(high_sums[i], i, NH, PAD, D)
-        x = (x + mids[i * EACH // (D // G)][None, :]) * (tl.load(unit_ptr + i * EACH // (D // G)) * META)
-        tl.store(out + h[None, :] * stride_column + (i * EACH + r)[:, None], x)
+            for s in tl.static_range(SHARES):
+                share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, ASM)
+                raw = raw + (share,)
+        if HAS_MEAN and SHARES == 1 and G == 1:
+            mean = mean_scores(
+                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
+            )
+        words = ()
+        for s in tl.static_range(SHARES):
+            for g in tl.static_range(G):
+                words = words + (tl.load(meta + g * TILE + s * SHARE + t),)
+        scores = ()
+        for s in tl.static_range(SHARES):
+            word = words[s * G]
+            ks, km = metadata(word, False, ASM, FP8)
+            retained = (word & 0x80) != 0
+            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[0][None, :] * (km - KEY_HALF * ks)[:, None]
+            for g in tl.static_range(1, G):
+                ks, km = metadata(words[s * G + g], False, ASM, FP8)
+                x += (
+                    first_of_pairs(raw[s][g], SHARE, NH, KEY_PAD) * ks[:, None]
+                    + qsum[g][None, :] * (km - KEY_HALF * ks)[:, None]
+                )
+            if HAS_MEAN:
+                x += mean[s] * mean_scale
+            x = tl.where(retained[:, None], NEVER, x)
+            if HAS_SPAN:
+                x = tl.where(t[:, None] < (oldest - (i * PART + s * SHARE))[None, :], NEVER, x)
+            scores = scores + (x,)
+
+        top = scores[0]
+        for s in tl.static_range(1, SHARES):
+            top = tl.maximum(top, scores[s])
+        m_new = tl.maximum(m_i, tl.max(top, 0))
+        alpha = exp2((m_i - m_new) * scale, ASM)
+        base = SHIFT - tl.where(m_new > NEVER * 0.5, m_new, 0.0) * scale
+        m_i = m_new
+        weights = (exp2(scores[0] * scale + base[None, :], ASM),)
+        total = weights[0]
+        for s in tl.static_range(1, SHARES):
+            p = exp2(scores[s] * scale + base[None, :], ASM)
+            weights = weights + (p,)
+            total += p
+        l_i = l_i * alpha + tl.sum(total, 0)
+        scales = ()
+        zeros = ()
+        for s in tl.static_range(SHARES):
+            for g in tl.static_range(G):
+                vs, vm = metadata(words[s * G + g], True, ASM, FP8)
+                scales = scales + (vs,)
+                zeros = zeros + (vm - HALF * vs,)
+        new_mids = ()
+        for g in tl.static_range(G):
+            mid = weights[0] * zeros[g][:, None]
+            for s in tl.static_range(1, SHARES):
+                mid += weights[s] * zeros[s * G + g][:, None]
+            new_mids = new_mids + (mids[g] * alpha + tl.sum(mid, 0),)
+        mids = new_mids
+        factor = alpha
+        if VALUE_PAD == 2:
+            factor = tl.reshape(tl.join(alpha, alpha), [NH * 2])
+
+        if VALUE_BITS == 15:
+            low_sums = value_trits(value, weights, scales, factor[None, :], low_sums, D, G, NH, VALUE_PAD, ASM)
+        else:
+            for s in tl.static_range(SHARES):
+                by_group = ()
+                for g in tl.static_range(G):
+                    w = weights[s] * scales[s * G + g][:, None]
+                    by_group = by_group + (weight_columns(w, False, SHARE, NH, VALUE_PAD),)
+                low_sums, high_sums = value_share(
+                    value, s, by_group, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, VALUE_BITS, G, TILE,
+                    SHARE, ASM,
+                )  # fmt: skip
+
+    columns = chunks * NH
+    out = ((row * heads + head) * columns + chunk * NH).to(tl.int64) * splits + split
+    store_sums(
+        part_ptr + out * D, low_sums, high_sums, mids, unit_ptr + head * G, D, VALUE_BITS, G, VALUE_EACH, NH, VALUE_PAD,
+        1.0 if FP8 else 256.0, splits * D,
+    )  # fmt: skip
+    tl.store(stat_ptr + (out + h * splits) * 2, tl.where(m_i > NEVER * 0.5, m_i * scale - SHIFT, NEVER))
+    tl.store(stat_ptr + (out + h * splits) * 2 + 1, l_i)

@@ -1,18 +1,35 @@
-"""What the kernels need beside their arguments: scratch memory that never moves, and tables computed once."""
+"""What kernels need beside their arguments: scratch memory that never moves, and tables that are made once."""
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies
+from skvq.kernels.interface import HeadSide, LabelCodec, RopeFrequencies
+from skvq.kernels.triton_gpu.forms import Columns
 from skvq.kernels.triton_gpu.metric import MetricTables
 
 
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Partial softmaxes of every column, left by ``splits`` programs, float32, in scratch memory.
+
+    ``sums`` [B, KH, columns, splits, D]; ``statistics`` [B, KH, columns, splits, 2]: maximum of the scores (log2), sum of
+    weights.
+    """
+
+    sums: Tensor
+    statistics: Tensor
+    splits: int
+
+
 class Scratch:
-    """Named buffers that grow when a step needs more and are never freed: a captured CUDA graph keeps their addresses."""
+    """Buffers by name, which grow when a step needs more. None is freed or moved: a captured CUDA graph keeps their
+    addresses.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -20,7 +37,7 @@ class Scratch:
         self._by_name: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
-        """A buffer of at least ``count`` numbers; zeros when new, then whatever the last step left."""
+        """A buffer of at least ``count`` numbers: zeros when it is new, else what the step before left there."""
         buffer = self._by_name.get((name, dtype))
         if buffer is None or buffer.numel() < count:
             buffer = torch.zeros(max(count, 1), dtype=dtype, device=self.device)
@@ -28,12 +45,19 @@ class Scratch:
             self._held.append(buffer)
         return buffer
 
+    def partials(self, name: str, q: Tensor, columns: Columns, splits: int) -> Partials:
+        """Room for the partial softmaxes of ``splits`` programs of every row, kv head and chunk of columns."""
+        rows = q.shape[0] * columns.heads * columns.total * splits
+        sums = self.take(f"{name} sums", rows * q.shape[3], torch.float32)
+        return Partials(sums, self.take(f"{name} statistics", rows * 2, torch.float32), splits)
+
 
 class RopeTables:
-    """Sines and cosines for kernels, cos then sin in each row of D.
+    """Cosines, then sines, of RoPE in rows of D, for tiles of ``tile`` tokens (or parts of one, or places: any stretch).
 
-    ``turn`` float32 [6 + tiles, D]: of 0, 32, .. 160 tokens, then of the base of every tile; ``places`` float32 [tile, D]: of
-    every place in a tile; ``bases``, ``table``: those of the tiles and of the places in float16.
+    ``turn`` float32 [6 + tiles, D]: rows 0 .. 5 are the angles of 0, 32, .. 160 tokens, the others of the first token of each
+    tile. ``places`` float32 [tile, D]: of each place in a tile. ``bases`` and ``table``: float16 of ``turn[6:]`` and
+    ``places``.
     """
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
@@ -49,10 +73,10 @@ class RopeTables:
 
 
 class Tables:
-    """Tables by the identity of what they were made from; the maker is held, so an identity is never reused.
+    """Tables by the identity of the object that they were made from. It is held, so that no other object can get its identity.
 
-    None is ever freed: a captured CUDA graph keeps their addresses. Those of metrics, which no graph reads, live as long as the
-    metric: calibration makes many.
+    No table is ever freed: a captured CUDA graph keeps their addresses. Those of metrics are the exception, for no graph reads
+    them and calibration makes many: they live as long as their metric.
     """
 
     def __init__(self) -> None:
@@ -61,7 +85,7 @@ class Tables:
         self._labels: dict[int, tuple[object, LabelTables]] = {}
 
     def rope(self, rope: RopeFrequencies, tile: int, tiles: int) -> RopeTables:
-        """Tables that cover ``tiles`` tiles."""
+        """Tables of ``tiles`` tiles of ``tile`` tokens."""
         key = (id(rope.inv_freq), tile, tiles)
         known = self._ropes.get(key)
         if known is None:
@@ -70,7 +94,7 @@ class Tables:
         return known
 
     def metric(self, side: HeadSide) -> MetricTables:
-        """What the lattice quantizer needs of a side."""
+        """What the lattice quantizer needs of a side that has a metric."""
         key, metrics = id(side.metric), self._metrics
         known = metrics.get(key)
         if known is None:
@@ -78,17 +102,17 @@ class Tables:
             metrics[key] = known
         return known[1]
 
-    def labels(self, codec: HeadCodec | LabelCodec, key_labels: Tensor, value_labels: Tensor, groups: int) -> LabelTables:
-        """Channels by group of a codec."""
+    def labels(self, codec: LabelCodec, groups: int) -> LabelTables:
+        """Labels and members of the ``groups`` groups of a codec. The first call for a codec waits for the device."""
         known = self._labels.get(id(codec))
         if known is None:
-            known = (codec, LabelTables(key_labels, value_labels, groups))
+            known = (codec, LabelTables(codec.key_labels, codec.value_labels, groups))
             self._labels[id(codec)] = known
         return known[1]
 
 
 class LabelTables:
-    """Labels of one codec, and the members of every group, for keys and values."""
+    """Labels int32 [KH * D] of keys and values, and the members of every group as ``quantize_labels`` takes them."""
 
     def __init__(self, key_labels: Tensor, value_labels: Tensor, groups: int) -> None:
         self.key_labels, self.value_labels = key_labels.to(torch.int32), value_labels.to(torch.int32)

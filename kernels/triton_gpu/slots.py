@@ -1,22 +1,27 @@
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803
-"""Decode attention over 16-bit tokens: full-precision slots, and the pages of method ``fp``."""
+"""Decode attention over the full-precision slots; ``dense_step`` and ``load_columns`` serve the 16-bit pages too."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from skvq.kernels.triton_gpu.overlap import wait_for_inputs
-from skvq.kernels.triton_gpu.prepare import LOG2E
-from skvq.kernels.triton_gpu.tiles import NEVER
+from skvq.kernels.interface import FullSlots, Step
+from skvq.kernels.triton_gpu.card import Card
+from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, Columns
+from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
+from skvq.kernels.triton_gpu.workspace import Partials
 
 
 @triton.jit
 def dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE: tl.constexpr):
-    """One block of tokens: scores [T, N] on the M rows, masked by ``seen``, added to the running softmax.
+    """The running softmax (maximum, weight, sum) after one more block of 16-bit tokens.
 
-    WIDE: dots in float32, for the interpreter, which knows no bfloat16 dot.
+    k and v [T, D], q [D, N], ``seen`` bool [T, N], sum [D, N]; ``scale`` includes the log2 of e. Tokens are the rows of the
+    product, of which tensor cores have more than columns.
     """
     if WIDE:
         k, v = k.to(tl.float32), v.to(tl.float32)
@@ -32,7 +37,7 @@ def dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE: tl.constexpr):
 
 @triton.jit
 def load_columns(q_ptr, column, row, head, heads, queries, repeat, D: tl.constexpr):
-    """q [D, N] in its own dtype; columns past the last query head are zero."""
+    """q [D, N] in its own dtype, column c of one kv head; zero past the last query head."""
     query = ((row * queries + column // repeat) * heads + head) * repeat + column % repeat
     d = tl.arange(0, D)
     return tl.load(q_ptr + query[None, :] * D + d[:, None], mask=(column < queries * repeat)[None, :], other=0.0)
@@ -45,10 +50,10 @@ def attend_slots(
     head, row, chunk, split, splits,
     D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Partial attention of one kv head, one chunk of NH columns and one block share of a sequence's slots.
+    """Partial attention of one kv head and one chunk of NH columns over every ``splits``-th block of a sequence's slots.
 
-    Visible: ``0 <= held <= t`` and ``t - held < span``. An empty slot may hold anything, NaN included: it is read as zero.
-    Reads 4 D bytes a slot, writes NH rows of D + 2 floats.
+    A slot that holds position ``held`` is seen from position t if ``0 <= held <= t`` and ``t - held < span``. An empty slot
+    may hold anything, NaN included, and is read as zeros. Reads 4 D bytes a slot, writes NH rows of D + 2 floats.
     """
     column = chunk * NH + tl.arange(0, NH)
     d = tl.arange(0, D)
@@ -82,7 +87,7 @@ def attend_slots_kernel(
     stride_slot, stride_head, stride_token, stride_held, heads, chunks, queries, repeat, count, span, columns,
     D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``attend_slots``, one program a kv head, block share and chunk."""
+    """``attend_slots`` by itself: a program a kv head, split and chunk."""
     wait_for_inputs(PDL)
     attend_slots(
         q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
@@ -92,48 +97,11 @@ def attend_slots_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def attend_plain_kernel(
-    q_ptr, key_ptr, value_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr, part_ptr, stat_ptr,
-    stride_page, stride_head, stride_pages_slot, heads, chunks, queries, repeat, span, columns,
-    D: tl.constexpr, NH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Partial attention of one kv head, one chunk of NH columns and one split of a sequence's 16-bit pages.
-
-    Reads 4 D bytes a token once, writes NH rows of D + 2 floats.
-    """
-    wait_for_inputs(PDL)
-    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
-    chunk = tl.program_id(2) % chunks
-    splits = tl.num_programs(1)
-    column = chunk * NH + tl.arange(0, NH)
-    d = tl.arange(0, D)
-    b = tl.arange(0, BLOCK)
-    q = load_columns(q_ptr, column, row, head, heads, queries, repeat, D)
-    now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
-    oldest = now - span + 1
-    packed = tl.load(packed_ptr + row)
-    row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
-    blocks = tl.cdiv(packed, BLOCK)
-    begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // BLOCK, blocks)
-    per_split = tl.cdiv(blocks - begin, splits)
-    start = begin + split * per_split
-    stop = tl.minimum(start + per_split, blocks)
-    scale = LOG2E / D**0.5
-    m_i = tl.full([NH], NEVER, tl.float32)
-    l_i = tl.zeros([NH], tl.float32)
-    acc = tl.zeros([D, NH], tl.float32)
-    page = tl.load(row_ptr + start // (1280 // BLOCK), mask=start < stop, other=0).to(tl.int64)
-    for i in range(start, stop):
-        place = page * stride_page + head * stride_head + ((i % (1280 // BLOCK)) * BLOCK + b)[:, None] * D + d[None, :]
-        page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // (1280 // BLOCK)).to(tl.int64)
-        at = (i * BLOCK + b)[:, None]
-        k = tl.load(key_ptr + place, mask=at < packed, other=0.0)
-        v = tl.load(value_ptr + place, mask=at < packed, other=0.0)
-        seen = (at < packed) & (at >= oldest[None, :])
-        m_i, l_i, acc = dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE)
-    out = ((row * heads + head) * columns + column).to(tl.int64) * splits + split
-    inside = column < columns
-    tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
-    tl.store(stat_ptr + out * 2, m_i, mask=inside)
-    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+def launch_slots(card: Card, q: Tensor, full: FullSlots, step: Step, columns: Columns, held: Partials) -> None:
+    """Partial softmaxes over the full-precision slots to ``held``."""
+    attend_slots_kernel[(columns.heads, held.splits, q.shape[0] * columns.chunks)](
+        q, full.keys, full.values, full.positions, step.slots, step.positions, held.sums, held.statistics,
+        *full.keys.stride()[:3], full.positions.stride(0), columns.heads, columns.chunks, columns.queries, columns.repeat,
+        full.positions.shape[1], step.span, columns.total,
+        D=q.shape[3], NH=8, BLOCK=SLOT_BLOCK, WIDE=card.interpreted, num_warps=1, num_stages=1, **overlapping(card.pdl),
+    )  # fmt: skip
