@@ -268,6 +268,7 @@ def card(capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: Properties(),
         "get_device_name": lambda device=None: "a card that is not there",
+        "device": lambda device: contextlib.nullcontext(),
         "Event": Event,
         "Stream": Stream,
         "stream": on_stream,

@@ -26,7 +26,7 @@ def rounded(x, half):
 def fit_range(y, code, state, unit, clip, half, t, inside, stride, tokens, T: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
     """Where the quantizer starts: scale and mid of each group, to ``state``, and the codes that go with them, to ``code``.
 
-    They are taken from the clipped range, then refined by plain least squares (``reference._fit_range``).
+    They are taken from the clipped range, then refined by plain least squares (``reference.quantizer.fit_range``).
     """
     WIDTH: tl.constexpr = D // G
     PIECE: tl.constexpr = 32
@@ -80,7 +80,7 @@ def fit(
     code, slopes, state, table, ones, diagonal, total, unit, scale_out, mid_out, down, half, last, t, inside, stride, tokens,
     T: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Scale and mid by least squares in the metric, one group after another (``reference._fit_metric``), to ``state``.
+    """Scale and mid by least squares in the metric, one group after another (``reference.lattice``), to ``state``.
 
     The ``last`` time they are rounded to E4M3: scales of all groups first, then mids that are fitted to the rounded scales.
     The bytes go to ``scale_out`` and ``mid_out`` [T, KH, G].

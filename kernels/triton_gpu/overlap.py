@@ -8,6 +8,7 @@ else. ``wait_for_inputs`` waits for everything that was launched before; only th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -38,8 +39,13 @@ def prefetch(ptr, count):
 
 @functools.cache
 def driver_version() -> int:
-    """The CUDA version that the driver serves: 12030 for 12.3."""
-    return torch._C._cuda_getDriverVersion()
+    """The CUDA version that the driver serves, 12030 for 12.3; 0 where there is none."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 def overlaps(device: torch.device) -> bool:

@@ -114,14 +114,7 @@ def unpack_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: 
     layout = pages.layout
     channels = torch.arange(layout.kv_heads * layout.head_size, device=page_row.device)
     label = torch.div(channels, layout.group_size, rounding_mode="floor").to(torch.int32)
-    keys, values = launch_unpack(pages, codec, page_row, first, count, label, label)
-    if codec.has_basis:
-        keys = torch.einsum("hij,thi->thj", codec.query_basis, keys)
-        if codec.has_key_mean:
-            positions = torch.arange(first, first + count, device=keys.device)
-            keys = keys + reference.rotary(codec.key_mean.expand(count, -1, -1), positions, codec.rope)
-        values = torch.einsum("hij,thj->thi", codec.output_basis, values) + codec.value_mean
-    return keys, values
+    return reference.decode_heads(codec, first, *launch_unpack(pages, codec, page_row, first, count, label, label))
 
 
 def unpack_labels(pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
