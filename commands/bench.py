@@ -29,13 +29,13 @@ from skvq.commands.options import (
     stack,
 )
 from skvq.engine.bench import SPARE, Bench, bench_attention, bench_decode, bench_prefill
-from skvq.engine.cache import CacheSetup
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.machine import find_backend, pick_device, pick_dtype
 from skvq.engine.planted import planted, require_found, rows
 from skvq.engine.report import StderrReporter
 from skvq.engine.rope import scaled
+from skvq.engine.setup import CacheSetup
 from skvq.engine.soak import soak
 from skvq.engine.stress import bare_setup
 from skvq.loaders import config_of

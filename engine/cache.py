@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from skvq.engine.arena import Arena
 from skvq.engine.errors import CapacityError, OptionError
-from skvq.engine.filters import FilterRule, LeavingTokens, asked
+from skvq.engine.filters import LeavingTokens
 from skvq.engine.guard import computes
-from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
-from skvq.engine.overflow import OnFull
 from skvq.engine.prefill_form import PIECE_TOKENS
-from skvq.engine.regions import Regions
+from skvq.engine.retained import retain
 from skvq.engine.session import save_session
-from skvq.engine.streams import Streams
-from skvq.kernels.interface import RopeFrequencies
+from skvq.engine.setup import CacheSetup
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
-from skvq.kernels.ops import Ops
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSetup:
-    """What all sequences of an engine share."""
-
-    arena: Arena
-    method: CacheMethod
-    ops: Ops
-    regions: Regions
-    rules: tuple[FilterRule, ...]
-    rope: RopeFrequencies
-    max_context: int
-    on_full: OnFull
-    packed_token_bytes: float  # of a packed token over all layers, codes and metadata
-    identity: Identity
-    backend: str  # name of the kernels
-    streams: Streams
-
-    @property
-    def needs_mass(self) -> bool:
-        """Whether a rule asks for attention mass."""
-        return any(rule.needs_attention_mass for rule in self.rules)
 
 
 class SequenceCache:
@@ -309,35 +280,17 @@ class SequenceCache:
         return torch.cat([old, new_ids[max(0, start - self.length) : max(0, stop - self.length)]])
 
     def _retain(self, layer: int, first: int, ids: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-        """Ask the rules; copy what they keep into retained slots. Returns bool [T]: the tokens retained.
-
-        Nothing here waits for the device.
-        """
-        full = self.setup.arena.full(layer)
-        positions = torch.arange(first, first + len(keys), device=keys.device)
-        tokens = LeavingTokens(
+        """Let the rules keep some of the tokens that leave the window, ``first ..``; bool [T]: the tokens retained."""
+        leaving = LeavingTokens(
             layer=layer,
             tile=self.setup.regions.tile,
-            positions=positions + self.dropped,
+            positions=torch.arange(first, first + len(keys), device=keys.device) + self.dropped,
             token_ids=ids,
             keys=keys,
             values=values,
             attention_mass=mass,
         )
-        retained = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
-        start = 0
-        for rule in self.setup.rules:
-            slots = slice(start, start + rule.budget)
-            start += rule.budget
-            held = full.positions[self.slot, slots]
-            wanted = asked(rule, tokens) & ~retained
-            taken, source = seats(held < 0, wanted)
-            full.positions[self.slot, slots] = torch.where(taken, positions[source].int(), held)
-            for kept, new in ((full.keys, keys), (full.values, values)):
-                here = kept[self.slot][:, slots]
-                here.copy_(torch.where(taken[None, :, None], new[source].transpose(0, 1), here))
-            retained |= wanted & (wanted.cumsum(0) <= taken.sum())
-        return retained
+        return retain(self.setup.rules, self.setup.arena.full(layer), self.slot, leaving, self.dropped)
 
     # --- life -----------------------------------------------------------------------------------------------------------------
 
@@ -436,17 +389,3 @@ class SequenceCache:
         shape = self.setup.arena.shape
         elements = 2 * shape.layers * shape.kv_heads * shape.head_size * max(1, self.length)
         return 8 * self.nbytes / elements
-
-
-def seats(free: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the tokens of ``wanted`` [T] the slots of ``free`` [S], both in order, while there are any of both.
-
-    Returns which slots are taken, bool [S], and by which token, int64 [S] (any where not taken).
-
-    >>> taken, source = seats(torch.tensor([True, False, True]), torch.tensor([False, True, False, False]))
-    >>> taken, source[taken]
-    (tensor([ True, False, False]), tensor([1]))
-    """
-    order = torch.argsort(wanted.byte(), descending=True, stable=True)
-    rank = free.cumsum(0) - 1
-    return free & (rank < wanted.sum()), order[rank.clamp(0, len(wanted) - 1)]

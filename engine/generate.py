@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
@@ -16,21 +14,19 @@ from torch import Tensor
 from skvq.engine import scoring
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import header_for, make_artifact
-from skvq.engine.checkpoint import Checkpoint, FileCheckpoint, NoCheckpoint
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.evaluate import DecodeRegimeLayer
-from skvq.engine.exact import exact_prefill
-from skvq.engine.generation import Generation
+from skvq.engine.generation import Generation, answer_all
 from skvq.engine.graph import decode_step_of
 from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import names_options
 from skvq.engine.planner import bits_per_element
-from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, token_ids_of
+from skvq.engine.reading import Reader
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.steps import DecodeBatch
@@ -40,8 +36,6 @@ from skvq.loaders.artifact import ArtifactHeader, save_artifact
 from skvq.loaders.files import require_writable
 
 PREFILLS = ("exact", "streaming")
-SHORT_TOKENS = 128
-"""Most tokens appended to a sequence as decode steps of several tokens instead of streamed."""
 
 
 class Engine:
@@ -55,6 +49,7 @@ class Engine:
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
+        self._reader = Reader(parts, self.prefixes, report)
 
     @classmethod
     @names_options
@@ -199,7 +194,7 @@ class Engine:
             logits = self.read(sequence, ids, checkpoint=checkpoint)
         else:
             self.timing = self._timings[sequence] = Timing()
-        for _, piece in Generation(self, [sequence], [logits], config, [self._timings[sequence]]).pieces():
+        for _, piece in Generation(self, [sequence], [logits], config).pieces():
             yield piece
         self.prefixes.keep(sequence)
 
@@ -221,13 +216,7 @@ class Engine:
         if not isinstance(text, (list, tuple)) or any(isinstance(one, (Integral, Mapping)) for one in text):
             return "".join(self.stream(text, sampling))  # type: ignore[arg-type]
         config = self._sampling(sampling)
-        prompts = [self.encode(one) for one in text]
-        answers: list[str] = []
-        total = Timing()
-        while len(answers) < len(prompts):
-            together = self._fitting(prompts[len(answers) :], config)
-            answers += self._generate_together(together, config, total)
-        self.timing = total
+        answers, self.timing = answer_all(self, [self.encode(one) for one in text], config)
         return answers
 
     @names_options
@@ -334,39 +323,16 @@ class Engine:
         and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
         """
         self._require_own(sequence)
-        parts, ids = self.parts, [*sequence.pending, *ids]
+        ids = [*sequence.pending, *ids]
         if not ids:
             raise OptionError("nothing to read: give at least one token")
         self._require_known(ids)
-        start = time.perf_counter()
-        if len(ids) > parts.setup.on_full.room(sequence):
-            sequence.require(len(ids))  # raises, before any work
-        reused = self.prefixes.reuse(sequence, ids) if sequence.length == 0 and checkpoint is None else 0
-        ids = ids[reused:]
-        kept = NoCheckpoint() if checkpoint is None else FileCheckpoint(Path(checkpoint), checkpoint_seconds, self.report)
-        try:
-            how, hidden = self._read_rest(sequence, ids, kept, short=checkpoint is None)
-        except BaseException:
-            if reused:
-                self.prefixes.keep(sequence)
-                sequence.truncate(0)
-            raise
-        sequence.logits = logits = parts.model.head(hidden)
-        self.prefixes.keep(sequence)
-        seconds = time.perf_counter() - start
-        self.timing = Timing(prompt_tokens=len(ids), reused_tokens=reused, prefill=how, prefill_seconds=seconds)
-        self._timings[sequence] = self.timing
+        if checkpoint is None:
+            logits, timing = self._reader.read(sequence, ids)
+        else:
+            logits, timing = self._reader.read_with_checkpoint(sequence, ids, Path(checkpoint), checkpoint_seconds)
+        self.timing = self._timings[sequence] = timing
         return logits
-
-    def _read_rest(self, sequence: SequenceCache, ids: Sequence[int], kept: Checkpoint, *, short: bool) -> tuple[str, Tensor]:
-        """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last. ``short``: or as steps."""
-        parts, where = self.parts, (self.parts.model, self.parts.rope, sequence, ids)
-        if short and 0 < len(ids) <= SHORT_TOKENS and sequence.length:
-            return "as decode steps", short_prefill(*where)
-        if sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
-            form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
-            return str(form), exact_prefill(*where, form, self.report, kept)
-        return "streaming", streaming_prefill(*where, self.report, kept)
 
     @computes
     @torch.inference_mode()
@@ -377,40 +343,13 @@ class Engine:
         batch.commit(tokens)
         return logits
 
-    def _fitting(self, prompts: Sequence[list[int]], config: SamplingConfig) -> Sequence[list[int]]:
-        """As many of the prompts, in order, as can be answered together; the first in any case."""
-        setup = self.parts.setup
-        room, count = setup.arena.free_pages, 0
-        for ids in prompts[: setup.arena.free_sequences]:
-            room -= setup.regions.pages(min(len(ids) + config.max_new_tokens, setup.max_context))
-            if room < 0:
-                break
-            count += 1
-        return prompts[: max(1, count)]
-
-    def _generate_together(self, prompts: Sequence[list[int]], config: SamplingConfig, total: Timing) -> list[str]:
-        """The answers; what they took is added to ``total``."""
-        answers = [""] * len(prompts)
-        sequences: list[SequenceCache] = []
-        try:
-            logits = []
-            for ids in prompts:
-                sequences.append(self.new_sequence())
-                logits.append(self.read(sequences[-1], ids))
-            timings = [self._timings[s] for s in sequences]
-            for index, piece in Generation(self, sequences, logits, config, timings).pieces():
-                answers[index] += piece
-            for timing in timings:
-                total.add(replace(timing, decode_seconds=0.0))
-            total.decode_seconds += max(timing.decode_seconds for timing in timings)  # they were decoded together
-        finally:
-            for sequence in sequences:
-                sequence.free()
-        return answers
+    def timing_of(self, sequence: SequenceCache) -> Timing:
+        """What the last generation of a sequence took, or its reading if nothing was written since."""
+        return self._timings.setdefault(sequence, Timing())
 
     def summary(self, sequence: SequenceCache) -> Summary:
         """What a sequence and the last generation that used it came to."""
-        return summary_of(self.parts, sequence, self._timings.get(sequence, Timing()))
+        return summary_of(self.parts, sequence, self.timing_of(sequence))
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,21 +21,16 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """Answers that grow together. ``timings`` (one a sequence) are kept up to date; a reader's own time is no part of them."""
+    """Answers that grow together. Timings of their sequences are kept up to date; a reader's own time is no part of them."""
 
     def __init__(
-        self,
-        engine: Engine,
-        sequences: Sequence[SequenceCache],
-        logits: Sequence[Tensor],
-        config: SamplingConfig,
-        timings: Sequence[Timing],
+        self, engine: Engine, sequences: Sequence[SequenceCache], logits: Sequence[Tensor], config: SamplingConfig
     ) -> None:
-        self._engine, self._timings = engine, timings
+        self._engine, self._timings = engine, [engine.timing_of(sequence) for sequence in sequences]
         tokenizer = engine.parts.tokenizer
         with own_settings(engine.device):
             self.answers = [Answer(tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
-        for timing, answer in zip(timings, self.answers, strict=True):
+        for timing, answer in zip(self._timings, self.answers, strict=True):
             timing.new_tokens = answer.count
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -85,3 +81,45 @@ class Generation:
                 )
         for index in ended:
             self._timings[index].finish = self.answers[index].finish
+
+
+def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> tuple[list[str], Timing]:
+    """The answers to all prompts, as many of them at a time as can be answered together, and what they took."""
+    answers: list[str] = []
+    total = Timing()
+    while len(answers) < len(prompts):
+        answers += _answer_together(engine, _fitting(engine, prompts[len(answers) :], config), config, total)
+    return answers, total
+
+
+def _fitting(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> Sequence[list[int]]:
+    """As many of the prompts, in order, as there are sequences and pages for; the first in any case."""
+    setup = engine.parts.setup
+    room, count = setup.arena.free_pages, 0
+    for ids in prompts[: setup.arena.free_sequences]:
+        room -= setup.regions.pages(min(len(ids) + config.max_new_tokens, setup.max_context))
+        if room < 0:
+            break
+        count += 1
+    return prompts[: max(1, count)]
+
+
+def _answer_together(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig, total: Timing) -> list[str]:
+    """The answers; what they took is added to ``total``."""
+    answers = [""] * len(prompts)
+    sequences: list[SequenceCache] = []
+    try:
+        logits = []
+        for ids in prompts:
+            sequences.append(engine.new_sequence())
+            logits.append(engine.read(sequences[-1], ids))
+        for index, piece in Generation(engine, sequences, logits, config).pieces():
+            answers[index] += piece
+        timings = [engine.timing_of(sequence) for sequence in sequences]
+        for timing in timings:
+            total.add(replace(timing, decode_seconds=0.0))
+        total.decode_seconds += max(timing.decode_seconds for timing in timings)  # they were decoded together
+    finally:
+        for sequence in sequences:
+            sequence.free()
+    return answers

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.cache import SequenceCache
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.report import Reporter
+from skvq.engine.setup import CacheSetup
 from skvq.engine.steps import last_token_step
 from skvq.engine.stress import Plant, fill
 

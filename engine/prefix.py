@@ -18,7 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from skvq.engine.arena import SLOT_TENSORS
-from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.cache import SequenceCache
+from skvq.engine.setup import CacheSetup
 from skvq.kernels.layout import PAGE_TOKENS
 
 

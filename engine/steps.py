@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.cache import SequenceCache
 from skvq.engine.config import FULL_SPAN
 from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
+from skvq.engine.setup import CacheSetup
 from skvq.kernels.dense import attend_all, attend_causal, merge_runs
 from skvq.kernels.interface import Step
 from skvq.kernels.ops import Ops, TorchOps

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.cache import CacheSetup, SequenceCache
+from skvq.engine.cache import SequenceCache
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
@@ -20,6 +20,7 @@ from skvq.engine.planner import arena_shape, gib, largest_of, regions_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
+from skvq.engine.setup import CacheSetup
 from skvq.kernels.interface import Backend
 from skvq.kernels.layout import PAGE_TOKENS
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
-from skvq.engine.cache import SequenceCache, seats
+from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import (
@@ -26,6 +26,7 @@ from skvq.engine.filters import (
     rule_from_text,
 )
 from skvq.engine.generate import Engine
+from skvq.engine.retained import seats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

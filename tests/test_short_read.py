@@ -8,7 +8,7 @@ import pytest
 from tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
-from skvq.engine import generate
+from skvq.engine import reading
 from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
@@ -35,7 +35,7 @@ def engine(request: pytest.FixtureRequest, backend: str, tmp_path_factory: pytes
 
 def streamed(engine: Engine, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "SHORT_TOKENS", 0)
+        patch.setattr(reading, "SHORT_TOKENS", 0)
         return engine.read(sequence, ids)
 
 
@@ -70,7 +70,7 @@ def test_it_is_what_single_steps_are(engine: Engine) -> None:
 
 
 def test_long_texts_and_empty_sequences_are_read_as_before(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "short_prefill", lambda *args: pytest.fail("read as a short text"))
+    monkeypatch.setattr(reading, "short_prefill", lambda *args: pytest.fail("read as a short text"))
     sequence = engine.prefill(random_ids(5))
-    engine.read(sequence, random_ids(generate.SHORT_TOKENS + 1))
+    engine.read(sequence, random_ids(reading.SHORT_TOKENS + 1))
     sequence.free()

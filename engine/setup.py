@@ -1,0 +1,41 @@
+"""What all sequences of an engine share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from skvq.engine.arena import Arena
+from skvq.engine.filters import FilterRule
+from skvq.engine.identity import Identity
+from skvq.engine.methods import CacheMethod
+from skvq.engine.regions import Regions
+from skvq.engine.streams import Streams
+from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.ops import Ops
+
+if TYPE_CHECKING:
+    from skvq.engine.overflow import OnFull
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSetup:
+    """An arena and what gives its bytes their meaning."""
+
+    arena: Arena
+    method: CacheMethod
+    ops: Ops
+    regions: Regions
+    rules: tuple[FilterRule, ...]
+    rope: RopeFrequencies
+    max_context: int
+    on_full: OnFull
+    packed_token_bytes: float  # of a packed token over all layers, codes and metadata
+    identity: Identity
+    backend: str  # name of the kernels
+    streams: Streams
+
+    @property
+    def needs_mass(self) -> bool:
+        """Whether a rule asks for attention mass."""
+        return any(rule.needs_attention_mass for rule in self.rules)
