@@ -13,9 +13,10 @@ from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.numba_cpu import attend
 from skvq.kernels.numba_cpu.channels import channels_of, contiguous_channels
+from skvq.kernels.numba_cpu.entry import process_kernels
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.labels import build_attend_labels
-from skvq.kernels.numba_cpu.launch import Build, Kernels, Team
+from skvq.kernels.numba_cpu.launch import Build
 from skvq.kernels.numba_cpu.pack import build_pack
 from skvq.kernels.numba_cpu.packer import STRETCH, Packing, heads_packing, labels_packing, pack_job
 from skvq.kernels.numba_cpu.plain import build_attend_plain
@@ -26,13 +27,12 @@ Found = TypeVar("Found")
 
 
 class NumbaCpu:
-    """Kernels are compiled when first called, once per machine. One instance may serve several threads."""
+    """Kernels are compiled when first called, once per installation. One instance may serve several threads."""
 
     name = "numba"
 
     def __init__(self) -> None:
-        self._kernels = Kernels()
-        self._team = Team()
+        self._kernels, self._team = process_kernels()
         self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     # --- attention ---

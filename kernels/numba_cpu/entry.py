@@ -10,7 +10,7 @@ from skvq.kernels.numba_cpu.launch import Build, Function, Kernels, Team
 
 
 @functools.cache
-def _process() -> tuple[Kernels, Team]:
+def process_kernels() -> tuple[Kernels, Team]:
     """Compiled entry points, and threads to run them on, of this process."""
     return Kernels(), Team()
 
@@ -29,7 +29,7 @@ class Entry:
 
     def __call__(self, threads: int, *fields: int) -> None:
         if self._function is None or self._team is None:
-            kernels, self._team = _process()
+            kernels, self._team = process_kernels()
             self._function = kernels.function(self._build)
         assert len(fields) == self._count, (len(fields), self._count)
         self._team.run(self._function, array("q", fields), max(1, threads))

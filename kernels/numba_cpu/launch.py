@@ -1,4 +1,4 @@
-"""Compiling kernels, once per machine, and running them on all of torch's threads.
+"""Compiling kernels, once per installation, and running them on all of torch's threads.
 
 numba's ``prange`` would bring a second OpenMP runtime whose idle threads spin against torch's. Here every thread of the team
 torch already keeps calls the same C function, and the threads share the work through an atomic counter.
@@ -96,7 +96,8 @@ class Kernels:
     def _announce(self) -> None:
         if not self._announced:
             self._announced = True
-            print("skvq: compiling CPU kernels, once per machine (under a minute)", file=sys.stderr, flush=True)
+            told = "compiling CPU kernels, those that are new to this installation (a minute or two in all)"
+            print(f"skvq: {told}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)

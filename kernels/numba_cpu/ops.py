@@ -29,7 +29,7 @@ PARALLEL_NUMBERS = 1 << 15
 
 
 class NumbaOps(TorchOps):
-    """Kernels are compiled when first called, once per machine."""
+    """Kernels are compiled when first called, once per installation."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype != torch.float32:
