@@ -25,7 +25,7 @@ from skvq.engine.machine import pick_device
 from skvq.engine.options import names_options
 from skvq.engine.planner import bits_per_element
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
-from skvq.engine.prompt import Prompt, token_ids_of
+from skvq.engine.prompt import Prompt, is_empty, token_ids_of
 from skvq.engine.reading import Reader
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
@@ -170,10 +170,7 @@ class Engine:
         config = self._sampling(sampling)
         if sequence is not None:
             self._require_own(sequence)
-            if sequence.length and isinstance(text, str) and not text:
-                ids: list[int] = []
-            else:
-                ids = self.encode(text, bos=sequence.length == 0)
+            ids = [] if sequence.length and is_empty(text) else self.encode(text, bos=sequence.length == 0)
             return self._continue(sequence, ids, config, checkpoint)
         return self._answer(self.encode(text), config, checkpoint)
 

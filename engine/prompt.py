@@ -16,6 +16,11 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor
 """A text, token ids of one text, or chat messages ``[{"role": ..., "content": ...}, ...]``."""
 
 
+def is_empty(prompt: Prompt) -> bool:
+    """Whether there is nothing in it."""
+    return isinstance(prompt, (str, list, tuple)) and not prompt
+
+
 def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, bos: bool) -> list[int]:
     """Token ids of a prompt; those of a text begin with the tokenizer's BOS if ``bos``. Raises OptionError if it is none."""
     if isinstance(prompt, str):

@@ -22,6 +22,21 @@ sys.path.insert(0, HELPERS)
 os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the checks under Triton's interpreter that were selected: minutes of one core, beside the other tests."""
+    from interpreter import CHECKS
+
+    chosen = [item for item in session.items if getattr(item, "originalname", "") == "test_equals_the_reference"]
+    if not session.config.option.collectonly:
+        CHECKS.start(item.callspec.params["name"] for item in chosen)  # type: ignore[attr-defined]
+
+
+def pytest_sessionfinish() -> None:
+    from interpreter import CHECKS
+
+    CHECKS.stop()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Calibrations made by tests go to a folder of their own, and nothing is downloaded."""

@@ -182,7 +182,7 @@ BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no text": ((), ("no text", "-p", "-f")),
     "empty prompt": (("-p", ""), ("empty",)),
     "blank prompt": (("-p", " \n "), ("empty",)),
-    "half a character": (("-p", "caf\udcc3"), ("cannot be encoded",)),
+    "half a character": (("-p", "caf\udcc3"), ("not UTF-8", "-f")),
     "no such file": (("-f", "/nowhere/text.txt"), ("/nowhere/text.txt", "No such file")),
     "a folder for a file": (("-f", "/tmp"), ("/tmp", "directory")),
     "a prompt longer than the context": (("-p", "brown fox " * 40, "--ctx", 20), ("context of 20", "--ctx")),

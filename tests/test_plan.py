@@ -232,13 +232,24 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
     assert size >= 0
 
 
-@pytest.mark.parametrize("context", [1, 1_000_000, 2**40])
+@pytest.mark.parametrize("context", [1, 1_000_000, 2**31 - 1])
 def test_a_report_for_any_context_is_json_and_a_table(tmp_path: Path, context: int) -> None:
     options = {"sequences": 1, "memory": "80GiB", "device": "h100", "dtype": None, "prefill": "exact"}
     report = plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=context, **options)
     found = report.as_dict()
     assert found["total"] == sum(found["parts"].values()) and found["fits"] == (found["total"] <= 80 * 2**30)
     assert "largest context" in report.table()
+
+
+def test_a_context_of_more_tokens_than_kernels_count_is_refused(tmp_path: Path) -> None:
+    options = {"sequences": 1, "device": "h100", "dtype": None, "prefill": "exact"}
+    with pytest.raises(OptionError, match="at most 2,147,483,647 tokens"):
+        plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=2**31, memory="80GiB", **options)
+    with pytest.raises(OptionError, match="give a unit"):
+        plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=100, memory="80", **options)
+    for context, told in ((512, 0), (513, 1)):  # trained for 512
+        report = plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=context, memory="80GiB", **options)
+        assert report.table().count("was trained for") == told
 
 
 def test_a_report_says_how_a_prompt_is_held_and_what_of_it_on_the_host(tmp_path: Path) -> None:
