@@ -49,7 +49,6 @@ class Engine:
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
-        self._reader = Reader(parts, self.prefixes, report)
 
     @classmethod
     @names_options
@@ -324,10 +323,11 @@ class Engine:
         if not ids:
             raise OptionError("nothing to read: give at least one token")
         self._require_known(ids)
+        reader = Reader(self.parts, self.prefixes, self.report)
         if checkpoint is None:
-            logits, timing = self._reader.read(sequence, ids)
+            logits, timing = reader.read(sequence, ids)
         else:
-            logits, timing = self._reader.read_with_checkpoint(sequence, ids, Path(checkpoint), checkpoint_seconds)
+            logits, timing = reader.read_with_checkpoint(sequence, ids, Path(checkpoint), checkpoint_seconds)
         self.timing = self._timings[sequence] = timing
         return logits
 

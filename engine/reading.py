@@ -22,7 +22,7 @@ SHORT_TOKENS = 128
 
 
 class Reader:
-    """Reads prompts for one engine."""
+    """Reads prompts for an engine."""
 
     def __init__(self, parts: EngineParts, prefixes: Prefixes, report: Reporter) -> None:
         self._parts, self._prefixes, self._report = parts, prefixes, report
