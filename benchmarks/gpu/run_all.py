@@ -54,7 +54,7 @@ CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and bel
 PREFILL_CONTEXTS, BLOCKS_CONTEXT = (32_768, 131_072, 8192), 26_000
 DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
-STEPS, WARM_UP = 64, 8
+STEPS, WARM_UP = 160, 8  # more than a tile: one step packs one, `slowest_ms`
 OUTGROWN = 256e6  # bytes: four L2 caches
 CORE = [
     (2.0, 2.0, 128, 128),
