@@ -47,6 +47,9 @@ def _triton(device: torch.device) -> Backend:
     return TritonGpu(device)
 
 
+MEMBERS = ("name", *(member for member in vars(Backend) if not member.startswith("_")))
+"""What a backend must have."""
+
 OURS: dict[str, Callable[[torch.device], Backend]] = {"reference": _reference, "numba": _numba, "triton": _triton}
 
 
@@ -97,7 +100,11 @@ def _plugin(entry: EntryPoint, device: torch.device) -> Backend:
     """The backend of another package. Raises BackendUnavailable, naming the entry point, for any error in its code."""
     try:
         factory: Callable[[torch.device], Backend] = entry.load()
-        return factory(device)
+        made = factory(device)
+        lacking = sorted(member for member in MEMBERS if not hasattr(made, member))
+        if lacking:
+            raise TypeError(f"what it makes lacks {', '.join(lacking)} (kernels.interface.Backend)")
+        return made
     except BackendUnavailable:
         raise
     except Exception as error:

@@ -25,6 +25,7 @@ raising = raising_kernels:make
 failing = good_kernels:fail
 picky = good_kernels:refuse
 numba = raising_kernels:make
+unfinished = good_kernels:object_of
 """
 GOOD = """
 from skvq.kernels.reference import Reference
@@ -35,6 +36,9 @@ class Good(Reference):
 
 def make(device):
     return Good()
+
+def object_of(device):
+    return object()
 
 def fail(device):
     raise KeyError
@@ -60,7 +64,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def test_names_are_listed_without_importing_anything() -> None:
-    assert set(plugins()) == {"good", "missing", "nameless", "raising", "failing", "picky"}, "numba is ours"
+    assert set(plugins()) == {"good", "missing", "nameless", "raising", "failing", "picky", "unfinished"}, "numba is ours"
     assert not {"good_kernels", "raising_kernels"} & set(sys.modules)
 
 
@@ -77,6 +81,7 @@ def test_a_plug_in_is_found_among_broken_ones() -> None:
         ("nameless", ("good_kernels:no_such_factory", "AttributeError")),
         ("raising", ("raising_kernels:make", "RuntimeError: two lines of trouble")),
         ("failing", ("good_kernels:fail", "KeyError")),
+        ("unfinished", ("good_kernels:object_of", "lacks attend_heads", "unpack_labels")),
         ("picky", ("no driver for cpu",)),
         ("god", ("did you mean 'good'",)),
         ("zzz", ("known: auto, failing, good,",)),
