@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -139,6 +140,7 @@ class Arena:
         self._references = [0] * shape.pages
         self._free_pages = list(range(shape.pages - 1, -1, -1))
         self._free_sequences = list(range(shape.sequences - 1, -1, -1))
+        self._abandoned: deque[tuple[int, list[int]]] = deque()
 
     @property
     def nbytes(self) -> int:
@@ -148,11 +150,13 @@ class Arena:
     @property
     def free_pages(self) -> int:
         """Pages that can be had: nobody uses them, or only a lender."""
+        self._reclaim()
         return len(self._free_pages) + sum(lender.spare_pages for lender in self._lenders)
 
     @property
     def free_sequences(self) -> int:
         """Sequence slots that can be had."""
+        self._reclaim()
         return len(self._free_sequences)
 
     @property
@@ -180,6 +184,7 @@ class Arena:
 
     def collect(self, count: int) -> None:
         """Ask lenders for pages where fewer than ``count`` are unused. What they shared may be nobody else's afterwards."""
+        self._reclaim()
         for lender in list(self._lenders):
             if count > len(self._free_pages):
                 lender.give_back(count)
@@ -232,6 +237,7 @@ class Arena:
 
     def new_sequence(self) -> int:
         """A sequence slot with empty full-precision slots. Raises CapacityError when none is left."""
+        self._reclaim()
         if not self._free_sequences:
             raise CapacityError(
                 f"all {self.shape.sequences} sequence slots are in use: free a sequence or load with a larger max_sequences"
@@ -251,8 +257,23 @@ class Arena:
         assert slot not in self._free_sequences, slot
         self._free_sequences.append(slot)
 
+    def abandon(self, slot: int, pages: list[int]) -> None:
+        """A sequence that nothing refers to any more: its slot and pages are given back before anybody goes without.
+
+        Called by the garbage collector, at any moment and on any thread: what it leaves is taken up later.
+        """
+        self._abandoned.append((slot, pages))
+
+    def _reclaim(self) -> None:
+        while self._abandoned:
+            slot, pages = self._abandoned.popleft()
+            for page in pages:
+                self.release(page)
+            self.release_sequence(slot)
+
     def check(self, rows: Mapping[int, list[int]]) -> None:
         """Assert that reference counts are those of ``rows`` (pages by sequence slot): no page lost, none shared wrongly."""
+        self._reclaim()
         count = [0] * self.shape.pages
         for pages in rows.values():
             for page in pages:

@@ -52,7 +52,8 @@ class SequenceCache:
         self.free()
 
     def __del__(self) -> None:
-        self.free()
+        if self.alive:
+            self.setup.arena.abandon(self.slot, self.pages)
 
     @property
     def device(self) -> torch.device:
