@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class SequenceCache:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.setup.arena.page_table.device
+
+    @property
+    def lock(self) -> RLock:
+        """The engine's, held while it computes."""
+        return self.setup.lock
 
     def require_alive(self) -> None:
         """Raise OptionError if it has been freed: its slot may be another sequence's by now."""
@@ -134,6 +140,7 @@ class SequenceCache:
         gone, self.pages = self.pages[:pages], self.pages[pages:]
         del self.token_ids[:tokens]
         self.length, self.packed, self.dropped = self.length - tokens, self.packed - tokens, self.dropped + tokens
+        self.logits = None
         self._write_row()
         for page in gone:
             self.setup.arena.release(page)
@@ -300,9 +307,9 @@ class SequenceCache:
         """A second sequence with the same past. Pages are shared; full-precision slots are copied."""
         self.require_alive()
         twin = SequenceCache(self.setup)
-        twin.pages = self.pages[: pages_for(self.packed)]  # without what a step that was broken off has reserved
-        for page in twin.pages:
+        for page in self.pages[: pages_for(self.packed)]:  # without what a step that was broken off has reserved
             self.setup.arena.share(page)
+            twin.pages.append(page)
         twin.length, twin.packed, twin.dropped, twin.filled = self.length, self.packed, self.dropped, self.filled
         twin.token_ids, twin.pending, twin.logits = list(self.token_ids), list(self.pending), self.logits
         twin._write_row()
@@ -365,13 +372,14 @@ class SequenceCache:
         self.require_alive()
         save_session(self, Path(file))
 
+    @computes
     def free(self) -> None:
         """Give pages and slot back; the sequence cannot be used any more."""
         if self.alive:
-            for page in self.pages:
+            pages, self.pages, self.alive = self.pages, [], False  # first: broken off, nothing is released twice
+            for page in pages:
                 self.setup.arena.release(page)
             self.setup.arena.release_sequence(self.slot)
-            self.pages, self.alive = [], False
 
     # --- size -----------------------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,10 @@ class TokenIds:
             raise OptionError(f"TokenIds.ids must be token ids, got {odd[0]!r}")
         _check_budget(self.budget, "TokenIds.budget")
 
+    def __repr__(self) -> str:
+        """The same for the same ids, whatever their order: sessions are recognized by it."""
+        return f"TokenIds(ids=frozenset({{{', '.join(map(str, sorted(self.ids)))}}}), budget={self.budget})"
+
     @property
     def needs_attention_mass(self) -> bool:
         return False

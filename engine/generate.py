@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
+from threading import RLock
 from typing import Any, overload
 from weakref import WeakKeyDictionary
 
@@ -130,10 +131,16 @@ class Engine:
         """Where it computes."""
         return self.parts.setup.arena.page_table.device
 
+    @property
+    def lock(self) -> RLock:
+        """Held while it computes."""
+        return self.parts.setup.lock
+
     @computes
     @names_options
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
+        _require_type("cache", cache, CacheConfig)
         path = Path(calibration) if calibration is not None else None
         parts = with_cache(self.parts, cache, max_sequences, path, self.report)
         return Engine(parts, self.report, prefix_cache=self.prefix_cache)
@@ -169,7 +176,8 @@ class Engine:
         config = self._sampling(sampling)
         if sequence is not None:
             self._require_own(sequence)
-            ids = [] if sequence.length and is_empty(text) else self.encode(text, bos=sequence.length == 0)
+            begun = bool(sequence.length or sequence.pending)
+            ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
             return self._continue(sequence, ids, config, checkpoint)
         return self._answer(self.encode(text), config, checkpoint)
 
@@ -192,7 +200,8 @@ class Engine:
             self.timing = self._timings[sequence] = Timing()
         for _, piece in Generation(self, [sequence], [logits], config).pieces():
             yield piece
-        self.prefixes.keep(sequence)
+        with self.lock:
+            self.prefixes.keep(sequence)
 
     @overload
     def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...
@@ -256,6 +265,7 @@ class Engine:
 
     # --- sequences ---------------------------------------------------------------------------------------------------------
 
+    @computes
     def new_sequence(self) -> SequenceCache:
         """An empty sequence in the arena."""
         return SequenceCache(self.parts.setup)

@@ -37,21 +37,17 @@ class Generation:
         """(index of the sequence, piece of its text), as they are drawn."""
         live = list(range(len(self.answers)))
         batch = self._batch(live)
-        try:
-            while live:
-                for index in live:
-                    if piece := self.answers[index].piece():
-                        yield index, piece
-                ended = [i for i in live if self.answers[i].done]
-                if ended:
-                    self._tell(ended)
-                    live = [i for i in live if i not in ended]
-                    batch.finish()
-                    batch = self._batch(live) if live else batch
-                if live:
-                    self._step(batch, live)
-        finally:
-            batch.finish()
+        while live:
+            for index in live:
+                if piece := self.answers[index].piece():
+                    yield index, piece
+            ended = [i for i in live if self.answers[i].done]
+            if ended:
+                self._tell(ended)
+                live = [i for i in live if i not in ended]
+                batch = self._batch(live) if live else batch
+            if live:
+                self._step(batch, live)
 
     def _batch(self, live: Sequence[int]) -> DecodeBatch:
         with own_settings(self._engine.device):

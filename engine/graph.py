@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -67,14 +68,14 @@ class Captured:
 class CapturedFor:
     """A graph and what it is good for."""
 
-    batch: DecodeBatch
+    batch: ref[DecodeBatch]  # weak: a graph holds no sequence
     bound: int
     methods: list[CacheMethod]
     captured: Captured
 
     def serves(self, batch: DecodeBatch, bound: int) -> bool:
         """Whether a step of ``batch`` is the one that was captured."""
-        return batch is self.batch and bound == self.bound and all(map(is_, self.methods, batch.methods))
+        return batch is self.batch() and bound == self.bound and all(map(is_, self.methods, batch.methods))
 
 
 class Graphs(Protocol):
@@ -127,7 +128,7 @@ MOST_GRAPHS = 4
 
 
 class GraphStep:
-    """The step of a batch captured once and replayed until the batch is finished, or its sequences outgrow the graph.
+    """The step of a batch captured once and replayed as long as the batch lives, or until its sequences outgrow the graph.
 
     A sequence that drops its oldest tokens may change its method, whose tensors a graph holds by address: the step is then
     captured anew.
@@ -141,17 +142,21 @@ class GraphStep:
         batch.begin(token_ids)
         bound = self.graphs.bound(batch)
         if self._recall(batch, bound):
-            self._held[-1].captured.replay()
+            captured = self._held[-1].captured
+            captured.replay()
         else:
             captured = self.graphs.capture(lambda: self.eager.launch(batch, bound))
-            self._held.append(CapturedFor(batch, bound, batch.methods, captured))
-        return self._held[-1].captured.logits.clone()  # the next replay writes over them
+            self._held.append(CapturedFor(ref(batch), bound, batch.methods, captured))
+        return captured.logits.clone()  # the next replay writes over them
 
     def _recall(self, batch: DecodeBatch, bound: int) -> bool:
-        """Make the graph of this step the last, if there is one. Those of finished batches, and the oldest if there are too
-        many, are given up: nothing else holds them, so their memory is free for the next."""
+        """Make the graph of this step the last, if there is one.
+
+        Those of batches that are gone, and the oldest if there are too many, are given up: nothing else holds them, so their
+        memory is free for the next.
+        """
         known = [held for held in self._held if held.serves(batch, bound)]
-        others = [held for held in self._held if held.batch is not batch and not held.batch.finished]
+        others = [held for held in self._held if held.batch() not in (None, batch)]
         self._held = others[1 - MOST_GRAPHS :] + known
         return bool(known)
 

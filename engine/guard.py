@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import Lock
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -17,35 +18,60 @@ R = TypeVar("R")
 def own_settings(device: torch.device) -> Iterator[None]:
     """A GPU is this thread's current device: kernels are launched there. New tensors are float32, on the CPU unless told
     otherwise; autocast is off."""
-    with ExitStack() as stack:
+    with _FLOAT32, ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        if (dtype := torch.get_default_dtype()) != torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
         yield
 
 
+class _Float32ByDefault:
+    """The default dtype is one for all threads: float32 while any of them computes, then what it was before the first."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before = Lock(), 0, torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._before = torch.get_default_dtype()
+                if self._before != torch.float32:
+                    torch.set_default_dtype(torch.float32)
+            self._count += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0 and self._before != torch.float32:
+                torch.set_default_dtype(self._before)
+
+
+_FLOAT32 = _Float32ByDefault()
+"""Of the process, as the setting is."""
+
+
 class OnDevice(Protocol):
-    """Computes on one device."""
+    """Computes on one device, one call at a time."""
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def lock(self) -> AbstractContextManager[object]: ...
 
 
 Self = TypeVar("Self", bound=OnDevice)
 
 
 def computes(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
-    """Run a method under ``own_settings``."""
+    """Run a method under ``own_settings``, when no other thread runs one of the same engine."""
 
     @functools.wraps(method)
     def guarded(self: Self, *args: P.args, **options: P.kwargs) -> R:
-        with own_settings(self.device):
+        with self.lock, own_settings(self.device):
             return method(self, *args, **options)
 
     return cast(Callable[Concatenate[Self, P], R], guarded)

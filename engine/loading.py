@@ -20,7 +20,7 @@ from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
-from skvq.engine.overflow import OnFull, on_full_of
+from skvq.engine.overflow import OnFull, on_full_for, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
@@ -220,7 +220,8 @@ def with_cache(
     room = Room.beside(embedding.device, parts.plan.parts["weights"])
     planned: dict[str, Any] = {"sequences": max_sequences, "dtype": embedding.dtype, "prefill": parts.prefill, **asdict(room)}
     plan_that_fits(config, cache, parts.loaded.context, **planned)
-    cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, parts.setup.on_full, report)
+    full = on_full_for(parts.setup.on_full, regions_of(largest_of(cache, config)[0], config), parts.loaded.context)
+    cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
     plan = make_plan(config, cache, context=parts.loaded.context, **planned)
     return replace(parts, cache=cache, setup=setup, plan=plan)
 

@@ -18,6 +18,8 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor
 
 def is_empty(prompt: Prompt) -> bool:
     """Whether there is nothing in it."""
+    if isinstance(prompt, (Tensor, np.ndarray)):
+        return tuple(prompt.shape) == (0,)
     return isinstance(prompt, (str, list, tuple)) and not prompt
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -74,7 +75,10 @@ class Reader:
     def _done(
         self, sequence: SequenceCache, hidden: Tensor, count: int, reused: int, how: str, start: float
     ) -> tuple[Tensor, Timing]:
-        sequence.logits = logits = self._parts.model.head(hidden)
+        logits = self._parts.model.head(hidden)
+        sequence.logits = logits.clone()  # the caller may do with its own what it likes
         self._prefixes.keep(sequence)
+        if logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()
         seconds = time.perf_counter() - start
         return logits, Timing(prompt_tokens=count, reused_tokens=reused, prefill=how, prefill_seconds=seconds)

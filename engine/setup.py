@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import TYPE_CHECKING
 
 from skvq.engine.arena import Arena
@@ -34,6 +35,7 @@ class CacheSetup:
     identity: Identity
     backend: str  # name of the kernels
     streams: Streams
+    lock: RLock = field(default_factory=RLock)  # held while something computes: calls from several threads wait for one another
 
     @property
     def needs_mass(self) -> bool:

@@ -161,11 +161,6 @@ class DecodeBatch:
         self.ring_slots = torch.zeros(count * tokens, dtype=torch.int64, device=device)
         self._no_mass = torch.zeros((), device=device)  # a number of the host would be copied, and waited for
         self.methods = [s.method for s in self.sequences]
-        self.finished = False
-
-    def finish(self) -> None:
-        """No step will follow: whoever still holds the batch, as a graph does, no longer holds its sequences."""
-        self.finished, self.sequences = True, []
 
     @property
     def max_packed(self) -> int:

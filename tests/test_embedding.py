@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from skvq import AttentionSinks, CacheConfig, KeyOutliers, Quiet, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
 from skvq.engine.graph import MOST_GRAPHS, CpuGraphs, GraphStep
+from skvq.engine.steps import DecodeBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "It was the best of times. "
@@ -164,6 +166,71 @@ def test_a_sequence_of_another_engine_is_refused(engine: Engine, folder: Path) -
             engine.stream("x", sequence=sequence)
         with pytest.raises(OptionError, match="must come from"):
             engine.stream("x", sequence="x")  # type: ignore[arg-type]
+
+
+def test_threads_share_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that take turns are what they are one after another; the host's default dtype is anything."""
+    texts = [TEXT * (n + 1) for n in range(3)]
+    wanted = [engine.generate(text, SAMPLING) for text in texts] * 3
+    with default_dtype(torch.float64), ThreadPoolExecutor(3) as pool:
+
+        def answer(text: str) -> str:
+            torch.set_num_threads(1)
+            with engine.prefill(text) as sequence:
+                return "".join(engine.stream("", SAMPLING, sequence=sequence))
+
+        assert list(pool.map(answer, texts * 3)) == wanted
+
+
+def test_a_batch_that_is_gone_holds_no_sequence(engine: Engine) -> None:
+    def use() -> None:
+        sequence = engine.prefill(TEXT)
+        engine.decode_step(DecodeBatch([sequence], engine.parts.model.config.attention_spans), [4])
+
+    for _ in range(6):
+        use()
+        gc.collect()
+
+
+def test_logits_that_were_returned_are_the_callers(engine: Engine) -> None:
+    wanted = engine.generate(TEXT, SAMPLING)
+    with engine.new_sequence() as sequence, torch.inference_mode():
+        engine.read(sequence, engine.encode(TEXT)).fill_(0.0)
+        assert "".join(engine.stream("", SAMPLING, sequence=sequence)) == wanted
+
+
+def test_a_sequence_of_one_token_goes_on(engine: Engine) -> None:
+    wanted = engine.generate([5], SAMPLING)
+    with engine.prefill([5]) as sequence:
+        sequence.take_back()
+        assert "".join(engine.stream(np.array([], int), SAMPLING, sequence=sequence)) == wanted
+
+
+def test_free_that_is_broken_off_releases_nothing_twice(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = engine.prefill(TEXT * 20)
+    arena = engine.parts.setup.arena
+    release = arena.release_sequence
+
+    def broken(slot: int) -> None:
+        release(slot)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arena, "release_sequence", broken)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.free()
+    sequence.free()
+
+
+def test_another_cache_must_leave_room_to_shift(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=3000, on_full="shift")
+    with pytest.raises(CapacityError, match="at least 5,332"):
+        engine.with_cache(tiny_cache(window=2900))
+    with pytest.raises(OptionError, match="cache must be CacheConfig"):
+        engine.with_cache("fp")  # type: ignore[arg-type]
+
+
+def test_ids_of_a_rule_are_the_same_in_any_order() -> None:
+    assert repr(TokenIds([8, 0])) == repr(TokenIds({0, 8})) == "TokenIds(ids=frozenset({0, 8}), budget=64)"
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

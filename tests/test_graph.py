@@ -220,29 +220,33 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("finish, held", [(True, [0] * 6), (False, [0, 1, 2, 3, 3, 3])])
-def test_graphs_of_finished_batches_and_the_oldest_are_given_up_before_the_next(
-    folder: Path, finish: bool, held: list[int]
+@pytest.mark.parametrize("keep, held", [(False, [0] * 6), (True, [0, 1, 2, 3, 3, 3])])
+def test_graphs_of_batches_that_are_gone_and_the_oldest_are_given_up_before_the_next(
+    folder: Path, keep: bool, held: list[int]
 ) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     graphs: list[ref[Any]] = []
     alive: list[int] = []
 
-    class Watched(Calls):
+    class Watched(Tapes):
         def capture(self, work: Callable[[], Tensor]) -> Captured:
             alive.append(sum(graph() is not None for graph in graphs))
-            captured = super().capture(work)
-            graphs.append(ref(captured.replay))
-            return captured
+            logits = work().clone()
+
+            def replay() -> None:
+                logits.add_(1)
+
+            graphs.append(ref(replay))
+            return Captured(replay, logits)
 
     step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), Watched(512))
-    sequences = start(engine, 1)
+    sequences, batches = start(engine, 1), []
     for _ in range(6):
         batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
-        step.run(batch, [1])
-        step.run(batch, [1])
-        if finish:
-            batch.finish()
+        first = step.run(batch, [1])
+        assert torch.equal(step.run(batch, [1]), first + 1)
+        batches += [batch] * keep
+        del batch
     assert alive == held
 
 
