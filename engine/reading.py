@@ -79,6 +79,6 @@ class Reader:
         sequence.logits = logits.clone()  # the caller may do with its own what it likes
         self._prefixes.keep(sequence)
         if logits.is_cuda:
-            torch.cuda.current_stream(logits.device).synchronize()
+            torch.cuda.synchronize(logits.device)
         seconds = time.perf_counter() - start
         return logits, Timing(prompt_tokens=count, reused_tokens=reused, prefill=how, prefill_seconds=seconds)
