@@ -57,8 +57,9 @@ def run_command(call: Callable[[], Any]) -> int:
 
 def output_error(error: Exception) -> str | None:
     """One line if standard output takes no more; None for any other error."""
-    full = isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    return f"cannot write to standard output: {os.strerror(error.errno)}" if full and error.errno else None  # type: ignore
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return f"cannot write to standard output: {os.strerror(error.errno)}"
+    return None
 
 
 def machine_error(error: Exception) -> str | None:

@@ -13,6 +13,7 @@ from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import LeavingTokens
 from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
+from skvq.engine.options import is_whole
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.retained import retain
 from skvq.engine.session import save_session
@@ -324,7 +325,7 @@ class SequenceCache:
         go back into the window as they were packed: the window is then shorter than usual until new tokens fill it.
         """
         self.require_alive()
-        if isinstance(length, bool) or not isinstance(length, int):
+        if not is_whole(length):
             raise OptionError(f"length must be a number of tokens, got {length!r}")
         if not 0 <= length <= self.length:
             raise CapacityError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")

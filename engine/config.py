@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeGuard
 
 from skvq.engine.errors import ModelError, OptionError, nearest, require_known
 from skvq.engine.filters import AttentionSinks, FilterRule, check_rule
-from skvq.engine.options import option_class
+from skvq.engine.options import is_number, is_whole, option_class
 from skvq.kernels.layout import stored_bits
 
 FULL_SPAN = 2**31 - 1
@@ -158,7 +157,7 @@ class CacheConfig:
         self._check_budget()
         if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window <= 2**20:
+        if not is_whole(self.window) or not 0 <= self.window <= 2**20:
             raise OptionError(f"window must be a number of tokens from 0 to {2**20}, got {self.window!r}")
         if not isinstance(self.filters, (tuple, list)):
             raise OptionError(f"filters must be a tuple of rules, got {self.filters!r}")
@@ -168,7 +167,7 @@ class CacheConfig:
         budget = self.bits_budget
         if budget is None:
             return
-        if not _is_number(budget) or not 0 < budget <= 16:
+        if not is_number(budget) or not 0 < budget <= 16:
             raise OptionError(f"bits_budget must be a number of bits from 0 to 16, got {budget!r}")
         if (self.key_bits, self.value_bits) != (2.0, 2.0):
             raise OptionError(
@@ -262,14 +261,14 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         stop = self.stops if isinstance(self.stop, (str, tuple, list)) else None
         checks = {
-            "max_new_tokens": (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 0, "a whole number, 0 or more"),
-            "repeat_penalty": (_is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100, "from 0.01 to 100"),
-            "temperature": (_is_number(self.temperature) and 0 <= self.temperature <= 1e6, "from 0 (greedy) to 1e6"),
-            "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (all) or more"),
-            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1 (all)"),
-            "min_p": (_is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 (all) to 1"),
+            "max_new_tokens": (is_whole(self.max_new_tokens) and self.max_new_tokens >= 0, "a whole number, 0 or more"),
+            "repeat_penalty": (is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100, "from 0.01 to 100"),
+            "temperature": (is_number(self.temperature) and 0 <= self.temperature <= 1e6, "from 0 (greedy) to 1e6"),
+            "top_k": (is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (all) or more"),
+            "top_p": (is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1 (all)"),
+            "min_p": (is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 (all) to 1"),
             "seed": (
-                self.seed is None or (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64),
+                self.seed is None or (is_whole(self.seed) and -(2**63) <= self.seed < 2**64),
                 "a whole number of 64 bits, or None",
             ),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
@@ -287,7 +286,7 @@ class SamplingConfig:
 
 
 def _width(value: object, name: str) -> float:
-    if not _is_number(value) or value not in BITS:
+    if not is_number(value) or value not in BITS:
         raise OptionError(f"{name} must be one of {', '.join(f'{b:g}' for b in BITS)}, got {value!r}")
     return float(value)
 
@@ -307,11 +306,3 @@ def _layer_widths(value: object) -> tuple[LayerWidths, ...]:
         pairs = tuple((_width(k, "layer_bits"), _width(v, "layer_bits")) for k, v in heads)
         layers.append(pairs[0] if len(set(pairs)) == 1 else pairs)
     return tuple(layers)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

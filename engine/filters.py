@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.errors import OptionError, nearest
-from skvq.engine.options import option_class
+from skvq.engine.options import is_number, is_whole, option_class
 
 ENTRY_POINT = "skvq.filters"
 
@@ -102,7 +102,7 @@ class TokenIds:
         if not isinstance(self.ids, Collection):
             raise OptionError(f"TokenIds.ids must be a set of token ids, got {self.ids!r}")
         object.__setattr__(self, "ids", frozenset(self.ids))
-        odd = [i for i in self.ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31]
+        odd = [i for i in self.ids if not is_whole(i) or not 0 <= i < 2**31]
         if odd:
             raise OptionError(f"TokenIds.ids must be token ids, got {odd[0]!r}")
         _check_budget(self.budget, "TokenIds.budget")
@@ -228,10 +228,10 @@ def _find_rule(name: str) -> Callable[..., Any]:
 
 
 def _check_threshold(value: float, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise OptionError(f"{what} must be a positive number, got {value!r}")
 
 
 def _check_budget(value: int, what: str, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 65536:
+    if not is_whole(value) or not least <= value <= 65536:
         raise OptionError(f"{what} must be a number of tokens from {least} to 65536, got {value!r}")

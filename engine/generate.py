@@ -23,7 +23,7 @@ from skvq.engine.graph import decode_step_of
 from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
-from skvq.engine.options import names_options
+from skvq.engine.options import is_whole, names_options
 from skvq.engine.planner import bits_per_element
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, is_empty, token_ids_of
@@ -291,7 +291,7 @@ class Engine:
     def fill(self, sequence: SequenceCache, count: int, *, seed: int = 0) -> None:
         """Append ``count`` random tokens without running the model: a full cache to measure, no text to understand."""
         self._require_own(sequence)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        if not is_whole(count) or count < 0:
             raise OptionError(f"count must be a number of tokens, got {count!r}")
         fill_fast(sequence, count, seed=seed, vocab=self.parts.model.config.vocab_size, report=self.report)
 
@@ -400,7 +400,7 @@ class Engine:
         tokens, as papers simulate.
         """
         for name, value in (("tokens", tokens), ("stride", stride)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise OptionError(f"{name} must be a positive number of tokens, got {value!r}")
         ids = self.encode(text)
         if len(ids) < tokens:

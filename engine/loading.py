@@ -20,6 +20,7 @@ from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
+from skvq.engine.options import is_whole
 from skvq.engine.overflow import OnFull, on_full_for, on_full_of
 from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
 from skvq.engine.prefill_form import PrefillForm
@@ -257,7 +258,7 @@ def plan_that_fits(
     Raises CapacityError, with the largest context that would fit, if it does not.
     """
     for what, value in (("max_context", max_context), ("max_sequences", sequences)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
+        if value is not None and (not is_whole(value) or not 0 < value < 2**31):
             raise OptionError(f"{what} must be a number from 1 to {2**31 - 1:,}, got {value!r}")
     options["sequences"] = sequences
     most = largest_context(config, cache, **options)
