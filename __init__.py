@@ -1,12 +1,19 @@
 """Reading very long contexts with an LLM on one GPU: a Llama-family engine whose KV cache is packed at 1.5 to 4 bits."""
 
-from skvq.engine.cache import SequenceCache
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import SkvqError
 from skvq.engine.filters import AttentionSinks, FilterRule, HeavyHitters, KeyOutliers, LeavingTokens, TokenIds
-from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet, Reporter
-from skvq.engine.summary import Summary
+
+if TYPE_CHECKING:
+    from skvq.engine.cache import SequenceCache
+    from skvq.engine.generate import Engine
+    from skvq.engine.summary import Summary
 
 __version__ = "0.1.0"
 
@@ -27,3 +34,16 @@ __all__ = [
     "TokenIds",
     "__version__",
 ]
+
+_NEED_TORCH = {"Engine": "generate", "SequenceCache": "cache", "Summary": "summary"}
+"""Names that are imported when they are asked for, and their modules: ``skvq --help`` does not wait for torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"skvq.engine.{_NEED_TORCH[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -27,9 +27,9 @@ from stamp import stamp
 from torch import Tensor
 
 from skvq import CacheConfig, Engine
-from skvq.calibrate.run import built_in_corpus
+from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.measure import device_name
-from skvq.loaders import resolve
+from skvq.loaders.hub import resolve
 
 CALIBRATION_TOKENS = 16_384
 BUILT_IN = "built-in"

@@ -74,7 +74,7 @@ class LlamaPeer:
     def __init__(self, name: str, model: str, context: int, threads: int) -> None:
         import xllamacpp
 
-        from skvq.loaders import resolve
+        from skvq.loaders.hub import resolve
 
         kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{name.split()[-1].upper()}")
         params = xllamacpp.CommonParams()
@@ -99,7 +99,7 @@ class TransformersPeer:
     def __init__(self, name: str, model: str, context: int, threads: int) -> None:
         import transformers
 
-        from skvq.loaders import resolve
+        from skvq.loaders.hub import resolve
 
         torch.set_num_threads(threads)
         transformers.utils.logging.set_verbosity_error()
@@ -261,8 +261,8 @@ def main(
     if worker is not None:
         work(worker, model, contexts[0], threads)
         return
-    from skvq.calibrate.run import built_in_corpus
-    from skvq.loaders import open_model
+    from skvq.calibrate.corpus import built_in_corpus
+    from skvq.loaders.open import open_model
 
     _, tokenizer = open_model(model, dummy_weights=False, download=False)
     ids = tokenizer.encode(built_in_corpus() if text is None else text.read_text(), bos=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -25,11 +24,6 @@ TEXT_TOKENS = 2048
 
 Progress = Callable[[float], None]
 """Told of each piece of work when it is done, in units proportional to time."""
-
-
-def built_in_corpus() -> str:
-    """466 KB of English reference prose that Python itself ships: the default, so that nothing is downloaded."""
-    return "\n\n".join(pydoc_data.topics.topics.values())
 
 
 def texts_of(ids: Sequence[int], tokens: int) -> Tensor:

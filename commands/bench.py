@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import cycle, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,17 +28,12 @@ from skvq.commands.options import (
     prefill_option,
     stack,
 )
-from skvq.engine.bench import SPARE, Bench, bench_attention, bench_decode, bench_prefill
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.machine import find_backend, pick_device, pick_dtype
-from skvq.engine.planted import planted, require_found, rows
-from skvq.engine.report import StderrReporter
-from skvq.engine.rope import scaled
-from skvq.engine.setup import CacheSetup
-from skvq.engine.soak import soak
-from skvq.engine.stress import bare_setup
-from skvq.loaders import config_of
+
+if TYPE_CHECKING:
+    from skvq.engine.bench import Bench
+    from skvq.engine.config import ModelConfig
+    from skvq.engine.setup import CacheSetup
 
 
 @click.group(cls=OneLineGroup)
@@ -53,6 +48,10 @@ def bench() -> None:
 @json_option
 def soak_command(steps: int, seed: int, backend: str, as_json: bool) -> None:
     """Append, fork, truncate, save, restore and free at random; check every invariant after each step."""
+    from skvq.engine.machine import find_backend, pick_device
+    from skvq.engine.report import StderrReporter
+    from skvq.engine.soak import soak
+
     result = soak(steps, seed, find_backend(backend, pick_device("cpu")), StderrReporter())
     operations = ", ".join(f"{count:,} {name}" for name, count in result["operations"].items())
     click.echo(f"{steps:,} steps of seed {seed}, nothing lost: {operations}; {result['seconds']:.1f} s", err=as_json)
@@ -92,6 +91,9 @@ def _show_bench(measured: Bench, options: Mapping[str, Any]) -> None:
 
 def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
     """A cache without a model, and its shape: ``config`` with ``--layers`` layers."""
+    from skvq.engine.machine import find_backend, pick_device, pick_dtype
+    from skvq.engine.stress import bare_setup
+
     device = pick_device(options["device"])
     layers = options["layers"] or config.num_layers
     spans = islice(cycle(config.attention_spans), layers)
@@ -108,6 +110,11 @@ def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tupl
 @click.option("--layers", type=click.IntRange(min=1), help="With --attention-only: layers to fill; default: the model's.")
 def decode_command(**options: Any) -> None:
     """Time of a decode step, and of its attention, at each length of context."""
+    from skvq.engine.bench import SPARE, bench_attention, bench_decode
+    from skvq.engine.report import StderrReporter
+    from skvq.engine.rope import scaled
+    from skvq.loaders.hub import config_of
+
     options, contexts = _with_model(options), options["ctx"]
     if options["attention_only"]:
         if options["calibration"] is not None:
@@ -129,6 +136,8 @@ def decode_command(**options: Any) -> None:
 @prefill_option
 def prefill_command(**options: Any) -> None:
     """Time to read a prompt, and of its attention, at each length."""
+    from skvq.engine.bench import bench_prefill
+
     options, contexts = _with_model(options), options["ctx"]
     engine = load_engine(
         options,
@@ -152,6 +161,11 @@ def prefill_command(**options: Any) -> None:
 @json_option
 def planted_command(**options: Any) -> None:
     """Plant keys at chosen depths of a random cache: attention must find them, the answer is known."""
+    from skvq.engine.machine import find_backend, pick_device
+    from skvq.engine.planted import planted, require_found, rows
+    from skvq.engine.report import StderrReporter
+    from skvq.loaders.hub import config_of
+
     device = pick_device(options["device"])
     shape = config_of(options["shape"], download=not options["no_download"])
     found = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from skvq.calibrate.corpus import BUILT_IN
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
     PACKING_NAMES,
@@ -21,10 +22,8 @@ from skvq.commands.options import (
     pick,
 )
 from skvq.commands.text import corpus_text
-from skvq.engine.calibration import BUILT_IN
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.identity import bits_text
 from skvq.loaders.files import require_writable
 
 
@@ -53,6 +52,8 @@ def calibrate(**options: Any) -> None:
     header = engine.calibrate(
         cache, corpus, output, corpus_name=BUILT_IN if text is None else text, tokens=options["tokens"], seed=options["seed"]
     )
+    from skvq.engine.identity import bits_text
+
     chosen = "" if header.bits_budget is None else f"; bits by layer: {bits_text(header.layer_bits)}"
     click.echo(f"skvq: wrote {output} ({header.method}, {header.tokens:,} tokens of {header.corpus}{chosen})", err=True)
     if options["as_json"]:

@@ -9,13 +9,14 @@ import click
 
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import json_option
-from skvq.loaders import list_models
 
 
 @click.command(cls=OneLineCommand)
 @json_option
 def models(as_json: bool) -> None:
     """List the aliases and what is on disk."""
+    from skvq.loaders.hub import list_models
+
     rows = list_models()
     if as_json:
         click.echo(json.dumps({"models": [{**_row(r), "path": None if r.path is None else str(r.path)} for r in rows]}))

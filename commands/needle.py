@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,8 +22,10 @@ from skvq.commands.options import (
     prefill_option,
 )
 from skvq.commands.text import corpus_text
-from skvq.engine.needle import Needle, needles, reference_of, summary
 from skvq.engine.plots import heat_map, require_matplotlib
+
+if TYPE_CHECKING:
+    from skvq.engine.needle import Needle
 
 
 @click.command(cls=OneLineCommand)
@@ -41,6 +43,8 @@ from skvq.engine.plots import heat_map, require_matplotlib
 @json_option
 def needle(**options: Any) -> None:
     """Hide a fact at several depths of texts of several lengths, and ask for it through the packed cache."""
+    from skvq.engine.needle import needles, reference_of, summary
+
     contexts, plot = options["ctx"], options["plot"]
     if plot is not None:
         require_matplotlib()

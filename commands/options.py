@@ -1,18 +1,22 @@
-"""Options that several commands share, and the configs and engine they describe."""
+"""Options that several commands share, and the configs and engine they describe.
+
+What needs torch is imported when a command runs: help and wrong options do not wait for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from skvq.engine.config import BITS, METHODS, CacheConfig
+from skvq.engine.config import BITS, METHODS, PREFILLS, CacheConfig
 from skvq.engine.filters import AttentionSinks, rule_from_text
-from skvq.engine.generate import PREFILLS, Engine
-from skvq.engine.machine import set_threads
+
+if TYPE_CHECKING:
+    from skvq.engine.generate import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,6 +73,8 @@ download_option = click.option("--no-download", is_flag=True, help="Use only wha
 def use_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
     """Click callback: the threads torch, and with it every CPU kernel, computes on."""
     if value is not None:
+        from skvq.engine.machine import set_threads
+
         set_threads(value)
 
 
@@ -172,6 +178,8 @@ def load_engine(
 
     Without prefix reuse: a command reads one prompt, or measures several that begin alike and must be read alike.
     """
+    from skvq.engine.generate import Engine
+
     return Engine.load(
         options["model"],
         max_context=context,

@@ -11,7 +11,6 @@ import click
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import cache_config, cache_options, json_option, model_option, prefill_option
 from skvq.engine.errors import OptionError
-from skvq.engine.plan_report import plan_report
 
 
 @click.command(cls=OneLineCommand)
@@ -31,6 +30,8 @@ def plan(**options: Any) -> None:
     if options["calibration"] is not None and options["bits_budget"] is None:
         raise OptionError("--calibration goes with --bits-budget: bytes of given bits do not depend on a calibration")
     cache = cache_config(options)
+    from skvq.engine.plan_report import plan_report
+
     report = plan_report(
         options["model"],
         cache,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,12 +24,13 @@ from skvq.commands.options import (
     sampling_options,
 )
 from skvq.commands.text import read_text
-from skvq.engine.cache import SequenceCache
-from skvq.engine.config import SamplingConfig
+from skvq.engine.config import ON_FULL, SamplingConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.generate import Engine
-from skvq.engine.overflow import MODES
 from skvq.loaders.files import require_writable
+
+if TYPE_CHECKING:
+    from skvq.engine.cache import SequenceCache
+    from skvq.engine.generate import Engine
 
 
 @click.command(cls=OneLineCommand)
@@ -46,7 +47,7 @@ from skvq.loaders.files import require_writable
 )
 @click.option(
     "--on-full",
-    type=click.Choice(list(MODES)),
+    type=click.Choice(ON_FULL),
     default="stop",
     show_default=True,
     help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from skvq.calibrate.run import built_in_corpus
+from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.errors import OptionError
 
 

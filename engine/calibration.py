@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from skvq.calibrate.budget import budget_work, calibrate_budget
+from skvq.calibrate.corpus import BUILT_IN, built_in_corpus
 from skvq.calibrate.outliers import OutlierTokens
-from skvq.calibrate.run import built_in_corpus, calibrate, texts_of
+from skvq.calibrate.run import calibrate, texts_of
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import SkvqError
@@ -23,7 +24,6 @@ from skvq.loaders.files import cache_folder
 
 DEFAULT_TOKENS = 8192
 DUMMY_TOKENS = 256
-BUILT_IN = "pydoc_data.topics"
 
 
 def make_artifact(

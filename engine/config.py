@@ -17,6 +17,8 @@ FULL_SPAN = 2**31 - 1
 METHODS = ("rotate", "reorder", "plain", "fp")
 BITS = (1.5, 2.0, 3.0, 4.0, 8.0)
 GROUP_SIZES = (32, 64, 128)
+PREFILLS = ("exact", "streaming")
+ON_FULL = ("stop", "shift")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 

@@ -13,13 +13,13 @@ import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from skvq.engine.errors import OptionError, nearest
 from skvq.engine.options import is_number, is_whole, option_class
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENTRY_POINT = "skvq.filters"
 
@@ -57,15 +57,6 @@ class FilterRule(Protocol):
 
     def keep(self, tokens: LeavingTokens) -> Tensor:
         """bool [T]: the tokens that should stay in full precision."""
-
-
-def asked(rule: FilterRule, tokens: LeavingTokens) -> Tensor:
-    """What the rule keeps, bool [T]. Raises OptionError, naming the rule, if it is anything else."""
-    kept: object = rule.keep(tokens)
-    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != tokens.positions.shape:
-        got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
-        raise OptionError(f"filter rule {rule!r}: keep must return a bool tensor [{len(tokens.positions)}], got {got}")
-    return kept
 
 
 @option_class
@@ -116,8 +107,9 @@ class TokenIds:
         return False
 
     def keep(self, tokens: LeavingTokens) -> Tensor:
-        wanted = torch.tensor(sorted(self.ids), dtype=torch.int64, device=tokens.token_ids.device)
-        return torch.isin(tokens.token_ids, wanted)
+        from torch import isin
+
+        return isin(tokens.token_ids, tokens.token_ids.new_tensor(sorted(self.ids)))
 
 
 @option_class
@@ -147,7 +139,7 @@ def stands_out(x: Tensor, threshold: float) -> Tensor:
     """Which of ``x`` [R, N] lie ``threshold`` robust deviations from the median of their row; bool [R, N]."""
     away = (x - x.median(1, keepdim=True).values).abs()
     deviation = 1.4826 * away.median(1, keepdim=True).values
-    return torch.gt(away, threshold * deviation.clamp_min(1e-6))
+    return away.gt(threshold * deviation.clamp_min(1e-6))
 
 
 @option_class

@@ -15,7 +15,7 @@ from torch import Tensor
 from skvq.engine import scoring
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import header_for, make_artifact
-from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.evaluate import DecodeRegimeLayer
 from skvq.engine.generation import Generation, answer_all
@@ -35,8 +35,6 @@ from skvq.engine.stress import fill_fast
 from skvq.engine.summary import Summary, Timing, summary_of
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
 from skvq.loaders.files import require_writable
-
-PREFILLS = ("exact", "streaming")
 
 
 class Engine:

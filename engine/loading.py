@@ -31,9 +31,10 @@ from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.kernels.ops import ops_for
-from skvq.loaders import Tokenizer, open_model
 from skvq.loaders.artifact import Artifact
+from skvq.loaders.open import open_model
 from skvq.loaders.source import WeightSource
+from skvq.loaders.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

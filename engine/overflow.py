@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from skvq.engine.config import ON_FULL
 from skvq.engine.errors import CapacityError, require_known
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.regions import Regions
@@ -73,7 +74,7 @@ MODES: dict[str, OnFull] = {"stop": Stop(), "shift": Shift()}
 
 def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:
     """The mode of that name. Raises CapacityError where a full context might hold no whole page to drop."""
-    require_known(name, MODES, "on_full")
+    require_known(name, ON_FULL, "on_full")
     least = PAGE_TOKENS + regions.ring + CHUNK_TOKENS
     if name == "shift" and max_context < least:
         raise CapacityError(

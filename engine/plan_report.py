@@ -17,7 +17,7 @@ from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_devic
 from skvq.engine.planner import Plan, gib, largest_context, largest_of, layer_token_bytes, make_plan, usual_weight_bytes
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
-from skvq.loaders import config_of
+from skvq.loaders.hub import config_of
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
 SEGMENT_OVERHEAD = 1.05

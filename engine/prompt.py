@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from skvq.engine.errors import OptionError
-from skvq.loaders import Tokenizer
+from skvq.loaders.text import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor
 """A text, token ids of one text, or chat messages ``[{"role": ..., "content": ...}, ...]``."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from skvq.engine.filters import FilterRule, LeavingTokens, asked
+from skvq.engine.errors import OptionError
+from skvq.engine.filters import FilterRule, LeavingTokens
 from skvq.kernels.interface import FullSlots
 
 
@@ -24,7 +25,7 @@ def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: Lea
         slots = slice(start, start + rule.budget)
         start += rule.budget
         held = full.positions[slot, slots]
-        wanted = asked(rule, leaving) & ~retained
+        wanted = kept_by(rule, leaving) & ~retained
         taken, source = seats(held < 0, wanted)
         full.positions[slot, slots] = torch.where(taken, positions[source], held)
         for kept, new in ((full.keys, leaving.keys), (full.values, leaving.values)):
@@ -32,6 +33,15 @@ def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: Lea
             here.copy_(torch.where(taken[None, :, None], new[source].transpose(0, 1), here))
         retained |= wanted & (wanted.cumsum(0) <= taken.sum())
     return retained
+
+
+def kept_by(rule: FilterRule, leaving: LeavingTokens) -> Tensor:
+    """What the rule keeps, bool [T]. Raises OptionError, naming the rule, if it is anything else."""
+    kept: object = rule.keep(leaving)
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != leaving.positions.shape:
+        got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+        raise OptionError(f"filter rule {rule!r}: keep must return a bool tensor [{len(leaving.positions)}], got {got}")
+    return kept
 
 
 def seats(free: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

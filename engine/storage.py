@@ -13,9 +13,8 @@ from torch import Tensor
 from skvq.engine.linear import DenseEmbedding, Embedding
 from skvq.engine.report import Reporter
 from skvq.kernels.linear import DenseLinear, Linear
-from skvq.loaders import check_finite
 from skvq.loaders.names import expected_shapes
-from skvq.loaders.source import QuantizedBlocks, WeightSource
+from skvq.loaders.source import QuantizedBlocks, WeightSource, check_finite
 
 CPU = torch.device("cpu")
 

@@ -452,12 +452,12 @@ def test_a_machine_that_gives_out_is_one_line(
     def fails(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("skvq.commands.options.Engine.load", fails)
+    monkeypatch.setattr("skvq.engine.generate.Engine.load", fails)
     refused(call("run", "--model", model, "-p", "the"), *fragments)
 
 
 def test_a_mistake_of_ours_stays_a_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skvq.commands.options.Engine.load", lambda *args, **options: [][1])
+    monkeypatch.setattr("skvq.engine.generate.Engine.load", lambda *args, **options: [][1])
     with pytest.raises(IndexError):
         call("run", "--model", model, "-p", "the")
 

@@ -166,6 +166,9 @@ def test_nothing_is_done_at_import() -> None:
 
 
 HEAVY = (
+    "torch",
+    "safetensors",
+    "tokenizers",
     "transformers",
     "numba",
     "llvmlite",

@@ -9,7 +9,7 @@ import torch
 from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
 from tiny import tiny_cache
 
-from skvq.calibrate.run import built_in_corpus
+from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.config import CacheConfig, RopeConfig
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet

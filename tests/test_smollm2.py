@@ -9,11 +9,11 @@ import pytest
 import torch
 import xllamacpp
 
-from skvq.calibrate.run import built_in_corpus
+from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
-from skvq.loaders import resolve
+from skvq.loaders.hub import resolve
 
 MODEL = "smollm2-135m"
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n    ", "Once upon a time, in a small village by the sea,"]

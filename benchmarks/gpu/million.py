@@ -56,8 +56,8 @@ from skvq.engine.report import StderrReporter  # noqa: E402
 from skvq.engine.steps import DecodeBatch  # noqa: E402
 from skvq.engine.stress import bare_setup  # noqa: E402
 from skvq.kernels.registry import get_backend  # noqa: E402
-from skvq.loaders import config_of  # noqa: E402
 from skvq.loaders.hf import config_to_json  # noqa: E402
+from skvq.loaders.hub import config_of  # noqa: E402
 
 DEPTHS = (0, 0.1, 1, 10, 25, 50, 75, 90, 99, 99.9, 100)
 LIMIT = 80e9  # bytes of the card that a million tokens of Llama-2-7B are to fit

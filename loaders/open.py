@@ -1,0 +1,30 @@
+"""From the name of a model to its weights and its tokenizer, whatever files it comes in."""
+
+from __future__ import annotations
+
+from skvq.loaders.checkpoint import SafetensorsSource
+from skvq.loaders.dummy import DummySource, dummy_tokenizer
+from skvq.loaders.gguf_file import GgufSource
+from skvq.loaders.hub import config_of, resolve
+from skvq.loaders.model_files import ModelFiles
+from skvq.loaders.source import WeightSource
+from skvq.loaders.text import Tokenizer
+from skvq.loaders.tokenizer import load_tokenizer
+
+
+def open_source(files: ModelFiles) -> WeightSource:
+    """The weights of a resolved model, checked but not read."""
+    return GgufSource(files.path) if files.kind == "gguf" else SafetensorsSource(files.path)
+
+
+def open_model(model: str, *, dummy_weights: bool = False, download: bool = True) -> tuple[WeightSource, Tokenizer]:
+    """Weights and tokenizer of an alias, folder, GGUF file or hub repository.
+
+    ``dummy_weights``: random weights of that model's shape and a tokenizer of bytes; only its config is needed.
+    Raises ModelError, one line, for everything that is missing, broken or unknown.
+    """
+    if dummy_weights:
+        config = config_of(model, download=download)
+        return DummySource(config), dummy_tokenizer(config.vocab_size)
+    files = resolve(model, download=download)
+    return open_source(files), load_tokenizer(files)
