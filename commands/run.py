@@ -16,6 +16,7 @@ from skvq.commands.options import (
     calibration_option,
     ctx_option,
     engine_options,
+    is_given,
     json_option,
     load_engine,
     model_option,
@@ -24,7 +25,7 @@ from skvq.commands.options import (
     sampling_options,
 )
 from skvq.commands.text import read_text
-from skvq.engine.config import ON_FULL, SamplingConfig
+from skvq.engine.config import ON_FULL, CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
 
@@ -39,7 +40,11 @@ if TYPE_CHECKING:
 @click.option("-f", "--file", help="File with the text, - for standard input; -p comes after it.")
 @click.option("--chat", is_flag=True, help="Use the model's chat format.")
 @click.option("--system", help="System message, with --chat.")
-@click.option("--session", type=click.Path(path_type=Path), help="Go on from this file if it exists; write it at the end.")
+@click.option(
+    "--session",
+    type=click.Path(path_type=Path),
+    help="Resume from this file if it exists, with the cache it was saved with; write it at the end.",
+)
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -73,7 +78,7 @@ def run(**options: Any) -> None:
     sampling = SamplingConfig(**pick(options, SAMPLING_NAMES))
     engine = load_engine(
         options,
-        cache_config(options),
+        run_cache(options, session),
         context=options["ctx"],
         calibration=options["calibration"],
         prefill=options["prefill"],
@@ -100,6 +105,21 @@ def run(**options: Any) -> None:
     click.echo(f"skvq: {summary.line()}", err=True)
     if options["as_json"]:
         click.echo(json.dumps({"text": "".join(pieces), **summary.as_dict()}))
+
+
+def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:
+    """The cache of ``skvq run``: where the options leave it open, that of the session it goes on from.
+
+    Raises SessionError where they contradict it.
+    """
+    if session is None or not session.exists():
+        return cache_config(options)
+    from skvq.engine.session import require_options, saved_options
+
+    saved = {name: value for name, value in saved_options(session).items() if not is_given(name)}
+    cache = cache_config({**options, **saved})
+    require_options(session, cache)
+    return cache
 
 
 def run_prompt(engine: Engine, text: str, options: dict[str, Any], sequence: SequenceCache) -> str | list[int]:

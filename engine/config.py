@@ -184,6 +184,11 @@ class CacheConfig:
         return self.method != "fp" and self.bits_budget is not None and not self.layer_bits
 
     @property
+    def rules(self) -> tuple[FilterRule, ...]:
+        """Filter rules in force, attention sinks first: a 16-bit cache loses nothing, so none is asked."""
+        return () if self.method == "fp" else tuple(sorted(self.filters, key=lambda rule: not isinstance(rule, AttentionSinks)))
+
+    @property
     def code_bits(self) -> float:
         """What the budget leaves for codes: metadata take two bytes a group."""
         assert self.bits_budget is not None

@@ -117,38 +117,48 @@ def _checksum(data: memoryview) -> bytes:
 
 def open_container(path: Path, kind: str) -> Container:
     """Map a file and verify it. Raises SessionError if it is missing, cut short, changed, or of another kind."""
-    try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is empty"
-        raise SessionError(f"cannot read {kind} {path}: {reason}") from None
-    table, start = _read_table(path, kind, data)
-    text = table.pop("__metadata__", {}).get(f"skvq.{kind}")
-    if text is None:
-        raise SessionError(f"{path} is a safetensors file but no {kind} of skvq: it lacks the header; give another file name")
+    data = _map(path, kind)
+    header, table, start = _read_table(path, kind, data)
     size = start + max((int(e["data_offsets"][1]) for e in table.values()), default=0)
     if size != len(data):
         raise SessionError(f"{kind} {path} has {len(data):,} bytes of {size:,}: it was cut short; delete it and start again")
     if CHECKSUM not in table or _checksum(memoryview(data)[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
         raise SessionError(f"{kind} {path} is corrupt: its checksum does not match; delete it and start again")
-    return Container(path, json.loads(text), {name: _view(data, start, e) for name, e in table.items()})
+    return Container(path, header, {name: _view(data, start, e) for name, e in table.items()})
 
 
-def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """The safetensors header and where the tensors begin."""
+def read_header(path: Path, kind: str) -> dict[str, Any]:
+    """What the file says of itself, unverified: to refuse it before long work. Raises SessionError if it is of another kind."""
+    return _read_table(path, kind, _map(path, kind))[0]
+
+
+def _map(path: Path, kind: str) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is empty"
+        raise SessionError(f"cannot read {kind} {path}: {reason}") from None
+
+
+def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Our header, the table of tensors, and where these begin."""
     length = int.from_bytes(data[:8], "little")
     try:
         if not 2 <= length <= min(LONGEST_HEADER, len(data) - 8):
             raise ValueError
         table = json.loads(data[8 : 8 + length])
-        for entry in (e for name, e in table.items() if name != "__metadata__"):
+        told = table.pop("__metadata__", {}).get(f"skvq.{kind}")
+        header = None if told is None else json.loads(told)
+        for entry in table.values():
             first, last = entry["data_offsets"]
             if math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize != last - first or first < 0:
                 raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SessionError(f"{path} is no {kind} of skvq, or a broken one: give another file name, or delete it") from None
-    return table, 8 + length
+    if not isinstance(header, dict):
+        raise SessionError(f"{path} is a safetensors file but no {kind} of skvq: it lacks the header; give another file name")
+    return header, table, 8 + length
 
 
 def _view(data: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ WORDS = {
     "filters": "filter rules",
     "layer_bits": "bits by layer",
 }
+SAME_BITS = "the same in all"
+"""Bits by layer where no layer has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +50,17 @@ class Identity:
 
     def require(self, found: Mapping[str, object], where: str) -> None:
         """Raise SessionError naming both values unless ``found``, a file's header, has all of this identity."""
-        for name, ours in self.as_dict().items():
-            theirs = found.get(name)
-            if theirs != ours:
-                what = WORDS.get(name, name)
-                raise SessionError(
-                    f"{where} was made with {what} {_short(theirs)}, this run has {_short(ours)}: "
-                    "use the same model and options, or another file"
-                )
+        require_same(self.as_dict(), found, where)
+
+
+def require_same(ours: Mapping[str, object], found: Mapping[str, object], where: str) -> None:
+    """Raise SessionError, naming both values, unless ``found``, a file's header, agrees with everything in ``ours``."""
+    for name, value in ours.items():
+        if found.get(name) != value:
+            raise SessionError(
+                f"{where} was made with {WORDS.get(name, name)} {_short(found.get(name))}, this run has {_short(value)}: "
+                "use the same model and options, or another file"
+            )
 
 
 def _short(value: object) -> str:
@@ -64,27 +70,33 @@ def _short(value: object) -> str:
 
 def identity_of(
     cache: CacheConfig,
-    rules: tuple[FilterRule, ...],
     fingerprint: str,
     tensors: Mapping[str, Tensor],
     rope: RopeFrequencies,
     dtype: torch.dtype,
 ) -> Identity:
     """The identity of a cache; ``tensors`` are its calibration, ``dtype`` that of its full-precision slots."""
-    packed = cache.method != "fp"
     return Identity(
+        **options_of(cache),
         fingerprint=fingerprint,
-        method=cache.method,
-        key_bits=cache.key_bits if packed else 16.0,
-        value_bits=cache.value_bits if packed else 16.0,
-        layer_bits=bits_text(cache.layer_bits if packed else ()),
-        group_size=cache.group_size if packed else 0,
-        window=cache.window,
-        filters=", ".join(map(_rule_name, rules)),
+        layer_bits=bits_text(cache.layer_bits if cache.method != "fp" else ()),
+        group_size=cache.group_size if cache.method != "fp" else 0,
         dtype=str(dtype).removeprefix("torch."),
         calibration=_digest(tensors),
         rope=rope_digest(rope),
     )
+
+
+def options_of(cache: CacheConfig) -> dict[str, Any]:
+    """The part of an identity that options give, whatever the model; but for group sizes, which are fitted to its heads."""
+    packed = cache.method != "fp"
+    return {
+        "method": cache.method,
+        "key_bits": cache.key_bits if packed else 16.0,
+        "value_bits": cache.value_bits if packed else 16.0,
+        "window": cache.window,
+        "filters": ", ".join(map(_rule_name, cache.rules)),
+    }
 
 
 def bits_text(layer_bits: Sequence[LayerWidths]) -> str:
@@ -94,7 +106,7 @@ def bits_text(layer_bits: Sequence[LayerWidths]) -> str:
     ('2x K2V1.5, 1x K3V2|K2V2', 'the same in all')
     """
     runs = [(len(list(run)), "|".join(f"K{k:g}V{v:g}" for k, v in pairs_of(layer))) for layer, run in groupby(layer_bits)]
-    return ", ".join(f"{count}x {name}" for count, name in runs) or "the same in all"
+    return ", ".join(f"{count}x {name}" for count, name in runs) or SAME_BITS
 
 
 def _rule_name(rule: FilterRule) -> str:

@@ -22,7 +22,7 @@ from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMetho
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.options import is_whole
 from skvq.engine.overflow import OnFull, on_full_for, on_full_of
-from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, rules_of, token_bytes
+from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, token_bytes
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import beyond_training, frequencies, scaled
@@ -202,12 +202,12 @@ def cache_setup(
         method=bind_method(arena, config, cache, tensors, rope, backend),
         ops=ops_for(backend.name),
         regions=regions_of(cache, config),
-        rules=rules_of(cache),
+        rules=cache.rules,
         rope=rope,
         max_context=max_context,
         on_full=on_full,
         packed_token_bytes=token_bytes(cache, config),
-        identity=identity_of(cache, rules_of(cache), fingerprint, tensors, rope, arena.shape.dtype),
+        identity=identity_of(cache, fingerprint, tensors, rope, arena.shape.dtype),
         backend=backend.name,
         streams=streams_of(arena.page_table.device),
     )

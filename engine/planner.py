@@ -13,7 +13,7 @@ from skvq.engine.arena import ArenaShape, packed_page, plain_page
 from skvq.engine.codecs import layouts_of, tensor_shapes
 from skvq.engine.config import BITS, CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
-from skvq.engine.filters import AttentionSinks, FilterRule
+from skvq.engine.filters import AttentionSinks
 from skvq.engine.prefill_form import CHUNK_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form
 from skvq.engine.regions import Regions
 from skvq.kernels.layout import PAGE_TOKENS, PlainLayout, stored_bits
@@ -64,15 +64,10 @@ def largest_of(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...
     return tuple(replace(cache, layer_bits=as_layer_bits(c, heads)) for c in choices)
 
 
-def rules_of(cache: CacheConfig) -> tuple[FilterRule, ...]:
-    """Filter rules in force, attention sinks first: a 16-bit cache loses nothing, so none is asked."""
-    return () if cache.method == "fp" else tuple(sorted(cache.filters, key=lambda rule: not isinstance(rule, AttentionSinks)))
-
-
 def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
     """Sizes of a sequence's three regions. A 16-bit cache has slots for the sinks too: they may outlive their page."""
     sinks = sum(rule.budget for rule in cache.filters if isinstance(rule, AttentionSinks))
-    others = sum(rule.budget for rule in rules_of(cache) if not isinstance(rule, AttentionSinks))
+    others = sum(rule.budget for rule in cache.rules if not isinstance(rule, AttentionSinks))
     return Regions(window=cache.window, tile=tile_of(cache, model), retained=sinks + others, sinks=sinks)
 
 

@@ -12,7 +12,7 @@ Tiles are not pages: a file can be restored into any arena of the same identity,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import SLOT_TENSORS
-from skvq.engine.container import Container, Entry, open_container, whole, write_container
+from skvq.engine.config import CacheConfig
+from skvq.engine.container import Container, Entry, open_container, read_header, whole, write_container
 from skvq.engine.errors import SessionError
-from skvq.engine.identity import Identity
+from skvq.engine.identity import SAME_BITS, Identity, options_of, require_same
 from skvq.kernels.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
@@ -52,6 +53,25 @@ def open_session(identity: Identity, path: Path) -> Container:
     return file
 
 
+def saved_options(path: Path) -> dict[str, Any]:
+    """The cache options that a session was made with, by their names in ``CacheConfig``: those that a file can tell."""
+    header = read_header(path, KIND)
+    _require_schema(header, path, KIND)
+    names = ("method", "window") if header["method"] == "fp" else ("method", "window", "key_bits", "value_bits", "group_size")
+    return {name: header[name] for name in names}
+
+
+def require_options(path: Path, cache: CacheConfig) -> None:
+    """Raise SessionError if a session is of other cache options: before a model is loaded and calibrated to go on from it."""
+    header = read_header(path, KIND)
+    require_same(options_of(cache), header, f"{KIND} {path}")
+    if cache.method != "fp" and (header["layer_bits"] == SAME_BITS) != (cache.bits_budget is None):
+        made = "without" if header["layer_bits"] == SAME_BITS else "with"
+        raise SessionError(
+            f"{KIND} {path} was made {made} a budget of bits (--bits-budget): use the same options, or another file"
+        )
+
+
 def header_of(sequence: SequenceCache) -> dict[str, Any]:
     """Whose the tensors are and how long the sequence is."""
     lengths = {"length": sequence.length, "packed": sequence.packed, "dropped": sequence.dropped, "pending": sequence.pending}
@@ -60,9 +80,13 @@ def header_of(sequence: SequenceCache) -> dict[str, Any]:
 
 def check_header(identity: Identity, file: Container, kind: str) -> None:
     """Raise SessionError unless the file was written by this schema for this identity."""
-    if file.header.get("schema") != SCHEMA:
-        raise SessionError(f"{kind} {file.path} has schema {file.header.get('schema')}, this skvq reads {SCHEMA}: start again")
+    _require_schema(file.header, file.path, kind)
     identity.require(file.header, f"{kind} {file.path}")
+
+
+def _require_schema(header: Mapping[str, Any], path: Path, kind: str) -> None:
+    if header.get("schema") != SCHEMA:
+        raise SessionError(f"{kind} {path} has schema {header.get('schema')}, this skvq reads {SCHEMA}: start again")
 
 
 def fill_from(sequence: SequenceCache, file: Container) -> None:

@@ -274,13 +274,33 @@ def test_run_keeps_a_session_from_one_call_to_the_next(folder: Path, tmp_path: P
     assert json.loads(third.stdout.splitlines()[-1])["cached_tokens"] == cached + 1 + len(" and then") + 1
 
 
-def test_run_refuses_a_session_of_other_options(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [("--key-bits", 3, "--value-bits", 1.5), ("--method", "reorder"), ("--method", "fp")], ids=str
+)
+def test_a_session_remembers_its_cache_options(folder: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+    session = tmp_path / "talk.session"
+    whole = run(folder, "-p", "once upon a time", "-n", 20, "--json", *options)
+    first = run(folder, "-p", "once upon a time", "-n", 8, "--json", "--session", session, *options)
+    second = run(folder, "-n", 12, "--json", "--session", session)
+    texts = [json.loads(r.stdout.splitlines()[-1])["text"] for r in (whole, first, second)]
+    assert texts[1] + texts[2] == texts[0]
+
+
+def test_run_refuses_a_session_of_other_options_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = tmp_path / "talk.session"
     run(folder, "-p", "once upon a time", "-n", 1, "--session", session)
     before = session.read_bytes()
-    result = run(folder, "-p", "more", "-n", 1, "--session", session, "--key-bits", 4)
-    assert result.exit_code == 2
-    assert "was made with key_bits 2, this run has 4" in result.stderr
+    monkeypatch.delattr(Engine, "load")
+    for option, value, told in (
+        ("--key-bits", 4, "was made with key_bits 2, this run has 4"),
+        ("--method", "plain", "was made with method 'rotate', this run has 'plain'"),
+        ("--sinks", 3, "was made with filter rules 'AttentionSinks(n=5)', this run has 'AttentionSinks(n=3)'"),
+        ("--bits-budget", 2.5, "was made without a budget of bits (--bits-budget)"),
+    ):
+        result = run(folder, "-p", "more", "-n", 1, "--session", session, option, value)
+        assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
     assert session.read_bytes() == before
 
 
