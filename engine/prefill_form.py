@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skvq.engine.config import ModelConfig
+from skvq.kernels.dense import MOST_PARTS
 from skvq.kernels.layout import PAGE_TOKENS
 
 PIECE_TOKENS = 8 * PAGE_TOKENS
@@ -46,8 +47,9 @@ class PrefillForm:
         kv = 2 * model.num_kv_heads * model.head_size * size  # keys and values of a token in a layer
         chunk = min(tokens, CHUNK_TOKENS) * model.hidden_size * size
         staged = 2 * model.num_kv_heads * model.head_size * 4 * min(tokens, SEGMENT_TOKENS)  # any later text is streamed
+        partial = min(tokens, CHUNK_TOKENS) * model.num_heads * model.head_size * (MOST_PARTS * size + 4)
         if not exact:
-            return {"hidden states of a chunk": chunk, "one layer's keys and values": staged}
+            return {"hidden states of a chunk": chunk, "one layer's keys and values": staged, "partial attention": partial}
         states = {"hidden states of a chunk": chunk} if self.host_states else self._states(model, tokens, size)
         if groups == 1:
             return states | {"one layer's keys and values": kv * tokens}

@@ -25,7 +25,7 @@ from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.engine.setup import CacheSetup
-from skvq.kernels.dense import attend_all, attend_causal, merge_runs
+from skvq.kernels.dense import SoftmaxParts, attend_behind, attend_causal
 from skvq.kernels.interface import Step
 from skvq.kernels.ops import Ops, TorchOps
 
@@ -89,41 +89,24 @@ class StreamingLayer:
         keys = torch.cat([old_k.to(k.dtype), k])  # the window and this chunk, [T, KH, D]
         values = torch.cat([old_v.to(v.dtype), v])
         first_seen = max(0, sequence.length - self.span + 1)
-        outs, lses = [], []
+        parts = SoftmaxParts()
         for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, sequence.packed - start)
-            out, lse = self._attend_block(q, *sequence.stage(self.layer, start, count), start)
-            outs.append(out)
-            lses.append(lse)
+            parts.add(*self._attend_before(q, *sequence.stage(self.layer, start, count), start))
         if sequence.orphans:
-            out, lse = self._attend_block(q, *sequence.sinks(self.layer), 0)
-            outs.append(out)
-            lses.append(lse)
-        out, lse = attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span)
-        out, lse = merge_runs([*outs, out], [*lses, lse], q.dtype)
+            parts.add(*self._attend_before(q, *sequence.sinks(self.layer), 0))
+        parts.add(*attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span))
+        out, lse = parts.merged(q.dtype)
         mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])
         if sequence.setup.needs_mass:
             add_mass(mass, q, lse, keys.transpose(0, 1), sequence.setup.regions.window)
         sequence.absorb(self.layer, keys, values, mass, self.ids)
         return out[None]
 
-    def _attend_block(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def _attend_before(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Attention over tokens from ``start`` on, [T, KH, D], all of them before the first query."""
-        count = len(keys)
         keys, values = (t.to(q.dtype).transpose(0, 1) for t in (keys, values))
-        if self.sequence.length + len(q) - 1 - start < self.span:  # the last query still sees the first token
-            return attend_all(q, keys, values)
-        outs, lses = [], []
-        for row in range(len(q)):  # a span ends inside this segment: at most two segments a chunk
-            hidden = max(0, self.sequence.length + row - self.span + 1 - start)
-            if hidden >= count:
-                outs.append(torch.zeros_like(q[row : row + 1]))
-                lses.append(torch.full((1, q.shape[1]), -torch.inf, device=q.device))
-            else:
-                out, lse = attend_all(q[row : row + 1], keys[:, hidden:], values[:, hidden:])
-                outs.append(out)
-                lses.append(lse)
-        return torch.cat(outs), torch.cat(lses)
+        return attend_behind(q, keys, values, self.sequence.length - self.span + 1 - start)
 
 
 def last_token_step(sequence: SequenceCache) -> Step:

@@ -9,10 +9,11 @@ that attention over 32,768 tokens takes.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.kernels.cudnn import blocks, cudnn_on, flash_attention
-from skvq.kernels.reference import masked_attention, merge
+from skvq.kernels.reference import merge
 
 
 def kv_buffer(kv_heads: int, tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -32,17 +33,76 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Tensor]:
     """``q`` [N, H, D] are the last N of the T tokens of k, v [KH, T, D]; each sees the ``span`` tokens up to itself."""
-    count, heads, _ = q.shape
-    kv_heads, tokens, _ = k.shape
-    past = tokens - count
-    if tokens > span:
-        return _attend_span(q, k, v, span)
-    repeat = heads // kv_heads
-    k_new, v_new = (t[:, past:].repeat_interleave(repeat, 0) for t in (k, v))
-    out, lse = _flash(q.transpose(0, 1), k_new, v_new, causal=True)
-    own, own_lse = (torch.unflatten(t, 0, (kv_heads, repeat)) for t in (out, lse))  # [KH, rep, N, D], [KH, rep, N]
+    past = k.shape[1] - len(q)
+    if past + len(q) > span:
+        return _attend_window(q, k, v, span)
+    own, own_lse = _square(q, k[:, past:], v[:, past:])
     outs, lses = _attend_parts(q, k[:, :past], v[:, :past]) if past else ([], [])
     return _merged([own, *outs], [own_lse, *lses], q.dtype)
+
+
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """``attend_causal`` of a sliding window: at most ``span`` queries at a time, their own tokens apart from those before."""
+    past = k.shape[1] - len(q)
+    found = []
+    for start in range(0, len(q), span):
+        block = q[start : start + span]
+        first, own = max(0, past + start - span + 1), slice(past + start, past + start + len(block))
+        out, lse = _attend_square(block, k[:, own], v[:, own])
+        if first < own.start:
+            before = slice(first, own.start)
+            part, part_lse = attend_behind(block, k[:, before], v[:, before], past + start - span + 1 - first)
+            out, lse = merge_runs([out, part], [lse, part_lse], q.dtype)
+        found.append((out, lse))
+    outs, lses = zip(*found, strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _attend_square(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Query i of ``q`` [N, H, D] sees tokens 0 .. i of k, v [KH, N, D]; output [N, H, D], log-sum-exp [N, H]."""
+    out, lse = _square(q, k, v)
+    return _merged([out], [lse], q.dtype)
+
+
+def _square(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as a part: output [KH, rep, N, D], log-sum-exp [KH, rep, N]."""
+    kv_heads, repeat = len(k), q.shape[1] // len(k)
+    out, lse = _flash(q.transpose(0, 1), *(t.repeat_interleave(repeat, 0) for t in (k, v)), causal=True)
+    return torch.unflatten(out, 0, (kv_heads, repeat)), torch.unflatten(lse, 0, (kv_heads, repeat))
+
+
+def attend_behind(q: Tensor, k: Tensor, v: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
+    """A sliding window over tokens before the queries: query i of ``q`` [N, H, D] does not see the first ``hidden + i`` tokens
+    of k, v [KH, T, D] (a negative number hides none). Output [N, H, D], log-sum-exp [N, H]: zeros and -inf of a blind query.
+    """
+    count, tokens = len(q), k.shape[1]
+    assert tokens > 0
+    whole, some = min(max(0, 1 - hidden), count), min(max(0, tokens - hidden), count)  # queries that see all, anything
+    if whole == count:
+        return attend_all(q, k, v)
+    found = [attend_all(q[:whole], k, v)] if whole else []
+    if some > whole:
+        found.append(_attend_sliding(q[whole:some], k[:, hidden + whole :], v[:, hidden + whole :]))
+    if some < count:
+        blind = q[some:]
+        found.append((torch.zeros_like(blind), torch.full(blind.shape[:2], -torch.inf, device=q.device)))
+    outs, lses = zip(*found, strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _attend_sliding(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Query i sees all but the first i tokens; each sees at least one.
+
+    What the last query sees, all see: a rectangle. The edge that slides is a causal square when queries and tokens are taken in
+    reverse order. So there is no mask, and nothing of N x T numbers.
+    """
+    last = len(q) - 1
+    out, lse = attend_all(q, k[:, last:], v[:, last:])
+    if last == 0:
+        return out, lse
+    edge, edge_lse = _attend_square(q[:last].flip(0), *(t[:, :last].flip(1) for t in (k, v)))
+    edge, edge_lse = F.pad(edge.flip(0), (0, 0, 0, 0, 0, 1)), F.pad(edge_lse.flip(0), (0, 0, 0, 1), value=-torch.inf)
+    return merge_runs([out, edge], [lse, edge_lse], q.dtype)
 
 
 def _attend_parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -79,29 +139,35 @@ def merge_runs(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tu
     return out.to(dtype), lse
 
 
+MOST_PARTS = 8
+"""Partial softmaxes that ``SoftmaxParts`` holds before it merges them: as many as one launch takes on a card."""
+
+
+class SoftmaxParts:
+    """Partial softmaxes over disjoint runs of tokens; they are merged on the way, so memory does not grow with their number."""
+
+    def __init__(self) -> None:
+        self._outs: list[Tensor] = []
+        self._lses: list[Tensor] = []
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        """Output [N, H, D] and log-sum-exp [N, H] of one run."""
+        if len(self._outs) == MOST_PARTS:
+            merged, total = merge_runs(self._outs, self._lses, torch.float32)
+            self._outs, self._lses = [merged], [total]
+        self._outs.append(out)
+        self._lses.append(lse)
+
+    def merged(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """One softmax of them all: output [N, H, D] of ``dtype``, log-sum-exp [N, H]."""
+        return merge_runs(self._outs, self._lses, dtype)
+
+
 def merge_on_card(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``merge_parts``; Triton is imported only where there is a card."""
     from skvq.kernels.triton_gpu.merge import merge_parts
 
     return merge_parts(outs, lses, dtype)
-
-
-def _attend_span(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Tensor]:
-    """Sliding window: only the last N + span tokens matter, a block of queries at a time, with an explicit mask."""
-    count, tokens = len(q), k.shape[1]
-    outs, lses = [], []
-    block = 256
-    for start in range(0, count, block):
-        stop = min(start + block, count)
-        last = tokens - count + stop
-        first = max(0, last - (stop - start) - span + 1)
-        t = torch.arange(last - (stop - start), last, device=q.device)[:, None]
-        at = torch.arange(first, last, device=q.device)[None]
-        visible = (at <= t) & (t - at < span)
-        part = masked_attention(q[start:stop], k[:, first:last].transpose(0, 1), v[:, first:last].transpose(0, 1), visible)
-        outs.append(part[0].to(q.dtype))
-        lses.append(part[1])
-    return torch.cat(outs), torch.cat(lses)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:

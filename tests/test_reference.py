@@ -278,8 +278,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[T
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 @pytest.mark.parametrize(
-    "count, tokens, span", [(1, 37, 37), (5, 37, 2**31 - 1), (37, 37, 38), (37, 37, 1), (300, 331, 17), (5, 37, 36)]
-)
+    "count, tokens, span",
+    [
+        (1, 37, 37), (5, 37, 2**31 - 1), (37, 37, 38), (37, 37, 37), (37, 37, 36), (37, 37, 5), (37, 37, 1), (300, 331, 17),
+        (5, 37, 36), (9, 37, 20), (20, 37, 25), (30, 37, 8), (8, 37, 8),
+    ],
+)  # fmt: skip
 def test_dense_attention_equals_its_definition(kv_heads: int, count: int, tokens: int, span: int) -> None:
     q = torch.randn(count, 6, 40, generator=generator(1))
     k, v = torch.randn(2, kv_heads, tokens, 40, generator=generator(2))
@@ -290,6 +294,30 @@ def test_dense_attention_equals_its_definition(kv_heads: int, count: int, tokens
     single = plain_attention(q.half().float(), k.half().float(), v.half().float(), (at <= t) & (t - at < span))
     for ours, exact, rounded in zip(found, wanted, single, strict=True):
         assert (ours - exact).abs().max() < 0.1 * (rounded - exact).abs().max(), "float32 must be far below 16-bit error"
+
+
+@pytest.mark.parametrize("hidden", [-100, -4, -3, -2, 0, 1, 7, 24, 26, 27, 28, 29, 40])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_window_over_what_lies_behind_equals_its_definition(count: int, hidden: int) -> None:
+    q = torch.randn(count, 6, 40, generator=generator(1))
+    k, v = torch.randn(2, 3, 29, 40, generator=generator(2))
+    visible = torch.arange(29)[None] >= hidden + torch.arange(count)[:, None]
+    wanted, wanted_lse = reference.masked_attention(q, k.transpose(0, 1), v.transpose(0, 1), visible)
+    out, lse = dense.attend_behind(q, k, v, hidden)
+    blind = ~visible.any(1)
+    assert not out[blind].any() and (lse[blind] == -torch.inf).all()
+    torch.testing.assert_close((out, lse[~blind]), (wanted, wanted_lse[~blind]), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("runs", [1, 8, 9, 40])
+def test_many_runs_are_merged_on_the_way(runs: int) -> None:
+    q = torch.randn(3, 4, 32, generator=generator(1))
+    k, v = torch.randn(2, 2, 5 * runs, 32, generator=generator(2))
+    parts = dense.SoftmaxParts()
+    for start in range(0, 5 * runs, 5):
+        parts.add(*dense.attend_all(q, k[:, start : start + 5], v[:, start : start + 5]))
+        assert len(parts._outs) <= dense.MOST_PARTS
+    torch.testing.assert_close(parts.merged(torch.float32), dense.attend_all(q, k, v), rtol=1e-5, atol=2e-6)
 
 
 def test_merging_parts_equals_the_whole_even_where_a_part_is_empty() -> None:
