@@ -22,16 +22,16 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import ModelConfig
+from skvq.engine.decode import as_replayed
 from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
-from skvq.engine.graph import as_launched
 from skvq.engine.machine import available_memory
 from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_peak, timed
 from skvq.engine.prefill import chunks
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.setup import CacheSetup
-from skvq.engine.steps import DecodeBatch, last_token_step
+from skvq.engine.steps import last_token_step
 from skvq.engine.stress import fill_fast
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 
@@ -103,7 +103,7 @@ def random_query(setup: CacheSetup, heads: int) -> Tensor:
     """[1, 1, H, D] in the cache's dtype."""
     shape = setup.arena.shape
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 1, heads, shape.head_size, generator=generator).to(shape.dtype).to(setup.arena.page_table.device)
+    return torch.randn(1, 1, heads, shape.head_size, generator=generator).to(shape.dtype).to(setup.device)
 
 
 @torch.inference_mode()
@@ -136,7 +136,7 @@ def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
     One layer's are read again and again: where they fit a processor's cache that is in SDPA's favour. A layer with a span is
     asked about the tokens in it.
     """
-    device, dtype = setup.arena.page_table.device, setup.arena.shape.dtype
+    device, dtype = setup.device, setup.arena.shape.dtype
     shape = (1, config.num_kv_heads, min(tokens, max(config.attention_spans)), config.head_size)
     if 2 * math.prod(shape) * dtype.itemsize > available_memory(device) / 2:
         return math.nan
@@ -166,7 +166,7 @@ def filled(setup: CacheSetup, context: int, report: Reporter) -> Iterator[Sequen
 def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) -> DecodeRow:
     """Attention alone, over a filled sequence."""
     setup, spans = sequence.setup, config.attention_spans
-    device = setup.arena.page_table.device
+    device = setup.device
     q = random_query(setup, config.num_heads)
     steps = [replace(last_token_step(sequence), span=span) for span in spans]
     read = sequence.nbytes * sum(min(span, sequence.length) for span in spans) / (sequence.length * len(spans))
@@ -175,7 +175,7 @@ def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) ->
         outs = [setup.method.attend(layer, q, step)[0] for layer, step in enumerate(steps)]
         return outs[-1]
 
-    seconds = statistics.median(timed(as_launched(attention, setup), device, WARM_UP + STEPS)[WARM_UP:])
+    seconds = statistics.median(timed(as_replayed(attention, setup), device, WARM_UP + STEPS)[WARM_UP:])
     return DecodeRow(
         ctx=sequence.length,
         ms_per_token=math.nan,
@@ -191,11 +191,10 @@ def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) ->
 @torch.inference_mode()
 def step_seconds(engine: Engine, sequence: SequenceCache) -> float:
     """Median seconds of the next decode steps of a sequence."""
-    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
     token = [0]
 
     def step() -> None:
-        token[0] = int(engine.decode_step(batch, token)[0].argmax())
+        token[0] = int(engine.decode_step([sequence], token)[0].argmax())
 
     return statistics.median(timed(step, sequence.page_row.device, WARM_UP + STEPS)[WARM_UP:])
 
@@ -227,21 +226,21 @@ def _ceiling(device: torch.device) -> float:
 
 def bench_attention(setup: CacheSetup, config: ModelConfig, contexts: Sequence[int], report: Reporter) -> Bench:
     """Attention alone at each context, without a model."""
-    device = setup.arena.page_table.device
+    device = setup.device
     copy = _ceiling(device)
     return Bench(device=device_name(device), copy=copy, rows=_attention_rows(setup, config, contexts, copy, report))
 
 
 def bench_decode(engine: Engine, contexts: Sequence[int]) -> Bench:
     """Attention and the whole step at each context; the engine has room for the longest and ``SPARE`` more tokens."""
-    device = engine.parts.setup.arena.page_table.device
+    device = engine.device
     copy = _ceiling(device)
     return Bench(device=device_name(device), copy=copy, rows=_decode_rows(engine, contexts, copy))
 
 
 def bench_prefill(engine: Engine, contexts: Sequence[int]) -> Bench:
     """Prompts of each length, after one that is not counted: kernels get compiled, torch plans its matrices."""
-    device = engine.parts.setup.arena.page_table.device
+    device = engine.device
     engine.prefill([0] * min(max(contexts), CHUNK_TOKENS)).free()
     copy = _ceiling(device)
     return Bench(device=device_name(device), copy=copy, rows=(_prefill_row(engine, context, copy) for context in contexts))
@@ -263,7 +262,7 @@ def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterat
         with filled(setup, context, engine.report) as sequence:
             row = _attention_row(sequence, config, copy)
             seconds = step_seconds(engine, sequence)
-            peak = peak_bytes(setup.arena.page_table.device)
+            peak = peak_bytes(setup.device)
             yield replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds, peak_bytes=peak)
 
 
@@ -289,7 +288,7 @@ def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: 
 def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
     """Read ``context`` random tokens into an empty sequence, and one layer's dense attention at that length apart."""
     config, setup = engine.parts.model.config, engine.parts.setup
-    device = setup.arena.page_table.device
+    device = setup.device
     ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
     sequence = engine.new_sequence()
     try:

@@ -60,7 +60,7 @@ class SequenceCache:
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self.setup.arena.page_table.device
+        return self.setup.device
 
     @property
     def lock(self) -> RLock:

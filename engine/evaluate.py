@@ -32,8 +32,9 @@ class DecodeRegimeLayer:
     rest in the cache's 16 bits. Queries that share ``packed(i)`` are one dense call.
     """
 
-    def __init__(self, sequence: SequenceCache, layer: int, span: int, ids: Tensor) -> None:
-        self.sequence, self.layer, self.span, self.ids = sequence, layer, span, ids
+    def __init__(self, sequence: SequenceCache, layer: int, ids: Tensor) -> None:
+        self.sequence, self.layer, self.ids = sequence, layer, ids
+        self.span = sequence.setup.spans[layer]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         setup = self.sequence.setup

@@ -117,8 +117,8 @@ class AllHeads:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
 
     def begin(self) -> None:
-        state, spans = self.state, self.model.config.attention_spans
-        self.cache = ExactLayer(self.sequence, state.layer, state.keys, state.values, spans[state.layer])
+        state = self.state
+        self.cache = ExactLayer(self.sequence, state.layer, state.keys, state.values)
         self.cache.resume(state.filled, state.mass)
 
     def read(self, start: int, stop: int) -> None:

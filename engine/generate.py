@@ -16,11 +16,11 @@ from skvq.engine import scoring
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
+from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.evaluate import DecodeRegimeLayer
 from skvq.engine.generation import Generation, answer_all
-from skvq.engine.graph import decode_step_of
-from skvq.engine.guard import computes, own_settings
+from skvq.engine.guard import computes, infers, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import is_whole, names_options
@@ -30,7 +30,6 @@ from skvq.engine.prompt import Prompt, is_empty, token_ids_of
 from skvq.engine.reading import Reader
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
-from skvq.engine.steps import DecodeBatch
 from skvq.engine.stress import fill_fast
 from skvq.engine.summary import Summary, Timing, summary_of
 from skvq.loaders.artifact import ArtifactHeader, save_artifact
@@ -122,12 +121,12 @@ class Engine:
         setup, config = self.parts.setup, self.parts.model.config
         cache = f"{self.parts.cache.method} of {bits_per_element(self.parts.cache, config):.2f} bits"
         size = f"{config.num_parameters / 1e6:,.0f}M parameters, context {setup.max_context:,}"
-        return f"<Engine: {size}, cache {cache}, {setup.backend} on {self.device}>"
+        return f"<Engine: {size}, cache {cache}, {setup.backend.name} on {self.device}>"
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.parts.setup.arena.page_table.device
+        return self.parts.setup.device
 
     @property
     def lock(self) -> RLock:
@@ -149,7 +148,7 @@ class Engine:
         try:
             self.read(sequence, [0])
             if self.parts.setup.max_context > 1:
-                self.decode_step(DecodeBatch([sequence], self.parts.model.config.attention_spans), [0])
+                self.decode_step([sequence], [0])
         finally:
             sequence.free()
 
@@ -309,8 +308,7 @@ class Engine:
             raise
         return sequence
 
-    @computes
-    @torch.inference_mode()
+    @infers
     def read(
         self,
         sequence: SequenceCache,
@@ -339,14 +337,15 @@ class Engine:
         self.timing = self._timings[sequence] = timing
         return logits
 
-    @computes
-    @torch.inference_mode()
-    def decode_step(self, batch: DecodeBatch, tokens: Sequence[int]) -> Tensor:
-        """One token for each sequence of the batch: logits float32 [B, V]. Raises OptionError for an unknown token."""
+    @infers
+    def decode_step(self, sequences: Sequence[SequenceCache], tokens: Sequence[int]) -> Tensor:
+        """One more token of each sequence: logits float32 [B, V] of what follows. Raises OptionError for an unknown token."""
+        for sequence in sequences:
+            self._require_own(sequence)
+        if not sequences or len(tokens) != len(sequences):
+            raise OptionError(f"a decode step takes one token for each sequence, got {len(tokens)} for {len(sequences)}")
         self._require_known(tokens)
-        logits = self.step.run(batch, tokens)
-        batch.commit(tokens)
-        return logits
+        return self.step.run(sequences, tokens)
 
     def timing_of(self, sequence: SequenceCache) -> Timing:
         """What the last generation of a sequence took, or its reading if nothing was written since."""
@@ -358,8 +357,7 @@ class Engine:
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 
-    @computes
-    @torch.inference_mode()
+    @infers
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
         parts, ids = self.parts, self.encode(token_ids)
@@ -367,20 +365,17 @@ class Engine:
             raise CapacityError(f"{len(ids):,} tokens do not fit a context of {parts.setup.max_context:,}")
         return parts.model.head(scoring.dense_hidden(parts, parts.model.ids(ids)))
 
-    @computes
-    @torch.inference_mode()
+    @infers
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)
 
-    @computes
-    @torch.inference_mode()
+    @infers
     def regime_hidden(self, ids: Tensor, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer) -> Tensor:
         """Last hidden states [N, d] of a text whose every position sees what decode would see."""
         return scoring.regime_hidden(self.parts, ids, self.report, layer_class)
 
-    @computes
-    @torch.inference_mode()
+    @infers
     def evaluate(
         self,
         text: str,

@@ -12,8 +12,7 @@ from torch import Tensor
 from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
-from skvq.engine.guard import own_settings
-from skvq.engine.steps import DecodeBatch
+from skvq.engine.guard import computing, own_settings
 from skvq.engine.summary import Timing
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ class Generation:
     def pieces(self) -> Iterator[tuple[int, str]]:
         """(index of the sequence, piece of its text), as they are drawn."""
         live = list(range(len(self.answers)))
-        batch = self._batch(live)
         while live:
             for index in live:
                 if piece := self.answers[index].piece():
@@ -45,19 +43,15 @@ class Generation:
             if ended:
                 self._tell(ended)
                 live = [i for i in live if i not in ended]
-                batch = self._batch(live) if live else batch
             if live:
-                self._step(batch, live)
+                self._step(live)
 
-    def _batch(self, live: Sequence[int]) -> DecodeBatch:
-        with own_settings(self._engine.device):
-            return DecodeBatch([self.answers[i].sequence for i in live], self._engine.parts.model.config.attention_spans)
-
-    def _step(self, batch: DecodeBatch, live: Sequence[int]) -> None:
+    def _step(self, live: Sequence[int]) -> None:
         """Decode the token of each answer, and draw its next."""
         start = time.perf_counter()
-        with own_settings(self._engine.device):
-            rows = self._engine.decode_step(batch, [self.answers[i].token for i in live])
+        answers = [self.answers[i] for i in live]
+        with computing(self._engine):
+            rows = self._engine.step.run([a.sequence for a in answers], [a.token for a in answers])
             for index, row in zip(live, rows, strict=True):
                 self.answers[index].take(row)
         seconds = time.perf_counter() - start

@@ -16,16 +16,32 @@ R = TypeVar("R")
 
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
-    """A GPU is this thread's current device: kernels are launched there. New tensors are float32, on the CPU unless told
-    otherwise; autocast is off."""
+    """A GPU is this thread's current device and its default stream the current one: kernels are launched there, whatever the
+    thread, one after another. New tensors are float32, on the CPU unless told otherwise; autocast is off."""
     with _FLOAT32, ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(_default_stream(device))
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+@contextmanager
+def _default_stream(device: torch.device) -> Iterator[None]:
+    """Launch on the default stream, after what the thread's own stream has to do and before what it is given next."""
+    caller, ours = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if caller == ours:
+        yield
+        return
+    ours.wait_stream(caller)
+    try:
+        with torch.cuda.stream(ours):
+            yield
+    finally:
+        caller.wait_stream(ours)
 
 
 class _Float32ByDefault:
@@ -66,12 +82,30 @@ class OnDevice(Protocol):
 Self = TypeVar("Self", bound=OnDevice)
 
 
+@contextmanager
+def computing(owner: OnDevice) -> Iterator[None]:
+    """Around a forward pass: ``own_settings``, no autograd, and no other thread that computes for the same owner."""
+    with owner.lock, own_settings(owner.device), torch.inference_mode():
+        yield
+
+
 def computes(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
     """Run a method under ``own_settings``, when no other thread runs one of the same engine."""
 
     @functools.wraps(method)
     def guarded(self: Self, *args: P.args, **options: P.kwargs) -> R:
         with self.lock, own_settings(self.device):
+            return method(self, *args, **options)
+
+    return cast(Callable[Concatenate[Self, P], R], guarded)
+
+
+def infers(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
+    """Run a method under ``computing``."""
+
+    @functools.wraps(method)
+    def guarded(self: Self, *args: P.args, **options: P.kwargs) -> R:
+        with computing(self):
             return method(self, *args, **options)
 
     return cast(Callable[Concatenate[Self, P], R], guarded)

@@ -4,8 +4,9 @@ it is allocated."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from skvq.engine.setup import CacheSetup
 from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
-from skvq.kernels.ops import ops_for
 from skvq.loaders.artifact import Artifact
 from skvq.loaders.open import open_model
 from skvq.loaders.source import WeightSource
@@ -48,6 +48,7 @@ class LoadedModel:
     fingerprint: str
     context: int  # tokens of the longest sequence
     dummy: bool
+    lock: RLock = field(default_factory=RLock)  # of all caches over it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ def load_parts(
     if context > config.trained_context:
         report.message(f"{beyond_training(context, config.trained_context)}; memory and speed are real")
     loaded = LoadedModel(
-        model=Model(config, _weights(source, config, form, report), ops_for(kernels.name)),
+        model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
         rope=frequencies(config, context, place),
         backend=kernels,
@@ -180,6 +181,7 @@ def build_cache(
         max_context=loaded.context,
         on_full=on_full,
         fingerprint=loaded.fingerprint,
+        lock=loaded.lock,
     )
     return cache, setup
 
@@ -195,12 +197,12 @@ def cache_setup(
     max_context: int,
     on_full: OnFull,
     fingerprint: str,
+    lock: RLock,
 ) -> CacheSetup:
     """What sequences share, over an arena; ``tensors`` are the calibration, ``fingerprint`` is the model's."""
     return CacheSetup(
         arena=arena,
         method=bind_method(arena, config, cache, tensors, rope, backend),
-        ops=ops_for(backend.name),
         regions=regions_of(cache, config),
         rules=cache.rules,
         rope=rope,
@@ -208,8 +210,10 @@ def cache_setup(
         on_full=on_full,
         packed_token_bytes=token_bytes(cache, config),
         identity=identity_of(cache, fingerprint, tensors, rope, arena.shape.dtype),
-        backend=backend.name,
+        backend=backend,
         streams=streams_of(arena.page_table.device),
+        spans=config.attention_spans,
+        lock=lock,
     )
 
 

@@ -23,14 +23,18 @@ from skvq.kernels.layout import PAGE_TOKENS, PageLayout
 Codec = TypeVar("Codec")
 
 
-class CacheMethod(Protocol):
+class Attends(Protocol):
+    """Attention of one layer over what sequences hold. Shapes as in ``kernels.interface.Backend``."""
+
+    def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]: ...
+
+
+class CacheMethod(Attends, Protocol):
     """Packing, unpacking and attention of one layer. Shapes as in ``kernels.interface.Backend``."""
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None: ...
 
     def unpack(self, layer: int, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]: ...
-
-    def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]: ...
 
     def origin(self, dropped: int) -> int:
         """RoPE position of the first token of a sequence whose ``dropped`` oldest tokens are gone."""
@@ -96,7 +100,7 @@ def _runs(arena: Arena, layer: int, layouts: Sequence[PageLayout], codecs: Seque
 
 
 def _joined(found: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
-    """What runs gave, side by side along the heads."""
+    """What several calls gave, side by side along ``dim``."""
     if len(found) == 1:
         return found[0]
     first, second = zip(*found, strict=True)
@@ -177,6 +181,21 @@ class PlainMethod:
 
     def at(self, dropped: int) -> PlainMethod:
         return self
+
+
+class RowByRow:
+    """One call for each sequence, with its own method: they have dropped different numbers of tokens."""
+
+    def __init__(self, methods: Sequence[CacheMethod]) -> None:
+        self._methods = methods
+
+    def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        found = []
+        for i, method in enumerate(self._methods):
+            row = slice(i, i + 1)
+            one = replace(step, slots=step.slots[row], positions=step.positions[row], packed=step.packed[row])
+            found.append(method.attend(layer, q[row], one))
+        return _joined(found, 0)
 
 
 def _tokens(page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:

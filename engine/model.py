@@ -13,8 +13,8 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.linear import Embedding, nbytes_of
 from skvq.engine.rope import StepRope
 from skvq.engine.storage import Storage
+from skvq.kernels.interface import Ops
 from skvq.kernels.linear import Linear
-from skvq.kernels.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

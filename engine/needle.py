@@ -16,7 +16,6 @@ from torch import Tensor
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
-from skvq.engine.steps import DecodeBatch
 
 NEEDLE = "The secret number of the harbour master is {answer}."
 QUESTION = "\n\nQuestion: what is the secret number of the harbour master?\nAnswer: The secret number of the harbour master is"
@@ -113,9 +112,8 @@ def answer_logits(engine: Engine, question: Question) -> tuple[str, Tensor]:
     try:
         sampling = SamplingConfig(max_new_tokens=len(question.answer) + EXTRA_TOKENS)
         text = "".join(engine.stream(question.prompt[-1:], sampling, sequence=twin))
-        batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
         tokens = [question.prompt[-1], *question.answer[:-1]]
-        return text, torch.cat([engine.decode_step(batch, [token]) for token in tokens])
+        return text, torch.cat([engine.decode_step([sequence], [token]) for token in tokens])
     finally:
         sequence.free()
         twin.free()

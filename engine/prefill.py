@@ -13,7 +13,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.config import ModelConfig
-from skvq.engine.graph import last_hidden
+from skvq.engine.decode import last_hidden
 from skvq.engine.model import Model
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
@@ -55,12 +55,10 @@ def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, 
     while rest:
         count = min(len(rest), sequence.ring_room)
         piece, rest = rest[:count], rest[count:]
-        batch = DecodeBatch([sequence], model.config.attention_spans, count)
+        batch = DecodeBatch(sequence.setup, 1, count)
         sequence.reserve(count)  # may drop pages, which cannot be taken back
-        with all_or_nothing(sequence, RING_MARKS):
-            batch.begin(piece)
+        with all_or_nothing(sequence, RING_MARKS), batch.step([sequence], piece):
             x = last_hidden(model, rope, batch, batch.max_packed)
-            batch.commit(piece)
     return x[0]
 
 
@@ -94,7 +92,7 @@ def streaming_prefill(
             with all_or_nothing(sequence):
                 x = model.embed(tokens)[None]
                 for layer in range(config.num_layers):
-                    x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, config.attention_spans[layer], tokens))
+                    x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, tokens))
                     bar.advance(*chunk_work(config, start, stop))
                 sequence.commit(piece)
             if stop < begin + len(ids):

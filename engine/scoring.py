@@ -34,16 +34,15 @@ def regime_hidden(
     parts: EngineParts, ids: Tensor, report: Reporter, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer
 ) -> Tensor:
     """Last hidden states [N, d] of a text whose every position sees what decode would see."""
-    spans = parts.model.config.attention_spans
     sequence = SequenceCache(parts.setup)
     try:
         sequence.reserve(len(ids))
-        with report.bar(f"scoring {len(ids):,} tokens", len(spans)) as bar:
+        with report.bar(f"scoring {len(ids):,} tokens", parts.model.config.num_layers) as bar:
             return hidden_states(
                 parts.model,
                 parts.rope,
                 ids,
-                lambda layer: layer_class(sequence, layer, spans[layer], ids),
+                lambda layer: layer_class(sequence, layer, ids),
                 lambda done: bar.advance(1),
             )
     finally:

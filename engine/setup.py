@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING
+
+import torch
 
 from skvq.engine.arena import Arena
 from skvq.engine.filters import FilterRule
@@ -12,8 +14,7 @@ from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
 from skvq.engine.regions import Regions
 from skvq.engine.streams import Streams
-from skvq.kernels.interface import RopeFrequencies
-from skvq.kernels.ops import Ops
+from skvq.kernels.interface import Backend, RopeFrequencies
 
 if TYPE_CHECKING:
     from skvq.engine.overflow import OnFull
@@ -25,7 +26,6 @@ class CacheSetup:
 
     arena: Arena
     method: CacheMethod
-    ops: Ops
     regions: Regions
     rules: tuple[FilterRule, ...]
     rope: RopeFrequencies
@@ -33,9 +33,15 @@ class CacheSetup:
     on_full: OnFull
     packed_token_bytes: float  # of a packed token over all layers, codes and metadata
     identity: Identity
-    backend: str  # name of the kernels
+    backend: Backend
     streams: Streams
-    lock: RLock = field(default_factory=RLock)  # held while something computes: calls from several threads wait for one another
+    spans: tuple[int, ...]  # of attention, by layer
+    lock: RLock  # held while something computes: the scratch memory of a backend is shared by all caches over a model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arena lies."""
+        return self.arena.page_table.device
 
     @property
     def needs_mass(self) -> bool:

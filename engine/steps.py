@@ -11,9 +11,8 @@ Each class here is a ``model.LayerCache`` and differs in what attention sees and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,13 +20,14 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import FULL_SPAN
+from skvq.engine.methods import Attends, CacheMethod, RowByRow
 from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.engine.setup import CacheSetup
 from skvq.kernels.dense import SoftmaxParts, attend_behind, attend_causal
-from skvq.kernels.interface import Step
-from skvq.kernels.ops import Ops, TorchOps
+from skvq.kernels.interface import Ops, Step
+from skvq.kernels.ops import TorchOps
 
 
 class DenseLayer:
@@ -54,8 +54,8 @@ class ExactLayer(DenseLayer):
     Given the buffers of a group of kv heads it serves queries, keys and values of that group; ``finish`` needs all heads.
     """
 
-    def __init__(self, sequence: SequenceCache, layer: int, keys: Tensor, values: Tensor, span: int) -> None:
-        super().__init__(keys, values, span)
+    def __init__(self, sequence: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> None:
+        super().__init__(keys, values, sequence.setup.spans[layer])
         assert sequence.length == 0, "exact prefill starts an empty sequence"
         self.sequence, self.layer = sequence, layer
         self.mass = torch.zeros(keys.shape[1], device=keys.device)
@@ -65,7 +65,7 @@ class ExactLayer(DenseLayer):
         self.filled, self.mass = filled, mass
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
-        q, out, lse = self._attend(self.sequence.setup.ops, q, k, v, rope)
+        q, out, lse = self._attend(self.sequence.setup.backend.ops, q, k, v, rope)
         if self.sequence.setup.needs_mass:
             add_mass(self.mass[: self.filled], q, lse, self.keys[:, : self.filled], self.sequence.setup.regions.window)
         return out[None]
@@ -79,8 +79,9 @@ class ExactLayer(DenseLayer):
 class StreamingLayer:
     """A chunk of N tokens of one sequence against everything cached: packed segments, window and the chunk itself."""
 
-    def __init__(self, sequence: SequenceCache, layer: int, span: int, ids: Tensor) -> None:
-        self.sequence, self.layer, self.span, self.ids = sequence, layer, span, ids
+    def __init__(self, sequence: SequenceCache, layer: int, ids: Tensor) -> None:
+        self.sequence, self.layer, self.ids = sequence, layer, ids
+        self.span = sequence.setup.spans[layer]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         sequence = self.sequence
@@ -109,9 +110,14 @@ class StreamingLayer:
         return attend_behind(q, keys, values, self.sequence.length - self.span + 1 - start)
 
 
+def on_host(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Whole numbers, int64, from where a copy to a GPU need not be waited for: pinned memory is not handed out again before."""
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
 def last_token_step(sequence: SequenceCache) -> Step:
     """A step that asks again for what the last token of a sequence sees, in a layer without a span."""
-    device = sequence.page_row.device
+    device = sequence.device
     return Step(
         slots=torch.tensor([sequence.slot], device=device),
         positions=torch.tensor([[sequence.length - 1]], dtype=torch.int32, device=device),
@@ -123,75 +129,76 @@ def last_token_step(sequence: SequenceCache) -> Step:
 
 
 class DecodeBatch:
-    """One step after another of B sequences, N tokens of each: tensors that name their places, moved in place between steps."""
+    """The tensors of a step of B sequences, N tokens of each: where they lie and what they are. They are moved in place from
+    step to step, whichever sequences a step is of, so that a graph which reads them holds for all.
+    """
 
-    def __init__(self, sequences: Sequence[SequenceCache], spans: Sequence[int], tokens: int = 1) -> None:
-        self.sequences = list(sequences)
-        self.spans = spans
-        self.setup: CacheSetup = sequences[0].setup
+    def __init__(self, setup: CacheSetup, count: int, tokens: int = 1) -> None:
+        self.setup, self.tokens = setup, tokens
+        self.sequences: list[SequenceCache] = []  # of the step under way
+        self.methods: list[CacheMethod] = []
+        self.method: Attends = setup.method
         self.mass: list[list[tuple[Any, Tensor]]] = []  # of each row: where attention mass goes and what it becomes
-        self.full = [self.setup.arena.full(layer) for layer in range(len(spans))]
-        device = self.setup.arena.page_table.device
-        count, self.tokens = len(self.sequences), tokens
-        self.slots = torch.tensor([s.slot for s in self.sequences], dtype=torch.int64, device=device)
-        self.rows = self.slots.repeat_interleave(tokens)  # [B * N]
+        self.full = [setup.arena.full(layer) for layer in range(setup.arena.shape.layers)]
+        device = setup.device
+        self.slots = torch.zeros(count, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(count * tokens, dtype=torch.int64, device=device)  # the slot of each token's sequence
         self.positions = torch.zeros(count, tokens, dtype=torch.int32, device=device)
         self.turns = torch.zeros(count, tokens, dtype=torch.int64, device=device)  # RoPE positions
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
-        self._numbers = torch.zeros(count, 3 + tokens, dtype=torch.int64, device=device)  # length, packed, origin, token ids
-        self.token_ids = self._numbers[:, 3:]  # [B, N]
+        self._numbers = torch.zeros(count, 4 + tokens, dtype=torch.int64, device=device)  # slot, length, packed, origin, ids
+        self.token_ids = self._numbers[:, 4:]  # [B, N]
         self._ahead = torch.arange(tokens, device=device)
         self.ring_slots = torch.zeros(count * tokens, dtype=torch.int64, device=device)
         self._no_mass = torch.zeros((), device=device)  # a number of the host would be copied, and waited for
-        self.methods = [s.method for s in self.sequences]
 
     @property
     def max_packed(self) -> int:
         """Packed tokens of the sequence that has most."""
         return max(s.packed for s in self.sequences)
 
-    def begin(self, token_ids: Sequence[int]) -> None:
-        """The host's part of a step: make room for the next tokens, row by row [B * N], and say where they go, in one copy.
+    @contextmanager
+    def step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Iterator[None]:
+        """Around the device's work for the next tokens of these sequences, row by row [B * N]: room before, commit after.
 
-        They fit the ring (``ring_room``).
+        They fit the ring (``ring_room``). Of a step that is broken off nothing is committed.
         """
+        try:
+            self.begin(sequences, token_ids)
+            yield
+            self.commit(token_ids)
+        finally:
+            self.sequences = []
+
+    def begin(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> None:
+        """The host's part of a step: make room for the next tokens, and say where they go, in one copy."""
         count = self.tokens
-        for sequence in self.sequences:
+        assert len(sequences) == len(self.slots) and len(token_ids) == len(self.rows), (len(sequences), len(token_ids))
+        for sequence in sequences:
             sequence.reserve(count)
             assert count <= sequence.ring_room, (count, sequence.ring_room)
-        self.mass = [[] for _ in self.sequences]
-        self.methods = [s.method for s in self.sequences]
+        self.sequences, self.methods = list(sequences), [s.method for s in sequences]
+        same = all(method is self.methods[0] for method in self.methods)
+        self.method = self.methods[0] if same else RowByRow(self.methods)
+        self.mass = [[] for _ in sequences]
         rows = [
-            [s.length, s.packed, s.origin, *token_ids[row * count : (row + 1) * count]] for row, s in enumerate(self.sequences)
+            [s.slot, s.length, s.packed, s.origin, *token_ids[row * count : (row + 1) * count]]
+            for row, s in enumerate(sequences)
         ]
-        # pinned memory is not handed out again before the copy is done, so the host need not wait for it
-        numbers = torch.tensor(rows, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
-        self._numbers.copy_(numbers, non_blocking=True)
+        self._numbers.copy_(on_host(rows, self.setup.device), non_blocking=True)
 
     def place(self) -> None:
         """The device's part: lengths as kernels read them, and the slots of the new tokens marked in every layer."""
         regions = self.setup.regions
-        places = self._numbers[:, :1] + self._ahead
+        self.slots.copy_(self._numbers[:, 0])
+        self.rows.view(-1, self.tokens).copy_(self._numbers[:, :1].expand(-1, self.tokens))
+        places = self._numbers[:, 1:2] + self._ahead
         self.positions.copy_(places)
-        self.turns.copy_(places + self._numbers[:, 2:3])
-        self.packed.copy_(self._numbers[:, 1])
+        self.turns.copy_(places + self._numbers[:, 3:4])
+        self.packed.copy_(self._numbers[:, 2])
         self.ring_slots.copy_(regions.slot(places).flatten())
         self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.flatten()
         self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = self._no_mass
-
-    def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """One call for the batch, or one for each sequence where they have dropped different numbers of tokens."""
-        if all(method is self.methods[0] for method in self.methods):
-            return self.methods[0].attend(layer, q, step)
-        rows = [slice(i, i + 1) for i in range(len(self.methods))]
-        singles = [
-            method.attend(
-                layer, q[row], replace(step, slots=step.slots[row], positions=step.positions[row], packed=step.packed[row])
-            )
-            for method, row in zip(self.methods, rows, strict=True)
-        ]
-        outs, lses = zip(*singles, strict=True)
-        return torch.cat(outs), torch.cat(lses)
 
     def layer(self, layer: int, max_packed: int) -> DecodeLayer:
         """The cache of one layer for this step, for sequences of up to ``max_packed`` packed tokens."""
@@ -201,14 +208,13 @@ class DecodeBatch:
             packed=self.packed,
             page_table=self.setup.arena.page_table,
             max_packed=max_packed,
-            span=self.spans[layer],
+            span=self.setup.spans[layer],
         )
         return DecodeLayer(self, layer, step)
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """The step is over; a window that has grown by a tile is packed, in every layer. token_ids: row by row, [B * N]."""
         count = self.tokens
-        assert len(token_ids) == count * len(self.sequences), (len(token_ids), count, len(self.sequences))
         for row, sequence in enumerate(self.sequences):
             new = list(token_ids[row * count : (row + 1) * count])
             packs = sequence.packed_after(count) > sequence.packed
@@ -216,7 +222,7 @@ class DecodeBatch:
                 for at, mass in self.mass[row]:
                     self.setup.arena.tensors["full_mass"][at] = mass
                 if packs:
-                    sequence.pack_window(torch.tensor(new, device=self.slots.device))
+                    sequence.pack_window(on_host(new, self.setup.device).to(self.setup.device, non_blocking=True))
                 sequence.commit(new)
 
 
@@ -231,9 +237,10 @@ class DecodeLayer:
         q_rows, k_rows, v_rows, cos, sin = (
             t.reshape(-1, 1, *t.shape[2:]) for t in (q, k, v, rope.cos, rope.sin)
         )  # [B * N, 1, ...]
-        turned = setup.ops.turn_to_slots(q_rows, k_rows, v_rows, cos, sin, batch.full[self.layer], batch.rows, batch.ring_slots)
+        full, ops = batch.full[self.layer], setup.backend.ops
+        turned = ops.turn_to_slots(q_rows, k_rows, v_rows, cos, sin, full, batch.rows, batch.ring_slots)
         q = turned.view(q.shape)
-        out, lse = batch.attend(self.layer, q, self.step)
+        out, lse = batch.method.attend(self.layer, q, self.step)
         if setup.needs_mass:
             self._add_mass(q, lse)
         return out

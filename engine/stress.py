@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ def bare_setup(
         max_context=max_context,
         on_full=on_full_of(on_full, regions_of(cache, config), max_context),
         fingerprint="no model",
+        lock=RLock(),
     )
 
 

@@ -100,5 +100,5 @@ def summary_of(parts: EngineParts, sequence: SequenceCache, timing: Timing) -> S
         times_smaller=16 / sequence.bits_per_element if sequence.length else 0.0,
         method=parts.cache.method,
         backend=parts.loaded.backend.name,
-        device=str(parts.setup.arena.page_table.device),
+        device=str(parts.setup.device),
     )

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from skvq.kernels.graphs import Graphs
 from skvq.kernels.layout import PageLayout
+from skvq.kernels.linear import Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +130,34 @@ class LabelCodec:
     rope: RopeFrequencies
 
 
+class Ops(Protocol):
+    """Work of a layer. Inputs are never written, except ``full``; norms are root-mean-square norms over the last dimension,
+    computed in float32 (arXiv 1910.07467).
+
+    norm_linear:     ``linear`` of the norm of x.
+    after_attention: ``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``.
+    turn_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
+                     (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
+                     the turned q is returned.
+    turn_to_buffer:  RoPE on q [1, N, H, D] and k [1, N, KH, D] by cos and sin float32 [1, N, 1, D/2]; k and v go to tokens
+                     ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D] of their dtype; the turned q is returned.
+    """
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor: ...
+
+    def turn_to_slots(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
+    ) -> Tensor: ...
+
+    def turn_to_buffer(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
+    ) -> Tensor: ...
+
+
 class Backend(Protocol):
     """Arithmetic on the arena. ``first`` and T are whole tiles; ``page_row`` is the sequence's row of the page table.
 
@@ -136,9 +167,19 @@ class Backend(Protocol):
     attend: softmax(q k^T / sqrt(D)) v over packed tokens and full-precision slots in one softmax. ``q`` is [B, N, H, D]
             after RoPE; returns the output [B, N, H, D] in q's dtype and the log-sum-exp [B, N, H] in float32. A query that
             sees nothing gets zeros and -inf.
+
+    ``ops`` and graphs are what ``kernels.ops.Unfused`` gives to a backend that has no better.
     """
 
     name: str
+    ops: Ops
+
+    def captures(self, head_size: int) -> bool:
+        """Whether a decode step of a model with heads of this size is launches only, so that a graph can hold it: the host
+        waits for nothing and reads no number."""
+
+    def graphs(self, device: torch.device, max_packed: int) -> Graphs:
+        """What holds steps of sequences of up to ``max_packed`` packed tokens; asked for only where it ``captures`` them."""
 
     def pack_heads(
         self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor

@@ -1,46 +1,14 @@
-"""What a layer computes around attention, in torch. Backends fuse it.
-
-``Ops`` is chosen once, when a model is loaded; the model and the decode step call it and know no other form.
-"""
+"""What a backend has beside its attention unless it has better: a layer's other operations in torch, and no graphs."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skvq.kernels.interface import FullSlots
+from skvq.kernels.graphs import CudaGraphs, Graphs
+from skvq.kernels.interface import FullSlots, Ops
 from skvq.kernels.linear import Linear
-
-
-class Ops(Protocol):
-    """Work of a layer. Inputs are never written, except ``full``; norms are root-mean-square norms over the last dimension,
-    computed in float32 (arXiv 1910.07467).
-
-    norm_linear:     ``linear`` of the norm of x.
-    after_attention: ``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``.
-    turn_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
-                     (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
-                     the turned q is returned.
-    turn_to_buffer:  RoPE on q [1, N, H, D] and k [1, N, KH, D] by cos and sin float32 [1, N, 1, D/2]; k and v go to tokens
-                     ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D] of their dtype; the turned q is returned.
-    """
-
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
-
-    def after_attention(
-        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
-    ) -> Tensor: ...
-
-    def turn_to_slots(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
-    ) -> Tensor: ...
-
-    def turn_to_buffer(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
-    ) -> Tensor: ...
 
 
 class TorchOps:
@@ -98,14 +66,15 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def ops_for(backend: str) -> Ops:
-    """The operations that go with a backend."""
-    if backend == "numba":
-        from skvq.kernels.numba_cpu.ops import NumbaOps
+class Unfused:
+    """To be inherited by backends: torch's operations, launched one by one. A backend for NVIDIA GPUs whose ``captures`` says
+    True has CUDA graphs by that alone.
+    """
 
-        return NumbaOps()
-    if backend == "triton":
-        from skvq.kernels.triton_gpu.fused import TritonOps
+    ops: Ops = TorchOps()
 
-        return TritonOps()
-    return TorchOps()
+    def captures(self, head_size: int) -> bool:
+        return False
+
+    def graphs(self, device: torch.device, max_packed: int) -> Graphs:
+        return CudaGraphs(device, max_packed)

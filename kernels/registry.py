@@ -9,18 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
 
 import torch
 
 from skvq.kernels.interface import Backend
 
-if TYPE_CHECKING:
-    from skvq.kernels.numba_cpu.tape import Tape
-
 ENTRY_POINT = "skvq.kernels"
-TRITON_HEAD_SIZES = (64, 128)
-"""Head sizes that have Triton kernels; for others the reference computes, which synchronizes with the device."""
 
 
 class BackendUnavailable(Exception):
@@ -47,7 +41,7 @@ def _triton(device: torch.device) -> Backend:
     return TritonGpu(device)
 
 
-MEMBERS = ("name", *(member for member in vars(Backend) if not member.startswith("_")))
+MEMBERS = ("name", "ops", *(member for member in vars(Backend) if not member.startswith("_")))
 """What a backend must have."""
 
 OURS: dict[str, Callable[[torch.device], Backend]] = {"reference": _reference, "numba": _numba, "triton": _triton}
@@ -56,18 +50,6 @@ OURS: dict[str, Callable[[torch.device], Backend]] = {"reference": _reference, "
 def plugins() -> dict[str, EntryPoint]:
     """Backends of other packages by name, not imported; none can take the name of one of ours."""
     return {e.name: e for e in entry_points(group=ENTRY_POINT) if e.name not in OURS}
-
-
-def is_capturable(backend: str, head_size: int) -> bool:
-    """Whether attention of a decode step is kernel launches only, without synchronization, so that a graph can capture it."""
-    return backend == "numba" or (backend == "triton" and head_size in TRITON_HEAD_SIZES)
-
-
-def new_tape() -> Tape:
-    """A recorder of decode steps of backend ``numba``."""
-    from skvq.kernels.numba_cpu.tape import Tape
-
-    return Tape()
 
 
 def default_name(device: torch.device) -> str:
@@ -103,7 +85,9 @@ def _plugin(entry: EntryPoint, device: torch.device) -> Backend:
         made = factory(device)
         lacking = sorted(member for member in MEMBERS if not hasattr(made, member))
         if lacking:
-            raise TypeError(f"what it makes lacks {', '.join(lacking)} (kernels.interface.Backend)")
+            raise TypeError(
+                f"what it makes lacks {', '.join(lacking)} (kernels.interface.Backend; inherit kernels.ops.Unfused)"
+            )
         return made
     except BackendUnavailable:
         raise

@@ -54,7 +54,7 @@ def exact(engine: Engine, sequence: SequenceCache, text: Trace, chunk: int = 100
     count, config = len(text), engine.parts.model.config
     sequence.reserve(count)
     buffers = torch.empty(2, config.num_kv_heads, count, config.head_size)
-    layer = ExactLayer(sequence, 0, *buffers, config.attention_spans[0])
+    layer = ExactLayer(sequence, 0, *buffers)
     outs = []
     for a in range(0, count, chunk):
         b = min(a + chunk, count)
@@ -67,7 +67,7 @@ def exact(engine: Engine, sequence: SequenceCache, text: Trace, chunk: int = 100
 def stream(engine: Engine, sequence: SequenceCache, text: Trace) -> Tensor:
     """Streaming prefill of one chunk: attention output [T, H, D]."""
     sequence.reserve(len(text))
-    layer = StreamingLayer(sequence, 0, engine.parts.model.config.attention_spans[0], torch.tensor(text.ids))
+    layer = StreamingLayer(sequence, 0, torch.tensor(text.ids))
     first = sequence.origin + sequence.length
     out = layer.attend(text.q, text.k, text.v, _rope(engine, first, first + len(text)))[0]
     sequence.commit(text.ids)
@@ -76,14 +76,13 @@ def stream(engine: Engine, sequence: SequenceCache, text: Trace) -> Tensor:
 
 def decode(engine: Engine, sequences: Sequence[SequenceCache], texts: Sequence[Trace]) -> Tensor:
     """Decode texts of one length together, a token at a time: attention output [B, T, H, D]."""
-    batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
+    batch = DecodeBatch(engine.parts.setup, len(sequences))
     outs = []
     for i in range(len(texts[0])):
-        batch.begin([text.ids[i] for text in texts])
-        batch.place()
         q, k, v = (torch.cat([getattr(text, name)[:, i : i + 1] for text in texts]) for name in "qkv")
-        outs.append(batch.layer(0, batch.max_packed).attend(q, k, v, at_positions(engine.parts.rope, batch.turns)))
-        batch.commit([text.ids[i] for text in texts])
+        with batch.step(sequences, [text.ids[i] for text in texts]):
+            batch.place()
+            outs.append(batch.layer(0, batch.max_packed).attend(q, k, v, at_positions(engine.parts.rope, batch.turns)))
     return torch.cat(outs, 1)
 
 
@@ -91,7 +90,7 @@ def scored(engine: Engine, text: Trace) -> Tensor:
     """The decode regime of the whole text at once: attention output [T, H, D]."""
     sequence = engine.new_sequence()
     sequence.reserve(len(text))
-    layer = DecodeRegimeLayer(sequence, 0, engine.parts.model.config.attention_spans[0], torch.tensor(text.ids))
+    layer = DecodeRegimeLayer(sequence, 0, torch.tensor(text.ids))
     out = layer.attend(text.q, text.k, text.v, _rope(engine, 0, len(text)))[0]
     sequence.free()
     return out

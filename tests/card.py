@@ -215,6 +215,7 @@ class Stream:
     """Work is done at once, in whatever order it is asked for; who has waited for whom is kept."""
 
     current: ClassVar[Stream]
+    default: ClassVar[Stream]
 
     def __init__(self, device: object = None) -> None:
         self.seen: set[Stream] = set()  # streams whose work so far comes before what this one does next
@@ -273,12 +274,13 @@ def card(capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
         "Stream": Stream,
         "stream": on_stream,
         "current_stream": lambda device=None: Stream.current,
+        "default_stream": lambda device=None: Stream.default,
         "synchronize": lambda device=None: None,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
     }
     cudnn_on.cache_clear()  # another card
-    Stream.current = Stream()
+    Stream.current = Stream.default = Stream()
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))

@@ -34,7 +34,7 @@ class SimulatedLayer:
         self.engine, self.layer, self.sinks, self.cached, self.alone = engine, layer, sinks, cached[:, None], alone[:, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
-        setup, span = self.engine.parts.setup, self.engine.parts.model.config.attention_spans[self.layer]
+        setup, span = self.engine.parts.setup, self.engine.parts.setup.spans[self.layer]
         q, k, v = rope.turn(q)[0], rope.turn(k)[0], v[0]
         half_k, half_v = (t.to(setup.arena.shape.dtype) for t in (k, v))
         far_k, far_v = self._rounded(half_k, half_v)

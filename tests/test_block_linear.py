@@ -180,7 +180,6 @@ def smollm2() -> Path:
 
 def test_smollm2_in_blocks_is_smollm2() -> None:
     from skvq import CacheConfig, Engine
-    from skvq.engine.steps import DecodeBatch
 
     options = {"max_context": 256, "max_sequences": 1, "cache": CacheConfig(method="fp"), "device": "cpu", "report": Quiet()}
     blocks, dense = (Engine.load(smollm2(), backend=name, **options) for name in ("numba", "reference"))  # type: ignore[arg-type]
@@ -189,12 +188,12 @@ def test_smollm2_in_blocks_is_smollm2() -> None:
     ids = blocks.encode("The Nile is the longest river of Africa. It rises near the equator and flows north for")
     apart = (blocks.logits(ids) - dense.logits(ids)).abs()
     assert float(apart.max()) < 0.02 and float(apart.mean()) < 2e-3  # llama.cpp's 8 bits are 0.2 away on average
-    batches, rows = [], []
+    sequences, rows = [], []
     for engine in (blocks, dense):
         sequence = engine.new_sequence()
         rows.append(engine.read(sequence, ids))
-        batches.append(DecodeBatch([sequence], engine.parts.model.config.attention_spans))
+        sequences.append(sequence)
     for _ in range(20):
         token = int(rows[1].argmax())
         assert float(rows[1].max() - rows[1].flatten()[int(rows[0].argmax())]) < 0.02  # the same, or a tie
-        rows = [engine.decode_step(batch, [token]) for engine, batch in zip((blocks, dense), batches, strict=True)]
+        rows = [engine.decode_step([one], [token]) for engine, one in zip((blocks, dense), sequences, strict=True)]

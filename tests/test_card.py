@@ -13,14 +13,16 @@ from card import CARD, Card, OnCard, Stream, card
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
-from skvq.engine import graph
 from skvq.engine.bench import bench_decode, bench_prefill
 from skvq.engine.config import SamplingConfig
+from skvq.engine.decode import EagerStep, GraphStep, decode_step_of, last_hidden
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.methods import CacheMethod
 from skvq.engine.sampling import Sampler
-from skvq.engine.steps import DecodeBatch
+from skvq.kernels import ops
+from skvq.kernels.graphs import Captured
+from skvq.kernels.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,14 +30,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class CheckedGraphs:
     """``Graphs`` of a card: work is refused that a graph could not hold, and a replay is the same work done once more."""
 
-    def __init__(self, max_packed: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device, max_packed: int) -> None:
         self.max_packed = max_packed
         [self.card] = Card.active
 
-    def bound(self, batch: DecodeBatch) -> int:
+    def bound(self, packed: int) -> int:
         return self.max_packed
 
-    def capture(self, work: Callable[[], Tensor]) -> graph.Captured:
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
         work()  # compiled, scratch memory allocated
         with self.card.capture():
             logits = work().clone()
@@ -44,13 +46,13 @@ class CheckedGraphs:
             with self.card.capture():
                 logits.copy_(work())
 
-        return graph.Captured(replay, logits)
+        return Captured(replay, logits)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    monkeypatch.setattr(graph, "CudaGraphs", CheckedGraphs)
-    monkeypatch.setattr(graph, "is_capturable", lambda backend, head_size: True)
+    monkeypatch.setattr(ops, "CudaGraphs", CheckedGraphs)
+    monkeypatch.setattr(Reference, "captures", lambda self, head_size: True)
     with card() as made:
         yield made
 
@@ -112,7 +114,7 @@ def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path,
     engine = tiny_engine(folder, tiny_cache(filters=rules, method="plain"), **options)
     tile = engine.parts.setup.regions.tile
     sequence = engine.prefill(random_ids(16 + 2 * tile - 1))
-    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+    batch = engine.step.batches.of(1)  # type: ignore[attr-defined]
     method = type(engine.parts.setup.method)
     on: list[Stream] = []
 
@@ -128,7 +130,8 @@ def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path,
             if warm:
                 engine.parts.setup.streams.each(0, lambda layer: None)
             current.seen.clear()
-            engine.step.run(batch, [7])
+            batch.begin([sequence], [7])
+            last_hidden(engine.parts.model, engine.parts.rope, batch, batch.max_packed)
             gpu.waits.clear()
             with pytest.raises(KeyboardInterrupt) if broken else contextlib.nullcontext():
                 batch.commit([7])
@@ -144,18 +147,16 @@ def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:
     engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=700, cuda_graph=False)
     parts = engine.parts
     attend_without_waiting(engine)
-    engine.step = graph.decode_step_of(parts.model, parts.rope, parts.setup, graph=True)
-    assert isinstance(engine.step, graph.GraphStep)
+    engine.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=True)
+    assert isinstance(engine.step, GraphStep)
     sequences = [engine.prefill(random_ids(count, seed=count)) for count in (140, 30)]
     rows = [random_ids(8, seed=i) for i in range(2)]
     got = steps(engine, sequences, rows)  # over the edge of a tile
-    eager = graph.EagerStep(parts.model, parts.rope)
+    eager = EagerStep(parts.model, parts.rope, parts.setup)
     again = [engine.prefill(random_ids(count, seed=count)) for count in (140, 30)]
-    batch = DecodeBatch(again, parts.model.config.attention_spans)
     with torch.inference_mode():
         for i, tokens in enumerate(zip(*rows, strict=True)):
-            assert torch.equal(eager.run(batch, tokens), got[:, i])
-            batch.commit(tokens)
+            assert torch.equal(eager.run(again, tokens), got[:, i])
 
 
 def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
@@ -221,14 +222,14 @@ def test_a_full_context_shifts(folder: Path, gpu: Card, method: str) -> None:
 def test_attention_mass(folder: Path, gpu: Card) -> None:
     cache = tiny_cache(method="plain", filters=(HeavyHitters(threshold=1.5, budget=4),))
     engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=700)
-    assert isinstance(engine.step, graph.EagerStep)
+    assert isinstance(engine.step, EagerStep)
     sequence = engine.prefill(random_ids(140))
     steps(engine, [sequence], [random_ids(6)])
     assert sequence.packed == 128
 
 
 def test_benchmarks(folder: Path, gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "is_capturable", lambda backend, head_size: False)  # the specification waits for the card
+    monkeypatch.setattr(Reference, "captures", lambda self, head_size: False)  # the specification waits for the card
     engine = tiny_engine(folder, tiny_cache(method="plain"), device="cuda", dtype="auto", max_context=700, cuda_graph=False)
     for bench in (bench_decode(engine, [300]), bench_prefill(engine, [300])):
         assert bench.as_dict(list(bench.rows))["device"] == "a card that is not there"

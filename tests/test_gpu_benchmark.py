@@ -24,7 +24,7 @@ from test_card import CheckedGraphs  # noqa: E402
 from tiny import tiny_folder  # noqa: E402
 from triton_cases import make_case  # noqa: E402
 
-from skvq.engine import graph  # noqa: E402
+from skvq.kernels import ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +90,7 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     few = script.matvec_sweep.matvec.Tiling(rows=16, warps=1, depth=1)  # programs of the engine's matrices
     monkeypatch.setattr(script.matvec_sweep.matvec, "tiling_of", lambda vectors, outs, width, gated: few)
     monkeypatch.setattr(script.matvec_sweep, "measure", lambda *rest: None)  # tested by itself
-    monkeypatch.setattr(graph, "CudaGraphs", CheckedGraphs)
+    monkeypatch.setattr(ops, "CudaGraphs", CheckedGraphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with card((9, 0)), emulated(90):
         log = script.Log(tmp_path / "found.json", time.monotonic() + 1e6, {})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -16,11 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.decode import MOST_GRAPHS, EagerStep, GraphStep, decode_step_of
+from skvq.engine.errors import OptionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
-from skvq.engine.graph import Captured, CpuGraphs, CudaGraphs, EagerStep, GraphStep, decode_step_of
-from skvq.engine.steps import DecodeBatch
-from skvq.kernels.interface import RopeFrequencies, Step
+from skvq.kernels.graphs import Captured, CudaGraphs
+from skvq.kernels.interface import Backend, RopeFrequencies, Step
+from skvq.kernels.numba_cpu import NumbaCpu
+from skvq.kernels.numba_cpu import tape as numba_tape
+from skvq.kernels.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +59,7 @@ class Tapes:
     def __init__(self, max_packed: int) -> None:
         self.count, self.max_packed = 0, max_packed
 
-    def bound(self, batch: DecodeBatch) -> int:
+    def bound(self, packed: int) -> int:
         return self.max_packed
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
@@ -107,11 +113,8 @@ def run(engine: Engine, step: Any, batches: int, length: int) -> Tensor:
     rows = []
     for number in range(batches):
         sequences = start(engine, 2)
-        batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
         for i in range(length):
-            ids = random_ids(2, seed=1000 * number + i)
-            rows.append(step.run(batch, ids))
-            batch.commit(ids)
+            rows.append(step.run(sequences, random_ids(2, seed=1000 * number + i)))
         for sequence in sequences:
             sequence.free()
     return torch.stack(rows)
@@ -122,11 +125,11 @@ def test_a_graph_gives_what_eager_steps_give(folder: Path, graphs: type[Tapes], 
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     if graphs is Tapes:
         monkeypatch.setattr(engine.parts.setup.method, "attend", attend_tensors(engine))
-    eager = EagerStep(engine.parts.model, engine.parts.rope)
-    wanted = run(engine, eager, 2, 20)
+    of = engine.parts.model, engine.parts.rope, engine.parts.setup
+    wanted = run(engine, EagerStep(*of), 2, 20)
     made = graphs(engine.parts.setup.regions.packed(600))
-    got = run(engine, GraphStep(eager, made), 2, 20)
-    assert made.count == 2  # once a batch
+    got = run(engine, GraphStep(*of, made), 2, 20)
+    assert made.count == 1  # whichever the sequences
     assert torch.equal(got, wanted)  # each step's own: a replay does not write over what was returned
 
 
@@ -135,12 +138,10 @@ def test_a_shift_is_captured_anew(folder: Path) -> None:
     """Dropping the oldest tokens changes what a graph holds by address: the means that keys are read with."""
     engine = tiny_engine(folder, tiny_cache(), max_context=2600, on_full="shift")
     made = Calls(engine.parts.setup.regions.packed(2600))
-    step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), made)
-    sequence = engine.prefill(random_ids(2598))
-    batch, counts = DecodeBatch([sequence], engine.parts.model.config.attention_spans), []
+    step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, made)
+    sequence, counts = engine.prefill(random_ids(2598)), []
     for token in range(5):
-        step.run(batch, [token])
-        batch.commit([token])
+        step.run([sequence], [token])
         counts.append((sequence.dropped > 0, made.count))
     assert counts == [(False, 1), (False, 1), (True, 2), (True, 2), (True, 2)]
 
@@ -148,52 +149,55 @@ def test_a_shift_is_captured_anew(folder: Path) -> None:
 def test_step_tensors_stay_where_they_are(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     [sequence] = start(engine, 1)
-    batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
+    assert isinstance(engine.step, EagerStep)
+    batch = engine.step.batches.of(1)
     named = {name: getattr(batch, name) for name in ("slots", "positions", "packed", "ring_slots", "token_ids")}
     named |= engine.parts.setup.arena.tensors
     places = {name: tensor.data_ptr() for name, tensor in named.items()}
     packed = sequence.packed
     while sequence.packed == packed:
-        engine.decode_step(batch, [sequence.length % 300])
+        engine.decode_step([sequence], [sequence.length % 300])
         for name, tensor in named.items():
             assert tensor.data_ptr() == places[name], name
         for name in ("slots", "positions", "packed", "ring_slots", "token_ids"):
             assert getattr(batch, name) is named[name] or getattr(batch, name).data_ptr() == places[name]
-    batch.begin([7])
+    batch.begin([sequence], [7])
     batch.place()
     assert batch.positions.tolist() == [[sequence.length]] and batch.packed.tolist() == [sequence.packed]
     assert batch.ring_slots.tolist() == [engine.parts.setup.regions.slot(sequence.length)] and batch.token_ids.tolist() == [[7]]
 
 
 def test_who_gets_a_graph(folder: Path) -> None:
-    """On a GPU, Triton, a head size with kernels; on the CPU, numba. No rule that asks for mass; not when it is turned off."""
+    """Backends that can be captured, as they capture. No rule that asks for mass; not when it is turned off."""
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     parts = engine.parts
 
-    class OnGpu:
-        class page_table:  # noqa: N801
-            device = torch.device("cuda")
-
-    setup: Any = replace(parts.setup, arena=OnGpu())
-    mass: Any = replace(setup, rules=(HeavyHitters(4),))
-    large: Any = type("Model", (), {"config": replace(parts.model.config, head_size=128), "weights": None})()
-    odd: Any = type("Model", (), {"config": replace(parts.model.config, head_size=96), "weights": None})()
-
-    def made(model: Any, setup: Any, backend: str, *, graph: bool = True) -> type:
-        step = decode_step_of(model, parts.rope, replace(setup, backend=backend), graph=graph)
+    def made(backend: Backend, size: int = 128, *, graph: bool = True, rules: Any = ()) -> type:
+        model: Any = type("Model", (), {"config": replace(parts.model.config, head_size=size), "weights": None})()
+        setup = replace(parts.setup, backend=backend, rules=rules)
+        step = decode_step_of(model, parts.rope, setup, graph=graph)
         return type(step.graphs) if isinstance(step, GraphStep) else type(step)
+
+    class Plugin(Reference):
+        """Has CUDA graphs by saying that it can be captured."""
+
+        def captures(self, head_size: int) -> bool:
+            return head_size == 128
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", lambda device: None)
-        assert made(large, setup, "triton") is CudaGraphs
-    assert made(large, setup, "triton", graph=False) is EagerStep
-    assert made(large, setup, "reference") is EagerStep
-    assert made(large, mass, "triton") is EagerStep
-    assert made(odd, setup, "triton") is EagerStep
-    assert made(odd, parts.setup, "numba") is CpuGraphs
-    assert made(odd, replace(parts.setup, rules=(HeavyHitters(4),)), "numba") is EagerStep
-    assert made(odd, parts.setup, "numba", graph=False) is EagerStep
-    assert made(large, parts.setup, "reference") is EagerStep
+        assert made(Plugin()) is CudaGraphs
+        if find_spec("triton"):
+            triton_gpu: Any = import_module("skvq.kernels.triton_gpu")
+            made_for = triton_gpu.TritonGpu(torch.device("cpu"), card=object(), tuning=object())
+            assert made(made_for) is CudaGraphs and made(made_for, 96) is EagerStep
+    assert made(Plugin(), 96) is EagerStep
+    assert made(Plugin(), graph=False) is EagerStep
+    assert made(Plugin(), rules=(HeavyHitters(4),)) is EagerStep
+    assert made(Reference()) is EagerStep
+    assert made(NumbaCpu(), 96) is numba_tape.Tapes
+    assert made(NumbaCpu(), rules=(HeavyHitters(4),)) is EagerStep
+    assert made(NumbaCpu(), graph=False) is EagerStep
 
 
 def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +210,7 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: seen.append((type(graph), stream)) or nullcontext())
-    graphs, launched = CudaGraphs(512, torch.device("cuda:1")), []
+    graphs, launched = CudaGraphs(torch.device("cuda:1"), 512), []
 
     def work() -> Tensor:
         launched.append(len(seen))
@@ -216,38 +220,56 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
     captured[0].replay()
     assert seen == [(Graph, "stream of cuda:1")] * 2 + ["replay"]
     assert launched == [0, 1, 1, 2]  # compiled before it is captured
-    assert captured[1].logits.item() == 3.0  # what the work gave that was done, not what capturing left
+    assert captured[1].result.item() == 3.0  # what the work gave that was done, not what capturing left
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("keep, held", [(False, [0] * 6), (True, [0, 1, 2, 3, 3, 3])])
-def test_graphs_of_batches_that_are_gone_and_the_oldest_are_given_up_before_the_next(
-    folder: Path, keep: bool, held: list[int]
-) -> None:
+def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     graphs: list[ref[Any]] = []
     alive: list[int] = []
 
     class Watched(Tapes):
+        def bound(self, packed: int) -> int:
+            return self.max_packed
+
         def capture(self, work: Callable[[], Tensor]) -> Captured:
             alive.append(sum(graph() is not None for graph in graphs))
-            logits = work().clone()
+            result = work().clone()
 
             def replay() -> None:
-                logits.add_(1)
+                result.add_(1)
 
             graphs.append(ref(replay))
-            return Captured(replay, logits)
+            return Captured(replay, result)
 
-    step = GraphStep(EagerStep(engine.parts.model, engine.parts.rope), Watched(512))
-    sequences, batches = start(engine, 1), []
-    for _ in range(6):
-        batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
-        first = step.run(batch, [1])
-        assert torch.equal(step.run(batch, [1]), first + 1)
-        batches += [batch] * keep
-        del batch
-    assert alive == held
+    watched = Watched(512)
+    step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, watched)
+    sequences = start(engine, 1)
+    for packed in range(512, 518):
+        watched.max_packed = packed
+        first = step.run(sequences, [1])
+        assert torch.equal(step.run(sequences, [1]), first + 1)
+    assert alive == [0, 1, 2, 3, 3, 3] and MOST_GRAPHS == 4
+    watched.max_packed = 514  # the oldest that is left
+    step.run(sequences, [1])
+    assert len(alive) == 6
+
+
+@torch.inference_mode()
+def test_a_graph_holds_no_sequence(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=600)
+    step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, Tapes(512))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.setup.method, "attend", attend_tensors(engine))
+        [sequence] = start(engine, 1)
+        step.run([sequence], [1])
+        step.run([sequence], [1])
+        with pytest.raises(OptionError):
+            engine.decode_step([sequence], [10**6])
+    gone = ref(sequence)
+    del sequence
+    assert gone() is None
 
 
 def test_what_a_graph_reads_is_never_freed() -> None:

@@ -10,14 +10,13 @@ import torch
 from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.config import CacheConfig
+from skvq.engine.decode import EagerStep, GraphStep
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
-from skvq.engine.graph import CpuGraphs, EagerStep, GraphStep
-from skvq.engine.steps import DecodeBatch
 from skvq.kernels.numba_cpu import tape
 from skvq.kernels.numba_cpu.launch import Team
 from skvq.kernels.numba_cpu.ops import NumbaOps
-from skvq.kernels.numba_cpu.tape import Launches, Tape
+from skvq.kernels.numba_cpu.tape import Launches, Tape, Tapes
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("tape"))
 
 
-class Counted(CpuGraphs):
+class Counted(Tapes):
     def __init__(self) -> None:
         self.count = 0
 
@@ -38,16 +37,14 @@ class Counted(CpuGraphs):
 def logits(engine: Engine, step: Any) -> torch.Tensor:
     """Of two sequences of different lengths over the edges of tiles, one of them forked and gone on with."""
     sequences = [engine.prefill(random_ids(40)), engine.prefill(random_ids(300, seed=1))]
-    batch, rows = DecodeBatch(sequences, engine.parts.model.config.attention_spans), []
+    rows = []
     for i in range(140):
         if i == 70:
             fork = sequences[1].fork()
             sequences[1].free()
             sequences[1] = fork
-            batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
         ids = random_ids(2, seed=100 + i)
-        rows.append(step.run(batch, ids))
-        batch.commit(ids)
+        rows.append(step.run(sequences, ids))
     for sequence in sequences:
         sequence.free()
     return torch.stack(rows)
@@ -64,20 +61,20 @@ CACHES = {
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 def test_played_steps_are_eager_steps(folder: Path, cache: CacheConfig) -> None:
     engine = tiny_engine(folder, cache, max_context=600, backend="numba")
-    eager = EagerStep(engine.parts.model, engine.parts.rope)
-    wanted, graphs = logits(engine, eager), Counted()
-    got = logits(engine, GraphStep(eager, graphs))
+    of = engine.parts.model, engine.parts.rope, engine.parts.setup
+    wanted, graphs = logits(engine, EagerStep(*of)), Counted()
+    got = logits(engine, GraphStep(*of, graphs))
     assert torch.equal(got, wanted)
-    assert graphs.count < 8  # two batches, and when a sequence has packed a tile
+    assert graphs.count < 8  # when the longer has packed a tile, or shares its method with the other no more
 
 
 def test_without_openmp_launches_are_played_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(folder, CACHES["rotate"], max_context=600, backend="numba")
-    eager = EagerStep(engine.parts.model, engine.parts.rope)
-    wanted = logits(engine, eager)
+    of = engine.parts.model, engine.parts.rope, engine.parts.setup
+    wanted = logits(engine, EagerStep(*of))
     monkeypatch.setattr(Team, "parallel_address", 0)
     monkeypatch.setattr(tape, "PLAY", None)
-    assert torch.equal(logits(engine, GraphStep(eager, CpuGraphs())), wanted)
+    assert torch.equal(logits(engine, GraphStep(*of, Tapes())), wanted)
 
 
 def test_operations_are_played_on_what_tensors_hold() -> None:
@@ -114,7 +111,7 @@ def test_unknown_tokens_are_refused(folder: Path) -> None:
     sequence = engine.prefill([1, 2, 3])
     for call in (
         lambda: engine.read(sequence, [vocab]),
-        lambda: engine.decode_step(DecodeBatch([sequence], engine.parts.model.config.attention_spans), [-1]),
+        lambda: engine.decode_step([sequence], [-1]),
     ):
         with pytest.raises(OptionError, match=f"the vocabulary has {vocab}"):
             call()

@@ -16,7 +16,6 @@ from skvq.engine.config import CacheConfig
 from skvq.engine.filters import AttentionSinks
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
-from skvq.engine.steps import DecodeBatch
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.loaders.hf import config_to_json
 
@@ -48,8 +47,7 @@ def random_ids(count: int, seed: int = 0, vocab: int = 320) -> list[int]:
 @torch.inference_mode()
 def steps(engine: Engine, sequences: Sequence[SequenceCache], rows: Sequence[Sequence[int]]) -> Tensor:
     """Decode the ids of each row one at a time, all rows together: logits float32 [B, N, V]."""
-    batch = DecodeBatch(sequences, engine.parts.model.config.attention_spans)
-    return torch.stack([engine.decode_step(batch, tokens) for tokens in zip(*rows, strict=True)], 1)
+    return torch.stack([engine.decode_step(sequences, tokens) for tokens in zip(*rows, strict=True)], 1)
 
 
 def stepped_nll(engine: Engine, ids: Sequence[int]) -> Tensor:

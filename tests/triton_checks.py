@@ -425,24 +425,20 @@ def decode_steps() -> None:
     from test_graph import Calls
     from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
-    from skvq.engine.graph import EagerStep, GraphStep
-    from skvq.engine.steps import DecodeBatch
+    from skvq.engine.decode import EagerStep, GraphStep
 
     found = []
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
         for backend in ("reference", "triton"):
             engine = tiny_engine(folder, tiny_cache(method="plain"), backend=backend, max_context=600)
-            eager = EagerStep(engine.parts.model, engine.parts.rope)
-            for step in (eager, GraphStep(eager, Calls(engine.parts.setup.regions.packed(600)))):
+            parts = engine.parts
+            eager = EagerStep(parts.model, parts.rope, parts.setup)
+            graph = GraphStep(parts.model, parts.rope, parts.setup, Calls(parts.setup.regions.packed(600)))
+            for step in (eager, graph):
                 sequence = engine.prefill(random_ids(142))
-                batch = DecodeBatch([sequence], engine.parts.model.config.attention_spans)
-                rows = []
-                for token in (3, 4, 5):
-                    rows.append(step.run(batch, [token]))
-                    batch.commit([token])
+                found.append(torch.stack([step.run([sequence], [token]) for token in (3, 4, 5)]))
                 assert sequence.packed == 128
-                found.append(torch.stack(rows))
                 sequence.free()
     assert isinstance(engine.parts.model.ops, TritonOps)
     assert torch.equal(found[0], found[1])
@@ -458,7 +454,8 @@ def on_a_card() -> None:
     from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
     from triton.runtime.interpreter import GridExecutor
 
-    from skvq.engine import graph
+    from skvq.engine.decode import GraphStep
+    from skvq.kernels import ops
 
     seen: set[tuple[object, ...]] = set()
 
@@ -479,7 +476,7 @@ def on_a_card() -> None:
         with torch._C.DisableTorchFunction():
             launch(self, *(plain(a) for a in args), **{name: plain(value) for name, value in kwargs.items()})
 
-    GridExecutor.__call__, graph.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
+    GridExecutor.__call__, ops.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
     few = matvec.Tiling(rows=16, warps=1, depth=1)  # programs: the interpreter runs them one by one
     matvec.tiling_of = lambda vectors, outs, width, gated: few  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
@@ -491,7 +488,7 @@ def on_a_card() -> None:
             for place, backend in (("cpu", "reference"), ("cuda", "triton")):
                 with card() as gpu:
                     engine = tiny_engine(folder, cache, backend=backend, device=place, dtype="float16", max_context=600)
-                    assert isinstance(engine.step, graph.GraphStep) == (place == "cuda")
+                    assert isinstance(engine.step, GraphStep) == (place == "cuda")
                     sequences = [engine.prefill(random_ids(count)) for count in (cache.window + 158, 30)]
                     found.append(steps(engine, sequences, [[3, 4, 5, 6], [7, 8, 9, 10]]).cpu())
                     engine.read(sequences[0], random_ids(3))

@@ -53,7 +53,6 @@ from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_ma
 from skvq.engine.planted import planted, rows  # noqa: E402
 from skvq.engine.prefill_form import PrefillForm  # noqa: E402
 from skvq.engine.report import StderrReporter  # noqa: E402
-from skvq.engine.steps import DecodeBatch  # noqa: E402
 from skvq.engine.stress import bare_setup  # noqa: E402
 from skvq.kernels.registry import get_backend  # noqa: E402
 from skvq.loaders.hf import config_to_json  # noqa: E402
@@ -137,11 +136,11 @@ class Memory:
 
 def decode(engine: Engine, sequence: Any, memory: Memory) -> dict[str, float]:
     """Milliseconds of a decode step, by the host's clock, packing included."""
-    batch, times = DecodeBatch([sequence], engine.parts.model.config.attention_spans), []
+    times = []
     for step in range(WARM_UP + STEPS):
         memory.wait()
         start = time.perf_counter()
-        logits = engine.decode_step(batch, [step])
+        logits = engine.decode_step([sequence], [step])
         memory.wait()
         times.append(1e3 * (time.perf_counter() - start))
     assert bool(logits.isfinite().all()), "logits are not finite"

@@ -449,8 +449,7 @@ class Decoder:
 
         The host's clock, for the host's part is the point of the comparison.
         """
-        from skvq.engine.graph import decode_step_of
-        from skvq.engine.steps import DecodeBatch
+        from skvq.engine.decode import decode_step_of
 
         engine = self.load()
         parts = engine.parts
@@ -458,11 +457,10 @@ class Decoder:
         sequence, times = engine.new_sequence(), []
         try:
             engine.fill(sequence, context)
-            batch = DecodeBatch([sequence], parts.model.config.attention_spans)
             for i in range(STEPS + WARM_UP):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                logits = engine.decode_step(batch, [i])
+                logits = engine.decode_step([sequence], [i])
                 torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
             assert not logits.isnan().any()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.numba_cpu import attend
 from skvq.kernels.numba_cpu.channels import channels_of, contiguous_channels
@@ -17,9 +17,11 @@ from skvq.kernels.numba_cpu.entry import process_kernels
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.labels import build_attend_labels
 from skvq.kernels.numba_cpu.launch import Build
+from skvq.kernels.numba_cpu.ops import NumbaOps
 from skvq.kernels.numba_cpu.pack import build_pack
 from skvq.kernels.numba_cpu.packer import STRETCH, Packing, heads_packing, labels_packing, pack_job
 from skvq.kernels.numba_cpu.plain import build_attend_plain
+from skvq.kernels.numba_cpu.tape import Tapes
 from skvq.kernels.numba_cpu.turns import all_turns, mean_tables
 from skvq.kernels.numba_cpu.unpack import build_unpack
 
@@ -34,6 +36,13 @@ class NumbaCpu:
     def __init__(self) -> None:
         self._kernels, self._team = process_kernels()
         self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.ops: Ops = NumbaOps()
+
+    def captures(self, head_size: int) -> bool:
+        return True
+
+    def graphs(self, device: torch.device, max_packed: int) -> Tapes:
+        return Tapes()
 
     # --- attention ---
 

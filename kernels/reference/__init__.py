@@ -10,6 +10,7 @@ One copy of it: every other backend is compared with this one.
 
 from __future__ import annotations
 
+from skvq.kernels.ops import Unfused
 from skvq.kernels.reference.attention import attend_plain, masked_attention, merge
 from skvq.kernels.reference.e4m3 import e4m3_decode, e4m3_encode
 from skvq.kernels.reference.heads import (
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 
-class Reference:
+class Reference(Unfused):
     """The specification as a backend: any device, no speed."""
 
     name = "reference"

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from skvq.kernels import reference
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedPages, PlainPages, Step
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS
-from skvq.kernels.registry import TRITON_HEAD_SIZES
+from skvq.kernels.ops import Unfused
 from skvq.kernels.triton_gpu.card import Card, Tuning
 from skvq.kernels.triton_gpu.combine import launch_combine
 from skvq.kernels.triton_gpu.encode import encode_heads
 from skvq.kernels.triton_gpu.forms import (
+    HEAD_SIZES,
     PAGE_BLOCK,
     PAGE_PROGRAMS,
     Columns,
@@ -28,6 +29,7 @@ from skvq.kernels.triton_gpu.forms import (
     rows_by_column,
     splits_of,
 )
+from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.label_blocks import launch_label_blocks
 from skvq.kernels.triton_gpu.labels import launch_labels
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
@@ -41,7 +43,7 @@ from skvq.kernels.triton_gpu.unpack import unpack_heads, unpack_labels
 from skvq.kernels.triton_gpu.workspace import Partials, RopeTables, Scratch, Tables
 
 
-class TritonGpu:
+class TritonGpu(Unfused):
     """Kernels for one device. Scratch is taken on the first step of a shape; warm up before capturing a CUDA graph."""
 
     name = "triton"
@@ -53,6 +55,10 @@ class TritonGpu:
         self.scratch = Scratch(device)
         self.tables = Tables()
         self._told: set[str] = set()
+        self.ops: Ops = TritonOps()
+
+    def captures(self, head_size: int) -> bool:
+        return head_size in HEAD_SIZES
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +189,7 @@ class TritonGpu:
 
     def _is_odd(self, head_size: int, group_size: int) -> bool:
         """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
-        if head_size in TRITON_HEAD_SIZES and group_size in (32, 64, 128):
+        if head_size in HEAD_SIZES and group_size in (32, 64, 128):
             return False
         shape = f"head size {head_size}, group size {group_size}"
         self._say_once(f"no Triton kernel for {shape}; torch computes it, correct and slow")

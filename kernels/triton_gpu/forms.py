@@ -11,6 +11,7 @@ from torch import Tensor
 from skvq.kernels.interface import FullSlots, Step
 from skvq.kernels.layout import PageLayout
 
+HEAD_SIZES = (64, 128)  # for others the specification computes, which waits for the device
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 16  # of 16-bit slots a program of one warp takes at a time

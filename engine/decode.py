@@ -1,0 +1,139 @@
+"""One decode step of the whole model: launched kernel by kernel, or replayed as a graph.
+
+Within ``DecodeBatch.step`` nothing depends on the host: lengths, places and token ids lie in tensors that are moved in place,
+grids are fixed. A graph therefore holds the step of any sequences; packing and new pages come after it and change only what
+tensors hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Protocol
+
+from torch import Tensor
+
+from skvq.engine.cache import SequenceCache
+from skvq.engine.methods import CacheMethod
+from skvq.engine.model import Model
+from skvq.engine.rope import at_positions
+from skvq.engine.setup import CacheSetup
+from skvq.engine.steps import DecodeBatch
+from skvq.kernels.graphs import Captured, Graphs
+from skvq.kernels.interface import RopeFrequencies
+
+
+def last_hidden(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
+    """Hidden state [B, d] of each row's last token after all layers; ``batch.begin`` has said where its tokens go."""
+    batch.place()
+    turn = at_positions(rope, batch.turns)
+    x = model.embed(batch.token_ids)  # [B, N, d]
+    for layer in range(model.config.num_layers):
+        x = model.layer(layer, x, turn, batch.layer(layer, max_packed))
+    return x[:, -1]
+
+
+class DecodeStep(Protocol):
+    """One more token of each sequence: logits float32 [B, V] of what follows, the caller's own; the tokens are cached then."""
+
+    def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor: ...
+
+
+class Batches:
+    """A ``DecodeBatch`` for each number of sequences that are decoded together, made once."""
+
+    def __init__(self, setup: CacheSetup) -> None:
+        self._setup = setup
+        self._made: dict[int, DecodeBatch] = {}
+
+    def of(self, count: int) -> DecodeBatch:
+        """The one for ``count`` sequences."""
+        if count not in self._made:
+            self._made[count] = DecodeBatch(self._setup, count)
+        return self._made[count]
+
+
+class EagerStep:
+    """Every kernel launched by the host: any device, any backend, filters that need attention mass."""
+
+    def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup) -> None:
+        self.model, self.rope, self.batches = model, rope, Batches(setup)
+
+    def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
+        batch = self.batches.of(len(sequences))
+        with batch.step(sequences, token_ids):
+            return self.model.head(last_hidden(self.model, self.rope, batch, batch.max_packed))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CapturedFor:
+    """A graph and what it is good for: steps over these tensors, so long, read by these methods."""
+
+    batch: DecodeBatch
+    bound: int
+    methods: list[CacheMethod]
+    captured: Captured
+
+    def serves(self, batch: DecodeBatch, bound: int) -> bool:
+        """Whether the step that ``batch`` has begun is one of those."""
+        return batch is self.batch and bound == self.bound and all(map(is_, self.methods, batch.methods))
+
+
+MOST_GRAPHS = 4
+"""Graphs that are kept: sequences may be decoded in so many company sizes, lengths or methods by turns."""
+
+
+class GraphStep:
+    """The step captured once and replayed for whatever sequences, until they outgrow the graph.
+
+    A sequence that drops its oldest tokens may change its method, whose tensors a graph holds by address: the step is then
+    captured anew.
+    """
+
+    def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup, graphs: Graphs) -> None:
+        self.model, self.rope, self.graphs, self.batches = model, rope, graphs, Batches(setup)
+        self._held: list[CapturedFor] = []  # the one used last is the last
+
+    def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
+        batch = self.batches.of(len(sequences))
+        with batch.step(sequences, token_ids):
+            bound = self.graphs.bound(batch.max_packed)
+            if self._recall(batch, bound):
+                self._held[-1].captured.replay()
+            else:
+                captured = self.graphs.capture(lambda: self.model.head(last_hidden(self.model, self.rope, batch, bound)))
+                self._held.append(CapturedFor(batch, bound, batch.methods, captured))
+            return self._held[-1].captured.result.clone()  # the next replay writes over them
+
+    def _recall(self, batch: DecodeBatch, bound: int) -> bool:
+        """Make the graph of this step the last, if there is one.
+
+        The oldest is given up if there are too many: nothing else holds it, so its memory is free for the next.
+        """
+        known = [held for held in self._held if held.serves(batch, bound)]
+        others = [held for held in self._held if held not in known]
+        self._held = others[1 - MOST_GRAPHS :] + known
+        return bool(known)
+
+
+def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, *, graph: bool) -> DecodeStep:
+    """A graph, if it is wanted and everything in the step can be captured; else kernel by kernel.
+
+    Filters that need attention mass address their slots from the host: they keep the eager step.
+    """
+    if not graph or setup.needs_mass or not setup.backend.captures(model.config.head_size):
+        return EagerStep(model, rope, setup)
+    return GraphStep(model, rope, setup, graphs_of(setup))
+
+
+def as_replayed(work: Callable[[], Tensor], setup: CacheSetup) -> Callable[[], object]:
+    """``work`` of the device alone, to be done again and again as a decode step does it: as a graph where that is one."""
+    if not setup.backend.captures(setup.arena.shape.head_size):
+        return work
+    return graphs_of(setup).capture(work).replay
+
+
+def graphs_of(setup: CacheSetup) -> Graphs:
+    """What holds decode steps over this cache."""
+    return setup.backend.graphs(setup.device, setup.regions.packed(setup.max_context))
