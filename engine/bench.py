@@ -10,7 +10,7 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.decode import as_replayed
 from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
+from skvq.engine.guard import own_settings
 from skvq.engine.machine import available_memory
 from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_peak, timed
 from skvq.engine.prefill import chunks
@@ -40,6 +41,9 @@ STEPS = 24
 
 WARM_UP = 4
 """Calls before the first that counts."""
+
+WARM_TOKENS = 8 * CHUNK_TOKENS
+"""Of the prompt that is read before those that count: all but the longest runs of keys that attention is asked about."""
 
 SPARE = WARM_UP + STEPS
 """Tokens written beyond a context while it is measured."""
@@ -217,33 +221,33 @@ class Bench:
         return {**told, "results": [row.as_dict() for row in rows]}
 
 
-def _ceiling(device: torch.device) -> float:
-    """The copy bandwidth; what measuring it takes is no part of the peak."""
-    copy = copy_bandwidth(device)
-    reset_peak(device)
-    return copy
+def _bench(device: torch.device, rows: Callable[[float], Iterator[BenchRow]]) -> Bench:
+    """Measure the ceiling, then ``rows`` of it one by one, all on ``device``; what the ceiling takes is no part of the peak."""
+    with own_settings(device):
+        copy = copy_bandwidth(device)
+        reset_peak(device)
+
+    def measured() -> Iterator[BenchRow]:
+        with own_settings(device):
+            yield from rows(copy)
+
+    return Bench(device=device_name(device), copy=copy, rows=measured())
 
 
 def bench_attention(setup: CacheSetup, config: ModelConfig, contexts: Sequence[int], report: Reporter) -> Bench:
     """Attention alone at each context, without a model."""
-    device = setup.device
-    copy = _ceiling(device)
-    return Bench(device=device_name(device), copy=copy, rows=_attention_rows(setup, config, contexts, copy, report))
+    return _bench(setup.device, lambda copy: _attention_rows(setup, config, contexts, copy, report))
 
 
 def bench_decode(engine: Engine, contexts: Sequence[int]) -> Bench:
     """Attention and the whole step at each context; the engine has room for the longest and ``SPARE`` more tokens."""
-    device = engine.device
-    copy = _ceiling(device)
-    return Bench(device=device_name(device), copy=copy, rows=_decode_rows(engine, contexts, copy))
+    return _bench(engine.device, lambda copy: _decode_rows(engine, contexts, copy))
 
 
 def bench_prefill(engine: Engine, contexts: Sequence[int]) -> Bench:
     """Prompts of each length, after one that is not counted: kernels get compiled, torch plans its matrices."""
-    device = engine.device
-    engine.prefill([0] * min(max(contexts), CHUNK_TOKENS)).free()
-    copy = _ceiling(device)
-    return Bench(device=device_name(device), copy=copy, rows=(_prefill_row(engine, context, copy) for context in contexts))
+    engine.prefill([0] * min(max(contexts), WARM_TOKENS)).free()
+    return _bench(engine.device, lambda copy: (_prefill_row(engine, context, copy) for context in contexts))
 
 
 def _attention_rows(

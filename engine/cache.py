@@ -18,6 +18,7 @@ from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.retained import retain
 from skvq.engine.session import save_session
 from skvq.engine.setup import CacheSetup
+from skvq.engine.streams import sent
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 
@@ -228,12 +229,18 @@ class SequenceCache:
             ids = self._ids(start, target, new_ids)
             retained = self._retain(layer, start, ids, keys[:leaves], values[:leaves], mass[:leaves])
             self.method.pack(layer, self.page_row, start, keys[:leaves], values[:leaves], retained)
-        at = torch.arange(target, end, device=keys.device)
-        slots = regions.slot(at)
-        full.positions[self.slot, slots] = at.int()
-        full.keys[self.slot][:, slots] = keys[leaves:].transpose(0, 1)
-        full.values[self.slot][:, slots] = values[leaves:].transpose(0, 1)
+        slots = self.put(layer, target, keys[leaves:], values[leaves:])
         self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[leaves:]
+
+    def put(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Write tokens ``first ..``, [T, KH, D], into their slots of the ring, which are returned, int64 [T]."""
+        full = self.setup.arena.full(layer)
+        at = torch.arange(first, first + len(keys), device=keys.device)
+        slots = self.setup.regions.slot(at)
+        full.positions[self.slot, slots] = at.int()
+        full.keys[self.slot][:, slots] = keys.transpose(0, 1).to(full.keys.dtype)
+        full.values[self.slot][:, slots] = values.transpose(0, 1).to(full.values.dtype)
+        return slots
 
     def pack_window(self, new_ids: Tensor) -> None:
         """Once this step's tokens are in the ring of every layer: pack those that leave it; the others stay where they are.
@@ -271,9 +278,12 @@ class SequenceCache:
         full = self.setup.arena.full(layer)
         held = full.positions[self.slot, : self.setup.regions.retained].long()
         packed = torch.arange(len(held), device=held.device) >= self.orphans
-        here = (packed & (held >= first) & (held < first + count)).nonzero()[:, 0]
-        keys[held[here] - first] = full.keys[self.slot][:, here].transpose(0, 1).float()
-        values[held[here] - first] = full.values[self.slot][:, here].transpose(0, 1).float()
+        here = (packed & (held >= first) & (held < first + count))[:, None, None]
+        at = (held - first).clamp(0, count - 1)
+        for unpacked, slots in ((keys, full.keys), (values, full.values)):  # exact, and without asking how many are here
+            kept = slots[self.slot, :, : len(held)].transpose(0, 1).float()
+            unpacked.index_add_(0, at, torch.where(here, -unpacked[at], 0.0))
+            unpacked.index_add_(0, at, torch.where(here, kept, 0.0))
         return keys, values
 
     def sinks(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +295,7 @@ class SequenceCache:
 
     def _ids(self, start: int, stop: int, new_ids: Tensor) -> Tensor:
         """Token ids of positions ``start .. stop-1``, of which those from ``length`` on are this step's."""
-        old = torch.tensor(self.token_ids[start:stop], dtype=torch.int64, device=new_ids.device)
+        old = sent(self.token_ids[start:stop], new_ids.device)
         return torch.cat([old, new_ids[max(0, start - self.length) : max(0, stop - self.length)]])
 
     def _retain(self, layer: int, first: int, ids: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
@@ -299,7 +309,7 @@ class SequenceCache:
             values=values,
             attention_mass=mass,
         )
-        return retain(self.setup.rules, self.setup.arena.full(layer), self.slot, leaving, self.dropped)
+        return retain(self.setup.rules, self.setup.arena.full(layer), self.slot, leaving, first, self.dropped)
 
     # --- life -----------------------------------------------------------------------------------------------------------------
 
@@ -359,13 +369,9 @@ class SequenceCache:
         if length == packed:
             return
         keys, values = self.stage(layer, packed, regions.tile)
-        at = torch.arange(packed, length, device=keys.device)
-        slots = regions.slot(at)
-        full.keys[self.slot][:, slots] = keys[: len(at)].transpose(0, 1).to(full.keys.dtype)
-        full.values[self.slot][:, slots] = values[: len(at)].transpose(0, 1).to(full.values.dtype)
         held = full.positions[self.slot, self.orphans : regions.retained]
         held[(held >= packed) & (held < length)] = -1
-        full.positions[self.slot, slots] = at.int()
+        self.put(layer, packed, keys[: length - packed], values[: length - packed])
 
     @computes
     def save(self, file: str | Path) -> None:

@@ -89,6 +89,8 @@ class Engine:
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
         require_known(prefill, PREFILLS, "prefill")
+        for what, name in (("backend", backend), ("device", device), ("dtype", dtype)):
+            _require_type(what, name, str)
         _require_type("dummy_weights", dummy_weights, bool)
         _require_type("prefix_cache", prefix_cache, bool)
         _require_type("cuda_graph", cuda_graph, bool)

@@ -128,9 +128,6 @@ def _move_slots(sequence: SequenceCache, layer: int, tokens: int) -> None:
     rest = full.positions[slot, regions.sinks : regions.retained]
     rest.copy_(torch.where(rest >= tokens, rest - tokens, -1))
     keys, values, mass = (t.clone() for t in sequence.window(layer, sequence.length))  # [T, KH, D]
-    at = torch.arange(sequence.packed - tokens, sequence.length - tokens, device=keys.device)
-    slots = regions.slot(at)
     full.positions[slot, regions.retained :] = -1
-    full.positions[slot, slots] = at.int()
-    full.keys[slot][:, slots], full.values[slot][:, slots] = keys.transpose(0, 1), values.transpose(0, 1)
+    slots = sequence.put(layer, sequence.packed - tokens, keys, values)
     setup.arena.tensors["full_mass"][layer, slot, slots] = mass

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from skvq.engine.errors import OptionError
-from skvq.engine.filters import FilterRule, LeavingTokens
+from skvq.engine.filters import AttentionSinks, FilterRule, LeavingTokens
 from skvq.kernels.interface import FullSlots
 
 
-def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: LeavingTokens, dropped: int) -> Tensor:
+def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: LeavingTokens, first: int, dropped: int) -> Tensor:
     """Ask the rules; copy what they keep into free retained slots of sequence slot ``slot``. bool [T]: the tokens retained.
 
-    Each rule has slots of its own, in the order of the rules. ``dropped`` tokens went before the sequence's first: positions
-    are kept without them. Nothing here waits for the device.
+    Each rule has slots of its own, in the order of the rules. The tokens begin at place ``first`` of the sequence; ``dropped``
+    went before it: positions are kept without them. Nothing here waits for the device.
     """
     positions = (leaving.positions - dropped).int()
     retained = torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
@@ -24,6 +24,8 @@ def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: Lea
     for rule in rules:
         slots = slice(start, start + rule.budget)
         start += rule.budget
+        if isinstance(rule, AttentionSinks) and first + dropped >= rule.n:
+            continue  # a sinks' rule has nothing to say of later tokens, which are nearly all
         held = full.positions[slot, slots]
         wanted = kept_by(rule, leaving) & ~retained
         taken, source = seats(held < 0, wanted)

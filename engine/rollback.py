@@ -19,17 +19,19 @@ RING_MARKS = ("full_positions", "full_mass")
 def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSORS) -> Iterator[None]:
     """Around forward and commit of a step, after reserve: if it raises, window, retained tokens and lengths are as they were.
 
-    Costs a copy, kept on the host, of what the step may write over in the sequence's full-precision slots: all of it in a chunk
-    of a prompt, ``RING_MARKS`` in a decode step. Pages are only appended to; those that were reserved stay reserved.
+    Costs a copy of what the step may write over in the sequence's full-precision slots: all of it in a chunk of a prompt, kept
+    on the host, ``RING_MARKS`` in a decode step, which does not wait for a GPU. Pages are only appended to; those that were
+    reserved stay reserved.
     """
     tensors, slot = sequence.setup.arena.tensors, sequence.slot
-    kept = {name: tensors[name][:, slot].to("cpu", copy=True) for name in written}
+    marks = {name: tensors[name][:, slot].clone() for name in written if name in RING_MARKS}
+    kept = marks | {name: tensors[name][:, slot].to("cpu", copy=True) for name in written if name not in RING_MARKS}
     length, packed, pending = sequence.length, sequence.packed, sequence.pending
     try:
         yield
     except BaseException:
         for name, was in kept.items():
-            tensors[name][:, slot] = was.to(tensors[name].device)
+            tensors[name][:, slot].copy_(was)
         del sequence.token_ids[length:]
         sequence.length, sequence.packed, sequence.pending = length, packed, pending
         raise

@@ -25,6 +25,7 @@ from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.engine.setup import CacheSetup
+from skvq.engine.streams import pinned, sent
 from skvq.kernels.dense import SoftmaxParts, attend_behind, attend_causal
 from skvq.kernels.interface import Ops, Step
 from skvq.kernels.ops import TorchOps
@@ -110,11 +111,6 @@ class StreamingLayer:
         return attend_behind(q, keys, values, self.sequence.length - self.span + 1 - start)
 
 
-def on_host(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Whole numbers, int64, from where a copy to a GPU need not be waited for: pinned memory is not handed out again before."""
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-
-
 def last_token_step(sequence: SequenceCache) -> Step:
     """A step that asks again for what the last token of a sequence sees, in a layer without a span."""
     device = sequence.device
@@ -185,7 +181,7 @@ class DecodeBatch:
             [s.slot, s.length, s.packed, s.origin, *token_ids[row * count : (row + 1) * count]]
             for row, s in enumerate(sequences)
         ]
-        self._numbers.copy_(on_host(rows, self.setup.device), non_blocking=True)
+        self._numbers.copy_(pinned(rows, self.setup.device), non_blocking=True)
 
     def place(self) -> None:
         """The device's part: lengths as kernels read them, and the slots of the new tokens marked in every layer."""
@@ -222,7 +218,7 @@ class DecodeBatch:
                 for at, mass in self.mass[row]:
                     self.setup.arena.tensors["full_mass"][at] = mass
                 if packs:
-                    sequence.pack_window(on_host(new, self.setup.device).to(self.setup.device, non_blocking=True))
+                    sequence.pack_window(sent(new, self.setup.device))
                 sequence.commit(new)
 
 

@@ -1,14 +1,26 @@
-"""Work of layers that do not depend on one another: one after another, or on a GPU several at a time."""
+"""What the host does not wait for: copies to a GPU, and work of layers that do not depend on one another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 SIDE_STREAMS = 4
 """Streams beside the current one. Each keeps memory of its own that it has once allocated."""
+
+
+def pinned(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Whole numbers, int64, in host memory from which a copy to ``device`` need not be waited for: pinned memory is not handed
+    out again before the copy is done."""
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Whole numbers, int64, on ``device``."""
+    return pinned(numbers, device).to(device, non_blocking=True)
 
 
 class Streams(Protocol):

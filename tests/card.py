@@ -141,7 +141,7 @@ class Card(TorchFunctionMode):
             self.wait("copy_ between card and host") if not kwargs.get("non_blocking") else None
             assert not self.capturing, "copy_ between card and host: a graph would copy what was there when it was captured"
         if to_card and not ours:
-            self.wait(name) if name in ("tensor", "as_tensor", "to") else None
+            self.wait(name) if name in ("tensor", "as_tensor", "to") and not kwargs.get("non_blocking") else None
         if kwargs.pop("pin_memory", False):
             assert not to_card and not ours, "only the host's memory is pinned"
         device_free = lambda v: torch.device("cpu") if _is_cuda(v) else plain(v)  # noqa: E731

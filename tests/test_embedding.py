@@ -89,7 +89,7 @@ def test_settings_of_the_host_program_change_nothing(engine: Engine, folder: Pat
         sequence = engine.prefill(ids)
         sequence.truncate(100)
         fork = sequence.fork()
-        loaded = tiny_engine(folder, tiny_cache(), backend=engine.parts.setup.backend, max_context=700)
+        loaded = tiny_engine(folder, tiny_cache(), backend=engine.parts.setup.backend.name, max_context=700)
         assert loaded.generate(TEXT * 3, SamplingConfig(max_new_tokens=6, temperature=1.0)) == wanted[1]
     assert torch.equal(scored, nll)
     sequence.free()

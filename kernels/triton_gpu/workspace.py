@@ -27,7 +27,7 @@ class Partials:
 
 
 class Scratch:
-    """Buffers by name, which grow when a step needs more. None is freed or moved: a captured CUDA graph keeps their
+    """Buffers by name, which at least double when a step needs more. None is freed or moved: a captured CUDA graph keeps their
     addresses.
     """
 
@@ -40,7 +40,8 @@ class Scratch:
         """A buffer of at least ``count`` numbers: zeros when it is new, else what the step before left there."""
         buffer = self._by_name.get((name, dtype))
         if buffer is None or buffer.numel() < count:
-            buffer = torch.zeros(max(count, 1), dtype=dtype, device=self.device)
+            room = max(count, 2 * buffer.numel() if buffer is not None else 1)
+            buffer = torch.zeros(room, dtype=dtype, device=self.device)
             self._by_name[name, dtype] = buffer
             self._held.append(buffer)
         return buffer
