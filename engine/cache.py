@@ -19,6 +19,7 @@ from skvq.engine.retained import retain
 from skvq.engine.session import save_session
 from skvq.engine.setup import CacheSetup
 from skvq.engine.streams import sent
+from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 
@@ -42,6 +43,7 @@ class SequenceCache:
         self.filled = False  # holds tokens that no model has read (``stress.fill``)
         self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
         self.logits: Tensor | None = None  # [V] that reading gave, of what follows the last token, until anything changes
+        self.timing = Timing()  # of the last generation, or of reading if nothing was written since
         self.alive = True
 
     def __repr__(self) -> str:
@@ -72,6 +74,12 @@ class SequenceCache:
         """Raise OptionError if it has been freed: its slot may be another sequence's by now."""
         if not self.alive:
             raise OptionError("the sequence has been freed")
+
+    def require_of(self, setup: CacheSetup) -> None:
+        """Raise OptionError unless it is alive and of this setup."""
+        self.require_alive()
+        if self.setup is not setup:
+            raise OptionError("the sequence belongs to another engine: read its text with this one, or save and restore it")
 
     # --- lengths ---------------------------------------------------------------------------------------------------------
 

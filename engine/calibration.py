@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from skvq.calibrate.budget import budget_work, calibrate_budget
 from skvq.calibrate.corpus import BUILT_IN, built_in_corpus
@@ -14,13 +15,16 @@ from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.run import calibrate, texts_of
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig
-from skvq.engine.errors import SkvqError
+from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.identity import rope_digest
 from skvq.engine.model import Model
 from skvq.engine.report import Reporter
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, load_header, require, save_artifact
-from skvq.loaders.files import cache_folder
+from skvq.loaders.files import cache_folder, require_writable
+
+if TYPE_CHECKING:
+    from skvq.engine.loading import LoadedModel
 
 DEFAULT_TOKENS = 8192
 DUMMY_TOKENS = 256
@@ -58,6 +62,33 @@ def make_artifact(
             f'--filter "token-ids(ids={list(found)})", keeps them in 16 bits'
         )
     return Artifact(replace(header, outlier_tokens=found), tensors)
+
+
+def calibrate_to(
+    path: Path,
+    loaded: LoadedModel,
+    cache: CacheConfig,
+    ids: list[int],
+    *,
+    corpus_name: str,
+    tokens: int,
+    seed: int,
+    report: Reporter,
+) -> ArtifactHeader:
+    """Calibrate on the first ``tokens`` of ``ids`` and write the file; what cannot be done is refused before the work."""
+    cache = cache.fitted(loaded.model.config)
+    if cache.method == "fp":
+        raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
+    require_writable(path)
+    ids = ids[:tokens]
+    if len(ids) < min(tokens, 256):
+        raise OptionError(f"the corpus has {len(ids):,} tokens: give at least 256 to calibrate on")
+    if len(ids) < tokens:
+        report.message(f"the corpus has {len(ids):,} of the {tokens:,} tokens asked for")
+    header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
+    artifact = make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, report)
+    save_artifact(artifact, path)
+    return artifact.header
 
 
 def header_for(cache: CacheConfig, fingerprint: str, corpus: str, tokens: int, seed: int = 0) -> ArtifactHeader:

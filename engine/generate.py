@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from threading import RLock
 from typing import Any, overload
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from skvq.engine import scoring
 from skvq.engine.cache import SequenceCache
-from skvq.engine.calibration import header_for, make_artifact
+from skvq.engine.calibration import calibrate_to
 from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import CapacityError, OptionError, require_known
-from skvq.engine.evaluate import DecodeRegimeLayer
-from skvq.engine.generation import Generation, answer_all
+from skvq.engine.generation import answer_all, answered, continued
 from skvq.engine.guard import computes, infers, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
-from skvq.engine.options import is_whole, names_options
+from skvq.engine.options import is_whole, names_options, require_type
 from skvq.engine.planner import bits_per_element
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
-from skvq.engine.prompt import Prompt, is_empty, token_ids_of
+from skvq.engine.prompt import Prompt, is_empty, is_several, token_ids_of
 from skvq.engine.reading import Reader
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.stress import fill_fast
-from skvq.engine.summary import Summary, Timing, summary_of
-from skvq.loaders.artifact import ArtifactHeader, save_artifact
-from skvq.loaders.files import require_writable
+from skvq.engine.summary import Summary, summary_of
+from skvq.engine.timing import Timing
+from skvq.loaders.artifact import ArtifactHeader
 
 
 class Engine:
@@ -43,7 +40,6 @@ class Engine:
         self.parts, self.report = parts, report
         self.timing = Timing()
         """Of the last call that read or wrote text."""
-        self._timings: WeakKeyDictionary[SequenceCache, Timing] = WeakKeyDictionary()  # of each one's last generation
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
@@ -90,13 +86,13 @@ class Engine:
         """
         require_known(prefill, PREFILLS, "prefill")
         for what, name in (("backend", backend), ("device", device), ("dtype", dtype)):
-            _require_type(what, name, str)
-        _require_type("dummy_weights", dummy_weights, bool)
-        _require_type("prefix_cache", prefix_cache, bool)
-        _require_type("cuda_graph", cuda_graph, bool)
-        _require_type("download", download, bool)
-        _require_type("cache", cache, CacheConfig, None)
-        _require_type("rope_scaling", rope_scaling, str, None)
+            require_type(what, name, str)
+        require_type("dummy_weights", dummy_weights, bool)
+        require_type("prefix_cache", prefix_cache, bool)
+        require_type("cuda_graph", cuda_graph, bool)
+        require_type("download", download, bool)
+        require_type("cache", cache, CacheConfig, None)
+        require_type("rope_scaling", rope_scaling, str, None)
         chosen = report if report is not None else StderrReporter()
         with own_settings(pick_device(device)):
             parts = load_parts(
@@ -139,7 +135,7 @@ class Engine:
     @names_options
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
-        _require_type("cache", cache, CacheConfig)
+        require_type("cache", cache, CacheConfig)
         path = Path(calibration) if calibration is not None else None
         parts = with_cache(self.parts, cache, max_sequences, path, self.report)
         return Engine(parts, self.report, prefix_cache=self.prefix_cache)
@@ -177,30 +173,8 @@ class Engine:
             self._require_own(sequence)
             begun = bool(sequence.length or sequence.pending)
             ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
-            return self._continue(sequence, ids, config, checkpoint)
-        return self._answer(self.encode(text), config, checkpoint)
-
-    def _answer(self, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None) -> Generator[str, None, None]:
-        sequence = self.new_sequence()
-        try:
-            yield from self._continue(sequence, ids, config, checkpoint)
-        finally:
-            sequence.free()
-
-    def _continue(
-        self, sequence: SequenceCache, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
-    ) -> Generator[str, None, None]:
-        logits = sequence.logits
-        if ids or sequence.pending or logits is None:
-            if not ids and not sequence.pending:
-                sequence.take_back()
-            logits = self.read(sequence, ids, checkpoint=checkpoint)
-        else:
-            self.timing = self._timings[sequence] = Timing()
-        for _, piece in Generation(self, [sequence], [logits], config).pieces():
-            yield piece
-        with self.lock:
-            self.prefixes.keep(sequence)
+            return continued(self, sequence, ids, config, checkpoint)
+        return answered(self, self.encode(text), config, checkpoint)
 
     @overload
     def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...
@@ -217,7 +191,7 @@ class Engine:
 
         These are answered together, as many at a time as there are free sequences and pages for.
         """
-        if not isinstance(text, (list, tuple)) or any(isinstance(one, (Integral, Mapping)) for one in text):
+        if not is_several(text):
             return "".join(self.stream(text, sampling))  # type: ignore[arg-type]
         config = self._sampling(sampling)
         answers, self.timing = answer_all(self, [self.encode(one) for one in text], config)
@@ -253,13 +227,11 @@ class Engine:
     def _require_own(self, sequence: SequenceCache) -> None:
         if not isinstance(sequence, SequenceCache):
             raise OptionError(f"sequence must come from prefill, new_sequence, fork or restore, got {type(sequence).__name__}")
-        sequence.require_alive()
-        if sequence.setup is not self.parts.setup:
-            raise OptionError("the sequence belongs to another engine: read its text with this one, or save and restore it")
+        sequence.require_of(self.parts.setup)
 
     @staticmethod
     def _sampling(config: SamplingConfig | None) -> SamplingConfig:
-        _require_type("sampling", config, SamplingConfig, None)
+        require_type("sampling", config, SamplingConfig, None)
         return config if config is not None else SamplingConfig()
 
     # --- sequences ---------------------------------------------------------------------------------------------------------
@@ -336,7 +308,7 @@ class Engine:
             logits, timing = reader.read(sequence, ids)
         else:
             logits, timing = reader.read_with_checkpoint(sequence, ids, Path(checkpoint), checkpoint_seconds)
-        self.timing = self._timings[sequence] = timing
+        self.timing = sequence.timing = timing
         return logits
 
     @infers
@@ -349,13 +321,9 @@ class Engine:
         self._require_known(tokens)
         return self.step.run(sequences, tokens)
 
-    def timing_of(self, sequence: SequenceCache) -> Timing:
-        """What the last generation of a sequence took, or its reading if nothing was written since."""
-        return self._timings.setdefault(sequence, Timing())
-
     def summary(self, sequence: SequenceCache) -> Summary:
         """What a sequence and the last generation that used it came to."""
-        return summary_of(self.parts, sequence, self.timing_of(sequence))
+        return summary_of(self.parts, sequence)
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 
@@ -371,11 +339,6 @@ class Engine:
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)
-
-    @infers
-    def regime_hidden(self, ids: Tensor, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer) -> Tensor:
-        """Last hidden states [N, d] of a text whose every position sees what decode would see."""
-        return scoring.regime_hidden(self.parts, ids, self.report, layer_class)
 
     @infers
     def evaluate(
@@ -394,19 +357,12 @@ class Engine:
         bits_per_element, ppl_fp, ppl, kl (nats per token), top1, tokens, by_position. ``exact_window`` holds exactly W recent
         tokens, as papers simulate.
         """
-        for name, value in (("tokens", tokens), ("stride", stride)):
-            if not is_whole(value) or value < 1:
-                raise OptionError(f"{name} must be a positive number of tokens, got {value!r}")
-        ids = self.encode(text)
-        if len(ids) < tokens:
-            self.report.message(f"the text has {len(ids):,} of the {tokens:,} tokens asked for")
-        for cache in caches if isinstance(caches, Sequence) else [caches]:
-            _require_type("each of caches", cache, CacheConfig)
         return scoring.evaluate(
             self.parts,
-            ids[:tokens],
-            list(caches) if isinstance(caches, Sequence) else [caches],
+            self.encode(text),
+            caches,
             self.report,
+            tokens=tokens,
             stride=stride,
             calibration=Path(calibration) if calibration is not None else None,
             exact_window=exact_window,
@@ -418,22 +374,7 @@ class Engine:
     ) -> ArtifactHeader:
         """Make a calibration for ``cache`` from a text and write it to ``output``; the header says what it is for."""
         loaded = self.parts.loaded
-        cache = cache.fitted(loaded.model.config)
-        if cache.method == "fp":
-            raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
-        require_writable(Path(output))
-        ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
-        if len(ids) < min(tokens, 256):
-            raise OptionError(f"the corpus has {len(ids):,} tokens: give at least 256 to calibrate on")
-        if len(ids) < tokens:
-            self.report.message(f"the corpus has {len(ids):,} of the {tokens:,} tokens asked for")
-        header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
-        artifact = make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, self.report)
-        save_artifact(artifact, Path(output))
-        return artifact.header
-
-
-def _require_type(what: str, value: object, *kinds: type | None) -> None:
-    """Raise OptionError unless ``value`` is of one of the kinds, None among them."""
-    if not any(value is None if kind is None else isinstance(value, kind) for kind in kinds):
-        raise OptionError(f"{what} must be {' or '.join(k.__name__ if k else 'None' for k in kinds)}, got {value!r}")
+        ids = loaded.tokenizer.encode(corpus, bos=False)
+        return calibrate_to(
+            Path(output), loaded, cache, ids, corpus_name=corpus_name, tokens=tokens, seed=seed, report=self.report
+        )

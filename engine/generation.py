@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.guard import computing, own_settings
-from skvq.engine.summary import Timing
+from skvq.engine.timing import Timing
 
 if TYPE_CHECKING:
     from skvq.engine.generate import Engine
@@ -25,7 +26,7 @@ class Generation:
     def __init__(
         self, engine: Engine, sequences: Sequence[SequenceCache], logits: Sequence[Tensor], config: SamplingConfig
     ) -> None:
-        self._engine, self._timings = engine, [engine.timing_of(sequence) for sequence in sequences]
+        self._engine, self._timings = engine, [sequence.timing for sequence in sequences]
         tokenizer = engine.parts.tokenizer
         with own_settings(engine.device):
             self.answers = [Answer(tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
@@ -73,6 +74,31 @@ class Generation:
             self._timings[index].finish = self.answers[index].finish
 
 
+def continued(
+    engine: Engine, sequence: SequenceCache, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
+) -> Generator[str, None, None]:
+    """Pieces of what follows ``ids`` in a sequence; without ids, of what follows its last token."""
+    logits = sequence.logits
+    if ids or sequence.pending or logits is None:
+        if not ids and not sequence.pending:
+            sequence.take_back()
+        logits = engine.read(sequence, ids, checkpoint=checkpoint)
+    else:
+        engine.timing = sequence.timing = Timing()
+    for _, piece in Generation(engine, [sequence], [logits], config).pieces():
+        yield piece
+    with engine.lock:
+        engine.prefixes.keep(sequence)
+
+
+def answered(
+    engine: Engine, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
+) -> Generator[str, None, None]:
+    """``continued`` in a sequence that is there for this answer alone."""
+    with engine.new_sequence() as sequence:
+        yield from continued(engine, sequence, ids, config, checkpoint)
+
+
 def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> tuple[list[str], Timing]:
     """The answers to all prompts, as many of them at a time as can be answered together, and what they took."""
     answers: list[str] = []
@@ -105,7 +131,7 @@ def _answer_together(engine: Engine, prompts: Sequence[list[int]], config: Sampl
             logits.append(engine.read(sequences[-1], ids))
         for index, piece in Generation(engine, sequences, logits, config).pieces():
             answers[index] += piece
-        timings = [engine.timing_of(sequence) for sequence in sequences]
+        timings = [sequence.timing for sequence in sequences]
         for timing in timings:
             total.add(replace(timing, decode_seconds=0.0))
         total.decode_seconds += max(timing.decode_seconds for timing in timings)  # they were decoded together

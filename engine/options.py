@@ -23,6 +23,12 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def require_type(what: str, value: object, *kinds: type | None) -> None:
+    """Raise OptionError unless ``value`` is of one of the kinds, None among them."""
+    if not any(value is None if kind is None else isinstance(value, kind) for kind in kinds):
+        raise OptionError(f"{what} must be {' or '.join(k.__name__ if k else 'None' for k in kinds)}, got {value!r}")
+
+
 def names_options(function: F) -> F:
     """Make a call with an unknown keyword raise OptionError, naming the nearest valid one, instead of TypeError."""
     parameters = inspect.signature(function).parameters.values()

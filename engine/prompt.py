@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,11 @@ def is_empty(prompt: Prompt) -> bool:
     if isinstance(prompt, (Tensor, np.ndarray)):
         return tuple(prompt.shape) == (0,)
     return isinstance(prompt, (str, list, tuple)) and not prompt
+
+
+def is_several(prompts: object) -> TypeGuard[list[Prompt]]:
+    """Whether it is a list of prompts, not one: token ids and chat messages are lists too."""
+    return isinstance(prompts, (list, tuple)) and not any(isinstance(one, (Integral, Mapping)) for one in prompts)
 
 
 def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, bos: bool) -> list[int]:

@@ -16,7 +16,7 @@ from skvq.engine.loading import EngineParts
 from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import Prefixes
 from skvq.engine.report import Reporter
-from skvq.engine.summary import Timing
+from skvq.engine.timing import Timing
 
 SHORT_TOKENS = 128
 """Most tokens appended to a sequence as decode steps of several tokens instead of streamed."""

@@ -22,6 +22,7 @@ from skvq.engine.evaluate import (
     nll_of,
 )
 from skvq.engine.loading import EngineParts, with_cache
+from skvq.engine.options import is_whole, require_type
 from skvq.engine.report import Reporter
 
 
@@ -61,12 +62,21 @@ def evaluate(
     caches: Sequence[CacheConfig],
     report: Reporter,
     *,
+    tokens: int,
     stride: int,
     calibration: Path | None,
     exact_window: bool,
 ) -> list[dict[str, Any]]:
     """See ``Engine.evaluate``: one row a cache, over the same weights and the same full-precision hidden states."""
-    stretches = [s for s in torch.split(parts.model.ids(token_ids), stride) if len(s) > 1]
+    for name, value in (("tokens", tokens), ("stride", stride)):
+        if not is_whole(value) or value < 1:
+            raise OptionError(f"{name} must be a positive number of tokens, got {value!r}")
+    require_type("caches", caches, list, tuple)
+    for cache in caches:
+        require_type("each of caches", cache, CacheConfig)
+    if len(token_ids) < tokens:
+        report.message(f"the text has {len(token_ids):,} of the {tokens:,} tokens asked for")
+    stretches = [s for s in torch.split(parts.model.ids(token_ids[:tokens]), stride) if len(s) > 1]
     if not stretches:
         raise OptionError(f"the text has {len(token_ids)} tokens: at least 2 are needed to score it")
     references = [dense_hidden(parts, s) for s in stretches]

@@ -9,31 +9,6 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.loading import EngineParts
 
 
-@dataclass(slots=True)
-class Timing:
-    """Tokens and seconds of a generation, of one sequence or of several that are decoded together."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prefill: str = ""  # how they were read
-    prefill_seconds: float = 0.0
-    new_tokens: int = 0
-    decoded_tokens: int = 0  # those that decode steps gave; the first comes with the prompt
-    decode_seconds: float = 0.0
-    finish: str = ""  # what ended the answer (``Answer.finish``)
-
-    def add(self, other: Timing) -> None:
-        """Add what was done after this."""
-        self.prompt_tokens += other.prompt_tokens
-        self.reused_tokens += other.reused_tokens
-        self.prefill = other.prefill
-        self.prefill_seconds += other.prefill_seconds
-        self.new_tokens += other.new_tokens
-        self.decoded_tokens += other.decoded_tokens
-        self.decode_seconds += other.decode_seconds
-        self.finish = other.finish
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """Figures of one generation and its sequence."""
@@ -88,10 +63,10 @@ class Summary:
         }
 
 
-def summary_of(parts: EngineParts, sequence: SequenceCache, timing: Timing) -> Summary:
+def summary_of(parts: EngineParts, sequence: SequenceCache) -> Summary:
     """What a generation and its sequence came to."""
     return Summary(
-        **asdict(timing),
+        **asdict(sequence.timing),
         cached_tokens=sequence.length,
         packed_tokens=sequence.packed,
         dropped_tokens=sequence.dropped,

@@ -31,7 +31,7 @@ def test_every_figure_is_what_its_name_says(engine: Engine) -> None:
     row = engine.evaluate(TEXT, [tiny_cache()], tokens=401, stride=401)[0]
     with torch.inference_mode():
         p = engine.logits(ids.tolist()).double().log_softmax(-1)
-        q = engine.parts.model.head(engine.regime_hidden(ids)).double().log_softmax(-1)
+        q = engine.parts.model.head(scoring.regime_hidden(engine.parts, ids, engine.report)).double().log_softmax(-1)
     rows = torch.arange(400)
     assert row["ppl_fp"] == pytest.approx(float((-p[rows, ids[1:]]).mean().exp()), rel=1e-4)
     assert row["ppl"] == pytest.approx(float((-q[rows, ids[1:]]).mean().exp()), rel=1e-4)
