@@ -1,4 +1,4 @@
-"""``rotate``: subtract what does not depend on the token, go to a basis in which rounding hurts least, fit how to read it back.
+"""``rotate``: subtract the token-independent part, change to a basis in which rounding hurts least, fit how to decode it.
 
 With k the keys of a head after RoPE and their mean's removal, S their covariance, and C the metric in which an error counts
 (``e^T C e`` is its mean squared effect: on the scores for keys, on the layer's output for values):

@@ -1,4 +1,4 @@
-"""One pass over the corpus, layer by layer: record, fit, go on. Deterministic: same input, same bytes."""
+"""One pass over the corpus, layer by layer: record, fit, continue. Deterministic: same input, same bytes."""
 
 from __future__ import annotations
 

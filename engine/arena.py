@@ -82,7 +82,7 @@ class ArenaShape:
         return {name: ((self.pages, *shape), dtype) for name, (shape, dtype) in self.layer_pages[layer]}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """What the arena holds beside pages, by name."""
+        """What the arena holds besides pages, by name."""
         slots = (self.layers, self.sequences, self.kv_heads, self.full_slots, self.head_size)
         return {
             "full_keys": (slots, self.dtype),

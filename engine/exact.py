@@ -42,7 +42,7 @@ class Reader(Protocol):
         """What ``read`` takes."""
 
     def last_work(self) -> Work:
-        """What ``finish`` takes beside packing."""
+        """What ``finish`` takes besides packing."""
 
 
 def exact_prefill(

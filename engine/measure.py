@@ -1,4 +1,4 @@
-"""Measuring: times of calls, what this machine can do at most, what it is called."""
+"""Measuring: times of calls, this machine's limits, and its name."""
 
 from __future__ import annotations
 

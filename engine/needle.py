@@ -99,7 +99,7 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
     room = context - len(first) - len(needle) - len(question) - len(answer) - EXTRA_TOKENS
     if room < 16 or not answer:
         least = context - room + 16
-        raise OptionError(f"a context of {context} tokens has no room for the needle and its question: at least {least}")
+        raise OptionError(f"a context of {context} tokens has no room for the needle and its question: use at least {least}")
     hay = [haystack[i % len(haystack)] for i in range(room)]
     at = round(depth / 100 * room)
     return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer)
@@ -180,7 +180,7 @@ def _measured(engine: Engine, question: Question, packed: Tensor, answer: str) -
 
 
 def reference_of(engine: Engine) -> list[Engine]:
-    """An engine over a 16-bit cache beside this one; none, with a message that says so, where memory does not hold it."""
+    """A second engine, over a 16-bit cache; none, with a message that says so, if memory is too small for it."""
     try:
         return [engine.with_cache(replace(engine.parts.cache, method="fp"), max_sequences=2)]
     except CapacityError as error:

@@ -78,11 +78,11 @@ def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:
     least = PAGE_TOKENS + regions.ring + CHUNK_TOKENS
     if name == "shift" and max_context < least:
         raise CapacityError(
-            f"on_full 'shift' drops whole pages of {PAGE_TOKENS:,} tokens, for which a context of {max_context:,} is too "
-            f"short: load with a max_context (--ctx) of at least {least:,}, or on_full 'stop'"
+            f"on_full 'shift' drops whole pages of {PAGE_TOKENS:,} tokens and needs a context of at least {least:,}; this one "
+            f"is {max_context:,}: load with a larger max_context (--ctx), or on_full 'stop'"
         )
     if name == "shift" and regions.sinks > PAGE_TOKENS:
-        raise CapacityError(f"on_full 'shift' keeps at most {PAGE_TOKENS:,} attention sinks, not {regions.sinks:,}")
+        raise CapacityError(f"on_full 'shift' keeps at most {PAGE_TOKENS:,} attention sinks, got {regions.sinks:,}")
     return MODES[name]
 
 
