@@ -22,7 +22,7 @@ Page = tuple[tuple[str, TensorSpec], ...]
 
 PACKED_TENSORS = ("key_codes", "value_codes", "meta")
 SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
-"""Of full-precision tokens: [L, S, KH, F, D] the first two, [L, S, F] the others."""
+"""Tensors of full-precision tokens: the first two are [L, S, KH, F, D], the others [L, S, F]."""
 
 
 def run_name(name: str, run: int) -> str:

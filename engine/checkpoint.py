@@ -48,11 +48,11 @@ class ExactState:
     group ``group`` are done, and all of the groups before that.
 
     With one group the layer's output replaces its input chunk by chunk. With G > 1 groups the input stays until the last is
-    done; what heads have read is kept beside it.
+    done; what heads have read is kept separately.
     """
 
     hidden: Tensor  # [T, d], on the device or the host
-    attended: Tensor  # [G, T, H D / G], beside hidden; G = 0 where all heads are done at once
+    attended: Tensor  # [G, T, H D / G], in addition to hidden; G = 0 where all heads are done at once
     keys: Tensor  # [KH / G, T, D], of this group
     values: Tensor  # [KH / G, T, D]
     mass: Tensor  # float32 [T], of this layer
@@ -68,7 +68,7 @@ class ExactState:
 
     @property
     def filled(self) -> int:
-        """Tokens of this layer whose keys and values, of this group, are there."""
+        """Tokens of this layer whose keys and values, for this group, have been computed."""
         return min(self.chunk * self.chunk_tokens, len(self.hidden))
 
     def next_layer(self) -> None:
@@ -78,7 +78,7 @@ class ExactState:
 
 
 class Checkpoint(Protocol):
-    """What a prefill tells its checkpoint. ``ids`` are the tokens to be read after those the sequence held at the start."""
+    """What a prefill reports to its checkpoint. ``ids`` are the tokens to read after those the sequence held at the start."""
 
     def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
         """Bring state and reserved sequence to where the file says; nothing if there is none."""
@@ -96,7 +96,7 @@ class Checkpoint(Protocol):
         """Context manager around the work: an interrupt waits for the next point, where the file is written first."""
 
     def done(self) -> None:
-        """The prompt is read: the file has no use any more."""
+        """The prompt has been read: the file is no longer needed."""
 
 
 class NoCheckpoint:

@@ -190,7 +190,7 @@ class CacheConfig:
 
     @property
     def code_bits(self) -> float:
-        """What the budget leaves for codes: metadata take two bytes a group."""
+        """What the budget leaves for codes: metadata takes two bytes per group."""
         assert self.bits_budget is not None
         return self.bits_budget - 16 / self.group_size
 
@@ -203,7 +203,7 @@ class CacheConfig:
 
     @property
     def by_head(self) -> bool:
-        """Whether kv heads of one layer may have other bits: groups of ``reorder`` span them."""
+        """Whether kv heads of one layer may differ in bits: groups of ``reorder`` span heads."""
         return self.method != "reorder"
 
     def with_bits(self, key_bits: float, value_bits: float) -> CacheConfig:

@@ -14,7 +14,7 @@ class SkvqError(Exception):
 
 
 class OptionError(SkvqError):
-    """An option is unknown, malformed, or does not go with another."""
+    """An option is unknown, malformed, or conflicts with another."""
 
 
 class ModelError(SkvqError):

@@ -151,7 +151,7 @@ class LabelMethod(PackedMethod[LabelCodec]):
 
 
 class PlainMethod:
-    """16-bit keys and values: the control group, same arena, same path."""
+    """16-bit keys and values: the baseline, same arena, same path."""
 
     def __init__(self, arena: Arena, backend: Backend) -> None:
         layers = range(arena.shape.layers)

@@ -1,6 +1,6 @@
 """``skvq needle``: a fact hidden at some depth of a long text, read through the real packed cache, then asked for.
 
-Two scores, so that a small model says something too: whether greedy decoding gives the answer, and the log-probability and
+Two scores, so that small models are informative too: whether greedy decoding gives the answer, and the log-probability and
 rank of the answer's tokens against those of the same model over a 16-bit cache.
 """
 
@@ -189,7 +189,7 @@ def reference_of(engine: Engine) -> list[Engine]:
 
 
 def summary(found: Sequence[Needle]) -> dict[str, Any]:
-    """Shares and means over the map, and every place of it."""
+    """Shares and means over the map, and every point of it."""
     rows = [n.as_dict() for n in found]
     names: list[str] = [n for n in ("retrieved", "logprob", "retrieved_fp", "logprob_fp", "kl") if n in rows[0]]
     means: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in names}

@@ -226,7 +226,7 @@ def predicted_prefill(config: ModelConfig, card: Card, context: int, form: Prefi
 
 
 def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, context: int) -> float:
-    """Seconds a token: every weight (but the embedding table) and every packed byte in sight read once."""
+    """Seconds per token: every weight (but the embedding table) and every packed byte in sight read once."""
     weights = (
         config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     ) * card.dtype.itemsize

@@ -178,7 +178,7 @@ class TritonGpu:
         return self.scratch.partials("packed", q, columns, splits), held
 
     def _rope(self, codec: HeadCodec | LabelCodec, tile: int, pages: int) -> RopeTables:
-        """Of tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""
+        """Tables for tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""
         return self.tables.rope(codec.rope, tile, pages * (PAGE_TOKENS // tile))
 
     def _is_odd(self, head_size: int, group_size: int) -> bool:
