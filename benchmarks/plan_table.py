@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
 
 def main() -> None:
     """Print the table."""
-    print("| model, cache (g128) | context | prefill | memory | A100: read, then a token | H100 |")
+    print("| model, cache (g128) | context | prefill | memory | A100: prefill, per token | H100 |")
     print("|---|---|---|---|---|---|")
     for model in MODELS:
         for value_bits in VALUE_BITS:

@@ -1,4 +1,4 @@
-"""Which bits for which layer: the choice alone, from what each would cost. A pure function, exact and deterministic."""
+"""Which bits for which layer: only the choice, given what each would cost. A pure function, exact and deterministic."""
 
 from __future__ import annotations
 

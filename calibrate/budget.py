@@ -1,4 +1,4 @@
-"""Spending a budget of bits: every layer is fitted at several widths, the cost of each is measured, the best choice is kept."""
+"""Spending a bit budget: every layer is fitted at several widths, the cost of each is measured, the best choice is kept."""
 
 from __future__ import annotations
 

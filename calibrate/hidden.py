@@ -1,4 +1,4 @@
-"""Hidden states between two layers: in a temporary file, so that memory holds one text's however long the corpus is."""
+"""Hidden states between two layers: in a temporary file, so that memory holds only one text's, however long the corpus is."""
 
 from __future__ import annotations
 
@@ -60,4 +60,4 @@ class HiddenStates:
 
     def _no_room(self, error: OSError) -> CalibrationError:
         where = f"{self._total:,} bytes of hidden states in {tempfile.gettempdir()}"
-        return CalibrationError(f"cannot write {where}: {error.strerror}; free some room, set TMPDIR or take fewer --tokens")
+        return CalibrationError(f"cannot write {where}: {error.strerror}; free some space, set TMPDIR or use fewer --tokens")

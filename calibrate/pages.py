@@ -1,4 +1,4 @@
-"""What pages really hold: numbers packed and read back by the backend itself, so that calibration fits what will happen."""
+"""What pages really hold: numbers packed and read back by the backend itself, so that calibration fits what will be stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``reorder``: channels of alike range share a group (SKVQ, arXiv 2405.06219, section 3.1)."""
+"""``reorder``: channels of similar range share a group (SKVQ, arXiv 2405.06219, section 3.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass over the corpus, layer by layer: record, fit, go on. Deterministic: same input, same bytes."""
+"""One pass over the corpus, layer by layer: record, fit, continue. Deterministic: same input, same bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT_TOKENS = 2048
 """Tokens of one calibration text; a corpus is cut into texts of this length."""
 
 Progress = Callable[[float], None]
-"""Told of each piece of work when it is done, in units proportional to time."""
+"""Called for each piece of work when it is done, in units proportional to time."""
 
 
 def texts_of(ids: Sequence[int], tokens: int) -> Tensor:
@@ -50,7 +50,7 @@ def calibrate(
 ) -> dict[str, Tensor]:
     """Tensors of ``engine.codecs`` for every layer, stacked, from texts int64 [S, T]; ``progress`` comes to the layers' number.
 
-    ``outliers`` sees every layer. Beside the model, the texts' ids and what is returned, memory holds one text's activations,
+    ``outliers`` sees every layer. Besides the model, the texts' ids and what is returned, memory holds one text's activations,
     one layer's statistics (``stats``) and what a fit makes of their sample, a few times its size; none of it grows with S once
     the sample is full. Hidden states of all texts lie in a file (``hidden``).
 

@@ -1,6 +1,6 @@
 """What it costs the model to hold keys or values of one kv head, or of a whole layer, at some width, measured on a text.
 
-They are really packed and read back, everything else stays exact. The cost is the KL divergence of the model's answers, in
+They are really packed and read back; everything else stays exact. The cost is the KL divergence of the model's answers, in
 nats per token. It is run to the end with one side of all heads at REFERENCE_BITS only. The change of the layer's own output
 shares it among heads and gives other widths: small errors add to the KL in proportion to their square, so the ratio of squares
 carries over, and those of different heads add up.
@@ -77,7 +77,7 @@ class Probe:
         self._answer = self._answers(hidden_states(model, frequencies, ids, self._dense, lambda done: None))
 
     def advance(self) -> None:
-        """Go on to the next layer."""
+        """Move to the next layer."""
         self._hidden = self._model.layer(self._layer, self._hidden, self._rope, self._dense(self._layer))
         self._layer += 1
 

@@ -141,7 +141,7 @@ class Recorder:
         self._sample_queries = torch.empty(len(self._reading), len(self._queries), heads, size, device=device)
         self._seen = 0
         self.key_norms = torch.empty(tokens, device=device)
-        """Of the last text: norm of each token's keys, mean over kv heads."""
+        """Norm of each token's keys in the last text, mean over kv heads."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         """One whole text: q [1, T, H, D], k and v [1, T, KH, D]."""
@@ -188,7 +188,7 @@ class Recorder:
             )
 
     def _key_covariance(self, tokens: int) -> Tensor:
-        """Of R_t (k - mean) over all tokens: the sum of (R_t k - m_t)(R_t k - m_t)^T multiplied out, m_t = R_t mean."""
+        """For R_t (k - mean) over all tokens: the sum of (R_t k - m_t)(R_t k - m_t)^T multiplied out, m_t = R_t mean."""
         mean = (self._keys.total / tokens).float()
         m = turned_mean(mean, self._rope)[self._first :].double()  # [T - first, KH, D]
         crossed = torch.einsum("thi,thj->hij", self._turned_total, m)

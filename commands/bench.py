@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 @click.group(cls=OneLineGroup)
 def bench() -> None:
-    """Measure and stress the cache."""
+    """Measure speed and stress-test the cache."""
 
 
 @bench.command("soak", cls=OneLineCommand)
-@click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Random operations.")
+@click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Number of random operations.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--backend", default="auto", show_default=True, help="numba, reference, or a plug-in's name.")
 @json_option
 def soak_command(steps: int, seed: int, backend: str, as_json: bool) -> None:
-    """Append, fork, truncate, save, restore and free at random; check every invariant after each step."""
+    """Append, fork, truncate, save, restore and free at random, checking every invariant after each step."""
     from skvq.engine.machine import find_backend, pick_device
     from skvq.engine.report import StderrReporter
     from skvq.engine.soak import soak
@@ -60,8 +60,8 @@ def soak_command(steps: int, seed: int, backend: str, as_json: bool) -> None:
 
 
 bench_options = stack(
-    click.option("--model", "-m", help="Alias, folder, .gguf file or org/name, with its weights."),
-    click.option("--shape", help="The same with random weights: only its config is read."),
+    click.option("--model", "-m", help="Alias, folder, .gguf file or org/name; its weights are loaded."),
+    click.option("--shape", help="Like --model, but with random weights: only its config is read."),
     ctxs_option,
     calibration_option,
     engine_options,
@@ -106,10 +106,10 @@ def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tupl
 
 @bench.command("decode", cls=OneLineCommand)
 @bench_options
-@click.option("--attention-only", is_flag=True, help="No weights, no step: only attention over the cache.")
+@click.option("--attention-only", is_flag=True, help="Measure only attention over the cache, without weights or a whole step.")
 @click.option("--layers", type=click.IntRange(min=1), help="With --attention-only: layers to fill; default: the model's.")
 def decode_command(**options: Any) -> None:
-    """Time of a decode step, and of its attention, at each length of context."""
+    """Time a decode step, and its attention, at each context length."""
     from skvq.engine.bench import SPARE, bench_attention, bench_decode
     from skvq.engine.report import StderrReporter
     from skvq.engine.rope import scaled
@@ -118,7 +118,7 @@ def decode_command(**options: Any) -> None:
     options, contexts = _with_model(options), options["ctx"]
     if options["attention_only"]:
         if options["calibration"] is not None:
-            raise OptionError("--calibration does not go with --attention-only: without weights a calibration is made up")
+            raise OptionError("--calibration does not apply to --attention-only: without weights, calibration is made up")
         config = config_of(options["model"], download=not options["no_download"])
         if options["rope_scaling"] is not None:
             config = scaled(config, options["rope_scaling"])
@@ -126,7 +126,7 @@ def decode_command(**options: Any) -> None:
         _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options)
         return
     if options["layers"] is not None:
-        raise OptionError("--layers goes with --attention-only: a model has the layers it has")
+        raise OptionError("--layers needs --attention-only: a model's number of layers is fixed")
     engine = load_engine(options, cache_config(options), context=max(contexts) + SPARE, calibration=options["calibration"])
     _show_bench(bench_decode(engine, contexts), options)
 
@@ -135,7 +135,7 @@ def decode_command(**options: Any) -> None:
 @bench_options
 @prefill_option
 def prefill_command(**options: Any) -> None:
-    """Time to read a prompt, and of its attention, at each length."""
+    """Time reading a prompt, and its attention, at each length."""
     from skvq.engine.bench import bench_prefill
 
     options, contexts = _with_model(options), options["ctx"]
@@ -150,7 +150,7 @@ def prefill_command(**options: Any) -> None:
 
 
 @bench.command("planted", cls=OneLineCommand)
-@click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file: only its config is read.")
+@click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file; only its config is read.")
 @ctxs_option
 @click.option("--depths", callback=numbers_of, default="0,25,50,75,100", show_default=True, help="Per cent of the context.")
 @click.option("--layers", type=click.IntRange(min=1), help="Layers to fill; default: the model's.")
@@ -160,7 +160,7 @@ def prefill_command(**options: Any) -> None:
 @cache_options
 @json_option
 def planted_command(**options: Any) -> None:
-    """Plant keys at chosen depths of a random cache: attention must find them, the answer is known."""
+    """Plant keys at chosen depths of a random cache and check that attention finds them."""
     from skvq.engine.machine import find_backend, pick_device
     from skvq.engine.planted import planted, require_found, rows
     from skvq.engine.report import StderrReporter

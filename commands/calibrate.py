@@ -29,22 +29,22 @@ from skvq.loaders.files import require_writable
 
 @click.command(cls=OneLineCommand)
 @model_option
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the calibration goes.")
-@click.option("--text", help="Text file to calibrate on; default: reference prose that comes with Python.")
-@click.option("--tokens", type=click.IntRange(min=32), default=16384, show_default=True, help="Tokens of it to use.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration file to write.")
+@click.option("--text", help="Text file to calibrate on; default: Python's bundled documentation.")
+@click.option("--tokens", type=click.IntRange(min=32), default=16384, show_default=True, help="Tokens of the text to use.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option(
-    "--ctx", type=click.IntRange(min=1), default=2048, show_default=True, help="Context it is for, where RoPE depends on it."
+    "--ctx", type=click.IntRange(min=1), default=2048, show_default=True, help="Intended context, if RoPE depends on it."
 )
-@click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the window it will be used with.")
+@click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the window the cache will use.")
 @engine_options
 @packing_options
 @json_option
 def calibrate(**options: Any) -> None:
-    """Make a calibration file: the transform, groups, units and clip factors for a model and cache options."""
+    """Make a calibration file: transform, groups, units and clip factors for a model and its cache options."""
     output, text = options["output"], options["text"]
     if is_given("window") and options["bits_budget"] is None:
-        raise OptionError("--window goes with --bits-budget: a calibration for given bits serves every window")
+        raise OptionError("--window needs --bits-budget: a calibration for given bits works with every window")
     cache = CacheConfig(**pick(options, PACKING_NAMES), window=options["window"])
     corpus = corpus_text(text)
     require_writable(output)

@@ -13,7 +13,7 @@ import click
 from skvq.engine.errors import SkvqError
 
 OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
-"""Messages of torch that mean memory ran out though the error's class does not say so."""
+"""Torch messages that mean memory ran out although the error's class does not say so."""
 
 
 class OneLineGroup(click.Group):
@@ -56,7 +56,7 @@ def run_command(call: Callable[[], Any]) -> int:
 
 
 def output_error(error: Exception) -> str | None:
-    """One line if standard output takes no more; None for any other error."""
+    """One line if standard output can no longer be written; None for any other error."""
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return f"cannot write to standard output: {os.strerror(error.errno)}"
     return None
@@ -69,11 +69,11 @@ def machine_error(error: Exception) -> str | None:
     """
     kinds = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(error).__mro__}
     first = next(iter(str(error).splitlines()), "")
-    said = ". ".join(first.split(". ")[:3]).rstrip(".") or "no more is known"
+    said = ". ".join(first.split(". ")[:3]).rstrip(".") or "no details"
     if kinds & {"builtins.MemoryError", "torch.OutOfMemoryError"} or any(words in first for words in OUT_OF_MEMORY):
         return f"memory ran out ({said}): choose a smaller --ctx, fewer bits or another --device; `skvq plan` says what fits"
     if "torch.AcceleratorError" in kinds:
-        return f"the GPU failed ({said}) and what it computed is lost: run again, or with --backend reference, slow but sure"
+        return f"the GPU failed ({said}) and its results are lost: rerun, or use --backend reference (slow but safe)"
     if "triton.OutOfResources" in kinds:
         return f"a kernel does not fit this GPU ({said}): use --backend reference, and please report it"
     return None

@@ -1,4 +1,4 @@
-"""``skvq eval``: how far a cache is from the 16-bit one."""
+"""``skvq eval``: how far a cache's output is from the 16-bit one's."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from skvq.engine.plots import depth_plot, require_matplotlib
 
 @click.command("eval", cls=OneLineCommand)
 @model_option
-@click.option("--text", help="Text file to score; default: reference prose that comes with Python.")
+@click.option("--text", help="Text file to score; default: Python's bundled documentation.")
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of the text to score.")
-@click.option("--stride", type=click.IntRange(min=2), help="Score stretches of this many tokens, each on its own.")
-@click.option("--methods", help="Several caches in one pass, as rotate,reorder,plain,fp; with bits as rotate:2:1.5.")
-@click.option("--by-position", is_flag=True, help="Also the error by depth.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Error by depth as PNG (extra: plot).")
-@click.option("--exact-window", is_flag=True, help="A window of exactly W tokens, as papers simulate, not whole tiles.")
+@click.option("--stride", type=click.IntRange(min=2), help="Score segments of this many tokens, each independently.")
+@click.option("--methods", help="Several caches in one pass: rotate,reorder,plain,fp; with key and value bits: rotate:2:1.5.")
+@click.option("--by-position", is_flag=True, help="Also report the error by depth.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the error by depth (needs skvq[plot]).")
+@click.option("--exact-window", is_flag=True, help="Keep exactly --window tokens, as papers simulate, not whole tiles.")
 @calibration_option
 @engine_options
 @cache_options
@@ -44,7 +44,7 @@ def evaluate(**options: Any) -> None:
     if options["plot"] is not None:
         require_matplotlib()
     if options["methods"] is not None and is_given("method"):
-        raise OptionError("--method and --methods: give one or the other")
+        raise OptionError("--method and --methods cannot be combined: give one or the other")
     cache = cache_config(options)
     caches = [cache] if options["methods"] is None else [_variant(cache, part) for part in options["methods"].split(",")]
     text = corpus_text(options["text"])

@@ -1,4 +1,4 @@
-"""``skvq models``: aliases and what is on disk."""
+"""``skvq models``: the aliases, and which models are on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skvq.commands.options import json_option
 @click.command(cls=OneLineCommand)
 @json_option
 def models(as_json: bool) -> None:
-    """List the aliases and what is on disk."""
+    """List the model aliases and which models are on disk."""
     from skvq.loaders.hub import list_models
 
     rows = list_models()

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 @click.command(cls=OneLineCommand)
 @model_option
-@click.option("--haystack", help="Text file to hide the needle in; default: reference prose that comes with Python.")
+@click.option("--haystack", help="Text file to hide the needle in; default: Python's bundled documentation.")
 @click.option("--depths", callback=depths_of, default="0,25,50,75,100", show_default=True, help="Per cent of text before it.")
-@click.option("--no-reference", is_flag=True, help="Do not ask the same over a 16-bit cache.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Heat map as PNG (extra: plot).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers that are hidden.")
+@click.option("--no-reference", is_flag=True, help="Skip the comparison with a 16-bit cache.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG heat map (needs skvq[plot]).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for the hidden numbers.")
 @ctxs_option
 @calibration_option
 @prefill_option
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @cache_options
 @json_option
 def needle(**options: Any) -> None:
-    """Hide a fact at several depths of texts of several lengths, and ask for it through the packed cache."""
+    """Hide a fact at several depths of texts of several lengths and ask for it through the packed cache."""
     from skvq.engine.needle import needles, reference_of, summary
 
     contexts, plot = options["ctx"], options["plot"]

@@ -1,6 +1,6 @@
 """Options that several commands share, and the configs and engine they describe.
 
-What needs torch is imported when a command runs: help and wrong options do not wait for it.
+Whatever needs torch is imported when a command runs: help and option errors do not wait for it.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def counts_of(context: click.Context, parameter: click.Parameter, value: str) ->
 
 model_option = click.option("--model", "-m", required=True, help="Alias (see `skvq models`), folder, .gguf file or org/name.")
 ctx_option = click.option(
-    "--ctx", type=click.IntRange(min=1), help="Tokens of context to make room for; default: the trained length."
+    "--ctx", type=click.IntRange(min=1), help="Context to make room for, in tokens; default: the trained length."
 )
 ctxs_option = click.option(
-    "--ctx", callback=counts_of, default="4096", show_default=True, help="Tokens of context, as 4096,32768."
+    "--ctx", callback=counts_of, default="4096", show_default=True, help="Context lengths in tokens, such as 4096,32768."
 )
 calibration_option = click.option("--calibration", type=click.Path(path_type=Path), help="File made by `skvq calibrate`.")
 prefill_option = click.option(
     "--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True, help="How prompts are read."
 )
-download_option = click.option("--no-download", is_flag=True, help="Use only what is on this machine.")
+download_option = click.option("--no-download", is_flag=True, help="Use only files already on this machine.")
 
 
 def use_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
@@ -87,13 +87,17 @@ machine_options = stack(
         type=click.IntRange(min=1),
         callback=use_threads,
         expose_value=False,
-        help="CPU threads; fewer than there are cores on a machine that is busy. Default: torch's.",
+        help="CPU threads; use fewer than the core count on a busy machine. Default: torch's.",
     ),
 )
 engine_options = stack(
     machine_options,
-    click.option("--rope-scaling", help="KIND:FACTOR to go past the trained length: linear:4, dynamic:4, yarn:4."),
-    click.option("--dummy-weights", is_flag=True, help="Random weights of the model's shape: no download, no sense."),
+    click.option("--rope-scaling", help="KIND:FACTOR, to exceed the trained length: linear:4, dynamic:4, yarn:4."),
+    click.option(
+        "--dummy-weights",
+        is_flag=True,
+        help="Random weights of the model's shape: nothing is downloaded; output is meaningless.",
+    ),
     download_option,
 )
 """Taken by every command that loads a model; read by ``load_engine``."""
@@ -105,8 +109,8 @@ packing_options = stack(
     click.option(
         "--bits-budget",
         type=float,
-        help="In place of both: most bits per number on average, metadata counted; bits are then chosen by layer "
-        "and kv head, keys and values apart.",
+        help="Replaces --key-bits/--value-bits: maximum average bits per number including metadata; bits are then chosen per "
+        "layer and kv head, for keys and values separately.",
     ),
     click.option("--group-size", type=int, default=64, show_default=True, help="Channels that share a scale: 32, 64, 128."),
 )
@@ -118,11 +122,11 @@ cache_options = stack(
     window_option,
     click.option("--sinks", type=int, default=5, show_default=True, help="First tokens kept in 16 bits."),
     click.option(
-        "--filter", "filters", multiple=True, help="More rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."
+        "--filter", "filters", multiple=True, help="Further rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."
     ),
 )
 sampling_options = stack(
-    click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True, help="Tokens to write at most."),
+    click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True, help="Maximum number of tokens to write."),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
     click.option("--top-p", type=float, default=1.0, show_default=True),
     click.option("--top-k", type=int, default=0, show_default=True),
@@ -130,9 +134,9 @@ sampling_options = stack(
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
-    click.option("--ignore-eos", is_flag=True, help="Go on to the limit whatever the model says."),
+    click.option("--ignore-eos", is_flag=True, help="Keep writing past end-of-text tokens, up to the limit."),
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout is one JSON object.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Make the last line of stdout one JSON object.")
 
 PACKING_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size")
 SAMPLING_NAMES = (
@@ -176,7 +180,7 @@ def load_engine(
 ) -> Engine:
     """The engine that ``model_option`` and ``engine_options`` describe, with room for ``context`` tokens.
 
-    Without prefix reuse: a command reads one prompt, or measures several that begin alike and must be read alike.
+    Without prefix reuse: a command reads one prompt, or measures several with a common prefix that must be read the same way.
     """
     from skvq.engine.generate import Engine
 

@@ -1,4 +1,4 @@
-"""``skvq plan``: what a run would take."""
+"""``skvq plan``: what a run would need."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from skvq.engine.errors import OptionError
 
 @click.command(cls=OneLineCommand)
 @model_option
-@click.option("--ctx", type=click.IntRange(min=1), required=True, help="Tokens of context.")
+@click.option("--ctx", type=click.IntRange(min=1), required=True, help="Context in tokens.")
 @click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences alive at once.")
-@click.option("--memory", help="Memory to fit, as 80GiB; default: the device's.")
+@click.option("--memory", help="Memory to fit in, such as 80GiB; default: the device's.")
 @click.option("--device", default="auto", show_default=True, help="a100, h100, h200, 4090, or auto for this machine.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: what the device would use.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: the one the device would use.")
 @prefill_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="With --bits-budget: exact for the bits this file chose.")
-@click.option("--rope-scaling", help="KIND:FACTOR to go past the trained length: linear:4, dynamic:4, yarn:4.")
+@click.option("--rope-scaling", help="KIND:FACTOR, to exceed the trained length: linear:4, dynamic:4, yarn:4.")
 @cache_options
 @json_option
 def plan(**options: Any) -> None:
-    """What a run would take, from the model's shape alone: bytes by part, the largest context at each width."""
+    """Show what a run would need, from the model's shape alone: memory by part, largest context per width, times."""
     if options["calibration"] is not None and options["bits_budget"] is None:
-        raise OptionError("--calibration goes with --bits-budget: bytes of given bits do not depend on a calibration")
+        raise OptionError("--calibration needs --bits-budget: with given bits, memory does not depend on the calibration")
     cache = cache_config(options)
     from skvq.engine.plan_report import plan_report
 

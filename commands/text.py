@@ -1,4 +1,4 @@
-"""The text a command is given: as an option, from a file, from standard input."""
+"""The text given to a command: as an option, from a file, or from standard input."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from skvq.engine.errors import OptionError
 
 
 def read_text(prompt: str | None, file: str | None) -> str:
-    """The text given by -p, -f FILE or -f - (both: the file, then the prompt)."""
+    """The text given by -p, -f FILE or -f - (if both: the file, then the prompt)."""
     if prompt is None and file is None:
-        raise OptionError("no text: give -p TEXT, -f FILE, or -f - for standard input")
+        raise OptionError("no text given: use -p TEXT, -f FILE, or -f - for standard input")
     parts = [] if file is None else [file_text(file)]
     text = "\n\n".join(parts + ([] if prompt is None else [argument_text(prompt)]))
     if not text.strip():
@@ -25,11 +25,11 @@ def argument_text(argument: str) -> str:
     try:
         return argument.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
-        raise OptionError("the text of -p is not UTF-8: give it in a file with -f") from None
+        raise OptionError("the text of -p is not UTF-8: pass it in a file with -f") from None
 
 
 def corpus_text(file: str | None) -> str:
-    """The text of a file; without one, reference prose that comes with Python."""
+    """The text of a file; without one, Python's bundled documentation."""
     return built_in_corpus() if file is None else file_text(file)
 
 

@@ -1,4 +1,4 @@
-"""An answer as it grows: tokens drawn, text let through, and what ends it."""
+"""An answer as it grows: tokens drawn, text released, and what ends it."""
 
 from __future__ import annotations
 

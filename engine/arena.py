@@ -22,7 +22,7 @@ Page = tuple[tuple[str, TensorSpec], ...]
 
 PACKED_TENSORS = ("key_codes", "value_codes", "meta")
 SLOT_TENSORS = ("full_keys", "full_values", "full_positions", "full_mass")
-"""Of full-precision tokens: [L, S, KH, F, D] the first two, [L, S, F] the others."""
+"""Tensors of full-precision tokens: the first two are [L, S, KH, F, D], the others [L, S, F]."""
 
 
 def run_name(name: str, run: int) -> str:
@@ -82,7 +82,7 @@ class ArenaShape:
         return {name: ((self.pages, *shape), dtype) for name, (shape, dtype) in self.layer_pages[layer]}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """What the arena holds beside pages, by name."""
+        """What the arena holds besides pages, by name."""
         slots = (self.layers, self.sequences, self.kv_heads, self.full_slots, self.head_size)
         return {
             "full_keys": (slots, self.dtype),

@@ -41,7 +41,7 @@ def make_artifact(
 ) -> Artifact:
     """Calibrate on the first ``header.tokens`` of ``ids``; a budget is spent, and the header says how.
 
-    Tokens whose keys stand out are named in the header, and the reporter is told.
+    Tokens whose keys stand out are named in the header, and reported.
     """
     texts = texts_of(ids, header.tokens)
     outliers = OutlierTokens(texts)
@@ -58,8 +58,8 @@ def make_artifact(
     found = outliers.found()
     if found:
         report.message(
-            f"keys of token ids {', '.join(map(str, found))} stand out wherever they occur: --filter key-outliers, or "
-            f'--filter "token-ids(ids={list(found)})", keeps them in 16 bits'
+            f"the keys of token ids {', '.join(map(str, found))} are outliers wherever they occur: --filter key-outliers, or "
+            f'--filter "token-ids(ids={list(found)})", keeps these tokens in 16 bits'
         )
     return Artifact(replace(header, outlier_tokens=found), tensors)
 
@@ -150,10 +150,10 @@ def cached_or_made(
     path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
     if path.is_file():
         return load_for(path, model, cache, fingerprint)
-    report.message(f"no calibration of this model for these options yet: making one from {BUILT_IN}, kept in {path.parent}")
+    report.message(f"no calibration for this model and these options yet: making one from {BUILT_IN}, to keep in {path.parent}")
     artifact = make_artifact(model, rope, cache, encode(built_in_corpus()), header, backend, report)
     try:
         save_artifact(artifact, path)
     except SkvqError as error:
-        report.message(f"the calibration serves this run only: {error}")
+        report.message(f"the calibration could not be kept and is used for this run only: {error}")
     return artifact

@@ -1,4 +1,4 @@
-"""A prompt half read, on disk: what a prefill needs to go on after Ctrl-C, a crash or kill -9, bit for bit as if undisturbed.
+"""A half-read prompt on disk: what a prefill needs to resume after Ctrl-C, a crash or kill -9, with bit-identical results.
 
 Exact prefill is saved between two chunks of a layer: layers packed so far, hidden states of the whole prompt (those of this
 layer's finished chunks already replaced), this layer's keys and values so far. Streaming prefill is the sequence itself.
@@ -48,11 +48,11 @@ class ExactState:
     group ``group`` are done, and all of the groups before that.
 
     With one group the layer's output replaces its input chunk by chunk. With G > 1 groups the input stays until the last is
-    done; what heads have read is kept beside it.
+    done; what heads have read is kept separately.
     """
 
     hidden: Tensor  # [T, d], on the device or the host
-    attended: Tensor  # [G, T, H D / G], beside hidden; G = 0 where all heads are done at once
+    attended: Tensor  # [G, T, H D / G], in addition to hidden; G = 0 where all heads are done at once
     keys: Tensor  # [KH / G, T, D], of this group
     values: Tensor  # [KH / G, T, D]
     mass: Tensor  # float32 [T], of this layer
@@ -68,7 +68,7 @@ class ExactState:
 
     @property
     def filled(self) -> int:
-        """Tokens of this layer whose keys and values, of this group, are there."""
+        """Tokens of this layer whose keys and values, for this group, have been computed."""
         return min(self.chunk * self.chunk_tokens, len(self.hidden))
 
     def next_layer(self) -> None:
@@ -78,7 +78,7 @@ class ExactState:
 
 
 class Checkpoint(Protocol):
-    """What a prefill tells its checkpoint. ``ids`` are the tokens to be read after those the sequence held at the start."""
+    """What a prefill reports to its checkpoint. ``ids`` are the tokens to read after those the sequence held at the start."""
 
     def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
         """Bring state and reserved sequence to where the file says; nothing if there is none."""
@@ -96,7 +96,7 @@ class Checkpoint(Protocol):
         """Context manager around the work: an interrupt waits for the next point, where the file is written first."""
 
     def done(self) -> None:
-        """The prompt is read: the file has no use any more."""
+        """The prompt has been read: the file is no longer needed."""
 
 
 class NoCheckpoint:
@@ -138,8 +138,8 @@ class FileCheckpoint:
         theirs = {name: file.header.get(name) for name in ours}
         if theirs != ours:
             raise SessionError(
-                f"checkpoint {self.path} was written with {theirs}, this run has {ours}: give it the memory it had then, "
-                "or delete the file to start again"
+                f"checkpoint {self.path} was written with {theirs}, this run has {ours}: give it as much memory as "
+                "then, or delete the file to start again"
             )
         state.layer, state.group, state.chunk = (file.header[name] for name in ("layer", "group", "chunk"))
         layer, filled = state.layer, state.filled
@@ -156,7 +156,7 @@ class FileCheckpoint:
         state.keys[:, :filled], state.values[:, :filled] = keys.to(state.keys.device), values.to(state.keys.device)
         state.mass.copy_(mass)
         layers = sequence.setup.arena.shape.layers
-        self.report.message(f"going on from {self.path}: {layer} of {layers} layers and {filled:,} tokens of the next are done")
+        self.report.message(f"resuming from {self.path}: {layer} of {layers} layers and {filled:,} tokens of the next are done")
 
     def exact_point(self, sequence: SequenceCache, state: ExactState) -> None:
         if not self._is_due():
@@ -183,7 +183,7 @@ class FileCheckpoint:
         file = self._open(sequence, "streaming")
         sequence.truncate(0)
         fill_from(sequence, file)
-        self.report.message(f"going on from {self.path}: {sequence.length:,} of {len(whole_text):,} tokens are read")
+        self.report.message(f"resuming from {self.path}: {sequence.length:,} of {len(whole_text):,} tokens have been read")
 
     def streaming_point(self, sequence: SequenceCache) -> None:
         if self._is_due():
@@ -227,7 +227,7 @@ class FileCheckpoint:
             if theirs != ours:
                 raise SessionError(
                     f"checkpoint {self.path} was made with {what} {theirs!r}, this run has {ours!r}: give the same text and "
-                    "options to go on, or delete the file to start again"
+                    "options to resume, or delete the file to start again"
                 )
         return file
 
@@ -238,7 +238,7 @@ class FileCheckpoint:
         self._due = end + (max(self.seconds, WRITING_SHARE * (end - start)) if self.seconds else 0)
         if self._asked:
             self._asked = False
-            self.report.message(f"what is read so far is in {self.path}: the same command goes on from there")
+            self.report.message(f"what has been read so far is saved in {self.path}: run the same command to resume")
             raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""From a calibration's tensors to the layouts and codecs that kernels read: one a layer, or one for each run of its kv heads.
+"""From a calibration's tensors to the layouts and codecs that kernels read: one per layer, or one for each run of its kv heads.
 
 Neighbouring kv heads of the same bits make a run: kernels are compiled for one width of keys and one of values, so each run
 has page tensors and a launch of its own. Where bits do not differ by head a layer is one run.
@@ -47,14 +47,14 @@ def check_tensors(tensors: Mapping[str, Tensor], config: CacheConfig, model: Mod
     wanted = tensor_shapes(config, model)
     if set(tensors) != set(wanted):
         odd = sorted(set(tensors) ^ set(wanted))
-        raise CalibrationError(f"calibration {where} lacks or has too many of {', '.join(odd)}: calibrate again")
+        raise CalibrationError(f"calibration {where} has missing or unexpected tensors ({', '.join(odd)}): calibrate again")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise CalibrationError(f"calibration {where}: {name} has shape {tuple(tensors[name].shape)}, not {shape}")
     for name in (n for n in wanted if n.endswith("labels")):
         groups = model.num_kv_heads * model.head_size // config.group_size
         if any(sorted(set(row.tolist())) != list(range(groups)) for row in tensors[name]):
-            raise CalibrationError(f"calibration {where}: {name} does not name each of {groups} groups")
+            raise CalibrationError(f"calibration {where}: {name} must use each of {groups} groups: calibrate again")
 
 
 def runs_of(heads: Sequence[Widths]) -> list[tuple[slice, Widths]]:

@@ -85,9 +85,9 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ModelError(f"model config: {name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
-            raise ModelError(f"model config: {self.num_heads} query heads do not divide among {self.num_kv_heads} kv heads")
+            raise ModelError(f"model config: {self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads")
         if self.head_size % 2:
-            raise ModelError(f"model config: head size {self.head_size} is odd, RoPE turns channels in pairs")
+            raise ModelError(f"model config: head size {self.head_size} is odd, but RoPE needs pairs of channels")
         if not self.attention_spans:
             object.__setattr__(self, "attention_spans", (FULL_SPAN,) * self.num_layers)
         if len(self.attention_spans) != self.num_layers or min(self.attention_spans) < 1:
@@ -112,7 +112,7 @@ Widths = tuple[float, float]
 """Key bits and value bits."""
 
 LayerWidths = Widths | tuple[Widths, ...]
-"""Of a layer: the same in all its kv heads, or one pair for each."""
+"""Bit widths of a layer: one pair for all its kv heads, or one pair for each."""
 
 
 def pairs_of(layer: LayerWidths) -> tuple[Widths, ...]:
@@ -130,16 +130,16 @@ def pairs_of(layer: LayerWidths) -> tuple[Widths, ...]:
 class CacheConfig:
     """How a sequence's keys and values are kept (SKVQ, arXiv 2405.06219, section 3).
 
-    method: ``rotate`` (ours), ``reorder`` (SKVQ), ``plain`` (no transform) or ``fp`` (16 bits, the control).
+    method: ``rotate`` (ours), ``reorder`` (SKVQ), ``plain`` (no transform) or ``fp`` (16 bits, the baseline).
     key_bits, value_bits: 1.5 (three levels, stored at 1.6), 2, 3, 4 or 8; ignored by ``fp``.
-    bits_budget: most bits per packed number on average, codes and metadata counted: calibration then chooses the bits of each
-        kv head of each layer (``reorder``: of each layer), keys and values apart, in place of key_bits and value_bits.
-    layer_bits: (key bits, value bits) of each layer, or in its place one such pair for each kv head (not with ``reorder``,
-        whose groups span heads); empty where all layers have the same, or calibration has not chosen yet.
+    bits_budget: maximum average bits per packed number, codes and metadata counted. Calibration then chooses the bits of each
+        kv head of each layer (``reorder``: of each layer), for keys and values separately; replaces key_bits and value_bits.
+    layer_bits: (key bits, value bits) of each layer, or instead one such pair for each kv head (not with ``reorder``,
+        whose groups span heads); empty if all layers have the same bits, or calibration has not chosen yet.
     group_size: channels that share one scale and one zero point: 32, 64 or 128, at most the head size.
     window: most recent tokens held in 16 bits; packing goes a tile at a time, so there are ``window`` to
         ``window + tile - 1`` of them (tile is 128 tokens, 160 where any side has 1.5 bits), never fewer.
-    filters: rules that keep single tokens in 16 bits when they leave the window.
+    filters: rules that keep individual tokens in 16 bits when they leave the window.
     """
 
     method: str = "rotate"
@@ -170,11 +170,11 @@ class CacheConfig:
         if budget is None:
             return
         if not is_number(budget) or not 0 < budget <= 16:
-            raise OptionError(f"bits_budget must be a number of bits from 0 to 16, got {budget!r}")
+            raise OptionError(f"bits_budget must be a number of bits above 0 and at most 16, got {budget!r}")
         if (self.key_bits, self.value_bits) != (2.0, 2.0):
             raise OptionError(
                 f"bits_budget {budget:g} chooses the bits of each layer, so key_bits {self.key_bits:g} and value_bits "
-                f"{self.value_bits:g} cannot be kept: give one or the other"
+                f"{self.value_bits:g} cannot be set too: give one or the other"
             )
         object.__setattr__(self, "bits_budget", float(budget))
 
@@ -190,7 +190,7 @@ class CacheConfig:
 
     @property
     def code_bits(self) -> float:
-        """What the budget leaves for codes: metadata take two bytes a group."""
+        """What the budget leaves for codes: metadata takes two bytes per group."""
         assert self.bits_budget is not None
         return self.bits_budget - 16 / self.group_size
 
@@ -203,7 +203,7 @@ class CacheConfig:
 
     @property
     def by_head(self) -> bool:
-        """Whether kv heads of one layer may have other bits: groups of ``reorder`` span them."""
+        """Whether kv heads of one layer may differ in bits: groups of ``reorder`` span heads."""
         return self.method != "reorder"
 
     def with_bits(self, key_bits: float, value_bits: float) -> CacheConfig:
@@ -213,7 +213,7 @@ class CacheConfig:
     def fitted(self, model: ModelConfig) -> CacheConfig:
         """This config for a model's head size: a group never spans more than a head.
 
-        Raises OptionError where the head size is no multiple of the group size, or a budget is below the narrowest format.
+        Raises OptionError if the head size is not a multiple of the group size, or a budget is below the narrowest format.
         """
         if self.method == "fp":
             return self
@@ -224,21 +224,21 @@ class CacheConfig:
             raise OptionError(f"head size {model.head_size} is not a multiple of group size {group}: {advice}")
         if len(self.layer_bits) not in (0, model.num_layers):
             raise OptionError(
-                f"layer_bits names {len(self.layer_bits)} layers, the model has {model.num_layers}: give one pair each"
+                f"layer_bits names {len(self.layer_bits)} layers, the model has {model.num_layers}: give one pair per layer"
             )
         for layer, heads in enumerate(map(pairs_of, self.layer_bits)):
             if len(heads) > 1 and not self.by_head:
-                raise OptionError(f"layer_bits names bits by head in layer {layer}, but groups of {self.method} span heads")
+                raise OptionError(f"layer_bits gives bits per head in layer {layer}, but groups of {self.method} span heads")
             if len(heads) not in (1, model.num_kv_heads):
                 raise OptionError(
                     f"layer_bits names {len(heads)} heads in layer {layer}, the model has {model.num_kv_heads} kv heads: "
-                    "give one pair each"
+                    "give one pair per head"
                 )
         fitted = replace(self, group_size=group)
         least = stored_bits(min(BITS)) + 16 / group
         if fitted.is_open and fitted.code_bits < stored_bits(min(BITS)) - 1e-9:
             raise OptionError(
-                f"bits_budget {self.bits_budget:g} is below {least:g}, what 1.5-bit codes take with groups of {group}: "
+                f"bits_budget {self.bits_budget:g} is below {least:g}, the minimum for 1.5-bit codes with groups of {group}: "
                 "give a larger budget or larger groups"
             )
         return fitted
@@ -251,7 +251,7 @@ class SamplingConfig:
 
     repeat_penalty divides positive and multiplies negative logits of tokens seen before (CTRL, arXiv 1909.05858).
     top_k 0 and top_p 1 and min_p 0 keep everything; min_p is relative to the likeliest token.
-    seed: of the draws, the same for each answer; None draws a new one for each.
+    seed: used for every answer alike; None draws a new seed for each.
     stop: texts that end the generation and are not returned.
     """
 
@@ -276,10 +276,10 @@ class SamplingConfig:
             "min_p": (is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 (all) to 1"),
             "seed": (
                 self.seed is None or (is_whole(self.seed) and -(2**63) <= self.seed < 2**64),
-                "a whole number of 64 bits, or None",
+                "a 64-bit whole number, or None",
             ),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
-            "stop": (stop is not None and all(isinstance(s, str) and s for s in stop), "texts that are not empty"),
+            "stop": (stop is not None and all(isinstance(s, str) and s for s in stop), "non-empty texts"),
         }
         for name, (good, valid) in checks.items():
             if not good:

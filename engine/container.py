@@ -1,4 +1,4 @@
-"""A file of named tensors that is whole or refused: safetensors, written in pieces, read by mmap, with a checksum at its end.
+"""A file of named tensors, complete or refused: safetensors, written in pieces, read through mmap, with a checksum at its end.
 
 Layout: as safetensors says, 8 bytes of header length, a JSON header, the tensors one after another. The header's metadata
 hold one JSON object under ``skvq.<kind>``. The last tensor, ``checksum``, is the BLAKE2b of the BLAKE2b of every 64 MiB of
@@ -69,8 +69,8 @@ class Container:
         """The tensor of that name. Raises SessionError unless it has this type and shape."""
         found = self.tensors.get(name)
         if found is None or found.dtype != dtype or tuple(found.shape) != tuple(shape):
-            what = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-            raise SessionError(f"{self.path} holds {what} as {name}, not {dtype} {tuple(shape)}: it cannot be used here")
+            what = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise SessionError(f"{self.path}: {name} is {what}, not {dtype} {tuple(shape)}: the file cannot be used here")
         return found
 
 
@@ -121,14 +121,14 @@ def open_container(path: Path, kind: str) -> Container:
     header, table, start = _read_table(path, kind, data)
     size = start + max((int(e["data_offsets"][1]) for e in table.values()), default=0)
     if size != len(data):
-        raise SessionError(f"{kind} {path} has {len(data):,} bytes of {size:,}: it was cut short; delete it and start again")
+        raise SessionError(f"{kind} {path} is truncated, {len(data):,} of {size:,} bytes: delete it and start again")
     if CHECKSUM not in table or _checksum(memoryview(data)[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
-        raise SessionError(f"{kind} {path} is corrupt: its checksum does not match; delete it and start again")
+        raise SessionError(f"{kind} {path} is corrupt, its checksum does not match: delete it and start again")
     return Container(path, header, {name: _view(data, start, e) for name, e in table.items()})
 
 
 def read_header(path: Path, kind: str) -> dict[str, Any]:
-    """What the file says of itself, unverified: to refuse it before long work. Raises SessionError if it is of another kind."""
+    """What the file says about itself, unverified: checked before long work. Raises SessionError if it is of another kind."""
     return _read_table(path, kind, _map(path, kind))[0]
 
 
@@ -155,9 +155,9 @@ def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any],
             if math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize != last - first or first < 0:
                 raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise SessionError(f"{path} is no {kind} of skvq, or a broken one: give another file name, or delete it") from None
+        raise SessionError(f"{path} is not an skvq {kind}, or is damaged: give another file name, or delete it") from None
     if not isinstance(header, dict):
-        raise SessionError(f"{path} is a safetensors file but no {kind} of skvq: it lacks the header; give another file name")
+        raise SessionError(f"{path} is a safetensors file, not an skvq {kind}: give another file name")
     return header, table, 8 + length
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong that a user can mend: one line that says what, with the numbers, and what to do."""
+"""Errors that a user can fix: one line that says what is wrong, with the numbers, and what to do."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 
 
 class SkvqError(Exception):
-    """Base of every error a user can mend. The command line prints it as one line and exits with 2."""
+    """Base of every error that a user can fix. The command line prints it as one line and exits with status 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 class OptionError(SkvqError):
-    """An option is unknown, malformed, or does not go with another."""
+    """An option is unknown, malformed, or conflicts with another."""
 
 
 class ModelError(SkvqError):
-    """Weights, config or tokenizer are missing, corrupt, or of a kind this engine does not know."""
+    """Weights, config or tokenizer are missing, corrupt, or of a kind this engine does not support."""
 
 
 class CapacityError(SkvqError):

@@ -1,4 +1,4 @@
-"""What decode would see, at every position of a text at once, and how far it is from the 16-bit cache."""
+"""What decode would see at every position of a text, computed at once, and how far it is from the 16-bit cache."""
 
 from __future__ import annotations
 

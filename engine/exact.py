@@ -1,7 +1,7 @@
-"""Exact prefill: layers outside, chunks inside, a layer's keys and values in full precision while it is read, then packed.
+"""Exact prefill: by layer, then by chunk; a layer's keys and values stay in full precision while it is read, then are packed.
 
 Two readers do a layer. ``AllHeads`` holds its keys and values of all heads. ``HeadGroups`` holds those of a group of kv heads
-and goes over the prompt once a group; then, piece by piece, it packs what it computes once more. ``PrefillForm`` says which,
+and goes over the prompt once per group; then, piece by piece, it packs what it computes once more. ``PrefillForm`` says which,
 and where hidden states lie. Both give the same bytes.
 """
 
@@ -42,7 +42,7 @@ class Reader(Protocol):
         """What ``read`` takes."""
 
     def last_work(self) -> Work:
-        """What ``finish`` takes beside packing."""
+        """What ``finish`` takes besides packing."""
 
 
 def exact_prefill(

@@ -44,12 +44,12 @@ class LeavingTokens:
 class FilterRule(Protocol):
     """What a rule must have.
 
-    On a GPU rules are asked about different layers on different streams: tensors kept between calls must be kept by layer.
+    On a GPU rules are asked about different layers on different streams: keep tensors that outlive a call separately per layer.
     """
 
     @property
     def budget(self) -> int:
-        """Most tokens it keeps in one sequence."""
+        """The most tokens it keeps in one sequence."""
 
     @property
     def needs_attention_mass(self) -> bool:
@@ -84,7 +84,7 @@ class AttentionSinks:
 @option_class
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Tokens with one of these ids: separators, role marks, whatever the user knows to matter."""
+    """Tokens with one of these ids: separators, role markers, whatever the user knows to matter."""
 
     ids: Collection[int]
     budget: int = 64
@@ -99,7 +99,7 @@ class TokenIds:
         _check_budget(self.budget, "TokenIds.budget")
 
     def __repr__(self) -> str:
-        """The same for the same ids, whatever their order: sessions are recognized by it."""
+        """Identical for the same ids in any order: sessions are matched by it."""
         return f"TokenIds(ids=frozenset({{{', '.join(map(str, sorted(self.ids)))}}}), budget={self.budget})"
 
     @property
@@ -197,7 +197,7 @@ def rule_from_text(text: str) -> FilterRule:
 def check_rule(rule: object, what: str) -> FilterRule:
     """The rule, whoever wrote it, if it has what a rule must have; else OptionError."""
     if not isinstance(rule, FilterRule):
-        raise OptionError(f"{what} lacks budget, needs_attention_mass or keep(tokens)")
+        raise OptionError(f"{what} must have budget, needs_attention_mass and keep(tokens)")
     _check_budget(rule.budget, f"budget of {what}", least=0)
     return rule
 

@@ -1,4 +1,4 @@
-"""What makes the bytes of two caches mean the same: a session or checkpoint is refused unless all of it is equal."""
+"""What must match for stored cache bytes to mean the same: a session or checkpoint is refused unless all of it does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = {
     "layer_bits": "bits by layer",
 }
 SAME_BITS = "the same in all"
-"""Bits by layer where no layer has its own."""
+"""Bits by layer if no layer has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

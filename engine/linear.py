@@ -1,4 +1,4 @@
-"""Matrices of a model held as their file has them, and embeddings; dense ones are ``kernels.linear``."""
+"""Model matrices held in the form their file has, and embeddings; dense matrices are in ``kernels.linear``."""
 
 from __future__ import annotations
 

@@ -110,10 +110,10 @@ def load_parts(
     planned: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "prefill": prefill, **asdict(room)}
     context, plan = plan_that_fits(config, cache, max_context, **planned)
     if plan.form != PrefillForm(prefill=prefill):
-        report.message(f"to fit {context:,} tokens, prompts that need it are read {plan.form}")
+        report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
     full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
     if context > config.trained_context:
-        report.message(f"{beyond_training(context, config.trained_context)}; memory and speed are real")
+        report.message(f"{beyond_training(context, config.trained_context)}; memory and speed are not affected")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
@@ -151,7 +151,7 @@ class Room:
 
     @classmethod
     def beside(cls, device: torch.device, weight_bytes: int) -> Room:
-        """The room for another cache over weights that are there."""
+        """The room for another cache over weights already loaded."""
         room = cls.of(device, weight_bytes)
         return replace(room, memory=room.memory + room.weight_bytes + room.cuda_bytes)
 
@@ -220,7 +220,7 @@ def cache_setup(
 def with_cache(
     parts: EngineParts, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
 ) -> EngineParts:
-    """The same weights with another cache. Raises CapacityError if there is no room for it beside this one."""
+    """The same weights with another cache. Raises CapacityError if there is no room for it in addition to this one."""
     config, embedding = parts.model.config, parts.model.weights.embedding
     cache = cache.fitted(config)
     room = Room.beside(embedding.device, parts.plan.parts["weights"])

@@ -1,4 +1,4 @@
-"""What this machine has: device, memory, dtype that suits it."""
+"""What this machine has: a device, its memory, and the dtype that suits it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise OptionError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from None
+        raise OptionError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
+        raise OptionError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs")
+        raise OptionError(f"device {name!r} does not exist; GPUs on this machine: {torch.cuda.device_count()}")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # which of them is never open
 
 
@@ -56,7 +56,7 @@ def set_threads(count: int) -> None:
 
 
 def pinnable_memory(device: torch.device) -> int:
-    """Bytes of host memory that can be pinned beside a GPU; none where the device is the host itself."""
+    """Bytes of host memory that can be pinned for a GPU; none if the device is the host itself."""
     return available_memory(torch.device("cpu")) if device.type == "cuda" else 0
 
 

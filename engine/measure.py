@@ -1,4 +1,4 @@
-"""Measuring: times of calls, what this machine can do at most, what it is called."""
+"""Measuring: times of calls, this machine's limits, and its name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def timed(call: Callable[[], object], device: torch.device, count: int) -> list[
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a copy far larger than any cache, the best of several: the ceiling of whatever reads
+    """Bytes read and written per second by a copy far larger than any cache, the best of several: the ceiling of whatever reads
     memory."""
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.ones(min(size, available_memory(device) // 4), dtype=torch.uint8, device=device)

@@ -45,7 +45,7 @@ class CacheMethod(Attends, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run(Generic[Codec]):
-    """Neighbouring kv heads of a layer that are stored alike: most layers are one run."""
+    """Neighbouring kv heads of a layer that are stored in the same way: most layers are one run."""
 
     heads: slice
     pages: PackedPages
@@ -108,7 +108,7 @@ def _joined(found: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, T
 
 
 class HeadMethod(PackedMethod[HeadCodec]):
-    """``rotate`` and ``plain``: packed keys carry their turn, so their positions go on counting when tokens are dropped."""
+    """``rotate`` and ``plain``: packed keys carry their turn, so their positions keep counting when tokens are dropped."""
 
     def __init__(
         self, arena: Arena, layouts: Sequence[Sequence[PageLayout]], codecs: Sequence[Sequence[HeadCodec]], backend: Backend
@@ -155,7 +155,7 @@ class LabelMethod(PackedMethod[LabelCodec]):
 
 
 class PlainMethod:
-    """16-bit keys and values: the control group, same arena, same path."""
+    """16-bit keys and values: the baseline, same arena, same path."""
 
     def __init__(self, arena: Arena, backend: Backend) -> None:
         layers = range(arena.shape.layers)

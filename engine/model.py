@@ -1,4 +1,4 @@
-"""The Llama-family transformer: weights, and one layer after another. What a cache is made of never shows here."""
+"""The Llama-family transformer: weights, and one layer after another. It knows nothing of how a cache is made."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """``skvq needle``: a fact hidden at some depth of a long text, read through the real packed cache, then asked for.
 
-Two scores, so that a small model says something too: whether greedy decoding gives the answer, and the log-probability and
+Two scores, so that small models are informative too: whether greedy decoding gives the answer, and the log-probability and
 rank of the answer's tokens against those of the same model over a 16-bit cache.
 """
 
@@ -98,7 +98,7 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
     room = context - len(first) - len(needle) - len(question) - len(answer) - EXTRA_TOKENS
     if room < 16 or not answer:
         least = context - room + 16
-        raise OptionError(f"a context of {context} tokens has no room for the needle and its question: at least {least}")
+        raise OptionError(f"a context of {context} tokens has no room for the needle and its question: use at least {least}")
     hay = [haystack[i % len(haystack)] for i in range(room)]
     at = round(depth / 100 * room)
     return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer)
@@ -178,7 +178,7 @@ def _measured(engine: Engine, question: Question, packed: Tensor, answer: str) -
 
 
 def reference_of(engine: Engine) -> list[Engine]:
-    """An engine over a 16-bit cache beside this one; none, with a message that says so, where memory does not hold it."""
+    """A second engine, over a 16-bit cache; none, with a message that says so, if memory is too small for it."""
     try:
         return [engine.with_cache(replace(engine.parts.cache, method="fp"), max_sequences=2)]
     except CapacityError as error:
@@ -187,7 +187,7 @@ def reference_of(engine: Engine) -> list[Engine]:
 
 
 def summary(found: Sequence[Needle]) -> dict[str, Any]:
-    """Shares and means over the map, and every place of it."""
+    """Shares and means over the map, and every point of it."""
     rows = [n.as_dict() for n in found]
     names: list[str] = [n for n in ("retrieved", "logprob", "retrieved_fp", "logprob_fp", "kl") if n in rows[0]]
     means: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in names}

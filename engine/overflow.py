@@ -1,10 +1,10 @@
-"""What happens when a sequence's context is full: it stops, or its oldest pages are dropped behind the attention sinks.
+"""What happens when a sequence's context is full: it stops, or its oldest pages are dropped, except the attention sinks.
 
 Dropping D tokens (whole pages) moves every later token's place in the sequence down by D; the sinks keep theirs, so they
-stand right before what is left (StreamingLLM, arXiv 2309.17453, section 3.2). RoPE sees only differences of positions, so
+directly precede what is left (StreamingLLM, arXiv 2309.17453, section 3.2). RoPE sees only differences of positions, so
 two of three groups must agree with the third, which cannot be changed: packed keys.
 
-    packed keys carry the turn they were cached with (rotate, plain, fp): they stay, queries and new keys go on counting
+    packed keys carry the turn they were cached with (rotate, plain, fp): they stay, queries and new keys keep counting
         from ``place + dropped``, and the sinks are turned on by D
     packed keys are turned when read (reorder): places are positions, and tokens of the window are turned back by D
 
@@ -78,11 +78,11 @@ def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:
     least = PAGE_TOKENS + regions.ring + CHUNK_TOKENS
     if name == "shift" and max_context < least:
         raise CapacityError(
-            f"on_full 'shift' drops whole pages of {PAGE_TOKENS:,} tokens, for which a context of {max_context:,} is too "
-            f"short: load with a max_context (--ctx) of at least {least:,}, or on_full 'stop'"
+            f"on_full 'shift' drops whole pages of {PAGE_TOKENS:,} tokens and needs a context of at least {least:,}; this one "
+            f"is {max_context:,}: load with a larger max_context (--ctx), or on_full 'stop'"
         )
     if name == "shift" and regions.sinks > PAGE_TOKENS:
-        raise CapacityError(f"on_full 'shift' keeps at most {PAGE_TOKENS:,} attention sinks, not {regions.sinks:,}")
+        raise CapacityError(f"on_full 'shift' keeps at most {PAGE_TOKENS:,} attention sinks, got {regions.sinks:,}")
     return MODES[name]
 
 

@@ -1,4 +1,4 @@
-"""How long the rest of some work will take, from how long its parts have taken so far."""
+"""How long the remaining work will take, from how long its parts have taken so far."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Pace:
         return done / (done + float(speed @ left)) if done else 0.0
 
     def _seconds_per_unit(self, elapsed: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Of each kind, up to a factor: only their ratio matters to the share."""
+        """The cost of each kind of work, up to a factor: only their ratio matters."""
         mean = max(elapsed, 1e-9) / max(float(self._done.sum()), 1e-300)
         ridge = RIDGE * float(np.trace(self._products)) * np.eye(len(self._done))
         wrong = self._seconds - self._products @ np.full(len(self._done), mean)

@@ -1,4 +1,4 @@
-"""``skvq plan``: bytes by part, the largest context at each width, and times predicted from the card's limits."""
+"""``skvq plan``: memory by part, the largest context at each bit width, and times predicted from the card's limits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Card:
     bandwidth: float
     flops: float
     dtype: torch.dtype
-    host_memory: int = 0  # that may be pinned beside it
+    host_memory: int = 0  # that may be pinned for it
     host_bandwidth: float = 2e10  # bytes per second of a copy between the two: PCIe 4 with 16 lanes, less what it loses
     weight_efficiency: float = 0.75
     cache_efficiency: float = 0.80
@@ -143,7 +143,7 @@ class PlanReport:
         ]
         if self.cache.is_open:
             lines += [
-                "upper bound: calibration chooses the bits of each layer; give its file with --calibration for what it takes"
+                "upper bound: calibration chooses the bits of each layer; pass its file with --calibration for exact figures"
             ]
         lines += [f"  {name:32} {gib(size):>12}" for name, size in plan.parts.items()]
         verdict = "fits" if plan.fits else "DOES NOT FIT"
@@ -157,11 +157,11 @@ class PlanReport:
             "",
             f"predicted, at {card.weight_efficiency:.0%} / {card.cache_efficiency:.0%} of {card.bandwidth / 1e9:,.0f} GB/s for "
             f"weights / cache and {card.matrix_efficiency:.0%} of {card.flops / 1e12:,.1f} TFLOP/s:",
-            f"  {'reading the whole context':32} {_duration(self.prefill_seconds):>12}",
-            f"  {'a token, context full':32} {self.decode_ms:>9,.1f} ms",
+            f"  {'prefill of the whole context':32} {_duration(self.prefill_seconds):>12}",
+            f"  {'per token, at full context':32} {self.decode_ms:>9,.1f} ms",
         ]
         if plan.context > self.trained_context:
-            lines += ["", f"{beyond_training(plan.context, self.trained_context)}: memory and times are those above"]
+            lines += ["", f"{beyond_training(plan.context, self.trained_context)}; memory and times above are not affected"]
         return "\n".join(lines)
 
 
@@ -188,7 +188,7 @@ def plan_report(
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:
-            raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, as 80GiB")
+            raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
     options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
     place = "cuda" if card.name in CARDS else card.name
     options |= {"host_memory": card.host_memory, "cuda_bytes": cuda_bytes(place)}
@@ -226,7 +226,7 @@ def predicted_prefill(config: ModelConfig, card: Card, context: int, form: Prefi
 
 
 def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, context: int) -> float:
-    """Seconds a token: every weight (but the embedding table) and every packed byte in sight read once."""
+    """Seconds per token: every weight (but the embedding table) and every packed byte in sight read once."""
     weights = (
         config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     ) * card.dtype.itemsize

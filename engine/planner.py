@@ -1,4 +1,4 @@
-"""What a run will take, from the model's shape and the options alone: every byte before the first is allocated."""
+"""What memory a run needs, from the model's shape and the options alone: every byte is counted before any is allocated."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def arena_shape(
 class Plan:
     """Bytes by part of one run. ``parts`` is in the order of allocation; their sum is the peak on the device.
 
-    ``host_parts`` are bytes of pinned host memory beside it; ``form`` is how a prompt that fills the context is read.
+    ``host_parts`` are bytes of pinned host memory in addition; ``form`` is how a prompt that fills the context is read.
     """
 
     context: int
@@ -137,7 +137,7 @@ class Plan:
             largest = max(self.parts, key=lambda part: self.parts[part])
             host = f" and {gib(self.host_total)} of host memory" if self.host_parts else ""
             raise CapacityError(
-                f"a context of {self.context:,} tokens needs {gib(self.total)}{host}, {gib(self.memory)} are there "
+                f"a context of {self.context:,} tokens needs {gib(self.total)}{host}, only {gib(self.memory)} is available "
                 f"(largest part: {largest}, {gib(self.parts[largest])}; prefill: {self.form})"
             )
 
@@ -190,7 +190,7 @@ def make_plan(
     """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
 
     Of the forms of exact prefill it takes the cheapest that fits, and if none does the one that needs least.
-    ``host_memory`` is what may be pinned beside a GPU, ``cuda_bytes`` what CUDA itself takes (``machine.cuda_bytes``): both 0
+    ``host_memory`` is what may be pinned for a GPU, ``cuda_bytes`` what CUDA itself takes (``machine.cuda_bytes``): both 0
     where the device is the host.
 
     ``weight_bytes`` from ``storage.Form.held_bytes`` are exact too, from ``usual_weight_bytes`` what to expect. While

@@ -35,7 +35,7 @@ STORED_TOLERANCE = 0.75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """How one planted token came out, the worst over layers and heads."""
+    """How one planted token fared, the worst over layers and heads."""
 
     context: int
     depth: float
@@ -55,8 +55,8 @@ class Found:
         """For people."""
         return (
             f"{self.context:>9,} tokens  depth {self.depth:5.1f} %  {self.region:8}  {'found' if self.good else 'LOST '}  "
-            f"lse off by {self.lse_error:.4f}, output by {self.output_error:.2%} of what is stored, stored by "
-            f"{self.stored_error:.1%} of what was planted, {self.ms:.1f} ms a layer"
+            f"errors: lse {self.lse_error:.4f}, output against stored {self.output_error:.2%}, stored against planted "
+            f"{self.stored_error:.1%}; {self.ms:.1f} ms per layer"
         )
 
 
@@ -70,7 +70,7 @@ def plants_at(depths: Sequence[float], context: int, kv_heads: int, size: int, s
         query, value = (torch.randint(2, (kv_heads, size), generator=generator).float() * 2 - 1 for _ in range(2))
         plants.append(Plant(position=round(depth / 100 * (context - 1)), key=query * SCORE / math.sqrt(size), value=2 * value))
     if len({p.position for p in plants}) < len(plants):
-        raise OptionError(f"{len(plants)} depths do not fit {context} tokens one by one: give fewer, or a longer --ctx")
+        raise OptionError(f"{len(plants)} depths do not fit in {context} tokens separately: give fewer, or a longer --ctx")
     return plants
 
 

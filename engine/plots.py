@@ -1,4 +1,4 @@
-"""Pictures of what was measured, through matplotlib where it is installed: the needle's heat map, error by depth."""
+"""Plots of what was measured, with matplotlib if it is installed: the needle's heat map, error by depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from skvq.engine.errors import OptionError
 
 
 def require_matplotlib() -> None:
-    """Raise OptionError, before any work is done, where there is no matplotlib."""
+    """Raise OptionError, before any work is done, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

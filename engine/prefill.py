@@ -1,4 +1,4 @@
-"""Reading a prompt by streaming: chunks outside, layers inside, against the packed cache; a few tokens as decode steps.
+"""Streaming prefill: by chunk, then by layer, attending to the packed cache; a few tokens are read as decode steps.
 Exact prefill has the same chunks inside its layers (``exact``)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a prompt is held while it is read: what lies on the device, what in host memory, and how many heads at a time.
+"""How a prompt is held while it is read: what is on the device, what is in host memory, and how many heads at a time.
 
 Exact prefill has hidden states of the whole prompt and a layer's keys and values of all of it. When the device has no room
 for both, hidden states go to pinned host memory and pass through the device chunk by chunk; when a layer's keys and values
@@ -14,7 +14,7 @@ from skvq.kernels.dense import MOST_PARTS
 from skvq.kernels.layout import PAGE_TOKENS
 
 PIECE_TOKENS = 8 * PAGE_TOKENS
-"""Tokens packed in one call, a whole number of tiles: bounds what packing needs beside the arena."""
+"""Tokens packed in one call, a whole number of tiles: bounds what packing needs besides the arena."""
 
 CHUNK_TOKENS = 1024
 """Tokens that go through a layer's projections and MLP at once in prefill."""

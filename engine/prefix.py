@@ -1,8 +1,8 @@
-"""Prompts that begin alike share pages: whole packed pages, by the hash of all tokens up to their end, while there is room.
+"""Prompts with a common prefix share its full packed pages, found by a hash of all tokens up to their end, if there is room.
 
-A prompt read exactly attends to all of itself in full precision. With a reused prefix only the rest is read, by streaming,
-against the packed pages, as the next turn of a conversation is: much faster, and not the same to the last bit. Whatever must
-read every prompt alike (``skvq needle``, ``skvq bench``) loads its engine with ``prefix_cache=False``.
+A prompt read exactly attends to all of itself in full precision. With a reused prefix only the remainder is read, by streaming,
+attending to the packed pages, as in the next turn of a chat: much faster, but not bit-identical. Whatever must
+read every prompt the same way (``skvq needle``, ``skvq bench``) loads its engine with ``prefix_cache=False``.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, bos: bool) -> list[int
     if isinstance(prompt, (Tensor, np.ndarray)):
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-        raise OptionError(f"a prompt is a text, token ids or chat messages, not {type(prompt).__name__}")
+        raise OptionError(f"a prompt must be a text, token ids or chat messages, not {type(prompt).__name__}")
     if prompt and isinstance(prompt[0], Mapping):
         return list(tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, Integral):
-            raise OptionError(f"token ids of one prompt are whole numbers, got {str(token)[:80]!r}")
+            raise OptionError(f"the token ids of a prompt must be whole numbers, got {str(token)[:80]!r}")
     return [int(token) for token in prompt]  # type: ignore[arg-type]

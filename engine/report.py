@@ -1,4 +1,4 @@
-"""What the engine tells a person while it works: messages and progress bars, on stderr or nowhere."""
+"""What the engine reports while it works: messages and progress bars, on stderr or nowhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Bar(Protocol):
     """Progress of one piece of work, in one kind of work or several."""
 
     def advance(self, *work: float) -> None:
-        """So much of each kind is done since the last call."""
+        """Report how much of each kind has been done since the last call."""
 
 
 class Reporter(Protocol):
@@ -29,7 +29,7 @@ class Reporter(Protocol):
 
 
 class _Tqdm:
-    """Shows the share of the whole time that has passed, so that tqdm's own time to go is that of the pace."""
+    """Shows the share of the whole time that has passed, so that tqdm's remaining time is that of the pace."""
 
     def __init__(self, bar: tqdm[None], pace: Pace) -> None:
         self._bar, self._pace = bar, pace
@@ -59,7 +59,7 @@ class StderrReporter:
 
 
 class Quiet:
-    """Nothing anywhere."""
+    """Reports nothing."""
 
     def message(self, text: str) -> None:
         pass

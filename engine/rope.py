@@ -50,11 +50,8 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
 
 
 def beyond_training(context: int, trained: int) -> str:
-    """What to tell a person of a context that is longer than the trained one."""
-    return (
-        f"{context:,} tokens are beyond the {trained:,} that this model was trained for, answers past that length are not to "
-        "be trusted"
-    )
+    """The warning for a context longer than the trained one."""
+    return f"{context:,} tokens exceed the {trained:,} that this model was trained for: output beyond that is unreliable"
 
 
 def at_positions(rope: RopeFrequencies, positions: Tensor) -> StepRope:

@@ -1,5 +1,5 @@
 """``skvq bench soak``: random append, fork, truncate, save, restore and free, with every invariant checked after each step.
-A sequence whose context is full drops its oldest pages and goes on.
+A sequence whose context is full drops its oldest pages and continues.
 
 Each sequence has a shadow: what reading it back must give. A token in the window or retained reads back as it was given, bit
 for bit; a packed one reads back close to it once, and from then on exactly as it did then, whatever else happens.

@@ -1,4 +1,4 @@
-"""The form a model's weights are held in: one dtype on one device, or on the CPU what the file has (``stored``)."""
+"""The form a model's weights are held in: one dtype on one device or, on the CPU, the file's own form (``stored``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights on the CPU in the form their file has: GGUF blocks, 16-bit floats, the rest float32."""
+"""A model's weights on the CPU, in the form their file has: GGUF blocks, 16-bit floats, the rest float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HALVES = (str(torch.float16), str(torch.bfloat16))
 class StoredStorage:
     """GGUF blocks and 16-bit floats as their file has them, the rest float32. Arithmetic is float32 for all.
 
-    A block type that cannot be kept is expanded, and the reporter is told once.
+    A block type that cannot be kept is expanded, which is reported once.
     """
 
     def __init__(self, reader: WeightReader, report: Reporter) -> None:
@@ -57,7 +57,7 @@ class StoredStorage:
             return blocks.kind, blocks.data
         if blocks is not None and blocks.kind not in self._told:
             self._told.add(blocks.kind)
-            self._report.message(f"blocks of type {blocks.kind} are held as float32: more memory, slower decoding")
+            self._report.message(f"weight blocks of type {blocks.kind} are held as float32: more memory, slower decoding")
         data = self._reader.read(name)
         return (str(data.dtype), data.contiguous()) if HalfMatrix.takes(data) else ("floats", data.float())
 

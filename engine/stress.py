@@ -57,8 +57,8 @@ def bare_setup(
     memory = available_memory(device)
     if shape.nbytes > memory:
         raise CapacityError(
-            f"the arena for {max_context:,} tokens takes {gib(shape.nbytes)}, {gib(memory)} are there: choose a smaller --ctx, "
-            "fewer --layers or fewer bits"
+            f"the arena for {max_context:,} tokens needs {gib(shape.nbytes)}, only {gib(memory)} is available: "
+            "choose a smaller --ctx, fewer --layers or fewer bits"
         )
     rope = frequencies(config, max_context, device)
     return cache_setup(

@@ -1,4 +1,4 @@
-"""The closing line of a run: what it read and wrote, how fast, and what its cache takes."""
+"""The closing line of a run: what it read and wrote, how fast, and how large its cache is."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Summary:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens read a second."""
+        """Prompt tokens read per second."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens that decode steps wrote a second."""
+        """Tokens that decode steps wrote per second."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def line(self) -> str:

@@ -1,4 +1,4 @@
-"""cuDNN's attention, up to twice as fast as flash attention on Hopper, where it can be taken and gives what flash gives.
+"""cuDNN's attention, up to twice as fast as flash attention on Hopper, used where it applies and agrees with flash.
 
 What torch's op does was read in its sources (2.10 to 2.13): log-sum-exp natural, float32 [B, H, N, 1]; as many query as kv
 heads (no ``enable_gqa``); a causal mask aligned to the upper left, so only whole rectangles are asked of it, without a mask.
@@ -81,7 +81,7 @@ class CudnnAttention:
         allowed = 4 * torch.finfo(q.dtype).eps
         if not (apart <= allowed and lse_apart <= allowed):  # a nan is neither
             off = f"{apart:.2g}, log-sum-exp {lse_apart:.2g}, {allowed:.2g} allowed"
-            self._refuse(q, k, f"is off from flash attention by {off}")
+            self._refuse(q, k, f"differs from flash attention by {off}")
             return wanted, wanted_lse
         self._checked.add(kind)
         return out, lse
@@ -90,12 +90,12 @@ class CudnnAttention:
         self.trusted = False
         dtype, (heads, count, size) = str(q.dtype).removeprefix("torch."), q.shape
         shape = f"{dtype}, {heads} heads of {size}, {count} queries, {k.shape[1]} keys"
-        print(f"skvq: cuDNN's attention ({shape}) {what}; prefill goes on with flash attention", file=sys.stderr)
+        print(f"skvq: cuDNN's attention ({shape}) {what}; prefill continues with flash attention", file=sys.stderr)
 
 
 @functools.cache
 def cudnn_on(device: torch.device) -> CudnnAttention:
-    """That of a device: what has been found out about it holds for the process."""
+    """The instance for a device: what it has found out holds for the whole process."""
     return CudnnAttention(torch.cuda.get_device_capability(device))
 
 

@@ -1,4 +1,4 @@
-"""Matrices of a model as its operations see them."""
+"""A model's matrices as its operations see them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def load_artifact(path: Path) -> Artifact:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
-        raise CalibrationError(f"calibration {path} is broken: {broken[0]} holds NaN or inf; calibrate again")
+        raise CalibrationError(f"calibration {path} is broken, {broken[0]} holds NaN or inf: calibrate again")
     return Artifact(header, tensors)
 
 
@@ -100,11 +100,11 @@ def _opened(path: Path) -> Iterator[Any]:
 def _header(metadata: Mapping[str, str] | None, path: Path) -> ArtifactHeader:
     text = (metadata or {}).get(HEADER_KEY)
     if text is None:
-        raise CalibrationError(f"{path} is a safetensors file but no calibration of skvq: it lacks the header")
+        raise CalibrationError(f"{path} is a safetensors file, not an skvq calibration: give another file")
     found = json.loads(text)
     known = {f.name: f.type for f in fields(ArtifactHeader)}
     if not isinstance(found, dict) or set(found) != set(known):
-        raise CalibrationError(f"calibration {path} has another header than schema {SCHEMA}: calibrate again")
+        raise CalibrationError(f"calibration {path} has a header that does not match schema {SCHEMA}: calibrate again")
     if found["schema"] != SCHEMA:
         raise CalibrationError(f"calibration {path} has schema {found['schema']}, this skvq reads {SCHEMA}: calibrate again")
     return ArtifactHeader(**found | {name: _as_tuples(found[name]) for name in ("layer_bits", "outlier_tokens")})

@@ -106,7 +106,7 @@ def _indexed_shards(index: Path) -> dict[str, tuple[str, ...]]:
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
-            raise ModelError(f"{index}: {name} lies in {str(file)[:80]!r}, which is no safetensors file of this folder")
+            raise ModelError(f"{index}: {name} is in {str(file)[:80]!r}, which is not a safetensors file in this folder")
         shards.setdefault(file, []).append(name)
     missing = [file for file in shards if not (index.parent / file).is_file()]
     if missing:
@@ -122,12 +122,12 @@ def _open_shards(folder: Path) -> dict[str, _Entry]:
         twice = [name for name in found if name in entries]
         if twice:
             raise ModelError(
-                f"{folder}: {len(twice)} tensors lie in two shards, e.g. {twice[0]} in {entries[twice[0]].file} "
-                f"and {file}: remove the shards of another download"
+                f"{folder}: {len(twice)} tensors are in two shards, e.g. {twice[0]} in {entries[twice[0]].file} "
+                f"and {file}: remove shards left from another download"
             )
         lost = [name for name in promised if name not in found]
         if lost:
-            raise ModelError(f"{folder / file}: {len(lost)} tensors that the index puts here are not, e.g. {lost[0]}")
+            raise ModelError(f"{folder / file}: {len(lost)} tensors that the index places here are missing, e.g. {lost[0]}")
         entries |= found
     return entries
 

@@ -1,4 +1,4 @@
-"""Weights and a tokenizer out of nothing, so that memory, speed and the cache can be exercised without a download."""
+"""Made-up weights and tokenizer, to exercise memory, speed and the cache without a download."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SPACE = "\u2581"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerSettings:
-    """What a model's files say beside the vocabulary.
+    """What a model's files say besides the vocabulary.
 
     adds_bos: whether a text begins with ``bos_token_id``; special_tokens: name -> spelling, for the chat template;
     model_vocab: rows of the model's embedding: a larger id would read past its end.
@@ -39,7 +39,7 @@ class TokenizerSettings:
         """The ids, or ModelError if one has no row in the embedding."""
         if ids and max(ids) >= self.model_vocab:
             raise ModelError(
-                f"{self.where}: the text needs token {max(ids)}, the model has {self.model_vocab}: "
+                f"{self.where}: the text needs token id {max(ids)}, but the model has {self.model_vocab} tokens: "
                 "tokenizer and weights belong to different models"
             )
         return ids
@@ -175,7 +175,7 @@ def _decoder_steps(decoder: Any, where: str) -> list[dict[str, Any]]:
     spelling = {"ByteLevel", "Metaspace", "Replace"}
     if not kinds & spelling or kinds - spelling - {"ByteFallback", "Fuse", "Strip"}:
         found = ", ".join(sorted(kinds)) or "none"
-        raise ModelError(f"{where}: its decoder ({found}) is not of a Llama-family tokenizer (ByteLevel, SentencePiece)")
+        raise ModelError(f"{where}: its decoder ({found}) is not that of a Llama-family tokenizer (ByteLevel, SentencePiece)")
     return list(steps)
 
 

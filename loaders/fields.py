@@ -1,4 +1,4 @@
-"""Typed look-ups in JSON objects and GGUF metadata: a wrong type is one line that names file, key and value."""
+"""Typed look-ups in JSON objects and GGUF metadata: a wrong type gives one line that names file, key and value."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Fields:
         return tuple(items)
 
     def has(self, key: str) -> bool:
-        """Whether the key is there and not null."""
+        """Whether the key is present and not null."""
         return self.data.get(key) is not None
 
     def section(self, key: str) -> Fields:

@@ -14,7 +14,7 @@ from skvq.engine.errors import SkvqError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside ``path``, then rename over it. Raises SkvqError if the place cannot be written; nothing is left behind."""
+    """Write next to ``path``, then rename over it. Raises SkvqError if it cannot be written; nothing is left behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # a process of its own: two may make the same calibration
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise SkvqError unless a file can be written at ``path``: asked before long work. Folders that are missing are made."""
+    """Raise SkvqError unless a file can be written at ``path``: checked before long work. Missing folders are created."""
     probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.is_dir():
@@ -46,8 +46,8 @@ def require_writable(path: Path) -> None:
 def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
     """A file of about ``count`` bytes to be written as ``.NAME.partial``, renamed to ``path`` when the block ends well.
 
-    Readable too. For large files: what a killed process left under that name is written over, never left beside. Raises
-    SkvqError, with nothing written, where the place has not got the room.
+    Readable too. For large files: what a killed process left under that name is overwritten, so leftovers do not pile up.
+    Raises SkvqError, with nothing written, if there is not enough room.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -56,7 +56,7 @@ def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
         free = shutil.disk_usage(path.parent).free
         if free < count:
             raise SkvqError(
-                f"cannot write {path}: it takes {count:,} bytes, {path.parent} has {free:,} left; free some or write elsewhere"
+                f"cannot write {path}: it needs {count:,} bytes, {path.parent} has {free:,} free: free some or write elsewhere"
             )
         with temporary.open("w+b") as file:
             yield file

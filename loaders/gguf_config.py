@@ -31,11 +31,11 @@ def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.flo
     hidden, heads = fields.integer(f"{arch}.embedding_length"), _uniform(fields, f"{arch}.attention.head_count", None)
     layers = fields.integer(f"{arch}.block_count")
     if layers > MAX_LAYERS:
-        raise ModelError(f"{where}: block_count is {layers}, this engine reads at most {MAX_LAYERS}")
+        raise ModelError(f"{where}: block_count is {layers}, this engine supports at most {MAX_LAYERS}")
     head_size = fields.integer(f"{arch}.attention.key_length", max(1, hidden // heads))
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if fields.integer(key, head_size) != head_size:
-            raise ModelError(f"{where}: {key} is {fields.integer(key)}, a head has {head_size}: not supported")
+            raise ModelError(f"{where}: {key} is {fields.integer(key)}, but the head size is {head_size}: not supported")
     vocab = _vocab_size(header, where)
     context = fields.integer(f"{arch}.context_length")
     rope = _rope(fields, arch, context, rope_freqs)
@@ -101,7 +101,7 @@ def _rope(fields: Fields, arch: str, context: int, freqs: NDArray[np.float32] | 
 def _rope_of_factors(freqs: NDArray[np.float32], theta: float, context: int, where: str) -> RopeConfig:
     """The llama3 config that gives these factors, else the factors themselves as a longrope that never switches."""
     if not (np.isfinite(freqs).all() and (freqs > 0).all()):
-        raise ModelError(f"{where}: rope_freqs.weight holds values that are not positive numbers: download it again")
+        raise ModelError(f"{where}: rope_freqs.weight holds values that are not positive finite numbers: download it again")
     llama3 = RopeConfig(kind="llama3", theta=theta, factor=float(freqs.max()), original_context=LLAMA3_ORIGINAL_CONTEXT)
     if np.allclose(llama3_factors(2 * len(freqs), llama3), freqs, rtol=1e-4):
         return llama3
@@ -118,7 +118,7 @@ def _rope_of_factors(freqs: NDArray[np.float32], theta: float, context: int, whe
 
 def _refuse_unsupported(fields: Fields, arch: str) -> None:
     """What would load and then compute something else than the model; a value of 0 says that it has none of it."""
-    for key, what in ((f"{arch}.expert_count", "experts"), (f"{arch}.attention.scale", "another score scale")):
+    for key, what in ((f"{arch}.expert_count", "experts"), (f"{arch}.attention.scale", "its own attention scale")):
         value = fields.data.get(key, 0)
         if not isinstance(value, (int, float)) or value:
             raise ModelError(f"{fields.where}: {key} is {shorten(repr(value))}: a model with {what} is not supported")
@@ -138,7 +138,7 @@ def _uniform(fields: Fields, key: str, default: int | None) -> int:
 def _vocab_size(header: GgufHeader, where: str) -> int:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise ModelError(f"{where}: token_embd.weight is missing or no matrix: the file holds no whole language model")
+        raise ModelError(f"{where}: token_embd.weight is missing or not a matrix: the file is not a complete language model")
     return embedding.shape[0]
 
 

@@ -171,12 +171,12 @@ def _locate(header: GgufHeader, data: NDArray[np.uint8], where: str) -> dict[str
     found = {}
     for name, entry in header.tensors.items():
         if entry.kind not in sizes:
-            raise ModelError(f"{where}: {name} has ggml type {entry.kind}, which this gguf package does not know")
+            raise ModelError(f"{where}: {name} has ggml type {entry.kind}, which the installed gguf package does not know")
         kind, block, block_bytes = sizes[entry.kind]
         if entry.kind not in usable:
             usable[entry.kind] = _why_not(kind, block_bytes, quants)
         if usable[entry.kind] or entry.shape[-1] % block:
-            why = usable[entry.kind] or f"{entry.shape[-1]} columns are no multiple of its block of {block}"
+            why = usable[entry.kind] or f"{entry.shape[-1]} columns are not a multiple of its block size {block}"
             raise ModelError(f"{where}: {name} is of type {kind.name}, which cannot be expanded: {why}")
         row = entry.shape[-1] // block * block_bytes
         rows = prod(entry.shape[:-1])

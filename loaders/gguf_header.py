@@ -1,6 +1,6 @@
 """GGUF headers: metadata and the table of tensors, every count checked against the file before anything is built.
 
-Own code, because `gguf.GGUFReader` trusts the counts of the file: a corrupt array length makes it loop for ever.
+Own code, because `gguf.GGUFReader` trusts the counts of the file: a corrupt array length makes it loop forever.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

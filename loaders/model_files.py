@@ -26,7 +26,7 @@ def local_files(path: Path) -> ModelFiles:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return ModelFiles(path, "gguf")
-        raise ModelError(f"{path} is no model: give a folder with config.json and *.safetensors, or a .gguf file")
+        raise ModelError(f"{path} is not a model: give a folder with config.json and *.safetensors, or a .gguf file")
     if not path.is_dir():
         raise ModelError(f"{path} does not exist: give a folder with config.json and *.safetensors, or a .gguf file")
     ggufs = sorted(path.glob("*.gguf"))

@@ -11,7 +11,7 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
-"""Buffers that older checkpoints saved beside the weights; the engine computes them itself."""
+"""Buffers that older checkpoints saved along with the weights; the engine computes them itself."""
 
 MAX_LAYERS = 1024
 """More layers than any model has: a corrupt count must not build a table of millions of names."""
@@ -61,12 +61,12 @@ def is_harmless_extra(name: str, config: ModelConfig) -> bool:
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
     """Raise one ModelError that names missing, unexpected and misshapen tensors of ``where``, unless there are none."""
     if config.num_layers > MAX_LAYERS:
-        raise ModelError(f"{where}: {config.num_layers} layers, this engine reads at most {MAX_LAYERS}")
+        raise ModelError(f"{where}: {config.num_layers} layers, this engine supports at most {MAX_LAYERS}")
     expected = expected_shapes(config)
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and not is_harmless_extra(name, config)]
     wrong = [
-        f"{name} is {list(found[name])}, config says {list(shape)}"
+        f"{name} is {list(found[name])}, the config says {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]

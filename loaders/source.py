@@ -82,7 +82,7 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     step = 1 << 24
     bad = sum(int((~torch.isfinite(flat[start : start + step])).sum()) for start in range(0, len(flat), step))
     raise ModelError(
-        f"{where}: {bad} of {flat.numel()} values of {name} are NaN or infinite, every answer would be garbage: "
+        f"{where}: {bad} of {flat.numel()} values of {name} are NaN or infinite, so every answer would be garbage: "
         "download the file again, or convert the model to bfloat16 if it overflowed in float16"
     )
 

@@ -340,7 +340,7 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
     refused(call(*use, other), str(other), "broken")
     other.write_bytes(b"no safetensors at all")
     refused(call(*use, other), str(other), "broken")
-    refused(call(*use, model / "model.safetensors"), "no calibration of skvq")
+    refused(call(*use, model / "model.safetensors"), "not an skvq calibration")
     refused(call(*use, made, "--value-bits", 3), "value_bits", "2.0", "3.0")
     refused(call(*use, made, "--method", "reorder"), "method", "'rotate'", "'reorder'")
     found = load_file(made)
@@ -439,7 +439,7 @@ CUDA_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 Gi
         (torch.AcceleratorError("CUDA error: out of memory\nSearch for", 2), ("memory ran out", "smaller --ctx")),
         (
             torch.AcceleratorError("CUDA error: an illegal memory access\nSearch", 700),
-            ("GPU failed", "illegal", "again"),
+            ("GPU failed", "illegal", "rerun"),
         ),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), ("memory ran out", "9 bytes")),
         (MemoryError(), ("memory ran out", "smaller --ctx")),

@@ -155,7 +155,7 @@ def no_number(q: Tensor, k: Tensor, found: Any) -> Any:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (wrong_row, "is off from flash attention by 0."),
+        (wrong_row, "differs from flash attention by 0."),
         (raised, "failed (No valid engine configs); "),
         (in_base_two, "log-sum-exp "),
         (no_number, "by nan, log-sum-exp "),

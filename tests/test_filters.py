@@ -251,8 +251,8 @@ BAD = {
     "test_filters:Nothing": "cannot be imported",
     ":Rule": "cannot be imported",
     ".filters:Rule": "",
-    "test_filters:NoRule": "lacks",
-    "os:getcwd": "lacks",
+    "test_filters:NoRule": "must have",
+    "os:getcwd": "must have",
     "test_filters:EveryTenth(budget=-1)": "budget",
     "test_filters:EveryTenth(budget='x')": "budget",
 }

@@ -356,7 +356,7 @@ def test_llama3_takes_whole_words_from_its_vocabulary(pre: str, whole: bool) -> 
         ({"tokenizer.ggml.token_type": np.ones(3)}, ["token_type"]),
         ({"tokenizer.ggml.merges": None}, ["merges is missing"]),
         ({"tokenizer.ggml.merges": ["a b c"]}, ["not two pieces"]),
-        ({"tokenizer.ggml.merges": ["zz qq"]}, ["make no vocabulary"]),
+        ({"tokenizer.ggml.merges": ["zz qq"]}, ["do not form a vocabulary"]),
         ({"tokenizer.ggml.model": "llama"}, ["scores"]),
     ],
 )

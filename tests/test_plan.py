@@ -158,7 +158,7 @@ def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
     plan = make_plan(llama(), cache, context=2**20, **options)
     assert not plan.host_parts and not plan.fits
     with pytest.raises(
-        CapacityError, match=r"1,048,576 tokens needs 9\d.* GiB, 79.10 GiB are there .*prefill: exact, heads in"
+        CapacityError, match=r"1,048,576 tokens needs 9\d.* GiB, only 79.10 GiB is available .*prefill: exact, heads in"
     ):
         plan.check()
     assert largest_context(llama(), cache, **options) < 2**20 < largest_context(llama(), cache, **options | CARD)
@@ -194,7 +194,7 @@ def test_a_context_that_cannot_fit_is_refused_before_weights_are_read(tmp_path: 
         patch.setattr("skvq.loaders.dummy.DummySource.read", lambda self, name: pytest.fail("a weight was read"))
         patch.setattr(Arena, "__init__", lambda *args: pytest.fail("an arena was made"))
         with pytest.raises(
-            CapacityError, match=r"a context of 500,000 .* 8.0 MiB are there .* largest context that fits is"
+            CapacityError, match=r"a context of 500,000 .* only 8.0 MiB is available .* largest context that fits is"
         ) as caught:
             tiny_engine(folder, tiny_cache(), max_context=500_000)
     most = int(str(caught.value).rsplit(" ", 1)[1].replace(",", ""))

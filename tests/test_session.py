@@ -329,4 +329,4 @@ def test_run_removes_its_checkpoint_when_the_prompt_is_read(folder: Path, tmp_pa
     checkpoint.write_bytes(b"nonsense")
     result = run(folder, "-p", "once upon a time", "-n", 2, "--checkpoint", checkpoint)
     assert result.exit_code == 2
-    assert "no checkpoint of skvq" in result.stderr
+    assert "not an skvq checkpoint" in result.stderr

@@ -25,7 +25,7 @@ from skvq.kernels.numba_cpu.job import Job
 
 Build = Callable[[int], Callable[[int], None]]
 NOTICE_SECONDS = 2.0
-"""Loading from numba's cache is faster than this: after so long a kernel is being compiled, and the user is told."""
+"""Loading from numba's cache is faster than this: after so long a kernel is being compiled, and a message says so."""
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
@@ -96,7 +96,7 @@ class Kernels:
     def _announce(self) -> None:
         if not self._announced:
             self._announced = True
-            told = "compiling CPU kernels, those that are new to this installation (a minute or two in all)"
+            told = "compiling the CPU kernels that are new to this installation (a minute or two in all)"
             print(f"skvq: {told}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
 """Triton kernels for NVIDIA GPUs of compute capability 8.0 and later.
 
-Words of this folder, beside the letters of ``interface.py`` and the planes of ``layout.py``:
+Terms used in this folder, besides the letters of ``interface.py`` and the planes of ``layout.py``:
 
     column    a query head at a query position. The N * H / KH queries that read one kv head are the columns of one product.
     chunk     the columns that one program takes together, NH of them: 4 or 8.

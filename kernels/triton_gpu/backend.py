@@ -1,4 +1,4 @@
-"""The backend: which kernels a call takes, on what scratch memory and tables. Launches lie beside their kernels.
+"""The backend: which kernels a call takes, on what scratch memory and tables. Launches are next to their kernels.
 
 Nothing waits for the device, except for shapes without a kernel, which the specification computes in torch, and the first call
 with a codec or a shape, when tables are made.
@@ -108,7 +108,7 @@ class TritonGpu(Unfused):
         form = label_form(layout, shared_bytes=card.shared_bytes, block_bytes=card.block_bytes)
         if form.crowded:
             groups, room = layout.kv_heads * layout.groups, card.block_bytes >> 10
-            self._say_once(f"{groups} groups do not fit into the {room} KB that a block may share; a slower kernel computes")
+            self._say_once(f"{groups} groups do not fit in the {room} KB of a block's shared memory; a slower kernel is used")
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
         packed, held = self._partials(q, columns, full, splits)
         if packed.splits:
@@ -184,7 +184,7 @@ class TritonGpu(Unfused):
         return self.scratch.partials("packed", q, columns, splits), held
 
     def _rope(self, codec: HeadCodec | LabelCodec, tile: int, pages: int) -> RopeTables:
-        """Of tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""
+        """Tables for tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""
         return self.tables.rope(codec.rope, tile, pages * (PAGE_TOKENS // tile))
 
     def _is_odd(self, head_size: int, group_size: int) -> bool:
@@ -192,11 +192,11 @@ class TritonGpu(Unfused):
         if head_size in HEAD_SIZES and group_size in (32, 64, 128):
             return False
         shape = f"head size {head_size}, group size {group_size}"
-        self._say_once(f"no Triton kernel for {shape}; torch computes it, correct and slow")
+        self._say_once(f"no Triton kernel for {shape}; torch computes it, correctly but slowly")
         return True
 
     def _say_once(self, what: str) -> None:
-        """Nothing is slower than it might be without a word."""
+        """Say why something is slower than it could be, once."""
         if what not in self._told:
             self._told.add(what)
             print(f"skvq: {what}", file=sys.stderr)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 PARTS = 8
-"""Of one launch: a chunk's own tokens, and the blocks before it up to 131,072 tokens."""
+"""Parts merged by one launch: a chunk's own tokens, and the blocks before it up to 131,072 tokens."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What kernels need beside their arguments: scratch memory that never moves, and tables that are made once."""
+"""What kernels need besides their arguments: scratch memory that never moves, and tables that are made once."""
 
 from __future__ import annotations
 
