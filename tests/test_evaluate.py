@@ -11,6 +11,7 @@ from simulated import SimulatedLayer, schedule
 from test_steps import SAME, SINKS, WINDOW
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
+from skvq.engine import scoring
 from skvq.engine.errors import OptionError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.generate import Engine
