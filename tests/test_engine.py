@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import arena_of, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
+from tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
@@ -15,7 +15,7 @@ from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
 from skvq.loaders.text import ByteTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_is_left_behind")
 PROMPT = "It was the best of times, it was the worst of times. "
 CACHES = {"fp": {"method": "fp"}, "rotate": {}, "reorder": {"method": "reorder", "value_bits": 1.5}}
 
@@ -45,11 +45,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def engine(folder: Path, backend: str) -> Engine:
     return tiny_engine(folder, tiny_cache(), backend=backend, max_context=700)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(engine: Engine) -> None:
-    engine.parts.setup.arena.check(arena_of())
 
 
 def answer_ids(engine: Engine, count: int, prompt: str = PROMPT, **options: object) -> list[int]:
