@@ -1,8 +1,7 @@
-"""The specification itself: packing, metadata, quantization. Layout arithmetic is held by its own doctests."""
+"""The specification itself: packing, metadata, quantization. Worked examples of layout arithmetic: ``test_docstrings``."""
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 from dataclasses import replace
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_cases import make_case
 
-from skvq.engine import errors, filters, plan_report, planner, prefill, regions
 from skvq.kernels import dense, layout, reference
 from skvq.kernels.interface import HeadSide, RopeFrequencies, Side
 from skvq.kernels.layout import E4M3_MAX, E4M3_MIN, LEVELS, PageLayout, packed_tokens
@@ -39,12 +37,6 @@ ONE = torch.tensor(1.0)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("module", [layout, regions, errors, planner, plan_report, prefill, filters])
-def test_worked_examples_of_docstrings(module: object) -> None:
-    outcome = doctest.testmod(module)
-    assert outcome.attempted and not outcome.failed
 
 
 @pytest.mark.parametrize("kind", ["heads", "labels"])
