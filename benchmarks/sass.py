@@ -59,7 +59,7 @@ FLOATS = {"rope_scale", "eps", "half"}
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One compilation: a kernel, its constants, and what the gates of kernels.md ask of it."""
+    """One compilation: a kernel, its constants, and the limits that it is held to."""
 
     name: str
     kernel: Any
