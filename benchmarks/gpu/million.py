@@ -65,10 +65,6 @@ STEPS, WARM_UP = 32, 4
 SLACK = 64  # tokens of the context that ``command`` leaves
 
 
-class OutOfTime(Exception):
-    """The call's time is spent; what is done is saved."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What is measured, and where."""
