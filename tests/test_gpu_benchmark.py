@@ -149,3 +149,25 @@ def test_a_failing_step_is_recorded_and_tried_once_more(script: Any, tmp_path: P
     monkeypatch.setattr(script, "card_answers", lambda: False)
     with pytest.raises(script.BrokenContext):
         script.Log(path, time.monotonic() + 100, {}).step("gate x", work)
+
+
+@pytest.mark.parametrize("changed", [{}, {"commit": "0123456"}, {"versions": {"torch": "1.0"}}, None])
+@pytest.mark.parametrize("name", ["run_all", "million"])
+def test_only_results_of_this_commit_and_these_versions_are_known(
+    name: str, changed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, path, seen = loaded(name), tmp_path / "found.json", []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "cpu")
+    stamped = module.stamp("cpu", "torch", "triton")
+    if changed is not None:
+        path.write_text(json.dumps(stamped | {"copy": {"gbps": 1.0}} | changed))
+    monkeypatch.setattr(sys, "argv", ["", "--output", str(path)])
+    if name == "run_all":
+        monkeypatch.setattr(module, "measure", lambda log: seen.append(log.results))
+        module.main()
+    else:
+        monkeypatch.setattr(module, "measure", lambda task, wanted, path, known, deadline: seen.append(known) or True)
+        module.main(["--output", str(path), "--device", "cpu"])
+    assert seen == [stamped | ({"copy": {"gbps": 1.0}} if changed == {} else {})]
+    told = capsys.readouterr().err
+    assert (str(path) in told and "measured anew" in told and told.count("\n") == 1) if changed else not told

@@ -1,7 +1,8 @@
 """A million tokens on a card, whole: read, held, decoded and found again, each beside what the plan says.
 
 ``python benchmarks/gpu/million.py [--parts prefill,command] [--layers 4] [--seconds 520]``. Results are written after every
-part, and a second call goes on with those that are missing. Dummy weights: nothing is downloaded. JSON comes last on stdout.
+part, and a second call of the same commit and versions goes on with those that are missing. Dummy weights: nothing is
+downloaded. JSON comes last on stdout.
 
     prefill  ``--model`` reads the context exactly with ``--layers`` of its layers (0: all) and decodes some tokens
     llama    the arena of Llama-2-7B at K2 V1.5 g128, filled to the context, decoded; its peak against 80 GB
@@ -44,7 +45,7 @@ if "skvq" not in sys.modules:  # this tree, whatever is installed here
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torch  # noqa: E402
-from stamp import stamp  # noqa: E402
+from stamp import go_on, stamp  # noqa: E402
 
 from skvq.engine.config import CacheConfig, ModelConfig  # noqa: E402
 from skvq.engine.generate import Engine  # noqa: E402
@@ -310,13 +311,13 @@ def main(arguments: list[str] | None = None) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     output = options.output or ROOT / "benchmarks/results" / f"million-{name.replace(' ', '-').lower()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    known = go_on(output, stamp(name, "torch", "triton"))
     with tempfile.TemporaryDirectory() as folder:
         task = Task(
             model=options.model, llama=options.llama, context=options.context, layers=options.layers, method=options.method,
             device=device, dtype=pick_dtype("auto", device), folder=Path(folder),
         )  # fmt: skip
-        finished = measure(task, wanted, output, known | stamp(name, "torch", "triton"), deadline)
+        finished = measure(task, wanted, output, known, deadline)
     print(json.dumps({"device": name, "finished": finished, "output": str(output)}))
 
 

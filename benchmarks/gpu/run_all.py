@@ -1,9 +1,10 @@
 """Measure on a GPU everything that README.md lists: one call, at most nine minutes, resumable, no network.
 
 ``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520] [--matvec]``. Results are written after every step; a second
-call goes on where the first stopped. What matters most comes first. A format is timed only if its gate is green. A step that
-fails is recorded and tried once more by the next call; after an error that breaks the card's context a fresh process goes on.
-Needs torch and Triton only; the decode step as a whole also what the engine imports. The compact table is printed last.
+call of the same commit and versions goes on where the first stopped. What matters most comes first. A format is timed only if
+its gate is green. A step that fails is recorded and tried once more by the next call; after an error that breaks the card's
+context a fresh process goes on. Needs torch and Triton only; the decode step as a whole also what the engine imports. The
+compact table is printed last.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch  # noqa: E402
 import torch.nn.attention  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from stamp import stamp  # noqa: E402
+from stamp import go_on, stamp  # noqa: E402
 from triton_cases import Case, formats, make_case  # noqa: E402
 
 from skvq.engine.measure import timed  # noqa: E402
@@ -599,9 +600,8 @@ def main() -> None:
     name = torch.cuda.get_device_name(DEVICE)
     output = options.output or ROOT / "benchmarks/results" / f"gpu-{name.replace(' ', '-').lower()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(output.read_text()) if output.exists() else {}
     deadline = time.monotonic() + options.seconds
-    log = Log(output, deadline, known | stamp(name, "torch", "triton"))
+    log = Log(output, deadline, go_on(output, stamp(name, "torch", "triton")))
     try:
         if options.matvec:
             matvec_sweep.sweep(log.step, lambda work: seconds_of(work, 10))
