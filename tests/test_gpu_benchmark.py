@@ -19,10 +19,10 @@ if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
 from card import card  # noqa: E402
+from cases import make_case  # noqa: E402
 from emulated import emulated  # noqa: E402
 from test_card import CheckedGraphs  # noqa: E402
 from tiny import tiny_folder  # noqa: E402
-from triton_cases import make_case  # noqa: E402
 
 from skvq.engine import graph  # noqa: E402
 

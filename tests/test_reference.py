@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_cases import make_case
 
 from skvq.kernels import dense, layout, reference
 from skvq.kernels.interface import HeadSide, RopeFrequencies, Side

@@ -35,8 +35,8 @@ import torch  # noqa: E402
 import torch.nn.attention  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from cases import Case, compare, formats, make_case  # noqa: E402
 from stamp import go_on, stamp  # noqa: E402
-from triton_cases import Case, formats, make_case  # noqa: E402
 
 from skvq.engine.measure import timed  # noqa: E402
 from skvq.kernels import cudnn, dense, reference  # noqa: E402
@@ -169,10 +169,7 @@ def copy_bandwidth() -> dict[str, float]:
 
 def error_of(case: Case, method: str = "heads") -> dict[str, Any]:
     """Error of the kernel against float32, and what 16-bit torch would make of the same keys and values."""
-    made = backend()
-    pages = (case.plain,) if method == "plain" else (case.pages, case.heads if method == "heads" else case.labels)
-    out, lse = getattr(made, f"attend_{method}")(case.q, *pages, case.full, case.step)
-    exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *pages, case.full, case.step)
+    out, lse, exact, exact_lse = compare(backend(), case, method)
     seen = exact_lse > -torch.inf
     return verdict(out, exact) | {"lse": verdict(lse[seen], exact_lse[seen])}
 
