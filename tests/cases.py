@@ -193,6 +193,15 @@ def compare(made: object, case: Case, method: str, host: Case | None = None) -> 
     return *attend(made, case, method), *attend(reference, replace(twin, q=twin.q.float()), method)
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition in float64: q [N, H, D], k and v [KH, T, D]."""
+    repeat = q.shape[1] // k.shape[0]
+    k, v = (t.double().repeat_interleave(repeat, 0) for t in (k, v))
+    score = torch.einsum("nhd,htd->nht", q.double(), k) / q.shape[-1] ** 0.5
+    score = score.masked_fill(~visible[:, None], -torch.inf)
+    return torch.einsum("nht,htd->nhd", score.softmax(-1), v), score.logsumexp(-1)
+
+
 def stepwise(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Attention of q [N, H, D] over k and v [T, H, D] in torch, step by step: scores and weights in 16 bits too."""
     score = torch.einsum("nhd,thd->nht", q, k) / q.shape[2] ** 0.5

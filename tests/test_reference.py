@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import make_case
+from cases import make_case, plain_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -257,15 +257,6 @@ def test_turning_back_undoes_turning_at_a_million() -> None:
     positions = torch.arange(999_993, 1_000_000)
     back = rotary(rotary(x, positions, rope), positions, rope, inverse=True)
     assert (back - x).abs().max() <= 8 * torch.finfo(torch.float32).eps * x.abs().max()
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition in float64: q [N, H, D], k and v [KH, T, D]."""
-    repeat = q.shape[1] // k.shape[0]
-    k, v = (t.double().repeat_interleave(repeat, 0) for t in (k, v))
-    score = torch.einsum("nhd,htd->nht", q.double(), k) / q.shape[-1] ** 0.5
-    score = score.masked_fill(~visible[:, None], -torch.inf)
-    return torch.einsum("nht,htd->nhd", score.softmax(-1), v), score.logsumexp(-1)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
