@@ -70,6 +70,16 @@ def dense_nll(engine: Engine, ids: Sequence[int]) -> Tensor:
     return nll_of(engine.logits(ids)[:-1], ids)
 
 
+class Listener(Quiet):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
 def arena_of(*sequences: SequenceCache) -> dict[int, list[int]]:
     """Pages by slot of the sequences alive, for ``Arena.check``."""
     return {s.slot: s.pages for s in sequences if s.alive}
