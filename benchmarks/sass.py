@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from stamp import stamp
+from stamp import stamp, write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -304,8 +304,7 @@ def main() -> None:
                 flush=True,
             )
     record = stamp("aot", "triton")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+    write(output, record | {"results": results})
     print(json.dumps(record | {"kernels": len(results), "output": str(output)}))
 
 

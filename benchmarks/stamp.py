@@ -31,6 +31,12 @@ def go_on(path: Path, stamped: dict[str, Any]) -> dict[str, Any]:
     return dict(stamped)
 
 
+def write(path: Path, found: dict[str, Any]) -> None:
+    """``found`` as JSON whose lines can be compared with what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -23,13 +23,30 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from this_tree import ROOT  # before anything of skvq
+
+# isort: split
+import torch
+from stamp import go_on, stamp, write
+
+from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.generate import Engine
+from skvq.engine.machine import pick_device, pick_dtype
+from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine
+from skvq.engine.planted import planted, rows
+from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
+from skvq.engine.report import StderrReporter
+from skvq.engine.steps import DecodeBatch
+from skvq.engine.stress import bare_setup
+from skvq.kernels.registry import get_backend
+from skvq.loaders.hf import config_to_json
+from skvq.loaders.hub import config_of
+
 COMMAND = """import importlib.util, pathlib, sys
 root = pathlib.Path({root!r})  # this tree, whatever is installed here
 spec = importlib.util.spec_from_file_location("skvq", root / "__init__.py", submodule_search_locations=[str(root)])
@@ -38,28 +55,6 @@ spec.loader.exec_module(sys.modules["skvq"])
 from skvq.cli import run
 run(prog_name="skvq-run")
 """
-if "skvq" not in sys.modules:  # this tree, whatever is installed here
-    package = types.ModuleType("skvq")
-    package.__path__ = [str(ROOT)]
-    sys.modules["skvq"] = package
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import torch  # noqa: E402
-from stamp import go_on, stamp  # noqa: E402
-
-from skvq.engine.config import CacheConfig, ModelConfig  # noqa: E402
-from skvq.engine.generate import Engine  # noqa: E402
-from skvq.engine.machine import pick_device, pick_dtype  # noqa: E402
-from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine  # noqa: E402
-from skvq.engine.planted import planted, rows  # noqa: E402
-from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm  # noqa: E402
-from skvq.engine.report import StderrReporter  # noqa: E402
-from skvq.engine.steps import DecodeBatch  # noqa: E402
-from skvq.engine.stress import bare_setup  # noqa: E402
-from skvq.kernels.registry import get_backend  # noqa: E402
-from skvq.loaders.hf import config_to_json  # noqa: E402
-from skvq.loaders.hub import config_of  # noqa: E402
-
 DEPTHS = (0, 0.1, 1, 10, 25, 50, 75, 90, 99, 99.9, 100)
 LIMIT = 80e9  # bytes of the card that a million tokens of Llama-2-7B are to fit
 STEPS, WARM_UP = 32, 4
@@ -285,7 +280,7 @@ def measure(task: Task, wanted: list[str], path: Path, known: dict[str, Any], de
         except Exception as error:  # one part that fails must not hide the others
             found, left = {"error": f"{type(error).__name__}: {str(error)[-400:]}"}, True
         known[key] = found
-        path.write_text(json.dumps(known, indent=1) + "\n")
+        write(path, known)
         print(f"{key}: {json.dumps(found)}", flush=True)
         gc.collect()
     return not left
@@ -311,7 +306,6 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     output = options.output or ROOT / "benchmarks/results" / f"million-{name.replace(' ', '-').lower()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     known = go_on(output, stamp(name, "torch", "triton"))
     with tempfile.TemporaryDirectory() as folder:
         task = Task(

@@ -18,35 +18,30 @@ import os
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if "skvq" not in sys.modules:  # the kernels alone, whatever else of the package is installed here
-    package = types.ModuleType("skvq")
-    package.__path__ = [str(ROOT)]
-    sys.modules["skvq"] = package
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT / "benchmarks/gpu")]
+from this_tree import ROOT  # before anything of skvq
 
-import matvec_sweep  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.attention  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from cases import Case, compare, formats, make_case  # noqa: E402
-from stamp import go_on, stamp  # noqa: E402
+# isort: split
+import matvec_sweep
+import torch
+import torch.nn.attention
+import triton
+import triton.language as tl
+from cases import Case, compare, formats, make_case
+from stamp import go_on, stamp, write
 
-from skvq.engine.measure import timed  # noqa: E402
-from skvq.kernels import cudnn, dense, reference  # noqa: E402
-from skvq.kernels.interface import FullSlots  # noqa: E402
-from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
-from skvq.kernels.ops import TorchOps  # noqa: E402
-from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
-from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
-from skvq.kernels.triton_gpu.forms import PackedForm, packed_form  # noqa: E402
-from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
+from skvq.engine.measure import timed
+from skvq.kernels import cudnn, dense, reference
+from skvq.kernels.interface import FullSlots
+from skvq.kernels.layout import PAGE_TOKENS
+from skvq.kernels.ops import TorchOps
+from skvq.kernels.triton_gpu import TritonGpu
+from skvq.kernels.triton_gpu.card import Card, Tuning
+from skvq.kernels.triton_gpu.forms import PackedForm, packed_form
+from skvq.kernels.triton_gpu.fused import TritonOps
 
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
@@ -105,7 +100,7 @@ class Log:
 
     def save(self, name: str, value: Any) -> None:
         self.results[name] = value
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
+        write(self.path, self.results)
 
 
 class BrokenContext(Exception):
@@ -596,7 +591,6 @@ def main() -> None:
     options = parser.parse_args()
     name = torch.cuda.get_device_name(DEVICE)
     output = options.output or ROOT / "benchmarks/results" / f"gpu-{name.replace(' ', '-').lower()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.seconds
     log = Log(output, deadline, go_on(output, stamp(name, "torch", "triton")))
     try:
