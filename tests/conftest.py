@@ -56,6 +56,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", params=["reference", "numba"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The specification, then the kernels of the CPU."""
+    return str(request.param)
+
+
 @pytest.fixture
 def nothing_is_left_behind(engine: Any) -> Iterator[None]:
     """After each test of a module that has an ``engine``: all of its sequences and pages are free again."""

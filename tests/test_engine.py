@@ -36,11 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("tiny"), family="qwen2", qkv_bias=True)
 
 
-@pytest.fixture(scope="module", params=["reference", "numba"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def engine(folder: Path, backend: str) -> Engine:
     return tiny_engine(folder, tiny_cache(), backend=backend, max_context=700)
