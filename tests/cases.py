@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from skvq.kernels.interface import (
     Side,
     Step,
 )
-from skvq.kernels.layout import PAGE_TOKENS, PageLayout
+from skvq.kernels.layout import PAGE_TOKENS, PageLayout, pages_for
 
 FULL_SPAN = 2**31 - 1
 
@@ -155,6 +156,33 @@ def make_case(
         ),
         q=torch.randn(len(packed), queries, kv_heads * repeat, size, generator=gen).to(dtype).to(dev),
     )  # fmt: skip
+
+
+def lengthened(case: Case, tokens: int, device: torch.device, seed: int = 0) -> Case:
+    """A case of one sequence with that many packed tokens, whole tiles, on pages like its own in any order: to be timed.
+
+    Attention over ``plain`` pages is not lengthened.
+    """
+    gen, layout = torch.Generator().manual_seed(seed), case.layout
+    count, packed = pages_for(tokens), tokens // layout.tile * layout.tile
+    pick = torch.randint(len(case.pages.meta), (count,), generator=gen).to(device)
+    table = torch.randperm(count, generator=gen).to(torch.int32).expand(len(case.step.page_table), -1)
+    moved = on_device(case, device)
+    pages = {name: getattr(moved.pages, name)[pick] for name in ("key_codes", "value_codes", "meta")}
+    step = replace(
+        moved.step, packed=torch.full_like(moved.step.packed, packed), page_table=table.to(device).contiguous(),
+        positions=moved.step.positions - moved.step.packed[:, None] + packed, max_packed=packed,
+    )  # fmt: skip
+    return replace(moved, pages=replace(moved.pages, **pages), step=step)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a bundle of tensors, on that device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: on_device(getattr(value, f.name), device) for f in fields(value) if f.init})
+    return value
 
 
 def _codes(bits: float, shape: tuple[int, ...], gen: torch.Generator) -> Tensor:

@@ -30,13 +30,13 @@ import torch
 import torch.nn.attention
 import triton
 import triton.language as tl
-from cases import Case, compare, formats, make_case
+from cases import Case, compare, formats, lengthened, make_case
 from stamp import go_on, stamp, write
 
 from skvq.engine.measure import timed
 from skvq.kernels import cudnn, dense, reference
 from skvq.kernels.interface import FullSlots
-from skvq.kernels.layout import PAGE_TOKENS
+from skvq.kernels.layout import pages_for
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import TritonGpu
 from skvq.kernels.triton_gpu.card import Card, Tuning
@@ -304,37 +304,9 @@ def arena(shape: str, context: int, key_bits: float, value_bits: float, group: i
         has_key_mean=mean, packed=(1,),
         window=128, retained=0.0,
     )  # fmt: skip
-    count = -(-context // PAGE_TOKENS)
-    small, layout = case.pages, case.layout
-    each = count * kv_heads * (layout.key_bytes + layout.value_bytes + 4 * layout.meta_words)
-    cases = []
-    pick = torch.randint(0, len(small.meta), (count,)).to(DEVICE)
-    for seed in range(max(1, math.ceil(OUTGROWN / each))):
-        move = {name: getattr(case, name) for name in ("heads", "labels", "full", "q")}
-        pages = dataclasses.replace(
-            small,
-            key_codes=small.key_codes.to(DEVICE)[pick],
-            value_codes=small.value_codes.to(DEVICE)[pick],
-            meta=small.meta.to(DEVICE)[pick],
-        )
-        table = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32).expand(2, -1).contiguous()
-        packed = context // layout.tile * layout.tile
-        step = dataclasses.replace(
-            case.step, slots=case.step.slots.to(DEVICE), positions=torch.tensor([[packed + 127]], dtype=torch.int32,
-            device=DEVICE),
-            packed=torch.tensor([packed], dtype=torch.int32, device=DEVICE), page_table=table.to(DEVICE), max_packed=packed,
-        )  # fmt: skip
-        cases.append(dataclasses.replace(case, pages=pages, step=step, **{k: on_device(v) for k, v in move.items()}))
-    return cases
-
-
-def on_device(value: Any) -> Any:
-    """A tensor, or a bundle of tensors, on the GPU."""
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: on_device(getattr(value, f.name)) for f in dataclasses.fields(value)})
-    return value
+    layout = case.layout
+    each = pages_for(context) * kv_heads * (layout.key_bytes + layout.value_bytes + 4 * layout.meta_words)
+    return [lengthened(case, context, DEVICE, seed) for seed in range(max(1, math.ceil(OUTGROWN / each)))]
 
 
 def time_attention(
