@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attending import trace
+from attending import SAME, SINKS, WINDOW, trace
 from simulated import SimulatedLayer, schedule
-from test_steps import SAME, SINKS, WINDOW
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.errors import CapacityError, OptionError
