@@ -23,7 +23,7 @@ from typing import Any
 import click
 import torch
 from other_methods import GROUP, Kivi, published_schemes, simulate
-from stamp import stamp
+from stamp import stamp, write
 from torch import Tensor
 
 from skvq import CacheConfig, Engine
@@ -63,7 +63,7 @@ def main(model: str, corpus: Path, texts: tuple[Path, ...], tokens: int, output:
 
     def note(row: dict[str, Any]) -> None:
         rows.append(row)
-        output.write_text(json.dumps(found, indent=1) + "\n")
+        write(output, found)
         name = row["name"] + (" whole tiles" if row["window"] == "tiles" else "")
         figures = f"{row['bits_per_element']:6.3f} bits   ppl {row['ppl']:8.3f}   KL {row['kl']:.4f}   top-1 {row['top1']:.3f}"
         print(f"{row['text']:16} {name:32} {figures}", file=sys.stderr)

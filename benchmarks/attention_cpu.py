@@ -15,18 +15,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+# isort: split
 import torch
+from cases import Case, attend, compare, lengthened, make_case
 from stamp import stamp
-from torch import Tensor
 
 from skvq.engine.measure import copy_bandwidth, device_name
-from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, PackedPages, RopeFrequencies, Step
-from skvq.kernels.layout import LEVELS, PageLayout, pages_for
+from skvq.kernels.layout import LEVELS, PageLayout
 from skvq.kernels.numba_cpu import NumbaCpu
-from skvq.kernels.reference import Reference
-
-FULL_SPAN = 2**31 - 1
 
 
 def say(*words: object) -> None:
@@ -54,61 +55,24 @@ def cpu_seconds(function: Callable[[], object], seconds: float) -> float:
     return best
 
 
-def head_side(layout: PageLayout) -> HeadSide:
-    heads, size = layout.kv_heads, layout.head_size
-    eye = torch.eye(size).repeat(heads, 1, 1)
-    ones = torch.ones(heads, layout.groups)
-    return HeadSide(unit=ones, clip=ones, metric=eye, factor=eye, has_metric=False)
-
-
-def make_codec(layout: PageLayout, active_pairs: int) -> HeadCodec:
-    """Random orthogonal bases; a key mean in the ``active_pairs`` slowest pairs."""
-    heads, size = layout.kv_heads, layout.head_size
-    gen = torch.Generator().manual_seed(0)
-    basis, other = (torch.linalg.qr(torch.randn(heads, size, size, generator=gen))[0].contiguous() for _ in range(2))
-    mean = torch.zeros(heads, 2, size // 2)
-    mean[:, :, size // 2 - active_pairs :] = torch.randn(heads, 2, active_pairs, generator=gen)
-    return HeadCodec(
-        keys=head_side(layout), values=head_side(layout), key_mean=mean.flatten(1), key_basis=basis, query_basis=basis,
-        value_mean=torch.randn(heads, size, generator=gen), value_basis=other, output_basis=other.transpose(1, 2).contiguous(),
-        rope=RopeFrequencies(inv_freq=1e4 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size), scale=1.0),
-        has_key_mean=active_pairs > 0, has_basis=True,
+def make_call(layout: PageLayout, query_heads: int, tokens: int, window: int, active_pairs: int, seed: int = 0) -> Case:
+    """One sequence of ``tokens`` packed tokens on shuffled pages, ``window`` and sinks in 16 bits; a key mean in the
+    ``active_pairs`` slowest pairs."""
+    case = make_case(
+        size=layout.head_size, kv_heads=layout.kv_heads, repeat=query_heads // layout.kv_heads, key_bits=layout.key_bits,
+        value_bits=layout.value_bits, group_size=layout.group_size, packed=(1,), window=window, retained=0.0,
+        has_key_mean=active_pairs > 0, dtype=torch.bfloat16, seed=seed,
     )  # fmt: skip
-
-
-Call = tuple[Tensor, PackedPages, HeadCodec, FullSlots, Step]
-
-
-def make_call(layout: PageLayout, query_heads: int, tokens: int, window: int, active_pairs: int) -> Call:
-    """One sequence of ``tokens`` packed tokens on shuffled pages and ``window`` in 16 bits; random codes, sane metadata."""
-    tokens = tokens // layout.tile * layout.tile
-    heads, size, count = layout.kv_heads, layout.head_size, pages_for(tokens)
-    codes, values = (
-        torch.empty(count, heads, nbytes, dtype=torch.uint8).random_(0, 243 if bits == 1.5 else 256)
-        for bits, nbytes in ((layout.key_bits, layout.key_bytes), (layout.value_bits, layout.value_bytes))
-    )
-    meta = torch.empty(count, heads, layout.meta_words, dtype=torch.int32)
-    for place, (low, high) in enumerate(((0x20, 0x30), (0, 0x20), (0x20, 0x30), (0, 0x20))):
-        meta.view(torch.uint8).view(-1, 4)[:, place].random_(low, high)
-    keys, slots = (torch.randn(1, heads, window, size).bfloat16() for _ in range(2))
-    return (
-        torch.randn(1, 1, query_heads, size),
-        PackedPages(layout=layout, key_codes=codes, value_codes=values, meta=meta),
-        make_codec(layout, active_pairs),
-        FullSlots(keys=keys, values=slots, positions=torch.arange(tokens, tokens + window, dtype=torch.int32)[None]),
-        Step(
-            slots=torch.zeros(1, dtype=torch.int64), positions=torch.full((1, 1), tokens + window, dtype=torch.int32),
-            packed=torch.tensor([tokens], dtype=torch.int32), page_table=torch.randperm(count).int()[None].contiguous(),
-            max_packed=tokens, span=FULL_SPAN,
-        ),
-    )  # fmt: skip
+    mean = case.heads.key_mean.unflatten(1, (2, -1)).clone()  # [KH, 2, D/2]
+    mean[:, :, : layout.head_size // 2 - active_pairs] = 0
+    case = replace(case, q=case.q.float(), heads=replace(case.heads, key_mean=mean.flatten(1)))
+    return lengthened(case, tokens, torch.device("cpu"), seed)
 
 
 def check(backend: NumbaCpu, layout: PageLayout, query_heads: int) -> None:
     """The gate: no figure is reported unless the answer is right."""
     call = make_call(layout, query_heads, 4096, 100, 20)
-    out, lse = backend.attend_heads(*call)
-    expected, expected_lse = Reference().attend_heads(*call)
+    out, lse, expected, expected_lse = compare(backend, call, "heads")
     error = float((out - expected).norm() / expected.norm())
     assert error < 5e-4 and float((lse - expected_lse).abs().max()) < 1e-2, f"wrong by {error}: nothing is measured"
     say(f"gate: error {error:.1e} against float32, {layout.head_size}-channel heads, group {layout.group_size}")
@@ -118,10 +82,10 @@ def measure(
     backend: NumbaCpu, name: str, layout: PageLayout, query_heads: int, tokens: int, args: argparse.Namespace, copy: float
 ) -> dict[str, object]:
     layers = 30 if name == "smollm2-135m" else 1
-    calls = [make_call(layout, query_heads, tokens, args.window, args.mean_pairs) for _ in range(layers)]
-    times = [timed(lambda call=call: backend.attend_heads(*call), max(0.3, args.seconds / layers)) for call in calls]
-    best, median, packed = sum(map(min, times)), sum(map(statistics.median, times)), calls[0][4].max_packed
-    core = cpu_seconds(lambda: backend.attend_heads(*calls[0]), args.seconds / 2) * layers
+    calls = [make_call(layout, query_heads, tokens, args.window, args.mean_pairs, seed) for seed in range(layers)]
+    times = [timed(lambda call=call: attend(backend, call, "heads"), max(0.3, args.seconds / layers)) for call in calls]
+    best, median, packed = sum(map(min, times)), sum(map(statistics.median, times)), calls[0].step.max_packed
+    core = cpu_seconds(lambda: attend(backend, calls[0], "heads"), args.seconds / 2) * layers
     nbytes, codes = layers * packed * layout.bytes_per_token, layers * packed * layout.kv_heads * layout.head_size * 2
     row: dict[str, object] = {
         "shape": name, "layers": layers, "group": layout.group_size, "ctx": tokens, "ms": round(best * 1e3, 3),

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import click
 import torch
-from stamp import stamp
+from stamp import stamp, write
 
 from skvq.engine.measure import device_name, peak_bytes, reset_peak
 
@@ -276,7 +276,7 @@ def main(
         "results": rows,
         "ratios": ratios(rows),
     }
-    output.write_text(json.dumps(found, indent=1) + "\n")
+    write(output, found)
     plot(rows, output.with_suffix(".png"))
     print(table(rows), file=sys.stderr)
     for r in found["ratios"]:

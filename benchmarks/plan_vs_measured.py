@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stamp import stamp
+from stamp import stamp, write
 
 from skvq.engine.measure import device_name
 
@@ -130,7 +130,7 @@ def main() -> None:
         )
     result = {**stamp(device_name(torch.device("cpu")), "torch", "numba"), "results": rows}
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(arguments.output, result)
     print(json.dumps(result))
 
 

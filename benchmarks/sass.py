@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from stamp import stamp
+from stamp import stamp, write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -59,7 +59,7 @@ FLOATS = {"rope_scale", "eps", "half"}
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One compilation: a kernel, its constants, and what the gates of kernels.md ask of it."""
+    """One compilation: a kernel, its constants, and the limits that it is held to."""
 
     name: str
     kernel: Any
@@ -304,8 +304,7 @@ def main() -> None:
                 flush=True,
             )
     record = stamp("aot", "triton")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+    write(output, record | {"results": results})
     print(json.dumps(record | {"kernels": len(results), "output": str(output)}))
 
 

@@ -2,7 +2,7 @@
 
 Exact prefill has hidden states of the whole prompt and a layer's keys and values of all of it. When the device has no room
 for both, hidden states go to pinned host memory and pass through the device chunk by chunk; when a layer's keys and values
-are still too large, only those of a group of its kv heads are there at a time (design.md, section 5).
+are still too large, only those of a group of its kv heads are there at a time.
 """
 
 from __future__ import annotations

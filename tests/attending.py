@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from simulated import SimulatedLayer, schedule
+from tiny import tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -17,6 +20,37 @@ from skvq.engine.evaluate import DecodeRegimeLayer
 from skvq.engine.generate import Engine
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch, ExactLayer, StreamingLayer
+
+WINDOW, SINKS = 16, 3
+SAME = 64 * torch.finfo(torch.float32).eps  # sums of numbers of order one, in another order
+CACHES: dict[str, dict[str, Any]] = {
+    "fp": {"method": "fp"},
+    "plain K2V2": {"method": "plain"},
+    "plain K8V8": {"method": "plain", "key_bits": 8, "value_bits": 8},
+    "reorder K2V1.5": {"method": "reorder", "value_bits": 1.5},
+    "reorder K3V2": {"method": "reorder", "key_bits": 3},
+    "rotate K2V2": {},
+    "rotate K1.5V1.5": {"key_bits": 1.5, "value_bits": 1.5},
+    "rotate K1.5V4": {"key_bits": 1.5, "value_bits": 4},
+    "rotate K4V3": {"key_bits": 4, "value_bits": 3},
+}
+
+
+class Engines(dict[str, Engine]):
+    """Engines of one layer with grouped heads by the cache's name, made when first asked for."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        super().__init__()
+        self.folder = tiny_folder(folder, num_layers=1, **changes)
+
+    def __missing__(self, name: str) -> Engine:
+        self[name] = tiny_engine(self.folder, tiny_cache(**CACHES[name]))
+        return self[name]
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

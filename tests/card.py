@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from skvq.kernels import dense, reference
 from skvq.kernels.cudnn import cudnn_on
+from skvq.kernels.graphs import Captured
 
 CARD = torch.device("cuda:0")
 READS = {  # of tensors of the card: the host waits
@@ -251,6 +252,28 @@ def merge_by_torch(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -
         return MERGE(outs, lses, dtype)
     out, lse = reference.merge(*([t.flatten(0, 1).transpose(0, 1) for t in part] for part in (outs, lses)))
     return out.to(dtype), lse
+
+
+class CheckedGraphs:
+    """``Graphs`` of a card: work is refused that a graph could not hold, and a replay is the same work done once more."""
+
+    def __init__(self, device: torch.device, max_packed: int) -> None:
+        self.max_packed = max_packed
+        [self.card] = Card.active
+
+    def bound(self, packed: int) -> int:
+        return self.max_packed
+
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
+        work()  # compiled, scratch memory allocated
+        with self.card.capture():
+            logits = work().clone()
+
+        def replay() -> None:
+            with self.card.capture():
+                logits.copy_(work())
+
+        return Captured(replay, logits)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +54,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["reference", "numba"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The specification, then the kernels of the CPU."""
+    return str(request.param)
+
+
+@pytest.fixture
+def nothing_is_left_behind(engine: Any) -> Iterator[None]:
+    """After each test of a module that has an ``engine``: all of its sequences and pages are free again."""
+    from tiny import arena_of
+
+    yield
+    gc.collect()
+    arena = engine.parts.setup.arena
+    arena.check(arena_of())
+    assert arena.free_sequences == arena.shape.sequences

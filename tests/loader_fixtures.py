@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     """Every weight of the config, float32."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in expected_shapes(config).items()}
+
+
+def spoiled(data: bytes, seed: int, cut: int, flips: int, within: int) -> bytes:
+    """``data`` with that many random bits flipped in its first ``within`` bytes; of every other seed ``cut`` bytes short."""
+    rng, found = random.Random(seed), bytearray(data[: len(data) - cut] if seed % 2 else data)
+    for _ in range(flips if found else 0):
+        found[rng.randrange(min(len(found), within))] ^= 1 << rng.randrange(8)
+    return bytes(found)
 
 
 def write_checkpoint(folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor], shards: int = 1) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tiny import nll_of
 from torch import Tensor
 
 from skvq.engine.evaluate import hidden_states
@@ -105,4 +106,4 @@ def simulated_nll(engine: Engine, ids: Sequence[int], sinks: int) -> Tensor:
     times = schedule(len(ids), [])
     layers = lambda layer: SimulatedLayer(engine, layer, sinks, *times)  # noqa: E731
     hidden = hidden_states(parts.model, parts.rope, at, layers, lambda done: None)
-    return -parts.model.head(hidden)[:-1].log_softmax(-1).gather(1, at[1:, None])[:, 0]
+    return nll_of(parts.model.head(hidden)[:-1], ids)

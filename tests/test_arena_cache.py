@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from attending import decode, defined, exact, stream, trace
+from attending import SAME, SINKS, WINDOW, Engines, apart, decode, defined, exact, stream, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_steps import SAME, SINKS, WINDOW, Engines, apart
 from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 

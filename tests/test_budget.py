@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import arena_of, bytes_of, random_ids, stepped_nll, steps, tiny_cache, tiny_engine, tiny_folder
+from tiny import arena_of, bytes_of, dense_nll, random_ids, stepped_nll, steps, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import loading
 from skvq.engine.config import CacheConfig
@@ -131,7 +131,7 @@ def test_a_plan_is_a_bound_without_the_artifact_and_exact_with_it(artifact: Path
 def test_prefill_and_decode_equal_scoring_again(engine: Engine, count: int) -> None:
     ids = random_ids(count)
     found, wanted = engine.nll(ids), stepped_nll(engine, ids)
-    dense = -engine.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    dense = dense_nll(engine, ids)
     assert (found - wanted)[: 16 + 128].abs().max() <= 2e-4, "before anything is packed"
     assert (found - wanted).abs().mean() <= max(1e-4, float((found - dense).abs().mean()) / 100)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from card import CARD, Card, OnCard, Stream, card
+from card import CARD, Card, CheckedGraphs, OnCard, Stream, card
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
@@ -21,32 +21,9 @@ from skvq.engine.generate import Engine
 from skvq.engine.methods import CacheMethod
 from skvq.engine.sampling import Sampler
 from skvq.kernels import ops
-from skvq.kernels.graphs import Captured
 from skvq.kernels.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class CheckedGraphs:
-    """``Graphs`` of a card: work is refused that a graph could not hold, and a replay is the same work done once more."""
-
-    def __init__(self, device: torch.device, max_packed: int) -> None:
-        self.max_packed = max_packed
-        [self.card] = Card.active
-
-    def bound(self, packed: int) -> int:
-        return self.max_packed
-
-    def capture(self, work: Callable[[], Tensor]) -> Captured:
-        work()  # compiled, scratch memory allocated
-        with self.card.capture():
-            logits = work().clone()
-
-        def replay() -> None:
-            with self.card.capture():
-                logits.copy_(work())
-
-        return Captured(replay, logits)
 
 
 @pytest.fixture

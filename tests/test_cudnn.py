@@ -9,7 +9,7 @@ import card as stand_in
 import pytest
 import torch
 from card import card
-from test_reference import plain_attention
+from cases import plain_attention
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 

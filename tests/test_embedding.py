@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
+from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq import AttentionSinks, CacheConfig, KeyOutliers, Quiet, SamplingConfig, SkvqError, TokenIds
 from skvq.engine.decode import MOST_GRAPHS, GraphStep
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_is_left_behind")
 TEXT = "It was the best of times. "
 SAMPLING = SamplingConfig(max_new_tokens=6, ignore_eos=True)
 
@@ -33,14 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["reference", "numba"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
     return tiny_engine(folder, tiny_cache(), backend=request.param, max_context=700)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(engine: Engine) -> Iterator[None]:
-    yield
-    gc.collect()
-    engine.parts.setup.arena.check(arena_of())
-    assert engine.parts.setup.arena.free_sequences == 4
 
 
 def test_what_the_documentation_shows_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

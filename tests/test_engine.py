@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import arena_of, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
+from tiny import dense_nll, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
@@ -15,7 +14,7 @@ from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
 from skvq.loaders.text import ByteTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_is_left_behind")
 PROMPT = "It was the best of times, it was the worst of times. "
 CACHES = {"fp": {"method": "fp"}, "rotate": {}, "reorder": {"method": "reorder", "value_bits": 1.5}}
 
@@ -37,19 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("tiny"), family="qwen2", qkv_bias=True)
 
 
-@pytest.fixture(scope="module", params=["reference", "numba"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def engine(folder: Path, backend: str) -> Engine:
     return tiny_engine(folder, tiny_cache(), backend=backend, max_context=700)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(engine: Engine) -> None:
-    engine.parts.setup.arena.check(arena_of())
 
 
 def answer_ids(engine: Engine, count: int, prompt: str = PROMPT, **options: object) -> list[int]:
@@ -76,7 +65,7 @@ def test_scores_are_those_of_decode_step_by_step(folder: Path, backend: str, nam
     engine = tiny_engine(folder, tiny_cache(**CACHES[name]), backend=backend)
     ids = random_ids(16 + 2 * 160 + 21)
     found, steps = engine.nll(ids), stepped_nll(engine, ids)
-    dense = -engine.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    dense = dense_nll(engine, ids)
     bound = 1e-4 if name == "fp" else (found - dense).abs().mean() / 100
     assert (found - steps).abs().mean() <= bound
 
@@ -85,8 +74,8 @@ def test_scores_are_those_of_decode_step_by_step(folder: Path, backend: str, nam
 def test_backends_agree(folder: Path, backend: str, name: str) -> None:
     ids = random_ids(16 + 2 * 160 + 21, seed=4)
     ours, specified = (tiny_engine(folder, tiny_cache(**CACHES[name]), backend=b) for b in (backend, "reference"))
-    found, wanted, dense = ours.nll(ids), specified.nll(ids), specified.logits(ids)[:-1].log_softmax(-1)
-    error = (wanted + dense.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).abs().mean()
+    found, wanted = ours.nll(ids), specified.nll(ids)
+    error = (wanted - dense_nll(specified, ids)).abs().mean()
     assert (found - wanted).abs().mean() <= (1e-4 if name == "fp" else error / 100)
 
 
@@ -230,7 +219,7 @@ def test_an_engine_over_the_same_weights_with_another_cache(engine: Engine) -> N
     plain = engine.with_cache(tiny_cache(method="fp"))
     planned = sum(size for part, size in plain.parts.plan.parts.items() if part.startswith("cache"))
     assert planned == plain.parts.setup.arena.nbytes != engine.parts.setup.arena.nbytes
-    dense = -engine.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    dense = dense_nll(engine, ids)
     assert plain.parts.model is engine.parts.model
     assert (plain.nll(ids) - dense).abs().mean() < (engine.nll(ids) - dense).abs().mean() / 10
 

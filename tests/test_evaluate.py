@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from attending import trace
+from attending import SAME, SINKS, WINDOW, trace
 from simulated import SimulatedLayer, schedule
-from test_steps import SAME, SINKS, WINDOW
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import scoring
-from skvq.engine.errors import OptionError
+from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.generate import Engine
 from skvq.engine.plots import depth_plot
@@ -113,6 +112,6 @@ def test_a_text_too_short_to_score_is_refused(engine: Engine, text: str) -> None
         engine.evaluate(text, [tiny_cache()], tokens=5, stride=5)
 
 
-def test_a_text_longer_than_the_context_is_refused(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="context of 600"):
+def test_a_text_longer_than_the_context_is_refused(engine: Engine) -> None:
+    with pytest.raises(CapacityError, match="context of 600"):
         engine.evaluate(TEXT * 2, [tiny_cache()], tokens=700, stride=700)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from loader_fixtures import refused
-from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
+from tiny import Listener, arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import loading
 from skvq.engine.cache import SequenceCache
@@ -91,10 +91,10 @@ def test_without_room_for_all_heads_the_plan_has_groups_and_says_so(tmp_path: Pa
     total = plan.total - plan.form_bytes + sum(grouped.device_parts(config, plan.context, 4).values())
     assert total < plan.total
     monkeypatch.setattr(loading, "available_memory", lambda device: total)
-    told = Messages()
+    told = Listener()
     engine = engine_for(tmp_path, tiny_cache(), "mha", report=told)
     assert (engine.parts.plan.form, engine.parts.plan.total) == (grouped, total)
-    assert any(str(grouped) in line for line in told.lines)
+    assert any(str(grouped) in line for line in told.messages)
     for count, form in ((TOKENS, grouped), (TOKENS // 2, PrefillForm())):
         sequence = engine.prefill(random_ids(count))
         assert engine.timing.prefill == str(form) and f"({form})" in engine.summary(sequence).line()
@@ -143,16 +143,6 @@ def test_the_bar_counts_all_the_work(tmp_path: Path) -> None:
         read_as(engine, form).free()
         np.testing.assert_allclose(counting.done, counting.total)
         assert (counting.total > 0).all()
-
-
-class Messages(Quiet):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
 
 
 class Counting(Quiet):

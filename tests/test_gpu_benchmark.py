@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 import time
@@ -18,35 +17,26 @@ triton = pytest.importorskip("triton")
 if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
-from card import card  # noqa: E402
+from card import CheckedGraphs, card  # noqa: E402
+from cases import make_case  # noqa: E402
 from emulated import emulated  # noqa: E402
-from test_card import CheckedGraphs  # noqa: E402
+from scripts import loaded  # noqa: E402
 from tiny import tiny_folder  # noqa: E402
-from triton_cases import make_case  # noqa: E402
 
 from skvq.kernels import ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"skvq_{name}", Path(__file__).parents[1] / "benchmarks/gpu" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"skvq_{name}"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def script() -> ModuleType:
-    return loaded("run_all")
+    return loaded("gpu/run_all")
 
 
 def test_a_million_tokens_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part on the CPU, in two calls: the second does what the first has not done."""
     monkeypatch.setenv("SKVQ_CACHE", str(tmp_path / "cache"))
-    million = loaded("million")
+    million = loaded("gpu/million")
     monkeypatch.setattr(million, "STEPS", 3)
     model, output = str(tiny_folder(tmp_path / "model", head_size=64, vocab_size=300, num_layers=3)), tmp_path / "found.json"
     words = ["--model", model, "--llama", model, "--context", "3000", "--layers", "2", "--device", "cpu", "--method", "plain"]
@@ -149,3 +139,25 @@ def test_a_failing_step_is_recorded_and_tried_once_more(script: Any, tmp_path: P
     monkeypatch.setattr(script, "card_answers", lambda: False)
     with pytest.raises(script.BrokenContext):
         script.Log(path, time.monotonic() + 100, {}).step("gate x", work)
+
+
+@pytest.mark.parametrize("changed", [{}, {"commit": "0123456"}, {"versions": {"torch": "1.0"}}, None])
+@pytest.mark.parametrize("name", ["run_all", "million"])
+def test_only_results_of_this_commit_and_these_versions_are_known(
+    name: str, changed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, path, seen = loaded(f"gpu/{name}"), tmp_path / "found.json", []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "cpu")
+    stamped = module.stamp("cpu", "torch", "triton")
+    if changed is not None:
+        path.write_text(json.dumps(stamped | {"copy": {"gbps": 1.0}} | changed))
+    monkeypatch.setattr(sys, "argv", ["", "--output", str(path)])
+    if name == "run_all":
+        monkeypatch.setattr(module, "measure", lambda log: seen.append(log.results))
+        module.main()
+    else:
+        monkeypatch.setattr(module, "measure", lambda task, wanted, path, known, deadline: seen.append(known) or True)
+        module.main(["--output", str(path), "--device", "cpu"])
+    assert seen == [stamped | ({"copy": {"gbps": 1.0}} if changed == {} else {})]
+    told = capsys.readouterr().err
+    assert (str(path) in told and "measured anew" in told and told.count("\n") == 1) if changed else not told

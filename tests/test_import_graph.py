@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: the house of design.md, section 2."""
+"""Who may import whom, read from the source: kernels nothing else of skvq, loaders configs and errors, nobody in a circle."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_fixtures import one_line, random_weights, refused, tiny_config, write_checkpoint
+from loader_fixtures import one_line, random_weights, refused, spoiled, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -185,11 +184,7 @@ def test_flipped_bits_and_truncation_raise_only_our_error(
     tmp_path_factory: pytest.TempPathFactory, seed: int, cut: int, flips: int, header_only: bool
 ) -> None:
     path, data = small_file(tmp_path_factory.mktemp("flips"))
-    rng = random.Random(seed)
-    spoiled = bytearray(data[: len(data) - cut] if seed % 2 else data)
-    for _ in range(flips if spoiled else 0):
-        spoiled[rng.randrange(min(len(spoiled), 900) if header_only else len(spoiled))] ^= 1 << rng.randrange(8)
-    path.write_bytes(bytes(spoiled))
+    path.write_bytes(spoiled(data, seed, cut, flips, within=900 if header_only else len(data)))
     try:
         source = SafetensorsSource(path.parent)
     except SkvqError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from ggml_fixtures import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_fixtures import one_line, random_weights, refused, tiny_config, write_gguf
+from loader_fixtures import one_line, random_weights, refused, spoiled, tiny_config, write_gguf
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -285,13 +284,9 @@ def test_flipped_bits_and_truncation_raise_only_our_error(
     small_file: tuple[Path, bytes], seed: int, cut: int, flips: int
 ) -> None:
     path, data = small_file
-    rng = random.Random(seed)
-    spoiled = bytearray(data[: len(data) - cut] if seed % 2 else data)
-    for _ in range(flips if spoiled else 0):
-        spoiled[rng.randrange(len(spoiled))] ^= 1 << rng.randrange(8)
     target = path.with_name(f"{seed % 7}.gguf")
     target.unlink(missing_ok=True)
-    target.write_bytes(bytes(spoiled))
+    target.write_bytes(spoiled(data, seed, cut, flips, within=len(data)))
     try:
         source = GgufSource(target)
     except SkvqError as error:

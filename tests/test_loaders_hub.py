@@ -154,7 +154,7 @@ def test_a_missing_demo_package_is_named(hub: Hub, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_published_configs(hub: Hub, alias: str, parameters: int, kv_elements: int, context: int) -> None:
-    """Parameter counts as the model cards give them; elements per token as design.md does."""
+    """Parameter counts as the model cards give them; elements per token are 2 by layers, kv heads and head size."""
     config = config_of(alias, download=False)
     assert (config.num_parameters, config.kv_elements_per_token, config.trained_context) == (
         parameters,

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-from triton_cases import Case, make_case
+from cases import Case, attend, compare, fused, make_case, torch_attention
 
-from skvq.kernels import reference
-from skvq.kernels.interface import Step
 from skvq.kernels.numba_cpu import NumbaCpu
 
 METHODS = ("heads", "labels", "plain")
@@ -21,50 +17,18 @@ BACKEND = NumbaCpu()
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def attend(backend: object, method: str, case: Case, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    function: Callable[..., tuple[Tensor, Tensor]] = getattr(backend, f"attend_{method}")
-    if method == "plain":
-        return function(q, case.plain, case.full, step)
-    return function(q, case.pages, getattr(case, method), case.full, step)
-
-
-def torch_in_16_bits(method: str, case: Case) -> Tensor:
-    """Attention by torch with queries, keys and values in q's 16-bit dtype: its error is the yardstick."""
-    outs = []
-    for row, slot in enumerate(case.step.slots.tolist()):
-        count, table = int(case.step.packed[row]), case.step.page_table[slot]
-        retained = torch.zeros(count, dtype=torch.bool)
-        if method == "plain":
-            used = table[: -(-count // 1280)].long()
-            k, v = (t[used].transpose(1, 2).flatten(0, 1)[:count] for t in (case.plain.keys, case.plain.values))
-        else:
-            codec = getattr(case, method)
-            k, v = getattr(reference, f"unpack_{method}")(case.pages, codec, table, 0, count)
-            retained = getattr(reference, f"read_{method}")(case.pages, codec, table, 0, count)[2]
-        t, held = case.step.positions[row][:, None].long(), case.full.positions[slot].long()[None]
-        near = (held >= 0) & (held <= t) & (t - held < case.step.span)
-        visible = torch.cat([~retained & (t - torch.arange(count)[None] < case.step.span), near], 1)
-        k, v = (torch.cat([a.to(b.dtype), b[slot].transpose(0, 1)]) for a, b in ((k, case.full.keys), (v, case.full.values)))
-        seen = visible.any(0)
-        share = case.q.shape[2] // k.shape[1]
-        k, v = (x[seen].transpose(0, 1).repeat_interleave(share, 0) for x in (k, v))
-        mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, seen].to(k.dtype)
-        q = case.q[row].transpose(0, 1)
-        outs.append(
-            torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)[0].transpose(0, 1)
-        )
-    return torch.stack(outs)
+def in_float32(case: Case) -> Case:
+    return replace(case, q=case.q.float())
 
 
 def assert_accurate(method: str, case: Case) -> None:
-    """The rule of flash-attention: error against float32 at most twice that of torch in 16 bits; log-sum-exp alike."""
-    exact, exact_lse = attend(reference.Reference(), method, case, case.q.float(), case.step)
-    out, lse = attend(BACKEND, method, case, case.q, case.step)
+    """The rule of flash-attention: error against float32 at most twice that of torch in 16 bits (fused); log-sum-exp alike."""
+    out, lse, exact, exact_lse = compare(BACKEND, case, method)
     assert out.dtype == case.q.dtype and lse.dtype == torch.float32
-    theirs, ours = (float((x.float() - exact).square().mean().sqrt()) for x in (torch_in_16_bits(method, case), out))
+    theirs, ours = (float((x.float() - exact).square().mean().sqrt()) for x in (torch_attention(case, method, fused), out))
     assert ours <= 2 * theirs, (ours, theirs)
     # and with exact queries the arithmetic itself is far better than 16 bits
-    wide, _ = attend(BACKEND, method, case, case.q.float(), case.step)
+    wide, _ = attend(BACKEND, in_float32(case), method)
     assert float((wide - exact).square().mean().sqrt()) <= theirs, (ours, theirs)
     assert torch.equal(torch.isinf(lse), torch.isinf(exact_lse))
     finite = torch.isfinite(exact_lse)
@@ -139,22 +103,23 @@ def test_spans(method: str, span: int) -> None:
 def test_nothing_visible(method: str) -> None:
     case = make_case(packed=(3, 1), size=64, window=9)
     hidden = replace(case, full=replace(case.full, positions=torch.full_like(case.full.positions, -1)))
-    out, lse = attend(BACKEND, method, hidden, case.q, replace(case.step, packed=torch.zeros_like(case.step.packed)))
+    step = replace(case.step, packed=torch.zeros_like(case.step.packed))
+    out, lse = attend(BACKEND, replace(hidden, step=step), method)
     assert (out == 0).all() and (lse == -torch.inf).all()
     if method != "plain":
         hidden.pages.meta.fill_(0x38383838 | 0x80)
-        out, lse = attend(BACKEND, method, hidden, case.q, case.step)
+        out, lse = attend(BACKEND, hidden, method)
         assert (out == 0).all() and (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_equals_singles_and_pages_may_lie_anywhere(method: str) -> None:
     case = make_case(packed=(1, 13, 4), queries=2, has_key_mean=True)
-    out, lse = attend(BACKEND, method, case, case.q, case.step)
+    out, lse = attend(BACKEND, case, method)
     for row in range(3):
         one = slice(row, row + 1)
         step = replace(case.step, slots=case.step.slots[one], positions=case.step.positions[one], packed=case.step.packed[one])
-        single, single_lse = attend(BACKEND, method, case, case.q[one].contiguous(), step)
+        single, single_lse = attend(BACKEND, replace(case, q=case.q[one].contiguous(), step=step), method)
         torch.testing.assert_close(single, out[one], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(single_lse, lse[one], rtol=1e-5, atol=1e-5)
     order = torch.randperm(len(case.pages.meta), generator=torch.Generator().manual_seed(1))
@@ -163,16 +128,17 @@ def test_batch_equals_singles_and_pages_may_lie_anywhere(method: str) -> None:
     pages = replace(case.pages, **{name: getattr(case.pages, name)[order] for name in ("key_codes", "value_codes", "meta")})
     plain = replace(case.plain, keys=case.plain.keys[order], values=case.plain.values[order])
     table = moved[case.step.page_table.long()].to(torch.int32)
-    again = attend(BACKEND, method, replace(case, pages=pages, plain=plain), case.q, replace(case.step, page_table=table))
+    moved_case = replace(case, pages=pages, plain=plain, step=replace(case.step, page_table=table))
+    again = attend(BACKEND, moved_case, method)
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
 @pytest.mark.parametrize("method, threads", list(itertools.product(METHODS, (1, 2, 3))))
 def test_any_number_of_threads(method: str, threads: int) -> None:
     case = make_case(packed=(40, 3), size=64)
-    out, _ = attend(BACKEND, method, case, case.q.float(), case.step)
+    out, _ = attend(BACKEND, in_float32(case), method)
     torch.set_num_threads(threads)
-    again, _ = attend(BACKEND, method, case, case.q.float(), case.step)
+    again, _ = attend(BACKEND, in_float32(case), method)
     torch.set_num_threads(1)
     torch.testing.assert_close(again, out, rtol=1e-3, atol=1e-4)
 
@@ -180,10 +146,10 @@ def test_any_number_of_threads(method: str, threads: int) -> None:
 def test_threads_where_torch_has_no_openmp_of_gnu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Apple's torch, say: Python threads call the same function, which runs without the interpreter's lock."""
     case = make_case(packed=(40, 3), size=64)
-    out, _ = attend(BACKEND, "heads", case, case.q.float(), case.step)
+    out, _ = attend(BACKEND, in_float32(case), "heads")
     monkeypatch.setattr(BACKEND._team, "_parallel", None)
     torch.set_num_threads(3)
-    again, _ = attend(BACKEND, "heads", case, case.q.float(), case.step)
+    again, _ = attend(BACKEND, in_float32(case), "heads")
     torch.set_num_threads(1)
     torch.testing.assert_close(again, out, rtol=1e-3, atol=1e-4)
 
@@ -191,11 +157,11 @@ def test_threads_where_torch_has_no_openmp_of_gnu(monkeypatch: pytest.MonkeyPatc
 def test_a_layer_of_the_arena_is_read_where_it_lies() -> None:
     """Pages of one layer are a view with strides of its own; nothing is copied."""
     case = make_case(packed=(3,), size=64)
-    out, _ = attend(BACKEND, "heads", case, case.q, case.step)
+    out, _ = attend(BACKEND, case, "heads")
     wide = {}
     for name in ("key_codes", "value_codes", "meta"):
         t = getattr(case.pages, name)
         wide[name] = torch.full((len(t), 3, *t.shape[1:]), 0x55, dtype=t.dtype)[:, 1]
         wide[name].copy_(t)
-    again, _ = attend(BACKEND, "heads", replace(case, pages=replace(case.pages, **wide)), case.q, case.step)
+    again, _ = attend(BACKEND, replace(case, pages=replace(case.pages, **wide)), "heads")
     assert torch.equal(again, out)

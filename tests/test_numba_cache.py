@@ -15,7 +15,7 @@ from skvq.kernels.numba_cpu.tiles import FAST
 
 SCRIPT = """
 import hashlib
-from triton_cases import make_case
+from cases import make_case
 from skvq.kernels.numba_cpu import NumbaCpu
 case = make_case()
 out, lse = NumbaCpu().attend_heads(case.q, case.pages, case.heads, case.full, case.step)

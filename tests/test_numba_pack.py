@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import Case, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_cases import Case, make_case
 
 from skvq.kernels import reference
 from skvq.kernels.interface import PackedPages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import doctest
 import os
 import re
 import subprocess
@@ -19,7 +18,7 @@ from numba import njit
 import skvq
 from skvq.kernels import layout, reference
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.numba_cpu import job, lattice, launch, numeric, products, quantizer, simd, tiles
+from skvq.kernels.numba_cpu import lattice, launch, numeric, products, quantizer, simd, tiles
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.reference import e4m3_decode, pack_codes
@@ -181,8 +180,3 @@ def test_kernels_import_nothing_that_the_stamp_does_not_see() -> None:
         seen = re.findall(rf"^from {package}\.\w+ import|^from {package} import [\w, ]+$", text, re.MULTILINE)
         named = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("skvq")]
         assert len(seen) == len(named), path.name
-
-
-def test_worked_examples_of_docstrings() -> None:
-    outcome = doctest.testmod(job)
-    assert outcome.attempted and not outcome.failed

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+from tiny import Listener, random_ids, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.calibrate.outliers import LEAST_SEEN, OutlierTokens
 from skvq.calibrate.stats import SINKS
-from skvq.engine.report import Quiet
 from skvq.loaders.artifact import load_artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,14 +48,6 @@ def test_what_is_not_enough() -> None:
     for layer in range(9):
         see_layer(outliers, ids, torch.where(ids == 7, 8.0, always) if layer < 2 else always)
     assert outliers.found() == ()
-
-
-class Listener(Quiet):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 def test_calibration_names_them_in_its_file_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

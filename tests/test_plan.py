@@ -109,7 +109,7 @@ def mistral(**changes: object) -> ModelConfig:
 def test_a_million_tokens_take_the_gigabytes_that_were_promised(
     model: ModelConfig, key_bits: float, value_bits: float, gigabytes: float
 ) -> None:
-    """Mistral-7B and Llama-2-7B, groups of 128: packed pages as in design.md, section 9 (to the digit it prints)."""
+    """Mistral-7B and Llama-2-7B, groups of 128: packed pages, in 10^9 bytes."""
     cache = CacheConfig(key_bits=key_bits, value_bits=value_bits, group_size=128)
     plan = make_plan(model, cache, context=2**20, sequences=1, dtype=torch.bfloat16, memory=2**40, weight_bytes=1)
     assert plan.parts["cache: packed pages"] / 1e9 == pytest.approx(gigabytes, abs=0.1)

@@ -17,8 +17,8 @@ if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
 from card import card, plain  # noqa: E402
+from cases import compare, formats, make_case, torch_error  # noqa: E402
 from emulated import emulated  # noqa: E402
-from triton_cases import arguments, formats, make_case, torch_error  # noqa: E402
 
 from skvq.kernels import reference  # noqa: E402
 from skvq.kernels.interface import FullSlots  # noqa: E402
@@ -53,8 +53,7 @@ def check_attend(method: str, part: int = 0, **options: Any) -> None:
     device = torch.device("cuda")
     tuning = tuned(PackedForm(part=part, stages=2, registers=0, programs=12)) if part else Tuning()
     made = TritonGpu(device, card=dataclasses.replace(Card.of(device), processors=1), tuning=tuning)
-    out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
-    exact, exact_lse = getattr(reference, f"attend_{method}")(host.q.float(), *arguments(host, method))
+    out, lse, exact, exact_lse = compare(made, case, method, host)
     error, allowed = float((plain(out).float() - exact).abs().max()), 2 * torch_error(exact, host, method)
     assert error <= allowed, (method, options, error, allowed)
     seen = exact_lse > -torch.inf

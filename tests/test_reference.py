@@ -1,20 +1,18 @@
-"""The specification itself: packing, metadata, quantization. Layout arithmetic is held by its own doctests."""
+"""The specification itself: packing, metadata, quantization. Worked examples of layout arithmetic: ``test_docstrings``."""
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from cases import make_case, plain_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_cases import make_case
 
-from skvq.engine import errors, filters, plan_report, planner, prefill, regions
 from skvq.kernels import dense, layout, reference
 from skvq.kernels.interface import HeadSide, RopeFrequencies, Side
 from skvq.kernels.layout import E4M3_MAX, E4M3_MIN, LEVELS, PageLayout, packed_tokens
@@ -39,12 +37,6 @@ ONE = torch.tensor(1.0)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("module", [layout, regions, errors, planner, plan_report, prefill, filters])
-def test_worked_examples_of_docstrings(module: object) -> None:
-    outcome = doctest.testmod(module)
-    assert outcome.attempted and not outcome.failed
 
 
 @pytest.mark.parametrize("kind", ["heads", "labels"])
@@ -265,15 +257,6 @@ def test_turning_back_undoes_turning_at_a_million() -> None:
     positions = torch.arange(999_993, 1_000_000)
     back = rotary(rotary(x, positions, rope), positions, rope, inverse=True)
     assert (back - x).abs().max() <= 8 * torch.finfo(torch.float32).eps * x.abs().max()
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition in float64: q [N, H, D], k and v [KH, T, D]."""
-    repeat = q.shape[1] // k.shape[0]
-    k, v = (t.double().repeat_interleave(repeat, 0) for t in (k, v))
-    score = torch.einsum("nhd,htd->nht", q.double(), k) / q.shape[-1] ** 0.5
-    score = score.masked_fill(~visible[:, None], -torch.inf)
-    return torch.einsum("nht,htd->nhd", score.softmax(-1), v), score.logsumexp(-1)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])

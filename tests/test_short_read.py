@@ -22,11 +22,6 @@ CACHES = {
 }
 
 
-@pytest.fixture(scope="module", params=["reference", "numba"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module", params=CACHES)
 def engine(request: pytest.FixtureRequest, backend: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tiny_folder(tmp_path_factory.mktemp("model"), attention_spans=(2**31 - 1, 200), family="mistral")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from attending import decode, defined, exact, scored, stream, trace
+from attending import CACHES, SAME, SINKS, WINDOW, Engines, apart, decode, defined, exact, scored, stream, trace
 from simulated import simulated_nll
-from tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
+from tiny import dense_nll, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine.errors import CapacityError
@@ -17,37 +16,12 @@ from skvq.engine.generate import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WINDOW, SINKS = 16, 3
-SAME = 64 * torch.finfo(torch.float32).eps  # sums of numbers of order one, in another order
-CACHES: dict[str, dict[str, Any]] = {
-    "fp": {"method": "fp"},
-    "plain K2V2": {"method": "plain"},
-    "plain K8V8": {"method": "plain", "key_bits": 8, "value_bits": 8},
-    "reorder K2V1.5": {"method": "reorder", "value_bits": 1.5},
-    "reorder K3V2": {"method": "reorder", "key_bits": 3},
-    "rotate K2V2": {},
-    "rotate K1.5V1.5": {"key_bits": 1.5, "value_bits": 1.5},
-    "rotate K1.5V4": {"key_bits": 1.5, "value_bits": 4},
-    "rotate K4V3": {"key_bits": 4, "value_bits": 3},
-}
 FEW = ["fp", "plain K2V2", "reorder K2V1.5", "rotate K2V2"]
 BOUNDARIES = [
     (windows, tiles, more)
     for windows, tiles, around in ((0, 0, SINKS), (1, 0, 0), (1, 1, 0), (1, 2, 0))
     for more in (around - 1, around, around + 1)
 ]
-
-
-class Engines(dict[str, Engine]):
-    """Engines of one layer with grouped heads by the cache's name, made when first asked for."""
-
-    def __init__(self, folder: Path, **changes: Any) -> None:
-        super().__init__()
-        self.folder = tiny_folder(folder, num_layers=1, **changes)
-
-    def __missing__(self, name: str) -> Engine:
-        self[name] = tiny_engine(self.folder, tiny_cache(**CACHES[name]))
-        return self[name]
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +31,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
 
 def sinks_of(engine: Engine) -> int:
     return 0 if engine.parts.cache.method == "fp" else SINKS
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max())
 
 
 # --- one layer, the same numbers in every mode -----------------------------------------------------------------------------
@@ -231,7 +200,7 @@ def test_nll_of_a_model_equals_its_definition(tmp_path: Path, name: str) -> None
     tile = engine.parts.setup.regions.tile
     ids = random_ids(WINDOW + 2 * tile + 37, seed=3)
     found, steps = engine.nll(ids), stepped_nll(engine, ids)
-    dense = -engine.logits(ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    dense = dense_nll(engine, ids)
     assert (found - simulated_nll(engine, ids, sinks_of(engine))).abs().max() <= 1e-4
     assert (found - steps)[: WINDOW + tile].abs().max() <= 2e-4, "before anything is packed"
     bound = 1e-4 if name == "fp" else (found - dense).abs().mean() / 100

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from ggml_fixtures import blocks_of, random
+from tiny import Listener
 from torch import Tensor
 
 from skvq.engine.linear import FloatMatrix
-from skvq.engine.report import Quiet
 from skvq.engine.storage import WeightReader
 from skvq.engine.stored import StoredStorage
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
@@ -33,14 +33,6 @@ class Source:
         if not isinstance(found, tuple):
             return None
         return QuantizedBlocks(data=found[1], kind=found[0], shape=tuple(found[2].shape))
-
-
-class Listener(Quiet):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 def storage_of(listener: Listener, **weights: Tensor | tuple[str, Tensor, Tensor]) -> StoredStorage:

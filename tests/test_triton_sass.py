@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,24 +12,13 @@ triton = pytest.importorskip("triton")
 if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
+from scripts import loaded  # noqa: E402
+
 from skvq.kernels.layout import PageLayout  # noqa: E402
 from skvq.kernels.triton_gpu import loaders, metadata, overlap, raised  # noqa: E402
 from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, label_bytes, label_form  # noqa: E402
 
-
-def load_sass() -> ModuleType:
-    """``benchmarks/sass.py``, which is a script and no part of the package."""
-    path = Path(__file__).parents[1] / "benchmarks" / "sass.py"
-    sys.path.append(str(path.parent))  # as when it is run
-    spec = importlib.util.spec_from_file_location("skvq_sass", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["skvq_sass"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sass = load_sass()
+sass = loaded("sass")
 
 if not isinstance(sass.packed.attend_packed_kernel, triton.JITFunction):
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)

@@ -55,7 +55,27 @@ def stepped_nll(engine: Engine, ids: Sequence[int]) -> Tensor:
     sequence = engine.new_sequence()
     logits = steps(engine, [sequence], [ids[:-1]])[0]
     sequence.free()
+    return nll_of(logits, ids)
+
+
+def nll_of(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """Minus the logarithm of the probability that logits [N - 1, V] give to each id but the first, float32 [N - 1]."""
     return -logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def dense_nll(engine: Engine, ids: Sequence[int]) -> Tensor:
+    """The same of the model without a cache that packs, float32 [N - 1]."""
+    return nll_of(engine.logits(ids)[:-1], ids)
+
+
+class Listener(Quiet):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
 
 def arena_of(*sequences: SequenceCache) -> dict[int, list[int]]:

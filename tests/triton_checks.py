@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import triton.language as tl
+from cases import arguments, compare, formats, make_case, torch_error
 from torch import Tensor
-from triton_cases import arguments, formats, make_case, torch_error
 
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots
@@ -59,8 +59,7 @@ def check_attend(method: str, part: int = 0, **options: object) -> None:
     if part:
         form = PackedForm(part=part, stages=2, registers=0, programs=12)
         made = TritonGpu(CPU, tuning=Tuning(form_of=lambda layout, **rest: form))
-    out, lse = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
-    exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
+    out, lse, exact, exact_lse = compare(made, case, method)
     error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
     print(f"{method} {options}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
     assert error <= allowed + 1e-7, (method, options, error, allowed)
@@ -133,8 +132,7 @@ def label_ranges() -> None:
             case, labels=dataclasses.replace(case.labels, keys=keys, values=values),
             pages=dataclasses.replace(case.pages, meta=meta),
         )  # fmt: skip
-        out, _ = backend().attend_labels(case.q, *arguments(case, "labels"))
-        exact, _ = reference.attend_labels(case.q.float(), *arguments(case, "labels"))
+        out, _, exact, _ = compare(backend(), case, "labels")
         error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, "labels")
         print(f"labels {value_bits} {exponents} {factor}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
         assert error <= allowed, (value_bits, exponents, error, allowed)
@@ -168,8 +166,7 @@ def assembly_order() -> None:
     ):
         case = make_case(**options)  # type: ignore[arg-type]
         made = TritonGpu(CPU, card=dataclasses.replace(Card.of(CPU), interpreted=False))
-        out, _ = getattr(made, f"attend_{method}")(case.q, *arguments(case, method))
-        exact, _ = getattr(reference, f"attend_{method}")(case.q.float(), *arguments(case, method))
+        out, _, exact, _ = compare(made, case, method)
         error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
         print(f"{method} {options}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
         assert error <= allowed, (method, options, error, allowed)
@@ -449,8 +446,7 @@ def decode_steps() -> None:
 def on_a_card() -> None:
     """The engine on these kernels on a GPU that is not there: every tensor a kernel is given lies on the card, and what a graph
     launches has been launched before with arguments of the same types and divisibility: nothing is compiled while capturing."""
-    from card import OnCard, card, plain
-    from test_card import CheckedGraphs
+    from card import CheckedGraphs, OnCard, card, plain
     from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
     from triton.runtime.interpreter import GridExecutor
 

@@ -1,7 +1,8 @@
 """A million tokens on a card, whole: read, held, decoded and found again, each beside what the plan says.
 
 ``python benchmarks/gpu/million.py [--parts prefill,command] [--layers 4] [--seconds 520]``. Results are written after every
-part, and a second call goes on with those that are missing. Dummy weights: nothing is downloaded. JSON comes last on stdout.
+part, and a second call of the same commit and versions goes on with those that are missing. Dummy weights: nothing is
+downloaded. JSON comes last on stdout.
 
     prefill  ``--model`` reads the context exactly with ``--layers`` of its layers (0: all) and decodes some tokens
     llama    the arena of Llama-2-7B at K2 V1.5 g128, filled to the context, decoded; its peak against 80 GB
@@ -22,13 +23,29 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from this_tree import ROOT  # before anything of skvq
+
+# isort: split
+import torch
+from stamp import go_on, stamp, write
+
+from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.generate import Engine
+from skvq.engine.machine import pick_device, pick_dtype
+from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine
+from skvq.engine.planted import planted, rows
+from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
+from skvq.engine.report import StderrReporter
+from skvq.engine.stress import bare_setup
+from skvq.kernels.registry import get_backend
+from skvq.loaders.hf import config_to_json
+from skvq.loaders.hub import config_of
+
 COMMAND = """import importlib.util, pathlib, sys
 root = pathlib.Path({root!r})  # this tree, whatever is installed here
 spec = importlib.util.spec_from_file_location("skvq", root / "__init__.py", submodule_search_locations=[str(root)])
@@ -37,35 +54,10 @@ spec.loader.exec_module(sys.modules["skvq"])
 from skvq.cli import run
 run(prog_name="skvq-run")
 """
-if "skvq" not in sys.modules:  # this tree, whatever is installed here
-    package = types.ModuleType("skvq")
-    package.__path__ = [str(ROOT)]
-    sys.modules["skvq"] = package
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import torch  # noqa: E402
-from stamp import stamp  # noqa: E402
-
-from skvq.engine.config import CacheConfig, ModelConfig  # noqa: E402
-from skvq.engine.generate import Engine  # noqa: E402
-from skvq.engine.machine import pick_device, pick_dtype  # noqa: E402
-from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine  # noqa: E402
-from skvq.engine.planted import planted, rows  # noqa: E402
-from skvq.engine.prefill_form import PrefillForm  # noqa: E402
-from skvq.engine.report import StderrReporter  # noqa: E402
-from skvq.engine.stress import bare_setup  # noqa: E402
-from skvq.kernels.registry import get_backend  # noqa: E402
-from skvq.loaders.hf import config_to_json  # noqa: E402
-from skvq.loaders.hub import config_of  # noqa: E402
-
 DEPTHS = (0, 0.1, 1, 10, 25, 50, 75, 90, 99, 99.9, 100)
 LIMIT = 80e9  # bytes of the card that a million tokens of Llama-2-7B are to fit
 STEPS, WARM_UP = 32, 4
 SLACK = 64  # tokens of the context that ``command`` leaves
-
-
-class OutOfTime(Exception):
-    """The call's time is spent; what is done is saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +148,7 @@ def measure_prefill(task: Task) -> dict[str, Any]:
     engine = task.engine(folder, 2.0, "exact")
     loaded = time.perf_counter() - start
     ids = torch.randint(256, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine.prefill(ids[:CHUNK_TOKENS]).free()  # untimed: kernels are compiled
     memory = Memory(task.device)
     start = time.perf_counter()
     sequence = engine.prefill(ids)
@@ -286,7 +279,7 @@ def measure(task: Task, wanted: list[str], path: Path, known: dict[str, Any], de
         except Exception as error:  # one part that fails must not hide the others
             found, left = {"error": f"{type(error).__name__}: {str(error)[-400:]}"}, True
         known[key] = found
-        path.write_text(json.dumps(known, indent=1) + "\n")
+        write(path, known)
         print(f"{key}: {json.dumps(found)}", flush=True)
         gc.collect()
     return not left
@@ -312,14 +305,13 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     output = options.output or ROOT / "benchmarks/results" / f"million-{name.replace(' ', '-').lower()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    known = go_on(output, stamp(name, "torch", "triton"))
     with tempfile.TemporaryDirectory() as folder:
         task = Task(
             model=options.model, llama=options.llama, context=options.context, layers=options.layers, method=options.method,
             device=device, dtype=pick_dtype("auto", device), folder=Path(folder),
         )  # fmt: skip
-        finished = measure(task, wanted, output, known | stamp(name, "torch", "triton"), deadline)
+        finished = measure(task, wanted, output, known, deadline)
     print(json.dumps({"device": name, "finished": finished, "output": str(output)}))
 
 

@@ -1,9 +1,10 @@
 """Measure on a GPU everything that README.md lists: one call, at most nine minutes, resumable, no network.
 
 ``python benchmarks/gpu/run_all.py [--output FILE] [--seconds 520] [--matvec]``. Results are written after every step; a second
-call goes on where the first stopped. What matters most comes first. A format is timed only if its gate is green. A step that
-fails is recorded and tried once more by the next call; after an error that breaks the card's context a fresh process goes on.
-Needs torch and Triton only; the decode step as a whole also what the engine imports. The compact table is printed last.
+call of the same commit and versions goes on where the first stopped. What matters most comes first. A format is timed only if
+its gate is green. A step that fails is recorded and tried once more by the next call; after an error that breaks the card's
+context a fresh process goes on. Needs torch and Triton only; the decode step as a whole also what the engine imports. The
+compact table is printed last.
 """
 
 from __future__ import annotations
@@ -17,35 +18,30 @@ import os
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if "skvq" not in sys.modules:  # the kernels alone, whatever else of the package is installed here
-    package = types.ModuleType("skvq")
-    package.__path__ = [str(ROOT)]
-    sys.modules["skvq"] = package
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(ROOT / "benchmarks/gpu")]
+from this_tree import ROOT  # before anything of skvq
 
-import matvec_sweep  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.attention  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from stamp import stamp  # noqa: E402
-from triton_cases import Case, formats, make_case  # noqa: E402
+# isort: split
+import matvec_sweep
+import torch
+import torch.nn.attention
+import triton
+import triton.language as tl
+from cases import Case, compare, formats, lengthened, make_case
+from stamp import go_on, stamp, write
 
-from skvq.engine.measure import timed  # noqa: E402
-from skvq.kernels import cudnn, dense, reference  # noqa: E402
-from skvq.kernels.interface import FullSlots  # noqa: E402
-from skvq.kernels.layout import PAGE_TOKENS  # noqa: E402
-from skvq.kernels.ops import TorchOps  # noqa: E402
-from skvq.kernels.triton_gpu import TritonGpu  # noqa: E402
-from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
-from skvq.kernels.triton_gpu.forms import PackedForm, packed_form  # noqa: E402
-from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
+from skvq.engine.measure import timed
+from skvq.kernels import cudnn, dense, reference
+from skvq.kernels.interface import FullSlots
+from skvq.kernels.layout import pages_for
+from skvq.kernels.ops import TorchOps
+from skvq.kernels.triton_gpu import TritonGpu
+from skvq.kernels.triton_gpu.card import Card, Tuning
+from skvq.kernels.triton_gpu.forms import PackedForm, packed_form
+from skvq.kernels.triton_gpu.fused import TritonOps
 
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
@@ -54,7 +50,7 @@ CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and bel
 PREFILL_CONTEXTS, BLOCKS_CONTEXT = (32_768, 131_072, 8192), 26_000
 DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
-STEPS, WARM_UP = 160, 8  # more than a tile: one step packs one, `slowest_ms`
+STEPS = WARM_UP = 160  # a tile or more: one step packs one, `slowest_ms`, and has done it before, untimed
 OUTGROWN = 256e6  # bytes: four L2 caches
 CORE = [
     (2.0, 2.0, 128, 128),
@@ -104,7 +100,7 @@ class Log:
 
     def save(self, name: str, value: Any) -> None:
         self.results[name] = value
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
+        write(self.path, self.results)
 
 
 class BrokenContext(Exception):
@@ -168,10 +164,7 @@ def copy_bandwidth() -> dict[str, float]:
 
 def error_of(case: Case, method: str = "heads") -> dict[str, Any]:
     """Error of the kernel against float32, and what 16-bit torch would make of the same keys and values."""
-    made = backend()
-    pages = (case.plain,) if method == "plain" else (case.pages, case.heads if method == "heads" else case.labels)
-    out, lse = getattr(made, f"attend_{method}")(case.q, *pages, case.full, case.step)
-    exact, exact_lse = getattr(reference, f"attend_{method}")(case.q.float(), *pages, case.full, case.step)
+    out, lse, exact, exact_lse = compare(backend(), case, method)
     seen = exact_lse > -torch.inf
     return verdict(out, exact) | {"lse": verdict(lse[seen], exact_lse[seen])}
 
@@ -311,37 +304,9 @@ def arena(shape: str, context: int, key_bits: float, value_bits: float, group: i
         has_key_mean=mean, packed=(1,),
         window=128, retained=0.0,
     )  # fmt: skip
-    count = -(-context // PAGE_TOKENS)
-    small, layout = case.pages, case.layout
-    each = count * kv_heads * (layout.key_bytes + layout.value_bytes + 4 * layout.meta_words)
-    cases = []
-    pick = torch.randint(0, len(small.meta), (count,)).to(DEVICE)
-    for seed in range(max(1, math.ceil(OUTGROWN / each))):
-        move = {name: getattr(case, name) for name in ("heads", "labels", "full", "q")}
-        pages = dataclasses.replace(
-            small,
-            key_codes=small.key_codes.to(DEVICE)[pick],
-            value_codes=small.value_codes.to(DEVICE)[pick],
-            meta=small.meta.to(DEVICE)[pick],
-        )
-        table = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(torch.int32).expand(2, -1).contiguous()
-        packed = context // layout.tile * layout.tile
-        step = dataclasses.replace(
-            case.step, slots=case.step.slots.to(DEVICE), positions=torch.tensor([[packed + 127]], dtype=torch.int32,
-            device=DEVICE),
-            packed=torch.tensor([packed], dtype=torch.int32, device=DEVICE), page_table=table.to(DEVICE), max_packed=packed,
-        )  # fmt: skip
-        cases.append(dataclasses.replace(case, pages=pages, step=step, **{k: on_device(v) for k, v in move.items()}))
-    return cases
-
-
-def on_device(value: Any) -> Any:
-    """A tensor, or a bundle of tensors, on the GPU."""
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: on_device(getattr(value, f.name)) for f in dataclasses.fields(value)})
-    return value
+    layout = case.layout
+    each = pages_for(context) * kv_heads * (layout.key_bytes + layout.value_bytes + 4 * layout.meta_words)
+    return [lengthened(case, context, DEVICE, seed) for seed in range(max(1, math.ceil(OUTGROWN / each)))]
 
 
 def time_attention(
@@ -596,10 +561,8 @@ def main() -> None:
     options = parser.parse_args()
     name = torch.cuda.get_device_name(DEVICE)
     output = options.output or ROOT / "benchmarks/results" / f"gpu-{name.replace(' ', '-').lower()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(output.read_text()) if output.exists() else {}
     deadline = time.monotonic() + options.seconds
-    log = Log(output, deadline, known | stamp(name, "torch", "triton"))
+    log = Log(output, deadline, go_on(output, stamp(name, "torch", "triton")))
     try:
         if options.matvec:
             matvec_sweep.sweep(log.step, lambda work: seconds_of(work, 10))

@@ -1,10 +1,14 @@
-"""Small arenas for the Triton checks: random codes, odd page tables, retained flags, poisoned slots. Imported by tests only."""
+"""Small arenas to attend over: random codes, odd page tables, retained flags, poisoned slots; attention over one in 16 bits.
+
+For tests of every backend and of the specification, and for the gates of ``benchmarks/gpu``.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +25,7 @@ from skvq.kernels.interface import (
     Side,
     Step,
 )
-from skvq.kernels.layout import PAGE_TOKENS, PageLayout
+from skvq.kernels.layout import PAGE_TOKENS, PageLayout, pages_for
 
 FULL_SPAN = 2**31 - 1
 
@@ -154,6 +158,33 @@ def make_case(
     )  # fmt: skip
 
 
+def lengthened(case: Case, tokens: int, device: torch.device, seed: int = 0) -> Case:
+    """A case of one sequence with that many packed tokens, whole tiles, on pages like its own in any order: to be timed.
+
+    Attention over ``plain`` pages is not lengthened.
+    """
+    gen, layout = torch.Generator().manual_seed(seed), case.layout
+    count, packed = pages_for(tokens), tokens // layout.tile * layout.tile
+    pick = torch.randint(len(case.pages.meta), (count,), generator=gen).to(device)
+    table = torch.randperm(count, generator=gen).to(torch.int32).expand(len(case.step.page_table), -1)
+    moved = on_device(case, device)
+    pages = {name: getattr(moved.pages, name)[pick] for name in ("key_codes", "value_codes", "meta")}
+    step = replace(
+        moved.step, packed=torch.full_like(moved.step.packed, packed), page_table=table.to(device).contiguous(),
+        positions=moved.step.positions - moved.step.packed[:, None] + packed, max_packed=packed,
+    )  # fmt: skip
+    return replace(moved, pages=replace(moved.pages, **pages), step=step)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a bundle of tensors, on that device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: on_device(getattr(value, f.name), device) for f in fields(value) if f.init})
+    return value
+
+
 def _codes(bits: float, shape: tuple[int, ...], gen: torch.Generator) -> Tensor:
     """Random bytes; of trits only the 243 that packing writes."""
     if bits == 1.5:
@@ -178,33 +209,64 @@ def arguments(case: Case, method: str) -> tuple[object, ...]:
     }[method]
 
 
-def torch_error(exact: Tensor, case: Case, method: str) -> float:
-    """Error of attention in torch at q's 16-bit dtype over the same keys and values, of which the kernel may make twice."""
-    q, half = case.q, case.q.dtype
+def attend(backend: object, case: Case, method: str) -> tuple[Tensor, Tensor]:
+    """A backend's attention over the case: output like q, log-sum-exp float32."""
+    found: tuple[Tensor, Tensor] = getattr(backend, f"attend_{method}")(case.q, *arguments(case, method))
+    return found
+
+
+def compare(made: object, case: Case, method: str, host: Case | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and log-sum-exp of ``made``, and of the specification in float32; ``host``: the case where that one can run."""
+    twin = host or case
+    return *attend(made, case, method), *attend(reference, replace(twin, q=twin.q.float()), method)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition in float64: q [N, H, D], k and v [KH, T, D]."""
+    repeat = q.shape[1] // k.shape[0]
+    k, v = (t.double().repeat_interleave(repeat, 0) for t in (k, v))
+    score = torch.einsum("nhd,htd->nht", q.double(), k) / q.shape[-1] ** 0.5
+    score = score.masked_fill(~visible[:, None], -torch.inf)
+    return torch.einsum("nht,htd->nhd", score.softmax(-1), v), score.logsumexp(-1)
+
+
+def stepwise(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Attention of q [N, H, D] over k and v [T, H, D] in torch, step by step: scores and weights in 16 bits too."""
+    score = torch.einsum("nhd,thd->nht", q, k) / q.shape[2] ** 0.5
+    weight = score.masked_fill(~visible[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("nht,thd->nhd", weight, v)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """The same by torch's own kernel, which has scores and weights in float32."""
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf).to(k.dtype)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+
+
+def torch_attention(case: Case, method: str, attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Attention in torch on keys and values in q's 16-bit dtype, ``stepwise`` or ``fused``: its error is the yardstick."""
     outs = []
     for row, slot in enumerate(case.step.slots.tolist()):
         count, table = int(case.step.packed[row]), case.step.page_table[slot]
+        retained = torch.zeros(count, dtype=torch.bool)
         if method == "plain":
-            used = table[: -(-count // 1280)].long()
+            used = table[: -(-count // PAGE_TOKENS)].long()
             k, v = (t[used].transpose(1, 2).flatten(0, 1)[:count] for t in (case.plain.keys, case.plain.values))
-            flags = torch.zeros(count, dtype=torch.bool)
-        elif method == "heads":
-            k, v = reference.unpack_heads(case.pages, case.heads, table, 0, count)
-            flags = reference.read_heads(case.pages, case.heads, table, 0, count)[2]
         else:
-            k, v = reference.unpack_labels(case.pages, case.labels, table, 0, count)
-            flags = reference.read_labels(case.pages, case.labels, table, 0, count)[2]
-        held = case.full.positions[slot][None].long()
-        t = case.step.positions[row][:, None].long()
-        at = torch.arange(count)[None]
-        span = case.step.span
-        visible = torch.cat([~flags[None] & (t - at < span), (held >= 0) & (held <= t) & (t - held < span)], 1)
+            codec = getattr(case, method)
+            k, v = getattr(reference, f"unpack_{method}")(case.pages, codec, table, 0, count)
+            retained = getattr(reference, f"read_{method}")(case.pages, codec, table, 0, count)[2]
+        t, held = case.step.positions[row][:, None].long(), case.full.positions[slot].long()[None]
+        near = (held >= 0) & (held <= t) & (t - held < case.step.span)
+        visible = torch.cat([~retained & (t - torch.arange(count)[None] < case.step.span), near], 1)
         seen = visible.any(0)
-        k = torch.cat([k.to(half), case.full.keys[slot].transpose(0, 1)])[seen]
-        v = torch.cat([v.to(half), case.full.values[slot].transpose(0, 1)])[seen]
-        rep = q.shape[2] // k.shape[1]
-        k, v = k.repeat_interleave(rep, 1), v.repeat_interleave(rep, 1)
-        score = torch.einsum("nhd,thd->nht", q[row], k) / q.shape[3] ** 0.5
-        weight = score.masked_fill(~visible[:, None, seen], -torch.inf).softmax(-1).nan_to_num(0.0)
-        outs.append(torch.einsum("nht,thd->nhd", weight, v))
-    return float((torch.stack(outs).float() - exact).abs().max())
+        k, v = (torch.cat([a.to(b.dtype), b[slot].transpose(0, 1)]) for a, b in ((k, case.full.keys), (v, case.full.values)))
+        k, v = (x[seen].repeat_interleave(case.q.shape[2] // x.shape[1], 1) for x in (k, v))  # [T, H, D]
+        outs.append(attention(case.q[row], k, v, visible[:, seen]))
+    return torch.stack(outs)
+
+
+def torch_error(exact: Tensor, case: Case, method: str) -> float:
+    """The largest error of that, stepwise, of which a kernel may make twice."""
+    return float((torch_attention(case, method, stepwise).float() - exact).abs().max())
