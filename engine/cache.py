@@ -9,16 +9,13 @@ from threading import RLock
 import torch
 from torch import Tensor
 
+from skvq.engine.absorb import put
 from skvq.engine.errors import CapacityError, OptionError
-from skvq.engine.filters import LeavingTokens
 from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole
-from skvq.engine.prefill_form import PIECE_TOKENS
-from skvq.engine.retained import retain
 from skvq.engine.session import save_session
 from skvq.engine.setup import CacheSetup
-from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
@@ -102,7 +99,7 @@ class SequenceCache:
         self.require(count)
         target = self.packed_after(count)
         if target > self.packed:
-            self._grow(target)
+            self.grow(target)
 
     def require(self, count: int) -> None:
         """Raise CapacityError unless ``count`` more tokens fit the context as it is."""
@@ -113,7 +110,7 @@ class SequenceCache:
                 f"max_context (--ctx) of at least {self.length + count}"
             )
 
-    def _grow(self, target: int) -> None:
+    def grow(self, target: int) -> None:
         """Pages of one's own for packed tokens up to ``target``; nothing has changed if there are not enough."""
         arena, last = self.setup.arena, self.packed // PAGE_TOKENS
         new, partial = pages_for(target) - len(self.pages), bool(self.packed % PAGE_TOKENS)
@@ -140,7 +137,7 @@ class SequenceCache:
                 f"load with a max_context (--ctx) of at least {len(token_ids):,}"
             )
         if packed:
-            self._grow(packed)
+            self.grow(packed)
         self.length, self.packed, self.dropped = len(token_ids), packed, dropped
         self.token_ids, self.pending = list(token_ids), list(pending)
 
@@ -174,20 +171,6 @@ class SequenceCache:
         self.token_ids = list(token_ids)
         self._write_row()
 
-    def repeat(self, first: int, count: int, token_ids: Sequence[int]) -> None:
-        """Append whole pages of ``token_ids``, byte copies of this sequence's pages ``first .. first+count-1`` again and again.
-
-        For stress only: what is cached is not what the ids say. The window must be empty.
-        """
-        assert self.length == self.packed and not (self.packed % PAGE_TOKENS or len(token_ids) % PAGE_TOKENS), self.length
-        start = pages_for(self.packed)
-        self._grow(self.packed + len(token_ids))
-        for at, page in enumerate(self.pages[start:]):
-            self.setup.arena.overwrite(page, self.pages[first + at % count])
-        self.packed += len(token_ids)
-        self.length = self.packed
-        self.token_ids.extend(token_ids)
-
     @property
     def method(self) -> CacheMethod:
         """The cache method as it applies after what was dropped."""
@@ -212,63 +195,7 @@ class SequenceCache:
         row = torch.tensor(self.pages, dtype=torch.int32)
         self.page_row[: len(row)] = row.to(self.page_row.device)
 
-    # --- tokens ------------------------------------------------------------------------------------------------------------
-
-    def absorb(self, layer: int, keys: Tensor, values: Tensor, mass: Tensor, new_ids: Tensor) -> None:
-        """Take the tokens from ``packed`` to the end of this step: what leaves the window is packed, the rest fills the ring.
-
-        keys (after RoPE), values [T, KH, D]; mass float32 [T]; new_ids int64, the ids of this step's tokens. Call once a layer
-        between reserve and commit.
-        """
-        for start in range(0, len(keys), PIECE_TOKENS):
-            piece = slice(start, start + PIECE_TOKENS)
-            self.absorb_piece(layer, self.packed + start, keys[piece], values[piece], mass[piece], new_ids)
-
-    def absorb_piece(self, layer: int, start: int, keys: Tensor, values: Tensor, mass: Tensor, new_ids: Tensor) -> None:
-        """``absorb`` of some of the tokens, which begin at position ``start``: all pieces one after another, the first at
-        ``packed``, each a multiple of PIECE_TOKENS but the last."""
-        regions, full = self.setup.regions, self.setup.arena.full(layer)
-        end = start + len(keys)
-        if start == self.packed:
-            full.positions[self.slot, regions.retained :] = -1
-        target = min(max(start, self.packed_after(len(new_ids))), end)
-        keys, values, leaves = keys.to(full.keys.dtype), values.to(full.values.dtype), target - start
-        if leaves:
-            ids = self._ids(start, target, new_ids)
-            retained = self._retain(layer, start, ids, keys[:leaves], values[:leaves], mass[:leaves])
-            self.method.pack(layer, self.page_row, start, keys[:leaves], values[:leaves], retained)
-        slots = self.put(layer, target, keys[leaves:], values[leaves:])
-        self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = mass[leaves:]
-
-    def put(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Write tokens ``first ..``, [T, KH, D], into their slots of the ring, which are returned, int64 [T]."""
-        full = self.setup.arena.full(layer)
-        at = torch.arange(first, first + len(keys), device=keys.device)
-        slots = self.setup.regions.slot(at)
-        full.positions[self.slot, slots] = at.int()
-        full.keys[self.slot][:, slots] = keys.transpose(0, 1).to(full.keys.dtype)
-        full.values[self.slot][:, slots] = values.transpose(0, 1).to(full.values.dtype)
-        return slots
-
-    def pack_window(self, new_ids: Tensor) -> None:
-        """Once this step's tokens are in the ring of every layer: pack those that leave it; the others stay where they are.
-
-        new_ids: int64, ids of this step's tokens. Call between reserve and commit. Writes pages, retained slots and positions.
-        """
-        arena, regions = self.setup.arena, self.setup.regions
-        target = self.packed_after(len(new_ids))
-        ids = self._ids(self.packed, target, new_ids)
-        slots = regions.slot(torch.arange(self.packed, target, device=ids.device))
-        mass = arena.tensors["full_mass"]
-
-        def pack(layer: int) -> None:
-            full = arena.full(layer)
-            keys, values = (t[self.slot][:, slots].transpose(0, 1) for t in (full.keys, full.values))
-            retained = self._retain(layer, self.packed, ids, keys, values, mass[layer, self.slot, slots])
-            self.method.pack(layer, self.page_row, self.packed, keys, values, retained)
-
-        self.setup.streams.each(arena.shape.layers, pack)
-        arena.tensors["full_positions"][:, self.slot].index_fill_(1, slots, -1)
+    # --- what it holds ------------------------------------------------------------------------------------------------------
 
     def window(self, layer: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values [T, KH, D] and attention mass [T] of the window's tokens ``packed .. end-1``, in order."""
@@ -300,24 +227,6 @@ class SequenceCache:
         held = (full.positions[self.slot, : self.orphans] >= 0).nonzero()[:, 0]
         order = held[full.positions[self.slot, held].argsort()]
         return full.keys[self.slot][:, order].transpose(0, 1), full.values[self.slot][:, order].transpose(0, 1)
-
-    def _ids(self, start: int, stop: int, new_ids: Tensor) -> Tensor:
-        """Token ids of positions ``start .. stop-1``, of which those from ``length`` on are this step's."""
-        old = sent(self.token_ids[start:stop], new_ids.device)
-        return torch.cat([old, new_ids[max(0, start - self.length) : max(0, stop - self.length)]])
-
-    def _retain(self, layer: int, first: int, ids: Tensor, keys: Tensor, values: Tensor, mass: Tensor) -> Tensor:
-        """Let the rules keep some of the tokens that leave the window, ``first ..``; bool [T]: the tokens retained."""
-        leaving = LeavingTokens(
-            layer=layer,
-            tile=self.setup.regions.tile,
-            positions=torch.arange(first, first + len(keys), device=keys.device) + self.dropped,
-            token_ids=ids,
-            keys=keys,
-            values=values,
-            attention_mass=mass,
-        )
-        return retain(self.setup.rules, self.setup.arena.full(layer), self.slot, leaving, first, self.dropped)
 
     # --- life -----------------------------------------------------------------------------------------------------------------
 
@@ -379,7 +288,7 @@ class SequenceCache:
         keys, values = self.stage(layer, packed, regions.tile)
         held = full.positions[self.slot, self.orphans : regions.retained]
         held[(held >= packed) & (held < length)] = -1
-        self.put(layer, packed, keys[: length - packed], values[: length - packed])
+        put(self, layer, packed, keys[: length - packed], values[: length - packed])
 
     @computes
     def save(self, file: str | Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.model import LayerCache, Model
@@ -44,7 +45,7 @@ class DecodeRegimeLayer:
         if setup.needs_mass:
             _, lse = attend_causal(q, k.transpose(0, 1), v.transpose(0, 1), self.span)
             add_mass(mass, q, lse, k.transpose(0, 1), setup.regions.window)
-        self.sequence.absorb(self.layer, k, v, mass, self.ids)
+        absorb(self.sequence, self.layer, k, v, mass, self.ids)
         packed = setup.regions.packed(len(k))
         stored_k, stored_v = (
             (t.to(q.dtype) for t in self.sequence.stage(self.layer, 0, packed)) if packed else (k[:0].to(q.dtype), v[:0])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skvq.engine.absorb import absorb_piece
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.config import ModelConfig
@@ -163,7 +164,7 @@ class HeadGroups(AllHeads):
             for start, stop in chunks(last - first, first):
                 self._finish_chunk(start, stop, slice(start - first, stop - first))
             keys, values = (t[:, : last - first].transpose(0, 1) for t in (self.keys, self.values))
-            self.sequence.absorb_piece(self.state.layer, first, keys, values, self.state.mass[first:last], self.tokens)
+            absorb_piece(self.sequence, self.state.layer, first, keys, values, self.state.mass[first:last], self.tokens)
 
     def _finish_chunk(self, start: int, stop: int, place: slice) -> None:
         """Keys and values of a chunk again, to their place in the piece; then the chunk's output replaces its input."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from skvq.engine.absorb import put
 from skvq.engine.config import ON_FULL
 from skvq.engine.errors import CapacityError, require_known
 from skvq.engine.prefill_form import CHUNK_TOKENS
@@ -129,5 +130,5 @@ def _move_slots(sequence: SequenceCache, layer: int, tokens: int) -> None:
     rest.copy_(torch.where(rest >= tokens, rest - tokens, -1))
     keys, values, mass = (t.clone() for t in sequence.window(layer, sequence.length))  # [T, KH, D]
     full.positions[slot, regions.retained :] = -1
-    slots = sequence.put(layer, sequence.packed - tokens, keys, values)
+    slots = put(sequence, layer, sequence.packed - tokens, keys, values)
     setup.arena.tensors["full_mass"][layer, slot, slots] = mass

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skvq.engine.absorb import absorb, pack_window
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import FULL_SPAN
 from skvq.engine.methods import Attends, CacheMethod, RowByRow
@@ -74,7 +75,7 @@ class ExactLayer(DenseLayer):
     def finish(self, ids: Tensor) -> None:
         """Pack the layer: its keys and values are all there. ids: int64 [T]."""
         keys, values = self.keys.transpose(0, 1), self.values.transpose(0, 1)
-        self.sequence.absorb(self.layer, keys, values, self.mass, ids)
+        absorb(self.sequence, self.layer, keys, values, self.mass, ids)
 
 
 class StreamingLayer:
@@ -102,7 +103,7 @@ class StreamingLayer:
         mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])
         if sequence.setup.needs_mass:
             add_mass(mass, q, lse, keys.transpose(0, 1), sequence.setup.regions.window)
-        sequence.absorb(self.layer, keys, values, mass, self.ids)
+        absorb(sequence, self.layer, keys, values, mass, self.ids)
         return out[None]
 
     def _attend_before(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -218,7 +219,7 @@ class DecodeBatch:
                 for at, mass in self.mass[row]:
                     self.setup.arena.tensors["full_mass"][at] = mass
                 if packs:
-                    sequence.pack_window(sent(new, self.setup.device))
+                    pack_window(sequence, sent(new, self.setup.device))
                 sequence.commit(new)
 
 

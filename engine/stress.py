@@ -9,6 +9,7 @@ from threading import RLock
 import torch
 from torch import Tensor
 
+from skvq.engine.absorb import absorb
 from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
@@ -23,7 +24,7 @@ from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.engine.setup import CacheSetup
 from skvq.kernels.interface import Backend
-from skvq.kernels.layout import PAGE_TOKENS
+from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 RANDOM_UNIT = 0.25
 """Unit of metadata for numbers of order one: scales from 3 levels to 256 are normal E4M3 numbers in it."""
@@ -104,7 +105,8 @@ def append(sequence: SequenceCache, keys: Sequence[Tensor], values: Sequence[Ten
     new_ids = torch.tensor(ids, dtype=torch.int64, device=sequence.page_row.device)
     for layer, (new_keys, new_values) in enumerate(zip(keys, values, strict=True)):
         old_keys, old_values, old_mass = sequence.window(layer, sequence.length)
-        sequence.absorb(
+        absorb(
+            sequence,
             layer,
             torch.cat([old_keys, new_keys.to(setup.arena.shape.dtype)]),
             torch.cat([old_values, new_values.to(setup.arena.shape.dtype)]),
@@ -155,8 +157,22 @@ def fill_fast(sequence: SequenceCache, count: int, *, seed: int, vocab: int, rep
     middle = (count - tail) // PAGE_TOKENS * PAGE_TOKENS
     ids = torch.randint(vocab, (middle,), generator=torch.Generator().manual_seed(seed + 1)).tolist()
     pages = PIECE_TOKENS // PAGE_TOKENS
-    sequence.repeat(pages, pages, ids)
+    _repeat(sequence, pages, pages, ids)
     fill(sequence, count - sequence.length, seed=seed + 2, vocab=vocab, report=report)
+
+
+def _repeat(sequence: SequenceCache, first: int, count: int, token_ids: Sequence[int]) -> None:
+    """Append whole pages of ``token_ids``, byte copies of the sequence's pages ``first .. first+count-1`` again and again.
+
+    What is cached then is not what the ids say. The window must be empty.
+    """
+    start, length = pages_for(sequence.packed), sequence.packed + len(token_ids)
+    assert sequence.length == sequence.packed and not (sequence.packed % PAGE_TOKENS or len(token_ids) % PAGE_TOKENS)
+    sequence.grow(length)
+    for at, page in enumerate(sequence.pages[start:]):
+        sequence.setup.arena.overwrite(page, sequence.pages[first + at % count])
+    sequence.packed = sequence.length = length
+    sequence.token_ids.extend(token_ids)
 
 
 class _Layers(Sequence[Tensor]):

@@ -17,6 +17,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, TokenIds
 from skvq.engine.generate import Engine
+from skvq.engine.stress import append
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,15 +56,9 @@ def numbers(ids: list[int], start: int, shape: tuple[int, int, int]) -> tuple[Te
 
 
 def feed(sequence: SequenceCache, ids: list[int]) -> None:
-    """Cache tokens as the engine does: reserve, absorb in every layer, commit."""
+    """Cache tokens as a forward pass would."""
     shape = sequence.setup.arena.shape
-    sequence.reserve(len(ids))
-    keys, values = numbers(ids, sequence.length, (shape.layers, shape.kv_heads, shape.head_size))
-    for layer in range(shape.layers):
-        old = sequence.window(layer, sequence.length)
-        k, v = torch.cat([old[0], keys[layer].half()]), torch.cat([old[1], values[layer].half()])
-        sequence.absorb(layer, k, v, torch.zeros(len(k)), torch.tensor(ids))
-    sequence.commit(ids)
+    append(sequence, *numbers(ids, sequence.length, (shape.layers, shape.kv_heads, shape.head_size)), ids)
 
 
 def holds(sequence: SequenceCache, ids: list[int]) -> None:
