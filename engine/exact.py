@@ -111,11 +111,16 @@ def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader:
     return layers - state.group * group - sum(each[: state.chunk], NO_WORK)
 
 
+TURNED_TOKENS = 1 << 15
+"""First tokens of a prompt whose RoPE is kept for all layers: 16 MB of it where heads have 128 channels."""
+
+
 class AllHeads:
     """A layer's keys and values of all heads: a chunk's output replaces its input."""
 
     def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
+        self._turns: dict[int, StepRope] = {}  # of the first chunks: short prompts are read as fast as a GPU's host launches
 
     def begin(self) -> None:
         state = self.state
@@ -139,7 +144,12 @@ class AllHeads:
         """Hidden states [1, N, d] of a chunk on the device, and the turn of its positions."""
         device = self.tokens.device
         x = self.state.hidden[None, start:stop].to(device, non_blocking=True)
-        return x, at_positions(self.rope, torch.arange(start, stop, device=device)[None])
+        if start not in self._turns:
+            turn = at_positions(self.rope, torch.arange(start, stop, device=device)[None])
+            if start >= TURNED_TOKENS:
+                return x, turn
+            self._turns[start] = turn
+        return x, self._turns[start]
 
 
 class HeadGroups(AllHeads):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import zip_longest
+from time import perf_counter
 from typing import Protocol
 
 from tqdm import tqdm
@@ -28,15 +30,26 @@ class Reporter(Protocol):
         """A bar for ``total`` of each kind of work. A kind takes time in proportion; how much, the bar finds out."""
 
 
+MOMENT = 0.05
+"""Seconds between two looks at a bar's progress: a look takes as long as several launches."""
+
+
 class _Tqdm:
     """Shows the share of the whole time that has passed, so that tqdm's remaining time is that of the pace."""
 
     def __init__(self, bar: tqdm[None], pace: Pace) -> None:
         self._bar, self._pace = bar, pace
+        self._start = perf_counter()
+        self._then = 0.0
+        self._work: list[float] = []  # done since then
 
     def advance(self, *work: float) -> None:
-        elapsed = self._bar.format_dict["elapsed"]
-        self._pace.advance(work, elapsed)
+        self._work = [a + b for a, b in zip_longest(self._work, work, fillvalue=0.0)]
+        elapsed = perf_counter() - self._start
+        if elapsed < self._then + MOMENT:
+            return
+        self._pace.advance(self._work, elapsed)
+        self._then, self._work = elapsed, []
         self._bar.update(self._pace.share(elapsed) - self._bar.n)
 
 
