@@ -48,6 +48,7 @@ SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads 
 MODEL, METHOD = "mistral-7b", "rotate"
 CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and below
 PREFILL_CONTEXTS, BLOCKS_CONTEXT = (32_768, 131_072, 8192), 26_000
+READ_CONTEXTS, WINDOW = (4096, 32_768), 4096
 DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
 STEPS = WARM_UP = 160  # a tile or more: one step packs one, `slowest_ms`, and has done it before, untimed
@@ -183,13 +184,14 @@ def rows(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
     return {"off": off, "good": off <= 4 * max(torch.finfo(got.dtype).eps, torch.finfo(torch.float16).eps)}
 
 
-def check_dense(dtype: torch.dtype, count: int = 300, tokens: int = 1000) -> dict[str, Any]:
+def check_dense(dtype: torch.dtype, count: int = 300, tokens: int = 1000, span: int = 2**31 - 1) -> dict[str, Any]:
     """Torch's attention as prefill calls it: a chunk after a prefix, grouped heads, its log-sum-exp; whether cuDNN is asked."""
     q = (3 * torch.randn(count, 8, 128, device=DEVICE)).to(dtype)
     k, v = (dense.kv_buffer(2, tokens, 128, dtype, DEVICE).normal_() for _ in range(2))
-    visible = torch.arange(tokens, device=DEVICE)[None] <= torch.arange(tokens - count, tokens, device=DEVICE)[:, None]
+    ahead = torch.arange(tokens, device=DEVICE)[None] - torch.arange(tokens - count, tokens, device=DEVICE)[:, None]
+    visible = (ahead <= 0) & (ahead > -span)
     exact, exact_lse = reference.masked_attention(q.float(), k.transpose(0, 1).float(), v.transpose(0, 1).float(), visible)
-    out, lse = dense.attend_causal(q, k, v, 2**31 - 1)
+    out, lse = dense.attend_causal(q, k, v, span)
     found = verdict(out, exact) | {"lse": verdict(lse, exact_lse), "cudnn": cudnn.cudnn_on(q.device).trusted}
     return found | {"rows": rows(out.transpose(0, 1), exact.transpose(0, 1))}
 
@@ -403,6 +405,7 @@ class Decoder:
                     max_sequences=1,
                     cache=CacheConfig(method=METHOD, group_size=128),
                     dummy_weights=True,
+                    prefix_cache=False,
                 )
                 break
             except CapacityError as error:
@@ -437,6 +440,37 @@ class Decoder:
         spread = (times[3 * STEPS // 4] - times[STEPS // 4]) / middle
         found = {"ms": middle * 1e3, "slowest_ms": times[-1] * 1e3, "spread": spread}
         return found | {"floor_ms": floor * 1e3, "x_floor": middle / floor}
+
+    def answers(self) -> dict[str, float]:
+        """Milliseconds of the first step of two answers, one after another: the first compiles and captures."""
+        from skvq.engine.decode import decode_step_of
+
+        engine = self.load()
+        parts = engine.parts
+        engine.step, found = decode_step_of(parts.model, parts.rope, parts.setup, graph=True), {}
+        for name in ("first_ms", "second_ms"):
+            with engine.prefill([0] * 64) as sequence:
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                engine.decode_step([sequence], [1])
+                torch.cuda.synchronize()
+                found[name] = 1e3 * (time.perf_counter() - start)
+        return found
+
+    def read(self, tokens: int, how: str) -> dict[str, float]:
+        """Milliseconds of a prompt read a second time, by the host's clock."""
+        engine = self.load()
+        engine.parts, before = dataclasses.replace(engine.parts, prefill=how), engine.parts
+        try:
+            for _ in range(2):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                engine.prefill([i % 1000 for i in range(tokens)]).free()
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+        finally:
+            engine.parts = before
+        return {"ms": 1e3 * seconds, "tokens_per_s": tokens / seconds}
 
 
 def sweep(log: Log, form: tuple[float, float, int, bool], context: int, copy_gbps: float) -> None:
@@ -486,12 +520,16 @@ def measure(log: Log) -> None:
             for graph in (True, False):
                 name = f"decode step {context} {'graph' if graph else 'eager'}"
                 log.step(name, lambda a=(context, graph): decoder.time(*a, copy_gbps), 150 if decoder.engine is None else 30)
+        log.step("answers", decoder.answers, 20)
+        for tokens, how in itertools.product(READ_CONTEXTS, ("exact", "streaming")):
+            log.step(f"read {tokens} {how}", lambda a=(tokens, how): decoder.read(*a), 30)
         decoder.engine = None
         torch.cuda.empty_cache()
     for form in TIMED[1:]:
         attention(log, "mistral-7b", form, copy_gbps)
     for dtype in (torch.bfloat16, torch.float16):  # blocks of 16,384 and 8,192 before the chunk, and 400 tokens between
         gate(log, f"prefill blocks {dtype}", lambda dtype=dtype: check_dense(dtype, 1024, BLOCKS_CONTEXT))
+        gate(log, f"prefill window {dtype}", lambda dtype=dtype: check_dense(dtype, 1024, BLOCKS_CONTEXT, WINDOW))
     for context in PREFILL_CONTEXTS:
         for how in ("flash", "cudnn", "product"):
             log.step(f"prefill attention {context} {how}", lambda a=(context, how): time_prefill(*a), 15)
@@ -544,6 +582,10 @@ def table(results: dict[str, Any]) -> None:
                 f"{what} {value[what]['ms']:.4f} ms {value[what]['gbps']:.0f} GB/s" for what in ("linear", "apart")
             )
             print(f"{name}: {value['ms']:.4f} ms {value['gbps']:.0f} GB/s; {shown}")
+        elif name == "answers" and "second_ms" in value:
+            print(f"first step of an answer: {value['first_ms']:.1f} ms, of the next answer {value['second_ms']:.1f} ms")
+        elif name.startswith("read ") and "ms" in value:
+            print(f"{name}: {value['ms']:.0f} ms, {value['tokens_per_s']:,.0f} tokens/s")
         elif name.startswith("prefill attention ") and "ms" in value:
             told = "" if value["same"] else ", DIFFERS from flash"
             print(f"{name}: {value['tflops']:.0f} TFLOP/s, {value['first_ms']:.0f} ms the first time{told}")
