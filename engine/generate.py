@@ -316,8 +316,8 @@ class Engine:
         """One more token of each sequence: logits float32 [B, V] of what follows. Raises OptionError for an unknown token."""
         for sequence in sequences:
             self._require_own(sequence)
-        if not sequences or len(tokens) != len(sequences):
-            raise OptionError(f"a decode step takes one token for each sequence, got {len(tokens)} for {len(sequences)}")
+        if not sequences or len(tokens) != len(sequences) or len({id(s) for s in sequences}) != len(sequences):
+            raise OptionError(f"a decode step takes a token for each of some sequences, got {len(tokens)} for {len(sequences)}")
         self._require_known(tokens)
         return self.step.run(sequences, tokens)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("ci", derandomize=True)  # a run that searches anew each time belongs to a person who looks at it
-if "CI" in os.environ:
-    settings.load_profile("ci")
+settings.register_profile("here", deadline=None)  # how fast a machine is, or how busy, is no failure
+settings.register_profile("ci", deadline=None, derandomize=True)  # to search anew each time is for a person who looks at it
+settings.load_profile("ci" if "CI" in os.environ else "here")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]

@@ -317,6 +317,10 @@ WRONG: dict[str, Callable[[Engine], object]] = {
     "dummy_weights must be bool": lambda e: Engine.load("x", dummy_weights="no"),  # type: ignore[arg-type]
     "cache must be CacheConfig or None": lambda e: Engine.load("x", cache={"method": "fp"}),  # type: ignore[arg-type]
     "rope_scaling must be str or None": lambda e: Engine.load("x", rope_scaling=4),  # type: ignore[arg-type]
+    "backend must be str": lambda e: Engine.load("x", backend=e.parts.setup.backend),  # type: ignore[arg-type]
+    "got 0 for 0": lambda e: e.decode_step([], []),
+    "got 2 for 2": lambda e: (lambda s: e.decode_step([s, s], [1, 2]))(e.new_sequence()),
+    "caches must be list or tuple": lambda e: e.evaluate(TEXT, CacheConfig(), tokens=9, stride=5),  # type: ignore[arg-type]
     "701 tokens do not fit": lambda e: e.logits([5] * 701),
 }
 

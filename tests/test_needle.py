@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from loader_fixtures import refused
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
+from skvq.engine.cache import SequenceCache
 from skvq.engine.generate import Engine
 from skvq.engine.needle import ask, needles, reference_of, score, summary
 from skvq.engine.plots import heat_map
+from skvq.engine.steps import DecodeBatch
 
 HAY = "The quick brown fox jumps over the lazy dog. " * 4
 
@@ -74,15 +77,15 @@ def test_a_known_answer_is_retrieved(engine: Engine, monkeypatch: pytest.MonkeyP
     question = ask(engine, engine.encode(HAY, bos=False), 400, 50, 12345)
     start = len(question.prompt) - 1
 
-    def parrot(batch: Any, tokens: Any) -> torch.Tensor:
-        batch.begin(tokens)
-        rows = torch.zeros(len(batch.sequences), 320)
-        for row, sequence in zip(rows, batch.sequences, strict=True):
-            row[answer[min(sequence.length - start, len(answer) - 1)]] = 9.0
-        batch.commit(tokens)
-        return rows
+    class Parrot:
+        def run(self, sequences: Sequence[SequenceCache], tokens: Sequence[int]) -> torch.Tensor:
+            rows = torch.zeros(len(sequences), 320)
+            with DecodeBatch(engine.parts.setup, len(sequences)).step(sequences, tokens):
+                for row, sequence in zip(rows, sequences, strict=True):
+                    row[answer[min(sequence.length - start, len(answer) - 1)]] = 9.0
+            return rows
 
-    monkeypatch.setattr(engine, "decode_step", parrot)
+    monkeypatch.setattr(engine, "step", Parrot())
     monkeypatch.setattr(engine.parts.model, "head", lambda x: torch.nn.functional.one_hot(torch.tensor(answer[0]), 320) * 9.0)
     monkeypatch.setattr("skvq.engine.needle.ask", lambda *rest: question)
     monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor([12345]))
