@@ -90,7 +90,7 @@ def packed_rows(
     """One cache, calibrated once, on each text and with each kind of window."""
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "calibration.safetensors"
-        if cache.method != "fp":
+        if cache.is_packed:
             engine.calibrate(cache, corpus.read_text(), artifact, corpus_name=corpus.name, tokens=CALIBRATION_TOKENS)
         for name, text in texts.items():
             for exact in (True, False):
@@ -102,7 +102,7 @@ def packed_rows(
 
 def row_name(cache: CacheConfig) -> str:
     """The cache in words: its bits, or the budget that calibration spent."""
-    if cache.method == "fp":
+    if not cache.is_packed:
         return cache.method
     if cache.bits_budget is not None:
         return f"{cache.method}, {cache.bits_budget:g} bits by layer"

@@ -77,7 +77,7 @@ def calibrate_to(
 ) -> ArtifactHeader:
     """Calibrate on the first ``tokens`` of ``ids`` and write the file; what cannot be done is refused before the work."""
     cache = cache.fitted(loaded.model.config)
-    if cache.method == "fp":
+    if not cache.is_packed:
         raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
     require_writable(path)
     ids = ids[:tokens]

@@ -179,14 +179,19 @@ class CacheConfig:
         object.__setattr__(self, "bits_budget", float(budget))
 
     @property
+    def is_packed(self) -> bool:
+        """Whether tokens are quantized when they leave the window; method ``fp`` keeps their 16 bits."""
+        return self.method != "fp"
+
+    @property
     def is_open(self) -> bool:
         """Whether calibration has yet to choose the bits of each layer."""
-        return self.method != "fp" and self.bits_budget is not None and not self.layer_bits
+        return self.is_packed and self.bits_budget is not None and not self.layer_bits
 
     @property
     def rules(self) -> tuple[FilterRule, ...]:
         """Filter rules in force, attention sinks first: a 16-bit cache loses nothing, so none is asked."""
-        return () if self.method == "fp" else tuple(sorted(self.filters, key=lambda rule: not isinstance(rule, AttentionSinks)))
+        return () if not self.is_packed else tuple(sorted(self.filters, key=lambda rule: not isinstance(rule, AttentionSinks)))
 
     @property
     def code_bits(self) -> float:
@@ -215,7 +220,7 @@ class CacheConfig:
 
         Raises OptionError if the head size is not a multiple of the group size, or a budget is below the narrowest format.
         """
-        if self.method == "fp":
+        if not self.is_packed:
             return self
         group = min(self.group_size, model.head_size)
         if group not in GROUP_SIZES or model.head_size % group:

@@ -79,8 +79,8 @@ def identity_of(
     return Identity(
         **options_of(cache),
         fingerprint=fingerprint,
-        layer_bits=bits_text(cache.layer_bits if cache.method != "fp" else ()),
-        group_size=cache.group_size if cache.method != "fp" else 0,
+        layer_bits=bits_text(cache.layer_bits if cache.is_packed else ()),
+        group_size=cache.group_size if cache.is_packed else 0,
         dtype=str(dtype).removeprefix("torch."),
         calibration=_digest(tensors),
         rope=rope_digest(rope),
@@ -89,7 +89,7 @@ def identity_of(
 
 def options_of(cache: CacheConfig) -> dict[str, Any]:
     """The part of an identity that options give, whatever the model; but for group sizes, which are fitted to its heads."""
-    packed = cache.method != "fp"
+    packed = cache.is_packed
     return {
         "method": cache.method,
         "key_bits": cache.key_bits if packed else 16.0,

@@ -242,7 +242,7 @@ def bind_method(
 ) -> CacheMethod:
     """The cache method over an arena, with the codecs that calibration found."""
     device = arena.page_table.device
-    if cache.method == "fp":
+    if not cache.is_packed:
         return PlainMethod(arena, kernels)
     layouts = layouts_of(cache, config)
     if cache.method == "reorder":
@@ -286,7 +286,7 @@ def _calibration(
     loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter
 ) -> tuple[CacheConfig, Mapping[str, Tensor]]:
     """The cache with its bits chosen, and the tensors of its calibration."""
-    if cache.method == "fp":
+    if not cache.is_packed:
         return cache, {}
     artifact = _artifact(loaded, cache, path, report)
     return replace(cache, layer_bits=artifact.header.layer_bits), artifact.tensors

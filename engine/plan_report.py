@@ -195,7 +195,7 @@ def plan_report(
     options["weight_bytes"] = usual_weight_bytes(config, place, card.dtype)
     plan = make_plan(config, cache, context=context, **options)
     tables = [cache, replace(cache, method="fp")]
-    tables += [replace(cache, method="rotate" if cache.method == "fp" else cache.method).with_bits(k, v) for k, v in WIDTHS]
+    tables += [replace(cache, method="rotate" if not cache.is_packed else cache.method).with_bits(k, v) for k, v in WIDTHS]
     largest = {_name(c): largest_context(config, c, **options) for c in tables}
     return PlanReport(
         model=model,
@@ -262,7 +262,7 @@ def _card(device: str, dtype: str | None) -> Card:
 
 
 def _name(cache: CacheConfig) -> str:
-    if cache.method == "fp":
+    if not cache.is_packed:
         return "fp, 16 bits"
     if cache.bits_budget is not None:
         return f"{cache.method} {cache.bits_budget:g} bits g{cache.group_size}"

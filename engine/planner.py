@@ -24,12 +24,12 @@ SPARE_PAGES = 2
 
 def tile_of(cache: CacheConfig, model: ModelConfig) -> int:
     """Tokens that leave the window at once."""
-    return (_plain_layout(model) if cache.method == "fp" else layouts_of(cache, model)[0][0]).tile
+    return (_plain_layout(model) if not cache.is_packed else layouts_of(cache, model)[0][0]).tile
 
 
 def layer_token_bytes(cache: CacheConfig, model: ModelConfig) -> list[float]:
     """Bytes of a packed token in each layer, codes and metadata."""
-    if cache.method == "fp":
+    if not cache.is_packed:
         return [_plain_layout(model).bytes_per_token] * model.num_layers
     return [sum(run.bytes_per_token for run in runs) for runs in layouts_of(cache, model)]
 
@@ -82,7 +82,7 @@ def arena_shape(
     """The arena of an engine: pages for one sequence of ``max_context`` tokens, spare pages and slots for the others."""
     regions = regions_of(cache, model)
     half = cache_dtype(dtype)
-    if cache.method == "fp":
+    if not cache.is_packed:
         pages = (plain_page(_plain_layout(model), half),) * model.num_layers
     else:
         pages = tuple(map(packed_page, layouts_of(cache, model)))
@@ -165,7 +165,7 @@ def usual_weight_bytes(model: ModelConfig, device: torch.device | str, dtype: to
 def calibration_bytes(cache: CacheConfig, model: ModelConfig, *, on_gpu: bool) -> int:
     """Bases, means, scales, metrics and their factors of all layers in float32; on a GPU also what packing multiplies by, both
     matrices of a side as two halves a number and their diagonal blocks in float32 (``triton_gpu.metric``)."""
-    if cache.method == "fp":
+    if not cache.is_packed:
         return 0
     held = 4 * sum(math.prod(shape) for shape in tensor_shapes(cache, model).values())
     if cache.method != "rotate":

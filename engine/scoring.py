@@ -83,7 +83,7 @@ def evaluate(
     layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
     rows = []
     for cache in caches:
-        other = with_cache(parts, cache, 1, None if cache.method == "fp" else calibration, report)
+        other = with_cache(parts, cache, 1, None if not cache.is_packed else calibration, report)
         found = [
             compare(parts.model, reference, regime_hidden(other, s, report, layer_class), s)
             for reference, s in zip(references, stretches, strict=True)

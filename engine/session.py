@@ -65,7 +65,7 @@ def require_options(path: Path, cache: CacheConfig) -> None:
     """Raise SessionError if a session is of other cache options: before a model is loaded and calibrated to go on from it."""
     header = read_header(path, KIND)
     require_same(options_of(cache), header, f"{KIND} {path}")
-    if cache.method != "fp" and (header["layer_bits"] == SAME_BITS) != (cache.bits_budget is None):
+    if cache.is_packed and (header["layer_bits"] == SAME_BITS) != (cache.bits_budget is None):
         made = "without" if header["layer_bits"] == SAME_BITS else "with"
         raise SessionError(
             f"{KIND} {path} was made {made} a budget of bits (--bits-budget): use the same options, or another file"

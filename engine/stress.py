@@ -78,7 +78,7 @@ def bare_setup(
 
 def made_up_calibration(config: ModelConfig, cache: CacheConfig, seed: int = 0) -> Mapping[str, Tensor]:
     """A valid calibration for normal numbers: random orthogonal bases and small means for ``rotate``, labels in order."""
-    if cache.method == "fp":
+    if not cache.is_packed:
         return {}
     generator = torch.Generator().manual_seed(seed)
     shapes = tensor_shapes(cache, config)
