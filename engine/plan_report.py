@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
+from skvq.engine.measure import timed
 from skvq.engine.planner import Plan, gib, largest_context, largest_of, layer_token_bytes, make_plan, usual_weight_bytes
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
@@ -25,7 +25,7 @@ SEGMENT_OVERHEAD = 1.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class Machine:
     """Limits of a device: usable bytes, bytes per second of a copy, multiply-adds per second of matrix work.
 
     Efficiencies are the share of those limits that the engine is expected to reach; assumptions until measured on that card.
@@ -49,7 +49,7 @@ ASSUMED, OF_H200 = (0.75, 0.80, 0.60), (0.92, 0.57, 0.65)
 than its memory."""
 
 CARDS = {
-    name: Card(
+    name: Machine(
         name=name, memory=int(gib_ * GIB), bandwidth=speed, flops=flops, dtype=torch.bfloat16, host_memory=host * GIB,
         weight_efficiency=of_weights, cache_efficiency=of_cache, matrix_efficiency=of_matrices,
     )
@@ -63,15 +63,15 @@ CARDS = {
 """Host memory is an assumption throughout: what a host of such a card has to spare."""
 
 
-def this_machine(device: torch.device, dtype: torch.dtype) -> Card:
+def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second)."""
     size = 1 << (28 if device.type == "cuda" else 25)
     a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     side = 8192 if device.type == "cuda" else 1024
     m = torch.randn(side, side, dtype=dtype, device=device)
-    copy_seconds = _best_seconds(lambda: b.copy_(a), device)
-    matrix_seconds = _best_seconds(lambda: m @ m, device)
-    return Card(
+    copy_seconds = min(timed(lambda: b.copy_(a), device, 5))
+    matrix_seconds = min(timed(lambda: m @ m, device, 5))
+    return Machine(
         name=str(device),
         memory=available_memory(device),
         bandwidth=2 * size / copy_seconds,
@@ -81,24 +81,13 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Card:
     )
 
 
-def _best_seconds(call: Any, device: torch.device) -> float:
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
     """A plan, what else would fit, and how long it would take."""
 
     model: str
     cache: CacheConfig
-    card: Card
+    card: Machine
     plan: Plan
     largest: dict[str, int]
     prefill_seconds: float
@@ -209,7 +198,7 @@ def plan_report(
     )
 
 
-def predicted_prefill(config: ModelConfig, card: Card, context: int, form: PrefillForm) -> float:
+def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: PrefillForm) -> float:
     """Seconds to read ``context`` tokens: two operations per weight and token, four per query channel and visible token; what
     groups of heads project again, and what passes between host and device."""
     linear = (
@@ -225,7 +214,7 @@ def predicted_prefill(config: ModelConfig, card: Card, context: int, form: Prefi
     return (seconds + copied / card.host_bandwidth) * (SEGMENT_OVERHEAD if form.prefill == "streaming" else 1.0)
 
 
-def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Card, context: int) -> float:
+def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, context: int) -> float:
     """Seconds per token: every weight (but the embedding table) and every packed byte in sight read once."""
     weights = (
         config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)
@@ -249,7 +238,7 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * base ** ("BKMGT".index(unit[0]) if unit else 0))
 
 
-def _card(device: str, dtype: str | None) -> Card:
+def _card(device: str, dtype: str | None) -> Machine:
     device = device.lower()
     if device in CARDS:
         card = CARDS[device]
