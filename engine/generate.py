@@ -112,8 +112,10 @@ class Engine:
                 download=download,
                 report=chosen,
             )
-            cls(parts, Quiet(), prefix_cache=False).warm_up()
-            return cls(parts, chosen, prefix_cache=prefix_cache)
+            engine = cls(parts, Quiet(), prefix_cache=prefix_cache)
+            engine.warm_up()
+            engine.report, engine.timing = chosen, Timing()
+            return engine
 
     def __repr__(self) -> str:
         setup, config = self.parts.setup, self.parts.model.config
@@ -141,14 +143,11 @@ class Engine:
         return Engine(parts, self.report, prefix_cache=self.prefix_cache)
 
     def warm_up(self) -> None:
-        """Read and decode a token, so that kernels which are compiled when first called are not part of anybody's timing."""
-        sequence = self.new_sequence()
-        try:
+        """Read and decode a token: compiling kernels and capturing the step are part of nobody's timing."""
+        with self.new_sequence() as sequence:
             self.read(sequence, [0])
             if self.parts.setup.max_context > 1:
                 self.decode_step([sequence], [0])
-        finally:
-            sequence.free()
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
