@@ -120,7 +120,7 @@ class AllHeads:
 
     def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
-        self._turns: dict[int, StepRope] = {}  # of the first chunks: short prompts are read as fast as a GPU's host launches
+        self._turns: dict[int, StepRope] = {}  # by the chunk's start, of the first TURNED_TOKENS
 
     def begin(self) -> None:
         state = self.state

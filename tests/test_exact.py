@@ -33,7 +33,7 @@ RULES = (AttentionSinks(3), KeyOutliers(budget=4), HeavyHitters(budget=6, thresh
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks a piece, several pieces a layer, and a last chunk that is packed in part."""
     monkeypatch.setattr("skvq.engine.prefill.CHUNK_TOKENS", 150)
-    for module in ("exact", "cache"):
+    for module in ("exact", "absorb"):
         monkeypatch.setattr(f"skvq.engine.{module}.PIECE_TOKENS", 640)
 
 
@@ -81,7 +81,7 @@ def test_short_spans_and_stored_weights_too(tmp_path: Path, backend: str) -> Non
 
 def test_without_room_for_all_heads_the_plan_has_groups_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pieces, so that groups pay at a few thousand tokens. A shorter prompt has room for all heads."""
-    for module in ("exact", "cache", "prefill_form"):
+    for module in ("exact", "absorb", "prefill_form"):
         monkeypatch.setattr(f"skvq.engine.{module}.PIECE_TOKENS", 128)
     monkeypatch.setattr("skvq.engine.prefill_form.SEGMENT_TOKENS", 0)
     ample = engine_for(tmp_path, tiny_cache(), "mha")

@@ -24,8 +24,7 @@ from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
 from skvq.kernels.graphs import Captured, CudaGraphs
 from skvq.kernels.interface import Backend, RopeFrequencies, Step
-from skvq.kernels.numba_cpu import NumbaCpu
-from skvq.kernels.numba_cpu import tape as numba_tape
+from skvq.kernels.numba_cpu import NumbaCpu, tapes
 from skvq.kernels.reference import Reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +145,7 @@ def test_a_shift_is_captured_anew(folder: Path) -> None:
     assert counts == [(False, 1), (False, 1), (True, 2), (True, 2), (True, 2)]
 
 
+@torch.inference_mode()
 def test_step_tensors_stay_where_they_are(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     [sequence] = start(engine, 1)
@@ -189,13 +189,13 @@ def test_who_gets_a_graph(folder: Path) -> None:
         assert made(Plugin()) is CudaGraphs
         if find_spec("triton"):
             triton_gpu: Any = import_module("skvq.kernels.triton_gpu")
-            made_for = triton_gpu.TritonGpu(torch.device("cpu"), card=object(), tuning=object())
+            made_for = triton_gpu.TritonGpu(torch.device("cuda"), card=object(), tuning=object())
             assert made(made_for) is CudaGraphs and made(made_for, 96) is EagerStep
     assert made(Plugin(), 96) is EagerStep
     assert made(Plugin(), graph=False) is EagerStep
     assert made(Plugin(), rules=(HeavyHitters(4),)) is EagerStep
     assert made(Reference()) is EagerStep
-    assert made(NumbaCpu(), 96) is numba_tape.Tapes
+    assert made(NumbaCpu(), 96) is tapes.Tapes
     assert made(NumbaCpu(), rules=(HeavyHitters(4),)) is EagerStep
     assert made(NumbaCpu(), graph=False) is EagerStep
 

@@ -16,7 +16,8 @@ from skvq.engine.generate import Engine
 from skvq.kernels.numba_cpu import tape
 from skvq.kernels.numba_cpu.launch import Team
 from skvq.kernels.numba_cpu.ops import NumbaOps
-from skvq.kernels.numba_cpu.tape import Launches, Tape, Tapes
+from skvq.kernels.numba_cpu.tape import Launches, Tape
+from skvq.kernels.numba_cpu.tapes import Tapes
 
 
 @pytest.fixture(scope="module")

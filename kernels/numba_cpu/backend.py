@@ -21,7 +21,7 @@ from skvq.kernels.numba_cpu.ops import NumbaOps
 from skvq.kernels.numba_cpu.pack import build_pack
 from skvq.kernels.numba_cpu.packer import STRETCH, Packing, heads_packing, labels_packing, pack_job
 from skvq.kernels.numba_cpu.plain import build_attend_plain
-from skvq.kernels.numba_cpu.tape import Tapes
+from skvq.kernels.numba_cpu.tapes import Tapes
 from skvq.kernels.numba_cpu.turns import all_turns, mean_tables
 from skvq.kernels.numba_cpu.unpack import build_unpack
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,7 +23,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skvq.kernels.graphs import Captured
 from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.launch import Launch, Team, here
@@ -183,18 +181,6 @@ class Tape(TorchDispatchMode):
         """Do the work again."""
         for step in self._steps:
             step.play()
-
-
-class Tapes:
-    """``kernels.graphs.Graphs`` of the CPU. Recording costs about a step, so work is divided for the lengths there are."""
-
-    def capture(self, work: Callable[[], Tensor]) -> Captured:
-        with Tape() as tape:
-            result = work()
-        return Captured(tape.play, result)
-
-    def bound(self, packed: int) -> int:
-        return packed
 
 
 @functools.cache

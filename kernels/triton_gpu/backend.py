@@ -58,7 +58,7 @@ class TritonGpu(Unfused):
         self.ops: Ops = TritonOps()
 
     def captures(self, head_size: int) -> bool:
-        return head_size in HEAD_SIZES
+        return head_size in HEAD_SIZES and self.scratch.device.type == "cuda"
 
     # --- attention ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,22 @@
+"""Tapes as the engine asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from skvq.kernels.graphs import Captured
+from skvq.kernels.numba_cpu.tape import Tape
+
+
+class Tapes:
+    """``kernels.graphs.Graphs`` of the CPU. Recording costs about a step, so work is divided for the lengths there are."""
+
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
+        with Tape() as tape:
+            result = work()
+        return Captured(tape.play, result)
+
+    def bound(self, packed: int) -> int:
+        return packed
