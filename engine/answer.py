@@ -13,11 +13,13 @@ from skvq.loaders.text import TextStream, Tokenizer
 class Answer:
     """One sequence being continued: sampler, text, and whether it is over."""
 
-    def __init__(self, tokenizer: Tokenizer, sequence: SequenceCache, logits: Tensor, config: SamplingConfig) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, *, resumed: bool
+    ) -> None:
         self.sequence, self.config = sequence, config
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
-        self._text = TextStream(tokenizer)
+        self._text = TextStream(tokenizer, resumed=resumed)
         self._stop = StopWatch(config.stops)
         self._room = sequence.setup.on_full.room(sequence)
         self.count = 0

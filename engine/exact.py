@@ -120,7 +120,7 @@ class AllHeads:
 
     def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
-        self._turns: dict[int, StepRope] = {}  # by the chunk's start, of the first TURNED_TOKENS
+        self._turns: dict[tuple[int, int], StepRope] = {}  # of the chunks in the first TURNED_TOKENS
 
     def begin(self) -> None:
         state = self.state
@@ -144,12 +144,13 @@ class AllHeads:
         """Hidden states [1, N, d] of a chunk on the device, and the turn of its positions."""
         device = self.tokens.device
         x = self.state.hidden[None, start:stop].to(device, non_blocking=True)
-        if start not in self._turns:
+        chunk = (start, stop)
+        if chunk not in self._turns:
             turn = at_positions(self.rope, torch.arange(start, stop, device=device)[None])
-            if start >= TURNED_TOKENS:
+            if stop > TURNED_TOKENS:
                 return x, turn
-            self._turns[start] = turn
-        return x, self._turns[start]
+            self._turns[chunk] = turn
+        return x, self._turns[chunk]
 
 
 class HeadGroups(AllHeads):

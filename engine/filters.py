@@ -207,7 +207,12 @@ def _find_rule(name: str) -> Callable[..., Any]:
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name in plugins:
-        loaded: Callable[..., Any] = plugins[name].load()
+        try:
+            loaded: Callable[..., Any] = plugins[name].load()
+        except Exception as error:  # another package's code
+            raise OptionError(
+                f"filter rule {name!r} of another package ({plugins[name].value}) cannot be imported: {error}"
+            ) from None
         return loaded
     module, colon, attribute = name.partition(":")
     if not colon:

@@ -326,7 +326,8 @@ class Engine:
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 
-    @infers
+    @computes
+    @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
         parts, ids = self.parts, self.encode(token_ids)
@@ -334,7 +335,8 @@ class Engine:
             raise CapacityError(f"{len(ids):,} tokens do not fit a context of {parts.setup.max_context:,}")
         return parts.model.head(scoring.dense_hidden(parts, parts.model.ids(ids)))
 
-    @infers
+    @computes
+    @torch.no_grad()
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)

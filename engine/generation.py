@@ -24,12 +24,21 @@ class Generation:
     """Answers that grow together. Timings of their sequences are kept up to date; a reader's own time is no part of them."""
 
     def __init__(
-        self, engine: Engine, sequences: Sequence[SequenceCache], logits: Sequence[Tensor], config: SamplingConfig
+        self,
+        engine: Engine,
+        sequences: Sequence[SequenceCache],
+        logits: Sequence[Tensor],
+        config: SamplingConfig,
+        *,
+        resumed: bool = False,
     ) -> None:
+        """``resumed``: no text came before, the answers go on from what the sequences hold."""
         self._engine, self._timings = engine, [sequence.timing for sequence in sequences]
         tokenizer = engine.parts.tokenizer
         with own_settings(engine.device):
-            self.answers = [Answer(tokenizer, s, row, config) for s, row in zip(sequences, logits, strict=True)]
+            self.answers = [
+                Answer(tokenizer, s, row, config, resumed=resumed) for s, row in zip(sequences, logits, strict=True)
+            ]
         for timing, answer in zip(self._timings, self.answers, strict=True):
             timing.new_tokens = answer.count
 
@@ -85,7 +94,7 @@ def continued(
         logits = engine.read(sequence, ids, checkpoint=checkpoint)
     else:
         engine.timing = sequence.timing = Timing()
-    for _, piece in Generation(engine, [sequence], [logits], config).pieces():
+    for _, piece in Generation(engine, [sequence], [logits], config, resumed=not ids).pieces():
         yield piece
     with engine.lock:
         engine.prefixes.keep(sequence)

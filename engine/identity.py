@@ -110,8 +110,16 @@ def bits_text(layer_bits: Sequence[LayerWidths]) -> str:
 
 
 def _rule_name(rule: FilterRule) -> str:
-    """A rule with its parameters, where it is a dataclass; else the class only."""
-    return repr(rule) if is_dataclass(rule) else f"{type(rule).__module__}:{type(rule).__qualname__}"
+    """A rule with its parameters: the fields of a dataclass, else what numbers and texts the object holds."""
+    if is_dataclass(rule):
+        return repr(rule)
+    told = {
+        name: value
+        for name, value in sorted(getattr(rule, "__dict__", {}).items())
+        if isinstance(value, (bool, int, float, str))
+    }
+    parameters = ", ".join(f"{name}={value!r}" for name, value in told.items())
+    return f"{type(rule).__module__}:{type(rule).__qualname__}" + (f"({parameters})" if told else "")
 
 
 def rope_digest(rope: RopeFrequencies) -> str:

@@ -112,8 +112,8 @@ def load_parts(
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
     full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
-    if context > config.trained_context:
-        report.message(f"{beyond_training(context, config.trained_context)}; memory and speed are not affected")
+    if context > source.config.trained_context:
+        report.message(f"{beyond_training(context, source.config.trained_context)}; memory and speed are not affected")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,

@@ -37,7 +37,8 @@ def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, bos: bool) -> list[int
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise OptionError(f"a prompt must be a text, token ids or chat messages, not {type(prompt).__name__}")
     if prompt and isinstance(prompt[0], Mapping):
-        return list(tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
+        ids = list(tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
+        return ids if bos or ids[:1] != [tokenizer.bos_token_id] else ids[1:]
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise OptionError(f"the token ids of a prompt must be whole numbers, got {str(token)[:80]!r}")

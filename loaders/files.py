@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EISDIR
@@ -14,28 +16,17 @@ from skvq.engine.errors import SkvqError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write next to ``path``, then rename over it. Raises SkvqError if it cannot be written; nothing is left behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # a process of its own: two may make the same calibration
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise SkvqError(f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}") from None
+    """Write ``data`` to ``path`` by ``atomic_file``."""
+    with atomic_file(path, len(data)) as file:
+        file.write(data)
 
 
 def require_writable(path: Path) -> None:
     """Raise SkvqError unless a file can be written at ``path``: checked before long work. Missing folders are created."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    target = _target(path)
+    probe = _temporary(target)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -44,29 +35,56 @@ def require_writable(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
-    """A file of about ``count`` bytes to be written as ``.NAME.partial``, renamed to ``path`` when the block ends well.
+    """A file of about ``count`` bytes under a temporary name of this writer's own, renamed to ``path`` when the block ends
+    well: of several writers the last one wins, and a reader sees one whole file or another.
 
-    Readable too. For large files: what a killed process left under that name is overwritten, so leftovers do not pile up.
-    Raises SkvqError, with nothing written, if there is not enough room.
+    Readable too. What killed processes have left behind is removed; symbolic links are followed. Raises SkvqError, with nothing
+    written, if the place takes no file or there is not enough room.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    target = _target(path)
+    temporary = _temporary(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        free = shutil.disk_usage(target.parent).free
         if free < count:
             raise SkvqError(
-                f"cannot write {path}: it needs {count:,} bytes, {path.parent} has {free:,} free: free some or write elsewhere"
+                f"cannot write {path}: it needs {count:,} bytes, {target.parent} has {free:,} free: free some or write "
+                "elsewhere"
             )
         with temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise SkvqError(f"cannot write {path} ({count:,} bytes): {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """Where a file at ``path`` would lie, links followed. Raises SkvqError if that is no place for one."""
+    target = Path(os.path.realpath(path))
+    if not path.name or target.is_dir():
+        raise SkvqError(f"cannot write {path}: {os.strerror(EISDIR)}")
+    if target.exists() and not target.is_file():
+        raise SkvqError(f"cannot write {path}: it is a device or a pipe, not a file")
+    return target
+
+
+def _temporary(target: Path) -> Path:
+    """A name beside ``target`` that no other writer uses."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of processes that are gone."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*-*.partial"):
+        owner = left.name[len(target.name) + 2 :].partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            left.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -66,10 +66,11 @@ class TextStream:
     The pieces and the final ``flush`` joined are ``tokenizer.decode`` of all pushed ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, resumed: bool = False) -> None:
+        """``resumed``: the text goes on from one that was decoded before, so its first space is kept."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip = tokenizer.strips_first_space
+        self._strip = tokenizer.strips_first_space and not resumed
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is complete with it."""

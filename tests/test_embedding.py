@@ -350,3 +350,20 @@ def test_an_engine_says_what_it_is(engine: Engine) -> None:
     assert "context 700" in repr(engine) and "rotate" in repr(engine) and str(engine.device) in repr(engine)
     with engine.prefill(TEXT) as sequence:
         assert repr(sequence) == f"<SequenceCache: {sequence.length} tokens, 0 packed in 0 pages>"
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11])
+def test_an_answer_in_two_parts_is_the_whole_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    """Also where a tokenizer takes the first space of a text away, as SentencePiece's do."""
+    tokenizer = engine.parts.tokenizer
+    monkeypatch.setattr(type(tokenizer), "strips_first_space", property(lambda self: True))
+    monkeypatch.setattr(type(tokenizer), "token_bytes", lambda self, token: f" {token}".encode())
+    with engine.prefill(TEXT) as one, engine.prefill(TEXT) as two:
+        whole = "".join(engine.stream("", SamplingConfig(max_new_tokens=12), sequence=one))
+        parts = ["".join(engine.stream("", SamplingConfig(max_new_tokens=n), sequence=two)) for n in (cut, 12 - cut)]
+    assert "".join(parts) == whole and whole.startswith(" ")
+
+
+def test_scores_are_tensors_of_the_callers_own(engine: Engine) -> None:
+    engine.logits(list(range(9))).add_(1)
+    engine.nll(list(range(9))).add_(1)
