@@ -1,8 +1,8 @@
 """What happens when a sequence's context is full: it stops, or its oldest pages are dropped, except the attention sinks.
 
 Dropping D tokens (whole pages) moves every later token's place in the sequence down by D; the sinks keep theirs, so they
-directly precede what is left (StreamingLLM, arXiv 2309.17453, section 3.2). RoPE sees only differences of positions, so
-two of three groups must agree with the third, which cannot be changed: packed keys.
+share places with the first of what is left (StreamingLLM, arXiv 2309.17453, section 3.2, has them directly before it). RoPE
+sees only differences of positions, so two of three groups must agree with the third, which cannot be changed: packed keys.
 
     packed keys carry the turn they were cached with (rotate, plain, fp): they stay, queries and new keys keep counting
         from ``place + dropped``, and the sinks are turned on by D
