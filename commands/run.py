@@ -30,8 +30,7 @@ from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
 
 if TYPE_CHECKING:
-    from skvq.engine.cache import SequenceCache
-    from skvq.engine.generate import Engine
+    from skvq.engine.prompt import Prompt
 
 
 @click.command(cls=OneLineCommand)
@@ -91,9 +90,8 @@ def run(**options: Any) -> None:
         )
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
-    prompt = run_prompt(engine, text, options, sequence)
     pieces = []
-    for piece in engine.stream(prompt, sampling, sequence=sequence, checkpoint=options["checkpoint"]):
+    for piece in engine.stream(run_prompt(text, options), sampling, sequence=sequence, checkpoint=options["checkpoint"]):
         pieces.append(piece)
         if not options["as_json"]:
             click.echo(piece, nl=False)
@@ -114,22 +112,18 @@ def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:
     """
     if session is None or not session.exists():
         return cache_config(options)
-    from skvq.engine.session import require_options, saved_options
+    from skvq.engine.session import require_options, saved_options, session_header
 
-    saved = {name: value for name, value in saved_options(session).items() if not is_given(name)}
+    header = session_header(session)
+    saved = {name: value for name, value in saved_options(header).items() if not is_given(name)}
     cache = cache_config({**options, **saved})
-    require_options(session, cache)
+    require_options(header, session, cache)
     return cache
 
 
-def run_prompt(engine: Engine, text: str, options: dict[str, Any], sequence: SequenceCache) -> str | list[int]:
-    """What ``skvq run`` reads next: the text, in the chat format if asked for; a sequence goes on without a second BOS.
-
-    With no text a sequence goes on from its last token.
-    """
+def run_prompt(text: str, options: dict[str, Any]) -> Prompt:
+    """What ``skvq run`` reads next: the text or a chat message; with no text a sequence continues from its last token."""
     if not text or not options["chat"]:
         return text
-    tokenizer = engine.parts.tokenizer
     system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
-    ids = list(tokenizer.encode_chat([*system, {"role": "user", "content": text}]))
-    return ids[1:] if sequence.length and ids[:1] == [tokenizer.bos_token_id] else ids
+    return [*system, {"role": "user", "content": text}]

@@ -101,11 +101,5 @@ def computes(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[
 
 
 def infers(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
-    """Run a method under ``computing``."""
-
-    @functools.wraps(method)
-    def guarded(self: Self, *args: P.args, **options: P.kwargs) -> R:
-        with computing(self):
-            return method(self, *args, **options)
-
-    return cast(Callable[Concatenate[Self, P], R], guarded)
+    """``computes``, without autograd."""
+    return computes(torch.inference_mode()(method))

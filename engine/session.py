@@ -53,17 +53,21 @@ def open_session(identity: Identity, path: Path) -> Container:
     return file
 
 
-def saved_options(path: Path) -> dict[str, Any]:
-    """The cache options that a session was made with, by their names in ``CacheConfig``: those that a file can tell."""
+def session_header(path: Path) -> dict[str, Any]:
+    """What a session says of itself: to be looked at before a model is loaded and calibrated to resume from it."""
     header = read_header(path, KIND)
     _require_schema(header, path, KIND)
+    return header
+
+
+def saved_options(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache options that a session was made with, by their names in ``CacheConfig``: those that a header can tell."""
     names = ("method", "window") if header["method"] == "fp" else ("method", "window", "key_bits", "value_bits", "group_size")
     return {name: header[name] for name in names}
 
 
-def require_options(path: Path, cache: CacheConfig) -> None:
-    """Raise SessionError if a session is of other cache options: before a model is loaded and calibrated to go on from it."""
-    header = read_header(path, KIND)
+def require_options(header: Mapping[str, Any], path: Path, cache: CacheConfig) -> None:
+    """Raise SessionError if the session at ``path`` is of other cache options."""
     require_same(options_of(cache), header, f"{KIND} {path}")
     if cache.is_packed and (header["layer_bits"] == SAME_BITS) != (cache.bits_budget is None):
         made = "without" if header["layer_bits"] == SAME_BITS else "with"
