@@ -45,4 +45,4 @@ def plan(**options: Any) -> None:
         rope_scaling=options["rope_scaling"],
     )
     click.echo(json.dumps(report.as_dict()) if options["as_json"] else report.table())
-    report.plan.check()
+    report.check()

@@ -13,7 +13,7 @@ from skvq.engine.absorb import put
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
-from skvq.engine.options import is_whole
+from skvq.engine.options import is_whole, path_of
 from skvq.engine.session import save_session
 from skvq.engine.setup import CacheSetup
 from skvq.engine.timing import Timing
@@ -294,7 +294,7 @@ class SequenceCache:
     def save(self, file: str | Path) -> None:
         """Write the sequence to a file, whole or not at all; ``Engine.restore`` brings it back. Raises SkvqError."""
         self.require_alive()
-        save_session(self, Path(file))
+        save_session(self, path_of("file", file))
 
     @computes
     def free(self) -> None:

@@ -157,7 +157,7 @@ class CacheConfig:
             object.__setattr__(self, name, _width(getattr(self, name), name))
         object.__setattr__(self, "layer_bits", _layer_widths(self.layer_bits))
         self._check_budget()
-        if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
+        if not is_whole(self.group_size) or self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
         if not is_whole(self.window) or not 0 <= self.window <= 2**20:
             raise OptionError(f"window must be a number of tokens from 0 to {2**20}, got {self.window!r}")

@@ -92,10 +92,10 @@ class TokenIds:
     def __post_init__(self) -> None:
         if not isinstance(self.ids, Collection):
             raise OptionError(f"TokenIds.ids must be a set of token ids, got {self.ids!r}")
-        object.__setattr__(self, "ids", frozenset(self.ids))
         odd = [i for i in self.ids if not is_whole(i) or not 0 <= i < 2**31]
         if odd:
             raise OptionError(f"TokenIds.ids must be token ids, got {odd[0]!r}")
+        object.__setattr__(self, "ids", frozenset(map(int, self.ids)))
         _check_budget(self.budget, "TokenIds.budget")
 
     def __repr__(self) -> str:

@@ -20,10 +20,10 @@ from skvq.engine.generation import answer_all, answered, continued
 from skvq.engine.guard import computes, infers, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
-from skvq.engine.options import is_whole, names_options, require_type
+from skvq.engine.options import is_whole, names_options, path_of, path_or_none, require_type
 from skvq.engine.planner import bits_per_element
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
-from skvq.engine.prompt import Prompt, is_empty, is_several, token_ids_of
+from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
 from skvq.engine.reading import Reader
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
@@ -45,7 +45,7 @@ class Engine:
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 
     @classmethod
-    @names_options
+    @names_options(cache=CacheConfig)
     def load(
         cls,
         model: str | Path,
@@ -93,6 +93,7 @@ class Engine:
         require_type("download", download, bool)
         require_type("cache", cache, CacheConfig, None)
         require_type("rope_scaling", rope_scaling, str, None)
+        require_type("report", report, Reporter, None)
         chosen = report if report is not None else StderrReporter()
         with own_settings(pick_device(device)):
             parts = load_parts(
@@ -103,7 +104,7 @@ class Engine:
                 backend=backend,
                 device=device,
                 dtype=dtype,
-                calibration=Path(calibration) if calibration is not None else None,
+                calibration=path_or_none("calibration", calibration),
                 dummy_weights=dummy_weights,
                 rope_scaling=rope_scaling,
                 prefill=prefill,
@@ -134,11 +135,11 @@ class Engine:
         return self.parts.setup.lock
 
     @computes
-    @names_options
+    @names_options()
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         require_type("cache", cache, CacheConfig)
-        path = Path(calibration) if calibration is not None else None
+        path = path_or_none("calibration", calibration)
         parts = with_cache(self.parts, cache, max_sequences, path, self.report)
         return Engine(parts, self.report, prefix_cache=self.prefix_cache)
 
@@ -151,7 +152,7 @@ class Engine:
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
-    @names_options
+    @names_options(sampling=SamplingConfig)
     def stream(
         self,
         text: Prompt,
@@ -163,17 +164,20 @@ class Engine:
         """Pieces of the answer to a text, to token ids or to chat messages, as they are drawn; whole characters only.
 
         With ``sequence`` the prompt continues it, and the sequence holds the answer afterwards (its last token is ``pending``
-        until more is read); an empty text goes on from its last token. Without, one is made and freed. A stop string is left
-        out of the pieces, but the tokens that spell it stay in the sequence. Arguments are checked at once; work begins with
-        the first piece. ``checkpoint`` as for ``read``.
+        until more is read); an empty text goes on from its last token; chat messages are the next of its conversation, after
+        the end of the assistant's turn. Without, one is made and freed. A stop string is left out of the pieces, but the tokens
+        that spell it stay in the sequence. Arguments are checked at once; work begins with the first piece. ``checkpoint`` as
+        for ``read``.
         """
-        config = self._sampling(sampling)
+        config, file = self._sampling(sampling), path_or_none("checkpoint", checkpoint)
         if sequence is not None:
             self._require_own(sequence)
-            begun = bool(sequence.length or sequence.pending)
+            begun, pending = bool(sequence.length or sequence.pending), sequence.pending
             ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
-            return continued(self, sequence, ids, config, checkpoint)
-        return answered(self, self.encode(text), config, checkpoint)
+            if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
+                ids = ids[len(pending) :]
+            return continued(self, sequence, ids, config, file)
+        return answered(self, self.encode(text), config, file)
 
     @overload
     def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...
@@ -184,7 +188,7 @@ class Engine:
     @overload
     def generate(self, text: Prompt, sampling: SamplingConfig | None = None) -> str: ...
 
-    @names_options
+    @names_options(sampling=SamplingConfig)
     def generate(self, text: Prompt | list[str] | list[list[int]], sampling: SamplingConfig | None = None) -> str | list[str]:
         """The answer to a prompt (as for ``stream``), or to each of a list of prompts.
 
@@ -196,7 +200,7 @@ class Engine:
         answers, self.timing = answer_all(self, [self.encode(one) for one in text], config)
         return answers
 
-    @names_options
+    @names_options(sampling=SamplingConfig)
     def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingConfig | None = None) -> str:
         """The assistant's answer to a conversation ``[{"role": ..., "content": ...}, ...]``; ``stream`` takes one too."""
         if isinstance(messages, str) or not isinstance(messages, Sequence):
@@ -205,6 +209,9 @@ class Engine:
 
     def encode(self, text: Prompt, *, bos: bool = True) -> list[int]:
         """Token ids of a text, or of chat messages; ids are passed through. Special tokens are recognized in a text.
+
+        bos: whether a text or a conversation begins here. Without, a text has no BOS, and messages first end the assistant's
+            turn before them.
 
         Raises OptionError if there are none or one is unknown.
         """
@@ -240,7 +247,7 @@ class Engine:
         """An empty sequence in the arena."""
         return SequenceCache(self.parts.setup)
 
-    @names_options
+    @names_options()
     def prefill(self, text: Prompt, *, checkpoint: str | Path | None = None, checkpoint_seconds: float = 60) -> SequenceCache:
         """A sequence that has read a text, token ids or chat messages: fork it, continue it with ``stream(..., sequence=...)``.
 
@@ -272,7 +279,7 @@ class Engine:
         Raises SessionError if the file is broken or of another model, calibration or options, CapacityError if it does not
         fit; other sequences are as they were.
         """
-        found = open_session(self.parts.setup.identity, Path(file))
+        found = open_session(self.parts.setup.identity, path_of("file", file))
         sequence = self.new_sequence()
         try:
             fill_from(sequence, found)
@@ -298,15 +305,16 @@ class Engine:
         and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
         """
         self._require_own(sequence)
-        ids = [*sequence.pending, *ids]
+        file = path_or_none("checkpoint", checkpoint)
+        ids = [*sequence.pending, *whole_ids(ids)]
         if not ids:
             raise OptionError("nothing to read: give at least one token")
         self._require_known(ids)
         reader = Reader(self.parts, self.prefixes, self.report)
-        if checkpoint is None:
+        if file is None:
             logits, timing = reader.read(sequence, ids)
         else:
-            logits, timing = reader.read_with_checkpoint(sequence, ids, Path(checkpoint), checkpoint_seconds)
+            logits, timing = reader.read_with_checkpoint(sequence, ids, file, checkpoint_seconds)
         self.timing = sequence.timing = timing
         return logits
 
@@ -365,7 +373,7 @@ class Engine:
             self.report,
             tokens=tokens,
             stride=stride,
-            calibration=Path(calibration) if calibration is not None else None,
+            calibration=path_or_none("calibration", calibration),
             exact_window=exact_window,
         )
 
@@ -377,5 +385,5 @@ class Engine:
         loaded = self.parts.loaded
         ids = loaded.tokenizer.encode(corpus, bos=False)
         return calibrate_to(
-            Path(output), loaded, cache, ids, corpus_name=corpus_name, tokens=tokens, seed=seed, report=self.report
+            path_of("output", output), loaded, cache, ids, corpus_name=corpus_name, tokens=tokens, seed=seed, report=self.report
         )

@@ -16,14 +16,23 @@ from skvq.engine.arena import Arena
 from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, with_chosen_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.options import is_whole
 from skvq.engine.overflow import OnFull, on_full_for, on_full_of
-from skvq.engine.planner import Plan, arena_shape, largest_context, largest_of, make_plan, regions_of, token_bytes
+from skvq.engine.planner import (
+    Plan,
+    arena_shape,
+    largest_context,
+    largest_of,
+    make_plan,
+    regions_of,
+    token_bytes,
+    what_would_fit,
+)
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import beyond_training, frequencies, scaled
@@ -263,18 +272,16 @@ def plan_that_fits(
     Raises CapacityError, with the largest context that would fit, if it does not.
     """
     for what, value in (("max_context", max_context), ("max_sequences", sequences)):
-        if value is not None and (not is_whole(value) or not 0 < value < 2**31):
+        unset = what == "max_context" and value is None
+        if not unset and (not is_whole(value) or not 0 < value < 2**31):
             raise OptionError(f"{what} must be a number from 1 to {2**31 - 1:,}, got {value!r}")
     options["sequences"] = sequences
-    most = largest_context(config, cache, **options)
-    context = max_context if max_context is not None else min(config.trained_context, max(most, 1))
-    plan = make_plan(config, cache, context=context, **options)
-    try:
-        plan.check()
-    except CapacityError as error:
-        advice = f"the largest context that fits is {most:,}" if most else "not even the weights fit: use a smaller model"
-        raise CapacityError(f"{error}; {advice}") from None
-    return context, plan
+    if max_context is None:
+        max_context = min(config.trained_context, max(largest_context(config, cache, **options), 1))
+    plan = make_plan(config, cache, context=max_context, **options)
+    if not plan.fits:
+        plan.check(what_would_fit(config, cache, **options))
+    return max_context, plan
 
 
 def _weights(source: WeightSource, config: ModelConfig, form: Form, report: Reporter) -> ModelWeights:

@@ -14,7 +14,16 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.measure import timed
-from skvq.engine.planner import Plan, gib, largest_context, largest_of, layer_token_bytes, make_plan, usual_weight_bytes
+from skvq.engine.planner import (
+    Plan,
+    gib,
+    largest_context,
+    largest_of,
+    layer_token_bytes,
+    make_plan,
+    usual_weight_bytes,
+    what_would_fit,
+)
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
 from skvq.loaders.hub import config_of
@@ -93,6 +102,11 @@ class PlanReport:
     prefill_seconds: float
     decode_ms: float
     trained_context: int
+    advice: str  # where it does not fit
+
+    def check(self) -> None:
+        """Raise CapacityError unless the plan fits."""
+        self.plan.check(self.advice)
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -169,7 +183,8 @@ def plan_report(
 ) -> PlanReport:
     """The report for a model by name: only its config is read, and the header of ``calibration`` if there is one to say how a
     budget of bits was spent. Raises OptionError, ModelError or CalibrationError."""
-    config = config_of(model) if rope_scaling is None else scaled(config_of(model), rope_scaling)
+    source = config_of(model)
+    config = source if rope_scaling is None else scaled(source, rope_scaling)
     if context >= 2**31:
         raise OptionError(f"a context has at most {2**31 - 1:,} tokens, got {context:,}")
     cache = (cache if calibration is None else with_chosen_bits(cache, calibration)).fitted(config)
@@ -194,7 +209,8 @@ def plan_report(
         largest=largest,
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
         decode_ms=1e3 * predicted_decode(config, cache, card, context),
-        trained_context=config.trained_context,
+        trained_context=source.trained_context,
+        advice="" if plan.fits else what_would_fit(config, cache, **options),
     )
 
 

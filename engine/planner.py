@@ -131,14 +131,14 @@ class Plan:
         """Whether there is memory enough on the device; of host memory no form takes more than there is."""
         return self.total <= self.memory
 
-    def check(self) -> None:
-        """Raise CapacityError, with the numbers, unless the plan fits its memory."""
+    def check(self, advice: str) -> None:
+        """Raise CapacityError, with the numbers and ``advice``, unless the plan fits its memory."""
         if not self.fits:
             largest = max(self.parts, key=lambda part: self.parts[part])
             host = f" and {gib(self.host_total)} of host memory" if self.host_parts else ""
             raise CapacityError(
                 f"a context of {self.context:,} tokens needs {gib(self.total)}{host}, only {gib(self.memory)} is available "
-                f"(largest part: {largest}, {gib(self.parts[largest])}; prefill: {self.form})"
+                f"(largest part: {largest}, {gib(self.parts[largest])}; prefill: {self.form}); {advice}"
             )
 
     def form_of(self, model: ModelConfig, tokens: int, dtype: torch.dtype) -> PrefillForm:
@@ -237,3 +237,12 @@ def largest_context(model: ModelConfig, cache: CacheConfig, *, limit: int = 2**2
         plan = make_plan(model, cache, context=middle * PAGE_TOKENS, **options)  # type: ignore[arg-type]
         low, high = (middle, high) if plan.fits else (low, middle - 1)
     return low * PAGE_TOKENS
+
+
+def what_would_fit(model: ModelConfig, cache: CacheConfig, **options: Any) -> str:
+    """Advice where a context does not fit; options as for ``make_plan``."""
+    if most := largest_context(model, cache, **options):
+        return f"the largest context that fits is {most:,}"
+    if options["sequences"] > 1 and (alone := largest_context(model, cache, **{**options, "sequences": 1})):
+        return f"one sequence alone, of up to {alone:,} tokens, would fit"
+    return "not even the weights fit: use a smaller model"

@@ -28,18 +28,33 @@ def is_several(prompts: object) -> TypeGuard[list[Prompt]]:
     return isinstance(prompts, (list, tuple)) and not any(isinstance(one, (Integral, Mapping)) for one in prompts)
 
 
+def is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether it is a list of chat messages."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
 def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, bos: bool) -> list[int]:
-    """Token ids of a prompt; those of a text begin with the tokenizer's BOS if ``bos``. Raises OptionError if it is none."""
+    """Token ids of a prompt. Raises OptionError if it is none.
+
+    Those of a text begin with the tokenizer's BOS if ``bos``; without, those of chat messages begin with the end of the
+    assistant's turn that went before.
+    """
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt, bos=bos))
+    if is_chat(prompt):
+        return list(tokenizer.encode_chat(prompt) if bos else tokenizer.encode_turn(prompt))
+    return whole_ids(prompt)
+
+
+def whole_ids(prompt: object) -> list[int]:
+    """Token ids in whatever sequence they come. Raises OptionError if it holds anything else."""
     if isinstance(prompt, (Tensor, np.ndarray)):
         prompt = prompt.tolist()
+    if isinstance(prompt, str):
+        raise OptionError(f"token ids are needed, got the text {prompt[:40]!r}: Engine.encode gives its ids")
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise OptionError(f"a prompt must be a text, token ids or chat messages, not {type(prompt).__name__}")
-    if prompt and isinstance(prompt[0], Mapping):
-        ids = list(tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
-        return ids if bos or ids[:1] != [tokenizer.bos_token_id] else ids[1:]
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise OptionError(f"the token ids of a prompt must be whole numbers, got {str(token)[:80]!r}")
-    return [int(token) for token in prompt]  # type: ignore[arg-type]
+    return [int(token) for token in prompt]

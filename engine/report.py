@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ class Bar(Protocol):
         """Report how much of each kind has been done since the last call."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Where messages and progress go."""
 

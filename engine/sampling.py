@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import ModelError
 
 
 class Sampler:
@@ -23,17 +26,23 @@ class Sampler:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
 
     def draw(self, logits: Tensor) -> int:
-        """The next token for ``logits`` float32 [V]."""
+        """The next token for ``logits`` float32 [V]. Raises ModelError if they are not numbers."""
         config = self.config
         if config.repeat_penalty != 1:
             penalized = torch.where(logits > 0, logits / config.repeat_penalty, logits * config.repeat_penalty)
             logits = torch.where(self._seen, penalized, logits)
-        if config.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            likeliest = logits.max()  # subtracted first, so that no temperature makes an infinity of it
+        likeliest, token_of = logits.max(-1)
+        if config.temperature > 0:  # the largest is subtracted first, so that no temperature makes an infinity of it
             probabilities = filtered_probabilities((logits - likeliest) / max(config.temperature, 1e-30), config)
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            times = torch.empty_like(probabilities).exponential_(generator=self._generator).clamp_min_(1e-30)
+            token_of = (probabilities / times).argmax()  # as torch.multinomial, which waits for the device and checks
+        largest, number = torch.stack((likeliest.double(), token_of.double())).tolist()  # the one time a GPU is waited for
+        if not math.isfinite(largest):
+            raise ModelError(
+                f"the largest of the model's logits is {largest}: its weights are damaged, or its activations do not fit "
+                "this dtype; try --dtype bfloat16 or float32"
+            )
+        token = int(number)
         self._seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
         return token
 

@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 from skvq.engine.errors import ModelError, OptionError
 from skvq.loaders.fields import reason
 
+LAST_WORD = "last-word-of-the-assistant"
+"""What an assistant says in a conversation rendered for what comes after it: no template changes it."""
+
 
 def render_chat(
     template: str | None,
@@ -47,6 +50,22 @@ def render_chat(
         )
     except Exception as error:
         raise ModelError(f"the chat template failed on these {len(messages)} messages ({reason(error)})") from error
+
+
+def render_turn(template: str | None, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
+    """What ``messages`` add to a conversation after the assistant's last word: first what ends that turn, then they.
+
+    Raises as ``render_chat``. Messages that a template refuses in the middle of a conversation, such as a system message,
+    are rendered as a conversation of their own.
+    """
+    alone = render_chat(template, messages, special_tokens, add_generation_prompt=True)
+    before = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": LAST_WORD}]
+    try:
+        whole = render_chat(template, [*before, *messages], special_tokens, add_generation_prompt=True)
+    except ModelError:
+        return alone
+    _, found, turn = whole.partition(LAST_WORD)
+    return turn if found else alone
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skvq.engine.errors import ModelError
-from skvq.loaders.chat import render_chat
+from skvq.loaders.chat import render_chat, render_turn
 from skvq.loaders.fast_tokenizer import TokenizerSettings, piece_bytes
 from skvq.loaders.fields import reason
 from skvq.loaders.text import Message, decode_ids
@@ -77,13 +77,12 @@ class SentencePieceTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of the rendered conversation."""
-        text = render_chat(
-            self._settings.chat_template,
-            messages,
-            self._settings.special_tokens,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return self.encode(text, bos=False)
+        template, names = self._settings.chat_template, self._settings.special_tokens
+        return self.encode(render_chat(template, messages, names, add_generation_prompt=add_generation_prompt), bos=False)
+
+    def encode_turn(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of what the messages add to a conversation."""
+        return self.encode(render_turn(self._settings.chat_template, messages, self._settings.special_tokens), bos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""

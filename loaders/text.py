@@ -50,6 +50,9 @@ class Tokenizer(Protocol):
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation in the model's chat format. ModelError if it has none or its template refuses."""
 
+    def encode_turn(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of what messages add to a conversation that the assistant spoke last in: they begin with the end of its turn."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out, invalid UTF-8 as U+FFFD."""
 
@@ -135,6 +138,10 @@ class ByteTokenizer:
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Always a ModelError: random weights have no chat format."""
         raise ModelError("dummy weights have no chat template: give the prompt as plain text")
+
+    def encode_turn(self, messages: Sequence[Message]) -> list[int]:
+        """As ``encode_chat``."""
+        return self.encode_chat(messages)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the bytes."""

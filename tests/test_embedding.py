@@ -305,7 +305,15 @@ def test_a_new_seed_for_each_answer(engine: Engine) -> None:
 
 WRONG: dict[str, Callable[[Engine], object]] = {
     "did you mean 'checkpoint'": lambda e: e.prefill([1], checkpont="x"),
-    "unknown option 'max_new_tokens'": lambda e: e.generate("a", max_new_tokens=3),
+    "unknown option 'max_new_tokens': give it as sampling=SamplingConfig": lambda e: e.generate("a", max_new_tokens=3),
+    "unknown option 'window': give it as cache=CacheConfig": lambda e: Engine.load("x", window=64),
+    "max_sequences must be a number": lambda e: Engine.load("smollm2-135m", max_sequences=None),  # type: ignore[arg-type]
+    "report must be Reporter or None": lambda e: Engine.load("x", report=print),  # type: ignore[arg-type]
+    "calibration must be the path of a file, got 5": lambda e: Engine.load("x", calibration=5),  # type: ignore[arg-type]
+    "checkpoint must be the path of a file, got 5": lambda e: e.prefill("a", checkpoint=5),  # type: ignore[arg-type]
+    "file must be the path of a file, got None": lambda e: e.new_sequence().save(None),  # type: ignore[arg-type]
+    "file must be the path of a file, got ''": lambda e: e.restore(""),
+    "got the text 'abc'": lambda e: e.read(e.new_sequence(), "abc"),  # type: ignore[arg-type]
     "unknown option 'sinks'": lambda e: AttentionSinks(sinks=3),  # type: ignore[call-arg]
     "sampling must be SamplingConfig": lambda e: e.generate("a", {"max_new_tokens": 3}),  # type: ignore[call-overload]
     "TokenIds.ids": lambda e: TokenIds(5),  # type: ignore[arg-type]
@@ -329,6 +337,22 @@ WRONG: dict[str, Callable[[Engine], object]] = {
 def test_a_wrong_option_is_named(engine: Engine, message: str) -> None:
     with pytest.raises((OptionError, CapacityError), match=message):
         WRONG[message](engine)
+
+
+def test_numbers_of_numpy_are_numbers(folder: Path) -> None:
+    cache = CacheConfig(
+        window=np.int64(64), group_size=np.int32(32), key_bits=np.float32(1.5), filters=[TokenIds([np.int64(7)])]
+    )
+    assert cache == CacheConfig(window=64, group_size=32, key_bits=1.5, filters=[TokenIds([7])])
+    assert all(type(value) in (int, float) for value in (cache.window, cache.group_size, cache.key_bits))
+    assert repr(cache.filters) == repr((TokenIds([7]),))
+    sampling = SamplingConfig(max_new_tokens=np.int16(3), temperature=np.float64(0.5), seed=np.uint64(3))
+    assert sampling == SamplingConfig(max_new_tokens=3, temperature=0.5, seed=3) and type(sampling.seed) is int
+    with pytest.raises(OptionError, match="window"):
+        CacheConfig(window=np.float64(64))
+    with tiny_engine(folder, tiny_cache(), max_context=np.int64(300)).prefill(TEXT) as sequence:
+        sequence.truncate(np.int64(3))
+        assert sequence.length == 3 and sequence.setup.max_context == 300
 
 
 @pytest.mark.parametrize("kept", [[True], None, torch.zeros(128), torch.zeros(3, dtype=torch.bool)], ids=str)

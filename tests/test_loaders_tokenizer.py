@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from skvq.engine.errors import SkvqError
+from skvq.loaders.chat import render_chat, render_turn
 from skvq.loaders.dummy import dummy_tokenizer
 from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields
@@ -238,6 +239,35 @@ def test_chat_equals_transformers(tmp_path: Path, template: str, prompt: bool, p
     assert load_tokenizer(files).encode_chat(TURNS, add_generation_prompt=prompt) == want
 
 
+LLAMA_3 = """{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>
+
+{{ message['content'] | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>
+
+{% endif %}"""
+LLAMA_2 = """{% if messages[0].role == 'system' %}{% set first = '<<SYS>>' + messages[0].content + '<</SYS>>' %}
+{%- set messages = messages[1:] %}{% endif %}{% for message in messages %}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{%- if message.role == 'user' %}{{ bos_token + '[INST] ' + first | default('') + message.content + ' [/INST]' }}
+{%- else %}{{ ' ' + message.content | trim + eos_token }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, LLAMA_2])
+def test_a_turn_is_what_a_conversation_has_in_addition(template: str) -> None:
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    first, answer, next_ = [{"role": r, "content": c} for r, c in (("user", "Hi."), ("assistant", "Hello."), ("user", "Bye?"))]
+    whole = render_chat(template, [first, answer, next_], names, add_generation_prompt=True)
+    begin = render_chat(template, [first], names, add_generation_prompt=True)
+    said = " Hello." if template is LLAMA_2 else "Hello."
+    assert begin + said + render_turn(template, [next_], names) == whole
+
+
+def test_messages_that_a_template_refuses_in_the_middle_begin_a_conversation() -> None:
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    assert render_turn(LLAMA_2, messages, names) == "<s>[INST] <<SYS>>Be brief.<</SYS>>Hi. [/INST]"
+    assert render_turn("{{ messages[-1].content }}", messages, names) == "Hi.", "a template without answers"
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "fragments"),
     [
@@ -257,6 +287,7 @@ def test_a_chat_that_cannot_be_rendered_is_one_line(
     options = {} if template is None else {"chat_template": template}
     ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline(), options))
     refused(lambda: ours.encode_chat(messages), *fragments)
+    refused(lambda: ours.encode_turn(messages), *fragments)
 
 
 @settings(max_examples=150, deadline=None)

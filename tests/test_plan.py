@@ -22,7 +22,7 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.plan_report import parse_bytes, plan_report
-from skvq.engine.planner import arena_shape, largest_context, make_plan, regions_of, token_bytes
+from skvq.engine.planner import arena_shape, largest_context, make_plan, regions_of, token_bytes, what_would_fit
 from skvq.engine.prefill_form import PrefillForm, prefill_forms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,9 +158,13 @@ def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
     plan = make_plan(llama(), cache, context=2**20, **options)
     assert not plan.host_parts and not plan.fits
     with pytest.raises(
-        CapacityError, match=r"1,048,576 tokens needs 9\d.* GiB, only 79.10 GiB is available .*prefill: exact, heads in"
+        CapacityError,
+        match=r"1,048,576 tokens needs 9\d.* GiB, only 79.10 GiB is available .*exact, heads.*largest context that fits is",
     ):
-        plan.check()
+        plan.check(what_would_fit(llama(), cache, **options))
+    many = CARD | {"weight_bytes": 2 * llama().num_parameters, "sequences": 10**7}
+    assert "one sequence alone, of up to 1," in what_would_fit(llama(), cache, **many)
+    assert "not even the weights" in what_would_fit(llama(), cache, **many | {"memory": 2**30})
     assert largest_context(llama(), cache, **options) < 2**20 < largest_context(llama(), cache, **options | CARD)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skvq.engine.config import CacheConfig, SamplingConfig
-from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.errors import ModelError, OptionError, SkvqError
 from skvq.engine.sampling import Sampler, StopWatch, filtered_probabilities
 from skvq.loaders.text import ByteTokenizer, TextStream
 
@@ -34,6 +34,26 @@ def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
     count = torch.bincount(draws(5000, temperature=temperature, seed=3), minlength=7)
     wanted = 5000 * (LOGITS.double() / temperature).softmax(0)
     assert ((count - wanted).square() / wanted).sum() < 22.5
+
+
+def test_a_seed_draws_what_torch_draws() -> None:
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 3
+    generator = torch.Generator().manual_seed(5)
+    wanted = [int(torch.multinomial(logits.softmax(0), 1, generator=generator)) for _ in range(50)]
+    assert draws(50, logits, temperature=1.0, seed=5).tolist() == wanted and len(set(wanted)) > 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_one_line(temperature: float, wrong: float) -> None:
+    logits = LOGITS.clone()
+    logits[3] = wrong
+    with pytest.raises(ModelError, match=f"logits is {wrong}"):
+        draws(1, logits, temperature=temperature)
+    logits[3] = -torch.inf  # a token that is never drawn
+    assert draws(20, logits, temperature=temperature).max() < 7
+    with pytest.raises(ModelError, match="-inf"):
+        draws(1, torch.full((4,), -torch.inf), temperature=temperature)
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 100])

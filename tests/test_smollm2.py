@@ -72,6 +72,20 @@ def test_paris_with_the_two_bit_cache(rotate: Engine) -> None:
     sequence.free()
 
 
+@pytest.mark.parametrize("count", [3, 30])
+def test_turns_make_the_conversation_that_the_template_would(fp: Engine, count: int) -> None:
+    """Whether an answer ends by itself or is cut off; nothing is said to the model twice."""
+    asked = [{"role": "user", "content": text} for text in ("What is the capital of France?", "And of Italy?", "Thanks.")]
+    conversation: list[dict[str, str]] = []
+    with fp.new_sequence() as sequence:
+        for question in asked:
+            answer = "".join(fp.stream([question], SamplingConfig(max_new_tokens=count), sequence=sequence))
+            conversation += [question, {"role": "assistant", "content": answer}]
+        wanted = fp.parts.tokenizer.encode_chat(conversation, add_generation_prompt=False)
+        held = [*sequence.token_ids, *sequence.pending]
+        assert held == wanted[: len(held)] and len(wanted) - len(held) <= 2, "what ends the last turn"
+
+
 def test_greedy_text_is_that_of_llama_cpp_on_the_same_weights(fp: Engine, tmp_path: Path) -> None:
     """Token for token: 32 tokens, or fewer where the answer ends."""
     copy = in_float32(resolve(MODEL, download=False).path, tmp_path / "f32.gguf")
