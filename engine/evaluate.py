@@ -15,8 +15,8 @@ from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.model import LayerCache, Model
-from skvq.engine.planner import bits_per_element
 from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.sizes import bits_per_element
 from skvq.engine.steps import DenseLayer, add_mass
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 from skvq.kernels.interface import RopeFrequencies

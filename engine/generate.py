@@ -21,12 +21,12 @@ from skvq.engine.guard import computes, infers, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import is_whole, names_options, path_of, path_or_none, require_type
-from skvq.engine.planner import bits_per_element
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
 from skvq.engine.reading import Reader
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
+from skvq.engine.sizes import bits_per_element
 from skvq.engine.stress import fill_fast
 from skvq.engine.summary import Summary, summary_of
 from skvq.engine.timing import Timing

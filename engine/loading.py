@@ -4,10 +4,9 @@ it is allocated."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,27 +15,17 @@ from skvq.engine.arena import Arena
 from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, with_chosen_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
-from skvq.engine.options import is_whole
 from skvq.engine.overflow import OnFull, on_full_for, on_full_of
-from skvq.engine.planner import (
-    Plan,
-    arena_shape,
-    largest_context,
-    largest_of,
-    make_plan,
-    regions_of,
-    token_bytes,
-    what_would_fit,
-)
+from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import beyond_training, frequencies, scaled
 from skvq.engine.setup import CacheSetup
+from skvq.engine.sizes import arena_shape, largest_of, regions_of, token_bytes
 from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
@@ -115,9 +104,10 @@ def load_parts(
         cache = with_chosen_bits(cache, calibration, fingerprint=source.fingerprint)
     cache = cache.fitted(config)
     form = form_of(kernels.name, place, compute)
-    room = Room.of(place, form.held_bytes(source))
-    planned: dict[str, Any] = {"sequences": max_sequences, "dtype": compute, "prefill": prefill, **asdict(room)}
-    context, plan = plan_that_fits(config, cache, max_context, **planned)
+    room = room_on(place, form.held_bytes(source))
+    planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)
+    plan = planner.plan_that_fits(max_context)
+    context = plan.context
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
     full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
@@ -135,34 +125,24 @@ def load_parts(
     was_open = cache.is_open
     cache, setup = build_cache(loaded, cache, max_sequences, calibration, full, report)
     if was_open:
-        plan = make_plan(config, cache, context=context, **planned)
+        plan = replace(planner, cache=cache).plan(context)
     return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill, cuda_graph=cuda_graph)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """What a device has for an engine, bytes of its weights and of CUDA's own included. Measured once, before any is taken."""
+def room_on(device: torch.device, weight_bytes: int) -> Room:
+    """The room on a device where nothing of the engine is allocated yet."""
+    return Room(
+        memory=available_memory(device),
+        weight_bytes=weight_bytes,
+        host_memory=pinnable_memory(device),
+        cuda_bytes=cuda_bytes(device),
+    )
 
-    memory: int
-    weight_bytes: int
-    host_memory: int
-    cuda_bytes: int
 
-    @classmethod
-    def of(cls, device: torch.device, weight_bytes: int) -> Room:
-        """The room on a device where nothing of the engine is allocated yet."""
-        return cls(
-            memory=available_memory(device),
-            weight_bytes=weight_bytes,
-            host_memory=pinnable_memory(device),
-            cuda_bytes=cuda_bytes(device),
-        )
-
-    @classmethod
-    def beside(cls, device: torch.device, weight_bytes: int) -> Room:
-        """The room for another cache over weights already loaded."""
-        room = cls.of(device, weight_bytes)
-        return replace(room, memory=room.memory + room.weight_bytes + room.cuda_bytes)
+def room_beside(device: torch.device, weight_bytes: int) -> Room:
+    """The room for another cache over weights already loaded."""
+    room = room_on(device, weight_bytes)
+    return replace(room, memory=room.memory + room.weight_bytes + room.cuda_bytes)
 
 
 @torch.inference_mode(False)  # backends cache tables of a codec by ``Tensor._version``, which inference tensors lack
@@ -232,12 +212,14 @@ def with_cache(
     """The same weights with another cache. Raises CapacityError if there is no room for it in addition to this one."""
     config, embedding = parts.model.config, parts.model.weights.embedding
     cache = cache.fitted(config)
-    room = Room.beside(embedding.device, parts.plan.parts["weights"])
-    planned: dict[str, Any] = {"sequences": max_sequences, "dtype": embedding.dtype, "prefill": parts.prefill, **asdict(room)}
-    plan_that_fits(config, cache, parts.loaded.context, **planned)
+    room = room_beside(embedding.device, parts.plan.parts["weights"])
+    planner = Planner(
+        model=config, cache=cache, room=room, sequences=max_sequences, dtype=embedding.dtype, prefill=parts.prefill
+    )
+    planner.plan_that_fits(parts.loaded.context)
     full = on_full_for(parts.setup.on_full, regions_of(largest_of(cache, config)[0], config), parts.loaded.context)
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
-    plan = make_plan(config, cache, context=parts.loaded.context, **planned)
+    plan = replace(planner, cache=cache).plan(parts.loaded.context)
     return replace(parts, cache=cache, setup=setup, plan=plan)
 
 
@@ -257,31 +239,6 @@ def bind_method(
     if cache.method == "reorder":
         return LabelMethod(arena, layouts, label_codecs(tensors, config, rope, device), kernels)
     return HeadMethod(arena, layouts, head_codecs(tensors, cache, config, rope, device), kernels)
-
-
-def plan_that_fits(
-    config: ModelConfig,
-    cache: CacheConfig,
-    max_context: int | None,
-    *,
-    sequences: int,
-    **options: Any,
-) -> tuple[int, Plan]:
-    """The context and its plan, which fits; options as for ``make_plan``.
-
-    Raises CapacityError, with the largest context that would fit, if it does not.
-    """
-    for what, value in (("max_context", max_context), ("max_sequences", sequences)):
-        unset = what == "max_context" and value is None
-        if not unset and (not is_whole(value) or not 0 < value < 2**31):
-            raise OptionError(f"{what} must be a number from 1 to {2**31 - 1:,}, got {value!r}")
-    options["sequences"] = sequences
-    if max_context is None:
-        max_context = min(config.trained_context, max(largest_context(config, cache, **options), 1))
-    plan = make_plan(config, cache, context=max_context, **options)
-    if not plan.fits:
-        plan.check(what_would_fit(config, cache, **options))
-    return max_context, plan
 
 
 def _weights(source: WeightSource, config: ModelConfig, form: Form, report: Reporter) -> ModelWeights:

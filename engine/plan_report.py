@@ -14,18 +14,10 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.measure import timed
-from skvq.engine.planner import (
-    Plan,
-    gib,
-    largest_context,
-    largest_of,
-    layer_token_bytes,
-    make_plan,
-    usual_weight_bytes,
-    what_would_fit,
-)
+from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
+from skvq.engine.sizes import gib, largest_of, layer_token_bytes, usual_weight_bytes
 from skvq.loaders.hub import config_of
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
@@ -193,14 +185,18 @@ def plan_report(
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:
             raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
-    options: dict[str, Any] = {"sequences": sequences, "dtype": card.dtype, "memory": card.memory, "prefill": prefill}
     place = "cuda" if card.name in CARDS else card.name
-    options |= {"host_memory": card.host_memory, "cuda_bytes": cuda_bytes(place)}
-    options["weight_bytes"] = usual_weight_bytes(config, place, card.dtype)
-    plan = make_plan(config, cache, context=context, **options)
+    room = Room(
+        memory=card.memory,
+        weight_bytes=usual_weight_bytes(config, place, card.dtype),
+        host_memory=card.host_memory,
+        cuda_bytes=cuda_bytes(place),
+    )
+    planner = Planner(model=config, cache=cache, room=room, sequences=sequences, dtype=card.dtype, prefill=prefill)
+    plan = planner.plan(context)
     tables = [cache, replace(cache, method="fp")]
     tables += [replace(cache, method="rotate" if not cache.is_packed else cache.method).with_bits(k, v) for k, v in WIDTHS]
-    largest = {_name(c): largest_context(config, c, **options) for c in tables}
+    largest = {_name(c): replace(planner, cache=c).largest_context() for c in tables}
     return PlanReport(
         model=model,
         cache=cache,
@@ -210,7 +206,7 @@ def plan_report(
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
         decode_ms=1e3 * predicted_decode(config, cache, card, context),
         trained_context=source.trained_context,
-        advice="" if plan.fits else what_would_fit(config, cache, **options),
+        advice="" if plan.fits else planner.advice(),
     )
 
 

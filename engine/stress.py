@@ -18,11 +18,11 @@ from skvq.engine.errors import CapacityError
 from skvq.engine.loading import cache_setup
 from skvq.engine.machine import available_memory
 from skvq.engine.overflow import on_full_of
-from skvq.engine.planner import arena_shape, gib, largest_of, regions_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
 from skvq.engine.setup import CacheSetup
+from skvq.engine.sizes import arena_shape, gib, largest_of, regions_of
 from skvq.kernels.interface import Backend
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from loader_fixtures import tiny_config
 from skvq.calibrate.allocate import as_layer_bits, choose_bits, fullest, in_steps
 from skvq.engine.config import BITS, CacheConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.planner import arena_shape, bits_per_element, largest_of, make_plan
+from skvq.engine.planner import Planner, Room
+from skvq.engine.sizes import arena_shape, bits_per_element, largest_of
 from skvq.kernels.layout import stored_bits
 
 WIDTHS = (1.5, 2.0, 3.0, 4.0)
@@ -57,8 +59,9 @@ def test_a_choice_never_takes_more_than_the_plan(budget: float) -> None:
     open_cache = CacheConfig(bits_budget=budget)
     generator = torch.Generator().manual_seed(int(100 * budget))
     for context in (1, 400, 1410, 1430, 5000):
-        options = {"context": context, "sequences": 2, "dtype": torch.float16, "memory": 2**40, "weight_bytes": 1}
-        bound = make_plan(model, open_cache, **options)
+        room = Room(memory=2**40, weight_bytes=1)
+        planner = Planner(model=model, cache=open_cache, room=room, sequences=2, dtype=torch.float16)
+        bound = planner.plan(context)
         assert bound.bits_per_element <= budget + 1e-9
         for widths in (WIDTHS, WIDTHS[1:]):
             if stored_bits(widths[0]) <= open_cache.code_bits + 1e-9:
@@ -66,7 +69,7 @@ def test_a_choice_never_takes_more_than_the_plan(budget: float) -> None:
                 chosen = choose_bits(losses, widths, open_cache.code_bits)
                 cache = CacheConfig(bits_budget=budget, layer_bits=as_layer_bits(chosen, 2))
                 assert bits_per_element(cache, model) <= budget + 1e-9
-                assert make_plan(model, cache, **options).total <= bound.total
+                assert replace(planner, cache=cache).plan(context).total <= bound.total
 
 
 def test_uniform_bits_of_every_layer_are_what_one_pair_says() -> None:

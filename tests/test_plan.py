@@ -6,7 +6,9 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,20 +18,28 @@ from hypothesis import strategies as st
 from loader_fixtures import tiny_config
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine import loading, planner
+from skvq.engine import loading
 from skvq.engine.arena import Arena
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.plan_report import parse_bytes, plan_report
-from skvq.engine.planner import arena_shape, largest_context, make_plan, regions_of, token_bytes, what_would_fit
+from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm, prefill_forms
+from skvq.engine.sizes import arena_shape, regions_of, token_bytes
+from skvq.kernels.layout import PAGE_TOKENS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTHS = (1.5, 2.0, 3.0, 4.0, 8.0)
 
 
-def cache_parts(plan: planner.Plan) -> int:
+def planner_of(model: ModelConfig, cache: CacheConfig, **options: Any) -> Planner:
+    """Fields of a room and of a planner in one."""
+    room = Room(**{field.name: options.pop(field.name) for field in fields(Room) if field.name in options})
+    return Planner(model=model, cache=cache, room=room, **options)
+
+
+def cache_parts(plan: Plan) -> int:
     return sum(size for part, size in plan.parts.items() if part.startswith("cache"))
 
 
@@ -61,11 +71,11 @@ def test_the_arena_is_what_the_plan_says_to_the_byte(
     model = tiny_config(num_layers=layers, num_heads=heads, num_kv_heads=heads, head_size=size)
     cache = CacheConfig(method=method, key_bits=bits[0], value_bits=bits[1], group_size=32, window=window, filters=rules)
     shape = arena_shape(model, cache, max_context=context, max_sequences=sequences, dtype=dtype)
-    plan = make_plan(model, cache, context=context, sequences=sequences, dtype=dtype, memory=2**40, weight_bytes=1)
+    plan = planner_of(model, cache, sequences=sequences, dtype=dtype, memory=2**40, weight_bytes=1).plan(context)
     arena = Arena(shape, torch.device("cpu"))
     assert arena.nbytes == shape.nbytes == cache_parts(plan)
     packed = regions_of(cache, model).packed(context)
-    assert shape.pages * planner.PAGE_TOKENS >= packed
+    assert shape.pages * PAGE_TOKENS >= packed
     least = packed * token_bytes(cache, model)
     assert shape.page_bytes * shape.pages >= least
 
@@ -111,7 +121,7 @@ def test_a_million_tokens_take_the_gigabytes_that_were_promised(
 ) -> None:
     """Mistral-7B and Llama-2-7B, groups of 128: packed pages, in 10^9 bytes."""
     cache = CacheConfig(key_bits=key_bits, value_bits=value_bits, group_size=128)
-    plan = make_plan(model, cache, context=2**20, sequences=1, dtype=torch.bfloat16, memory=2**40, weight_bytes=1)
+    plan = planner_of(model, cache, sequences=1, dtype=torch.bfloat16, memory=2**40, weight_bytes=1).plan(2**20)
     assert plan.parts["cache: packed pages"] / 1e9 == pytest.approx(gigabytes, abs=0.1)
 
 
@@ -135,7 +145,7 @@ def llama() -> ModelConfig:
 def test_a_prompt_is_held_in_the_cheapest_form_that_fits(model: ModelConfig, context: int, form: PrefillForm) -> None:
     """Mistral-7B and Llama-2-7B at K2 V1.5 on a card of 80 GB."""
     cache = CacheConfig(key_bits=2.0, value_bits=1.5, group_size=128)
-    plan = make_plan(model, cache, context=context, weight_bytes=2 * model.num_parameters, **CARD)
+    plan = planner_of(model, cache, weight_bytes=2 * model.num_parameters, **CARD).plan(context)
     assert plan.form == form and plan.fits
     assert bool(plan.host_parts) == form.host_states and plan.host_total <= plan.host_memory
     rest = plan.memory - (plan.total - plan.form_bytes)
@@ -155,17 +165,18 @@ def test_a_card_has_room_for_cuda_itself(device: str, there: bool) -> None:
 def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
     cache = CacheConfig(key_bits=2.0, value_bits=1.5, group_size=128)
     options = CARD | {"host_memory": 0, "weight_bytes": 2 * llama().num_parameters}
-    plan = make_plan(llama(), cache, context=2**20, **options)
+    plan = planner_of(llama(), cache, **options).plan(2**20)
     assert not plan.host_parts and not plan.fits
     with pytest.raises(
         CapacityError,
         match=r"1,048,576 tokens needs 9\d.* GiB, only 79.10 GiB is available .*exact, heads.*largest context that fits is",
     ):
-        plan.check(what_would_fit(llama(), cache, **options))
+        plan.check(planner_of(llama(), cache, **options).advice())
     many = CARD | {"weight_bytes": 2 * llama().num_parameters, "sequences": 10**7}
-    assert "one sequence alone, of up to 1," in what_would_fit(llama(), cache, **many)
-    assert "not even the weights" in what_would_fit(llama(), cache, **many | {"memory": 2**30})
-    assert largest_context(llama(), cache, **options) < 2**20 < largest_context(llama(), cache, **options | CARD)
+    assert "one sequence alone, of up to 1," in planner_of(llama(), cache, **many).advice()
+    assert "not even the weights" in planner_of(llama(), cache, **many | {"memory": 2**30}).advice()
+    assert planner_of(llama(), cache, **options).largest_context() < 2**20
+    assert planner_of(llama(), cache, **options | CARD).largest_context() > 2**20
 
 
 @settings(max_examples=60, deadline=None)
@@ -173,8 +184,8 @@ def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
 def test_a_shorter_prompt_keeps_to_what_was_planned(context: int, tokens: int, short: int, host: int) -> None:
     model, tokens = llama(), min(context, tokens)
     options = {"sequences": 1, "dtype": torch.float16, "weight_bytes": 1, "host_memory": host}
-    ample = make_plan(model, CacheConfig(), context=context, memory=2**50, **options)
-    plan = make_plan(model, CacheConfig(), context=context, memory=max(1, ample.total - short), **options)
+    ample = planner_of(model, CacheConfig(), memory=2**50, **options).plan(context)
+    plan = planner_of(model, CacheConfig(), memory=max(1, ample.total - short), **options).plan(context)
     form = plan.form_of(model, tokens, torch.float16)
     assert sum(form.device_parts(model, tokens, 2).values()) <= plan.form_bytes <= ample.form_bytes
     assert sum(form.host_parts(model, tokens, 2).values()) <= plan.host_total <= host
@@ -184,10 +195,10 @@ def test_a_shorter_prompt_keeps_to_what_was_planned(context: int, tokens: int, s
 def test_the_largest_context_fits_and_a_page_more_does_not(method: str) -> None:
     options = {"sequences": 2, "dtype": torch.bfloat16, "memory": 40 * 2**30, "prefill": "streaming", "weight_bytes": 2**34}
     cache = CacheConfig(method=method, group_size=128)
-    most = largest_context(mistral(), cache, **options)
-    assert make_plan(mistral(), cache, context=most, **options).total <= 40 * 2**30
-    assert make_plan(mistral(), cache, context=most + planner.PAGE_TOKENS, **options).total > 40 * 2**30
-    assert largest_context(mistral(), cache, **{**options, "memory": 2**20}) == 0
+    most = planner_of(mistral(), cache, **options).largest_context()
+    assert planner_of(mistral(), cache, **options).plan(most).total <= 40 * 2**30
+    assert planner_of(mistral(), cache, **options).plan(most + PAGE_TOKENS).total > 40 * 2**30
+    assert planner_of(mistral(), cache, **{**options, "memory": 2**20}).largest_context() == 0
 
 
 def test_a_context_that_cannot_fit_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +215,7 @@ def test_a_context_that_cannot_fit_is_refused_before_weights_are_read(tmp_path: 
     most = int(str(caught.value).rsplit(" ", 1)[1].replace(",", ""))
     tiny_engine(folder, tiny_cache(), max_context=most)
     with pytest.raises(CapacityError):
-        tiny_engine(folder, tiny_cache(), max_context=most + planner.PAGE_TOKENS)
+        tiny_engine(folder, tiny_cache(), max_context=most + PAGE_TOKENS)
 
 
 @pytest.mark.parametrize("value", [0, -5, 2**31, True, "many", 1.5])

@@ -1,0 +1,124 @@
+"""What a cache takes, from the model's shape and the options alone: bytes of a token, sizes of regions, the arena."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from skvq.calibrate.allocate import as_layer_bits, fullest
+from skvq.engine.arena import ArenaShape, packed_page, plain_page
+from skvq.engine.codecs import layouts_of, tensor_shapes
+from skvq.engine.config import BITS, CacheConfig, ModelConfig
+from skvq.engine.filters import AttentionSinks
+from skvq.engine.regions import Regions
+from skvq.kernels.layout import PlainLayout, stored_bits
+
+SPARE_PAGES = 2
+"""Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
+
+
+def tile_of(cache: CacheConfig, model: ModelConfig) -> int:
+    """Tokens that leave the window at once."""
+    return (_plain_layout(model) if not cache.is_packed else layouts_of(cache, model)[0][0]).tile
+
+
+def layer_token_bytes(cache: CacheConfig, model: ModelConfig) -> list[float]:
+    """Bytes of a packed token in each layer, codes and metadata."""
+    if not cache.is_packed:
+        return [_plain_layout(model).bytes_per_token] * model.num_layers
+    return [sum(run.bytes_per_token for run in runs) for runs in layouts_of(cache, model)]
+
+
+def _plain_layout(model: ModelConfig) -> PlainLayout:
+    return PlainLayout(head_size=model.head_size, kv_heads=model.num_kv_heads)
+
+
+def token_bytes(cache: CacheConfig, model: ModelConfig) -> float:
+    """Bytes of a packed token over all layers, codes and metadata."""
+    return sum(layer_token_bytes(cache, model))
+
+
+def bits_per_element(cache: CacheConfig, model: ModelConfig) -> float:
+    """Bits per packed number over all layers, everything counted."""
+    return 8 * token_bytes(cache, model) / model.kv_elements_per_token
+
+
+def largest_of(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...]:
+    """The cache itself; while its bits are open, the fullest choices within its budget: with a side of 1.5 bits, and without.
+
+    No choice that calibration may make takes more bytes than the larger of them.
+    """
+    if not cache.is_open:
+        return (cache,)
+    heads = model.num_kv_heads if cache.by_head else 1
+    items, trits = 2 * model.num_layers * heads, BITS[0]
+    rest = (cache.code_bits * items - stored_bits(trits)) / (items - 1)
+    choices = [(trits, *fullest(items - 1, BITS, rest))]
+    if cache.code_bits >= stored_bits(BITS[1]) - 1e-9:
+        choices.append(fullest(items, BITS[1:], cache.code_bits))
+    return tuple(replace(cache, layer_bits=as_layer_bits(c, heads)) for c in choices)
+
+
+def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
+    """Sizes of a sequence's three regions. A 16-bit cache has slots for the sinks too: they may outlive their page."""
+    sinks = sum(rule.budget for rule in cache.filters if isinstance(rule, AttentionSinks))
+    others = sum(rule.budget for rule in cache.rules if not isinstance(rule, AttentionSinks))
+    return Regions(window=cache.window, tile=tile_of(cache, model), retained=sinks + others, sinks=sinks)
+
+
+def cache_dtype(compute: torch.dtype) -> torch.dtype:
+    """16-bit dtype of full-precision slots: the compute dtype, float16 where that is float32."""
+    return torch.float16 if compute == torch.float32 else compute
+
+
+def arena_shape(
+    model: ModelConfig, cache: CacheConfig, *, max_context: int, max_sequences: int, dtype: torch.dtype
+) -> ArenaShape:
+    """The arena of an engine: pages for one sequence of ``max_context`` tokens, spare pages and slots for the others."""
+    regions = regions_of(cache, model)
+    half = cache_dtype(dtype)
+    if not cache.is_packed:
+        pages = (plain_page(_plain_layout(model), half),) * model.num_layers
+    else:
+        pages = tuple(map(packed_page, layouts_of(cache, model)))
+    per_sequence = max(1, regions.pages(max_context))
+    return ArenaShape(
+        layers=model.num_layers,
+        kv_heads=model.num_kv_heads,
+        head_size=model.head_size,
+        pages=per_sequence + SPARE_PAGES * (max_sequences - 1),
+        sequences=max_sequences,
+        pages_per_sequence=per_sequence,
+        full_slots=regions.slots,
+        dtype=half,
+        layer_pages=pages,
+    )
+
+
+def gib(count: int) -> str:
+    """Bytes for people.
+
+    >>> gib(3 * 2**30)
+    '3.00 GiB'
+    """
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
+
+def usual_weight_bytes(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> int:
+    """Weights of a model of which only the shape is known: on the CPU 16-bit files are held as they are."""
+    on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
+    return model.num_parameters * (2 if on_cpu else dtype.itemsize)
+
+
+def calibration_bytes(cache: CacheConfig, model: ModelConfig, *, on_gpu: bool) -> int:
+    """Bases, means, scales, metrics and their factors of all layers in float32; on a GPU also what packing multiplies by, both
+    matrices of a side as two halves a number and their diagonal blocks in float32 (``triton_gpu.metric``)."""
+    if not cache.is_packed:
+        return 0
+    held = 4 * sum(math.prod(shape) for shape in tensor_shapes(cache, model).values())
+    if cache.method != "rotate":
+        return held
+    heads, size = model.num_layers * model.num_kv_heads, model.head_size
+    return held + 2 * heads * (4 * size * size + on_gpu * (8 * size * size + 128 * size))
