@@ -24,12 +24,14 @@ from skvq.commands.options import (
     prefill_option,
     sampling_options,
 )
-from skvq.commands.text import read_text
+from skvq.commands.text import joined, questions, read_text
 from skvq.engine.config import ON_FULL, CacheConfig, SamplingConfig
-from skvq.engine.errors import OptionError
+from skvq.engine.errors import CapacityError, OptionError
 from skvq.loaders.files import require_writable
 
 if TYPE_CHECKING:
+    from skvq.engine.cache import SequenceCache
+    from skvq.engine.generate import Engine
     from skvq.engine.prompt import Prompt
 
 
@@ -38,6 +40,12 @@ if TYPE_CHECKING:
 @click.option("-p", "--prompt", help="Text to continue or, with --chat, to answer.")
 @click.option("-f", "--file", help="File with the text, - for standard input; -p comes after it.")
 @click.option("--chat", is_flag=True, help="Use the model's chat format.")
+@click.option(
+    "-i",
+    "--interactive",
+    is_flag=True,
+    help="Ask on: each line of standard input is the next text, the first one -p if it is not given.",
+)
 @click.option("--system", help="System message, with --chat.")
 @click.option(
     "--session",
@@ -66,14 +74,12 @@ if TYPE_CHECKING:
 @json_option
 def run(**options: Any) -> None:
     """Read a text and go on from it."""
-    if options["system"] is not None and not options["chat"]:
-        raise OptionError("--system goes with --chat: without it the model reads the text as it is")
+    require_consistent(options)
     session: Path | None = options["session"]
     if session is not None:
         require_writable(session)
     goes_on = session is not None and session.exists()
-    silent = options["prompt"] is None and options["file"] is None and (goes_on or options["fill"])
-    text = "" if silent else read_text(options["prompt"], options["file"])
+    text = first_text(options, goes_on=goes_on)
     sampling = SamplingConfig(**pick(options, SAMPLING_NAMES))
     engine = load_engine(
         options,
@@ -90,19 +96,55 @@ def run(**options: Any) -> None:
         )
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
-    pieces = []
-    for piece in engine.stream(run_prompt(text, options), sampling, sequence=sequence, checkpoint=options["checkpoint"]):
-        pieces.append(piece)
-        if not options["as_json"]:
-            click.echo(piece, nl=False)
-    if not options["as_json"]:
-        click.echo()
+    asked = questions() if options["interactive"] else iter(())
+    if options["interactive"] and options["prompt"] is None:
+        text = joined(text, next(asked, ""))
+    written = answer(engine, sequence, text, sampling, options)
+    for question in asked:
+        try:
+            answer(engine, sequence, question, sampling, {**options, "system": None})
+        except CapacityError as error:
+            engine.report.message(str(error))
+            break
     if session is not None:
         sequence.save(session)
     summary = engine.summary(sequence)
     click.echo(f"skvq: {summary.line()}", err=True)
     if options["as_json"]:
-        click.echo(json.dumps({"text": "".join(pieces), **summary.as_dict()}))
+        click.echo(json.dumps({"text": written, **summary.as_dict()}))
+
+
+def require_consistent(options: dict[str, Any]) -> None:
+    """Raise OptionError for options of ``skvq run`` that contradict each other."""
+    if options["system"] is not None and not options["chat"]:
+        raise OptionError("--system goes with --chat: without it the model reads the text as it is")
+    if options["interactive"] and options["as_json"]:
+        raise OptionError("--json prints one answer, --interactive asks for more: give one or the other")
+    if options["interactive"] and options["file"] == "-":
+        raise OptionError("--interactive reads questions from standard input, so -f - cannot: give the text in a file")
+
+
+def first_text(options: dict[str, Any], *, goes_on: bool) -> str:
+    """What is known of the first text before a model is loaded; empty if a sequence goes on, or a question is to come."""
+    if options["prompt"] is None and options["file"] is None and (goes_on or options["fill"] or options["interactive"]):
+        return ""
+    return read_text(options["prompt"], options["file"])
+
+
+def answer(engine: Engine, sequence: SequenceCache, text: str, sampling: SamplingConfig, options: dict[str, Any]) -> str:
+    """Read a text and write what follows, as it comes unless it is for JSON. Ctrl-C ends one of several answers."""
+    pieces = []
+    try:
+        for piece in engine.stream(run_prompt(text, options), sampling, sequence=sequence, checkpoint=options["checkpoint"]):
+            pieces.append(piece)
+            if not options["as_json"]:
+                click.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        if not (options["interactive"] and pieces):
+            raise
+    if not options["as_json"]:
+        click.echo()
+    return "".join(pieces)
 
 
 def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:

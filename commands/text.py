@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from skvq.calibrate.corpus import built_in_corpus
@@ -13,11 +15,33 @@ def read_text(prompt: str | None, file: str | None) -> str:
     """The text given by -p, -f FILE or -f - (if both: the file, then the prompt)."""
     if prompt is None and file is None:
         raise OptionError("no text given: use -p TEXT, -f FILE, or -f - for standard input")
-    parts = [] if file is None else [file_text(file)]
-    text = "\n\n".join(parts + ([] if prompt is None else [argument_text(prompt)]))
+    text = joined("" if file is None else file_text(file), "" if prompt is None else argument_text(prompt))
     if not text.strip():
         raise OptionError("the prompt is empty: give some text with -p or -f")
     return text
+
+
+def joined(*texts: str) -> str:
+    """Texts that are not empty, a blank line between them."""
+    return "\n\n".join(text for text in texts if text)
+
+
+def questions() -> Iterator[str]:
+    """Lines of standard input that are not blank, until its end or, where somebody types them, Ctrl-C."""
+    if sys.stdin is None:
+        raise OptionError("--interactive: standard input is closed")
+    with suppress(ImportError):
+        import readline  # noqa: F401 (arrow keys and history)
+    ask = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            line = input(ask)
+        except (EOFError, KeyboardInterrupt):
+            return
+        except UnicodeDecodeError:
+            raise OptionError("standard input is not UTF-8 text: convert it first") from None
+        if line.strip():
+            yield line
 
 
 def argument_text(argument: str) -> str:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from skvq.commands.errors import output_error
 from skvq.commands.text import argument_text, file_text
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import OptionError
+from skvq.engine.generate import Engine
 from skvq.loaders.files import cache_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +116,49 @@ def test_chat_uses_the_template(model: Path) -> None:
 
     assert tokens("--chat", "-p", "hi") == tokens("-p", "user: hi\nassistant:")
     assert tokens("--chat", "--system", "be brief", "-p", "hi") == tokens("-p", "system: be brief\nuser: hi\nassistant:")
+
+
+@pytest.mark.parametrize("chat", [(), ("--chat",)])
+def test_questions_asked_on_are_answered_as_in_one_session(model: Path, tmp_path: Path, chat: tuple[str, ...]) -> None:
+    options = ("--model", model, "-n", 6, "--method", "fp", "--ignore-eos", *chat)
+    first = ("--system", "be brief") if chat else ()
+    asked = ["what is it", "and what else", "bye"]
+    alone = []
+    for index, question in enumerate(asked):
+        more = first if index == 0 else ()
+        alone.append(call("run", *options, *more, "-p", question, "--session", tmp_path / "alone").stdout)
+    together = call("run", *options, *first, "-i", "--session", tmp_path / "s", stdin="what is it\n\nand what else\n")
+    assert together.exit_code == 0 and together.stdout == "".join(alone[:2])
+    more = call("run", *options, "-i", "-p", asked[0], *first, "--session", tmp_path / "t", stdin="and what else\nbye")
+    assert more.stdout == "".join(alone)
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "alone").read_bytes()
+    on = call("run", *options, "-i", "--session", tmp_path / "s", stdin="bye\n")
+    assert on.stdout == alone[2]
+
+
+def test_a_full_context_ends_the_questions_and_the_session_is_saved(model: Path, tmp_path: Path) -> None:
+    options = ("--model", model, "-n", 4, "--method", "fp", "--ignore-eos", "--ctx", 40, "-i", "--session", tmp_path / "s")
+    result = call("run", *options, stdin="the\n" + "quick brown fox " * 9 + "\nthe\n")
+    assert result.exit_code == 0 and "do not fit a context of 40" in result.stderr and len(result.stdout.splitlines()) >= 1
+    assert (tmp_path / "s").exists()
+
+
+def test_ctrl_c_ends_an_answer_not_the_questions(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("run", "--model", model, "-n", 8, "--method", "fp", "--ignore-eos", "-i")
+    stream, calls = Engine.stream, [0]
+
+    def interrupted(*args: Any, **more: Any) -> Any:
+        calls[0] += 1
+        for index, piece in enumerate(stream(*args, **more)):
+            yield piece
+            if calls[0] == 1 and index == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "stream", interrupted)
+    result = call(*options, stdin="the\nfox\n")
+    assert result.exit_code == 0 and calls == [2]
+    monkeypatch.setattr(Engine, "stream", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call(*options, stdin="the\nfox\n").exit_code == 130, "reading is not an answer"
 
 
 def test_no_new_tokens_are_no_text(model: Path) -> None:
@@ -377,6 +422,8 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("calibrate", "-o", "never", "--window", 64), "--bits-budget"),
         (("eval", "--method", "plain", "--methods", "fp"), "one or the other"),
         (("run", "-p", "the", "--system", "be brief"), "--chat"),
+        (("run", "-p", "the", "-i", "--json"), "--json"),
+        (("run", "-f", "-", "-i"), "-f -"),
         (("rnu",), "rnu"),
     ],
 )
