@@ -49,6 +49,7 @@ MODEL, METHOD = "mistral-7b", "rotate"
 CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and below
 PREFILL_CONTEXTS, BLOCKS_CONTEXT = (32_768, 131_072, 8192), 26_000
 READ_CONTEXTS, WINDOW = (4096, 32_768), 4096
+CALIBRATION_TOKENS = 8192  # what a model is calibrated on when it is first used
 DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
 STEPS = WARM_UP = 160  # a tile or more: one step packs one, `slowest_ms`, and has done it before, untimed
@@ -472,6 +473,23 @@ class Decoder:
             engine.parts = before
         return {"ms": 1e3 * seconds, "tokens_per_s": tokens / seconds}
 
+    def calibrate(self, tokens: int) -> dict[str, float]:
+        """Seconds that the second layer takes to be recorded and fitted, by the host's clock: the first compiles."""
+        from skvq.calibrate.outliers import OutlierTokens
+        from skvq.calibrate.run import fit_layer, recorded, texts_of
+
+        parts = self.load().parts
+        texts = texts_of([i % 1000 for i in range(tokens)], tokens)
+        start, found = time.perf_counter(), {}
+        for _, stats in zip(range(2), recorded(parts.model, parts.rope, texts, OutlierTokens(texts)), strict=False):
+            torch.cuda.synchronize()
+            recorded_at = time.perf_counter()
+            fit_layer(stats, parts.rope, parts.cache.with_bits(2.0, 2.0), parts.setup.backend, 0)
+            now = time.perf_counter()
+            found = {"record_s": recorded_at - start, "fit_s": now - recorded_at}
+            start = now
+        return found
+
 
 def sweep(log: Log, form: tuple[float, float, int, bool], context: int, copy_gbps: float) -> None:
     """Ways to go over the tiles of a format beside the one that the product takes."""
@@ -523,6 +541,7 @@ def measure(log: Log) -> None:
         log.step("answers", decoder.answers, 20)
         for tokens, how in itertools.product(READ_CONTEXTS, ("exact", "streaming")):
             log.step(f"read {tokens} {how}", lambda a=(tokens, how): decoder.read(*a), 30)
+        log.step(f"calibrate {CALIBRATION_TOKENS}", lambda: decoder.calibrate(CALIBRATION_TOKENS), 60)
         decoder.engine = None
         torch.cuda.empty_cache()
     for form in TIMED[1:]:
@@ -586,6 +605,8 @@ def table(results: dict[str, Any]) -> None:
             print(f"first step of an answer: {value['first_ms']:.1f} ms, of the next answer {value['second_ms']:.1f} ms")
         elif name.startswith("read ") and "ms" in value:
             print(f"{name}: {value['ms']:.0f} ms, {value['tokens_per_s']:,.0f} tokens/s")
+        elif name.startswith("calibrate ") and "fit_s" in value:
+            print(f"{name}: {value['record_s']:.1f} + {value['fit_s']:.1f} s a layer")
         elif name.startswith("prefill attention ") and "ms" in value:
             told = "" if value["same"] else ", DIFFERS from flash"
             print(f"{name}: {value['tflops']:.0f} TFLOP/s, {value['first_ms']:.0f} ms the first time{told}")
