@@ -56,26 +56,33 @@ class _Cursor:
 
     def __init__(self, data: NDArray[np.uint8], where: str) -> None:
         self.data = data
+        self.view = memoryview(data)
         self.where = where
         self.position = 0
 
     def take(self, count: int, what: str) -> NDArray[np.uint8]:
-        left = len(self.data) - self.position
+        start = self.skip(count, what)
+        return self.data[start : start + count]
+
+    def skip(self, count: int, what: str) -> int:
+        """Where the next ``count`` bytes begin."""
+        left = len(self.view) - self.position
         if count > left:
             raise ModelError(
                 f"{self.where} is truncated or corrupt: {what} at byte {self.position} needs {count} bytes, "
                 f"{left} are left: download it again"
             )
         start, self.position = self.position, self.position + count
-        return self.data[start : start + count]
+        return start
 
     def number(self, code: str, what: str) -> int:
-        value = struct.unpack(code, self.take(struct.calcsize(code), what).tobytes())[0]
+        value = struct.unpack_from(code, self.view, self.skip(struct.calcsize(code), what))[0]
         return int(value)
 
     def string(self, what: str) -> str:
-        raw = self.take(self.number("<Q", f"the length of {what}"), what).tobytes()
-        return raw.decode("utf-8", errors="replace")
+        length = self.number("<Q", what)
+        start = self.skip(length, what)
+        return str(self.view[start : start + length], "utf-8", "replace")
 
     def count(self, smallest: int, what: str) -> int:
         """A number of items that each take at least ``smallest`` bytes."""
@@ -151,6 +158,8 @@ def _value(cursor: _Cursor, kind: int, name: str, depth: int) -> Any:
         dtype = np.dtype(SCALARS[inner])
         return cursor.take(cursor.count(dtype.itemsize, f"values of {name}") * dtype.itemsize, name).view(dtype)
     count = cursor.count(8 if inner == STRING else 12, f"values of {name}")
+    if inner == STRING:
+        return [cursor.string(name) for _ in range(count)]
     return [_value(cursor, inner, name, depth + 1) for _ in range(count)]
 
 

@@ -140,6 +140,11 @@ class Tape(TorchDispatchMode):
     Launches run on as many threads as when they were recorded. Nothing recorded may depend on a number that the host reads.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not by importing it, which takes torch longer than loading a small model: nothing here is compiled by it."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self._steps: list[Launches | Operation] = []
