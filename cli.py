@@ -10,7 +10,7 @@ import click
 from skvq import __version__
 from skvq.commands.bench import bench
 from skvq.commands.calibrate import calibrate
-from skvq.commands.errors import OneLineGroup
+from skvq.commands.errors import HELP, OneLineGroup
 from skvq.commands.evaluate import evaluate
 from skvq.commands.models import models
 from skvq.commands.needle import needle
@@ -20,7 +20,7 @@ from skvq.commands.run import run
 __all__ = ["main", "run"]
 
 
-@click.group(cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineGroup, context_settings=HELP)
 @click.version_option(__version__, prog_name="skvq")
 def main() -> None:
     """Read very long contexts with an LLM on one GPU: the KV cache is packed at 1.5 to 4 bits."""

@@ -16,6 +16,9 @@ OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't alloca
 """Torch messages that mean memory ran out although the error's class does not say so."""
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class OneLineGroup(click.Group):
     """A group whose errors are one line each."""
 
@@ -25,6 +28,9 @@ class OneLineGroup(click.Group):
 
 class OneLineCommand(click.Command):
     """A command whose errors are one line each, when it is run on its own."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"context_settings": HELP, **options})
 
     def main(self, *args: Any, **options: Any) -> Any:
         sys.exit(run_command(lambda: super(OneLineCommand, self).main(*args, **{**options, "standalone_mode": False})))

@@ -56,10 +56,21 @@ def counts_of(context: click.Context, parameter: click.Parameter, value: str) ->
     return [int(n) for n in numbers]
 
 
+def tokens_of(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Click callback: a number of tokens, at least 1, if one is given."""
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.5
+    if not 1 <= number < 2**31 or number != int(number):
+        raise click.BadParameter(f"{value!r} is not a number of tokens such as 131072 or 1e6")
+    return int(number)
+
+
 model_option = click.option("--model", "-m", required=True, help="Alias (see `skvq models`), folder, .gguf file or org/name.")
-ctx_option = click.option(
-    "--ctx", type=click.IntRange(min=1), help="Context to make room for, in tokens; default: the trained length."
-)
+ctx_option = click.option("--ctx", callback=tokens_of, help="Context to make room for, in tokens; default: the trained length.")
 ctxs_option = click.option(
     "--ctx", callback=counts_of, default="4096", show_default=True, help="Context lengths in tokens, such as 4096,32768."
 )

@@ -9,16 +9,18 @@ from typing import Any
 import click
 
 from skvq.commands.errors import OneLineCommand
-from skvq.commands.options import cache_config, cache_options, json_option, model_option, prefill_option
+from skvq.commands.options import cache_config, cache_options, ctx_option, json_option, model_option, prefill_option
 from skvq.engine.errors import OptionError
 
 
 @click.command(cls=OneLineCommand)
 @model_option
-@click.option("--ctx", type=click.IntRange(min=1), required=True, help="Context in tokens.")
+@ctx_option
 @click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences alive at once.")
 @click.option("--memory", help="Memory to fit in, such as 80GiB; default: the device's.")
-@click.option("--device", default="auto", show_default=True, help="a100, h100, h200, 4090, or auto for this machine.")
+@click.option(
+    "--device", default="auto", show_default=True, help="a100, h100, h200, 4090; cpu, cuda, cuda:N or auto of this machine."
+)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: the one the device would use.")
 @prefill_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="With --bits-budget: exact for the bits this file chose.")

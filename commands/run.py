@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 @click.command(cls=OneLineCommand)
 @model_option
 @click.option("-p", "--prompt", help="Text to continue or, with --chat, to answer.")
-@click.option("-f", "--file", help="File with the text, - for standard input; -p comes after it.")
+@click.option(
+    "-f", "--file", "files", multiple=True, help="File with the text, - for standard input; may be repeated, -p follows."
+)
 @click.option("--chat", is_flag=True, help="Use the model's chat format.")
 @click.option(
     "-i",
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--session",
     type=click.Path(path_type=Path),
-    help="Resume from this file if it exists, with the cache it was saved with; write it at the end.",
+    help="Resume from this file if it exists, with the cache it was saved with; write it at the end, and on Ctrl-C.",
 )
 @click.option(
     "--checkpoint",
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
     type=click.Choice(ON_FULL),
     default="stop",
     show_default=True,
-    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on.",
+    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from --ctx 2560 on).",
 )
 @click.option("--fill", type=click.IntRange(min=0), default=0, help="Random tokens put into the cache before the text.")
 @ctx_option
@@ -76,8 +78,9 @@ def run(**options: Any) -> None:
     """Read a text and go on from it."""
     require_consistent(options)
     session: Path | None = options["session"]
-    if session is not None:
-        require_writable(session)
+    for path in (session, options["checkpoint"]):
+        if path is not None:
+            require_writable(path)
     goes_on = session is not None and session.exists()
     text = first_text(options, goes_on=goes_on)
     sampling = SamplingConfig(**pick(options, SAMPLING_NAMES))
@@ -90,22 +93,29 @@ def run(**options: Any) -> None:
         on_full=options["on_full"],
     )
     sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
-    if goes_on and options["file"] is not None:
+    if goes_on and options["files"]:
         engine.report.message(
-            f"{session} holds {sequence.length:,} tokens already, {options['file']} is read after them: without -f it is not"
+            f"{session} holds {sequence.length:,} tokens, and {', '.join(options['files'])} is read after them: to ask about "
+            "what it holds, leave -f out"
         )
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
     asked = questions() if options["interactive"] else iter(())
     if options["interactive"] and options["prompt"] is None:
         text = joined(text, next(asked, ""))
-    written = answer(engine, sequence, text, sampling, options)
-    for question in asked:
-        try:
+    try:
+        written = answer(engine, sequence, text, sampling, options)
+        for question in asked:
             answer(engine, sequence, question, sampling, {**options, "system": None})
-        except CapacityError as error:
-            engine.report.message(str(error))
-            break
+    except CapacityError as error:
+        if not (options["interactive"] and sequence.length):
+            raise
+        engine.report.message(str(error))
+    except KeyboardInterrupt:
+        if session is not None and sequence.pending:  # a token has been drawn: all of the text has been read
+            sequence.save(session)
+            engine.report.message(f"what has been read and written is saved in {session}")
+        raise
     if session is not None:
         sequence.save(session)
     summary = engine.summary(sequence)
@@ -120,15 +130,17 @@ def require_consistent(options: dict[str, Any]) -> None:
         raise OptionError("--system goes with --chat: without it the model reads the text as it is")
     if options["interactive"] and options["as_json"]:
         raise OptionError("--json prints one answer, --interactive asks for more: give one or the other")
-    if options["interactive"] and options["file"] == "-":
+    if options["session"] is not None and options["session"] == options["checkpoint"]:
+        raise OptionError("--session and --checkpoint are two files: give each a name of its own")
+    if options["interactive"] and "-" in options["files"]:
         raise OptionError("--interactive reads questions from standard input, so -f - cannot: give the text in a file")
 
 
 def first_text(options: dict[str, Any], *, goes_on: bool) -> str:
     """What is known of the first text before a model is loaded; empty if a sequence goes on, or a question is to come."""
-    if options["prompt"] is None and options["file"] is None and (goes_on or options["fill"] or options["interactive"]):
+    if options["prompt"] is None and not options["files"] and (goes_on or options["fill"] or options["interactive"]):
         return ""
-    return read_text(options["prompt"], options["file"])
+    return read_text(options["prompt"], options["files"])
 
 
 def answer(engine: Engine, sequence: SequenceCache, text: str, sampling: SamplingConfig, options: dict[str, Any]) -> str:
@@ -137,6 +149,8 @@ def answer(engine: Engine, sequence: SequenceCache, text: str, sampling: Samplin
     try:
         for piece in engine.stream(run_prompt(text, options), sampling, sequence=sequence, checkpoint=options["checkpoint"]):
             pieces.append(piece)
+            if len(pieces) == 1 and options["checkpoint"] is not None and options["session"] is not None:
+                sequence.save(options["session"])  # the checkpoint is gone: what has been read is kept here
             if not options["as_json"]:
                 click.echo(piece, nl=False)
     except KeyboardInterrupt:

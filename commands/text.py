@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.errors import OptionError
 
 
-def read_text(prompt: str | None, file: str | None) -> str:
-    """The text given by -p, -f FILE or -f - (if both: the file, then the prompt)."""
-    if prompt is None and file is None:
+def read_text(prompt: str | None, files: Sequence[str]) -> str:
+    """The text given by -p, -f FILE or -f - (if both: the files in order, then the prompt)."""
+    if prompt is None and not files:
         raise OptionError("no text given: use -p TEXT, -f FILE, or -f - for standard input")
-    text = joined("" if file is None else file_text(file), "" if prompt is None else argument_text(prompt))
+    text = joined(*map(file_text, files), "" if prompt is None else argument_text(prompt))
     if not text.strip():
         raise OptionError("the prompt is empty: give some text with -p or -f")
     return text

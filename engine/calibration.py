@@ -84,7 +84,7 @@ def calibrate_to(
     if len(ids) < min(tokens, 256):
         raise OptionError(f"the corpus has {len(ids):,} tokens: give at least 256 to calibrate on")
     if len(ids) < tokens:
-        report.message(f"the corpus has {len(ids):,} of the {tokens:,} tokens asked for")
+        report.message(f"the corpus has {len(ids):,} of the {tokens:,} tokens asked for: the cache will be less accurate")
     header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
     artifact = make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, report)
     save_artifact(artifact, path)
@@ -119,14 +119,19 @@ def with_chosen_bits(cache: CacheConfig, path: Path, **wanted: object) -> CacheC
     return replace(cache, layer_bits=header.layer_bits)
 
 
-def load_for(path: Path, model: Model, cache: CacheConfig, fingerprint: str) -> Artifact:
-    """The artifact at ``path``, refused unless it was made for this model and these options."""
-    artifact = load_artifact(path)
-    header = artifact.header
+def require_made_for(path: Path, header: ArtifactHeader, cache: CacheConfig, fingerprint: str) -> None:
+    """Raise CalibrationError unless the artifact at ``path`` was made for this model and these options."""
     require(header, str(path), fingerprint=fingerprint, method=cache.method, bits_budget=cache.bits_budget)
     require(header, str(path), key_bits=cache.key_bits, value_bits=cache.value_bits, group_size=cache.group_size)
     if not cache.is_open:
         require(header, str(path), layer_bits=cache.layer_bits)
+
+
+def load_for(path: Path, model: Model, cache: CacheConfig, fingerprint: str) -> Artifact:
+    """The artifact at ``path``, refused unless it was made for this model and these options."""
+    artifact = load_artifact(path)
+    header = artifact.header
+    require_made_for(path, header, cache, fingerprint)
     check_tensors(artifact.tensors, cache, model.config, str(path))
     replace(cache, layer_bits=header.layer_bits).fitted(model.config)
     return artifact
@@ -153,7 +158,8 @@ def cached_or_made(
     report.message(f"no calibration for this model and these options yet: making one from {BUILT_IN}, to keep in {path.parent}")
     artifact = make_artifact(model, rope, cache, encode(built_in_corpus()), header, backend, report)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_artifact(artifact, path)
-    except SkvqError as error:
+    except (SkvqError, OSError) as error:
         report.message(f"the calibration could not be kept and is used for this run only: {error}")
     return artifact

@@ -125,8 +125,11 @@ class FileCheckpoint:
 
     def __init__(self, path: Path, seconds: float, report: Reporter) -> None:
         self.path, self.seconds, self.report = path, seconds, report
+        self.spent = 0.0
+        """Seconds that earlier runs took for what this one found."""
         self._text = ""
-        self._due = time.monotonic() + seconds
+        self._began = time.monotonic()
+        self._due = self._began + seconds
         self._asked = False
 
     def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
@@ -229,11 +232,13 @@ class FileCheckpoint:
                     f"checkpoint {self.path} was made with {what} {theirs!r}, this run has {ours!r}: give the same text and "
                     "options to resume, or delete the file to start again"
                 )
+        self.spent = float(file.header["seconds"])
         return file
 
     def _write(self, sequence: SequenceCache, mode: str, more: dict[str, Any], entries: Sequence[Entry]) -> None:
         start = time.monotonic()
-        write_container(self.path, KIND, {**header_of(sequence), "mode": mode, "text": self._text, **more}, entries)
+        own = {"mode": mode, "text": self._text, "seconds": self.spent + start - self._began}
+        write_container(self.path, KIND, {**header_of(sequence), **own, **more}, entries)
         end = time.monotonic()
         self._due = end + (max(self.seconds, WRITING_SHARE * (end - start)) if self.seconds else 0)
         if self._asked:

@@ -155,7 +155,7 @@ def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any],
             if math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize != last - first or first < 0:
                 raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise SessionError(f"{path} is not an skvq {kind}, or is damaged: give another file name, or delete it") from None
+        raise SessionError(f"{path} is not an skvq {kind}, or is damaged: give another file name") from None
     if not isinstance(header, dict):
         raise SessionError(f"{path} is a safetensors file, not an skvq {kind}: give another file name")
     return header, table, 8 + length

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, with_chosen_bits
+from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, require_made_for, with_chosen_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
@@ -29,7 +30,7 @@ from skvq.engine.sizes import arena_shape, largest_of, regions_of, token_bytes
 from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
-from skvq.loaders.artifact import Artifact
+from skvq.loaders.artifact import Artifact, load_header
 from skvq.loaders.open import open_model
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
@@ -103,6 +104,10 @@ def load_parts(
     if calibration is not None:
         cache = with_chosen_bits(cache, calibration, fingerprint=source.fingerprint)
     cache = cache.fitted(config)
+    if calibration is not None:
+        if not cache.is_packed:
+            raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
+        require_made_for(calibration, load_header(calibration), cache, source.fingerprint)  # before weights are read
     form = form_of(kernels.name, place, compute)
     room = room_on(place, form.held_bytes(source))
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)

@@ -164,7 +164,7 @@ def plan_report(
     model: str,
     cache: CacheConfig,
     *,
-    context: int,
+    context: int | None,
     sequences: int,
     memory: str | None,
     device: str,
@@ -177,6 +177,8 @@ def plan_report(
     budget of bits was spent. Raises OptionError, ModelError or CalibrationError."""
     source = config_of(model)
     config = source if rope_scaling is None else scaled(source, rope_scaling)
+    if context is None:
+        context = config.trained_context
     if context >= 2**31:
         raise OptionError(f"a context has at most {2**31 - 1:,} tokens, got {context:,}")
     cache = (cache if calibration is None else with_chosen_bits(cache, calibration)).fitted(config)

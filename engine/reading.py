@@ -56,8 +56,9 @@ class Reader:
         """The same, reusing no prefix; work is kept in a file every so many seconds and on Ctrl-C, and taken up from there."""
         self._require_room(sequence, ids)
         start = time.perf_counter()
-        how, hidden = self._prefill(sequence, ids, FileCheckpoint(checkpoint, seconds, self._report))
-        return self._done(sequence, hidden, len(ids), 0, how, start)
+        kept = FileCheckpoint(checkpoint, seconds, self._report)
+        how, hidden = self._prefill(sequence, ids, kept)
+        return self._done(sequence, hidden, len(ids), 0, how, start - kept.spent)
 
     def _require_room(self, sequence: SequenceCache, ids: Sequence[int]) -> None:
         """Raise CapacityError before any work."""

@@ -35,6 +35,10 @@ MOMENT = 0.05
 """Seconds between two looks at a bar's progress: a look takes as long as several launches."""
 
 
+LOGGED = 5.0
+"""Seconds between two lines of a bar where nobody watches it, as in a file."""
+
+
 class _Tqdm:
     """Shows the share of the whole time that has passed, so that tqdm's remaining time is that of the pace."""
 
@@ -51,7 +55,7 @@ class _Tqdm:
             return
         self._pace.advance(self._work, elapsed)
         self._then, self._work = elapsed, []
-        self._bar.update(self._pace.share(elapsed) - self._bar.n)
+        self._bar.update(max(0.0, self._pace.share(elapsed) - self._bar.n))
 
 
 class _Nothing:
@@ -68,7 +72,10 @@ class StderrReporter:
     @contextmanager
     def bar(self, label: str, *total: float) -> Iterator[Bar]:
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go"
-        with tqdm(total=1.0, desc=label, bar_format=form, smoothing=0, delay=0.5, file=sys.stderr, leave=False) as bar:
+        every = 0.1 if sys.stderr.isatty() else LOGGED
+        with tqdm(
+            total=1.0, desc=label, bar_format=form, smoothing=0, delay=0.5, mininterval=every, file=sys.stderr, leave=False
+        ) as bar:
             yield _Tqdm(bar, Pace(total))
 
 

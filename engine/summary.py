@@ -45,12 +45,14 @@ class Summary:
         """For people."""
         dropped = f" after {self.dropped_tokens:,} that were dropped" if self.dropped_tokens else ""
         reused = f"reused {self.reused_tokens:,} tokens, " if self.reused_tokens else ""
+        cut = " (as many as were asked for)" if self.finish == "length" else ""
         speed = f" at {self.decode_tokens_per_s:,.1f} tokens/s" if self.decoded_tokens else ""
-        bits, smaller = f"{self.bits_per_element:.2f} bits per element", f"{self.times_smaller:.1f} times smaller than 16-bit"
-        packed = f"{bits} ({self.method}), {smaller}" if self.packed_tokens else f"all in the 16-bit window ({self.method})"
+        bits = f"{self.bits_per_element:.2f} bits per element with its 16-bit window ({self.method})"
+        smaller = f"{self.times_smaller:.1f} times smaller than 16-bit"
+        packed = f"{bits}, {smaller}" if self.packed_tokens else f"all in the 16-bit window ({self.method})"
         return (
             f"{reused}read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), "
-            f"wrote {self.new_tokens:,}{speed} ({self.backend}, {self.device}); "
+            f"wrote {self.new_tokens:,}{cut}{speed} ({self.backend}, {self.device}); "
             f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, {packed}"
         )
 

@@ -94,7 +94,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(str(path), "pt") as file:
             yield file
     except (SafetensorError, ValueError, OSError, TypeError) as error:
-        raise CalibrationError(f"calibration {path} is broken ({error}): delete it and calibrate again") from None
+        raise CalibrationError(f"{path} is not an skvq calibration, or is damaged ({error}): give another file") from None
 
 
 def _header(metadata: Mapping[str, str] | None, path: Path) -> ArtifactHeader:

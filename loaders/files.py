@@ -22,11 +22,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise SkvqError unless a file can be written at ``path``: checked before long work. Missing folders are created."""
-    target = _target(path)
-    probe = _temporary(target)
+    """Raise SkvqError unless a file can be written at ``path``: checked before long work."""
+    probe = _temporary(_target(path))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -44,7 +42,6 @@ def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
     target = _target(path)
     temporary = _temporary(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         free = shutil.disk_usage(target.parent).free
         if free < count:
@@ -71,6 +68,8 @@ def _target(path: Path) -> Path:
         raise SkvqError(f"cannot write {path}: {os.strerror(EISDIR)}")
     if target.exists() and not target.is_file():
         raise SkvqError(f"cannot write {path}: it is a device or a pipe, not a file")
+    if not target.parent.is_dir():
+        raise SkvqError(f"cannot write {path}: {target.parent} is no folder: make it first, or give another file name")
     return target
 
 

@@ -56,7 +56,7 @@ class _Cursor:
 
     def __init__(self, data: NDArray[np.uint8], where: str) -> None:
         self.data = data
-        self.view = memoryview(data)
+        self.view = data.data
         self.where = where
         self.position = 0
 

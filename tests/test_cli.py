@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from skvq.cli import main, run
 from skvq.commands.errors import output_error
 from skvq.commands.text import argument_text, file_text
+from skvq.engine import decode
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
@@ -105,6 +106,9 @@ def test_text_comes_from_a_file_from_standard_input_and_before_the_prompt(model:
         return int(json.loads(call("run", *options, *more, stdin=stdin).stdout)["prompt_tokens"])
 
     assert tokens("-f", file) == tokens("-f", "-", stdin=file.read_text(encoding="utf-8"))
+    other = tmp_path / "other.txt"
+    other.write_text("over it")
+    assert tokens("-f", other, "-f", file, "-p", "jumps") == tokens("-p", f"over it\n\n{file.read_text()}\n\njumps")
     assert tokens("-f", file, "-p", "jumps") == tokens("-p", file.read_text(encoding="utf-8") + "\n\njumps")
 
 
@@ -159,6 +163,35 @@ def test_ctrl_c_ends_an_answer_not_the_questions(model: Path, monkeypatch: pytes
     assert result.exit_code == 0 and calls == [2]
     monkeypatch.setattr(Engine, "stream", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(*options, stdin="the\nfox\n").exit_code == 130, "reading is not an answer"
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_ctrl_c_in_an_answer_keeps_the_session(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
+) -> None:
+    """The session goes on as an uninterrupted one; a text that was half read is no session."""
+    options = ("run", "--model", model, "--method", "fp", "--ignore-eos", "--prefill", "streaming")
+    text = ("-p", "the quick brown fox", *(("--checkpoint", tmp_path / "c") if checkpoint else ()))
+    whole = call(*options, *text, "-n", 9).stdout
+    step, calls, session = decode.EagerStep.run, [0], tmp_path / "s"
+
+    def interrupted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:
+            assert session.exists() == checkpoint, "what has been read is kept as soon as the checkpoint is gone"
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.EagerStep, "run", interrupted)
+        result = call(*options, *text, "-n", 9, "--session", session)
+    assert result.exit_code == 130 and f"saved in {session}" in result.stderr
+    on = call(*options, "--session", session, "-n", 6)
+    assert result.stdout.rstrip("\n") + on.stdout == whole
+    with monkeypatch.context() as patch:
+        patch.setattr("skvq.engine.model.Model.head", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert call(*options, *text, "--session", tmp_path / "half").exit_code == 130
+    assert not (tmp_path / "half").exists()
 
 
 def test_no_new_tokens_are_no_text(model: Path) -> None:
@@ -382,9 +415,10 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
     assert call("calibrate", "--model", model, "-o", made, "--tokens", 64).exit_code == 0
     use = ("run", "--model", model, "-p", "the", "-n", 2, "--calibration")
     other.write_bytes(made.read_bytes()[:-50])
-    refused(call(*use, other), str(other), "broken")
+    refused(call(*use, other), str(other), "damaged")
     other.write_bytes(b"no safetensors at all")
-    refused(call(*use, other), str(other), "broken")
+    refused(call(*use, other), str(other), "not an skvq calibration")
+    refused(call(*use, made, "--method", "fp"), "leave", str(made))
     refused(call(*use, model / "model.safetensors"), "not an skvq calibration")
     refused(call(*use, made, "--value-bits", 3), "value_bits", "2.0", "3.0")
     refused(call(*use, made, "--method", "reorder"), "method", "'rotate'", "'reorder'")
@@ -417,7 +451,11 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("eval", "--methods", "rotat", "--tokens", 9), "did you mean 'rotate'"),
         (("plan", "--ctx", 1000, "--memory", "lots"), "lots"),
         (("plan", "--ctx", 1000, "--device", "h10"), "did you mean 'h100'"),
-        (("plan",), "--ctx"),
+        (("plan", "--ctx", "1M"), "such as 131072 or 1e6"),
+        (("plan", "--ctx", "nan"), "such as 131072 or 1e6"),
+        (("run", "-p", "the", "--session", "s", "--checkpoint", "s"), "a name of its own"),
+        (("run", "-p", "the", "--session", "nowhere/s"), "nowhere is no folder"),
+        (("run", "-p", "the", "--checkpoint", "nowhere/s"), "nowhere is no folder"),
         (("plan", "--ctx", 1000, "--calibration", "/nowhere"), "--bits-budget"),
         (("calibrate", "-o", "never", "--window", 64), "--bits-budget"),
         (("eval", "--method", "plain", "--methods", "fp"), "one or the other"),
