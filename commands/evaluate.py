@@ -23,7 +23,7 @@ from skvq.commands.options import (
 from skvq.commands.text import corpus_text
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.plots import depth_plot, require_matplotlib
+from skvq.engine.plots import depth_plot, require_plot
 
 
 @click.command("eval", cls=OneLineCommand)
@@ -42,7 +42,7 @@ from skvq.engine.plots import depth_plot, require_matplotlib
 def evaluate(**options: Any) -> None:
     """Measure a cache against the 16-bit one: perplexity, KL divergence in nats per token, top-1 agreement."""
     if options["plot"] is not None:
-        require_matplotlib()
+        require_plot(options["plot"])
     if options["methods"] is not None and is_given("method"):
         raise OptionError("--method and --methods cannot be combined: give one or the other")
     cache = cache_config(options)

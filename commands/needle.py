@@ -22,7 +22,7 @@ from skvq.commands.options import (
     prefill_option,
 )
 from skvq.commands.text import corpus_text
-from skvq.engine.plots import heat_map, require_matplotlib
+from skvq.engine.plots import heat_map, require_plot
 
 if TYPE_CHECKING:
     from skvq.engine.needle import Needle
@@ -47,7 +47,7 @@ def needle(**options: Any) -> None:
 
     contexts, plot = options["ctx"], options["plot"]
     if plot is not None:
-        require_matplotlib()
+        require_plot(plot)
     haystack = corpus_text(options["haystack"])
     engine = load_engine(
         options,

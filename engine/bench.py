@@ -78,13 +78,14 @@ class BenchRow(ABC):
 class DecodeRow(BenchRow):
     """A step: ``gbps`` is what attention reads of the cache over its time; without a model there is no step, only attention."""
 
-    sdpa_ms: float  # torch's attention over 16-bit keys and values of this length, where they fit
+    sdpa_ms: float  # torch's attention over unpacked keys and values of this length, where they fit
+    sdpa_dtype: str  # of these (``sdpa_dtype``)
 
     def line(self) -> str:
         """For people."""
         step = "" if math.isnan(self.ms_per_token) else f"{self.ms_per_token:9.2f} ms a token ({self.tokens_per_s:,.1f}/s), "
         times = self.sdpa_ms / self.attention_ms
-        beside = "" if math.isnan(times) else f"; SDPA over 16 bits {self.sdpa_ms:,.2f} ms, {times:.1f}x"
+        beside = "" if math.isnan(times) else f"; torch SDPA in {self.sdpa_dtype} {self.sdpa_ms:,.2f} ms, {times:.1f}x"
         return (
             f"{self.ctx:>9,} tokens: {step}attention {self.attention_ms:8.2f} ms, {self.gbps:.1f} GB/s, "
             f"{self.share_of_copy:.0%} of copy{beside}; peak {self.peak_bytes / 1e9:.2f} GB"
@@ -133,19 +134,24 @@ def gate(setup: CacheSetup, heads: int, tokens: int, report: Reporter) -> float:
     return error
 
 
+def sdpa_dtype(setup: CacheSetup) -> torch.dtype:
+    """What torch's attention is fastest in: 16 bits on a GPU; on a CPU float32, which 16 bits take several times as long as."""
+    return setup.arena.shape.dtype if setup.device.type == "cuda" else torch.float32
+
+
 @torch.inference_mode()
 def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
-    """Seconds of one step's attention through torch's SDPA over 16-bit keys and values; nan where they do not fit.
+    """Seconds of one step's attention through torch's SDPA over keys and values in ``sdpa_dtype``; nan where they do not fit.
 
     One layer's are read again and again: where they fit a processor's cache that is in SDPA's favour. A layer with a span is
     asked about the tokens in it.
     """
-    device, dtype = setup.device, setup.arena.shape.dtype
+    device, dtype = setup.device, sdpa_dtype(setup)
     shape = (1, config.num_kv_heads, min(tokens, max(config.attention_spans)), config.head_size)
     if 2 * math.prod(shape) * dtype.itemsize > available_memory(device) / 2:
         return math.nan
     keys, values = (torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2))
-    q = random_query(setup, config.num_heads).transpose(1, 2)  # [1, H, 1, D]
+    q = random_query(setup, config.num_heads).transpose(1, 2).to(dtype)  # [1, H, 1, D]
     shared = config.num_heads != config.num_kv_heads
 
     def attention() -> None:
@@ -185,6 +191,7 @@ def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) ->
         ms_per_token=math.nan,
         attention_ms=1e3 * seconds,
         sdpa_ms=1e3 * sdpa_seconds(config, sequence.length, setup),
+        sdpa_dtype=str(sdpa_dtype(setup)).removeprefix("torch."),
         tokens_per_s=math.nan,
         gbps=read / seconds / 1e9,
         share_of_copy=read / seconds / copy,

@@ -101,13 +101,13 @@ class SequenceCache:
         if target > self.packed:
             self.grow(target)
 
-    def require(self, count: int) -> None:
-        """Raise CapacityError unless ``count`` more tokens fit the context as it is."""
+    def require(self, count: int, answer: int = 0) -> None:
+        """Raise CapacityError unless ``count`` more tokens fit the context as it is; ``answer`` tokens are to follow them."""
         if self.length + count > self.setup.max_context:
             held = f"{self.length:,} cached and {count:,} more" if self.length else f"{count:,}"
             raise CapacityError(
-                f"{held} tokens do not fit a context of {self.setup.max_context:,}: shorten the text or load with a "
-                f"max_context (--ctx) of at least {self.length + count}"
+                f"{held} tokens do not fit a context of {self.setup.max_context:,}: shorten the text, load with a "
+                f"max_context (--ctx) of at least {self.length + count + answer}, or with on_full 'shift' (--on-full)"
             )
 
     def grow(self, target: int) -> None:

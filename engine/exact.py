@@ -65,7 +65,9 @@ def exact_prefill(
         for start, stop in pieces:
             state.hidden[start:stop] = model.embed(tokens[start:stop])
         checkpoint.resume_exact(sequence, ids, state)
-        with report.bar(f"reading {len(ids):,} tokens", *work_left(model.config, form, state, reader)) as bar:
+        with report.bar(
+            f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *work_left(model.config, form, state, reader)
+        ) as bar:
             while state.layer < model.config.num_layers:
                 reader.begin()
                 for start, stop in pieces[state.chunk :]:

@@ -20,7 +20,7 @@ from skvq.engine.generation import answer_all, answered, continued
 from skvq.engine.guard import computes, infers, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
-from skvq.engine.options import is_whole, names_options, path_of, path_or_none, require_type
+from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
 from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
 from skvq.engine.reading import Reader
@@ -223,12 +223,16 @@ class Engine:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return self.parts.tokenizer.decode(ids)
+        known = whole_ids(ids)
+        if known:
+            self._require_known(known)
+        return self.parts.tokenizer.decode(known)
 
     def _require_known(self, ids: Sequence[int]) -> None:
         vocab = self.parts.model.config.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocab:
-            raise OptionError(f"token ids run from {min(ids)} to {max(ids)}, the vocabulary has {vocab}")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < vocab:
+                raise OptionError(f"token id {token} is not one of the vocabulary's {vocab:,}, 0 to {vocab - 1:,}")
 
     def _require_own(self, sequence: SequenceCache) -> None:
         if not isinstance(sequence, SequenceCache):
@@ -306,6 +310,8 @@ class Engine:
         """
         self._require_own(sequence)
         file = path_or_none("checkpoint", checkpoint)
+        if not is_number(checkpoint_seconds) or not checkpoint_seconds >= 0:
+            raise OptionError(f"checkpoint_seconds must be a number of seconds, 0 or more, got {checkpoint_seconds!r}")
         ids = [*sequence.pending, *whole_ids(ids)]
         if not ids:
             raise OptionError("nothing to read: give at least one token")
@@ -330,6 +336,7 @@ class Engine:
 
     def summary(self, sequence: SequenceCache) -> Summary:
         """What a sequence and the last generation that used it came to."""
+        self._require_own(sequence)
         return summary_of(self.parts, sequence)
 
     # --- scores --------------------------------------------------------------------------------------------------------------

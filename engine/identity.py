@@ -59,7 +59,7 @@ def require_same(ours: Mapping[str, object], found: Mapping[str, object], where:
         if found.get(name) != value:
             raise SessionError(
                 f"{where} was made with {WORDS.get(name, name)} {_short(found.get(name))}, this run has {_short(value)}: "
-                "use the same model and options, or another file"
+                "use the same model, calibration and options, or another file"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import torch
 
 from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import OptionError, nearest
+from skvq.engine.errors import ModelError, OptionError, nearest
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.measure import timed
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
 from skvq.engine.sizes import gib, largest_of, layer_token_bytes, usual_weight_bytes
-from skvq.loaders.hub import config_of
+from skvq.engine.storage import form_of
+from skvq.loaders.hub import config_of, resolve
+from skvq.loaders.open import open_source
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
 SEGMENT_OVERHEAD = 1.05
@@ -48,6 +51,8 @@ GIB = 2**30
 ASSUMED, OF_H200 = (0.75, 0.80, 0.60), (0.92, 0.57, 0.65)
 """Efficiencies of weights, cache and matrices. The H200's are measured (``benchmarks/results``): packed attention is slower
 than its memory."""
+OF_CPU_CACHE = 0.28
+"""Measured on a CPU (``benchmarks/results/attention_cpu.json``), where packed attention is arithmetic."""
 
 CARDS = {
     name: Machine(
@@ -79,6 +84,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
         flops=2 * side**3 / matrix_seconds,
         dtype=dtype,
         host_memory=pinnable_memory(device),
+        cache_efficiency=OF_CPU_CACHE if device.type == "cpu" else ASSUMED[1],
     )
 
 
@@ -190,7 +196,7 @@ def plan_report(
     place = "cuda" if card.name in CARDS else card.name
     room = Room(
         memory=card.memory,
-        weight_bytes=usual_weight_bytes(config, place, card.dtype),
+        weight_bytes=_weight_bytes(model, config, torch.device(place), card.dtype),
         host_memory=card.host_memory,
         cuda_bytes=cuda_bytes(place),
     )
@@ -206,7 +212,7 @@ def plan_report(
         plan=plan,
         largest=largest,
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
-        decode_ms=1e3 * predicted_decode(config, cache, card, context),
+        decode_ms=1e3 * predicted_decode(config, cache, card, context, room.weight_bytes),
         trained_context=source.trained_context,
         advice="" if plan.fits else planner.advice(),
     )
@@ -228,14 +234,21 @@ def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: Pr
     return (seconds + copied / card.host_bandwidth) * (SEGMENT_OVERHEAD if form.prefill == "streaming" else 1.0)
 
 
-def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, context: int) -> float:
+def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, context: int, weight_bytes: int) -> float:
     """Seconds per token: every weight (but the embedding table) and every packed byte in sight read once."""
-    weights = (
-        config.num_parameters - config.vocab_size * config.hidden_size * (not config.tie_embeddings)
-    ) * card.dtype.itemsize
+    table = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
+    weights = weight_bytes * (1 - table / config.num_parameters)
     layers = layer_token_bytes(largest_of(cache, config)[0], config)
     packed = sum(min(context, n) * size for n, size in zip(config.attention_spans, layers, strict=True))
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
+
+
+def _weight_bytes(model: str, config: ModelConfig, place: torch.device, dtype: torch.dtype) -> int:
+    """Exactly where the files are here and this CPU would hold them as they are, else what to expect."""
+    if place.type == "cpu":
+        with suppress(ModelError):
+            return form_of("numba", place, dtype).held_bytes(open_source(resolve(model, download=False)))
+    return usual_weight_bytes(config, place, dtype)
 
 
 def parse_bytes(text: str) -> int:

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from skvq.engine.errors import OptionError
+from skvq.loaders.files import require_writable
+
+FORMATS = (".png", ".pdf", ".svg")
 
 
-def require_matplotlib() -> None:
-    """Raise OptionError, before any work is done, if matplotlib is missing."""
+def require_plot(path: Path) -> None:
+    """Raise SkvqError, before any work is done, if matplotlib is missing or can write no such file."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise OptionError("--plot needs matplotlib: pip install 'skvq[plot]', or leave --plot out") from None
+    if path.suffix.lower() not in FORMATS:
+        raise OptionError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
+    require_writable(path)
 
 
 def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -22,7 +28,7 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
     ``rows`` as ``Needle.as_dict`` gives them; a cross marks places where the answer was not retrieved. Raises OptionError.
     """
-    require_matplotlib()
+    require_plot(path)
     from matplotlib.figure import Figure
 
     contexts, depths = (sorted({row[name] for row in rows}) for name in ("context", "depth"))
@@ -55,7 +61,7 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def depth_plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str, path: Path) -> None:
     """Write a PNG: KL by position in the text, a line for each row of ``Engine.evaluate``. Raises OptionError."""
-    require_matplotlib()
+    require_plot(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -82,7 +82,7 @@ def streaming_prefill(
     pieces = [piece for piece in pieces if piece[0] >= sequence.length + sequence.dropped]
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
     x = model.weights.norm  # replaced: there is at least one token
-    with report.bar(f"reading {len(ids):,} tokens", *total) as bar, checkpoint.watch():
+    with report.bar(f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *total) as bar, checkpoint.watch():
         for start, stop in pieces:
             piece = ids[start - begin : stop - begin]
             sequence.reserve(len(piece))

@@ -25,7 +25,7 @@ def is_empty(prompt: Prompt) -> bool:
 
 def is_several(prompts: object) -> TypeGuard[list[Prompt]]:
     """Whether it is a list of prompts, not one: token ids and chat messages are lists too."""
-    return isinstance(prompts, (list, tuple)) and not any(isinstance(one, (Integral, Mapping)) for one in prompts)
+    return isinstance(prompts, (list, tuple)) and not (prompts and isinstance(prompts[0], (Integral, Mapping)))
 
 
 def is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:

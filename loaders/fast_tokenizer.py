@@ -46,6 +46,10 @@ class TokenizerSettings:
 
     def not_encoded(self, text: str, error: Exception) -> ModelError:
         """The error of a text that the tokenizer refuses, such as one with half a surrogate pair."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as wrong:
+            return ModelError(f"the text is not valid Unicode: character {wrong.start:,} is half of a surrogate pair")
         return ModelError(f"{self.where}: a text of {len(text)} characters cannot be encoded ({reason(error)})")
 
 

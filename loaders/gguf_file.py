@@ -159,7 +159,7 @@ def _quants() -> tuple[Any, Any]:
         import gguf
         from gguf import quants
     except ImportError as error:
-        raise ModelError('GGUF files need the gguf package: pip install "skvq[demo]"') from error
+        raise ModelError('GGUF files need the gguf package: pip install "skvq[gguf]"') from error
     return gguf, quants
 
 

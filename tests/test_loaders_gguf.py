@@ -173,7 +173,7 @@ def test_without_the_gguf_package_the_extra_is_named(tmp_path: Path, monkeypatch
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fake)
-    refused(lambda: GgufSource(path), 'pip install "skvq[demo]"')
+    refused(lambda: GgufSource(path), 'pip install "skvq[gguf]"')
 
 
 def string(text: str) -> bytes:

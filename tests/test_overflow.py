@@ -274,5 +274,6 @@ def test_the_command_goes_on_past_the_context(tmp_path: Path) -> None:
     given = ["run", "--model", str(tiny_folder(tmp_path / "m")), "-f", str(text), "--ignore-eos", *arguments]
     result = CliRunner().invoke(main, [*given, "--on-full", "shift"])
     assert result.exit_code == 0 and "dropped" in result.stderr, result.stderr
+    assert "are more than the context of 2,600: they are streamed" in result.stderr
     result = CliRunner().invoke(main, given)
     assert result.exit_code == 2 and "do not fit a context of 2,600" in result.stderr

@@ -170,7 +170,8 @@ def measure_prefill(task: Task) -> dict[str, Any]:
         "predicted_seconds_of_all_layers": predicted_prefill(whole, card, count, form),
         "card": {"bandwidth": card.bandwidth, "flops": card.flops},
         **steps,
-        "predicted_ms_per_token": 1e3 * predicted_decode(config, engine.parts.cache, card, task.context),
+        "predicted_ms_per_token": 1e3
+        * predicted_decode(config, engine.parts.cache, card, task.context, engine.parts.plan.parts["weights"]),
         **memory.found(engine.parts.plan),
     }
 
@@ -190,7 +191,9 @@ def measure_decode(task: Task, model: str, value_bits: float) -> dict[str, Any]:
     found = memory.found(engine.parts.plan)
     if "peak" in found:
         found["below_80_gb"] = found["peak"] < LIMIT
-    predicted = 1e3 * predicted_decode(engine.parts.model.config, engine.parts.cache, card, task.context)
+    predicted = 1e3 * predicted_decode(
+        engine.parts.model.config, engine.parts.cache, card, task.context, engine.parts.plan.parts["weights"]
+    )
     return {
         "tokens": sequence.length,
         "load_seconds": loaded,
