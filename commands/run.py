@@ -168,9 +168,11 @@ def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:
     """
     if session is None or not session.exists():
         return cache_config(options)
-    from skvq.engine.session import require_options, saved_options, session_header
+    from skvq.engine.session import require_fits, require_options, saved_options, session_header
 
     header = session_header(session)
+    if options["ctx"] is not None:
+        require_fits(header["length"], options["ctx"])
     saved = {name: value for name, value in saved_options(header).items() if not is_given(name)}
     cache = cache_config({**options, **saved})
     require_options(header, session, cache)

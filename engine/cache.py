@@ -14,7 +14,7 @@ from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, path_of
-from skvq.engine.session import save_session
+from skvq.engine.session import require_fits, save_session
 from skvq.engine.setup import CacheSetup
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
@@ -131,11 +131,7 @@ class SequenceCache:
         ``dropped`` tokens went before them.
         """
         assert self.length == 0 and 0 <= packed <= len(token_ids), (self.length, packed, len(token_ids))
-        if len(token_ids) > self.setup.max_context:
-            raise CapacityError(
-                f"a saved sequence of {len(token_ids):,} tokens does not fit a context of {self.setup.max_context:,}: "
-                f"load with a max_context (--ctx) of at least {len(token_ids):,}"
-            )
+        require_fits(len(token_ids), self.setup.max_context)
         if packed:
             self.grow(packed)
         self.length, self.packed, self.dropped = len(token_ids), packed, dropped

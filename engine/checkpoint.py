@@ -232,7 +232,7 @@ class FileCheckpoint:
                     f"checkpoint {self.path} was made with {what} {theirs!r}, this run has {ours!r}: give the same text and "
                     "options to resume, or delete the file to start again"
                 )
-        self.spent = float(file.header["seconds"])
+        self.spent = float(file.header.get("seconds", 0))
         return file
 
     def _write(self, sequence: SequenceCache, mode: str, more: dict[str, Any], entries: Sequence[Entry]) -> None:

@@ -119,16 +119,13 @@ def open_container(path: Path, kind: str) -> Container:
     """Map a file and verify it. Raises SessionError if it is missing, cut short, changed, or of another kind."""
     data = _map(path, kind)
     header, table, start = _read_table(path, kind, data)
-    size = start + max((int(e["data_offsets"][1]) for e in table.values()), default=0)
-    if size != len(data):
-        raise SessionError(f"{kind} {path} is truncated, {len(data):,} of {size:,} bytes: delete it and start again")
     if CHECKSUM not in table or _checksum(memoryview(data)[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
         raise SessionError(f"{kind} {path} is corrupt, its checksum does not match: delete it and start again")
     return Container(path, header, {name: _view(data, start, e) for name, e in table.items()})
 
 
 def read_header(path: Path, kind: str) -> dict[str, Any]:
-    """What the file says about itself, unverified: checked before long work. Raises SessionError if it is of another kind."""
+    """What the file says about itself, to be looked at before long work: whole, but not verified. Raises SessionError."""
     return _read_table(path, kind, _map(path, kind))[0]
 
 
@@ -142,7 +139,7 @@ def _map(path: Path, kind: str) -> mmap.mmap:
 
 
 def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Our header, the table of tensors, and where these begin."""
+    """Our header, the table of tensors, and where these begin; nothing is missing after them."""
     length = int.from_bytes(data[:8], "little")
     try:
         if not 2 <= length <= min(LONGEST_HEADER, len(data) - 8):
@@ -158,6 +155,9 @@ def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any],
         raise SessionError(f"{path} is not an skvq {kind}, or is damaged: give another file name") from None
     if not isinstance(header, dict):
         raise SessionError(f"{path} is a safetensors file, not an skvq {kind}: give another file name")
+    size = 8 + length + max((int(e["data_offsets"][1]) for e in table.values()), default=0)
+    if size != len(data):
+        raise SessionError(f"{kind} {path} is truncated, {len(data):,} of {size:,} bytes: delete it and start again")
     return header, table, 8 + length
 
 

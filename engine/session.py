@@ -23,7 +23,7 @@ from torch import Tensor
 from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.config import CacheConfig
 from skvq.engine.container import Container, Entry, open_container, read_header, whole, write_container
-from skvq.engine.errors import SessionError
+from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.identity import SAME_BITS, Identity, options_of, require_same
 from skvq.kernels.layout import PAGE_TOKENS
 
@@ -73,6 +73,15 @@ def require_options(header: Mapping[str, Any], path: Path, cache: CacheConfig) -
         made = "without" if header["layer_bits"] == SAME_BITS else "with"
         raise SessionError(
             f"{KIND} {path} was made {made} a budget of bits (--bits-budget): use the same options, or another file"
+        )
+
+
+def require_fits(length: int, max_context: int) -> None:
+    """Raise CapacityError unless a saved sequence of so many tokens fits a context."""
+    if length > max_context:
+        raise CapacityError(
+            f"a saved sequence of {length:,} tokens does not fit a context of {max_context:,}: load with a max_context (--ctx) "
+            f"of more than {length:,}"
         )
 
 

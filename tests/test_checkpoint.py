@@ -110,10 +110,14 @@ def test_ctrl_c_writes_it_and_the_next_run_goes_on(folder: Path) -> None:
         reading(engine, folder / "ck", 60)
     assert len(calls) == 27
     engine.parts.setup.arena.check({})
+    spent = read_header(folder / "ck", "checkpoint")["seconds"]
     fresh = tiny_engine(folder, MASS, max_context=3000)
     count = _counted(fresh)
+    start = time.perf_counter()
     sequence = reading(fresh, folder / "ck", 60)
     assert count == [40 - 27]
+    taken = sequence.timing.prefill_seconds
+    assert 0 < spent < taken < spent + time.perf_counter() - start, "the time of both runs for the tokens of both"
     sequence.save(folder / "done")
     assert (folder / "done").read_bytes() == undisturbed(folder, "exact")
 

@@ -301,7 +301,12 @@ def test_run_refuses_a_session_of_other_options_before_a_model_is_loaded(
     ):
         result = run(folder, "-p", "more", "-n", 1, "--session", session, option, value)
         assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+    result = run(folder, "-p", "more", "-n", 1, "--session", session, "--ctx", 10)
+    assert (result.exit_code, "(--ctx) of more than" in result.stderr) == (2, True), result.stderr
     assert session.read_bytes() == before
+    session.write_bytes(before[:-100])
+    result = run(folder, "-p", "more", "-n", 1, "--session", session)
+    assert (result.exit_code, "is truncated" in result.stderr) == (2, True), result.stderr
 
 
 def test_run_without_text_and_without_a_session_is_refused(folder: Path, tmp_path: Path) -> None:
