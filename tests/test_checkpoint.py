@@ -16,6 +16,7 @@ from loader_fixtures import refused
 from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import prefill as prefill_module
+from skvq.engine.container import read_header
 from skvq.engine.errors import SessionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
