@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,13 @@ def test_unknown_tokens_are_refused(folder: Path) -> None:
         with pytest.raises(OptionError, match=f"the vocabulary has {vocab}"):
             call()
     assert sequence.length == 3
+
+
+def test_a_tape_does_not_import_what_it_does_not_use() -> None:
+    """``torch._dynamo`` takes longer to import than a small model to load: torch imports it around a mode that is not told so."""
+    code = (
+        "import sys, torch; from skvq.kernels.numba_cpu.tape import Tape\n"
+        "x = torch.zeros(3)\nwith Tape():\n    x.add_(1)\nassert x[0] == 1 and 'torch._dynamo' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
