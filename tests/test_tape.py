@@ -122,7 +122,7 @@ def test_unknown_tokens_are_refused(folder: Path) -> None:
 
 
 def test_a_tape_does_not_import_what_it_does_not_use() -> None:
-    """``torch._dynamo`` takes longer to import than a small model to load: torch imports it around a mode that is not told so."""
+    """``torch._dynamo`` takes longer to import than a small model to load; torch does it for a mode that does not say no."""
     code = (
         "import sys, torch; from skvq.kernels.numba_cpu.tape import Tape\n"
         "x = torch.zeros(3)\nwith Tape():\n    x.add_(1)\nassert x[0] == 1 and 'torch._dynamo' not in sys.modules"
