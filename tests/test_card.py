@@ -156,11 +156,12 @@ def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
     assert (x + torch.tensor(2.0)).device == CARD  # a number of the host is none
 
 
-def test_drawing_a_token_waits_once(gpu: Card) -> None:
-    sampler = Sampler(SamplingConfig(temperature=0, repeat_penalty=1.1), [1, 2], 8, CARD)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.1, "top_k": 4, "top_p": 0.9, "min_p": 0.1}], ids=str)
+def test_drawing_a_token_waits_once(gpu: Card, options: dict[str, Any]) -> None:
+    sampler = Sampler(SamplingConfig(repeat_penalty=1.1, **options), [1, 2], 8, CARD)
     gpu.waits.clear()
-    assert sampler.draw(torch.arange(8.0, device="cuda")) == 7
-    assert gpu.waits == {"__int__": 1}
+    assert sampler.draw(9 * torch.arange(8.0, device="cuda")) == 7
+    assert gpu.waits == {"tolist": 1}
 
 
 def test_text_sessions_and_batches(folder: Path, gpu: Card, tmp_path: Path) -> None:

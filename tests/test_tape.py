@@ -116,7 +116,7 @@ def test_unknown_tokens_are_refused(folder: Path) -> None:
         lambda: engine.read(sequence, [vocab]),
         lambda: engine.decode_step([sequence], [-1]),
     ):
-        with pytest.raises(OptionError, match=f"the vocabulary has {vocab}"):
+        with pytest.raises(OptionError, match=f"is not one of the vocabulary's {vocab}"):
             call()
     assert sequence.length == 3
 
