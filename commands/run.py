@@ -115,6 +115,8 @@ def run(**options: Any) -> None:
         if session is not None and sequence.pending:  # a token has been drawn: all of the text has been read
             sequence.save(session)
             engine.report.message(f"what has been read and written is saved in {session}")
+        elif options["checkpoint"] is None and not sequence.pending:
+            engine.report.message("the text was being read, and none of that is kept: --checkpoint FILE would keep it")
         raise
     if session is not None:
         sequence.save(session)

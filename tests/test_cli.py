@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from skvq.cli import main, run
 from skvq.commands.errors import output_error
 from skvq.commands.text import argument_text, file_text
-from skvq.engine import decode
+from skvq.engine import decode, reading
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
@@ -188,9 +188,18 @@ def test_ctrl_c_in_an_answer_keeps_the_session(
     assert result.exit_code == 130 and f"saved in {session}" in result.stderr
     on = call(*options, "--session", session, "-n", 6)
     assert result.stdout.rstrip("\n") + on.stdout == whole
+    read = reading.streaming_prefill
+
+    def half_read(model: Any, rope: Any, sequence: Any, ids: Any, *more: Any) -> Any:
+        if len(ids) > 1:  # not of the warm-up
+            read(model, rope, sequence, ids[:5], *more)
+            raise KeyboardInterrupt
+        return read(model, rope, sequence, ids, *more)
+
     with monkeypatch.context() as patch:
-        patch.setattr("skvq.engine.model.Model.head", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert call(*options, *text, "--session", tmp_path / "half").exit_code == 130
+        patch.setattr(reading, "streaming_prefill", half_read)
+        half = call(*options, *text, "--session", tmp_path / "half")
+    assert half.exit_code == 130 and ("--checkpoint FILE would keep it" in half.stderr) != checkpoint
     assert not (tmp_path / "half").exists()
 
 
