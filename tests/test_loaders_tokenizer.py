@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
+import xllamacpp
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from loader_fixtures import WORDS, byte_level_pipeline, one_line, refused, tiny_config
@@ -17,6 +19,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
+from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.errors import SkvqError
 from skvq.loaders.chat import render_chat, render_turn
 from skvq.loaders.dummy import dummy_tokenizer
@@ -157,13 +160,14 @@ def test_smollm2_gives_the_ids_of_llama_cpp(smollm2: Tokenizer) -> None:
 
 
 def test_smollm2_equals_llama_cpp_on_a_book(smollm2: Tokenizer) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    from pydoc_data.topics import topics
-
-    path = str(resolve("smollm2-135m").path)
-    peer = llama_cpp.Llama(model_path=path, vocab_only=True, verbose=False)
-    text = "\n".join(topics.values())[:100_000]
-    assert smollm2.encode(text) == peer.tokenize(text.encode(), add_bos=False, special=True)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(resolve("smollm2-135m", download=False).path)
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = 256, 1, False, -1, 0
+    server, text = xllamacpp.Server(params), built_in_corpus()[:100_000]
+    asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", asked, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        assert smollm2.encode(text) == json.load(answer)["tokens"]
 
 
 def test_smollm2_chat(smollm2: Tokenizer) -> None:
