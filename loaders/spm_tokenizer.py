@@ -21,10 +21,7 @@ class SentencePieceTokenizer:
     def __init__(self, processor: Any, settings: TokenizerSettings) -> None:
         self._processor = processor
         self._settings = settings
-        try:
-            self._pieces = [str(processor.id_to_piece(index)) for index in range(processor.get_piece_size())]
-        except UnicodeDecodeError as error:
-            raise ModelError(f"{settings.where}/tokenizer.model is broken ({reason(error)}): download it again") from error
+        self._pieces = pieces_of(processor)
         control = {piece: index for index, piece in enumerate(self._pieces) if processor.is_control(index)}
         self._control = control
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
@@ -106,8 +103,13 @@ class SentencePieceTokenizer:
         return piece_bytes(pieces).startswith(b" ")
 
 
+def pieces_of(processor: Any) -> list[str]:
+    """The vocabulary's spellings, by id."""
+    return [str(processor.id_to_piece(index)) for index in range(processor.get_piece_size())]
+
+
 def open_sentencepiece(path: Path) -> Any:
-    """A SentencePieceProcessor. ModelError if the file is broken or the package is not installed."""
+    """A SentencePieceProcessor whose pieces are text. ModelError if the file is broken or the package is not installed."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
@@ -115,6 +117,7 @@ def open_sentencepiece(path: Path) -> Any:
     try:
         processor = SentencePieceProcessor()
         processor.LoadFromSerializedProto(path.read_bytes())
+        pieces_of(processor)
         return processor
     except Exception as error:
         raise ModelError(f"{path} is not a SentencePiece model ({reason(error)}): download it again") from error

@@ -474,6 +474,7 @@ def test_half_a_surrogate_pair_is_refused(byte_folder: ModelFiles, smollm2: Toke
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(0, 9000), position=st.integers(0, 9000), value=st.integers(0, 255))
 @example(cut=0, position=34, value=128)  # a piece that is no UTF-8
+@example(cut=0, position=4, value=128)  # that of the unknown token
 def test_spoiled_tokenizer_files_raise_only_our_error(
     byte_folder: ModelFiles, spm_folder: ModelFiles, tmp_path_factory: pytest.TempPathFactory, cut: int, position: int,
     value: int,
