@@ -48,25 +48,32 @@ def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,50,100") from None
 
 
+def count_of(text: str) -> int:
+    """A whole number of tokens, 1 or more: 131072, 131_072 or 1e6. Raises ValueError.
+
+    >>> count_of("131_072"), count_of("1e6")
+    (131072, 1000000)
+    """
+    number = float(text)
+    if not 1 <= number < 2**31 or number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
 def counts_of(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     """Click callback: comma-separated token counts."""
-    numbers = numbers_of(context, parameter, value.replace("_", ""))
-    if any(n != int(n) or n < 1 for n in numbers):
-        raise click.BadParameter(f"{value!r} is not a list of token counts such as 4096,32768")
-    return [int(n) for n in numbers]
+    try:
+        return [count_of(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers of tokens such as 4096,32768") from None
 
 
 def tokens_of(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Click callback: a number of tokens, at least 1, if one is given."""
-    if value is None:
-        return None
+    """Click callback: a token count, if one is given."""
     try:
-        number = float(value)
+        return None if value is None else count_of(value)
     except ValueError:
-        number = 0.5
-    if not 1 <= number < 2**31 or number != int(number):
-        raise click.BadParameter(f"{value!r} is not a number of tokens such as 131072 or 1e6")
-    return int(number)
+        raise click.BadParameter(f"{value!r} is not a number of tokens such as 131072 or 1e6") from None
 
 
 model_option = click.option("--model", "-m", required=True, help="Alias (see `skvq models`), folder, .gguf file or org/name.")

@@ -101,6 +101,11 @@ class SequenceCache:
         if target > self.packed:
             self.grow(target)
 
+    def require_room(self, count: int, answer: int = 0) -> None:
+        """Raise CapacityError unless ``count`` more tokens can be added, one after another; ``answer`` as in ``require``."""
+        if count > self.setup.on_full.room(self):
+            self.require(count, answer)
+
     def require(self, count: int, answer: int = 0) -> None:
         """Raise CapacityError unless ``count`` more tokens fit the context as it is; ``answer`` tokens are to follow them."""
         if self.length + count > self.setup.max_context:

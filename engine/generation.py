@@ -83,18 +83,6 @@ class Generation:
             self._timings[index].finish = self.answers[index].finish
 
 
-def require_room(engine: Engine, sequence: SequenceCache, ids: Sequence[int], config: SamplingConfig) -> None:
-    """Raise CapacityError if ``ids`` do not fit; say so if they fit only by dropping what cannot be seen any more."""
-    setup = engine.parts.setup
-    if len(ids) > setup.on_full.room(sequence):
-        sequence.require(len(ids), config.max_new_tokens)
-    if len(ids) > setup.max_context:
-        engine.report.message(
-            f"{len(ids):,} tokens are more than the context of {setup.max_context:,}: they are streamed through it, and the "
-            "answer sees the last of them"
-        )
-
-
 def continued(
     engine: Engine, sequence: SequenceCache, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
 ) -> Generator[str, None, None]:
@@ -103,7 +91,7 @@ def continued(
     if ids or sequence.pending or logits is None:
         if not ids and not sequence.pending:
             sequence.take_back()
-        require_room(engine, sequence, [*sequence.pending, *ids], config)
+        sequence.require_room(len(sequence.pending) + len(ids), config.max_new_tokens)
         logits = engine.read(sequence, ids, checkpoint=checkpoint)
     else:
         engine.timing = sequence.timing = Timing()

@@ -61,9 +61,14 @@ class Reader:
         return self._done(sequence, hidden, len(ids), 0, how, start - kept.spent)
 
     def _require_room(self, sequence: SequenceCache, ids: Sequence[int]) -> None:
-        """Raise CapacityError before any work."""
-        if len(ids) > self._parts.setup.on_full.room(sequence):
-            sequence.require(len(ids))
+        """Raise CapacityError before any work; say so if they fit only by dropping what cannot be seen any more."""
+        sequence.require_room(len(ids))
+        context = self._parts.setup.max_context
+        if len(ids) > context:
+            self._report.message(
+                f"{len(ids):,} tokens are more than the context of {context:,}: they are streamed through it, and the answer "
+                "sees the last of them"
+            )
 
     def _prefill(self, sequence: SequenceCache, ids: Sequence[int], kept: Checkpoint) -> tuple[str, Tensor]:
         """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last."""

@@ -35,6 +35,14 @@ class TokenizerSettings:
     where: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
 
+    def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """See ``render_chat``."""
+        return render_chat(self.chat_template, messages, self.special_tokens, add_generation_prompt=add_generation_prompt)
+
+    def turn(self, messages: Sequence[Message]) -> str:
+        """See ``render_turn``."""
+        return render_turn(self.chat_template, messages, self.special_tokens)
+
     def checked(self, ids: list[int]) -> list[int]:
         """The ids, or ModelError if one has no row in the embedding."""
         if ids and max(ids) >= self.model_vocab:
@@ -123,12 +131,11 @@ class FastTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of the rendered conversation; the template itself writes the beginning-of-sequence token."""
-        template, names = self._settings.chat_template, self._settings.special_tokens
-        return self.encode(render_chat(template, messages, names, add_generation_prompt=add_generation_prompt), bos=False)
+        return self.encode(self._settings.chat(messages, add_generation_prompt=add_generation_prompt), bos=False)
 
     def encode_turn(self, messages: Sequence[Message]) -> list[int]:
         """Ids of what the messages add to a conversation."""
-        return self.encode(render_turn(self._settings.chat_template, messages, self._settings.special_tokens), bos=False)
+        return self.encode(self._settings.turn(messages), bos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from skvq.engine.errors import ModelError
-from skvq.loaders.chat import render_chat, render_turn
 from skvq.loaders.fast_tokenizer import TokenizerSettings, piece_bytes
 from skvq.loaders.fields import reason
 from skvq.loaders.text import Message, decode_ids
@@ -18,10 +17,11 @@ from skvq.loaders.text import Message, decode_ids
 class SentencePieceTokenizer:
     """A SentencePiece model; control tokens (``<s>``, ``[INST]``) are recognized in text, as by `transformers`."""
 
-    def __init__(self, processor: Any, settings: TokenizerSettings) -> None:
+    def __init__(self, processor: Any, pieces: Sequence[str], settings: TokenizerSettings) -> None:
+        """``processor`` and ``pieces`` of ``open_sentencepiece``."""
         self._processor = processor
         self._settings = settings
-        self._pieces = pieces_of(processor)
+        self._pieces = pieces
         control = {piece: index for index, piece in enumerate(self._pieces) if processor.is_control(index)}
         self._control = control
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
@@ -74,12 +74,11 @@ class SentencePieceTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of the rendered conversation."""
-        template, names = self._settings.chat_template, self._settings.special_tokens
-        return self.encode(render_chat(template, messages, names, add_generation_prompt=add_generation_prompt), bos=False)
+        return self.encode(self._settings.chat(messages, add_generation_prompt=add_generation_prompt), bos=False)
 
     def encode_turn(self, messages: Sequence[Message]) -> list[int]:
         """Ids of what the messages add to a conversation."""
-        return self.encode(render_turn(self._settings.chat_template, messages, self._settings.special_tokens), bos=False)
+        return self.encode(self._settings.turn(messages), bos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""
@@ -103,13 +102,8 @@ class SentencePieceTokenizer:
         return piece_bytes(pieces).startswith(b" ")
 
 
-def pieces_of(processor: Any) -> list[str]:
-    """The vocabulary's spellings, by id."""
-    return [str(processor.id_to_piece(index)) for index in range(processor.get_piece_size())]
-
-
-def open_sentencepiece(path: Path) -> Any:
-    """A SentencePieceProcessor whose pieces are text. ModelError if the file is broken or the package is not installed."""
+def open_sentencepiece(path: Path) -> tuple[Any, list[str]]:
+    """A SentencePieceProcessor and its pieces by id. ModelError if the file is broken or the package is not installed."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
@@ -117,7 +111,6 @@ def open_sentencepiece(path: Path) -> Any:
     try:
         processor = SentencePieceProcessor()
         processor.LoadFromSerializedProto(path.read_bytes())
-        pieces_of(processor)
-        return processor
+        return processor, [str(processor.id_to_piece(index)) for index in range(processor.get_piece_size())]
     except Exception as error:
         raise ModelError(f"{path} is not a SentencePiece model ({reason(error)}): download it again") from error

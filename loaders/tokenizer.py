@@ -57,14 +57,14 @@ def _from_json(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 def _from_sentencepiece(folder: Path, config: ModelConfig) -> Tokenizer:
-    processor = open_sentencepiece(folder / "tokenizer.model")
+    processor, pieces = open_sentencepiece(folder / "tokenizer.model")
     options = _options(folder)
-    pieces = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-    special = {name: processor.id_to_piece(index) for name, index in pieces.items() if index >= 0}
-    bos = pieces["bos_token"] if pieces["bos_token"] >= 0 else None
-    eos = pieces["eos_token"] if pieces["eos_token"] >= 0 else None
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    special = {name: pieces[index] for name, index in ids.items() if index >= 0}
+    bos = ids["bos_token"] if ids["bos_token"] >= 0 else None
+    eos = ids["eos_token"] if ids["eos_token"] >= 0 else None
     adds_bos = options.flag("add_bos_token", True)
-    return SentencePieceTokenizer(processor, _settings(folder, config, options, special, bos, eos, adds_bos))
+    return SentencePieceTokenizer(processor, pieces, _settings(folder, config, options, special, bos, eos, adds_bos))
 
 
 def _settings(

@@ -462,6 +462,7 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("plan", "--ctx", 1000, "--device", "h10"), "did you mean 'h100'"),
         (("plan", "--ctx", "1M"), "such as 131072 or 1e6"),
         (("plan", "--ctx", "nan"), "such as 131072 or 1e6"),
+        (("needle", "--ctx", "4096,inf"), "list of numbers of tokens"),
         (("run", "-p", "the", "--session", "s", "--checkpoint", "s"), "a name of its own"),
         (("run", "-p", "the", "--session", "nowhere/s"), "nowhere is no folder"),
         (("run", "-p", "the", "--checkpoint", "nowhere/s"), "nowhere is no folder"),
