@@ -22,6 +22,9 @@ from skvq.kernels.interface import Backend, RopeFrequencies
 TEXT_TOKENS = 2048
 """Tokens of one calibration text; a corpus is cut into texts of this length."""
 
+REHEARSED = 64
+"""Tokens of ``rehearse``."""
+
 Progress = Callable[[float], None]
 """Called for each piece of work when it is done, in units proportional to time."""
 
@@ -67,6 +70,17 @@ def calibrate(
         del stats  # before the next layer's are made
         progress(1.0)
     return stacked(layers)
+
+
+@torch.no_grad()
+def rehearse(model: Model, frequencies: RopeFrequencies, texts: Tensor, config: CacheConfig, backend: Backend) -> None:
+    """Calibrate one layer on a few tokens and forget it.
+
+    Kernels are compiled here, a minute of it on a new machine, and not in the first of the layers that progress counts.
+    """
+    few = texts[:1, :REHEARSED]
+    stats = next(recorded(model, frequencies, few, OutlierTokens(few)))
+    fit_layer(stats, frequencies, config.with_bits(config.key_bits, config.value_bits), backend, seed=0)
 
 
 def recorded(model: Model, frequencies: RopeFrequencies, texts: Tensor, outliers: OutlierTokens) -> Iterator[LayerStats]:

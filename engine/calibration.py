@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from skvq.calibrate.budget import budget_work, calibrate_budget
 from skvq.calibrate.corpus import BUILT_IN, built_in_corpus
 from skvq.calibrate.outliers import OutlierTokens
-from skvq.calibrate.run import calibrate, texts_of
+from skvq.calibrate.run import calibrate, rehearse, texts_of
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError, SkvqError
@@ -45,6 +45,7 @@ def make_artifact(
     """
     texts = texts_of(ids, header.tokens)
     outliers = OutlierTokens(texts)
+    rehearse(model, rope, texts, cache, backend)
     if cache.is_open:
         label = f"choosing bits for {cache.method} on {texts.numel():,} tokens"
         with report.bar(label, budget_work(model.config, texts, cache)) as bar:

@@ -18,7 +18,7 @@ from numba import njit
 import skvq
 from skvq.kernels import layout, reference
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.numba_cpu import lattice, launch, numeric, products, quantizer, simd, tiles
+from skvq.kernels.numba_cpu import compiled, lattice, numeric, products, quantizer, simd, tiles
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.reference import e4m3_decode, pack_codes
@@ -139,7 +139,7 @@ def test_exp2() -> None:
 def test_compiled_once_per_machine(tmp_path: Path) -> None:
     """A second process reads what the first has compiled; no folder of the package need be writable."""
     script = (
-        "from skvq.kernels.numba_cpu import launch, small\nkernels = launch.Kernels()\n"
+        "from skvq.kernels.numba_cpu import compiled, small\nkernels = compiled.Kernels()\n"
         "kernels.function(small.build_swiglu)\nprint(kernels._compiled[small.build_swiglu][0].cache_hits)"
     )
     path = os.pathsep.join(
@@ -154,15 +154,15 @@ def test_compiled_once_per_machine(tmp_path: Path) -> None:
 
 def test_a_change_in_any_source_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, plain = build_attend_heads.__module__, build_attend_plain.__module__
-    before = launch.source_stamp(heads), launch.source_stamp(plain)
+    before = compiled.source_stamp(heads), compiled.source_stamp(plain)
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "mean.py" else b""))
-    assert launch.source_stamp(heads) != before[0], "heads imports mean"
-    assert launch.source_stamp(plain) == before[1], "plain does not"
+    assert compiled.source_stamp(heads) != before[0], "heads imports mean"
+    assert compiled.source_stamp(plain) == before[1], "plain does not"
 
 
 def test_constants_copied_from_outside_are_those_outside() -> None:
-    """See ``launch.source_stamp``: kernels copy them, so that a change is a change of their own source."""
+    """See ``compiled.source_stamp``: kernels copy them, so that a change is a change of their own source."""
     assert (tiles.SLOTS, tiles.TRITS, tiles.RETAINED) == (layout.TRIT_SLOTS, layout.TRIT_PLANES, layout.RETAINED_FLAG)
     assert (quantizer.E4M3_MAX, quantizer.E4M3_MIN) == (layout.E4M3_MAX, layout.E4M3_MIN)
     assert quantizer.REFINE_STEPS == reference.REFINE_STEPS
@@ -176,7 +176,7 @@ def test_kernels_import_nothing_that_the_stamp_does_not_see() -> None:
         text = path.read_text()
         if not re.search(r"^@(njit|intrinsic)|^def build_", text, re.MULTILINE):
             continue
-        package = re.escape(launch.__package__)
+        package = re.escape(tiles.__package__)
         seen = re.findall(rf"^from {package}\.\w+ import|^from {package} import [\w, ]+$", text, re.MULTILINE)
         named = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("skvq")]
         assert len(seen) == len(named), path.name

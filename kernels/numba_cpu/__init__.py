@@ -4,7 +4,7 @@ Words used throughout:
 
     job       the int64 array a kernel gets as its only argument: addresses, sizes, strides in bytes (``job.py``)
     w_...     fields of a job: offsets of scratch arrays in a thread's workspace, whose address jitted code calls ``work``
-    build_x   makes the entry point of a kernel. ``stamp`` identifies its source (``launch.source_stamp``): the compiled code
+    build_x   makes the entry point of a kernel. ``stamp`` identifies its source (``compiled.source_stamp``): the compiled code
               reads it, so numba's disk cache keeps one version per stamp
     lanes     a row length rounded up to LANE_BLOCK (32), the width of the inner loops
     levels    3, 4, 8, 16 or 256: stands for the bit width of codes

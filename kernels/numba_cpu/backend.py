@@ -13,10 +13,10 @@ from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, Packed
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.numba_cpu import attend
 from skvq.kernels.numba_cpu.channels import channels_of, contiguous_channels
+from skvq.kernels.numba_cpu.compiled import Build
 from skvq.kernels.numba_cpu.entry import process_kernels
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.labels import build_attend_labels
-from skvq.kernels.numba_cpu.launch import Build
 from skvq.kernels.numba_cpu.ops import NumbaOps
 from skvq.kernels.numba_cpu.pack import build_pack
 from skvq.kernels.numba_cpu.packer import STRETCH, Packing, heads_packing, labels_packing, pack_job
@@ -143,7 +143,8 @@ class NumbaCpu:
     ) -> None:
         threads = torch.get_num_threads()
         job, kept = pack_job(pages, packing, row, first, rows, flags, threads)
-        self._team.run(self._kernels.function(build), job, threads)
+        attends = build_attend_labels if packing.crossing else build_attend_heads
+        self._team.run(self._kernels.function(build, soon=attends), job, threads)
         del kept  # the job holds addresses only
 
     # --- what follows from a codec, computed once ---

@@ -6,7 +6,8 @@ import functools
 from array import array
 from collections.abc import Sequence
 
-from skvq.kernels.numba_cpu.launch import Build, Function, Kernels, Team
+from skvq.kernels.numba_cpu.compiled import Build, Function, Kernels
+from skvq.kernels.numba_cpu.launch import Team
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from skvq.kernels.numba_cpu.quantizer import E4M3_MIN, e4m3_encode
 from skvq.kernels.numba_cpu.simd import f32, i32
 from skvq.kernels.numba_cpu.tiles import FAST, round_up
 
-LATTICE_FITS, LATTICE_ROUNDS, LATTICE_SWEEPS = 2, 2, 2  # reference.LATTICE_*; copied (``launch.source_stamp``)
+LATTICE_FITS, LATTICE_ROUNDS, LATTICE_SWEEPS = 2, 2, 2  # reference.LATTICE_*; copied (``compiled.source_stamp``)
 LANES = 32
 ROW = 4 * LANES  # bytes of a row
 BLOCK = 16  # rows whose effect on all others is applied at once, as a matrix product

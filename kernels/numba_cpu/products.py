@@ -29,7 +29,7 @@ from skvq.kernels.numba_cpu.simd import (
     host_features,
     prefetch,
 )  # fmt: skip
-from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK
+from skvq.kernels.numba_cpu.tiles import CALLED, LANE_BLOCK
 
 
 def _multiply_add(builder, features, total, codes, limbs):
@@ -168,7 +168,7 @@ def add_outer(typingctx, lanes, coefs, count, out, step):
     return types.void(*[types.int64] * 5), codegen
 
 
-@njit(**FAST)
+@njit(**CALLED)
 def dots(rows, codes, step, count, limbs, limb_stride, row_stride, out, out_stride, shift, lanes, ahead, ahead_bytes):
     """``out[row, lane] = sum_j codes[j][lane] . limbs[row][j]`` as float32, ``lanes`` a multiple of 32.
 
@@ -191,7 +191,7 @@ def dots(rows, codes, step, count, limbs, limb_stride, row_stride, out, out_stri
                 dot_1(codes + lane, step, count, a, limb_stride, row_stride, o, out_stride, shift)
 
 
-@njit(**FAST)
+@njit(**CALLED)
 def mix(rows, table, step, count, coefs, coef_stride, out, out_stride, lanes):
     """``out[row, lane] += sum_j coefs[row, j] * table[j, lane]``, ``lanes`` a multiple of 32, strides in bytes."""
     for lane in range(0, 4 * lanes, 4 * LANE_BLOCK):

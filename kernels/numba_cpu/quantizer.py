@@ -10,7 +10,7 @@ from skvq.kernels.numba_cpu.numeric import e4m3
 from skvq.kernels.numba_cpu.simd import as_bits, f32, largest, smallest, u8
 from skvq.kernels.numba_cpu.tiles import FAST
 
-REFINE_STEPS = 3  # reference.REFINE_STEPS; copied, as are those of layout.py below (``launch.source_stamp``)
+REFINE_STEPS = 3  # reference.REFINE_STEPS; copied, as are those of layout.py below (``compiled.source_stamp``)
 E4M3_MAX, E4M3_MIN = np.float32(448), np.float32(2.0**-9)
 
 

@@ -14,11 +14,14 @@ from numba import njit
 from skvq.kernels.numba_cpu import spread
 from skvq.kernels.numba_cpu.simd import i8, u8
 
-SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES; copied (``launch.source_stamp``)
+SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES; copied (``compiled.source_stamp``)
 RETAINED = 128  # layout.RETAINED_FLAG, likewise
 FAST = {"fastmath": True, "error_model": "numpy", "nogil": True, "forceinline": True}
-"""Options of every jitted function. All are inlined: a callee that is not may be compiled differently, and round so, in the
-process that compiles a kernel than in those that read it from the cache: the first run would pack other bytes."""
+"""Options of jitted functions. They are inlined: a callee that is not may be compiled differently, and round so, in the process
+that compiles a kernel than in those that read it from the cache: the first run would pack other bytes."""
+CALLED = {**FAST, "forceinline": False}
+"""Options of functions whose arithmetic is all in vector instructions of their own (``products.py``): the same wherever it is
+compiled, so it need not be compiled wherever it is used. That halves the kernels, and their registers last."""
 LANE_BLOCK = 32
 
 
