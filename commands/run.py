@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,15 +104,19 @@ def run(**options: Any) -> None:
     asked = questions() if options["interactive"] else iter(())
     if options["interactive"] and options["prompt"] is None:
         text = joined(text, next(asked, ""))
+    answered = Answered(0, ())
     try:
         written = answer(engine, sequence, text, sampling, options)
         for question in asked:
+            answered = Answered.of(sequence)
             answer(engine, sequence, question, sampling, {**options, "system": None})
     except CapacityError as error:
         if not (options["interactive"] and sequence.length):
             raise
         engine.report.message(str(error))
     except KeyboardInterrupt:
+        if not sequence.pending:
+            answered.go_back(sequence)
         if session is not None and sequence.pending:  # a token has been drawn: all of the text has been read
             sequence.save(session)
             engine.report.message(f"what has been read and written is saved in {session}")
@@ -124,6 +129,25 @@ def run(**options: Any) -> None:
     click.echo(f"skvq: {summary.line()}", err=True)
     if options["as_json"]:
         click.echo(json.dumps({"text": written, **summary.as_dict()}))
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Where a sequence was when its last answer ended, so that a question of which only half was read can be forgotten."""
+
+    tokens: int  # dropped ones counted
+    pending: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sequence: SequenceCache) -> Answered:
+        return cls(sequence.dropped + sequence.length, tuple(sequence.pending))
+
+    def go_back(self, sequence: SequenceCache) -> None:
+        """Forget what was read since; nothing changes where no answer is left to go back to."""
+        length = self.tokens - sequence.dropped
+        if length > 0:
+            sequence.truncate(length)
+            sequence.pending = list(self.pending)
 
 
 def require_consistent(options: dict[str, Any]) -> None:

@@ -54,8 +54,8 @@ class Engine:
         max_sequences: int = 4,
         cache: CacheConfig | None = None,
         backend: str = "auto",
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         calibration: str | Path | None = None,
         dummy_weights: bool = False,
         rope_scaling: str | None = None,
@@ -85,8 +85,9 @@ class Engine:
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
         require_known(prefill, PREFILLS, "prefill")
-        for what, name in (("backend", backend), ("device", device), ("dtype", dtype)):
-            require_type(what, name, str)
+        require_type("backend", backend, str)
+        require_type("device", device, str, torch.device)
+        require_type("dtype", dtype, str, torch.dtype)
         require_type("dummy_weights", dummy_weights, bool)
         require_type("prefix_cache", prefix_cache, bool)
         require_type("cuda_graph", cuda_graph, bool)
@@ -95,15 +96,16 @@ class Engine:
         require_type("rope_scaling", rope_scaling, str, None)
         require_type("report", report, Reporter, None)
         chosen = report if report is not None else StderrReporter()
-        with own_settings(pick_device(device)):
+        place = str(device)
+        with own_settings(pick_device(place)):
             parts = load_parts(
                 str(model),
                 max_context=max_context,
                 max_sequences=max_sequences,
                 cache=cache if cache is not None else CacheConfig(),
                 backend=backend,
-                device=device,
-                dtype=dtype,
+                device=place,
+                dtype=str(dtype).removeprefix("torch."),
                 calibration=path_or_none("calibration", calibration),
                 dummy_weights=dummy_weights,
                 rope_scaling=rope_scaling,

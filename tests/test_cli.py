@@ -203,6 +203,28 @@ def test_ctrl_c_in_an_answer_keeps_the_session(
     assert not (tmp_path / "half").exists()
 
 
+def test_ctrl_c_in_a_later_question_keeps_the_answers_before_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session is that of the questions that were answered; what was read of the next is forgotten."""
+    options = ("run", "--model", model, "--method", "fp", "--ignore-eos", "-n", 5, "-i", "-p", "the quick brown fox")
+    session, read = tmp_path / "s", reading.streaming_prefill
+    monkeypatch.setattr(reading, "SHORT_TOKENS", 4)
+
+    def half_read(model: Any, rope: Any, sequence: Any, ids: Any, *more: Any) -> Any:
+        if sequence.length:
+            read(model, rope, sequence, ids[:5], *more)
+            raise KeyboardInterrupt
+        return read(model, rope, sequence, ids, *more)
+
+    assert call(*options, "--session", tmp_path / "answered", stdin="").exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "streaming_prefill", half_read)
+        result = call(*options, "--session", session, stdin="jumps over the lazy dog and the quick brown fox\n")
+    assert result.exit_code == 130 and f"saved in {session}" in result.stderr
+    assert session.read_bytes() == (tmp_path / "answered").read_bytes()
+
+
 def test_no_new_tokens_are_no_text(model: Path) -> None:
     assert call("run", "--model", model, "-p", "the", "-n", 0, "--method", "fp").stdout == "\n"
 

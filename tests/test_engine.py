@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny import dense_nll, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine.config import SamplingConfig
+from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
@@ -222,6 +224,21 @@ def test_an_engine_over_the_same_weights_with_another_cache(engine: Engine) -> N
     dense = dense_nll(engine, ids)
     assert plain.parts.model is engine.parts.model
     assert (plain.nll(ids) - dense).abs().mean() < (engine.nll(ids) - dense).abs().mean() / 10
+
+
+def test_device_and_dtype_may_be_those_of_torch(folder: Path) -> None:
+    options: dict[str, Any] = {
+        "backend": "reference",
+        "cache": CacheConfig(method="fp"),
+        "dummy_weights": True,
+        "report": Quiet(),
+    }
+    found = Engine.load(folder, device=torch.device("cpu"), dtype=torch.float16, **options)
+    assert found.device == torch.device("cpu") and found.parts.setup.arena.shape.dtype == torch.float16
+    with pytest.raises(OptionError, match="unknown dtype 'float64'"):
+        Engine.load(folder, dtype=torch.float64, **options)
+    with pytest.raises(OptionError, match="dtype must be str or dtype, got 16"):
+        Engine.load(folder, dtype=16, **options)
 
 
 def test_loading_names_the_option_that_was_meant(folder: Path) -> None:
