@@ -20,6 +20,7 @@ from skvq.commands.options import (
     model_option,
     packing_options,
     pick,
+    tokens_of,
 )
 from skvq.commands.text import corpus_text
 from skvq.engine.config import CacheConfig
@@ -33,9 +34,7 @@ from skvq.loaders.files import require_writable
 @click.option("--text", help="Text file to calibrate on; default: Python's bundled documentation.")
 @click.option("--tokens", type=click.IntRange(min=32), default=16384, show_default=True, help="Tokens of the text to use.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option(
-    "--ctx", type=click.IntRange(min=1), default=2048, show_default=True, help="Intended context, if RoPE depends on it."
-)
+@click.option("--ctx", callback=tokens_of, default="2048", show_default=True, help="Intended context, if RoPE depends on it.")
 @click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the window the cache will use.")
 @engine_options
 @packing_options

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from skvq.engine.cache import SequenceCache
     from skvq.engine.generate import Engine
     from skvq.engine.prompt import Prompt
+    from skvq.engine.timing import Timing
 
 
 @click.command(cls=OneLineCommand)
@@ -104,23 +105,22 @@ def run(**options: Any) -> None:
     asked = questions() if options["interactive"] else iter(())
     if options["interactive"] and options["prompt"] is None:
         text = joined(text, next(asked, ""))
-    answered = Answered(0, ())
+    first = turn = Turn.begins(sequence)
     try:
         written = answer(engine, sequence, text, sampling, options)
         for question in asked:
-            answered = Answered.of(sequence)
+            turn = Turn.begins(sequence)
             answer(engine, sequence, question, sampling, {**options, "system": None})
     except CapacityError as error:
         if not (options["interactive"] and sequence.length):
             raise
         engine.report.message(str(error))
     except KeyboardInterrupt:
-        if not sequence.pending:
-            answered.go_back(sequence)
-        if session is not None and sequence.pending:  # a token has been drawn: all of the text has been read
+        whole = turn.is_read(sequence) or (turn is not first and turn.go_back(sequence))
+        if session is not None and whole:
             sequence.save(session)
             engine.report.message(f"what has been read and written is saved in {session}")
-        elif options["checkpoint"] is None and not sequence.pending:
+        elif options["checkpoint"] is None and not whole:
             engine.report.message("the text was being read, and none of that is kept: --checkpoint FILE would keep it")
         raise
     if session is not None:
@@ -132,22 +132,28 @@ def run(**options: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """Where a sequence was when its last answer ended, so that a question of which only half was read can be forgotten."""
+class Turn:
+    """Where a sequence was before a text was read, so that a text of which only half was read can be forgotten."""
 
     tokens: int  # dropped ones counted
     pending: tuple[int, ...]
+    timing: Timing
 
     @classmethod
-    def of(cls, sequence: SequenceCache) -> Answered:
-        return cls(sequence.dropped + sequence.length, tuple(sequence.pending))
+    def begins(cls, sequence: SequenceCache) -> Turn:
+        return cls(sequence.dropped + sequence.length, tuple(sequence.pending), sequence.timing)
 
-    def go_back(self, sequence: SequenceCache) -> None:
-        """Forget what was read since; nothing changes where no answer is left to go back to."""
+    def is_read(self, sequence: SequenceCache) -> bool:
+        """Whether all of the text has been read: a sequence then gets a timing of its own."""
+        return sequence.timing is not self.timing
+
+    def go_back(self, sequence: SequenceCache) -> bool:
+        """Forget what was read since; False, and nothing changes, where no token from before is left."""
         length = self.tokens - sequence.dropped
         if length > 0:
             sequence.truncate(length)
             sequence.pending = list(self.pending)
+        return length > 0
 
 
 def require_consistent(options: dict[str, Any]) -> None:

@@ -190,13 +190,19 @@ def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) ->
         ctx=sequence.length,
         ms_per_token=math.nan,
         attention_ms=1e3 * seconds,
-        sdpa_ms=1e3 * sdpa_seconds(config, sequence.length, setup),
+        sdpa_ms=math.nan,
         sdpa_dtype=str(sdpa_dtype(setup)).removeprefix("torch."),
         tokens_per_s=math.nan,
         gbps=read / seconds / 1e9,
         share_of_copy=read / seconds / copy,
-        peak_bytes=peak_bytes(device),
+        peak_bytes=0,
     )
+
+
+def _compared(row: DecodeRow, setup: CacheSetup, config: ModelConfig) -> DecodeRow:
+    """With the peak since ``reset_peak``, and then torch's attention, whose memory is no part of it."""
+    peak = peak_bytes(setup.device)
+    return replace(row, peak_bytes=peak, sdpa_ms=1e3 * sdpa_seconds(config, row.ctx, setup))
 
 
 @torch.inference_mode()
@@ -229,10 +235,9 @@ class Bench:
 
 
 def _bench(device: torch.device, rows: Callable[[float], Iterator[BenchRow]]) -> Bench:
-    """Measure the ceiling, then ``rows`` of it one by one, all on ``device``; what the ceiling takes is no part of the peak."""
+    """Measure the ceiling, then ``rows`` of it one by one, all on ``device``."""
     with own_settings(device):
         copy = copy_bandwidth(device)
-        reset_peak(device)
 
     def measured() -> Iterator[BenchRow]:
         with own_settings(device):
@@ -262,19 +267,20 @@ def _attention_rows(
 ) -> Iterator[DecodeRow]:
     gate(setup, config.num_heads, min(GATE_TOKENS, max(contexts)), report)
     for context in contexts:
+        reset_peak(setup.device)
         with filled(setup, context, report) as sequence:
-            yield _attention_row(sequence, config, copy)
+            yield _compared(_attention_row(sequence, config, copy), setup, config)
 
 
 def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterator[DecodeRow]:
     setup, config = engine.parts.setup, engine.parts.model.config
     gate(setup, config.num_heads, min(GATE_TOKENS, max(contexts)), engine.report)
     for context in contexts:
+        reset_peak(setup.device)
         with filled(setup, context, engine.report) as sequence:
             row = _attention_row(sequence, config, copy)
             seconds = step_seconds(engine, sequence)
-            peak = peak_bytes(setup.device)
-            yield replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds, peak_bytes=peak)
+            yield _compared(replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds), setup, config)
 
 
 @torch.inference_mode()
@@ -301,12 +307,10 @@ def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
     config, setup = engine.parts.model.config, engine.parts.setup
     device = setup.device
     ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
-    sequence = engine.new_sequence()
-    try:
+    reset_peak(device)
+    with engine.new_sequence() as sequence:
         (seconds,) = timed(lambda: engine.read(sequence, ids), device, 1)
-        written = sequence.nbytes
-    finally:
-        sequence.free()
+        written, peak = sequence.nbytes, peak_bytes(device)
     attended = dense_seconds(config, context, engine.parts.model.weights.embedding.dtype, device)
     return PrefillRow(
         ctx=context,
@@ -315,5 +319,5 @@ def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
         tokens_per_s=context / seconds,
         gbps=written / seconds / 1e9,
         share_of_copy=written / seconds / copy,
-        peak_bytes=peak_bytes(device),
+        peak_bytes=peak,
     )

@@ -14,6 +14,7 @@ from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, path_of
+from skvq.engine.rollback import uninterrupted
 from skvq.engine.session import require_fits, save_session
 from skvq.engine.setup import CacheSetup
 from skvq.engine.timing import Timing
@@ -246,6 +247,7 @@ class SequenceCache:
         return twin
 
     @computes
+    @uninterrupted()
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``, dropped ones not counted.
 

@@ -152,6 +152,8 @@ def cached_or_made(
     and kept."""
     header = header_for(cache, fingerprint, BUILT_IN, tokens)
     key = {**asdict(header), "rope": rope_digest(rope)}  # keys are calibrated as they are turned
+    if cache.is_open:
+        key["window"] = cache.window  # what is not packed counts for nothing when bits are chosen
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
     if path.is_file():

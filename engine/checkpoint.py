@@ -31,6 +31,7 @@ from skvq.engine.session import (
     fill_from,
     header_of,
     ids_entry,
+    require_fits,
     slot_entries,
     tile_entries,
     write_slots,
@@ -184,6 +185,7 @@ class FileCheckpoint:
         if not self.path.exists():
             return
         file = self._open(sequence, "streaming")
+        require_fits(file.header["length"], sequence.setup.max_context)
         sequence.truncate(0)
         fill_from(sequence, file)
         self.report.message(f"resuming from {self.path}: {sequence.length:,} of {len(whole_text):,} tokens have been read")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, overload
 
 import torch
@@ -41,6 +41,8 @@ class Engine:
         self.timing = Timing()
         """Of the last call that read or wrote text."""
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
+        self.batches = Lock()
+        """Held by one list of prompts at a time: lists of other threads wait for the places that it has taken."""
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
 
@@ -328,12 +330,18 @@ class Engine:
 
     @infers
     def decode_step(self, sequences: Sequence[SequenceCache], tokens: Sequence[int]) -> Tensor:
-        """One more token of each sequence: logits float32 [B, V] of what follows. Raises OptionError for an unknown token."""
+        """One more token of each sequence: logits float32 [B, V] of what follows.
+
+        Raises OptionError for an unknown token, and for another one than an answer has left pending.
+        """
         for sequence in sequences:
             self._require_own(sequence)
         if not sequences or len(tokens) != len(sequences) or len({id(s) for s in sequences}) != len(sequences):
             raise OptionError(f"a decode step takes a token for each of some sequences, got {len(tokens)} for {len(sequences)}")
         self._require_known(tokens)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if sequence.pending and sequence.pending != [token]:
+                raise OptionError(f"token {sequence.pending[0]} of the last answer is pending: decode it before {token}")
         return self.step.run(sequences, tokens)
 
     def summary(self, sequence: SequenceCache) -> Summary:

@@ -113,16 +113,18 @@ def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingCon
     """The answers to all prompts, as many of them at a time as can be answered together, and what they took."""
     answers: list[str] = []
     total = Timing()
-    while len(answers) < len(prompts):
-        answers += _answer_together(engine, _fitting(engine, prompts[len(answers) :], config), config, total)
+    with engine.batches:
+        while len(answers) < len(prompts):
+            answers += _answer_together(engine, _fitting(engine, prompts[len(answers) :], config), config, total)
     return answers, total
 
 
 def _fitting(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> Sequence[list[int]]:
     """As many of the prompts, in order, as there are sequences and pages for; the first in any case."""
     setup = engine.parts.setup
-    room, count = setup.arena.free_pages, 0
-    for ids in prompts[: setup.arena.free_sequences]:
+    with engine.lock:
+        room, places, count = setup.arena.free_pages, setup.arena.free_sequences, 0
+    for ids in prompts[:places]:
         room -= setup.regions.pages(min(len(ids) + config.max_new_tokens, setup.max_context))
         if room < 0:
             break

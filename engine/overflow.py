@@ -24,7 +24,7 @@ from skvq.engine.config import ON_FULL
 from skvq.engine.errors import CapacityError, require_known
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.regions import Regions
-from skvq.engine.rollback import all_or_nothing
+from skvq.engine.rollback import all_or_nothing, uninterrupted
 from skvq.engine.rope import turned
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
@@ -98,12 +98,12 @@ def drop_pages(sequence: SequenceCache, count: int) -> None:
     """Drop the oldest ``count`` whole pages and all tokens in them but the attention sinks."""
     assert 0 < count * PAGE_TOKENS <= sequence.packed, (count, sequence.packed)
     tokens = count * PAGE_TOKENS
-    with all_or_nothing(sequence):
+    with uninterrupted(), all_or_nothing(sequence):
         for layer in range(sequence.setup.arena.shape.layers):
             if not sequence.setup.rules and not sequence.dropped:
                 _hold_sinks(sequence, layer)
             _move_slots(sequence, layer, tokens)
-    sequence.forget(count)
+        sequence.forget(count)
 
 
 def _hold_sinks(sequence: SequenceCache, layer: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from skvq.engine.arena import SLOT_TENSORS
@@ -35,3 +38,20 @@ def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSOR
         del sequence.token_ids[length:]
         sequence.length, sequence.packed, sequence.pending = length, packed, pending
         raise
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Around short work that cannot be undone half way: Ctrl-C, which the main thread gets, comes after it."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        before(*asked[0])

@@ -88,7 +88,7 @@ def require_fits(length: int, max_context: int) -> None:
 def header_of(sequence: SequenceCache) -> dict[str, Any]:
     """Whose the tensors are and how long the sequence is."""
     lengths = {"length": sequence.length, "packed": sequence.packed, "dropped": sequence.dropped, "pending": sequence.pending}
-    return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths}
+    return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths, "filled": sequence.filled}
 
 
 def check_header(identity: Identity, file: Container, kind: str) -> None:
@@ -111,6 +111,7 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
     slots = expect_slots(sequence, file)
     ids = file.expect("token_ids", torch.int32, (length,)).tolist()
     sequence.adopt(ids, packed, dropped, pending)
+    sequence.filled = bool(file.header.get("filled"))
     write_tiles(sequence, tiles, layers)
     write_slots(sequence, slots)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from skvq.cli import main
 from skvq.commands.bench import _bare
+from skvq.engine import bench as bench_module
 from skvq.engine.bench import bench_attention, filled, gate
 from skvq.engine.config import FULL_SPAN, CacheConfig
 from skvq.engine.errors import ModelError, SkvqError
@@ -55,6 +56,18 @@ def test_json_holds_what_the_contract_says(tmp_path: Path, kind: str) -> None:
         assert row["ms_per_token"] * row["tokens_per_s"] == pytest.approx(1000)
     if kind == "decode":
         assert all(row["sdpa_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_the_peak_is_of_each_row_and_not_of_what_it_is_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    order: list[str] = []
+    compared = "sdpa_seconds" if kind == "decode" else "dense_seconds"
+    for name, found in (("reset_peak", None), ("peak_bytes", 1), (compared, 1.0)):
+        monkeypatch.setattr(bench_module, name, lambda *args, name=name, found=found: order.append(name) or found)
+    results(kind, "--model", tiny_folder(tmp_path), "--dummy-weights", "--ctx", "40,30", "--method", "fp")
+    assert order == ["reset_peak", "peak_bytes", compared] * 2
 
 
 def test_attention_alone_says_that_there_was_no_step(tmp_path: Path) -> None:

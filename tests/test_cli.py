@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from skvq.cli import main, run
 from skvq.commands.errors import output_error
 from skvq.commands.text import argument_text, file_text
-from skvq.engine import decode, reading
+from skvq.engine import decode, reading, sampling
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
@@ -166,24 +166,26 @@ def test_ctrl_c_ends_an_answer_not_the_questions(model: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("owner, what, count", [(decode.EagerStep, "run", 4), (sampling.Sampler, "draw", 4)])
 def test_ctrl_c_in_an_answer_keeps_the_session(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool, owner: type, what: str, count: int
 ) -> None:
-    """The session goes on as an uninterrupted one; a text that was half read is no session."""
+    """The session goes on as an uninterrupted one, also where a step is done and its token not drawn yet; a text that was half
+    read is no session."""
     options = ("run", "--model", model, "--method", "fp", "--ignore-eos", "--prefill", "streaming")
     text = ("-p", "the quick brown fox", *(("--checkpoint", tmp_path / "c") if checkpoint else ()))
     whole = call(*options, *text, "-n", 9).stdout
-    step, calls, session = decode.EagerStep.run, [0], tmp_path / "s"
+    step, calls, session = getattr(owner, what), [0], tmp_path / "s"
 
     def interrupted(*args: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 4:
+        if calls[0] == count:
             assert session.exists() == checkpoint, "what has been read is kept as soon as the checkpoint is gone"
             raise KeyboardInterrupt
         return step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode.EagerStep, "run", interrupted)
+        patch.setattr(owner, what, interrupted)
         result = call(*options, *text, "-n", 9, "--session", session)
     assert result.exit_code == 130 and f"saved in {session}" in result.stderr
     on = call(*options, "--session", session, "-n", 6)
@@ -480,6 +482,7 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("eval", "--text", "/dev/null", "--method", "fp"), "empty"),
         (("eval", "--methods", "rotate:2", "--tokens", 9), "rotate:2"),
         (("eval", "--methods", "rotat", "--tokens", 9), "did you mean 'rotate'"),
+        (("calibrate", "-o", "x.safetensors", "--ctx", "1M"), "such as 131072 or 1e6"),
         (("plan", "--ctx", 1000, "--memory", "lots"), "lots"),
         (("plan", "--ctx", 1000, "--device", "h10"), "did you mean 'h100'"),
         (("plan", "--ctx", "1M"), "such as 131072 or 1e6"),

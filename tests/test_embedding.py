@@ -173,6 +173,25 @@ def test_threads_share_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch
         assert list(pool.map(answer, texts * 3)) == wanted
 
 
+def test_lists_of_several_threads_wait_for_places(engine: Engine) -> None:
+    """Each takes all the places there are."""
+    texts = [TEXT * n for n in (1, 2, 3, 4)]
+    wanted = [engine.generate(text, SAMPLING) for text in texts]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: engine.generate(texts, SAMPLING), range(6))) == [wanted] * 6
+
+
+def test_a_pending_token_is_not_lost_in_a_decode_step(engine: Engine) -> None:
+    with engine.prefill(TEXT) as sequence:
+        "".join(engine.stream("", SAMPLING, sequence=sequence))
+        [pending], length = sequence.pending, sequence.length
+        with pytest.raises(OptionError, match=f"token {pending} of the last answer is pending"):
+            engine.decode_step([sequence], [pending + 1 if pending < 9 else pending - 1])
+        assert sequence.pending == [pending] and sequence.length == length
+        engine.decode_step([sequence], [pending])
+        assert sequence.pending == [] and sequence.length == length + 1
+
+
 def test_a_batch_that_is_gone_holds_no_sequence(engine: Engine) -> None:
     def use() -> None:
         sequence = engine.prefill(TEXT)

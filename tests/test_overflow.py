@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine,
 from torch import Tensor
 
 from skvq.cli import main
+from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.filters import AttentionSinks, KeyOutliers, TokenIds
@@ -246,6 +249,28 @@ def test_a_hundred_shifts_leave_the_sinks_in_place(tmp_path: Path, dtype: torch.
     after = full.keys[sequence.slot, :, :SINKS].transpose(0, 1).float()
     wanted = turned(before, sequence.origin, engine.parts.rope)
     assert (after - wanted).norm() / wanted.norm() < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_ctrl_c_comes_after_a_shift_or_a_cut(engines: Engines, monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+    """The sequence is what it is without one: half of it cannot be undone."""
+    engine, release = engines["rotate"][0], Arena.release
+    work: Callable[[SequenceCache], None] = (lambda s: s.truncate(400)) if cut else (lambda s: drop_pages(s, 1))
+
+    def interrupted(arena: Arena, page: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        release(arena, page)
+
+    with engine.prefill(random_ids(2600)) as sequence, engine.prefill(random_ids(2600)) as other:
+        work(other)
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "release", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                work(sequence)
+        assert (sequence.length, sequence.packed, sequence.dropped) == (other.length, other.packed, other.dropped)
+        assert sequence.page_row[: len(sequence.pages)].tolist() == sequence.pages and len(sequence.pages) == len(other.pages)
+        assert torch.equal(*(engine.decode_step([s], [7]) for s in (sequence, other)))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_too_short_a_context_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,15 @@ def test_saving_what_was_restored_gives_the_same_bytes(engine: Engine, saved: Pa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_random_tokens_are_still_random_when_they_come_back(engine: Engine, tmp_path: Path) -> None:
+    """A sequence that no model has read lends its pages to no prompt."""
+    with engine.new_sequence() as sequence:
+        engine.fill(sequence, 300)
+        sequence.save(tmp_path / "filled")
+    with engine.restore(tmp_path / "filled") as restored, engine.prefill(random_ids(20)) as read:
+        assert restored.filled and not read.filled
+
+
 def test_it_is_a_safetensors_file_of_used_tiles_only(engine: Engine, saved: Path) -> None:
     with safe_open(str(saved), "pt") as file:
         assert "skvq.session" in file.metadata()
