@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from scripts import loaded  # noqa: E402
 
 from skvq.kernels.layout import PageLayout  # noqa: E402
 from skvq.kernels.triton_gpu import loaders, metadata, overlap, raised  # noqa: E402
-from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, label_bytes, label_form  # noqa: E402
+from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, label_bytes, label_form, packed_bytes, packed_form  # noqa: E402
 
 sass = loaded("sass")
 
@@ -193,6 +195,31 @@ def test_shared_memory_of_labels_is_foreseen(name: str, layout: PageLayout) -> N
     [variant] = [v for v in sass.other_variants(80) if v.name == name]
     shared = sass.compile_variant(variant, 80).metadata.shared
     assert shared <= label_bytes(layout) <= shared + SHARED_MARGIN
+
+
+@pytest.mark.parametrize("name", [
+    "K2V2 g128", "K2V2 g128 mean", "K2V2 g64 mean", "K2V2 g32", "K2V1.5 g128", "K2V1.5 g128 mean", "K2V1.5 g64", "K3V3 g128",
+    "K4V4 g128",
+])  # fmt: skip
+@pytest.mark.parametrize("arch", [80, 90])
+def test_shared_memory_of_packed_attention_is_foreseen(name: str, arch: int) -> None:
+    """So a multiprocessor holds as many programs as ``packed_form`` says."""
+    [variant] = [v for v in sass.attend_variants(arch) if v.name == name]
+    bits, groups = variant.constants, variant.constants["G"]
+    layout = many_groups(8, *(1.5 if bits[side] == 15 else float(bits[side]) for side in ("KEY_BITS", "VALUE_BITS")))
+    layout = dataclasses.replace(layout, group_size=128 // groups)
+    shared = sass.compile_variant(variant, arch).metadata.shared
+    foreseen = packed_bytes(layout, bits["PART"], variant.stages, has_mean=bits["HAS_MEAN"])
+    assert shared <= foreseen <= shared + (3 << 10)
+
+
+@pytest.mark.parametrize(("options", "ampere", "hopper"), [
+    ({"group_size": 64}, 6, 8), ({"group_size": 128}, 8, 8), ({"group_size": 128, "key_bits": 4.0, "value_bits": 4.0}, 5, 7),
+])  # fmt: skip
+def test_a_multiprocessor_holds_the_programs_of_the_form(options: dict[str, Any], ampere: int, hopper: int) -> None:
+    layout = dataclasses.replace(many_groups(8), **options)
+    programs = [packed_form(layout, has_mean=True, shared_bytes=size << 10).programs for size in (164, 228)]
+    assert programs == [ampere, hopper]
 
 
 ADA, AMPERE, HOPPER = 101_376, 166_912, 232_448  # bytes that a block may have

@@ -21,6 +21,7 @@ FULL_SPLITS = 32
 LABEL_NUMBERS = 4096  # keys at a time, 32 tokens of 128: more would spill
 LABEL_WARPS = 8  # of 255 registers, that a multiprocessor holds
 LABEL_STAGES = 3  # of the software pipeline of `reorder`: a share of the tokens is on its way while another is computed with
+BLOCK_BYTES = 1 << 10  # of shared memory that every program takes besides its own
 SHARED_MARGIN = 2 << 10  # bytes, for a compiler that needs more of it than those that were tried
 
 
@@ -76,13 +77,28 @@ def packed_form(layout: PageLayout, *, has_mean: bool, shared_bytes: int) -> Pac
     bits lie in planes of their own.
     """
     if has_mean or layout.key_bits == 3 or layout.groups > 2:
-        return PackedForm(part=layout.tile, stages=2, registers=0, programs=8)
-    if layout.tile == 160:
-        stages = 3 if shared_bytes > 200 << 10 else 2
-        return PackedForm(part=160, stages=stages, registers=0, programs=8 if stages == 3 else 10)
-    token = int((layout.key_bits + layout.value_bits) * layout.head_size / 8) + 4 * layout.groups
-    programs = shared_bytes // (2 * 64 * token + (5 << 10))  # two parts on their way, q, room for sums to change places
-    return PackedForm(part=64, stages=3, registers=168, programs=min(programs, WARPS_PER_SM))
+        stages, registers, part, most = 2, 0, layout.tile, 8
+    elif layout.tile == 160:
+        stages, registers, part, most = (3, 0, 160, 8) if shared_bytes > 200 << 10 else (2, 0, 160, 10)
+    else:
+        stages, registers, part, most = 3, 168, 64, WARPS_PER_SM
+    programs = shared_bytes // (packed_bytes(layout, part, stages, has_mean=has_mean) + BLOCK_BYTES)
+    return PackedForm(part=part, stages=stages, registers=registers, programs=min(programs, most))
+
+
+def packed_bytes(layout: PageLayout, part: int, stages: int, *, has_mean: bool) -> int:
+    """Shared memory in bytes of one program of ``attend_packed_kernel``: what compilers were seen to take, or a little more.
+
+    It holds the tokens that are on their way and what changes places between lanes: codes, sums and, for a mean, its turns.
+
+    >>> packed_bytes(PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=2.0, group_size=64), 128, 2, has_mean=True)
+    24064
+    """
+    read = int((stages - 1) * part * layout.bytes_per_token / layout.kv_heads)
+    if part == 64:
+        return read + (4 << 10)
+    groups = 0 if has_mean and layout.groups == 1 and layout.key_bits == layout.value_bits == 2 else layout.groups
+    return read + 16 * part * groups + (10752 if has_mean else 2048 if part == 160 else 0)
 
 
 def rows_by_column(tile: int, groups: int, *, has_mean: bool, has_span: bool) -> bool:
