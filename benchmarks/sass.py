@@ -223,6 +223,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
     """The compiled kernel; pointers and page strides are declared divisible by 16, as they are at run time."""
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
+    loose = {p.name for p in variant.kernel.params if p.do_not_specialize_on_alignment}
     for index, name in enumerate(variant.kernel.arg_names):
         if name in variant.constants:
             signature[name] = "constexpr"
@@ -230,7 +231,8 @@ def compile_variant(variant: Variant, arch: int) -> Any:
             signature[name] = variant.pointers.get(name) or POINTERS.get(name, "*fp32")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or (name.startswith("stride_") and name not in ("stride_pages_slot", "stride_held")):
+        strided = name.startswith("stride_") and name not in ("stride_pages_slot", "stride_held")
+        if strided or (name.endswith("_ptr") and name not in loose):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
     options = {"num_warps": variant.warps, "num_stages": variant.stages}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import ModelConfig
-from skvq.engine.decode import as_replayed
+from skvq.engine.decode import as_replayed, launched_for
 from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
 from skvq.engine.guard import own_settings
@@ -154,11 +154,13 @@ def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
     q = random_query(setup, config.num_heads).transpose(1, 2).to(dtype)  # [1, H, 1, D]
     shared = config.num_heads != config.num_kv_heads
 
-    def attention() -> None:
-        for span in config.attention_spans:
-            F.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], enable_gqa=shared)
+    def attention() -> Tensor:
+        spans = config.attention_spans
+        outs = [F.scaled_dot_product_attention(q, keys[:, :, :n], values[:, :, :n], enable_gqa=shared) for n in spans]
+        return outs[-1]
 
-    return statistics.median(timed(attention, device, WARM_UP + 5)[WARM_UP:])
+    work = as_replayed(attention, setup) if device.type == "cuda" else attention
+    return statistics.median(timed(work, device, WARM_UP + 5)[WARM_UP:])
 
 
 @contextmanager
@@ -178,7 +180,8 @@ def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) ->
     setup, spans = sequence.setup, config.attention_spans
     device = setup.device
     q = random_query(setup, config.num_heads)
-    steps = [replace(last_token_step(sequence), span=span) for span in spans]
+    bound = launched_for(setup, sequence.packed)
+    steps = [replace(last_token_step(sequence), span=span, max_packed=bound) for span in spans]
     read = sequence.nbytes * sum(min(span, sequence.length) for span in spans) / (sequence.length * len(spans))
 
     def attention() -> Tensor:

@@ -80,8 +80,8 @@ class CapturedFor:
         return batch is self.batch and bound == self.bound and all(map(is_, self.methods, batch.methods))
 
 
-MOST_GRAPHS = 4
-"""Graphs that are kept: sequences may be decoded in so many company sizes, lengths or methods by turns."""
+FEWEST_GRAPHS = 4
+"""Graphs that are kept, or as many as sequences can be alive: so many company sizes, lengths or methods may take turns."""
 
 
 class GraphStep:
@@ -93,6 +93,7 @@ class GraphStep:
 
     def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup, graphs: Graphs) -> None:
         self.model, self.rope, self.graphs, self.batches = model, rope, graphs, Batches(setup)
+        self._most = max(FEWEST_GRAPHS, setup.arena.shape.sequences)
         self._held: list[CapturedFor] = []  # the one used last is the last
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
@@ -113,7 +114,7 @@ class GraphStep:
         """
         known = [held for held in self._held if held.serves(batch, bound)]
         others = [held for held in self._held if held not in known]
-        self._held = others[1 - MOST_GRAPHS :] + known
+        self._held = others[1 - self._most :] + known
         return bool(known)
 
 
@@ -132,6 +133,13 @@ def as_replayed(work: Callable[[], Tensor], setup: CacheSetup) -> Callable[[], o
     if not setup.backend.captures(setup.arena.shape.head_size):
         return work
     return graphs_of(setup).capture(work).replay
+
+
+def launched_for(setup: CacheSetup, packed: int) -> int:
+    """Packed tokens that a step at ``packed`` is launched for (``Graphs.bound``)."""
+    if not setup.backend.captures(setup.arena.shape.head_size):
+        return packed
+    return graphs_of(setup).bound(packed)
 
 
 def graphs_of(setup: CacheSetup) -> Graphs:

@@ -9,6 +9,7 @@ its import path ``package.module:Class`` or the entry point ``skvq.filters``.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from skvq.engine.errors import OptionError, nearest
 from skvq.engine.options import is_number, is_whole, option_class
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ENTRY_POINT = "skvq.filters"
@@ -107,9 +109,18 @@ class TokenIds:
         return False
 
     def keep(self, tokens: LeavingTokens) -> Tensor:
-        from torch import isin
+        among = _membership(frozenset(self.ids), tokens.token_ids.device)
+        return among[tokens.token_ids.clamp_max(len(among) - 1)]
 
-        return isin(tokens.token_ids, tokens.token_ids.new_tensor(sorted(self.ids)))
+
+@functools.lru_cache(maxsize=16)
+def _membership(ids: frozenset[int], device: torch.device) -> Tensor:
+    """Whether an id is among ``ids``, bool by id; the last is of all greater ones. Made once: later nothing waits for a GPU."""
+    import torch
+
+    among = torch.zeros(max(ids, default=-1) + 2, dtype=torch.bool)
+    among[sorted(ids)] = True
+    return among.to(device)
 
 
 @option_class

@@ -32,6 +32,12 @@ def timed(call: Callable[[], object], device: torch.device, count: int) -> list[
     return [start.elapsed_time(stop) / 1e3 for start, stop in pairwise(marks)]
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written per second by a copy far larger than any cache, the best of several: the ceiling of whatever reads
     memory."""

@@ -13,6 +13,7 @@ import torch
 from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import ModelError, OptionError, nearest
+from skvq.engine.guard import own_settings
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.measure import timed
 from skvq.engine.planner import Plan, Planner, Room
@@ -71,12 +72,13 @@ CARDS = {
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second)."""
-    size = 1 << (28 if device.type == "cuda" else 25)
-    a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    side = 8192 if device.type == "cuda" else 1024
-    m = torch.randn(side, side, dtype=dtype, device=device)
-    copy_seconds = min(timed(lambda: b.copy_(a), device, 5))
-    matrix_seconds = min(timed(lambda: m @ m, device, 5))
+    with own_settings(device):
+        size = 1 << (28 if device.type == "cuda" else 25)
+        a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+        side = 8192 if device.type == "cuda" else 1024
+        m = torch.randn(side, side, dtype=dtype, device=device)
+        copy_seconds = min(timed(lambda: b.copy_(a), device, 5))
+        matrix_seconds = min(timed(lambda: m @ m, device, 5))
     return Machine(
         name=str(device),
         memory=available_memory(device),

@@ -156,11 +156,14 @@ class Planner:
         return arena_shape(self.model, cache, max_context=context, max_sequences=self.sequences, dtype=self.dtype)
 
     def _workspace(self, context: int) -> int:
-        """What a chunk's layer computes, what packing converts, and logits."""
+        """What a chunk's layer computes, what packing converts, and logits.
+
+        Packing takes a piece of keys and values: on a GPU in float32, with their codes and one side's slopes; on a CPU in 16
+        bits, and a stretch of it in float32.
+        """
         model, chunk = self.model, min(CHUNK_TOKENS, context)
         width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
-        kv = model.num_kv_heads * model.head_size
-        packing = (
-            2 * kv * (2 * min(context, PIECE_TOKENS) + 8 * PAGE_TOKENS)
-        )  # a piece in 16 bits, of which a stretch in float32
+        kv, piece = model.num_kv_heads * model.head_size, min(context, PIECE_TOKENS)
+        on_gpu, on_cpu = kv * piece * (2 * 4 + 2 + 4), 2 * kv * (2 * piece + 8 * PAGE_TOKENS)
+        packing = on_gpu if self.room.cuda_bytes else on_cpu
         return chunk * width * max(self.dtype.itemsize, 4) + packing + 6 * model.vocab_size * 4

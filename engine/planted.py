@@ -21,6 +21,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
 from skvq.engine.setup import CacheSetup
 from skvq.engine.steps import last_token_step
@@ -99,10 +100,10 @@ def _look(sequence: SequenceCache, plant: Plant, depth: float, heads: int) -> Fo
     errors, times = [], []
     for layer in range(setup.arena.shape.layers):
         key, value = stored(sequence, layer, plant.position)
+        wait_for(device)
         start = time.perf_counter()
         out, lse = setup.method.attend(layer, q, step)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
         out, lse = (t[0, 0].float().reshape(len(query), -1, *t.shape[3:]) for t in (out, lse))  # [KH, H / KH, ...]
         score = (query * key).sum(-1, keepdim=True) / math.sqrt(size)

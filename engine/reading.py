@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, FileCheckpoint, NoCheckpoint
 from skvq.engine.exact import exact_prefill
 from skvq.engine.loading import EngineParts
+from skvq.engine.measure import wait_for
 from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import Prefixes
 from skvq.engine.report import Reporter
@@ -84,7 +84,6 @@ class Reader:
         logits = self._parts.model.head(hidden)
         sequence.logits = logits.clone()  # the caller may do with its own what it likes
         self._prefixes.keep(sequence)
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
+        wait_for(logits.device)
         seconds = time.perf_counter() - start
         return logits, Timing(prompt_tokens=count, reused_tokens=reused, prefill=how, prefill_seconds=seconds)

@@ -39,6 +39,7 @@ def compiled(kernel: Any, values: dict[str, Any], arch: int, options: dict[str, 
     """The kernel as Triton specializes it for these arguments, and the names of those that are left."""
     signature, constants, attributes = {}, {}, {}
     loose = {p.name for p in kernel.params if p.do_not_specialize}
+    unaligned = loose | {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
         if name in {kernel.arg_names[i] for i in kernel.constexprs} or (
@@ -47,13 +48,13 @@ def compiled(kernel: Any, values: dict[str, Any], arch: int, options: dict[str, 
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
-            if plain(value).data_ptr() % 16 == 0:
+            if plain(value).data_ptr() % 16 == 0 and name not in unaligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name not in loose:
+            if value % 16 == 0 and name not in unaligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     key = (kernel, arch, str(signature), str(constants), str(attributes), str(options))
     if key not in programs:

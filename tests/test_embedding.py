@@ -16,7 +16,7 @@ import torch
 from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq import AttentionSinks, CacheConfig, KeyOutliers, Quiet, SamplingConfig, SkvqError, TokenIds
-from skvq.engine.decode import MOST_GRAPHS, GraphStep
+from skvq.engine.decode import FEWEST_GRAPHS, GraphStep
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
 
@@ -289,10 +289,10 @@ def test_answers_that_take_turns_share_what_is_captured(engine: Engine, monkeypa
         graphs: Any = engine.step.graphs
         capture = graphs.capture
         monkeypatch.setattr(graphs, "capture", lambda work: captured.append(1) or capture(work))
-    wanted = [engine.generate(TEXT * (n + 1), SAMPLING) for n in range(MOST_GRAPHS)]
+    wanted = [engine.generate(TEXT * (n + 1), SAMPLING) for n in range(FEWEST_GRAPHS)]
     captured.clear()
-    streams = [engine.stream(TEXT * (n + 1), SAMPLING) for n in range(MOST_GRAPHS)]
-    texts = [""] * MOST_GRAPHS
+    streams = [engine.stream(TEXT * (n + 1), SAMPLING) for n in range(FEWEST_GRAPHS)]
+    texts = [""] * FEWEST_GRAPHS
     live = dict(enumerate(streams))
     while live:
         for n, stream in list(live.items()):

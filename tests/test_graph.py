@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.decode import MOST_GRAPHS, EagerStep, GraphStep, decode_step_of
+from skvq.engine.decode import FEWEST_GRAPHS, EagerStep, GraphStep, decode_step_of
 from skvq.engine.errors import OptionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
@@ -250,7 +250,7 @@ def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) ->
         watched.max_packed = packed
         first = step.run(sequences, [1])
         assert torch.equal(step.run(sequences, [1]), first + 1)
-    assert alive == [0, 1, 2, 3, 3, 3] and MOST_GRAPHS == 4
+    assert alive == [0, 1, 2, 3, 3, 3] and FEWEST_GRAPHS == 4
     watched.max_packed = 514  # the oldest that is left
     step.run(sequences, [1])
     assert len(alive) == 6

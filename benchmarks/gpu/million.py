@@ -56,7 +56,7 @@ run(prog_name="skvq-run")
 """
 DEPTHS = (0, 0.1, 1, 10, 25, 50, 75, 90, 99, 99.9, 100)
 LIMIT = 80e9  # bytes of the card that a million tokens of Llama-2-7B are to fit
-STEPS, WARM_UP = 32, 4
+STEPS, WARM_UP = 160, 320  # as in ``run_all.py``: a tile is packed in the timed steps, and two before
 SLACK = 64  # tokens of the context that ``command`` leaves
 
 

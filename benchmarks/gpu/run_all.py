@@ -52,7 +52,8 @@ READ_CONTEXTS, WINDOW = (4096, 32_768), 4096
 CALIBRATION_TOKENS = 8192  # what a model is calibrated on when it is first used
 DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
-STEPS = WARM_UP = 160  # a tile or more: one step packs one, `slowest_ms`, and has done it before, untimed
+STEPS = 160  # a tile or more: one step packs one, `slowest_ms`
+WARM_UP = 2 * STEPS  # of two untimed ones the first compiles, and the second is the first on streams of its own
 OUTGROWN = 256e6  # bytes: four L2 caches
 CORE = [
     (2.0, 2.0, 128, 128),
@@ -136,21 +137,13 @@ def subnormals() -> dict[str, Any]:
 
 
 def seconds_of(work: Callable[[], Any], repeats: int = 20) -> tuple[float, float]:
-    """Median and spread (interquartile, relative) of one call in a CUDA graph."""
+    """Median and spread (interquartile, relative) of one call in a CUDA graph, replayed again and again without a pause."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    times = sorted(times[3:])
+    times = sorted(timed(graph.replay, DEVICE, repeats + 3)[3:])
     middle = statistics.median(times)
     return middle, (times[3 * len(times) // 4] - times[len(times) // 4]) / middle
 

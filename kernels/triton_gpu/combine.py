@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.triton_gpu.card import Card
-from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, Columns
+from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, VARYING, Columns
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.prepare import load_matrix
 from skvq.kernels.triton_gpu.softmax import LN2, NEVER
@@ -50,7 +50,7 @@ def total_weight(stat, splits, MOST: tl.constexpr):
     return tl.sum(weight * factors(maxima, top), 0), top
 
 
-@triton.jit(do_not_specialize=["splits", "full_splits"])  # varies: one compilation serves all
+@triton.jit(**VARYING)
 def combine_kernel(
     part_ptr, stat_ptr, full_part_ptr, full_stat_ptr, basis_ptr, mean_ptr, out_ptr, lse_ptr,
     splits, full_splits, columns, queries, heads, repeat,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.interface import HeadCodec
+from skvq.kernels.triton_gpu.forms import VARYING
 from skvq.kernels.triton_gpu.prepare import bfloat_parts
 from skvq.kernels.triton_gpu.workspace import RopeTables
 
@@ -59,7 +60,7 @@ def store_product(out, basis, a, b, inside, D: tl.constexpr, WIDE: tl.constexpr)
         tl.store(out + n, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "tokens"])
+@triton.jit(**VARYING)
 def encode_kernel(
     key_ptr, value_ptr, key_mean_ptr, value_mean_ptr, key_basis_ptr, value_basis_ptr, turn_ptr, place_ptr,
     key_out_ptr, value_out_ptr, first, tokens, tile_tokens, heads, rope_scale,

@@ -11,6 +11,12 @@ from torch import Tensor
 from skvq.kernels.interface import FullSlots, Step
 from skvq.kernels.layout import PageLayout
 
+VARYING = {
+    "do_not_specialize": ["splits", "full_splits", "first_tile", "first", "tokens"],
+    "do_not_specialize_on_alignment": ["queries", "chunks", "columns", "held_ptr", "page_ptr"],
+}
+"""Options of kernels: arguments that vary between calls, layers or sequences and are used outside of inner loops. One
+compilation serves all their values, where each that is 1 or a multiple of 16 would stop a conversation for seconds."""
 HEAD_SIZES = (64, 128)  # for others the specification computes, which waits for the device
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from skvq.kernels.interface import LabelCodec, PackedPages, Step
 from skvq.kernels.triton_gpu.card import Card
-from skvq.kernels.triton_gpu.forms import LABEL_STAGES, Columns, LabelForm, has_span
+from skvq.kernels.triton_gpu.forms import LABEL_STAGES, VARYING, Columns, LabelForm, has_span
 from skvq.kernels.triton_gpu.fragments import first_of_pairs, weight_columns, zero_rows
 from skvq.kernels.triton_gpu.metadata import meta_halves
 from skvq.kernels.triton_gpu.one_hot import first_channel, in_raw, inverse, one_hot, raw_place, spread, turn_back, twice
@@ -40,7 +40,7 @@ from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, exp2
 from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def attend_labels_blocks_kernel(
     q_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, key_unit_ptr, value_unit_ptr, key_label_ptr, value_label_ptr,
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,

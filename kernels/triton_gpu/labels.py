@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skvq.kernels.interface import LabelCodec, PackedPages, Step
 from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
-from skvq.kernels.triton_gpu.forms import Columns, LabelForm
+from skvq.kernels.triton_gpu.forms import VARYING, Columns, LabelForm
 from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, middle, page_strides
 from skvq.kernels.triton_gpu.slots import load_columns
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
@@ -18,7 +18,7 @@ from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
 from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def attend_labels_kernel(
     q_ptr, turn_ptr, place_ptr, key_ptr, value_ptr, meta_ptr, key_unit_ptr, value_unit_ptr, key_label_ptr, value_label_ptr,
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,

@@ -26,6 +26,7 @@ from torch import Tensor
 from skvq.kernels import reference
 from skvq.kernels.interface import HeadSide
 from skvq.kernels.triton_gpu.fit import fit, fit_range
+from skvq.kernels.triton_gpu.forms import VARYING
 from skvq.kernels.triton_gpu.metric import MetricTables
 from skvq.kernels.triton_gpu.sweep import BLOCK, slopes_of_errors, sweep
 
@@ -33,7 +34,7 @@ ROUNDS = tl.constexpr(reference.LATTICE_ROUNDS)
 SWEEPS = tl.constexpr(reference.LATTICE_SWEEPS)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(**VARYING)
 def lattice_kernel(
     y_ptr, code_ptr, word_ptr, scale_ptr, mid_ptr, slopes_ptr, state_ptr, table_ptr, inner_ptr, ones_ptr, diagonal_ptr,
     total_ptr, down_ptr, unit_ptr, clip_ptr, tokens, heads, half,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.interface import HeadCodec, LabelCodec, PackedPages
+from skvq.kernels.triton_gpu.forms import VARYING
 from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, levels, low_bits, page_strides
 from skvq.kernels.triton_gpu.quantize import fit_groups
 
@@ -65,7 +66,7 @@ def codes_of_share(code_ptr, scale_ptr, mid_ptr, token, head, D: tl.constexpr, G
     return code, tl.load(scale_ptr + at).to(tl.int32), tl.load(mid_ptr + at).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["first_tile"])  # varies: one compilation serves all
+@triton.jit(**VARYING)
 def pack_kernel(
     key_ptr, value_ptr, key_unit_ptr, key_clip_ptr, value_unit_ptr, value_clip_ptr,
     key_scale_ptr, key_mid_ptr, value_scale_ptr, value_mid_ptr, retained_ptr,

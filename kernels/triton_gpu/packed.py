@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skvq.kernels.interface import FullSlots, HeadCodec, PackedPages, Step
 from skvq.kernels.triton_gpu.card import Card
-from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, Columns, PackedForm, has_span
+from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, VARYING, Columns, PackedForm, has_span
 from skvq.kernels.triton_gpu.overlap import overlapping
 from skvq.kernels.triton_gpu.pages import bits_code, page_strides
 from skvq.kernels.triton_gpu.prepare import Prepared
@@ -19,7 +19,7 @@ from skvq.kernels.triton_gpu.tiles import attend_tiles
 from skvq.kernels.triton_gpu.workspace import Partials
 
 
-@triton.jit(do_not_specialize=["splits", "full_splits"])
+@triton.jit(**VARYING)
 def attend_packed_kernel(
     q_ptr, qsum_ptr, scale_ptr, coefficient_ptr, turn_ptr, table_ptr, key_ptr, value_ptr, meta_ptr, unit_ptr,
     part_ptr, stat_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr,

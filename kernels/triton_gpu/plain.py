@@ -11,7 +11,7 @@ from torch import Tensor
 from skvq.kernels.interface import PlainPages, Step
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.kernels.triton_gpu.card import Card
-from skvq.kernels.triton_gpu.forms import PAGE_BLOCK, Columns
+from skvq.kernels.triton_gpu.forms import PAGE_BLOCK, VARYING, Columns
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.pages import in_page
 from skvq.kernels.triton_gpu.slots import dense_step, load_columns
@@ -19,7 +19,7 @@ from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
 from skvq.kernels.triton_gpu.workspace import Partials
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def attend_plain_kernel(
     q_ptr, key_ptr, value_ptr, pages_ptr, slots_ptr, packed_ptr, positions_ptr, part_ptr, stat_ptr,
     stride_page, stride_head, stride_pages_slot, heads, chunks, queries, repeat, span, columns,

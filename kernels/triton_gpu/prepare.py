@@ -14,7 +14,7 @@ from torch import Tensor
 from skvq.kernels.interface import HeadCodec
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.triton_gpu.card import Card
-from skvq.kernels.triton_gpu.forms import Columns
+from skvq.kernels.triton_gpu.forms import VARYING, Columns
 from skvq.kernels.triton_gpu.loaders import perm4
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.pages import bits_code, block_rows, low_bits, row_bytes
@@ -93,7 +93,7 @@ def fragment_places(r, c, EACH: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.con
         return r[:, None] * N + c[None, :]
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def prepare_heads_kernel(
     q_ptr, basis_ptr, unit_ptr, mean_ptr, out_ptr, qsum_ptr, scale_ptr, coefficient_ptr,
     chunks, queries, repeat, rope_scale,

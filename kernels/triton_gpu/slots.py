@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skvq.kernels.interface import FullSlots, Step
 from skvq.kernels.triton_gpu.card import Card
-from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, Columns
+from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, VARYING, Columns
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
 from skvq.kernels.triton_gpu.workspace import Partials
@@ -81,7 +81,7 @@ def attend_slots(
     tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
 
 
-@triton.jit
+@triton.jit(**VARYING)
 def attend_slots_kernel(
     q_ptr, key_ptr, value_ptr, held_ptr, slots_ptr, positions_ptr, part_ptr, stat_ptr,
     stride_slot, stride_head, stride_token, stride_held, heads, chunks, queries, repeat, count, span, columns,

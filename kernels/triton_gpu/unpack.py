@@ -12,6 +12,7 @@ from torch import Tensor
 from skvq.kernels import reference
 from skvq.kernels.interface import HeadCodec, LabelCodec, PackedPages
 from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
+from skvq.kernels.triton_gpu.forms import VARYING
 from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, low_bits, middle, page_strides
 
 
@@ -48,7 +49,7 @@ def load_meta(meta, label, t, stride_head, G: tl.constexpr, TILE: tl.constexpr):
     return tl.load(meta + (label // G) * stride_head + (label % G) * TILE + t)
 
 
-@triton.jit(do_not_specialize=["first_tile"])  # varies: one compilation serves all
+@triton.jit(**VARYING)
 def unpack_kernel(
     key_out_ptr, value_out_ptr, key_code_ptr, value_code_ptr, meta_ptr, page_ptr, key_unit_ptr, value_unit_ptr,
     key_label_ptr, value_label_ptr, first_tile,
