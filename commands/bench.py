@@ -31,9 +31,9 @@ from skvq.commands.options import (
 from skvq.engine.errors import OptionError
 
 if TYPE_CHECKING:
-    from skvq.engine.bench import Bench
     from skvq.engine.config import ModelConfig
     from skvq.engine.setup import CacheSetup
+    from skvq.engine.trials.bench import Bench
 
 
 @click.group(cls=OneLineGroup)
@@ -50,7 +50,7 @@ def soak_command(steps: int, seed: int, backend: str, as_json: bool) -> None:
     """Append, fork, truncate, save, restore and free at random, checking every invariant after each step."""
     from skvq.engine.machine import find_backend, pick_device
     from skvq.engine.report import StderrReporter
-    from skvq.engine.soak import soak
+    from skvq.engine.trials.soak import soak
 
     result = soak(steps, seed, find_backend(backend, pick_device("cpu")), StderrReporter())
     operations = ", ".join(f"{count:,} {name}" for name, count in result["operations"].items())
@@ -110,9 +110,9 @@ def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tupl
 @click.option("--layers", type=click.IntRange(min=1), help="With --attention-only: layers to fill; default: the model's.")
 def decode_command(**options: Any) -> None:
     """Time a decode step, and its attention, at each context length."""
-    from skvq.engine.bench import SPARE, bench_attention, bench_decode
     from skvq.engine.report import StderrReporter
     from skvq.engine.rope import scaled
+    from skvq.engine.trials.bench import SPARE, bench_attention, bench_decode
     from skvq.loaders.hub import config_of
 
     options, contexts = _with_model(options), options["ctx"]
@@ -136,7 +136,7 @@ def decode_command(**options: Any) -> None:
 @prefill_option
 def prefill_command(**options: Any) -> None:
     """Time reading a prompt, and its attention, at each length."""
-    from skvq.engine.bench import bench_prefill
+    from skvq.engine.trials.bench import bench_prefill
 
     options, contexts = _with_model(options), options["ctx"]
     engine = load_engine(
@@ -162,8 +162,8 @@ def prefill_command(**options: Any) -> None:
 def planted_command(**options: Any) -> None:
     """Plant keys at chosen depths of a random cache and check that attention finds them."""
     from skvq.engine.machine import find_backend, pick_device
-    from skvq.engine.planted import planted, require_found, rows
     from skvq.engine.report import StderrReporter
+    from skvq.engine.trials.planted import planted, require_found, rows
     from skvq.loaders.hub import config_of
 
     device = pick_device(options["device"])

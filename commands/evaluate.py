@@ -23,7 +23,7 @@ from skvq.commands.options import (
 from skvq.commands.text import corpus_text
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.plots import depth_plot, require_plot
+from skvq.engine.trials.plots import depth_plot, require_plot
 
 
 @click.command("eval", cls=OneLineCommand)

@@ -22,10 +22,10 @@ from skvq.commands.options import (
     prefill_option,
 )
 from skvq.commands.text import corpus_text
-from skvq.engine.plots import heat_map, require_plot
+from skvq.engine.trials.plots import heat_map, require_plot
 
 if TYPE_CHECKING:
-    from skvq.engine.needle import Needle
+    from skvq.engine.trials.needle import Needle
 
 
 @click.command(cls=OneLineCommand)
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @json_option
 def needle(**options: Any) -> None:
     """Hide a fact at several depths of texts of several lengths and ask for it through the packed cache."""
-    from skvq.engine.needle import needles, reference_of, summary
+    from skvq.engine.trials.needle import needles, reference_of, summary
 
     contexts, plot = options["ctx"], options["plot"]
     if plot is not None:

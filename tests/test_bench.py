@@ -16,14 +16,14 @@ from torch import Tensor
 
 from skvq.cli import main
 from skvq.commands.bench import _bare
-from skvq.engine import bench as bench_module
-from skvq.engine.bench import bench_attention, filled, gate
 from skvq.engine.config import FULL_SPAN, CacheConfig
 from skvq.engine.errors import ModelError, SkvqError
 from skvq.engine.methods import CacheMethod
 from skvq.engine.report import Quiet
-from skvq.engine.soak import SHAPE
 from skvq.engine.stress import bare_setup
+from skvq.engine.trials import bench as bench_module
+from skvq.engine.trials.bench import bench_attention, filled, gate
+from skvq.engine.trials.soak import SHAPE
 from skvq.kernels.interface import Step
 from skvq.kernels.reference import Reference
 

@@ -13,13 +13,13 @@ from card import CARD, Card, CheckedGraphs, OnCard, Stream, card
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
-from skvq.engine.bench import bench_decode, bench_prefill
 from skvq.engine.config import SamplingConfig
 from skvq.engine.decode import EagerStep, GraphStep, decode_step_of, last_hidden
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.methods import CacheMethod
 from skvq.engine.sampling import Sampler
+from skvq.engine.trials.bench import bench_decode, bench_prefill
 from skvq.kernels import ops
 from skvq.kernels.reference import Reference
 

@@ -14,7 +14,7 @@ from skvq.engine import scoring
 from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.generate import Engine
-from skvq.engine.plots import depth_plot
+from skvq.engine.trials.plots import depth_plot
 from skvq.kernels.reference import masked_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -108,6 +108,12 @@ def test_nothing_imports_the_command_line() -> None:
         assert {package_of(m) for m in ours(name)} & {"commands", "cli"} <= allowed, name
 
 
+def test_the_engine_imports_nothing_that_is_tried_on_it() -> None:
+    for name in sources():
+        if not name.startswith(("skvq.engine.trials", "skvq.commands")):
+            assert not any(m.startswith("skvq.engine.trials") for m in ours(name)), name
+
+
 def test_backends_do_not_import_each_other() -> None:
     for name in sources():
         for one, other in (("numba_cpu", "triton_gpu"), ("triton_gpu", "numba_cpu")):

@@ -17,9 +17,9 @@ from tiny import tiny_cache, tiny_engine, tiny_folder
 from skvq.cli import main
 from skvq.engine.cache import SequenceCache
 from skvq.engine.generate import Engine
-from skvq.engine.needle import ask, needles, reference_of, score, summary
-from skvq.engine.plots import heat_map
 from skvq.engine.steps import DecodeBatch
+from skvq.engine.trials.needle import ask, needles, reference_of, score, summary
+from skvq.engine.trials.plots import heat_map
 
 HAY = "The quick brown fox jumps over the lazy dog. " * 4
 
@@ -87,7 +87,7 @@ def test_a_known_answer_is_retrieved(engine: Engine, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(engine, "step", Parrot())
     monkeypatch.setattr(engine.parts.model, "head", lambda x: torch.nn.functional.one_hot(torch.tensor(answer[0]), 320) * 9.0)
-    monkeypatch.setattr("skvq.engine.needle.ask", lambda *rest: question)
+    monkeypatch.setattr("skvq.engine.trials.needle.ask", lambda *rest: question)
     monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor([12345]))
     found = needles(engine, [], HAY, [400], [50], seed=0, seen=lambda one: None)[0]
     assert "1234" in found.text

@@ -17,10 +17,10 @@ from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, SkvqError
-from skvq.engine.planted import planted, require_found, rows
 from skvq.engine.report import Quiet
-from skvq.engine.soak import SoakError, soak
 from skvq.engine.stress import bare_setup, fill, fill_fast
+from skvq.engine.trials.planted import planted, require_found, rows
+from skvq.engine.trials.soak import SoakError, soak
 from skvq.kernels.registry import get_backend
 
 CPU = torch.device("cpu")

@@ -38,10 +38,10 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.generate import Engine
 from skvq.engine.machine import pick_device, pick_dtype
 from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine
-from skvq.engine.planted import planted, rows
 from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
 from skvq.engine.report import StderrReporter
 from skvq.engine.stress import bare_setup
+from skvq.engine.trials.planted import planted, rows
 from skvq.kernels.registry import get_backend
 from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import config_of
