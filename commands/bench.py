@@ -31,8 +31,8 @@ from skvq.commands.options import (
 from skvq.engine.errors import OptionError
 
 if TYPE_CHECKING:
+    from skvq.engine.cache_setup import CacheSetup
     from skvq.engine.config import ModelConfig
-    from skvq.engine.setup import CacheSetup
     from skvq.engine.trials.bench import Bench
 
 

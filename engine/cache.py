@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from skvq.engine.absorb import put
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, path_of
 from skvq.engine.rollback import uninterrupted
 from skvq.engine.session import require_fits, save_session
-from skvq.engine.setup import CacheSetup
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 

@@ -15,10 +15,10 @@ from typing import Protocol
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.methods import CacheMethod
 from skvq.engine.model import Model
 from skvq.engine.rope import at_positions
-from skvq.engine.setup import CacheSetup
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.graphs import Captured, Graphs
 from skvq.kernels.interface import RopeFrequencies

@@ -29,7 +29,7 @@ from skvq.kernels.dense import kv_buffer
 from skvq.kernels.interface import RopeFrequencies
 
 
-class Reader(Protocol):
+class LayerPass(Protocol):
     """A way to do a layer of the state: ``begin`` a group of heads, ``read`` its chunks in order, ``finish`` the layer."""
 
     def begin(self) -> None: ...
@@ -105,7 +105,7 @@ def new_state(model: Model, count: int, form: PrefillForm) -> ExactState:
     )
 
 
-def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader: Reader) -> Work:
+def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader: LayerPass) -> Work:
     """What remains to be done from a state on."""
     each = [reader.work(*piece) for piece in chunks(len(state.hidden))]
     group = sum(each, NO_WORK)

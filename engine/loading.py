@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, require_made_for, with_chosen_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
@@ -25,7 +26,6 @@ from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import beyond_training, frequencies, scaled
-from skvq.engine.setup import CacheSetup
 from skvq.engine.sizes import arena_shape, largest_of, regions_of, token_bytes
 from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.cache import SequenceCache
-from skvq.engine.setup import CacheSetup
+from skvq.engine.cache_setup import CacheSetup
 from skvq.kernels.layout import PAGE_TOKENS
 
 

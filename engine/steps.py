@@ -20,12 +20,12 @@ from torch import Tensor
 
 from skvq.engine.absorb import absorb, pack_window
 from skvq.engine.cache import SequenceCache
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import FULL_SPAN
 from skvq.engine.methods import Attends, CacheMethod, RowByRow
 from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
-from skvq.engine.setup import CacheSetup
 from skvq.engine.streams import pinned, sent
 from skvq.kernels.dense import SoftmaxParts, attend_behind, attend_causal
 from skvq.kernels.interface import Ops, Step

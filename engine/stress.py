@@ -12,6 +12,7 @@ from torch import Tensor
 from skvq.engine.absorb import absorb
 from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
@@ -21,7 +22,6 @@ from skvq.engine.overflow import on_full_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
-from skvq.engine.setup import CacheSetup
 from skvq.engine.sizes import arena_shape, gib, largest_of, regions_of
 from skvq.kernels.interface import Backend
 from skvq.kernels.layout import PAGE_TOKENS, pages_for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,10 +79,8 @@ class FastTokenizer:
         pipeline.no_padding()
         self._pipeline = pipeline
         self._settings = settings
-        text = pipeline.to_str()
-        self._fingerprint = hashlib.sha256(f"{settings.adds_bos} {settings.bos_token_id} {text}".encode()).hexdigest()
         self._added = dict(pipeline.get_added_tokens_decoder())
-        steps = _decoder_steps(json.loads(text).get("decoder"), settings.where)
+        steps = _decoder_steps(json.loads(pipeline.to_str()).get("decoder"), settings.where)
         self._byte_level = any(step.get("type") == "ByteLevel" for step in steps)
         self._strip = any(_strips_space(step) for step in steps)
         self._vocab_size = max(pipeline.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -108,11 +105,6 @@ class FastTokenizer:
     def chat_template(self) -> str | None:
         """Jinja source."""
         return self._settings.chat_template
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of the pipeline and of the rule for the first token."""
-        return self._fingerprint
 
     @property
     def strips_first_space(self) -> bool:
@@ -152,10 +144,6 @@ class FastTokenizer:
         if not self._byte_level:
             return piece_bytes(piece)
         return piece.encode() if added is not None else self._byte_level_bytes(piece)
-
-    def token_text(self, token_id: int) -> str:
-        """The vocabulary's spelling."""
-        return self._pipeline.id_to_token(token_id) or f"<{token_id}>"
 
     def _byte_level_bytes(self, piece: str) -> bytes:
         """A piece is spelled in the byte alphabet; one that is not is taken as plain text, as `tokenizers` does."""

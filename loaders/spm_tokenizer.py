@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +24,6 @@ class SentencePieceTokenizer:
         control = {piece: index for index, piece in enumerate(self._pieces) if processor.is_control(index)}
         self._control = control
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
-        digest = hashlib.sha256(processor.serialized_model_proto())
-        digest.update(f"{settings.adds_bos} {settings.bos_token_id}".encode())
-        self._fingerprint = digest.hexdigest()
         self._strip = self._prefixes()
 
     @property
@@ -49,11 +45,6 @@ class SentencePieceTokenizer:
     def chat_template(self) -> str | None:
         """Jinja source."""
         return self._settings.chat_template
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of the model file and of the rule for the first token."""
-        return self._fingerprint
 
     @property
     def strips_first_space(self) -> bool:
@@ -91,10 +82,6 @@ class SentencePieceTokenizer:
         if self._processor.is_unknown(token_id):
             return " \u2047 ".encode()
         return piece_bytes(self._pieces[token_id])
-
-    def token_text(self, token_id: int) -> str:
-        """The piece."""
-        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else f"<{token_id}>"
 
     def _prefixes(self) -> bool:
         """Whether the model puts a space before a text."""

@@ -7,7 +7,6 @@ turned into text one at a time and still give exactly the text of the whole.
 from __future__ import annotations
 
 import codecs
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -37,10 +36,6 @@ class Tokenizer(Protocol):
         """Jinja source, or None for a model without a chat format."""
 
     @property
-    def fingerprint(self) -> str:
-        """Hex digest: equal for tokenizers that give equal ids."""
-
-    @property
     def strips_first_space(self) -> bool:
         """Whether encoding puts a space before a text, which decoding takes off again."""
 
@@ -58,9 +53,6 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that a token contributes to the text; empty for special tokens and ids outside the vocabulary."""
-
-    def token_text(self, token_id: int) -> str:
-        """A name of the token for people: the vocabulary's own spelling, special tokens included."""
 
 
 class TextStream:
@@ -122,11 +114,6 @@ class ByteTokenizer:
         return None
 
     @property
-    def fingerprint(self) -> str:
-        """Hex digest of the kind and the size."""
-        return hashlib.sha256(f"bytes {self._vocab_size}".encode()).hexdigest()
-
-    @property
     def strips_first_space(self) -> bool:
         """False."""
         return False
@@ -150,7 +137,3 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The byte, or ``<id>``."""
         return bytes([token_id]) if token_id < 256 else f"<{token_id}>".encode()
-
-    def token_text(self, token_id: int) -> str:
-        """The byte in hexadecimal, or ``<id>``."""
-        return f"<0x{token_id:02X}>" if token_id < 256 else f"<{token_id}>"

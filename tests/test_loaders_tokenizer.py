@@ -174,7 +174,7 @@ def test_smollm2_chat(smollm2: Tokenizer) -> None:
     ids = smollm2.encode_chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
     assert ids == smollm2.encode("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n")
     assert ids.count(1) == 3 and ids.count(2) == 2
-    assert smollm2.token_text(2) == "<|im_end|>" and smollm2.token_bytes(2) == b""
+    assert smollm2.token_bytes(2) == b""
 
 
 @settings(max_examples=200, deadline=None)
@@ -372,14 +372,14 @@ def test_each_pre_tokenizer_draws_its_own_boundaries(pre: str, bos: bool, digits
     """Digits of a number that may merge, and whether ``'RE`` in capitals is one word (Llama 3, Qwen2)."""
     ours = build(pre)
     assert (ours.encode("x")[0] == 0) == bos
-    assert [ours.token_text(i) for i in ours.encode("1234", bos=False)] == digits
-    assert ("'RE" in [ours.token_text(i) for i in ours.encode("we'RE", bos=False)]) == contraction
+    assert [ours.token_bytes(i).decode() for i in ours.encode("1234", bos=False)] == digits
+    assert (b"'RE" in [ours.token_bytes(i) for i in ours.encode("we'RE", bos=False)]) == contraction
 
 
 @pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("qwen2", False), ("smollm", False), ("gpt-2", False)])
 def test_llama3_takes_whole_words_from_its_vocabulary(pre: str, whole: bool) -> None:
     ours = build(pre)
-    assert ("Ġbird" in [ours.token_text(i) for i in ours.encode("a bird")]) == whole
+    assert (b" bird" in [ours.token_bytes(i) for i in ours.encode("a bird")]) == whole
 
 
 @pytest.mark.parametrize(
@@ -424,12 +424,6 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(tmp_path: Path) -> No
     ids = {index for index in range(ours.vocab_size) if index >= 320}
     text = next(ours.token_bytes(index).decode() for index in sorted(ids))
     refused(lambda: ours.encode(text), "the model has 320")
-
-
-def test_fingerprints_tell_tokenizers_apart(byte_folder: ModelFiles, tmp_path: Path) -> None:
-    a, b = load_tokenizer(byte_folder).fingerprint, load_tokenizer(byte_folder).fingerprint
-    other = load_tokenizer(save_folder(tmp_path, byte_level_pipeline(size=310))).fingerprint
-    assert a == b != other
 
 
 @settings(max_examples=300, deadline=None)

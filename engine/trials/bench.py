@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import ModelConfig
 from skvq.engine.decode import as_replayed, launched_for
 from skvq.engine.errors import SkvqError
@@ -31,7 +32,6 @@ from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_p
 from skvq.engine.prefill import chunks
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
-from skvq.engine.setup import CacheSetup
 from skvq.engine.steps import last_token_step
 from skvq.engine.stress import fill_fast
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
-from skvq.engine.setup import CacheSetup
 from skvq.engine.steps import last_token_step
 from skvq.engine.stress import Plant, fill
 

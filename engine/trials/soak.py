@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, SkvqError
 from skvq.engine.filters import AttentionSinks, TokenIds
 from skvq.engine.report import Reporter
 from skvq.engine.session import fill_from, open_session
-from skvq.engine.setup import CacheSetup
 from skvq.engine.stress import append, bare_setup
 from skvq.kernels.interface import Backend
 
