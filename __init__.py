@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from skvq.engine.config import CacheConfig, SamplingConfig
-from skvq.engine.errors import SkvqError
+from skvq.engine.errors import CalibrationError, CapacityError, ModelError, OptionError, SessionError, SkvqError
 from skvq.engine.filters import AttentionSinks, FilterRule, HeavyHitters, KeyOutliers, LeavingTokens, TokenIds
-from skvq.engine.report import Quiet, Reporter
+from skvq.engine.report import Bar, Quiet, Reporter
 
 if TYPE_CHECKING:
     from skvq.engine.cache import SequenceCache
@@ -19,16 +19,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSinks",
+    "Bar",
     "CacheConfig",
+    "CalibrationError",
+    "CapacityError",
     "Engine",
     "FilterRule",
     "HeavyHitters",
     "KeyOutliers",
     "LeavingTokens",
+    "ModelError",
+    "OptionError",
     "Quiet",
     "Reporter",
     "SamplingConfig",
     "SequenceCache",
+    "SessionError",
     "SkvqError",
     "Summary",
     "TokenIds",

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import OptionError
 from skvq.engine.sampling import Sampler, StopWatch
-from skvq.loaders.text import TextStream, Tokenizer
+from skvq.loaders.text import CHARACTER_BYTES, TextStream, Tokenizer
 
 
 class Answer:
@@ -19,7 +20,7 @@ class Answer:
         self.sequence, self.config = sequence, config
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
-        self._text = TextStream(tokenizer, resumed=resumed)
+        self._text = TextStream(tokenizer, after=sequence.token_ids[-CHARACTER_BYTES:] if resumed else ())
         self._stop = StopWatch(config.stops)
         self._room = sequence.setup.on_full.room(sequence)
         self.count = 0
@@ -34,11 +35,18 @@ class Answer:
         if self.count >= self.config.max_new_tokens:
             self.done, self.finish = True, "length"
             return
-        self.token = self._sampler.draw(logits)
+        self._place = self.sequence.dropped + self.sequence.length
+        self.token = self._sampler.draw(logits, self._place)
         self.sequence.pending = [self.token]
         self.count += 1
         self.done = self.token in self._ends
         self.finish = "end" if self.done else ""
+
+    def require_next(self) -> None:
+        """Raise OptionError unless the sequence is as the last draw has left it."""
+        sequence = self.sequence
+        if sequence.pending != [self.token] or sequence.dropped + sequence.length != self._place:
+            raise OptionError("the sequence was continued or cut while this answer was being written: fork it for another")
 
     def piece(self) -> str:
         """Text that the token just drawn completes; called once a token."""
@@ -55,5 +63,6 @@ class Answer:
         return shown + self.rest() if self.done else shown
 
     def rest(self) -> str:
-        """What was held back, when the answer is over."""
-        return self._stop.push(self._text.flush()) + self._stop.flush()
+        """What was held back, when the answer is over; what there is of a character that may go on is for the next answer."""
+        unfinished = "" if self.finish in ("length", "context") else self._text.flush()
+        return self._stop.push(unfinished) + self._stop.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ class SequenceCache:
     those, in their slots (``overflow``).
     """
 
+    alive = False
+
     def __init__(self, setup: CacheSetup) -> None:
-        self.alive = False
         self.setup = setup
         self.slot = setup.arena.new_sequence()
         self.pages: list[int] = []
@@ -53,6 +55,9 @@ class SequenceCache:
 
     def __exit__(self, *error: object) -> None:
         self.free()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise OptionError("a sequence cannot be copied or pickled: fork() gives another one, save(file) keeps it")
 
     def __del__(self) -> None:
         if self.alive:
@@ -112,8 +117,8 @@ class SequenceCache:
         if self.length + count > self.setup.max_context:
             held = f"{self.length:,} cached and {count:,} more" if self.length else f"{count:,}"
             raise CapacityError(
-                f"{held} tokens do not fit a context of {self.setup.max_context:,}: shorten the text, load with a "
-                f"max_context (--ctx) of at least {self.length + count + answer}, or with on_full 'shift' (--on-full)"
+                f"{held} tokens do not fit a context of {self.setup.max_context:,}: shorten the text, or load with a "
+                f"max_context (--ctx) of at least {self.length + count + answer}{self.setup.on_full.advice}"
             )
 
     def grow(self, target: int) -> None:

@@ -157,7 +157,8 @@ def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any],
         raise SessionError(f"{path} is a safetensors file, not an skvq {kind}: give another file name")
     size = 8 + length + max((int(e["data_offsets"][1]) for e in table.values()), default=0)
     if size != len(data):
-        raise SessionError(f"{kind} {path} is truncated, {len(data):,} of {size:,} bytes: delete it and start again")
+        wrong = "is truncated" if len(data) < size else "goes on after its end"
+        raise SessionError(f"{kind} {path} {wrong}, {len(data):,} bytes where it has {size:,}: delete it and start again")
     return header, table, 8 + length
 
 

@@ -207,6 +207,8 @@ def rule_from_text(text: str) -> FilterRule:
 
 def check_rule(rule: object, what: str) -> FilterRule:
     """The rule, whoever wrote it, if it has what a rule must have; else OptionError."""
+    if isinstance(rule, type):
+        raise OptionError(f"{what} is a class: give a rule, as {rule.__name__}(...)")
     if not isinstance(rule, FilterRule):
         raise OptionError(f"{what} must have budget, needs_attention_mass and keep(tokens)")
     _check_budget(rule.budget, f"budget of {what}", least=0)

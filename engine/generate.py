@@ -31,6 +31,7 @@ from skvq.engine.stress import fill_fast
 from skvq.engine.summary import Summary, summary_of
 from skvq.engine.timing import Timing
 from skvq.loaders.artifact import ArtifactHeader
+from skvq.loaders.files import require_writable
 
 
 class Engine:
@@ -296,7 +297,7 @@ class Engine:
             raise
         return sequence
 
-    @infers
+    @computes
     def read(
         self,
         sequence: SequenceCache,
@@ -320,15 +321,18 @@ class Engine:
         if not ids:
             raise OptionError("nothing to read: give at least one token")
         self._require_known(ids)
+        if file is not None:
+            require_writable(file)
         reader = Reader(self.parts, self.prefixes, self.report)
-        if file is None:
-            logits, timing = reader.read(sequence, ids)
-        else:
-            logits, timing = reader.read_with_checkpoint(sequence, ids, file, checkpoint_seconds)
+        with torch.inference_mode():
+            if file is None:
+                logits, timing = reader.read(sequence, ids)
+            else:
+                logits, timing = reader.read_with_checkpoint(sequence, ids, file, checkpoint_seconds)
         self.timing = sequence.timing = timing
-        return logits
+        return logits.clone()  # outside of inference mode an ordinary tensor, which the caller may write to
 
-    @infers
+    @computes
     def decode_step(self, sequences: Sequence[SequenceCache], tokens: Sequence[int]) -> Tensor:
         """One more token of each sequence: logits float32 [B, V] of what follows.
 
@@ -336,13 +340,18 @@ class Engine:
         """
         for sequence in sequences:
             self._require_own(sequence)
-        if not sequences or len(tokens) != len(sequences) or len({id(s) for s in sequences}) != len(sequences):
+        if len({id(s) for s in sequences}) != len(sequences):
+            raise OptionError("a decode step takes one token of each sequence, and a sequence was given twice")
+        if not sequences or len(tokens) != len(sequences):
             raise OptionError(f"a decode step takes a token for each of some sequences, got {len(tokens)} for {len(sequences)}")
+        tokens = whole_ids(tokens)
         self._require_known(tokens)
         for sequence, token in zip(sequences, tokens, strict=True):
             if sequence.pending and sequence.pending != [token]:
                 raise OptionError(f"token {sequence.pending[0]} of the last answer is pending: decode it before {token}")
-        return self.step.run(sequences, tokens)
+        with torch.inference_mode():
+            logits = self.step.run(sequences, tokens)
+        return logits.clone()  # as ``read``
 
     def summary(self, sequence: SequenceCache) -> Summary:
         """What a sequence and the last generation that used it came to."""

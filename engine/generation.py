@@ -61,6 +61,8 @@ class Generation:
         start = time.perf_counter()
         answers = [self.answers[i] for i in live]
         with computing(self._engine):
+            for answer in answers:
+                answer.require_next()
             rows = self._engine.step.run([a.sequence for a in answers], [a.token for a in answers])
             for index, row in zip(live, rows, strict=True):
                 self.answers[index].take(row)

@@ -15,7 +15,7 @@ Either way no difference reaches ``max_context``, so every RoPE scaling is as ri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
@@ -37,6 +37,9 @@ ENDLESS = 2**62
 class OnFull(Protocol):
     """What a sequence asks before tokens are added."""
 
+    advice: ClassVar[str]
+    """What else would help where they do not fit."""
+
     def room(self, sequence: SequenceCache) -> int:
         """Tokens that can still be added, one step after another."""
 
@@ -48,6 +51,8 @@ class OnFull(Protocol):
 class Stop:
     """A full sequence takes no more."""
 
+    advice: ClassVar[str] = ", or with on_full 'shift' (--on-full)"
+
     def room(self, sequence: SequenceCache) -> int:
         return sequence.setup.max_context - sequence.length
 
@@ -57,6 +62,8 @@ class Stop:
 @dataclass(frozen=True, slots=True)
 class Shift:
     """A full sequence drops its oldest pages: ``share`` of them, or as many as are needed."""
+
+    advice: ClassVar[str] = ""
 
     share: float = 0.25
 

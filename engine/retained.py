@@ -40,9 +40,11 @@ def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: Lea
 def kept_by(rule: FilterRule, leaving: LeavingTokens) -> Tensor:
     """What the rule keeps, bool [T]. Raises OptionError, naming the rule, if it is anything else."""
     kept: object = rule.keep(leaving)
-    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != leaving.positions.shape:
-        got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
-        raise OptionError(f"filter rule {rule!r}: keep must return a bool tensor [{len(leaving.positions)}], got {got}")
+    place = leaving.positions.device
+    if not isinstance(kept, Tensor) or (kept.dtype, kept.shape, kept.device) != (torch.bool, leaving.positions.shape, place):
+        got = f"{kept.dtype} {tuple(kept.shape)} on {kept.device}" if isinstance(kept, Tensor) else type(kept).__name__
+        wanted = f"a bool tensor [{len(leaving.positions)}] on {place}"
+        raise OptionError(f"filter rule {rule!r}: keep must return {wanted}, got {got}")
     return kept
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,21 +13,19 @@ from skvq.engine.errors import ModelError
 
 
 class Sampler:
-    """One sequence's draws: its own seeded generator, so that a batch draws what its singles would."""
+    """One sequence's draws. What is drawn at a place follows from the seed and the place: a batch draws what its singles would,
+    and an answer in two parts what it would in one."""
 
     def __init__(self, config: SamplingConfig, prompt_ids: list[int], vocab_size: int, device: torch.device) -> None:
         self.config = config
         self._generator = torch.Generator(device=device)
-        if config.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(config.seed)
+        self._seed = self._generator.seed() if config.seed is None else config.seed % 2**64
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         if config.repeat_penalty != 1:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
 
-    def draw(self, logits: Tensor) -> int:
-        """The next token for ``logits`` float32 [V]. Raises ModelError if they are not numbers."""
+    def draw(self, logits: Tensor, place: int) -> int:
+        """The token at a place of its sequence, from ``logits`` float32 [V]. Raises ModelError if they are not numbers."""
         config = self.config
         if config.repeat_penalty != 1:
             penalized = torch.where(logits > 0, logits / config.repeat_penalty, logits * config.repeat_penalty)
@@ -34,6 +33,7 @@ class Sampler:
         likeliest, token_of = logits.max(-1)
         if config.temperature > 0:  # the largest is subtracted first, so that no temperature makes an infinity of it
             probabilities = filtered_probabilities((logits - likeliest) / max(config.temperature, 1e-30), config)
+            self._generator.manual_seed(seed_at(self._seed, place))
             times = torch.empty_like(probabilities).exponential_(generator=self._generator).clamp_min_(1e-30)
             token_of = (probabilities / times).argmax()  # as torch.multinomial, which waits for the device and checks
         largest, number = torch.stack((likeliest.double(), token_of.double())).tolist()  # the one time a GPU is waited for
@@ -45,6 +45,11 @@ class Sampler:
         token = int(number)
         self._seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
         return token
+
+
+def seed_at(seed: int, place: int) -> int:
+    """The generator's seed for one draw."""
+    return int(np.random.SeedSequence((seed, place)).generate_state(1, np.uint32)[0])
 
 
 def filtered_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:

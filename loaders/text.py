@@ -55,17 +55,23 @@ class Tokenizer(Protocol):
         """Bytes that a token contributes to the text; empty for special tokens and ids outside the vocabulary."""
 
 
+CHARACTER_BYTES = 4
+"""At most, in UTF-8."""
+
+
 class TextStream:
     """Text of a growing list of tokens: ``push`` returns what is new, and only whole characters.
 
     The pieces and the final ``flush`` joined are ``tokenizer.decode`` of all pushed ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, resumed: bool = False) -> None:
-        """``resumed``: the text goes on from one that was decoded before, so its first space is kept."""
+    def __init__(self, tokenizer: Tokenizer, *, after: Sequence[int] = ()) -> None:
+        """``after``: the text goes on from these tokens, whose text was seen: a character they begin is finished, and a first
+        space is kept."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip = tokenizer.strips_first_space and not resumed
+        self._strip = tokenizer.strips_first_space and not after
+        self._decoder.decode(b"".join(map(tokenizer.token_bytes, after)))
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is complete with it."""

@@ -160,7 +160,7 @@ def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
 def test_drawing_a_token_waits_once(gpu: Card, options: dict[str, Any]) -> None:
     sampler = Sampler(SamplingConfig(repeat_penalty=1.1, **options), [1, 2], 8, CARD)
     gpu.waits.clear()
-    assert sampler.draw(9 * torch.arange(8.0, device="cuda")) == 7
+    assert sampler.draw(9 * torch.arange(8.0, device="cuda"), 2) == 7
     assert gpu.waits == {"tolist": 1}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 from collections.abc import Callable, Iterator
@@ -352,7 +353,12 @@ WRONG: dict[str, Callable[[Engine], object]] = {
     "rope_scaling must be str or None": lambda e: Engine.load("x", rope_scaling=4),  # type: ignore[arg-type]
     "backend must be str": lambda e: Engine.load("x", backend=e.parts.setup.backend),  # type: ignore[arg-type]
     "got 0 for 0": lambda e: e.decode_step([], []),
-    "got 2 for 2": lambda e: (lambda s: e.decode_step([s, s], [1, 2]))(e.new_sequence()),
+    "a sequence was given twice": lambda e: (lambda s: e.decode_step([s, s], [1, 2]))(e.new_sequence()),
+    "got 2 for 1": lambda e: e.decode_step([e.new_sequence()], [1, 2]),
+    "must be whole numbers, got 'a'": lambda e: e.decode_step([e.new_sequence()], ["a"]),  # type: ignore[list-item]
+    "is a class: give a rule, as TokenIds": lambda e: CacheConfig(filters=(TokenIds,)),  # type: ignore[arg-type]
+    "cannot be copied or pickled": lambda e: copy.copy(e.new_sequence()),
+    "cannot be copied or pickled: fork": lambda e: copy.deepcopy(e.new_sequence()),
     "caches must be list or tuple": lambda e: e.evaluate(TEXT, CacheConfig(), tokens=9, stride=5),  # type: ignore[arg-type]
     "701 tokens do not fit": lambda e: e.logits([5] * 701),
 }
@@ -401,16 +407,64 @@ def test_an_engine_says_what_it_is(engine: Engine) -> None:
         assert repr(sequence) == f"<SequenceCache: {sequence.length} tokens, 0 packed in 0 pages>"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("cut", [1, 5, 11])
-def test_an_answer_in_two_parts_is_the_whole_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+def test_an_answer_in_two_parts_is_the_whole_answer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, cut: int, temperature: float
+) -> None:
     """Also where a tokenizer takes the first space of a text away, as SentencePiece's do."""
     tokenizer = engine.parts.tokenizer
     monkeypatch.setattr(type(tokenizer), "strips_first_space", property(lambda self: True))
     monkeypatch.setattr(type(tokenizer), "token_bytes", lambda self, token: f" {token}".encode())
+    whole, parts = whole_and_parts(engine, cut, temperature)
+    assert parts == whole and whole.startswith(" ")
+
+
+def whole_and_parts(engine: Engine, cut: int, temperature: float = 1.0) -> tuple[str, str]:
+    """An answer of 12 tokens, and the same cut in two."""
     with engine.prefill(TEXT) as one, engine.prefill(TEXT) as two:
-        whole = "".join(engine.stream("", SamplingConfig(max_new_tokens=12), sequence=one))
-        parts = ["".join(engine.stream("", SamplingConfig(max_new_tokens=n), sequence=two)) for n in (cut, 12 - cut)]
-    assert "".join(parts) == whole and whole.startswith(" ")
+        whole, *parts = (
+            "".join(engine.stream("", SamplingConfig(max_new_tokens=n, temperature=temperature), sequence=sequence))
+            for n, sequence in ((12, one), (cut, two), (12 - cut, two))
+        )
+    return whole, "".join(parts)
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_character_cut_between_two_answers_is_shown_by_the_second(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """Tokens are single bytes of characters here, in any order, so some never become one."""
+    byte_of = (0xF0, 0x9F, 0x98, 0x80, 0xC3, 0x41)
+    monkeypatch.setattr(type(engine.parts.tokenizer), "token_bytes", lambda self, token: bytes([byte_of[token % 6]]))
+    whole, parts = whole_and_parts(engine, cut)
+    assert parts == whole and any("\ufffd" != character > "\x7f" for character in whole)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(engine: Engine) -> None:
+    with pytest.raises(SkvqError, match="/nowhere is no folder"):
+        engine.prefill("a", checkpoint="/nowhere/file")
+
+
+@pytest.mark.parametrize("change", ["continued", "cut"])
+def test_an_answer_whose_sequence_is_another_by_now_ends(engine: Engine, change: str) -> None:
+    with engine.prefill(TEXT) as sequence:
+        answer = engine.stream("", SAMPLING, sequence=sequence)
+        next(answer)
+        if change == "cut":
+            sequence.truncate(3)
+        else:
+            "".join(engine.stream("x", SAMPLING, sequence=sequence))
+        with pytest.raises(OptionError, match="was continued or cut while this answer was being written"):
+            "".join(answer)
+
+
+def test_logits_of_reading_and_of_a_step_are_the_callers_own(engine: Engine) -> None:
+    with engine.new_sequence() as sequence:
+        logits = [engine.read(sequence, [1, 2, 3]), engine.decode_step([sequence], [4])[0]]
+        for row in logits:
+            row[7] = -torch.inf
+            assert not row.is_inference()
 
 
 def test_scores_are_tensors_of_the_callers_own(engine: Engine) -> None:

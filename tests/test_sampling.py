@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import ModelError, OptionError, SkvqError
-from skvq.engine.sampling import Sampler, StopWatch, filtered_probabilities
+from skvq.engine.sampling import Sampler, StopWatch, filtered_probabilities, seed_at
 from skvq.loaders.text import ByteTokenizer, TextStream
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0, 1.5, 0.0])
@@ -20,7 +20,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0, 1.5, 0.0])
 
 def draws(count: int, logits: Tensor = LOGITS, **options: object) -> Tensor:
     sampler = Sampler(SamplingConfig(**options), [], len(logits), torch.device("cpu"))
-    return torch.tensor([sampler.draw(logits) for _ in range(count)])
+    return torch.tensor([sampler.draw(logits, place) for place in range(count)])
 
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
@@ -38,8 +38,8 @@ def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
 
 def test_a_seed_draws_what_torch_draws() -> None:
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 3
-    generator = torch.Generator().manual_seed(5)
-    wanted = [int(torch.multinomial(logits.softmax(0), 1, generator=generator)) for _ in range(50)]
+    generators = [torch.Generator().manual_seed(seed_at(5, place)) for place in range(50)]
+    wanted = [int(torch.multinomial(logits.softmax(0), 1, generator=generator)) for generator in generators]
     assert draws(50, logits, temperature=1.0, seed=5).tolist() == wanted and len(set(wanted)) > 10
 
 
@@ -91,8 +91,8 @@ def test_any_options_draw_a_token(
 ) -> None:
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=penalty)
     sampler = Sampler(config, [0], len(logits), torch.device("cpu"))
-    for _ in range(3):
-        assert 0 <= sampler.draw(torch.tensor(logits)) < len(logits)
+    for place in range(3):
+        assert 0 <= sampler.draw(torch.tensor(logits), place) < len(logits)
 
 
 def test_a_cold_temperature_is_greedy() -> None:
@@ -102,10 +102,10 @@ def test_a_cold_temperature_is_greedy() -> None:
 def test_the_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_seen() -> None:
     sampler = Sampler(SamplingConfig(repeat_penalty=2.0), [0], 3, torch.device("cpu"))
     logits = torch.tensor([1.9, 1.0, -1.0])
-    assert sampler.draw(logits) == 1, "1.9 / 2 < 1.0"
-    assert sampler.draw(logits) == 0, "1.0 / 2 < 1.9 / 2"
+    assert sampler.draw(logits, 0) == 1, "1.9 / 2 < 1.0"
+    assert sampler.draw(logits, 1) == 0, "1.0 / 2 < 1.9 / 2"
     sampler = Sampler(SamplingConfig(repeat_penalty=2.0), [2], 3, torch.device("cpu"))
-    assert sampler.draw(torch.tensor([-3.0, -2.5, -2.0])) == 1, "-2.0 * 2 < -2.5"
+    assert sampler.draw(torch.tensor([-3.0, -2.5, -2.0]), 0) == 1, "-2.0 * 2 < -2.5"
 
 
 def test_a_seed_repeats_itself_and_another_does_not() -> None:
@@ -117,9 +117,9 @@ def test_each_sequence_of_a_batch_draws_what_it_would_alone() -> None:
     config = SamplingConfig(temperature=1.0, seed=4)
     one, other = (Sampler(config, [], 7, torch.device("cpu")) for _ in range(2))
     mixed = []
-    for _ in range(10):
-        mixed.append(one.draw(LOGITS))
-        other.draw(LOGITS)
+    for place in range(10):
+        mixed.append(one.draw(LOGITS, place))
+        other.draw(LOGITS, place)
     assert mixed == draws(10, temperature=1.0, seed=4).tolist()
 
 
@@ -202,7 +202,7 @@ def test_sampling_options_are_taken_or_refused_in_one_line(options: dict[str, ob
         one_line(error)
         return
     sampler = Sampler(config, [1], 7, torch.device("cpu"))
-    assert 0 <= sampler.draw(LOGITS) < 7
+    assert 0 <= sampler.draw(LOGITS, 0) < 7
     StopWatch(config.stop).push("text")
 
 
