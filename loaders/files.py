@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import platform
 import shutil
 import threading
 from collections.abc import Iterator
@@ -75,13 +76,14 @@ def _target(path: Path) -> Path:
 
 def _temporary(target: Path) -> Path:
     """A name beside ``target`` that no other writer uses."""
-    return target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    return target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}-{threading.get_ident()}.partial")
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files of processes that are gone."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*-*.partial"):
-        owner = left.name[len(target.name) + 2 :].partition("-")[0]
+    """Remove temporary files of processes of this machine that are gone: of others, on a shared disk, nothing is known."""
+    ours = f".{target.name}.{platform.node()}."
+    for left in target.parent.glob(f"{glob.escape(ours)}*-*.partial"):
+        owner = left.name[len(ours) :].partition("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             left.unlink(missing_ok=True)
 

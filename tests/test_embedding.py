@@ -40,7 +40,7 @@ def test_what_the_documentation_shows_runs(engine: Engine, monkeypatch: pytest.M
     tokenizer = engine.parts.tokenizer
     monkeypatch.setattr(Engine, "load", lambda *args, **options: engine)
     monkeypatch.setattr(tokenizer, "encode_chat", lambda messages: tokenizer.encode(messages[0]["content"]))
-    text = (Path(__file__).parent.parent / "docs" / "embedding.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "library.md").read_text()
     names: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         exec(block, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from pathlib import Path
 
@@ -37,11 +38,13 @@ def test_of_several_writers_the_last_wins_and_readers_see_whole_files(tmp_path: 
 
 
 def test_what_dead_processes_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    dead, alive = tmp_path / ".a.999999999-1.partial", tmp_path / f".a.{os.getppid()}-1.partial"
-    for left in (dead, alive):
+    here = platform.node()
+    dead, alive = tmp_path / f".a.{here}.999999999-1.partial", tmp_path / f".a.{here}.{os.getppid()}-1.partial"
+    elsewhere = tmp_path / ".a.another-machine.999999999-1.partial"
+    for left in (dead, alive, elsewhere):
         left.write_bytes(b"x")
     write_atomically(tmp_path / "a", b"y")
-    assert not dead.exists() and alive.exists() and (tmp_path / "a").read_bytes() == b"y"
+    assert not dead.exists() and alive.exists() and elsewhere.exists() and (tmp_path / "a").read_bytes() == b"y"
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
