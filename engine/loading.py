@@ -26,7 +26,7 @@ from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import beyond_training, frequencies, scaled
-from skvq.engine.sizes import arena_shape, largest_of, regions_of, token_bytes
+from skvq.engine.sizes import arena_shape, regions_of, token_bytes, with_longest_tile
 from skvq.engine.storage import Form, WeightReader, form_of
 from skvq.engine.streams import streams_of
 from skvq.kernels.interface import Backend, RopeFrequencies
@@ -115,7 +115,7 @@ def load_parts(
     context = plan.context
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
-    full = on_full_of(on_full, regions_of(largest_of(cache, config)[0], config), context)
+    full = on_full_of(on_full, regions_of(with_longest_tile(cache, config), config), context)
     if context > source.config.trained_context:
         report.message(f"{beyond_training(context, source.config.trained_context)}; memory and speed are not affected")
     loaded = LoadedModel(
@@ -222,7 +222,7 @@ def with_cache(
         model=config, cache=cache, room=room, sequences=max_sequences, dtype=embedding.dtype, prefill=parts.prefill
     )
     planner.plan_that_fits(parts.loaded.context)
-    full = on_full_for(parts.setup.on_full, regions_of(largest_of(cache, config)[0], config), parts.loaded.context)
+    full = on_full_for(parts.setup.on_full, regions_of(with_longest_tile(cache, config), config), parts.loaded.context)
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
     plan = replace(planner, cache=cache).plan(parts.loaded.context)
     return replace(parts, cache=cache, setup=setup, plan=plan)

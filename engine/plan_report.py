@@ -19,7 +19,7 @@ from skvq.engine.measure import timed
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
-from skvq.engine.sizes import gib, largest_of, layer_token_bytes, usual_weight_bytes
+from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes, usual_weight_bytes
 from skvq.engine.storage import form_of
 from skvq.loaders.hub import config_of, resolve
 from skvq.loaders.open import open_source
@@ -240,7 +240,7 @@ def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, con
     """Seconds per token: every weight (but the embedding table) and every packed byte in sight read once."""
     table = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
     weights = weight_bytes * (1 - table / config.num_parameters)
-    layers = layer_token_bytes(largest_of(cache, config)[0], config)
+    layers = max((layer_token_bytes(choice, config) for choice in fullest_choices(cache, config)), key=sum)
     packed = sum(min(context, n) * size for n, size in zip(config.attention_spans, layers, strict=True))
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 

@@ -11,7 +11,7 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.options import is_whole
 from skvq.engine.prefill_form import CHUNK_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form
-from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, gib, largest_of
+from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, fullest_choices, gib
 from skvq.kernels.layout import PAGE_TOKENS
 
 
@@ -95,7 +95,7 @@ class Planner:
         calibration has yet to spend a budget of bits, it is what no choice within the budget exceeds.
         """
         model, room, size = self.model, self.room, self.dtype.itemsize
-        shapes = [(cache, self._arena(cache, context)) for cache in largest_of(self.cache, model)]
+        shapes = [(cache, self._arena(cache, context)) for cache in fullest_choices(self.cache, model)]
         cache, shape = max(shapes, key=lambda pair: pair[1].nbytes)
         packed = shape.pages * shape.page_bytes
         held = {"CUDA context and libraries": room.cuda_bytes} if room.cuda_bytes else {}

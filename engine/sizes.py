@@ -45,7 +45,7 @@ def bits_per_element(cache: CacheConfig, model: ModelConfig) -> float:
     return 8 * token_bytes(cache, model) / model.kv_elements_per_token
 
 
-def largest_of(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...]:
+def fullest_choices(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...]:
     """The cache itself; while its bits are open, the fullest choices within its budget: with a side of 1.5 bits, and without.
 
     No choice that calibration may make takes more bytes than the larger of them.
@@ -59,6 +59,11 @@ def largest_of(cache: CacheConfig, model: ModelConfig) -> tuple[CacheConfig, ...
     if cache.code_bits >= stored_bits(BITS[1]) - 1e-9:
         choices.append(fullest(items, BITS[1:], cache.code_bits))
     return tuple(replace(cache, layer_bits=as_layer_bits(c, heads)) for c in choices)
+
+
+def with_longest_tile(cache: CacheConfig, model: ModelConfig) -> CacheConfig:
+    """Of ``fullest_choices`` the one whose tile is longest: that of 1.5 bits."""
+    return fullest_choices(cache, model)[0]
 
 
 def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:

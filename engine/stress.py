@@ -22,7 +22,7 @@ from skvq.engine.overflow import on_full_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rope import frequencies
-from skvq.engine.sizes import arena_shape, gib, largest_of, regions_of
+from skvq.engine.sizes import arena_shape, gib, regions_of, with_longest_tile
 from skvq.kernels.interface import Backend
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
@@ -51,7 +51,7 @@ def bare_setup(
     on_full: str = "stop",
 ) -> CacheSetup:
     """What sequences share, without weights: a calibration is made up. Raises CapacityError if the arena does not fit."""
-    cache = largest_of(cache.fitted(config), config)[0]
+    cache = with_longest_tile(cache.fitted(config), config)
     shape = arena_shape(config, cache, max_context=max_context, max_sequences=max_sequences, dtype=dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -15,7 +15,7 @@ from skvq.calibrate.allocate import as_layer_bits, choose_bits, fullest, in_step
 from skvq.engine.config import BITS, CacheConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.planner import Planner, Room
-from skvq.engine.sizes import arena_shape, bits_per_element, largest_of
+from skvq.engine.sizes import arena_shape, bits_per_element, fullest_choices
 from skvq.kernels.layout import stored_bits
 
 WIDTHS = (1.5, 2.0, 3.0, 4.0)
@@ -109,4 +109,4 @@ def test_what_cannot_be_meant_is_refused(options: dict[str, object], words: tupl
 
 def test_sixteen_bits_have_no_use_for_a_budget() -> None:
     cache = CacheConfig(method="fp", bits_budget=2.0)
-    assert not cache.is_open and largest_of(cache, tiny_config()) == (cache,)
+    assert not cache.is_open and fullest_choices(cache, tiny_config()) == (cache,)
