@@ -34,7 +34,7 @@ class OutlierTokens:
         self._count.index_add_(0, torch.searchsorted(self._ids, text[self._first :]), out.long())
 
     def advance(self) -> None:
-        """That was a layer."""
+        """All texts of a layer have been seen: note the ids that stood out in it."""
         self._outlying += 2 * self._count > self._seen
         self._count.zero_()
         self._layers += 1

@@ -65,7 +65,7 @@ class SequenceCache:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The arena's device."""
         return self.setup.device
 
     @property

@@ -143,5 +143,5 @@ def launched_for(setup: CacheSetup, packed: int) -> int:
 
 
 def graphs_of(setup: CacheSetup) -> Graphs:
-    """What holds decode steps over this cache."""
+    """The backend's graphs for this arena: CUDA graphs on a GPU, tapes on a CPU."""
     return setup.backend.graphs(setup.device, setup.regions.packed(setup.max_context))

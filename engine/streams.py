@@ -65,5 +65,5 @@ class SideStreams:
 
 
 def streams_of(device: torch.device) -> Streams:
-    """Those that go with a device."""
+    """Side streams on a GPU; on a CPU one layer after another."""
     return SideStreams(device) if device.type == "cuda" else OneStream()
