@@ -109,18 +109,19 @@ class TokenIds:
         return False
 
     def keep(self, tokens: LeavingTokens) -> Tensor:
-        among = _membership(frozenset(self.ids), tokens.token_ids.device)
-        return among[tokens.token_ids.clamp_max(len(among) - 1)]
+        from torch import searchsorted
+
+        wanted = _rising(frozenset(self.ids), tokens.token_ids.device)
+        at = searchsorted(wanted, tokens.token_ids).clamp_max(len(wanted) - 1)
+        return wanted[at] == tokens.token_ids
 
 
 @functools.lru_cache(maxsize=16)
-def _membership(ids: frozenset[int], device: torch.device) -> Tensor:
-    """Whether an id is among ``ids``, bool by id; the last is of all greater ones. Made once: later nothing waits for a GPU."""
-    import torch
+def _rising(ids: frozenset[int], device: torch.device) -> Tensor:
+    """-1, which is no token's id, and ``ids`` in order. Copied to a GPU once: later calls do not wait for it."""
+    from torch import tensor
 
-    among = torch.zeros(max(ids, default=-1) + 2, dtype=torch.bool)
-    among[sorted(ids)] = True
-    return among.to(device)
+    return tensor([-1, *sorted(ids)], device=device)
 
 
 @option_class

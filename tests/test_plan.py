@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from loader_fixtures import tiny_config
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine import loading
+from skvq.engine import loading, machine
 from skvq.engine.arena import Arena
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
@@ -230,6 +230,12 @@ def test_a_context_that_is_no_number_of_tokens_is_refused(tmp_path: Path, value:
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+def test_another_system_than_linux_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    with pytest.raises(OptionError, match="runs on Linux"):
+        machine.available_memory(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("text", ["", "80 GiBs", "-1GiB", "1e3", "9" * 400, "GiB", "١GB"])
