@@ -38,6 +38,7 @@ def test_a_million_tokens_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SKVQ_CACHE", str(tmp_path / "cache"))
     million = loaded("gpu/million")
     monkeypatch.setattr(million, "STEPS", 3)
+    monkeypatch.setattr(million, "WARM_UP", 4)
     model, output = str(tiny_folder(tmp_path / "model", head_size=64, vocab_size=300, num_layers=3)), tmp_path / "found.json"
     words = ["--model", model, "--llama", model, "--context", "3000", "--layers", "2", "--device", "cpu", "--method", "plain"]
     million.main([*words, "--output", str(output), "--parts", "mistral,planted"])
