@@ -35,7 +35,9 @@ SPILLS = {  # bytes of stack, each with its reason; nothing of the default decod
     "reorder K2V2 g64, 8 columns": 24,  # speculative queries, or eight heads that share keys
     "reorder K8V2": 176,  # keys in float32: right, and slow
 }
+REGISTERS: dict[str, int] = {}  # more than a variant's limit
 SPILLS_OF_3_9 = {
+    "K2V1.5 g128 mean": 40,
     "K2V2 g128": 16,
     "K2V2 g64 mean": 32,
     "reorder K2V2 g64": 16,
@@ -43,6 +45,7 @@ SPILLS_OF_3_9 = {
 }  # on sm_90, from Triton 3.9 on; 3.6 and 3.7 keep them in registers
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
     SPILLS |= {f"{name} on 90": nbytes for name, nbytes in SPILLS_OF_3_9.items()}
+    REGISTERS |= {"matvec down 11008 on 90": 172}  # 136 from Triton 3.6
 
 
 def cases(quick: bool) -> list[tuple[int, str]]:
@@ -54,7 +57,7 @@ def check(arch: int, name: str) -> None:
     variant = next(v for v in sass.attend_variants(arch) + sass.other_variants(arch) if v.name == name)
     m = sass.measure(variant, arch)
     assert m.stack <= SPILLS.get(f"{name} on {arch}", SPILLS.get(name, 0)), m
-    assert m.registers <= variant.registers, m
+    assert m.registers <= REGISTERS.get(f"{name} on {arch}", variant.registers), m
     if variant.limit:
         assert 0 < m.per_element <= variant.limit, m
         assert m.conversions == 0, m
