@@ -135,13 +135,13 @@ def run(**options: Any) -> None:
 class Turn:
     """Where a sequence was before a text was read, so that a text of which only half was read can be forgotten."""
 
-    tokens: int  # dropped ones counted
+    place: int
     pending: tuple[int, ...]
     timing: Timing
 
     @classmethod
     def begins(cls, sequence: SequenceCache) -> Turn:
-        return cls(sequence.dropped + sequence.length, tuple(sequence.pending), sequence.timing)
+        return cls(sequence.place, tuple(sequence.pending), sequence.timing)
 
     def is_read(self, sequence: SequenceCache) -> bool:
         """Whether all of the text has been read: a sequence then gets a timing of its own."""
@@ -149,7 +149,7 @@ class Turn:
 
     def go_back(self, sequence: SequenceCache) -> bool:
         """Forget what was read since; False, and nothing changes, where no token from before is left."""
-        length = self.tokens - sequence.dropped
+        length = self.place - sequence.dropped
         if length > 0:
             sequence.truncate(length)
             sequence.pending = list(self.pending)

@@ -35,7 +35,7 @@ class Answer:
         if self.count >= self.config.max_new_tokens:
             self.done, self.finish = True, "length"
             return
-        self._place = self.sequence.dropped + self.sequence.length
+        self._place = self.sequence.place
         self.token = self._sampler.draw(logits, self._place)
         self.sequence.pending = [self.token]
         self.count += 1
@@ -44,8 +44,7 @@ class Answer:
 
     def require_next(self) -> None:
         """Raise OptionError unless the sequence is as the last draw has left it."""
-        sequence = self.sequence
-        if sequence.pending != [self.token] or sequence.dropped + sequence.length != self._place:
+        if self.sequence.pending != [self.token] or self.sequence.place != self._place:
             raise OptionError("the sequence was continued or cut while this answer was being written: fork it for another")
 
     def piece(self) -> str:

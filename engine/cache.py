@@ -84,6 +84,11 @@ class SequenceCache:
         if self.setup is not setup:
             raise OptionError("the sequence belongs to another engine: read its text with this one, or save and restore it")
 
+    @property
+    def place(self) -> int:
+        """Place of the next token in all that it has held, dropped tokens counted."""
+        return self.dropped + self.length
+
     # --- lengths ---------------------------------------------------------------------------------------------------------
 
     def packed_after(self, count: int) -> int:

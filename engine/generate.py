@@ -17,7 +17,7 @@ from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.generation import answer_all, answered, continued
-from skvq.engine.guard import computes, infers, own_settings
+from skvq.engine.guard import computes, infers, infers_tensor, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
@@ -297,7 +297,7 @@ class Engine:
             raise
         return sequence
 
-    @computes
+    @infers_tensor
     def read(
         self,
         sequence: SequenceCache,
@@ -324,15 +324,14 @@ class Engine:
         if file is not None:
             require_writable(file)
         reader = Reader(self.parts, self.prefixes, self.report)
-        with torch.inference_mode():
-            if file is None:
-                logits, timing = reader.read(sequence, ids)
-            else:
-                logits, timing = reader.read_with_checkpoint(sequence, ids, file, checkpoint_seconds)
+        if file is None:
+            logits, timing = reader.read(sequence, ids)
+        else:
+            logits, timing = reader.read_with_checkpoint(sequence, ids, file, checkpoint_seconds)
         self.timing = sequence.timing = timing
-        return logits.clone()  # outside of inference mode an ordinary tensor, which the caller may write to
+        return logits
 
-    @computes
+    @infers_tensor
     def decode_step(self, sequences: Sequence[SequenceCache], tokens: Sequence[int]) -> Tensor:
         """One more token of each sequence: logits float32 [B, V] of what follows.
 
@@ -349,9 +348,7 @@ class Engine:
         for sequence, token in zip(sequences, tokens, strict=True):
             if sequence.pending and sequence.pending != [token]:
                 raise OptionError(f"token {sequence.pending[0]} of the last answer is pending: decode it before {token}")
-        with torch.inference_mode():
-            logits = self.step.run(sequences, tokens)
-        return logits.clone()  # as ``read``
+        return self.step.run(sequences, tokens)
 
     def summary(self, sequence: SequenceCache) -> Summary:
         """What a sequence and the last generation that used it came to."""

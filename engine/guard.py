@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,3 +104,14 @@ def computes(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[
 def infers(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
     """``computes``, without autograd."""
     return computes(torch.inference_mode()(method))
+
+
+def infers_tensor(method: Callable[Concatenate[Self, P], Tensor]) -> Callable[Concatenate[Self, P], Tensor]:
+    """``infers`` of a method that returns a tensor: the caller gets a copy, an ordinary tensor outside of inference mode."""
+    inferred = torch.inference_mode()(method)
+
+    @functools.wraps(method)
+    def copied(self: Self, *args: P.args, **options: P.kwargs) -> Tensor:
+        return inferred(self, *args, **options).clone()
+
+    return computes(cast(Callable[Concatenate[Self, P], Tensor], copied))

@@ -76,10 +76,10 @@ def streaming_prefill(
     """
     config = model.config
     device = model.weights.embedding.device
-    begin = sequence.length + sequence.dropped
+    begin = sequence.place
     pieces = chunks(len(ids), begin)
     checkpoint.resume_streaming(sequence, ids)
-    pieces = [piece for piece in pieces if piece[0] >= sequence.length + sequence.dropped]
+    pieces = [piece for piece in pieces if piece[0] >= sequence.place]
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
     x = model.weights.norm  # replaced: there is at least one token
     with report.bar(f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *total) as bar, checkpoint.watch():

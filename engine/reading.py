@@ -82,7 +82,7 @@ class Reader:
         self, sequence: SequenceCache, hidden: Tensor, count: int, reused: int, how: str, start: float
     ) -> tuple[Tensor, Timing]:
         logits = self._parts.model.head(hidden)
-        sequence.logits = logits.clone()  # the caller may do with its own what it likes
+        sequence.logits = logits
         self._prefixes.keep(sequence)
         wait_for(logits.device)
         seconds = time.perf_counter() - start

@@ -56,9 +56,9 @@ def source_stamp(module: str) -> int:
     return int.from_bytes(digest.digest()[:4], "little") + 1
 
 
-def compile_cached(build: Build) -> Any:
-    """The kernel that ``build`` makes, from numba's cache or else into it. Raises RuntimeError if it cannot be written."""
-    return cfunc(SIGNATURE, cache=True)(build(source_stamp(build.__module__)))
+def compile_kernel(build: Build, *, cache: bool = True) -> Any:
+    """The kernel that ``build`` makes: with ``cache`` from numba's, or else into it; RuntimeError if that cannot be written."""
+    return cfunc(SIGNATURE, cache=cache)(build(source_stamp(build.__module__)))
 
 
 def compile_elsewhere(build: Build) -> Popen[bytes] | None:
@@ -66,8 +66,8 @@ def compile_elsewhere(build: Build) -> Popen[bytes] | None:
     if not sys.executable or getattr(sys, "frozen", False):  # would be this very program
         return None
     module, name, here = build.__module__, build.__name__, __name__
-    code = f"import sys; sys.path[:] = {sys.path}; from {here} import {compile_cached.__name__} as compile; "
-    code += f"from {module} import {name}; compile({name})"
+    code = f"import sys; sys.path[:] = {sys.path}; from {here} import {compile_kernel.__name__}; "
+    code += f"from {module} import {name}; {compile_kernel.__name__}({name})"
     try:
         process = Popen([sys.executable, "-c", code], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     except OSError:
@@ -105,11 +105,11 @@ class Kernels:
             if other is not None:
                 other.wait()
             try:
-                return compile_cached(build)
+                return compile_kernel(build)
             except RuntimeError as error:  # no folder that can be written
                 if "cannot cache" not in str(error):
                     raise
-                return cfunc(SIGNATURE)(build(source_stamp(build.__module__)))
+                return compile_kernel(build, cache=False)
         finally:
             timer.cancel()
 
