@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ class Checks:
         self._pool = ThreadPoolExecutor(1)
         self._found: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
         self._running: list[subprocess.Popen[str]] = []
+        self._environment = dict(os.environ)  # as it is now: tests change it while these run
 
     def start(self, names: Iterable[str]) -> None:
         """Run these as soon as those before them have ended."""
@@ -45,12 +47,14 @@ class Checks:
 
     def _run(self, name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", CODE % str(HERE / "triton_checks.py"), name]
-        env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": import_paths(), "OMP_NUM_THREADS": "1"}
+        env = self._environment | {"TRITON_INTERPRET": "1", "PYTHONPATH": import_paths(), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=HERE, env=env) as process:
-            self._running.append(process)
-            out, err = process.communicate()
-            self._running.remove(process)
+        with tempfile.TemporaryDirectory() as cache:  # its own: tests look at what is in theirs
+            env |= {"SKVQ_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+            with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=HERE, env=env) as process:
+                self._running.append(process)
+                out, err = process.communicate()
+                self._running.remove(process)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
