@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     "-i",
     "--interactive",
     is_flag=True,
-    help="Ask on: each line of standard input is the next text, the first one -p if it is not given.",
+    help="Each line of standard input is the next prompt, the first one too unless -p is given; until Ctrl-D.",
 )
 @click.option("--system", help="System message, with --chat.")
 @click.option(

@@ -18,6 +18,7 @@ from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, path_of
 from skvq.engine.rollback import uninterrupted
 from skvq.engine.session import require_fits, save_session
+from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
@@ -126,6 +127,7 @@ class SequenceCache:
                 f"max_context (--ctx) of at least {self.length + count + answer}{self.setup.on_full.advice}"
             )
 
+    @uninterrupted()
     def grow(self, target: int) -> None:
         """Pages of one's own for packed tokens up to ``target``; nothing has changed if there are not enough."""
         arena, last = self.setup.arena, self.packed // PAGE_TOKENS
@@ -139,7 +141,8 @@ class SequenceCache:
             self.pages[last] = copy
         while len(self.pages) < pages_for(target):
             self.pages.append(arena.new_page())
-        self._write_row()
+        if new > 0 or copies:
+            self._write_row()
 
     def adopt(self, token_ids: Sequence[int], packed: int, dropped: int, pending: Sequence[int]) -> None:
         """Make an empty sequence one of ``token_ids`` with pages for ``packed`` of them; the caller fills pages and slots.
@@ -204,8 +207,7 @@ class SequenceCache:
         return self.setup.arena.page_table[self.slot]
 
     def _write_row(self) -> None:
-        row = torch.tensor(self.pages, dtype=torch.int32)
-        self.page_row[: len(row)] = row.to(self.page_row.device)
+        self.page_row[: len(self.pages)] = sent(self.pages, self.device)
 
     # --- what it holds ------------------------------------------------------------------------------------------------------
 

@@ -201,20 +201,23 @@ class FileCheckpoint:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in signals}
+        before = {
+            number: handler
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if (handler := signal.getsignal(number)) is not None  # which cannot be put back: it is not Python's
+        }
 
         def ask(number: int, frame: object) -> None:
             self._asked = True
             signal.signal(number, before[signal.Signals(number)])  # a second one does not wait
 
-        for number in signals:
+        for number in before:
             signal.signal(number, ask)
         try:
             yield
         finally:
-            for number in signals:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if self._asked:  # too late for a point: the older file, if any, stays
             raise KeyboardInterrupt
 

@@ -81,7 +81,7 @@ class CapturedFor:
 
 
 FEWEST_GRAPHS = 4
-"""Graphs that are kept, or as many as sequences can be alive: so many company sizes, lengths or methods may take turns."""
+"""Graphs kept: at least so many, else one per sequence slot, so that alternating batch sizes are not captured again."""
 
 
 class GraphStep:

@@ -1,4 +1,4 @@
-"""The engine: text in, text out. It owns the loop reserve -> forward -> commit; everything else is somebody else's."""
+"""The engine: text in, text out. It owns the loop reserve -> forward -> commit."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class Engine:
     def generate(self, text: Prompt | list[str] | list[list[int]], sampling: SamplingConfig | None = None) -> str | list[str]:
         """The answer to a prompt (as for ``stream``), or to each of a list of prompts.
 
-        These are answered together, as many at a time as there are free sequences and pages for.
+        These are answered together, as many at a time as there are free sequences and pages for; when one ends the next begins.
         """
         if not is_several(text):
             return "".join(self.stream(text, sampling))  # type: ignore[arg-type]

@@ -1,16 +1,17 @@
-"""Several sequences continued together, a token of each at a time."""
+"""Sequences continued together, a token of each at a time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from skvq.engine.answer import Answer
+from skvq.engine.answer import Answer, draw
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.guard import computing, own_settings
@@ -20,69 +21,33 @@ if TYPE_CHECKING:
     from skvq.engine.generate import Engine
 
 
-class Generation:
-    """Answers that grow together. Timings of their sequences are kept up to date; a reader's own time is no part of them."""
+def begun(engine: Engine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, *, resumed: bool = False) -> Answer:
+    """An answer whose first token is drawn from ``logits`` [V]."""
+    with own_settings(engine.device):
+        return Answer(engine.parts.tokenizer, sequence, logits, config, resumed=resumed)
 
-    def __init__(
-        self,
-        engine: Engine,
-        sequences: Sequence[SequenceCache],
-        logits: Sequence[Tensor],
-        config: SamplingConfig,
-        *,
-        resumed: bool = False,
-    ) -> None:
-        """``resumed``: no text came before, the answers go on from what the sequences hold."""
-        self._engine, self._timings = engine, [sequence.timing for sequence in sequences]
-        tokenizer = engine.parts.tokenizer
-        with own_settings(engine.device):
-            self.answers = [
-                Answer(tokenizer, s, row, config, resumed=resumed) for s, row in zip(sequences, logits, strict=True)
-            ]
-        for timing, answer in zip(self._timings, self.answers, strict=True):
-            timing.new_tokens = answer.count
 
-    def pieces(self) -> Iterator[tuple[int, str]]:
-        """(index of the sequence, piece of its text), as they are drawn."""
-        live = list(range(len(self.answers)))
-        while live:
-            for index in live:
-                if piece := self.answers[index].piece():
-                    yield index, piece
-            ended = [i for i in live if self.answers[i].done]
-            if ended:
-                self._tell(ended)
-                live = [i for i in live if i not in ended]
-            if live:
-                self._step(live)
+def step(engine: Engine, answers: Sequence[Answer]) -> float:
+    """Decode the token of each answer and draw its next; seconds that took."""
+    start = time.perf_counter()
+    with computing(engine):
+        for answer in answers:
+            answer.require_next()
+        draw(answers, engine.step.run([a.sequence for a in answers], [a.token for a in answers]))
+    seconds = time.perf_counter() - start
+    for answer in answers:
+        answer.timing.decoded_tokens += 1
+        answer.timing.decode_seconds += seconds
+    return seconds
 
-    def _step(self, live: Sequence[int]) -> None:
-        """Decode the token of each answer, and draw its next."""
-        start = time.perf_counter()
-        answers = [self.answers[i] for i in live]
-        with computing(self._engine):
-            for answer in answers:
-                answer.require_next()
-            rows = self._engine.step.run([a.sequence for a in answers], [a.token for a in answers])
-            for index, row in zip(live, rows, strict=True):
-                self.answers[index].take(row)
-        seconds = time.perf_counter() - start
-        for index in live:
-            timing = self._timings[index]
-            timing.new_tokens = self.answers[index].count
-            timing.decoded_tokens += 1
-            timing.decode_seconds += seconds
 
-    def _tell(self, ended: Sequence[int]) -> None:
-        context = self._engine.parts.setup.max_context
-        for answer in (self.answers[i] for i in ended):
-            if answer.finish == "context":
-                self._engine.report.message(
-                    f"the context of {context:,} tokens is full, the answer ends after {answer.count:,} of "
-                    f"{answer.config.max_new_tokens:,} tokens: load with a larger max_context (--ctx) to go on"
-                )
-        for index in ended:
-            self._timings[index].finish = self.answers[index].finish
+def tell_if_full(engine: Engine, answer: Answer) -> None:
+    """Say so if the context ended an answer."""
+    if answer.finish == "context":
+        engine.report.message(
+            f"the context of {engine.parts.setup.max_context:,} tokens is full, the answer ends after {answer.count:,} of "
+            f"{answer.config.max_new_tokens:,} tokens: load with a larger max_context (--ctx) to go on"
+        )
 
 
 def continued(
@@ -97,9 +62,15 @@ def continued(
         logits = engine.read(sequence, ids, checkpoint=checkpoint)
     else:
         engine.timing = sequence.timing = Timing()
-    for _, piece in Generation(engine, [sequence], [logits], config, resumed=not ids).pieces():
-        yield piece
-    with engine.lock:
+    answer = begun(engine, sequence, logits, config, resumed=not ids)
+    while True:
+        if piece := answer.piece():
+            yield piece
+        if answer.finish:
+            break
+        step(engine, [answer])
+    tell_if_full(engine, answer)
+    with computing(engine):
         engine.prefixes.keep(sequence)
 
 
@@ -112,44 +83,46 @@ def answered(
 
 
 def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> tuple[list[str], Timing]:
-    """The answers to all prompts, as many of them at a time as can be answered together, and what they took."""
-    answers: list[str] = []
-    total = Timing()
+    """The answers to all prompts and what they took, as many at a time as there are places and pages for.
+
+    A prompt waits until one that is answered gives up its place, not until all of them have (continuous batching).
+    """
+    texts, total = [""] * len(prompts), Timing()
+    waiting = deque(enumerate(prompts))
+    sequences: dict[int, SequenceCache] = {}  # of the prompts being answered, by their index
+    answers: dict[int, Answer] = {}
     with engine.batches:
-        while len(answers) < len(prompts):
-            answers += _answer_together(engine, _fitting(engine, prompts[len(answers) :], config), config, total)
-    return answers, total
+        try:
+            while waiting or answers:
+                if waiting and (not answers or _has_room(engine, answers.values(), waiting[0][1], config)):
+                    index, ids = waiting.popleft()
+                    sequences[index] = engine.new_sequence()
+                    answers[index] = begun(engine, sequences[index], engine.read(sequences[index], ids), config)
+                    drawn = [index]
+                else:
+                    total.decode_seconds += step(engine, list(answers.values()))
+                    drawn = list(answers)
+                for index in drawn:
+                    texts[index] += answers[index].piece()
+                    if answers[index].finish:
+                        answer = answers.pop(index)
+                        tell_if_full(engine, answer)
+                        total.add(replace(answer.timing, decode_seconds=0.0))
+                        sequences.pop(index).free()
+        finally:
+            for sequence in sequences.values():
+                sequence.free()
+    return texts, total
 
 
-def _fitting(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> Sequence[list[int]]:
-    """As many of the prompts, in order, as there are sequences and pages for; the first in any case."""
+def _has_room(engine: Engine, answers: Iterable[Answer], ids: Sequence[int], config: SamplingConfig) -> bool:
+    """Whether one more prompt can be answered to its end beside others, which have yet to take pages for theirs."""
     setup = engine.parts.setup
+
+    def pages(tokens: int) -> int:
+        return setup.regions.pages(min(tokens, setup.max_context))
+
+    needed = pages(len(ids) + config.max_new_tokens)
+    needed += sum(pages(a.sequence.length + 1 + a.left) - len(a.sequence.pages) for a in answers)
     with engine.lock:
-        room, places, count = setup.arena.free_pages, setup.arena.free_sequences, 0
-    for ids in prompts[:places]:
-        room -= setup.regions.pages(min(len(ids) + config.max_new_tokens, setup.max_context))
-        if room < 0:
-            break
-        count += 1
-    return prompts[: max(1, count)]
-
-
-def _answer_together(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig, total: Timing) -> list[str]:
-    """The answers; what they took is added to ``total``."""
-    answers = [""] * len(prompts)
-    sequences: list[SequenceCache] = []
-    try:
-        logits = []
-        for ids in prompts:
-            sequences.append(engine.new_sequence())
-            logits.append(engine.read(sequences[-1], ids))
-        for index, piece in Generation(engine, sequences, logits, config).pieces():
-            answers[index] += piece
-        timings = [sequence.timing for sequence in sequences]
-        for timing in timings:
-            total.add(replace(timing, decode_seconds=0.0))
-        total.decode_seconds += max(timing.decode_seconds for timing in timings)  # they were decoded together
-    finally:
-        for sequence in sequences:
-            sequence.free()
-    return answers
+        return setup.arena.free_sequences > 0 and setup.arena.free_pages >= needed

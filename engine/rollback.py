@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from skvq.engine.arena import SLOT_TENSORS
+from skvq.engine.streams import on_host
 
 if TYPE_CHECKING:
     from skvq.engine.cache import SequenceCache
@@ -22,13 +23,12 @@ RING_MARKS = ("full_positions", "full_mass")
 def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSORS) -> Iterator[None]:
     """Around forward and commit of a step, after reserve: if it raises, window, retained tokens and lengths are as they were.
 
-    Costs a copy of what the step may write over in the sequence's full-precision slots: all of it in a chunk of a prompt, kept
-    on the host, ``RING_MARKS`` in a decode step, which does not wait for a GPU. Pages are only appended to; those that were
+    Costs a copy, in host memory, of what the step may write over in the sequence's full-precision slots: all of it in a chunk
+    of a prompt, ``RING_MARKS`` in a decode step. The host does not wait for it. Pages are only appended to; those that were
     reserved stay reserved.
     """
     tensors, slot = sequence.setup.arena.tensors, sequence.slot
-    marks = {name: tensors[name][:, slot].clone() for name in written if name in RING_MARKS}
-    kept = marks | {name: tensors[name][:, slot].to("cpu", copy=True) for name in written if name not in RING_MARKS}
+    kept = {name: on_host(tensors[name][:, slot]) for name in written}
     length, packed, pending = sequence.length, sequence.packed, sequence.pending
     try:
         yield

@@ -20,14 +20,16 @@ class Sampler:
         self.config = config
         self._generator = torch.Generator(device=device)
         self._seed = self._generator.seed() if config.seed is None else config.seed % 2**64
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        if config.repeat_penalty != 1:
+        self._penalizes = config.repeat_penalty != 1
+        self._seen = torch.zeros(vocab_size if self._penalizes else 0, dtype=torch.bool, device=device)
+        if self._penalizes:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
 
-    def draw(self, logits: Tensor, place: int) -> int:
-        """The token at a place of its sequence, from ``logits`` float32 [V]. Raises ModelError if they are not numbers."""
+    def choose(self, logits: Tensor, place: int) -> Tensor:
+        """The largest of ``logits`` float32 [V] and the token drawn at a place of its sequence, float64 [2]; nothing is waited
+        for."""
         config = self.config
-        if config.repeat_penalty != 1:
+        if self._penalizes:
             penalized = torch.where(logits > 0, logits / config.repeat_penalty, logits * config.repeat_penalty)
             logits = torch.where(self._seen, penalized, logits)
         likeliest, token_of = logits.max(-1)
@@ -36,14 +38,18 @@ class Sampler:
             self._generator.manual_seed(seed_at(self._seed, place))
             times = torch.empty_like(probabilities).exponential_(generator=self._generator).clamp_min_(1e-30)
             token_of = (probabilities / times).argmax()  # as torch.multinomial, which waits for the device and checks
-        largest, number = torch.stack((likeliest.double(), token_of.double())).tolist()  # the one time a GPU is waited for
+        return torch.stack((likeliest.double(), token_of.double()))
+
+    def take(self, largest: float, number: float) -> int:
+        """The token that ``choose`` has chosen. Raises ModelError if the logits are not numbers."""
         if not math.isfinite(largest):
             raise ModelError(
                 f"the largest of the model's logits is {largest}: its weights are damaged, or its activations do not fit "
                 "this dtype; try --dtype bfloat16 or float32"
             )
         token = int(number)
-        self._seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
+        if self._penalizes:
+            self._seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
         return token
 
 

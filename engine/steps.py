@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import FULL_SPAN
 from skvq.engine.methods import Attends, CacheMethod, RowByRow
 from skvq.engine.prefill_form import SEGMENT_TOKENS
-from skvq.engine.rollback import RING_MARKS, all_or_nothing
+from skvq.engine.rollback import RING_MARKS, all_or_nothing, uninterrupted
 from skvq.engine.rope import StepRope
 from skvq.engine.streams import pinned, sent
 from skvq.kernels.dense import SoftmaxParts, attend_behind, attend_causal
@@ -158,7 +159,7 @@ class DecodeBatch:
     def step(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Iterator[None]:
         """Around the device's work for the next tokens of these sequences, row by row [B * N]: room before, commit after.
 
-        They fit the ring (``ring_room``). Of a step that is broken off nothing is committed.
+        They fit the ring (``ring_room``). Of a step that is broken off nothing is committed, in no sequence.
         """
         try:
             self.begin(sequences, token_ids)
@@ -212,15 +213,17 @@ class DecodeBatch:
     def commit(self, token_ids: Sequence[int]) -> None:
         """The step is over; a window that has grown by a tile is packed, in every layer. token_ids: row by row, [B * N]."""
         count = self.tokens
-        for row, sequence in enumerate(self.sequences):
-            new = list(token_ids[row * count : (row + 1) * count])
-            packs = sequence.packed_after(count) > sequence.packed
-            with all_or_nothing(sequence, RING_MARKS) if packs else nullcontext():
-                for at, mass in self.mass[row]:
-                    self.setup.arena.tensors["full_mass"][at] = mass
-                if packs:
-                    pack_window(sequence, sent(new, self.setup.device))
-                sequence.commit(new)
+        new = [list(token_ids[start : start + count]) for start in range(0, len(token_ids), count)]
+        packs = [sequence.packed_after(count) > sequence.packed for sequence in self.sequences]
+        with uninterrupted(), ExitStack() as guarded:
+            for sequence in self.sequences if any(packs) else ():  # packing may fail: a filter rule is anybody's
+                guarded.enter_context(all_or_nothing(sequence, RING_MARKS))
+            for at, mass in chain(*self.mass):
+                self.setup.arena.tensors["full_mass"][at] = mass
+            for sequence, ids in compress(zip(self.sequences, new, strict=True), packs):
+                pack_window(sequence, sent(ids, self.setup.device))
+            for sequence, ids in zip(self.sequences, new, strict=True):
+                sequence.commit(ids)
 
 
 class DecodeLayer:

@@ -23,6 +23,12 @@ def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
     return pinned(numbers, device).to(device, non_blocking=True)
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, made when the device comes to it: whatever follows on this stream may write over the original."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor, non_blocking=True)
+
+
 class Streams(Protocol):
     """Runs ``work(layer)`` for each of ``layers`` layers; what comes after it on the current stream comes after all of it."""
 

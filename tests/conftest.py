@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start in the background
 settings.register_profile("here", deadline=None)  # how fast a machine is, or how busy, is no failure
 settings.register_profile("ci", deadline=None, derandomize=True)  # to search anew each time is for a person who looks at it
 settings.load_profile("ci" if "CI" in os.environ else "here")

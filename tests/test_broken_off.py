@@ -91,6 +91,32 @@ def test_an_exact_read_leaves_an_empty_sequence(engine: Engine) -> None:
     free(sequence, twin)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_step_of_several_is_one(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    """Packing the second sequence's window fails, after the first one's: none has the token."""
+    tile = engine.parts.setup.regions.tile
+    lengths = (16 + 2 * tile - 1, 16 + 2 * tile - 1)  # the next token of both fills a tile
+    ours, twins = ([engine.prefill(random_ids(n)) for n in lengths] for _ in range(2))
+    method, calls = type(engine.parts.setup.method), [0]
+    pack = method.pack
+
+    def breaking(self: CacheMethod, *args: Any) -> None:
+        pack(self, *args)
+        calls[0] += 1
+        if calls[0] == 3:  # of two layers each
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "pack", breaking)
+        with pytest.raises(error):
+            engine.decode_step(ours, [7, 8])
+    assert [s.length for s in ours] == list(lengths)
+    for _ in range(2):
+        assert torch.equal(*(engine.decode_step(group, [7, 8]) for group in (ours, twins)))
+    assert all(same(state(a), state(b)) for a, b in zip(ours, twins, strict=True))
+    free(*ours, *twins)
+
+
 @pytest.mark.parametrize("where", ["layer", "packing"])
 def test_a_decode_step_can_be_taken_again(engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     tile = engine.parts.setup.regions.tile

@@ -13,11 +13,14 @@ from card import CARD, Card, CheckedGraphs, OnCard, Stream, card
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
+from skvq.engine.answer import draw
 from skvq.engine.config import SamplingConfig
 from skvq.engine.decode import EagerStep, GraphStep, decode_step_of, last_hidden
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
+from skvq.engine.generation import begun
 from skvq.engine.methods import CacheMethod
+from skvq.engine.rollback import all_or_nothing
 from skvq.engine.sampling import Sampler
 from skvq.engine.trials.bench import bench_decode, bench_prefill
 from skvq.kernels import ops
@@ -119,6 +122,24 @@ def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path,
     assert sequence.packed == 2 * tile
 
 
+def test_what_a_chunk_may_write_over_is_kept_without_waiting(folder: Path, gpu: Card) -> None:
+    engine = tiny_engine(folder, tiny_cache(method="plain"), device="cuda", dtype="auto", max_context=700, cuda_graph=False)
+    sequence = engine.prefill(random_ids(30))
+    keys = engine.parts.setup.arena.full(1).keys[sequence.slot]
+    before = keys.cpu()
+    gpu.waits.clear()
+
+    def broken_off() -> None:
+        with all_or_nothing(sequence):
+            assert not gpu.waits
+            keys.zero_()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert torch.equal(keys.cpu().view(torch.int16), before.view(torch.int16))
+
+
 def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:
     cache = tiny_cache(method="plain")
     engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=700, cuda_graph=False)
@@ -160,8 +181,20 @@ def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
 def test_drawing_a_token_waits_once(gpu: Card, options: dict[str, Any]) -> None:
     sampler = Sampler(SamplingConfig(repeat_penalty=1.1, **options), [1, 2], 8, CARD)
     gpu.waits.clear()
-    assert sampler.draw(9 * torch.arange(8.0, device="cuda"), 2) == 7
+    assert sampler.take(*sampler.choose(9 * torch.arange(8.0, device="cuda"), 2).tolist()) == 7
     assert gpu.waits == {"tolist": 1}
+
+
+def test_drawing_for_several_answers_waits_once(folder: Path, gpu: Card) -> None:
+    cache = tiny_cache(method="plain")
+    engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=900, max_sequences=3, cuda_graph=False)
+    sampling = SamplingConfig(max_new_tokens=4, temperature=0.5)
+    sequences = [engine.prefill([token]) for token in (1, 2, 3)]
+    logits = [sequence.logits for sequence in sequences if sequence.logits is not None]
+    answers = [begun(engine, *pair, sampling) for pair in zip(sequences, logits, strict=True)]
+    gpu.waits.clear()
+    draw(answers, logits)
+    assert [a.count for a in answers] == [2, 2, 2] and gpu.waits == {"tolist": 1}
 
 
 def test_text_sessions_and_batches(folder: Path, gpu: Card, tmp_path: Path) -> None:

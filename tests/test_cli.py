@@ -166,7 +166,7 @@ def test_ctrl_c_ends_an_answer_not_the_questions(model: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("owner, what, count", [(decode.EagerStep, "run", 4), (sampling.Sampler, "draw", 4)])
+@pytest.mark.parametrize("owner, what, count", [(decode.EagerStep, "run", 4), (sampling.Sampler, "choose", 4)])
 def test_ctrl_c_in_an_answer_keeps_the_session(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool, owner: type, what: str, count: int
 ) -> None:

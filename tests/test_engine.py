@@ -184,6 +184,18 @@ def test_a_prompt_too_long_in_a_batch_frees_the_others(engine: Engine) -> None:
         engine.generate(["short", PROMPT * 30])
 
 
+def test_a_prompt_takes_the_place_of_an_answer_that_has_ended(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["a", PROMPT * 2, "b", PROMPT, PROMPT * 3]
+    sampling = SamplingConfig(max_new_tokens=12, temperature=1.0, seed=8)
+    ended = with_end(engine, answer_ids(engine, 12, "a", temperature=1.0, seed=8)[3])  # "a" is answered in four tokens
+    alone = [ended.generate(prompt, sampling) for prompt in prompts]
+    sizes, run = [], ended.step.run
+    monkeypatch.setattr(ended.step, "run", lambda sequences, ids: sizes.append(len(sequences)) or run(sequences, ids))
+    assert ended.generate(prompts, sampling) == alone
+    assert sizes[:3] == [4] * 3 and sizes[3] == 3, "of the four places two are free after four tokens, and one prompt waited"
+    assert ended.timing.decoded_tokens == sum(sizes) and ended.timing.prompt_tokens == sum(map(len, map(ended.encode, prompts)))
+
+
 def test_an_interrupted_prefill_frees_its_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt

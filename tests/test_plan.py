@@ -238,6 +238,23 @@ def test_another_system_than_linux_is_one_line(tmp_path: Path, monkeypatch: pyte
         machine.available_memory(torch.device("cpu"))
 
 
+def test_control_groups_limit_memory_and_cached_files_do_not(tmp_path: Path) -> None:
+    def group(folder: str, most: str, used: int, cached: int, names: tuple[str, str, str]) -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in zip(names, (most, str(used), f"anon 7\n{names[2]} {cached}\n"), strict=True):
+            (tmp_path / folder / ("memory.stat" if name == names[2] else name)).write_text(text)
+
+    two, one = machine.GROUP_FILES[""], machine.GROUP_FILES["memory"]
+    group("", "max", 900, 0, two)
+    group("slurm", "1000\n", 700, 200, two)
+    group("slurm/job", "800\n", 700, 50, two)
+    group("memory/box", "600\n", 500, 20, one)
+    groups = tmp_path / "cgroup"
+    groups.write_text("9:memory:/box/gone\n3:cpuset:/\n0::/slurm/job\n")
+    assert machine.left_by_groups(groups, tmp_path) == [120, 150, 500]
+    assert machine.left_by_groups(tmp_path / "none", tmp_path) == []
+
+
 @pytest.mark.parametrize("text", ["", "80 GiBs", "-1GiB", "1e3", "9" * 400, "GiB", "١GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="not a size"):

@@ -18,9 +18,13 @@ from skvq.loaders.text import ByteTokenizer, TextStream
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0, 1.5, 0.0])
 
 
+def drawn(sampler: Sampler, logits: Tensor, place: int) -> int:
+    return sampler.take(*sampler.choose(logits, place).tolist())
+
+
 def draws(count: int, logits: Tensor = LOGITS, **options: object) -> Tensor:
     sampler = Sampler(SamplingConfig(**options), [], len(logits), torch.device("cpu"))
-    return torch.tensor([sampler.draw(logits, place) for place in range(count)])
+    return torch.tensor([drawn(sampler, logits, place) for place in range(count)])
 
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
@@ -92,7 +96,7 @@ def test_any_options_draw_a_token(
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=penalty)
     sampler = Sampler(config, [0], len(logits), torch.device("cpu"))
     for place in range(3):
-        assert 0 <= sampler.draw(torch.tensor(logits), place) < len(logits)
+        assert 0 <= drawn(sampler, torch.tensor(logits), place) < len(logits)
 
 
 def test_a_cold_temperature_is_greedy() -> None:
@@ -102,10 +106,10 @@ def test_a_cold_temperature_is_greedy() -> None:
 def test_the_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_seen() -> None:
     sampler = Sampler(SamplingConfig(repeat_penalty=2.0), [0], 3, torch.device("cpu"))
     logits = torch.tensor([1.9, 1.0, -1.0])
-    assert sampler.draw(logits, 0) == 1, "1.9 / 2 < 1.0"
-    assert sampler.draw(logits, 1) == 0, "1.0 / 2 < 1.9 / 2"
+    assert drawn(sampler, logits, 0) == 1, "1.9 / 2 < 1.0"
+    assert drawn(sampler, logits, 1) == 0, "1.0 / 2 < 1.9 / 2"
     sampler = Sampler(SamplingConfig(repeat_penalty=2.0), [2], 3, torch.device("cpu"))
-    assert sampler.draw(torch.tensor([-3.0, -2.5, -2.0]), 0) == 1, "-2.0 * 2 < -2.5"
+    assert drawn(sampler, torch.tensor([-3.0, -2.5, -2.0]), 0) == 1, "-2.0 * 2 < -2.5"
 
 
 def test_a_seed_repeats_itself_and_another_does_not() -> None:
@@ -118,8 +122,8 @@ def test_each_sequence_of_a_batch_draws_what_it_would_alone() -> None:
     one, other = (Sampler(config, [], 7, torch.device("cpu")) for _ in range(2))
     mixed = []
     for place in range(10):
-        mixed.append(one.draw(LOGITS, place))
-        other.draw(LOGITS, place)
+        mixed.append(drawn(one, LOGITS, place))
+        drawn(other, LOGITS, place)
     assert mixed == draws(10, temperature=1.0, seed=4).tolist()
 
 
@@ -202,7 +206,7 @@ def test_sampling_options_are_taken_or_refused_in_one_line(options: dict[str, ob
         one_line(error)
         return
     sampler = Sampler(config, [1], 7, torch.device("cpu"))
-    assert 0 <= sampler.draw(LOGITS, 0) < 7
+    assert 0 <= drawn(sampler, LOGITS, 0) < 7
     StopWatch(config.stop).push("text")
 
 
