@@ -1,20 +1,19 @@
 """Exact prefill: by layer, then by chunk; a layer's keys and values stay in full precision while it is read, then are packed.
 
-Two readers do a layer. ``AllHeads`` holds its keys and values of all heads. ``HeadGroups`` holds those of a group of kv heads
-and goes over the prompt once per group; then, piece by piece, it packs what it computes once more. ``PrefillForm`` says which,
-and where hidden states lie. Both give the same bytes.
+``AllHeads`` holds a layer's keys and values of all heads. ``HeadGroups`` holds those of a group of kv heads and goes over the
+prompt once per group; then, piece by piece, it packs what it computes once more. ``PrefillForm`` says which, and where hidden
+states lie. Both give the same bytes. Where the prompt stands is in ``ExactState`` alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skvq.engine.absorb import absorb_piece
+from skvq.engine.absorb import absorb, absorb_piece
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.config import ModelConfig
@@ -27,23 +26,6 @@ from skvq.engine.rope import StepRope, at_positions
 from skvq.engine.steps import ExactLayer
 from skvq.kernels.dense import kv_buffer
 from skvq.kernels.interface import RopeFrequencies
-
-
-class LayerPass(Protocol):
-    """A way to do a layer of the state: ``begin`` a group of heads, ``read`` its chunks in order, ``finish`` the layer."""
-
-    def begin(self) -> None: ...
-
-    def read(self, start: int, stop: int) -> None: ...
-
-    def finish(self) -> None:
-        """Pack the layer; hidden states are its output then."""
-
-    def work(self, start: int, stop: int) -> Work:
-        """What ``read`` takes."""
-
-    def last_work(self) -> Work:
-        """What ``finish`` takes besides packing."""
 
 
 def exact_prefill(
@@ -69,7 +51,6 @@ def exact_prefill(
             f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *work_left(model.config, form, state, reader)
         ) as bar:
             while state.layer < model.config.num_layers:
-                reader.begin()
                 for start, stop in pieces[state.chunk :]:
                     reader.read(start, stop)
                     bar.advance(*reader.work(start, stop))
@@ -105,7 +86,7 @@ def new_state(model: Model, count: int, form: PrefillForm) -> ExactState:
     )
 
 
-def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader: LayerPass) -> Work:
+def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader: AllHeads) -> Work:
     """What remains to be done from a state on."""
     each = [reader.work(*piece) for piece in chunks(len(state.hidden))]
     group = sum(each, NO_WORK)
@@ -118,29 +99,36 @@ TURNED_TOKENS = 1 << 15
 
 
 class AllHeads:
-    """A layer's keys and values of all heads: a chunk's output replaces its input."""
+    """Does a layer of the state: ``read`` its chunks in order, then ``finish`` it.
+
+    It holds the layer's keys and values of all heads; a chunk's output replaces its input.
+    """
 
     def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
         self._turns: dict[tuple[int, int], StepRope] = {}  # of the chunks in the first TURNED_TOKENS
 
-    def begin(self) -> None:
-        state = self.state
-        self.cache = ExactLayer(self.sequence, state.layer, state.keys, state.values)
-        self.cache.resume(state.filled, state.mass)
-
     def read(self, start: int, stop: int) -> None:
+        """A chunk, of the state's group of heads."""
         x, turn = self._chunk(start, stop)
-        self.state.hidden[start:stop] = self.model.layer(self.state.layer, x, turn, self.cache)[0]
+        self.state.hidden[start:stop] = self.model.layer(self.state.layer, x, turn, self._cache(start))[0]
 
     def finish(self) -> None:
-        self.cache.finish(self.tokens)
+        """Pack the layer; hidden states are its output then."""
+        keys, values = (t.transpose(0, 1) for t in (self.state.keys, self.state.values))
+        absorb(self.sequence, self.state.layer, keys, values, self.state.mass, self.tokens)
 
     def work(self, start: int, stop: int) -> Work:
+        """What ``read`` takes."""
         return chunk_work(self.model.config, start, stop)
 
     def last_work(self) -> Work:
+        """What ``finish`` takes besides packing."""
         return NO_WORK
+
+    def _cache(self, start: int) -> ExactLayer:
+        state = self.state
+        return ExactLayer(self.sequence.setup, state.layer, state.keys, state.values, state.mass, start)
 
     def _chunk(self, start: int, stop: int) -> tuple[Tensor, StepRope]:
         """Hidden states [1, N, d] of a chunk on the device, and the turn of its positions."""
@@ -168,7 +156,7 @@ class HeadGroups(AllHeads):
         x, turn = self._chunk(start, stop)
         group = self.state.group
         q, k, v = (t.chunk(self.groups, dim=2)[group] for t in self.model.heads(self.state.layer, x))
-        self.state.attended[group, start:stop] = self.cache.attend(q, k, v, turn)[0].flatten(1)
+        self.state.attended[group, start:stop] = self._cache(start).attend(q, k, v, turn)[0].flatten(1)
 
     def finish(self) -> None:
         count = len(self.tokens)

@@ -3,7 +3,7 @@
 Each class here is a ``model.LayerCache`` and differs in what attention sees and where the new tokens go:
 
     DenseLayer      a whole text, dense causal attention in full precision, nothing kept          (Engine.logits)
-    ExactLayer      the same, and the layer's keys and values are packed when its last chunk is done   (exact prefill)
+    ExactLayer      the same, a chunk at a time; the layer is packed when its last chunk is done        (exact prefill)
     StreamingLayer  a chunk of one sequence against its packed cache, staged in segments            (streaming prefill)
     DecodeLayer     the next tokens of each sequence of a batch, through the backend's fused attention  (decode, short reads)
 """
@@ -34,49 +34,38 @@ from skvq.kernels.ops import TorchOps
 
 
 class DenseLayer:
-    """Full-precision keys and values of one layer, grown chunk by chunk in a buffer that is given: [KH, T, D] each."""
+    """Full-precision keys and values of one layer in buffers that are given, [KH, T, D] each: those of the tokens attended now
+    are written from ``first`` on, those before are there."""
 
-    def __init__(self, keys: Tensor, values: Tensor, span: int) -> None:
-        self.keys, self.values = keys, values
-        self.span = span
-        self.filled = 0
+    def __init__(self, keys: Tensor, values: Tensor, span: int, first: int = 0) -> None:
+        self.keys, self.values, self.span, self.first = keys, values, span, first
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         return self._attend(TorchOps(), q, k, v, rope)[1][None]
 
     def _attend(self, ops: Ops, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> tuple[Tensor, Tensor, Tensor]:
         """The turned queries [N, H, D], what they read, and its log-sum-exp [N, H]."""
-        q = ops.turn_to_buffer(q, k, v, rope.cos, rope.sin, self.keys, self.values, self.filled)[0]
-        self.filled += len(q)
-        return q, *attend_causal(q, self.keys[:, : self.filled], self.values[:, : self.filled], self.span)
+        q = ops.turn_to_buffer(q, k, v, rope.cos, rope.sin, self.keys, self.values, self.first)[0]
+        last = self.first + len(q)
+        return q, *attend_causal(q, self.keys[:, :last], self.values[:, :last], self.span)
 
 
 class ExactLayer(DenseLayer):
-    """Exact prefill of an empty sequence: attention in full precision, then ``finish`` packs.
+    """A chunk of exact prefill: attention in full precision of all heads, or of the group of kv heads that the buffers are of.
 
-    Given the buffers of a group of kv heads it serves queries, keys and values of that group; ``finish`` needs all heads.
+    What tokens are attended with is added to ``mass``, float32 [T].
     """
 
-    def __init__(self, sequence: SequenceCache, layer: int, keys: Tensor, values: Tensor) -> None:
-        super().__init__(keys, values, sequence.setup.spans[layer])
-        assert sequence.length == 0, "exact prefill starts an empty sequence"
-        self.sequence, self.layer = sequence, layer
-        self.mass = torch.zeros(keys.shape[1], device=keys.device)
-
-    def resume(self, filled: int, mass: Tensor) -> None:
-        """Go on after ``filled`` tokens whose keys and values are there, adding to ``mass`` (float32 [T], zeros at first)."""
-        self.filled, self.mass = filled, mass
+    def __init__(self, setup: CacheSetup, layer: int, keys: Tensor, values: Tensor, mass: Tensor, first: int) -> None:
+        super().__init__(keys, values, setup.spans[layer], first)
+        self.setup, self.mass = setup, mass
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
-        q, out, lse = self._attend(self.sequence.setup.backend.ops, q, k, v, rope)
-        if self.sequence.setup.needs_mass:
-            add_mass(self.mass[: self.filled], q, lse, self.keys[:, : self.filled], self.sequence.setup.regions.window)
+        q, out, lse = self._attend(self.setup.backend.ops, q, k, v, rope)
+        if self.setup.needs_mass:
+            last = self.first + len(q)
+            add_mass(self.mass[:last], q, lse, self.keys[:, :last], self.setup.regions.window)
         return out[None]
-
-    def finish(self, ids: Tensor) -> None:
-        """Pack the layer: its keys and values are all there. ids: int64 [T]."""
-        keys, values = self.keys.transpose(0, 1), self.values.transpose(0, 1)
-        absorb(self.sequence, self.layer, keys, values, self.mass, ids)
 
 
 class StreamingLayer:

@@ -15,6 +15,7 @@ from simulated import SimulatedLayer, schedule
 from tiny import tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
+from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.evaluate import DecodeRegimeLayer
 from skvq.engine.generate import Engine
@@ -88,12 +89,12 @@ def exact(engine: Engine, sequence: SequenceCache, text: Trace, chunk: int = 100
     count, config = len(text), engine.parts.model.config
     sequence.reserve(count)
     buffers = torch.empty(2, config.num_kv_heads, count, config.head_size)
-    layer = ExactLayer(sequence, 0, *buffers)
-    outs = []
+    mass, outs = torch.zeros(count), []
     for a in range(0, count, chunk):
         b = min(a + chunk, count)
+        layer = ExactLayer(sequence.setup, 0, *buffers, mass, a)
         outs.append(layer.attend(text.q[:, a:b], text.k[:, a:b], text.v[:, a:b], _rope(engine, a, b))[0])
-    layer.finish(torch.tensor(text.ids))
+    absorb(sequence, 0, *(buffer.transpose(0, 1) for buffer in buffers), mass, torch.tensor(text.ids))
     sequence.commit(text.ids)
     return torch.cat(outs)
 
