@@ -119,7 +119,7 @@ def simulated_rows(engine: Engine, corpus: Path, name: str, ids: Tensor, note: C
         note({"name": label, "text": name, "window": "exact", "bits_per_element": bits, **simulate(engine, ids, scheme)})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def transformers_row(model: str, name: str, ids: Tensor, note: Callable[[dict[str, Any]], None]) -> None:
     """The 2-bit cache of transformers (quanto, groups of 64, residual 128) against its own full-precision one.
 

@@ -127,7 +127,7 @@ def published_schemes(engine: Engine, corpus: Tensor) -> list[Scheme]:
     return [PublishedSkvq(labels(layer, 0), labels(layer, 1)) for layer in range(config.num_layers)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def simulate(engine: Engine, ids: Tensor, scheme: Callable[[int], Scheme]) -> dict[str, float]:
     """Perplexity, KL and top-1 agreement of a scheme for each layer against full precision."""
     model, rope, spans = engine.parts.model, engine.parts.rope, engine.parts.model.config.attention_spans

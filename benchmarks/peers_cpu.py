@@ -115,7 +115,7 @@ class TransformersPeer:
             return transformers.DynamicCache()
         return transformers.QuantizedCache("quanto", config=self._model.config, nbits=self._bits, q_group_size=64)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, ids: list[int]) -> tuple[float, float]:
         cache, start = self._cache(), time.perf_counter()
         out = self._model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)

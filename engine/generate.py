@@ -17,7 +17,7 @@ from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.generation import answer_all, answered, continued
-from skvq.engine.guard import computes, infers, infers_tensor, own_settings
+from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
@@ -297,7 +297,7 @@ class Engine:
             raise
         return sequence
 
-    @infers_tensor
+    @computes
     def read(
         self,
         sequence: SequenceCache,
@@ -329,9 +329,9 @@ class Engine:
         else:
             logits, timing = reader.read_with_checkpoint(sequence, ids, file, checkpoint_seconds)
         self.timing = sequence.timing = timing
-        return logits
+        return logits.clone()  # the sequence keeps its own
 
-    @infers_tensor
+    @computes
     def decode_step(self, sequences: Sequence[SequenceCache], tokens: Sequence[int]) -> Tensor:
         """One more token of each sequence: logits float32 [B, V] of what follows.
 
@@ -358,7 +358,6 @@ class Engine:
     # --- scores --------------------------------------------------------------------------------------------------------------
 
     @computes
-    @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
         parts, ids = self.parts, self.encode(token_ids)
@@ -367,12 +366,11 @@ class Engine:
         return parts.model.head(scoring.dense_hidden(parts, parts.model.ids(ids)))
 
     @computes
-    @torch.no_grad()
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)
 
-    @infers
+    @computes
     def evaluate(
         self,
         text: str,

@@ -9,7 +9,6 @@ from threading import Lock
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,8 +17,9 @@ R = TypeVar("R")
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
     """A GPU is this thread's current device and its default stream the current one: kernels are launched there, whatever the
-    thread, one after another. New tensors are float32, on the CPU unless told otherwise; autocast is off."""
-    with _FLOAT32, ExitStack() as stack:
+    thread, one after another. New tensors are float32, on the CPU unless told otherwise; autograd, inference mode and autocast
+    are off."""
+    with _FLOAT32, torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
             stack.enter_context(_default_stream(device))
@@ -85,33 +85,17 @@ Self = TypeVar("Self", bound=OnDevice)
 
 @contextmanager
 def computing(owner: OnDevice) -> Iterator[None]:
-    """Around a forward pass: ``own_settings``, no autograd, and no other thread that computes for the same owner."""
-    with owner.lock, own_settings(owner.device), torch.inference_mode():
+    """``own_settings``, and no other thread that computes for the same owner."""
+    with owner.lock, own_settings(owner.device):
         yield
 
 
 def computes(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
-    """Run a method under ``own_settings``, when no other thread runs one of the same engine."""
+    """Run a method within ``computing`` of its object."""
 
     @functools.wraps(method)
     def guarded(self: Self, *args: P.args, **options: P.kwargs) -> R:
-        with self.lock, own_settings(self.device):
+        with computing(self):
             return method(self, *args, **options)
 
     return cast(Callable[Concatenate[Self, P], R], guarded)
-
-
-def infers(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
-    """``computes``, without autograd."""
-    return computes(torch.inference_mode()(method))
-
-
-def infers_tensor(method: Callable[Concatenate[Self, P], Tensor]) -> Callable[Concatenate[Self, P], Tensor]:
-    """``infers`` of a method that returns a tensor: the caller gets a copy, an ordinary tensor outside of inference mode."""
-    inferred = torch.inference_mode()(method)
-
-    @functools.wraps(method)
-    def copied(self: Self, *args: P.args, **options: P.kwargs) -> Tensor:
-        return inferred(self, *args, **options).clone()
-
-    return computes(cast(Callable[Concatenate[Self, P], Tensor], copied))

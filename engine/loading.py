@@ -74,7 +74,6 @@ class EngineParts:
         return self.loaded.rope
 
 
-@torch.inference_mode(False)
 def load_parts(
     name: str,
     *,
@@ -150,7 +149,6 @@ def room_beside(device: torch.device, weight_bytes: int) -> Room:
     return replace(room, memory=room.memory + room.weight_bytes + room.cuda_bytes)
 
 
-@torch.inference_mode(False)  # backends cache tables of a codec by ``Tensor._version``, which inference tensors lack
 def build_cache(
     loaded: LoadedModel,
     cache: CacheConfig,

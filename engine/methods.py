@@ -120,7 +120,6 @@ class HeadMethod(PackedMethod[HeadCodec]):
     def origin(self, dropped: int) -> int:
         return dropped
 
-    @torch.inference_mode(False)  # backends keep what they derive from a codec by its version, which inference tensors lack
     def at(self, dropped: int) -> HeadMethod:
         """With means turned on: kernels then add ``RoPE_place(RoPE_dropped(mean))``. Made once for each origin in use."""
         if not dropped or not any(run.codec.has_key_mean for runs in self._runs for run in runs):

@@ -100,7 +100,6 @@ def on_full_for(mode: OnFull, regions: Regions, max_context: int) -> OnFull:
     return on_full_of(name, regions, max_context)
 
 
-@torch.inference_mode()
 def drop_pages(sequence: SequenceCache, count: int) -> None:
     """Drop the oldest ``count`` whole pages and all tokens in them but the attention sinks."""
     assert 0 < count * PAGE_TOKENS <= sequence.packed, (count, sequence.packed)

@@ -116,7 +116,7 @@ def append(sequence: SequenceCache, keys: Sequence[Tensor], values: Sequence[Ten
     sequence.commit(ids)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: Reporter, plants: Sequence[Plant] = ()) -> None:
     """Append ``count`` random tokens: normal keys and values, packed by the real kernel; layers differ by a shift.
 

@@ -98,7 +98,7 @@ def schedule(count: int, chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
     return cached, torch.arange(count) >= start
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def simulated_nll(engine: Engine, ids: Sequence[int], sinks: int) -> Tensor:
     """What ``Engine.nll`` should be, by definition."""
     parts = engine.parts

@@ -104,7 +104,7 @@ def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path,
             raise KeyboardInterrupt
 
     current = Stream.current
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(method, "pack", packing)
         for warm, broken in ((False, True), (True, True), (True, False)):
             if warm:
@@ -152,7 +152,7 @@ def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:
     got = steps(engine, sequences, rows)  # over the edge of a tile
     eager = EagerStep(parts.model, parts.rope, parts.setup)
     again = [engine.prefill(random_ids(count, seed=count)) for count in (140, 30)]
-    with torch.inference_mode():
+    with torch.no_grad():
         for i, tokens in enumerate(zip(*rows, strict=True)):
             assert torch.equal(eager.run(again, tokens), got[:, i])
 

@@ -69,6 +69,7 @@ HOSTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "meta": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
 }
 
 

@@ -106,7 +106,7 @@ def start(engine: Engine, count: int) -> list[SequenceCache]:
     return [engine.prefill(random_ids(40 + 90 * i, seed=i)) for i in range(count)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(engine: Engine, step: Any, batches: int, length: int) -> Tensor:
     """Logits of batches of two, one after another, over the edge of a tile: [batches * length, 2, V]."""
     rows = []
@@ -132,7 +132,7 @@ def test_a_graph_gives_what_eager_steps_give(folder: Path, graphs: type[Tapes], 
     assert torch.equal(got, wanted)  # each step's own: a replay does not write over what was returned
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_shift_is_captured_anew(folder: Path) -> None:
     """Dropping the oldest tokens changes what a graph holds by address: the means that keys are read with."""
     engine = tiny_engine(folder, tiny_cache(), max_context=2600, on_full="shift")
@@ -145,7 +145,7 @@ def test_a_shift_is_captured_anew(folder: Path) -> None:
     assert counts == [(False, 1), (False, 1), (True, 2), (True, 2), (True, 2)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_step_tensors_stay_where_they_are(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     [sequence] = start(engine, 1)
@@ -223,7 +223,7 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
     assert captured[1].result.item() == 3.0  # what the work gave that was done, not what capturing left
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     graphs: list[ref[Any]] = []
@@ -256,7 +256,7 @@ def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) ->
     assert len(alive) == 6
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_graph_holds_no_sequence(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, Tapes(512))

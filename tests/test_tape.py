@@ -36,7 +36,7 @@ class Counted(Tapes):
         return super().capture(work)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def logits(engine: Engine, step: Any) -> torch.Tensor:
     """Of two sequences of different lengths over the edges of tiles, one of them forked and gone on with."""
     sequences = [engine.prefill(random_ids(40)), engine.prefill(random_ids(300, seed=1))]

@@ -44,7 +44,7 @@ def random_ids(count: int, seed: int = 0, vocab: int = 320) -> list[int]:
     return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def steps(engine: Engine, sequences: Sequence[SequenceCache], rows: Sequence[Sequence[int]]) -> Tensor:
     """Decode the ids of each row one at a time, all rows together: logits float32 [B, N, V]."""
     return torch.stack([engine.decode_step(sequences, tokens) for tokens in zip(*rows, strict=True)], 1)

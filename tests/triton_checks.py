@@ -425,7 +425,7 @@ def decode_steps() -> None:
     from skvq.engine.decode import EagerStep, GraphStep
 
     found = []
-    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
         for backend in ("reference", "triton"):
             engine = tiny_engine(folder, tiny_cache(method="plain"), backend=backend, max_context=600)

@@ -111,7 +111,7 @@ def random_query(setup: CacheSetup, heads: int) -> Tensor:
     return torch.randn(1, 1, heads, shape.head_size, generator=generator).to(shape.dtype).to(setup.device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def gate(setup: CacheSetup, heads: int, tokens: int, report: Reporter) -> float:
     """Error of the first layer's attention against float32 over the cache as it unpacks. Raises SkvqError if it is wrong."""
     sequence = SequenceCache(setup)
@@ -139,7 +139,7 @@ def sdpa_dtype(setup: CacheSetup) -> torch.dtype:
     return setup.arena.shape.dtype if setup.device.type == "cuda" else torch.float32
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
     """Seconds of one step's attention through torch's SDPA over keys and values in ``sdpa_dtype``; nan where they do not fit.
 
@@ -174,7 +174,7 @@ def filled(setup: CacheSetup, context: int, report: Reporter) -> Iterator[Sequen
         sequence.free()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) -> DecodeRow:
     """Attention alone, over a filled sequence."""
     setup, spans = sequence.setup, config.attention_spans
@@ -208,7 +208,7 @@ def _compared(row: DecodeRow, setup: CacheSetup, config: ModelConfig) -> DecodeR
     return replace(row, peak_bytes=peak, sdpa_ms=1e3 * sdpa_seconds(config, row.ctx, setup))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def step_seconds(engine: Engine, sequence: SequenceCache) -> float:
     """Median seconds of the next decode steps of a sequence."""
     token = [0]
@@ -286,7 +286,7 @@ def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterat
             yield _compared(replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds), setup, config)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of causal attention over a prompt in chunks, as exact prefill does it, over all layers; nan where a layer's keys
     and values do not fit. One layer of each span is measured."""
@@ -304,7 +304,7 @@ def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: 
     return sum(count * min(timed(partial(attend, span), device, 1)) for span, count in layers.items())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
     """Read ``context`` random tokens into an empty sequence, and one layer's dense attention at that length apart."""
     config, setup = engine.parts.model.config, engine.parts.setup

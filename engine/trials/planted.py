@@ -75,7 +75,7 @@ def plants_at(depths: Sequence[float], context: int, kv_heads: int, size: int, s
     return plants
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def planted(
     setup: CacheSetup, heads: int, context: int, depths: Sequence[float], *, seed: int, report: Reporter
 ) -> list[Found]:

@@ -243,7 +243,7 @@ def soak(steps: int, seed: int, backend: Backend, report: Reporter) -> dict[str,
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _run(state: Soak, steps: int, seed: int, report: Reporter) -> None:
     done = "nothing"
     with report.bar(f"soaking, {steps:,} steps", steps) as bar:
