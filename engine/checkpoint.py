@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +78,15 @@ class ExactState:
         self.layer, self.group, self.chunk = self.layer + 1, 0, 0
 
 
-class Checkpoint(Protocol):
-    """What a prefill reports to its checkpoint. ``ids`` are the tokens to read after those the sequence held at the start."""
+class Checkpoint:
+    """What a prefill reports to its checkpoint; here nothing is kept, and an interrupt interrupts.
+
+    ``ids`` are the tokens to read after those the sequence held at the start.
+    """
+
+    in_file = False
+    spent = 0.0
+    """Seconds that earlier runs took for what this one found."""
 
     def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
         """Bring state and reserved sequence to where the file says; nothing if there is none."""
@@ -93,41 +100,25 @@ class Checkpoint(Protocol):
     def streaming_point(self, sequence: SequenceCache) -> None:
         """A chunk is committed."""
 
-    def watch(self) -> Any:
-        """Context manager around the work: an interrupt waits for the next point, where the file is written first."""
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Around the work. With a file an interrupt waits for the next point, where the file is written first."""
+        yield
 
     def done(self) -> None:
         """The prompt has been read: the file is no longer needed."""
 
 
-class NoCheckpoint:
-    """Nothing is written; an interrupt interrupts."""
-
-    def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None: ...
-
-    def exact_point(self, sequence: SequenceCache, state: ExactState) -> None: ...
-
-    def resume_streaming(self, sequence: SequenceCache, ids: Sequence[int]) -> None: ...
-
-    def streaming_point(self, sequence: SequenceCache) -> None: ...
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        yield
-
-    def done(self) -> None: ...
-
-
-class FileCheckpoint:
+class FileCheckpoint(Checkpoint):
     """A file written every ``seconds`` (0: at every point), and when the process is asked to end by SIGINT or SIGTERM.
 
     Raises SessionError if the file there is broken, or of another text, model, calibration or options.
     """
 
+    in_file = True
+
     def __init__(self, path: Path, seconds: float, report: Reporter) -> None:
         self.path, self.seconds, self.report = path, seconds, report
-        self.spent = 0.0
-        """Seconds that earlier runs took for what this one found."""
         self._text = ""
         self._began = time.monotonic()
         self._due = self._began + seconds

@@ -10,9 +10,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from skvq.engine import scoring
+from skvq.engine import reading, scoring
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import calibrate_to
+from skvq.engine.checkpoint import Checkpoint, FileCheckpoint
 from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import CapacityError, OptionError, require_known
@@ -21,9 +22,8 @@ from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
-from skvq.engine.prefix import NoPrefixes, PagePrefixes, Prefixes
+from skvq.engine.prefix import PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
-from skvq.engine.reading import Reader
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.sizes import bits_per_element
@@ -45,7 +45,7 @@ class Engine:
         self.batches = Lock()
         """Held by one list of prompts at a time: lists of other threads wait for the places that it has taken."""
         self.prefix_cache = prefix_cache
-        self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else NoPrefixes()
+        self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else Prefixes()
 
     @classmethod
     @names_options(cache=CacheConfig)
@@ -323,11 +323,8 @@ class Engine:
         self._require_known(ids)
         if file is not None:
             require_writable(file)
-        reader = Reader(self.parts, self.prefixes, self.report)
-        if file is None:
-            logits, timing = reader.read(sequence, ids)
-        else:
-            logits, timing = reader.read_with_checkpoint(sequence, ids, file, checkpoint_seconds)
+        kept = Checkpoint() if file is None else FileCheckpoint(file, checkpoint_seconds, self.report)
+        logits, timing = reading.read(self.parts, self.prefixes, sequence, ids, kept, self.report)
         self.timing = sequence.timing = timing
         return logits.clone()  # the sequence keeps its own
 

@@ -21,7 +21,7 @@ from skvq.engine.identity import identity_of
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
-from skvq.engine.overflow import OnFull, on_full_for, on_full_of
+from skvq.engine.overflow import OnFull, on_full_of
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
@@ -59,6 +59,7 @@ class EngineParts:
     setup: CacheSetup
     plan: Plan
     prefill: str
+    on_full: str
     cuda_graph: bool
 
     @property
@@ -130,7 +131,9 @@ def load_parts(
     cache, setup = build_cache(loaded, cache, max_sequences, calibration, full, report)
     if was_open:
         plan = replace(planner, cache=cache).plan(context)
-    return EngineParts(loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill, cuda_graph=cuda_graph)
+    return EngineParts(
+        loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill, on_full=on_full, cuda_graph=cuda_graph
+    )
 
 
 def room_on(device: torch.device, weight_bytes: int) -> Room:
@@ -220,7 +223,7 @@ def with_cache(
         model=config, cache=cache, room=room, sequences=max_sequences, dtype=embedding.dtype, prefill=parts.prefill
     )
     planner.plan_that_fits(parts.loaded.context)
-    full = on_full_for(parts.setup.on_full, regions_of(with_longest_tile(cache, config), config), parts.loaded.context)
+    full = on_full_of(parts.on_full, regions_of(with_longest_tile(cache, config), config), parts.loaded.context)
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
     plan = replace(planner, cache=cache).plan(parts.loaded.context)
     return replace(parts, cache=cache, setup=setup, plan=plan)

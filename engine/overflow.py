@@ -94,12 +94,6 @@ def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:
     return MODES[name]
 
 
-def on_full_for(mode: OnFull, regions: Regions, max_context: int) -> OnFull:
-    """The same mode for other regions. Raises CapacityError as ``on_full_of``."""
-    [name] = [name for name, known in MODES.items() if known == mode]
-    return on_full_of(name, regions, max_context)
-
-
 def drop_pages(sequence: SequenceCache, count: int) -> None:
     """Drop the oldest ``count`` whole pages and all tokens in them but the attention sinks."""
     assert 0 < count * PAGE_TOKENS <= sequence.packed, (count, sequence.packed)

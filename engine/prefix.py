@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -23,11 +22,12 @@ from skvq.engine.cache_setup import CacheSetup
 from skvq.kernels.layout import PAGE_TOKENS
 
 
-class Prefixes(Protocol):
-    """What the engine asks before and after it reads."""
+class Prefixes:
+    """What the engine asks before and after it reads; here nothing is shared unless forked."""
 
     def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
         """Give an empty sequence the longest known beginning of ``ids``; how many tokens that is."""
+        return 0
 
     def keep(self, sequence: SequenceCache) -> None:
         """Remember the whole packed pages of a sequence beyond its life."""
@@ -35,18 +35,6 @@ class Prefixes(Protocol):
     @property
     def pages(self) -> list[int]:
         """Pages held, for ``Arena.check``."""
-
-
-class NoPrefixes:
-    """Nothing is shared unless forked."""
-
-    def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
-        return 0
-
-    def keep(self, sequence: SequenceCache) -> None: ...
-
-    @property
-    def pages(self) -> list[int]:
         return []
 
 
@@ -56,7 +44,7 @@ class _Entry:
     retained: dict[str, Tensor]  # retained slots [L, ..., R, ...] when the page was kept, shared by the pages of a sequence
 
 
-class PagePrefixes:
+class PagePrefixes(Prefixes):
     """Pages by the hash of their prefix, a lender to the arena: the least recently used are given back first.
 
     Retained tokens are kept beside, on the host: a few per sequence. Nothing is kept where a rule looks at attention mass,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.checkpoint import Checkpoint, FileCheckpoint, NoCheckpoint
+from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.exact import exact_prefill
 from skvq.engine.loading import EngineParts
 from skvq.engine.measure import wait_for
@@ -22,68 +21,55 @@ SHORT_TOKENS = 128
 """Most tokens appended to a sequence as decode steps of several tokens instead of streamed."""
 
 
-class Reader:
-    """Reads prompts for an engine."""
+def read(
+    parts: EngineParts,
+    prefixes: Prefixes,
+    sequence: SequenceCache,
+    ids: Sequence[int],
+    checkpoint: Checkpoint,
+    report: Reporter,
+) -> tuple[Tensor, Timing]:
+    """Append ``ids``, at least one: logits float32 [V] of the last, and what that took.
 
-    def __init__(self, parts: EngineParts, prefixes: Prefixes, report: Reporter) -> None:
-        self._parts, self._prefixes, self._report = parts, prefixes, report
+    With a checkpoint in a file no prefix is reused. Broken off after one was, the sequence is empty again, and what was read is
+    found by the next try.
+    """
+    sequence.require_room(len(ids))  # before any work
+    tell_if_streamed_through(parts, len(ids), report)
+    start = time.perf_counter()
+    reused = prefixes.reuse(sequence, ids) if sequence.length == 0 and not checkpoint.in_file else 0
+    try:
+        how, hidden = _read_rest(parts, sequence, ids[reused:], checkpoint, report)
+    except BaseException:
+        if reused:
+            prefixes.keep(sequence)
+            sequence.truncate(0)
+        raise
+    logits = sequence.logits = parts.model.head(hidden)
+    prefixes.keep(sequence)
+    wait_for(logits.device)
+    seconds = time.perf_counter() - start + checkpoint.spent
+    return logits, Timing(prompt_tokens=len(ids) - reused, reused_tokens=reused, prefill=how, prefill_seconds=seconds)
 
-    def read(self, sequence: SequenceCache, ids: Sequence[int]) -> tuple[Tensor, Timing]:
-        """Append ``ids``, at least one: logits float32 [V] of the last, and what that took.
 
-        Broken off after a prefix was reused, the sequence is empty again, and what was read is found by the next try.
-        """
-        self._require_room(sequence, ids)
-        start = time.perf_counter()
-        reused = self._prefixes.reuse(sequence, ids) if sequence.length == 0 else 0
-        rest = ids[reused:]
-        try:
-            if sequence.length and len(rest) <= SHORT_TOKENS:
-                parts = self._parts
-                how, hidden = "as decode steps", short_prefill(parts.model, parts.rope, sequence, rest)
-            else:
-                how, hidden = self._prefill(sequence, rest, NoCheckpoint())
-        except BaseException:
-            if reused:
-                self._prefixes.keep(sequence)
-                sequence.truncate(0)
-            raise
-        return self._done(sequence, hidden, len(rest), reused, how, start)
+def tell_if_streamed_through(parts: EngineParts, count: int, report: Reporter) -> None:
+    """Say so if a prompt fits only by dropping what cannot be seen any more."""
+    context = parts.setup.max_context
+    if count > context:
+        report.message(
+            f"{count:,} tokens are more than the context of {context:,}: they are streamed through it, and the answer "
+            "sees the last of them"
+        )
 
-    def read_with_checkpoint(
-        self, sequence: SequenceCache, ids: Sequence[int], checkpoint: Path, seconds: float
-    ) -> tuple[Tensor, Timing]:
-        """The same, reusing no prefix; work is kept in a file every so many seconds and on Ctrl-C, and taken up from there."""
-        self._require_room(sequence, ids)
-        start = time.perf_counter()
-        kept = FileCheckpoint(checkpoint, seconds, self._report)
-        how, hidden = self._prefill(sequence, ids, kept)
-        return self._done(sequence, hidden, len(ids), 0, how, start - kept.spent)
 
-    def _require_room(self, sequence: SequenceCache, ids: Sequence[int]) -> None:
-        """Raise CapacityError before any work; say so if they fit only by dropping what cannot be seen any more."""
-        sequence.require_room(len(ids))
-        context = self._parts.setup.max_context
-        if len(ids) > context:
-            self._report.message(
-                f"{len(ids):,} tokens are more than the context of {context:,}: they are streamed through it, and the answer "
-                "sees the last of them"
-            )
-
-    def _prefill(self, sequence: SequenceCache, ids: Sequence[int], kept: Checkpoint) -> tuple[str, Tensor]:
-        """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last."""
-        parts, where = self._parts, (self._parts.model, self._parts.rope, sequence, ids)
-        if sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
-            form = parts.plan.form_of(parts.model.config, len(ids), parts.model.weights.embedding.dtype)
-            return str(form), exact_prefill(*where, form, self._report, kept)
-        return "streaming", streaming_prefill(*where, self._report, kept)
-
-    def _done(
-        self, sequence: SequenceCache, hidden: Tensor, count: int, reused: int, how: str, start: float
-    ) -> tuple[Tensor, Timing]:
-        logits = self._parts.model.head(hidden)
-        sequence.logits = logits
-        self._prefixes.keep(sequence)
-        wait_for(logits.device)
-        seconds = time.perf_counter() - start
-        return logits, Timing(prompt_tokens=count, reused_tokens=reused, prefill=how, prefill_seconds=seconds)
+def _read_rest(
+    parts: EngineParts, sequence: SequenceCache, ids: Sequence[int], checkpoint: Checkpoint, report: Reporter
+) -> tuple[str, Tensor]:
+    """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last."""
+    model, rope = parts.model, parts.rope
+    if sequence.length and len(ids) <= SHORT_TOKENS and not checkpoint.in_file:
+        return "as decode steps", short_prefill(model, rope, sequence, ids)
+    if sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
+        form = parts.plan.form_of(model.config, len(ids), model.weights.embedding.dtype)
+        return str(form), exact_prefill(model, rope, sequence, ids, form, report, checkpoint)
+    return "streaming", streaming_prefill(model, rope, sequence, ids, report, checkpoint)

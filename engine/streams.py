@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,21 +29,16 @@ def on_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor, non_blocking=True)
 
 
-class Streams(Protocol):
-    """Runs ``work(layer)`` for each of ``layers`` layers; what comes after it on the current stream comes after all of it."""
-
-    def each(self, layers: int, work: Callable[[int], None]) -> None: ...
-
-
-class OneStream:
-    """Layer by layer."""
+class Streams:
+    """Work of layers that do not depend on one another; here one after another."""
 
     def each(self, layers: int, work: Callable[[int], None]) -> None:
+        """``work(layer)`` for each of ``layers`` layers; what comes after on the current stream comes after all of it."""
         for layer in range(layers):
             work(layer)
 
 
-class SideStreams:
+class SideStreams(Streams):
     """Layers beside each other: for kernels too small to fill the device.
 
     The first time they run on the current stream one after another, which compiles kernels and makes the tables that layers
@@ -72,4 +67,4 @@ class SideStreams:
 
 def streams_of(device: torch.device) -> Streams:
     """Side streams on a GPU; on a CPU one layer after another."""
-    return SideStreams(device) if device.type == "cuda" else OneStream()
+    return SideStreams(device) if device.type == "cuda" else Streams()
