@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ class OneLineCommand(click.Command):
 
 def run_command(call: Callable[[], Any]) -> int:
     """Run a command and return its exit code; errors a user can fix become one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale may lack characters that a model writes
     try:
         call()
     except click.exceptions.NoArgsIsHelpError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from skvq.commands.options import (
 )
 from skvq.commands.text import joined, questions, read_text
 from skvq.engine.config import ON_FULL, CacheConfig, SamplingConfig
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.errors import CapacityError, ModelError, OptionError
 from skvq.loaders.files import require_writable
 
 if TYPE_CHECKING:
@@ -104,31 +105,46 @@ def run(**options: Any) -> None:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
     asked = questions() if options["interactive"] else iter(())
     if options["interactive"] and options["prompt"] is None:
-        text = joined(text, next(asked, ""))
-    first = turn = Turn.begins(sequence)
-    try:
-        written = answer(engine, sequence, text, sampling, options)
-        for question in asked:
-            turn = Turn.begins(sequence)
-            answer(engine, sequence, question, sampling, {**options, "system": None})
-    except CapacityError as error:
-        if not (options["interactive"] and sequence.length):
-            raise
-        engine.report.message(str(error))
-    except KeyboardInterrupt:
-        whole = turn.is_read(sequence) or (turn is not first and turn.go_back(sequence))
-        if session is not None and whole:
-            sequence.save(session)
-            engine.report.message(f"what has been read and written is saved in {session}")
-        elif options["checkpoint"] is None and not whole:
-            engine.report.message("the text was being read, and none of that is kept: --checkpoint FILE would keep it")
-        raise
+        question = next(asked, None)
+        if question is None:
+            return  # nothing was asked
+        text = joined(text, question)
+    written = converse(engine, sequence, text, asked, sampling, options)
     if session is not None:
         sequence.save(session)
     summary = engine.summary(sequence)
     click.echo(f"skvq: {summary.line()}", err=True)
     if options["as_json"]:
         click.echo(json.dumps({"text": written, **summary.as_dict()}))
+
+
+def converse(
+    engine: Engine, sequence: SequenceCache, text: str, asked: Iterable[str], sampling: SamplingConfig, options: dict[str, Any]
+) -> str:
+    """Answer a text, then each question in turn; the first answer. What ends it early, but for a full context where questions
+    are asked, is raised when the session is saved, without a text of which only a part was read."""
+    turn = first = Turn.begins(sequence)
+    try:
+        written = answer(engine, sequence, text, sampling, options)
+        for question in asked:
+            turn = Turn.begins(sequence)
+            try:
+                answer(engine, sequence, question, sampling, {**options, "system": None})
+            except (OptionError, ModelError) as error:  # the question's: others can be asked
+                engine.report.message(str(error))
+    except CapacityError as error:
+        if not (options["interactive"] and sequence.length):
+            raise
+        engine.report.message(str(error))
+    except BaseException as error:
+        whole = turn.is_read(sequence) or (turn is not first and turn.go_back(sequence))
+        if options["session"] is not None and whole:
+            sequence.save(options["session"])
+            engine.report.message(f"what has been read and written is saved in {options['session']}")
+        elif isinstance(error, KeyboardInterrupt) and options["checkpoint"] is None and not whole:
+            engine.report.message("the text was being read, and none of that is kept: --checkpoint FILE would keep it")
+        raise
+    return written
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +165,13 @@ class Turn:
 
     def go_back(self, sequence: SequenceCache) -> bool:
         """Forget what was read since; False, and nothing changes, where no token from before is left."""
+        from skvq.engine.rollback import uninterrupted
+
         length = self.place - sequence.dropped
         if length > 0:
-            sequence.truncate(length)
-            sequence.pending = list(self.pending)
+            with uninterrupted():
+                sequence.truncate(length)
+                sequence.pending = list(self.pending)
         return length > 0
 
 

@@ -17,7 +17,7 @@ from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, path_of
 from skvq.engine.rollback import uninterrupted
-from skvq.engine.session import require_fits, save_session
+from skvq.engine.session import save_session
 from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
@@ -150,7 +150,6 @@ class SequenceCache:
         ``dropped`` tokens went before them.
         """
         assert self.length == 0 and 0 <= packed <= len(token_ids), (self.length, packed, len(token_ids))
-        require_fits(len(token_ids), self.setup.max_context)
         if packed:
             self.grow(packed)
         self.length, self.packed, self.dropped = len(token_ids), packed, dropped
@@ -245,6 +244,7 @@ class SequenceCache:
     # --- life -----------------------------------------------------------------------------------------------------------------
 
     @computes
+    @uninterrupted()
     def fork(self) -> SequenceCache:
         """A second sequence with the same past. Pages are shared; full-precision slots are copied."""
         self.require_alive()
@@ -286,6 +286,7 @@ class SequenceCache:
         while len(self.pages) > pages_for(packed):
             arena.release(self.pages.pop())
 
+    @uninterrupted()
     def take_back(self) -> None:
         """Make the last token pending again: read once more, it gives the logits of what may follow."""
         if not self.length:
@@ -312,6 +313,7 @@ class SequenceCache:
         save_session(self, path_of("file", file))
 
     @computes
+    @uninterrupted()
     def free(self) -> None:
         """Give pages and slot back; the sequence cannot be used any more."""
         if self.alive:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.container import Container, Entry, open_container, whole, write_container
-from skvq.engine.errors import SessionError
+from skvq.engine.errors import SessionError, SkvqError
 from skvq.engine.report import Reporter
 from skvq.engine.session import (
     check_header,
@@ -31,7 +31,6 @@ from skvq.engine.session import (
     fill_from,
     header_of,
     ids_entry,
-    require_fits,
     slot_entries,
     tile_entries,
     write_slots,
@@ -95,7 +94,7 @@ class Checkpoint:
         """A chunk of a layer is done."""
 
     def resume_streaming(self, sequence: SequenceCache, ids: Sequence[int]) -> None:
-        """Replace the sequence by the longer one in the file; nothing if there is none."""
+        """Replace the sequence by the one in the file, if that is longer; some of ``ids`` are left to read."""
 
     def streaming_point(self, sequence: SequenceCache) -> None:
         """A chunk is committed."""
@@ -176,8 +175,8 @@ class FileCheckpoint(Checkpoint):
         if not self.path.exists():
             return
         file = self._open(sequence, "streaming")
-        require_fits(file.header["length"], sequence.setup.max_context)
-        sequence.truncate(0)
+        if file.header["length"] + file.header["dropped"] <= sequence.place:
+            return
         fill_from(sequence, file)
         self.report.message(f"resuming from {self.path}: {sequence.length:,} of {len(whole_text):,} tokens have been read")
 
@@ -195,7 +194,7 @@ class FileCheckpoint(Checkpoint):
         before = {
             number: handler
             for number in (signal.SIGINT, signal.SIGTERM)
-            if (handler := signal.getsignal(number)) is not None  # which cannot be put back: it is not Python's
+            if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN)  # not Python's, or to be ignored
         }
 
         def ask(number: int, frame: object) -> None:
@@ -213,7 +212,10 @@ class FileCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def done(self) -> None:
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.resolve().unlink(missing_ok=True)
+        except OSError as error:
+            self.report.message(f"all has been read, but checkpoint {self.path} cannot be removed: {error.strerror}")
 
     def _is_due(self) -> bool:
         return self._asked or time.monotonic() >= self._due
@@ -234,7 +236,12 @@ class FileCheckpoint(Checkpoint):
     def _write(self, sequence: SequenceCache, mode: str, more: dict[str, Any], entries: Sequence[Entry]) -> None:
         start = time.monotonic()
         own = {"mode": mode, "text": self._text, "seconds": self.spent + start - self._began}
-        write_container(self.path, KIND, {**header_of(sequence), **own, **more}, entries)
+        try:
+            write_container(self.path, KIND, {**header_of(sequence), **own, **more}, entries)
+        except SkvqError as error:  # a full disk is no reason to lose what has been read
+            if self._asked:
+                raise
+            self.report.message(f"{error}; reading goes on")
         end = time.monotonic()
         self._due = end + (max(self.seconds, WRITING_SHARE * (end - start)) if self.seconds else 0)
         if self._asked:

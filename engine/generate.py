@@ -25,6 +25,7 @@ from skvq.engine.options import is_number, is_whole, names_options, path_of, pat
 from skvq.engine.prefix import PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
 from skvq.engine.report import Quiet, Reporter, StderrReporter
+from skvq.engine.rollback import uninterrupted
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.sizes import bits_per_element
 from skvq.engine.stress import fill_fast
@@ -181,7 +182,7 @@ class Engine:
             ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
             if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
                 ids = ids[len(pending) :]
-            return continued(self, sequence, ids, config, file)
+            return continued(self, sequence, ids, config, file, after=(sequence.place, list(pending)))
         return answered(self, self.encode(text), config, file)
 
     @overload
@@ -252,6 +253,7 @@ class Engine:
     # --- sequences ---------------------------------------------------------------------------------------------------------
 
     @computes
+    @uninterrupted()
     def new_sequence(self) -> SequenceCache:
         """An empty sequence in the arena."""
         return SequenceCache(self.parts.setup)
@@ -275,10 +277,12 @@ class Engine:
 
     @computes
     def fill(self, sequence: SequenceCache, count: int, *, seed: int = 0) -> None:
-        """Append ``count`` random tokens without running the model: a full cache to measure, no text to understand."""
+        """Append what is pending and ``count`` random tokens, without running the model on these: a full cache to measure."""
         self._require_own(sequence)
         if not is_whole(count) or count < 0:
             raise OptionError(f"count must be a number of tokens, got {count!r}")
+        if sequence.pending:
+            self.read(sequence, [])
         fill_fast(sequence, count, seed=seed, vocab=self.parts.model.config.vocab_size, report=self.report)
 
     @computes

@@ -14,6 +14,7 @@ from torch import Tensor
 from skvq.engine.answer import Answer, draw
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import OptionError
 from skvq.engine.guard import computing, own_settings
 from skvq.engine.timing import Timing
 
@@ -51,9 +52,20 @@ def tell_if_full(engine: Engine, answer: Answer) -> None:
 
 
 def continued(
-    engine: Engine, sequence: SequenceCache, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
+    engine: Engine,
+    sequence: SequenceCache,
+    ids: Sequence[int],
+    config: SamplingConfig,
+    checkpoint: str | Path | None,
+    *,
+    after: tuple[int, list[int]],
 ) -> Generator[str, None, None]:
-    """Pieces of what follows ``ids`` in a sequence; without ids, of what follows its last token."""
+    """Pieces of what follows ``ids`` in a sequence; without ids, of what follows its last token.
+
+    after: where the sequence was, and what was pending, when ``ids`` were chosen.
+    """
+    if (sequence.place, sequence.pending) != after:
+        raise OptionError("the sequence was continued or cut since this answer was asked for: ask for it again")
     logits = sequence.logits
     if ids or sequence.pending or logits is None:
         if not ids and not sequence.pending:
@@ -79,7 +91,7 @@ def answered(
 ) -> Generator[str, None, None]:
     """``continued`` in a sequence that is there for this answer alone."""
     with engine.new_sequence() as sequence:
-        yield from continued(engine, sequence, ids, config, checkpoint)
+        yield from continued(engine, sequence, ids, config, checkpoint, after=(0, []))
 
 
 def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> tuple[list[str], Timing]:

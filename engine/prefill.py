@@ -76,15 +76,15 @@ def streaming_prefill(
     """
     config = model.config
     device = model.weights.embedding.device
-    begin = sequence.place
-    pieces = chunks(len(ids), begin)
+    last = sequence.place + len(ids)
     checkpoint.resume_streaming(sequence, ids)
-    pieces = [piece for piece in pieces if piece[0] >= sequence.place]
+    rest = ids[len(ids) - (last - sequence.place) :]
+    pieces = chunks(len(rest), sequence.place)
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
     x = model.weights.norm  # replaced: there is at least one token
     with report.bar(f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *total) as bar, checkpoint.watch():
         for start, stop in pieces:
-            piece = ids[start - begin : stop - begin]
+            piece, rest = rest[: stop - start], rest[stop - start :]
             sequence.reserve(len(piece))
             tokens = model.ids(piece)
             first = sequence.origin + sequence.length
@@ -95,7 +95,7 @@ def streaming_prefill(
                     x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, tokens))
                     bar.advance(*chunk_work(config, start, stop))
                 sequence.commit(piece)
-            if stop < begin + len(ids):
+            if rest:
                 checkpoint.streaming_point(sequence)
     checkpoint.done()
     return x[0, -1]

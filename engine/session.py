@@ -13,6 +13,7 @@ Tiles are not pages: a file can be restored into any arena of the same identity,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ from skvq.engine.config import CacheConfig
 from skvq.engine.container import Container, Entry, open_container, read_header, whole, write_container
 from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.identity import SAME_BITS, Identity, options_of, require_same
-from skvq.kernels.layout import PAGE_TOKENS
+from skvq.engine.options import is_whole
+from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 if TYPE_CHECKING:
     from skvq.engine.cache import SequenceCache
@@ -57,6 +59,10 @@ def session_header(path: Path) -> dict[str, Any]:
     """What a session says of itself: to be looked at before a model is loaded and calibrated to resume from it."""
     header = read_header(path, KIND)
     _require_schema(header, path, KIND)
+    if not {field.name for field in fields(Identity)} <= header.keys() or not is_whole(header.get("length")):
+        raise SessionError(
+            f"{KIND} {path} is damaged, its header lacks what a session says of itself: delete it and start again"
+        )
     return header
 
 
@@ -103,13 +109,19 @@ def _require_schema(header: Mapping[str, Any], path: Path, kind: str) -> None:
 
 
 def fill_from(sequence: SequenceCache, file: Container) -> None:
-    """Fill an empty sequence from a verified file in time proportional to its bytes. CapacityError if it is too long."""
-    assert sequence.length == 0, "a session is restored into an empty sequence"
+    """Make a sequence, whatever it holds, that of a verified file, in time proportional to its bytes.
+
+    It is as it was if the file is of other shapes (SessionError) or does not fit (CapacityError).
+    """
     length, packed, dropped, pending = (file.header[name] for name in ("length", "packed", "dropped", "pending"))
     layers = range(sequence.setup.arena.shape.layers)
     tiles = expect_tiles(sequence, file, layers, packed)
     slots = expect_slots(sequence, file)
     ids = file.expect("token_ids", torch.int32, (length,)).tolist()
+    arena = sequence.setup.arena
+    require_fits(length, sequence.setup.max_context)
+    arena.require_pages(max(0, pages_for(packed) - sum(not arena.is_shared(page) for page in sequence.pages)))
+    sequence.truncate(0)
     sequence.adopt(ids, packed, dropped, pending)
     sequence.filled = bool(file.header.get("filled"))
     write_tiles(sequence, tiles, layers)

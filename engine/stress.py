@@ -21,6 +21,7 @@ from skvq.engine.machine import available_memory
 from skvq.engine.overflow import on_full_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
+from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import frequencies
 from skvq.engine.sizes import arena_shape, gib, regions_of, with_longest_tile
 from skvq.kernels.interface import Backend
@@ -137,7 +138,9 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
             both = [torch.randn(size, generator=numbers, device=device)[: stop - start].to(shape.dtype) for _ in range(2)]
             here = [p for p in plants if start <= p.position < stop]
             keys, values = (_Layers(t, shape.layers, start, here, name) for t, name in zip(both, ("key", "value"), strict=True))
-            append(sequence, keys, values, ids)
+            sequence.reserve(len(ids))
+            with all_or_nothing(sequence):
+                append(sequence, keys, values, ids)
             bar.advance(stop - start)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import signal
 from typing import Any
 
 import pytest
@@ -115,6 +118,35 @@ def test_a_step_of_several_is_one(engine: Engine, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(*(engine.decode_step(group, [7, 8]) for group in (ours, twins)))
     assert all(same(state(a), state(b)) for a, b in zip(ours, twins, strict=True))
     free(*ours, *twins)
+
+
+@pytest.mark.parametrize("what", ["take_back", "fork", "free", "new_sequence"])
+def test_ctrl_c_comes_after_what_moves_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Interrupted at each call of a method of the arena: no page, place or token is lost."""
+    arena = engine.parts.setup.arena
+    for at in range(1, 9):
+        sequence, calls = engine.prefill(random_ids(1500)), [0]
+
+        def counted(method: Any, at: int = at, calls: list[int] = calls) -> Any:
+            def call(*args: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == at:
+                    signal.raise_signal(signal.SIGINT)
+                return method(*args)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("share", "release", "release_sequence", "new_sequence", "copy_slot", "full"):
+                patch.setattr(arena, name, counted(getattr(arena, name)))
+            with contextlib.suppress(KeyboardInterrupt):
+                (engine.new_sequence if what == "new_sequence" else getattr(sequence, what))()
+        if sequence.alive:
+            assert [*sequence.token_ids, *sequence.pending] == random_ids(1500)
+            sequence.free()
+        gc.collect()
+        arena.check({})
+        assert arena.free_sequences == arena.shape.sequences
 
 
 @pytest.mark.parametrize("where", ["layer", "packing"])

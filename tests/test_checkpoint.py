@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from loader_fixtures import refused
-from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
+from tiny import Listener, arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import prefill as prefill_module
+from skvq.engine.checkpoint import FileCheckpoint
 from skvq.engine.container import read_header
-from skvq.engine.errors import SessionError
+from skvq.engine.errors import CapacityError, SessionError, SkvqError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
+from skvq.engine.report import Quiet
 
 MASS = tiny_cache(filters=(AttentionSinks(3), HeavyHitters(threshold=2.0)))
 SLOW = """
@@ -153,6 +155,73 @@ def test_streaming_goes_on_from_a_continued_sequence(folder: Path) -> None:
     assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
 
 
+@pytest.mark.parametrize("held", [200, 450, 1300])
+def test_streaming_goes_on_from_a_shorter_or_longer_beginning(folder: Path, held: int) -> None:
+    """Of the same text, whatever the chunks of the file were; a file that is behind the sequence is of no use."""
+    text = [*random_ids(450), *random_ids(900, seed=5)]
+    engine = tiny_engine(folder, tiny_cache(method="fp"), max_context=3000)
+    sequence, plain = engine.prefill(text[:450]), engine.prefill(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.model, "layer", _failing(engine, 8))
+        with pytest.raises(RuntimeError):
+            engine.read(sequence, text[450:], checkpoint=folder / "ck", checkpoint_seconds=0)
+    sequence.free()
+    with engine.prefill(text[:held]) as other:
+        found = engine.read(other, text[held:], checkpoint=folder / "ck")
+        assert other.token_ids == text and not (folder / "ck").exists()
+        assert torch.allclose(found, plain.logits, atol=1e-3)  # type: ignore[arg-type]
+    plain.free()
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_sequence(folder: Path) -> None:
+    engine = tiny_engine(folder, MASS, max_context=3000, max_sequences=2, prefill="streaming")
+    text, file = random_ids(2900), folder / "ck"
+    with engine.prefill(text[:300]) as sequence, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.model, "layer", _failing(engine, 26))
+        with pytest.raises(RuntimeError):
+            engine.read(sequence, text[300:], checkpoint=file, checkpoint_seconds=0)
+    with engine.prefill(text[:300]) as sequence, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.setup.arena, "require_pages", _none_left)
+        logits = sequence.logits
+        refused(lambda: engine.read(sequence, text[300:], checkpoint=file), "no pages for 1")
+        assert sequence.length == 300 and sequence.logits is logits and file.exists()
+
+
+def test_reading_goes_on_where_the_disk_is_full_or_the_file_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Listener()
+    engine = tiny_engine(folder, MASS, max_context=3000)
+    engine.report = report
+
+    def full(*args: object) -> None:
+        raise SkvqError("cannot write ck: no room")
+
+    monkeypatch.setattr("skvq.engine.checkpoint.write_container", full)
+    with reading(engine, folder / "ck", 0) as sequence:
+        assert sequence.length == 2000 and "cannot write ck: no room; reading goes on" in report.messages
+    monkeypatch.undo()
+    unlink = Path.unlink
+
+    def kept(path: Path, *args: Any, **options: Any) -> None:
+        if path.name == "ck":
+            raise PermissionError(1, "not permitted")
+        unlink(path, *args, **options)
+
+    monkeypatch.setattr(Path, "unlink", kept)
+    with reading(engine, folder / "ck", 60):
+        assert "cannot be removed: not permitted" in report.messages[-1]
+
+
+def test_what_ignores_ctrl_c_goes_on_ignoring_it(folder: Path) -> None:
+    """As what a script starts in the background does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with FileCheckpoint(folder / "ck", 60, Quiet()).watch():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_text_model_or_option_is_refused(folder: Path, tmp_path: Path) -> None:
     _broken_off(folder, "exact", 25)
     engine = tiny_engine(folder, MASS, max_context=3000)
@@ -172,6 +241,11 @@ def test_a_session_is_no_checkpoint(folder: Path) -> None:
     engine.prefill(random_ids(300)).save(folder / "s")
     with pytest.raises(SessionError, match="not an skvq checkpoint"):
         reading(engine, folder / "s", 60)
+
+
+def _none_left(count: int) -> None:
+    if count:
+        raise CapacityError(f"no pages for {count}")
 
 
 def _failing(engine: Engine, stop: int) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -225,6 +226,62 @@ def test_ctrl_c_in_a_later_question_keeps_the_answers_before_it(
         result = call(*options, "--session", session, stdin="jumps over the lazy dog and the quick brown fox\n")
     assert result.exit_code == 130 and f"saved in {session}" in result.stderr
     assert session.read_bytes() == (tmp_path / "answered").read_bytes()
+
+
+def test_what_ends_an_answer_keeps_the_session(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader who has gone, a question that is no text: what was read and written by then is kept."""
+    options = ("run", "--model", model, "--method", "fp", "--ignore-eos", "-n", 5, "--session")
+    echo = click.echo
+
+    def gone(text: object = None, **more: Any) -> None:
+        if not more.get("err"):
+            raise BrokenPipeError
+        echo(text, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("skvq.commands.run.click.echo", gone)
+        with pytest.raises(BrokenPipeError):
+            call(*options, tmp_path / "s", "-p", "the quick brown fox")
+    assert call(*options, tmp_path / "s").exit_code == 0
+
+
+def test_a_question_that_is_no_text_ends_none_of_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("run", "--model", model, "--method", "fp", "--ignore-eos", "-n", 5, "-i", "--session")
+    wanted = call(*options, tmp_path / "s", stdin="the fox\njumps\n").stdout
+
+    def lines(last: str = "") -> Iterator[str]:
+        yield from ("the fox", "caf\udce9", "jumps")
+        if last:
+            raise OptionError(last)
+
+    monkeypatch.setattr("skvq.commands.run.questions", lines)
+    result = call(*options, tmp_path / "t")
+    assert result.exit_code == 0 and result.stdout == wanted and "surrogate" in result.stderr
+    monkeypatch.setattr("skvq.commands.run.questions", lambda: lines("standard input is not UTF-8 text"))
+    result = call(*options, tmp_path / "u")
+    assert result.exit_code == 2 and f"saved in {tmp_path / 'u'}" in result.stderr
+    assert len({(tmp_path / name).read_bytes() for name in "stu"}) == 1
+
+
+def test_where_nothing_is_asked_nothing_is_done(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("the quick brown fox")
+    options = ("run", "--model", model, "--method", "fp", "--session", tmp_path / "s", "-i")
+    result = call(*options, "-f", text, stdin="\n")
+    assert result.exit_code == 0 and result.stdout == "" and not (tmp_path / "s").exists()
+    call(*options, "-p", "the", stdin="")
+    before = (tmp_path / "s").read_bytes()
+    result = call(*options, stdin="")
+    assert result.exit_code == 0 and result.stdout == "" and (tmp_path / "s").read_bytes() == before
+
+
+def test_a_locale_may_lack_characters(model: Path) -> None:
+    runner = CliRunner(charset="latin-1")
+    options = ["run", "--model", str(model), "--backend", "reference", "--method", "fp", "-n", "60", "--temperature", "2"]
+    result = runner.invoke(main, [*options, "--ignore-eos", "-p", "the"], catch_exceptions=False)
+    assert result.exit_code == 0 and "?" in result.stdout
 
 
 def test_no_new_tokens_are_no_text(model: Path) -> None:

@@ -173,6 +173,22 @@ def test_a_conversation_keeps_every_token_of_its_answers(engine: Engine) -> None
     sequence.free()
 
 
+def test_of_two_answers_asked_for_at_once_one_is_given(engine: Engine) -> None:
+    with engine.prefill(PROMPT) as sequence:
+        first, second = (engine.stream("Go on. ", SamplingConfig(max_new_tokens=3), sequence=sequence) for _ in range(2))
+        list(first)
+        with pytest.raises(OptionError, match="since this answer was asked for"):
+            next(second)
+
+
+def test_a_pending_token_is_cached_before_random_ones(engine: Engine) -> None:
+    with engine.prefill(PROMPT) as sequence:
+        list(engine.stream("", SamplingConfig(max_new_tokens=3), sequence=sequence))
+        held = [*sequence.token_ids, *sequence.pending]
+        engine.fill(sequence, 10)
+        assert sequence.token_ids[:-10] == held and not sequence.pending
+
+
 def test_a_reader_who_leaves_early_leaves_nothing_behind(engine: Engine) -> None:
     pieces = engine.stream(PROMPT, SamplingConfig(max_new_tokens=50))
     next(pieces)

@@ -20,6 +20,7 @@ from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
+from skvq.engine.session import session_header
 
 CACHES = {
     "rotate": tiny_cache(),
@@ -73,6 +74,17 @@ def test_saving_what_was_restored_gives_the_same_bytes(engine: Engine, saved: Pa
     restored.free()
     assert (tmp_path / "again.session").read_bytes() == saved.read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["window", "length", "method", "layer_bits"])
+def test_a_damaged_header_is_one_line_before_a_model_is_loaded(saved: Path, tmp_path: Path, name: str) -> None:
+    data = saved.read_bytes()
+    spoilt = f'\\"{name}\\"'.encode()
+    assert data.count(spoilt) == 1
+    (tmp_path / "s").write_bytes(data.replace(spoilt, spoilt.upper()))
+    refused(lambda: session_header(tmp_path / "s"), "is damaged", "delete it")
+    (tmp_path / "t").write_bytes(data.replace(b'\\"length\\": 700', b'\\"length\\": -7.'))
+    refused(lambda: session_header(tmp_path / "t"), "is not an skvq session")
 
 
 def test_random_tokens_are_still_random_when_they_come_back(engine: Engine, tmp_path: Path) -> None:
