@@ -50,7 +50,7 @@ class Kivi:
     levels: int = 4
 
     def round(self, keys: Tensor, values: Tensor, rope: StepRope) -> tuple[Tensor, Tensor]:
-        turned = rope.turn(keys[None])[0]
+        turned = rope.apply(keys[None])[0]
         whole = len(turned) // GROUP * GROUP
         groups = turned[:whole].unflatten(0, (-1, GROUP)).movedim(1, -1)  # [T / g, KH, D, g]
         far = rounded(groups, self.levels, 1.0, late_fp8=False).movedim(-1, 1).flatten(0, 1)
@@ -68,7 +68,7 @@ class PublishedSkvq:
 
     def round(self, keys: Tensor, values: Tensor, rope: StepRope) -> tuple[Tensor, Tensor]:
         far = self._by_label(keys, self.key_labels)
-        return rope.turn(far[None])[0], self._by_label(values, self.value_labels)
+        return rope.apply(far[None])[0], self._by_label(values, self.value_labels)
 
     def _by_label(self, x: Tensor, labels: Tensor) -> Tensor:
         flat, out = x.flatten(1), torch.empty_like(x.flatten(1))
@@ -85,7 +85,7 @@ class SimulatedLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         far_k, far_v = self._scheme.round(k[0], v[0], rope)
-        q, k, v = rope.turn(q)[0], rope.turn(k)[0], v[0]
+        q, k, v = rope.apply(q)[0], rope.apply(k)[0], v[0]
         i, j = torch.arange(len(q))[:, None], torch.arange(len(q))[None]
         visible, near = (j <= i) & (i - j < self._span), (i - j < WINDOW) | (j < SINKS)
         seen = torch.cat([visible & near, visible & ~near], 1)

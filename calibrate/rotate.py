@@ -126,7 +126,7 @@ def fit_rotate(stats: LayerStats, rope: RopeFrequencies, config: CacheConfig, ba
 
     key_mean, value_mean = stats.keys.mean.float(), stats.values.mean.float()
     first, group_size = first_of(stats.sample_keys.shape[1]), config.group_size
-    keys = stats.rope.turn(stats.sample_keys - key_mean)[:, first:].flatten(0, 1)
+    keys = stats.rope.apply(stats.sample_keys - key_mean)[:, first:].flatten(0, 1)
     values = stats.sample_values - value_mean  # [S', T, KH, D]
     key_metric, value_metric = query_metric(stats.query_energy, len(key_mean)), stats.output_gram.double()
     found_keys = fit_side(stats.keys.covariance, keys, key_metric, KEY_POWER, config.key_bits, group_size, store)
@@ -162,7 +162,7 @@ def fit_reading(stats: LayerStats, stored: Tensor, values: Tensor, synthesis_: T
     _, tokens, kv_heads, size = values.shape
     t, at = torch.tensor(reading_queries(tokens), device=values.device), torch.arange(tokens, device=values.device)
     far = (t[:, None] - at >= reading_gap(tokens)) & (at >= first_of(tokens))
-    keys = stats.rope.turn(stats.sample_keys[reading_of(len(stats.sample_keys))])
+    keys = stats.rope.apply(stats.sample_keys[reading_of(len(stats.sample_keys))])
     xx, ox = (torch.zeros(kv_heads, size, size, dtype=torch.float64, device=values.device) for _ in range(2))
     for text, queries in enumerate(stats.sample_queries):
         q = queries.view(len(t), kv_heads, -1, size)

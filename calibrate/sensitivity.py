@@ -49,7 +49,7 @@ class DisturbedLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         """One whole text: q [1, T, H, D], k and v [1, T, KH, D]."""
-        q, k, v = rope.turn(q)[0], rope.turn(k)[0], v[0]
+        q, k, v = rope.apply(q)[0], rope.apply(k)[0], v[0]
         return torch.cat([self._rows(q, k, v, a, min(a + ROWS, len(q))) for a in range(0, len(q), ROWS)])[None]
 
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, a: int, b: int) -> Tensor:

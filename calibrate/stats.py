@@ -146,7 +146,7 @@ class Recorder:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         """One whole text: q [1, T, H, D], k and v [1, T, KH, D]."""
         with one_thread():
-            self._see(rope.turn(q)[0].float(), k[0].float(), rope.turn(k)[0].float(), v[0].float())
+            self._see(rope.apply(q)[0].float(), k[0].float(), rope.apply(k)[0].float(), v[0].float())
         self._seen += 1
         buffer = torch.empty(k.shape[2], k.shape[1], k.shape[3], dtype=k.dtype, device=k.device)
         return DenseLayer(buffer, torch.empty_like(buffer), self.span).attend(q, k, v, rope)
@@ -198,4 +198,4 @@ class Recorder:
 
 def turned_mean(mean: Tensor, rope: StepRope) -> Tensor:
     """What the mean [KH, D] of keys before RoPE is at each position: [T, KH, D]."""
-    return rope.turn(mean.expand(1, rope.cos.shape[1], -1, -1))[0]
+    return rope.apply(mean.expand(1, rope.cos.shape[1], -1, -1))[0]

@@ -50,8 +50,8 @@ class Answer:
 
     def choose(self, logits: Tensor) -> Tensor:
         """``Sampler.choose`` of the next token."""
-        self._place = self.sequence.place
-        return self._sampler.choose(logits, self._place)
+        self._drawn_at = self.sequence.total_tokens
+        return self._sampler.choose(logits, self._drawn_at)
 
     def take(self, largest: float, number: float) -> None:
         """The token chosen is the next to be decoded, unless it ends the answer."""
@@ -63,7 +63,7 @@ class Answer:
 
     def require_next(self) -> None:
         """Raise OptionError unless the sequence is as the last draw has left it."""
-        if self.sequence.pending != [self.token] or self.sequence.place != self._place:
+        if self.sequence.pending != [self.token] or self.sequence.total_tokens != self._drawn_at:
             raise OptionError("the sequence was continued or cut while this answer was being written: fork it for another")
 
     def piece(self) -> str:

@@ -86,8 +86,8 @@ class SequenceCache:
             raise OptionError("the sequence belongs to another engine: read its text with this one, or save and restore it")
 
     @property
-    def place(self) -> int:
-        """Place of the next token in all that it has held, dropped tokens counted."""
+    def total_tokens(self) -> int:
+        """Tokens it has held, dropped ones counted: the position of the next in the whole text."""
         return self.dropped + self.length
 
     # --- lengths ---------------------------------------------------------------------------------------------------------

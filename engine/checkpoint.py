@@ -175,7 +175,7 @@ class FileCheckpoint(Checkpoint):
         if not self.path.exists():
             return
         file = self._open(sequence, "streaming")
-        if file.header["length"] + file.header["dropped"] <= sequence.place:
+        if file.header["length"] + file.header["dropped"] <= sequence.total_tokens:
             return
         fill_from(sequence, file)
         self.report.message(f"resuming from {self.path}: {sequence.length:,} of {len(whole_text):,} tokens have been read")

@@ -256,7 +256,7 @@ class SamplingConfig:
 
     repeat_penalty divides positive and multiplies negative logits of tokens seen before (CTRL, arXiv 1909.05858).
     top_k 0 and top_p 1 and min_p 0 keep everything; min_p is relative to the likeliest token.
-    seed: what is drawn at a place of a sequence follows from it and the place; None draws a new seed for each answer.
+    seed: what is drawn at a position follows from it, the position and the logits; None draws a new seed for each answer.
     stop: texts that end the generation and are not returned.
     """
 

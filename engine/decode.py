@@ -26,11 +26,11 @@ from skvq.kernels.interface import RopeFrequencies
 
 def last_hidden(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
     """Hidden state [B, d] of each row's last token after all layers; ``batch.begin`` has said where its tokens go."""
-    batch.place()
-    turn = at_positions(rope, batch.turns)
+    batch.mark_slots()
+    step_rope = at_positions(rope, batch.rope_positions)
     x = model.embed(batch.token_ids)  # [B, N, d]
     for layer in range(model.config.num_layers):
-        x = model.layer(layer, x, turn, batch.layer(layer, max_packed))
+        x = model.layer(layer, x, step_rope, batch.layer(layer, max_packed))
     return x[:, -1]
 
 

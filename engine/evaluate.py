@@ -40,7 +40,7 @@ class DecodeRegimeLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         setup = self.sequence.setup
         half = setup.arena.shape.dtype
-        q, k, v = rope.turn(q)[0], rope.turn(k)[0].to(half), v[0].to(half)
+        q, k, v = rope.apply(q)[0], rope.apply(k)[0].to(half), v[0].to(half)
         mass = torch.zeros(len(k), device=k.device)
         if setup.needs_mass:
             _, lse = attend_causal(q, k.transpose(0, 1), v.transpose(0, 1), self.span)

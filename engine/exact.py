@@ -71,14 +71,14 @@ def new_state(model: Model, count: int, form: PrefillForm) -> ExactState:
     """Room for a prompt of ``count`` tokens, as ``PrefillForm`` counts it."""
     config, embedding, groups = model.config, model.weights.embedding, form.head_groups
     device, dtype = embedding.device, embedding.dtype
-    place = torch.device("cpu") if form.host_states else device
+    held_on = torch.device("cpu") if form.host_states else device
     pinned = form.host_states and device.type == "cuda"
     several = groups if groups > 1 else 0
     attended = (several, count, config.num_heads * config.head_size // groups)
     held = (config.num_kv_heads // groups, count, config.head_size, dtype, device)
     return ExactState(
-        hidden=torch.empty(count, config.hidden_size, dtype=dtype, device=place, pin_memory=pinned),
-        attended=torch.empty(attended, dtype=dtype, device=place, pin_memory=pinned and several > 0),
+        hidden=torch.empty(count, config.hidden_size, dtype=dtype, device=held_on, pin_memory=pinned),
+        attended=torch.empty(attended, dtype=dtype, device=held_on, pin_memory=pinned and several > 0),
         keys=kv_buffer(*held),
         values=kv_buffer(*held),
         mass=torch.zeros(count, device=device),
@@ -94,7 +94,7 @@ def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader:
     return layers - state.group * group - sum(each[: state.chunk], NO_WORK)
 
 
-TURNED_TOKENS = 1 << 15
+KEPT_ROPE_TOKENS = 1 << 15
 """First tokens of a prompt whose RoPE is kept for all layers: 16 MB of it where heads have 128 channels."""
 
 
@@ -106,12 +106,12 @@ class AllHeads:
 
     def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
-        self._turns: dict[tuple[int, int], StepRope] = {}  # of the chunks in the first TURNED_TOKENS
+        self._ropes: dict[tuple[int, int], StepRope] = {}  # of the chunks in the first KEPT_ROPE_TOKENS
 
     def read(self, start: int, stop: int) -> None:
         """A chunk, of the state's group of heads."""
-        x, turn = self._chunk(start, stop)
-        self.state.hidden[start:stop] = self.model.layer(self.state.layer, x, turn, self._cache(start))[0]
+        x, step_rope = self._chunk(start, stop)
+        self.state.hidden[start:stop] = self.model.layer(self.state.layer, x, step_rope, self._cache(start))[0]
 
     def finish(self) -> None:
         """Pack the layer; hidden states are its output then."""
@@ -131,16 +131,16 @@ class AllHeads:
         return ExactLayer(self.sequence.setup, state.layer, state.keys, state.values, state.mass, start)
 
     def _chunk(self, start: int, stop: int) -> tuple[Tensor, StepRope]:
-        """Hidden states [1, N, d] of a chunk on the device, and the turn of its positions."""
+        """Hidden states [1, N, d] of a chunk on the device, and the RoPE of its positions."""
         device = self.tokens.device
         x = self.state.hidden[None, start:stop].to(device, non_blocking=True)
         chunk = (start, stop)
-        if chunk not in self._turns:
-            turn = at_positions(self.rope, torch.arange(start, stop, device=device)[None])
-            if stop > TURNED_TOKENS:
-                return x, turn
-            self._turns[chunk] = turn
-        return x, self._turns[chunk]
+        if chunk not in self._ropes:
+            step_rope = at_positions(self.rope, torch.arange(start, stop, device=device)[None])
+            if stop > KEPT_ROPE_TOKENS:
+                return x, step_rope
+            self._ropes[chunk] = step_rope
+        return x, self._ropes[chunk]
 
 
 class HeadGroups(AllHeads):
@@ -153,10 +153,10 @@ class HeadGroups(AllHeads):
         self.keys, self.values = (torch.empty(shape, dtype=state.keys.dtype, device=tokens.device) for _ in range(2))
 
     def read(self, start: int, stop: int) -> None:
-        x, turn = self._chunk(start, stop)
+        x, step_rope = self._chunk(start, stop)
         group = self.state.group
         q, k, v = (t.chunk(self.groups, dim=2)[group] for t in self.model.heads(self.state.layer, x))
-        self.state.attended[group, start:stop] = self._cache(start).attend(q, k, v, turn)[0].flatten(1)
+        self.state.attended[group, start:stop] = self._cache(start).attend(q, k, v, step_rope)[0].flatten(1)
 
     def finish(self) -> None:
         count = len(self.tokens)
@@ -167,12 +167,12 @@ class HeadGroups(AllHeads):
             keys, values = (t[:, : last - first].transpose(0, 1) for t in (self.keys, self.values))
             absorb_piece(self.sequence, self.state.layer, first, keys, values, self.state.mass[first:last], self.tokens)
 
-    def _finish_chunk(self, start: int, stop: int, place: slice) -> None:
-        """Keys and values of a chunk again, to their place in the piece; then the chunk's output replaces its input."""
+    def _finish_chunk(self, start: int, stop: int, piece: slice) -> None:
+        """Keys and values of a chunk again, to their part of the piece; then the chunk's output replaces its input."""
         layer, config = self.state.layer, self.model.config
-        x, turn = self._chunk(start, stop)
+        x, step_rope = self._chunk(start, stop)
         _, k, v = self.model.heads(layer, x)
-        self.keys[:, place], self.values[:, place] = turn.turn(k)[0].transpose(0, 1), v[0].transpose(0, 1)
+        self.keys[:, piece], self.values[:, piece] = step_rope.apply(k)[0].transpose(0, 1), v[0].transpose(0, 1)
         parts = [part[None, start:stop].to(x.device, non_blocking=True) for part in self.state.attended]
         attended = torch.cat(parts, 2).view(1, stop - start, config.num_heads, config.head_size)
         self.state.hidden[start:stop] = self.model.after_attention(layer, x, attended)[0]

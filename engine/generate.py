@@ -100,15 +100,15 @@ class Engine:
         require_type("rope_scaling", rope_scaling, str, None)
         require_type("report", report, Reporter, None)
         chosen = report if report is not None else StderrReporter()
-        place = str(device)
-        with own_settings(pick_device(place)):
+        chosen_device = pick_device(str(device))
+        with own_settings(chosen_device):
             parts = load_parts(
                 str(model),
                 max_context=max_context,
                 max_sequences=max_sequences,
                 cache=cache if cache is not None else CacheConfig(),
                 backend=backend,
-                device=place,
+                device=chosen_device,
                 dtype=str(dtype).removeprefix("torch."),
                 calibration=path_or_none("calibration", calibration),
                 dummy_weights=dummy_weights,
@@ -182,7 +182,7 @@ class Engine:
             ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
             if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
                 ids = ids[len(pending) :]
-            return continued(self, sequence, ids, config, file, after=(sequence.place, list(pending)))
+            return continued(self, sequence, ids, config, file, after=(sequence.total_tokens, list(pending)))
         return answered(self, self.encode(text), config, file)
 
     @overload

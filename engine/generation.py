@@ -64,7 +64,7 @@ def continued(
 
     after: where the sequence was, and what was pending, when ``ids`` were chosen.
     """
-    if (sequence.place, sequence.pending) != after:
+    if (sequence.total_tokens, sequence.pending) != after:
         raise OptionError("the sequence was continued or cut since this answer was asked for: ask for it again")
     logits = sequence.logits
     if ids or sequence.pending or logits is None:

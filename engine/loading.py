@@ -18,7 +18,7 @@ from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
-from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_device, pick_dtype, pinnable_memory
+from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.overflow import OnFull, on_full_of
@@ -82,7 +82,7 @@ def load_parts(
     max_sequences: int,
     cache: CacheConfig,
     backend: str,
-    device: str,
+    device: torch.device,
     dtype: str,
     calibration: Path | None,
     dummy_weights: bool,
@@ -94,11 +94,10 @@ def load_parts(
     report: Reporter,
 ) -> EngineParts:
     """See ``Engine.load``."""
-    place = pick_device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)  # kernels are launched, and graphs captured, on the current device
-    compute = pick_dtype(dtype, place)
-    kernels = find_backend(backend, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched, and graphs captured, on the current device
+    compute = pick_dtype(dtype, device)
+    kernels = find_backend(backend, device)
     source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     if calibration is not None:
@@ -108,8 +107,8 @@ def load_parts(
         if not cache.is_packed:
             raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
         require_made_for(calibration, load_header(calibration), cache, source.fingerprint)  # before weights are read
-    form = form_of(kernels.name, place, compute)
-    room = room_on(place, form.held_bytes(source))
+    form = form_of(kernels.name, device, compute)
+    room = room_on(device, form.held_bytes(source))
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)
     plan = planner.plan_that_fits(max_context)
     context = plan.context
@@ -121,7 +120,7 @@ def load_parts(
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
-        rope=frequencies(config, context, place),
+        rope=frequencies(config, context, device),
         backend=kernels,
         fingerprint=source.fingerprint,
         context=context,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import PACKED_TENSORS, Arena, run_name
-from skvq.engine.rope import turned
+from skvq.engine.rope import shifted
 from skvq.kernels.interface import Backend, FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout
 
@@ -108,7 +108,7 @@ def _joined(found: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, T
 
 
 class HeadMethod(PackedMethod[HeadCodec]):
-    """``rotate`` and ``plain``: packed keys carry their turn, so their positions keep counting when tokens are dropped."""
+    """``rotate`` and ``plain``: packed keys carry their RoPE, so their positions keep counting when tokens are dropped."""
 
     def __init__(
         self, arena: Arena, layouts: Sequence[Sequence[PageLayout]], codecs: Sequence[Sequence[HeadCodec]], backend: Backend
@@ -121,12 +121,12 @@ class HeadMethod(PackedMethod[HeadCodec]):
         return dropped
 
     def at(self, dropped: int) -> HeadMethod:
-        """With means turned on: kernels then add ``RoPE_place(RoPE_dropped(mean))``. Made once for each origin in use."""
+        """With means moved on: kernels then add ``RoPE_place(RoPE_dropped(mean))``. Made once for each origin in use."""
         if not dropped or not any(run.codec.has_key_mean for runs in self._runs for run in runs):
             return self
         if dropped not in self._at:
             moved = copy(self)
-            moved._runs = [[replace(run, codec=_turned(run.codec, dropped)) for run in runs] for runs in self._runs]
+            moved._runs = [[replace(run, codec=_shifted(run.codec, dropped)) for run in runs] for runs in self._runs]
             self._at[dropped] = moved
         self._at.move_to_end(dropped)
         while len(self._at) > self._most:
@@ -134,12 +134,12 @@ class HeadMethod(PackedMethod[HeadCodec]):
         return self._at[dropped]
 
 
-def _turned(codec: HeadCodec, dropped: int) -> HeadCodec:
-    return replace(codec, key_mean=turned(codec.key_mean[None], dropped, codec.rope)[0])
+def _shifted(codec: HeadCodec, dropped: int) -> HeadCodec:
+    return replace(codec, key_mean=shifted(codec.key_mean[None], dropped, codec.rope)[0])
 
 
 class LabelMethod(PackedMethod[LabelCodec]):
-    """``reorder``: packed keys are turned by their place when they are read, whatever was dropped before them."""
+    """``reorder``: packed keys get their RoPE, by their place, when they are read, whatever was dropped before them."""
 
     def __init__(
         self, arena: Arena, layouts: Sequence[Sequence[PageLayout]], codecs: Sequence[Sequence[LabelCodec]], backend: Backend

@@ -4,12 +4,12 @@ Dropping D tokens (whole pages) moves every later token's place in the sequence 
 share places with the first of what is left (StreamingLLM, arXiv 2309.17453, section 3.2, has them directly before it). RoPE
 sees only differences of positions, so two of three groups must agree with the third, which cannot be changed: packed keys.
 
-    packed keys carry the turn they were cached with (rotate, plain, fp): they stay, queries and new keys keep counting
-        from ``place + dropped``, and the sinks are turned on by D
-    packed keys are turned when read (reorder): places are positions, and tokens of the window are turned back by D
+    packed keys carry the RoPE they were cached with (rotate, plain, fp): they stay, queries and new keys keep counting
+        from ``place + dropped``, and the sinks are moved on by D
+    packed keys get their RoPE when read (reorder): places are positions, and tokens of the window are moved back by D
 
 Either way no difference reaches ``max_context``, so every RoPE scaling is as right as before, frequencies being fixed for
-``max_context``. What is turned is 16 bits and is rounded once more each time: a share of the pages goes at once.
+``max_context``. What is moved is 16 bits and is rounded once more each time: a share of the pages goes at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from skvq.engine.errors import CapacityError, require_known
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.regions import Regions
 from skvq.engine.rollback import all_or_nothing, uninterrupted
-from skvq.engine.rope import turned
+from skvq.engine.rope import shifted
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ def _hold_sinks(sequence: SequenceCache, layer: int) -> None:
 
 
 def _move_slots(sequence: SequenceCache, layer: int, tokens: int) -> None:
-    """Turn sinks and the rest to their new places; window tokens go to the slots that belong to these."""
+    """Move sinks and the rest to their new places; window tokens go to the slots that belong to these."""
     setup, slot = sequence.setup, sequence.slot
     regions, full = setup.regions, setup.arena.full(layer)
     forward = setup.method.origin(sequence.dropped + tokens) - setup.method.origin(sequence.dropped)
-    for part, turn in ((slice(0, regions.sinks), forward), (slice(regions.sinks, None), forward - tokens)):
-        if turn:
+    for part, by in ((slice(0, regions.sinks), forward), (slice(regions.sinks, None), forward - tokens)):
+        if by:
             keys = full.keys[slot, :, part].transpose(0, 1)  # [F, KH, D]
-            full.keys[slot, :, part] = turned(keys, turn, setup.rope).transpose(0, 1)
+            full.keys[slot, :, part] = shifted(keys, by, setup.rope).transpose(0, 1)
     rest = full.positions[slot, regions.sinks : regions.retained]
     rest.copy_(torch.where(rest >= tokens, rest - tokens, -1))
     keys, values, mass = (t.clone() for t in sequence.window(layer, sequence.length))  # [T, KH, D]

@@ -195,12 +195,12 @@ def plan_report(
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:
             raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
-    place = "cuda" if card.name in CARDS else card.name
+    device = "cuda" if card.name in CARDS else card.name
     room = Room(
         memory=card.memory,
-        weight_bytes=_weight_bytes(model, config, torch.device(place), card.dtype),
+        weight_bytes=_weight_bytes(model, config, torch.device(device), card.dtype),
         host_memory=card.host_memory,
-        cuda_bytes=cuda_bytes(place),
+        cuda_bytes=cuda_bytes(device),
     )
     planner = Planner(model=config, cache=cache, room=room, sequences=sequences, dtype=card.dtype, prefill=prefill)
     plan = planner.plan(context)
@@ -245,12 +245,12 @@ def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, con
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 
 
-def _weight_bytes(model: str, config: ModelConfig, place: torch.device, dtype: torch.dtype) -> int:
+def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Exactly where the files are here and this CPU would hold them as they are, else what to expect."""
-    if place.type == "cpu":
+    if device.type == "cpu":
         with suppress(ModelError):
-            return form_of("numba", place, dtype).held_bytes(open_source(resolve(model, download=False)))
-    return usual_weight_bytes(config, place, dtype)
+            return form_of("numba", device, dtype).held_bytes(open_source(resolve(model, download=False)))
+    return usual_weight_bytes(config, device, dtype)
 
 
 def parse_bytes(text: str) -> int:
@@ -272,8 +272,8 @@ def _card(device: str, dtype: str | None) -> Machine:
     if device in CARDS:
         card = CARDS[device]
     elif device == "auto" or device.split(":")[0] in ("cpu", "cuda"):
-        place = pick_device(device)
-        card = this_machine(place, pick_dtype(dtype or "auto", place))
+        here = pick_device(device)
+        card = this_machine(here, pick_dtype(dtype or "auto", here))
     else:
         raise OptionError(f"unknown device {device!r}{nearest(device, [*CARDS, 'auto', 'cpu', 'cuda'])}")
     return card if dtype is None else replace(card, dtype=DTYPES[dtype])

@@ -76,10 +76,10 @@ def streaming_prefill(
     """
     config = model.config
     device = model.weights.embedding.device
-    last = sequence.place + len(ids)
+    last = sequence.total_tokens + len(ids)
     checkpoint.resume_streaming(sequence, ids)
-    rest = ids[len(ids) - (last - sequence.place) :]
-    pieces = chunks(len(rest), sequence.place)
+    rest = ids[len(ids) - (last - sequence.total_tokens) :]
+    pieces = chunks(len(rest), sequence.total_tokens)
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
     x = model.weights.norm  # replaced: there is at least one token
     with report.bar(f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *total) as bar, checkpoint.watch():
@@ -88,11 +88,11 @@ def streaming_prefill(
             sequence.reserve(len(piece))
             tokens = model.ids(piece)
             first = sequence.origin + sequence.length
-            turn = at_positions(rope, torch.arange(first, first + len(piece), device=device)[None])
+            step_rope = at_positions(rope, torch.arange(first, first + len(piece), device=device)[None])
             with all_or_nothing(sequence):
                 x = model.embed(tokens)[None]
                 for layer in range(config.num_layers):
-                    x = model.layer(layer, x, turn, StreamingLayer(sequence, layer, tokens))
+                    x = model.layer(layer, x, step_rope, StreamingLayer(sequence, layer, tokens))
                     bar.advance(*chunk_work(config, start, stop))
                 sequence.commit(piece)
             if rest:

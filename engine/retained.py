@@ -40,10 +40,10 @@ def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: Lea
 def kept_by(rule: FilterRule, leaving: LeavingTokens) -> Tensor:
     """What the rule keeps, bool [T]. Raises OptionError, naming the rule, if it is anything else."""
     kept: object = rule.keep(leaving)
-    place = leaving.positions.device
-    if not isinstance(kept, Tensor) or (kept.dtype, kept.shape, kept.device) != (torch.bool, leaving.positions.shape, place):
+    device = leaving.positions.device
+    if not isinstance(kept, Tensor) or (kept.dtype, kept.shape, kept.device) != (torch.bool, leaving.positions.shape, device):
         got = f"{kept.dtype} {tuple(kept.shape)} on {kept.device}" if isinstance(kept, Tensor) else type(kept).__name__
-        wanted = f"a bool tensor [{len(leaving.positions)}] on {place}"
+        wanted = f"a bool tensor [{len(leaving.positions)}] on {device}"
         raise OptionError(f"filter rule {rule!r}: keep must return {wanted}, got {got}")
     return kept
 

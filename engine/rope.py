@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of every scaling the Llama family uses, and the turn itself.
+"""Rotary position embedding: frequencies of every scaling the Llama family uses, and the rotation itself.
 
 Formulas: linear and dynamic NTK (as in Hugging Face's modeling_rope_utils), YaRN (arXiv 2309.00071), LongRoPE
 (arXiv 2402.13753), Llama 3.1. Frequencies and angles are float64: at position 1,000,000 a float32 angle is off by 0.03 rad.
@@ -15,19 +15,19 @@ from torch import Tensor
 from skvq.engine.config import ModelConfig, RopeConfig
 from skvq.engine.errors import ModelError, OptionError
 from skvq.kernels.interface import RopeFrequencies
-from skvq.kernels.ops import turn
+from skvq.kernels.ops import apply_rope
 
 
 @dataclass(frozen=True, slots=True)
 class StepRope:
-    """Sines and cosines of the positions of one step, and the turn of queries and keys by them."""
+    """Cosines and sines of the positions of one step."""
 
     cos: Tensor  # float32 [B, N, 1, D/2]
     sin: Tensor  # as cos
 
-    def turn(self, x: Tensor) -> Tensor:
-        """``x`` [B, N, heads, D] turned by its positions, in x's dtype; channels pair as (j, D/2 + j)."""
-        return turn(x, self.cos, self.sin)
+    def apply(self, x: Tensor) -> Tensor:
+        """RoPE of ``x`` [B, N, heads, D] at its positions, in x's dtype; channels pair as (j, D/2 + j)."""
+        return apply_rope(x, self.cos, self.sin)
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
@@ -55,15 +55,15 @@ def beyond_training(context: int, trained: int) -> str:
 
 
 def at_positions(rope: RopeFrequencies, positions: Tensor) -> StepRope:
-    """The turns of ``positions`` [B, N]."""
+    """The rotations of ``positions`` [B, N]."""
     angle = positions.to(torch.float64)[..., None, None] * rope.inv_freq
     return StepRope((angle.cos() * rope.scale).float(), (angle.sin() * rope.scale).float())
 
 
-def turned(x: Tensor, by: int, rope: RopeFrequencies) -> Tensor:
-    """``x`` [T, heads, D] turned ``by`` positions on from where each is, in x's dtype; its scale stays."""
+def shifted(x: Tensor, by: int, rope: RopeFrequencies) -> Tensor:
+    """``x`` [T, heads, D], after RoPE, moved ``by`` positions on from where each is, in x's dtype; its scale stays."""
     step = at_positions(RopeFrequencies(inv_freq=rope.inv_freq, scale=1.0), torch.tensor([[by]], device=x.device))
-    return step.turn(x[None])[0]
+    return step.apply(x[None])[0]
 
 
 def frequencies(config: ModelConfig, context: int, device: torch.device) -> RopeFrequencies:

@@ -13,8 +13,8 @@ from skvq.engine.errors import ModelError
 
 
 class Sampler:
-    """One sequence's draws. What is drawn at a place follows from the seed and the place: a batch draws what its singles would,
-    and an answer in two parts what it would in one."""
+    """One sequence's draws. What is drawn at a position follows from the seed and the position: a batch draws what its singles
+    would, and an answer in two parts what it would in one."""
 
     def __init__(self, config: SamplingConfig, prompt_ids: list[int], vocab_size: int, device: torch.device) -> None:
         self.config = config
@@ -25,9 +25,8 @@ class Sampler:
         if self._penalizes:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
 
-    def choose(self, logits: Tensor, place: int) -> Tensor:
-        """The largest of ``logits`` float32 [V] and the token drawn at a place of its sequence, float64 [2]; nothing is waited
-        for."""
+    def choose(self, logits: Tensor, position: int) -> Tensor:
+        """The largest of ``logits`` float32 [V] and the token drawn at a position, float64 [2]; nothing is waited for."""
         config = self.config
         if self._penalizes:
             penalized = torch.where(logits > 0, logits / config.repeat_penalty, logits * config.repeat_penalty)
@@ -35,7 +34,7 @@ class Sampler:
         likeliest, token_of = logits.max(-1)
         if config.temperature > 0:  # the largest is subtracted first, so that no temperature makes an infinity of it
             probabilities = filtered_probabilities((logits - likeliest) / max(config.temperature, 1e-30), config)
-            self._generator.manual_seed(seed_at(self._seed, place))
+            self._generator.manual_seed(seed_at(self._seed, position))
             times = torch.empty_like(probabilities).exponential_(generator=self._generator).clamp_min_(1e-30)
             token_of = (probabilities / times).argmax()  # as torch.multinomial, which waits for the device and checks
         return torch.stack((likeliest.double(), token_of.double()))
@@ -53,9 +52,9 @@ class Sampler:
         return token
 
 
-def seed_at(seed: int, place: int) -> int:
+def seed_at(seed: int, position: int) -> int:
     """The generator's seed for one draw."""
-    return int(np.random.SeedSequence((seed, place)).generate_state(1, np.uint32)[0])
+    return int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint32)[0])
 
 
 def filtered_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:

@@ -44,8 +44,8 @@ class DenseLayer:
         return self._attend(TorchOps(), q, k, v, rope)[1][None]
 
     def _attend(self, ops: Ops, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> tuple[Tensor, Tensor, Tensor]:
-        """The turned queries [N, H, D], what they read, and its log-sum-exp [N, H]."""
-        q = ops.turn_to_buffer(q, k, v, rope.cos, rope.sin, self.keys, self.values, self.first)[0]
+        """The queries [N, H, D] after RoPE, what they read, and its log-sum-exp [N, H]."""
+        q = ops.rope_to_buffer(q, k, v, rope.cos, rope.sin, self.keys, self.values, self.first)[0]
         last = self.first + len(q)
         return q, *attend_causal(q, self.keys[:, :last], self.values[:, :last], self.span)
 
@@ -77,7 +77,7 @@ class StreamingLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         sequence = self.sequence
-        q, k, v = rope.turn(q)[0], rope.turn(k)[0], v[0]
+        q, k, v = rope.apply(q)[0], rope.apply(k)[0], v[0]
         old_k, old_v, old_mass = sequence.window(self.layer, sequence.length)
         keys = torch.cat([old_k.to(k.dtype), k])  # the window and this chunk, [T, KH, D]
         values = torch.cat([old_v.to(v.dtype), v])
@@ -127,16 +127,14 @@ class DecodeBatch:
         self.method: Attends = setup.method
         self.mass: list[list[tuple[Any, Tensor]]] = []  # of each row: where attention mass goes and what it becomes
         self.full = [setup.arena.full(layer) for layer in range(setup.arena.shape.layers)]
-        device = setup.device
-        self.slots = torch.zeros(count, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(count * tokens, dtype=torch.int64, device=device)  # the slot of each token's sequence
-        self.positions = torch.zeros(count, tokens, dtype=torch.int32, device=device)
-        self.turns = torch.zeros(count, tokens, dtype=torch.int64, device=device)  # RoPE positions
+        device, each = setup.device, count * tokens
+        width = each + each % 2  # rows of 16 bytes: Triton compiles a kernel anew for another alignment
+        self._numbers = torch.zeros(7, width, dtype=torch.int64, device=device)  # all that the host says
+        self.slots, self._packed = self._numbers[:2, :count]
+        self.rows, self._positions, rope_positions, self.ring_slots, token_ids = self._numbers[2:, :each]
+        self.rope_positions, self.token_ids = (row.view(count, tokens) for row in (rope_positions, token_ids))
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
-        self._numbers = torch.zeros(count, 4 + tokens, dtype=torch.int64, device=device)  # slot, length, packed, origin, ids
-        self.token_ids = self._numbers[:, 4:]  # [B, N]
-        self._ahead = torch.arange(tokens, device=device)
-        self.ring_slots = torch.zeros(count * tokens, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(count, tokens, dtype=torch.int32, device=device)
         self._no_mass = torch.zeros((), device=device)  # a number of the host would be copied, and waited for
 
     @property
@@ -168,23 +166,25 @@ class DecodeBatch:
         same = all(method is self.methods[0] for method in self.methods)
         self.method = self.methods[0] if same else RowByRow(self.methods)
         self.mass = [[] for _ in sequences]
-        rows = [
-            [s.slot, s.length, s.packed, s.origin, *token_ids[row * count : (row + 1) * count]]
-            for row, s in enumerate(sequences)
-        ]
-        self._numbers.copy_(pinned(rows, self.setup.device), non_blocking=True)
+        new = [(s, s.length + n) for s in sequences for n in range(count)]
+        numbers = (
+            [s.slot for s in sequences],
+            [s.packed for s in sequences],
+            [s.slot for s, _ in new],
+            [position for _, position in new],
+            [s.origin + position for s, position in new],
+            [self.setup.regions.slot(position) for _, position in new],
+            token_ids,
+        )
+        width = self._numbers.shape[1]
+        padded = [[*row, *[0] * (width - len(row))] for row in numbers]
+        self._numbers.copy_(pinned(padded, self.setup.device), non_blocking=True)
 
-    def place(self) -> None:
+    def mark_slots(self) -> None:
         """The device's part: lengths as kernels read them, and the slots of the new tokens marked in every layer."""
-        regions = self.setup.regions
-        self.slots.copy_(self._numbers[:, 0])
-        self.rows.view(-1, self.tokens).copy_(self._numbers[:, :1].expand(-1, self.tokens))
-        places = self._numbers[:, 1:2] + self._ahead
-        self.positions.copy_(places)
-        self.turns.copy_(places + self._numbers[:, 3:4])
-        self.packed.copy_(self._numbers[:, 2])
-        self.ring_slots.copy_(regions.slot(places).flatten())
-        self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.flatten()
+        self.packed.copy_(self._packed)
+        self.positions.view(-1).copy_(self._positions)
+        self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.view(-1)
         self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = self._no_mass
 
     def layer(self, layer: int, max_packed: int) -> DecodeLayer:
@@ -227,8 +227,7 @@ class DecodeLayer:
             t.reshape(-1, 1, *t.shape[2:]) for t in (q, k, v, rope.cos, rope.sin)
         )  # [B * N, 1, ...]
         full, ops = batch.full[self.layer], setup.backend.ops
-        turned = ops.turn_to_slots(q_rows, k_rows, v_rows, cos, sin, full, batch.rows, batch.ring_slots)
-        q = turned.view(q.shape)
+        q = ops.rope_to_slots(q_rows, k_rows, v_rows, cos, sin, full, batch.rows, batch.ring_slots).view(q.shape)
         out, lse = batch.method.attend(self.layer, q, self.step)
         if setup.needs_mass:
             self._add_mass(q, lse)

@@ -136,11 +136,11 @@ class Ops(Protocol):
 
     norm_linear:     ``linear`` of the norm of x.
     after_attention: ``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``.
-    turn_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
+    rope_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
                      (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
-                     the turned q is returned.
-    turn_to_buffer:  RoPE on q [1, N, H, D] and k [1, N, KH, D] by cos and sin float32 [1, N, 1, D/2]; k and v go to tokens
-                     ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D] of their dtype; the turned q is returned.
+                     q after RoPE is returned.
+    rope_to_buffer:  RoPE on q [1, N, H, D] and k [1, N, KH, D] by cos and sin float32 [1, N, 1, D/2]; k and v go to tokens
+                     ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D] of their dtype; q after RoPE is returned.
     """
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
@@ -149,11 +149,11 @@ class Ops(Protocol):
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
     ) -> Tensor: ...
 
-    def turn_to_slots(
+    def rope_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
     ) -> Tensor: ...
 
-    def turn_to_buffer(
+    def rope_to_buffer(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
     ) -> Tensor: ...
 

@@ -44,24 +44,24 @@ class TorchOps:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
-    def turn_to_slots(
+    def rope_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
     ) -> Tensor:
-        full.keys[slots, :, ring_slots] = turn(k, cos, sin)[:, 0].to(full.keys.dtype)
+        full.keys[slots, :, ring_slots] = apply_rope(k, cos, sin)[:, 0].to(full.keys.dtype)
         full.values[slots, :, ring_slots] = v[:, 0].to(full.values.dtype)
-        return turn(q, cos, sin)
+        return apply_rope(q, cos, sin)
 
-    def turn_to_buffer(
+    def rope_to_buffer(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
     ) -> Tensor:
         last = first + q.shape[1]
-        keys[:, first:last] = turn(k, cos, sin)[0].transpose(0, 1)
+        keys[:, first:last] = apply_rope(k, cos, sin)[0].transpose(0, 1)
         values[:, first:last] = v[0].transpose(0, 1)
-        return turn(q, cos, sin)
+        return apply_rope(q, cos, sin)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` [B, N, heads, D] turned, in x's dtype."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of ``x`` [B, N, heads, D], in x's dtype."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 

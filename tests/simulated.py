@@ -36,7 +36,7 @@ class SimulatedLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         setup, span = self.engine.parts.setup, self.engine.parts.setup.spans[self.layer]
-        q, k, v = rope.turn(q)[0], rope.turn(k)[0], v[0]
+        q, k, v = rope.apply(q)[0], rope.apply(k)[0], v[0]
         half_k, half_v = (t.to(setup.arena.shape.dtype) for t in (k, v))
         far_k, far_v = self._rounded(half_k, half_v)
         i, j = torch.arange(len(k))[:, None], torch.arange(len(k))[None]

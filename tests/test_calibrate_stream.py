@@ -42,7 +42,7 @@ def test_streamed_figures_are_those_of_all_tokens_at_once(engine: Engine, count:
     attend = Recorder.attend
 
     def watched(self: Recorder, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
-        seen.append((rope.turn(q)[0], k[0], v[0]))
+        seen.append((rope.apply(q)[0], k[0], v[0]))
         return attend(self, q, k, v, rope)
 
     monkeypatch.setattr(Recorder, "attend", watched)

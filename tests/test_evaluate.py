@@ -93,7 +93,7 @@ def test_an_exact_window_is_what_papers_simulate(engine: Engine) -> None:
     sequence.reserve(len(text))
     found = StrictWindowLayer(sequence, 0, torch.tensor(text.ids)).attend(text.q, text.k, text.v, rope)[0]
     sequence.free()
-    q, k, v = rope.turn(text.q)[0], rope.turn(text.k)[0].half(), text.v[0].half()
+    q, k, v = rope.apply(text.q)[0], rope.apply(text.k)[0].half(), text.v[0].half()
     far_k, far_v = SimulatedLayer(engine, 0, SINKS, *schedule(len(text), []))._rounded(k, v)
     i, j = torch.arange(len(text))[:, None], torch.arange(len(text))[None]
     near = (i - j < WINDOW) | (j >= 256) | (j < SINKS)

@@ -162,7 +162,7 @@ def test_step_tensors_stay_where_they_are(folder: Path) -> None:
         for name in ("slots", "positions", "packed", "ring_slots", "token_ids"):
             assert getattr(batch, name) is named[name] or getattr(batch, name).data_ptr() == places[name]
     batch.begin([sequence], [7])
-    batch.place()
+    batch.mark_slots()
     assert batch.positions.tolist() == [[sequence.length]] and batch.packed.tolist() == [sequence.packed]
     assert batch.ring_slots.tolist() == [engine.parts.setup.regions.slot(sequence.length)] and batch.token_ids.tolist() == [[7]]
 

@@ -45,7 +45,7 @@ def test_swiglu(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [64, 80, 128])
-def test_turn_to_slots(dtype: torch.dtype, size: int) -> None:
+def test_rope_to_slots(dtype: torch.dtype, size: int) -> None:
     heads, kv_heads = 6, 2
     slots, ring_slots = torch.tensor([4, 0, 2]), torch.tensor([9, 260, 30])
     qkv = random(3, 1, heads + 2 * kv_heads, size) * (4 * random(3, 1, heads + 2 * kv_heads, size, seed=1)).exp()
@@ -61,7 +61,7 @@ def test_turn_to_slots(dtype: torch.dtype, size: int) -> None:
         for _ in range(2)
     ]
     got, want = (
-        ops.turn_to_slots(q, k, v, angle.cos(), angle.sin(), target, slots, ring_slots)
+        ops.rope_to_slots(q, k, v, angle.cos(), angle.sin(), target, slots, ring_slots)
         for ops, target in zip((NUMBA, TORCH), full, strict=True)
     )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * float(q.abs().max()))

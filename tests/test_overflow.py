@@ -22,7 +22,7 @@ from skvq.engine.config import SamplingConfig
 from skvq.engine.filters import AttentionSinks, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.overflow import drop_pages
-from skvq.engine.rope import at_positions, turned
+from skvq.engine.rope import at_positions, shifted
 from skvq.kernels.reference import masked_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +82,7 @@ def oracle(
     ``dropped`` on as they are in the sequence under test."""
     first, count = sequence.length, len(text)
     rope = at_positions(engine.parts.rope, torch.arange(first, first + count)[None])
-    q, k, v = rope.turn(text.q)[0], rope.turn(text.k)[0], text.v[0]
+    q, k, v = rope.apply(text.q)[0], rope.apply(text.k)[0], text.v[0]
     keys, values = ([t.float()] for t in sequence.window(0, first)[:2])
     if sequence.packed:
         for parts, packed in zip((keys, values), sequence.stage(0, 0, sequence.packed), strict=True):
@@ -91,9 +91,9 @@ def oracle(
         k, v = k.half().float(), v.half().float()
     keys, values = torch.cat([*keys, k]), torch.cat([*values, v])
     if own is not None and len(own[0]):
-        keys[dropped : sequence.packed], values[dropped : sequence.packed] = turned(own[0], dropped, engine.parts.rope), own[1]
+        keys[dropped : sequence.packed], values[dropped : sequence.packed] = shifted(own[0], dropped, engine.parts.rope), own[1]
     if moved:
-        keys[:SINKS] = turned(keys[:SINKS], moved, engine.parts.rope)
+        keys[:SINKS] = shifted(keys[:SINKS], moved, engine.parts.rope)
     at, t = torch.arange(len(keys))[None], torch.arange(first, first + count)[:, None]
     return masked_attention(q, keys, values, (at <= t) & ((at < SINKS) | (at >= dropped)))[0]
 
@@ -183,10 +183,10 @@ def test_logits_of_a_model_equal_a_dense_oracle(tmp_path: Path) -> None:
         def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Any) -> Tensor:
             at = torch.arange(len(ids))
             places = torch.where(at < SINKS, at + dropped, at)
-            k = at_positions(parts.rope, places[None]).turn(k)[0].half().float()
+            k = at_positions(parts.rope, places[None]).apply(k)[0].half().float()
             visible = (at[None] <= at[-10:, None]) & ((at < SINKS) | (at >= dropped))[None]
             out = torch.zeros_like(q)
-            out[0, -10:] = masked_attention(rope.turn(q)[0, -10:], k, v[0].half().float(), visible)[0]
+            out[0, -10:] = masked_attention(rope.apply(q)[0, -10:], k, v[0].half().float(), visible)[0]
             return out
 
     x = parts.model.layer(0, parts.model.embed(torch.tensor([ids])), at_positions(parts.rope, torch.arange(4200)[None]), Kept())
@@ -247,7 +247,7 @@ def test_a_hundred_shifts_leave_the_sinks_in_place(tmp_path: Path, dtype: torch.
         sequence.length, sequence.packed = sequence.length + 1280, sequence.packed + 1280
         sequence.pages.append(sequence.setup.arena.new_page())
     after = full.keys[sequence.slot, :, :SINKS].transpose(0, 1).float()
-    wanted = turned(before, sequence.origin, engine.parts.rope)
+    wanted = shifted(before, sequence.origin, engine.parts.rope)
     assert (after - wanted).norm() / wanted.norm() < 10 * torch.finfo(dtype).eps
 
 

@@ -175,7 +175,7 @@ def test_fused_operations(arch: int, dtype: torch.dtype) -> None:
     for ops in (TorchOps(), TritonOps()):
         rows = [torch.full((3, 2, 9, 64), 7.0, dtype=dtype, device="cuda") for _ in range(2)]
         full = FullSlots(keys=rows[0], values=rows[1], positions=torch.full((3, 9), -1, dtype=torch.int32, device="cuda"))
-        turned = ops.turn_to_slots(q, k, v, angle.cos(), angle.sin(), full, *places)
+        turned = ops.rope_to_slots(q, k, v, angle.cos(), angle.sin(), full, *places)
         normed = ops.rms_norm(x, weight, 1e-5), *ops.add_rms_norm(x, delta, weight, 1e-5)
         results.append([turned, full.keys, full.values, *normed, ops.swiglu(gate_up)])
     for wanted, got in zip(*results, strict=True):
@@ -193,9 +193,9 @@ def test_keys_further_apart_than_32_bits_count(arch: int) -> None:
     joint = torch.randn(1, 2, 9, size, generator=gen).to(BF16).to("cuda")
     q, k, v = joint.split([3, 3, 3], 2)
     angle = (torch.rand(1, 2, 1, size // 2, generator=gen) * 6).to("cuda")
-    TritonOps().turn_to_buffer(q, k, v, angle.cos(), angle.sin(), keys, values, 1)
+    TritonOps().rope_to_buffer(q, k, v, angle.cos(), angle.sin(), keys, values, 1)
     wanted = [torch.zeros(3, 4, size, dtype=BF16, device="cuda") for _ in range(2)]
-    TorchOps().turn_to_buffer(q, k, v, angle.cos(), angle.sin(), *wanted, 1)
+    TorchOps().rope_to_buffer(q, k, v, angle.cos(), angle.sin(), *wanted, 1)
     for got, expected in zip((keys, values), wanted, strict=True):
         off = (plain(got)[:, 1:3].float() - plain(expected)[:, 1:3].float()).abs().max()
         assert float(off) <= 2 * torch.finfo(BF16).eps * float(plain(expected).float().abs().max())

@@ -18,13 +18,13 @@ from skvq.loaders.text import ByteTokenizer, TextStream
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0, 1.5, 0.0])
 
 
-def drawn(sampler: Sampler, logits: Tensor, place: int) -> int:
-    return sampler.take(*sampler.choose(logits, place).tolist())
+def drawn(sampler: Sampler, logits: Tensor, position: int) -> int:
+    return sampler.take(*sampler.choose(logits, position).tolist())
 
 
 def draws(count: int, logits: Tensor = LOGITS, **options: object) -> Tensor:
     sampler = Sampler(SamplingConfig(**options), [], len(logits), torch.device("cpu"))
-    return torch.tensor([drawn(sampler, logits, place) for place in range(count)])
+    return torch.tensor([drawn(sampler, logits, position) for position in range(count)])
 
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
@@ -42,7 +42,7 @@ def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
 
 def test_a_seed_draws_what_torch_draws() -> None:
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 3
-    generators = [torch.Generator().manual_seed(seed_at(5, place)) for place in range(50)]
+    generators = [torch.Generator().manual_seed(seed_at(5, position)) for position in range(50)]
     wanted = [int(torch.multinomial(logits.softmax(0), 1, generator=generator)) for generator in generators]
     assert draws(50, logits, temperature=1.0, seed=5).tolist() == wanted and len(set(wanted)) > 10
 
@@ -95,8 +95,8 @@ def test_any_options_draw_a_token(
 ) -> None:
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=penalty)
     sampler = Sampler(config, [0], len(logits), torch.device("cpu"))
-    for place in range(3):
-        assert 0 <= drawn(sampler, torch.tensor(logits), place) < len(logits)
+    for position in range(3):
+        assert 0 <= drawn(sampler, torch.tensor(logits), position) < len(logits)
 
 
 def test_a_cold_temperature_is_greedy() -> None:
@@ -121,9 +121,9 @@ def test_each_sequence_of_a_batch_draws_what_it_would_alone() -> None:
     config = SamplingConfig(temperature=1.0, seed=4)
     one, other = (Sampler(config, [], 7, torch.device("cpu")) for _ in range(2))
     mixed = []
-    for place in range(10):
-        mixed.append(drawn(one, LOGITS, place))
-        drawn(other, LOGITS, place)
+    for position in range(10):
+        mixed.append(drawn(one, LOGITS, position))
+        drawn(other, LOGITS, position)
     assert mixed == draws(10, temperature=1.0, seed=4).tolist()
 
 

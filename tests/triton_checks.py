@@ -345,7 +345,7 @@ def fused_operations() -> None:
             positions = torch.full((3, 9), -1, dtype=torch.int32)
             fulls = [FullSlots(keys=rows[0].clone(), values=rows[1].clone(), positions=positions) for _ in range(2)]
             outs = [
-                o.turn_to_slots(q, k, v, angle.cos(), angle.sin(), f, slots, places)
+                o.rope_to_slots(q, k, v, angle.cos(), angle.sin(), f, slots, places)
                 for o, f in zip((ops, torch_ops), fulls, strict=True)
             ]
             same(*outs, 8.0)
@@ -357,7 +357,7 @@ def fused_operations() -> None:
         angle = torch.rand(1, 5, 1, size // 2, generator=gen) * 6
         held = [torch.full((9, kv_heads, 2 * size), 7.0, dtype=dtype) for _ in range(2)]  # keys and values, by token
         both = [[part.transpose(0, 1) for part in t.split(size, 2)] for t in held]
-        outs = [o.turn_to_buffer(q, k, v, angle.cos(), angle.sin(), *b, 3) for o, b in zip((ops, torch_ops), both, strict=True)]
+        outs = [o.rope_to_buffer(q, k, v, angle.cos(), angle.sin(), *b, 3) for o, b in zip((ops, torch_ops), both, strict=True)]
         same(*outs, 8.0)
         same(*held, 8.0)
         assert torch.equal(both[0][1], both[1][1])

@@ -63,11 +63,11 @@ class NumbaOps(TorchOps):
         SWIGLU(threads, 0, gate_up.data_ptr(), out.data_ptr(), rows, both // 2, -(-rows // (4 * threads)))
         return out
 
-    def turn_to_slots(
+    def rope_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
     ) -> Tensor:
         if q.dtype != torch.float32:
-            return super().turn_to_slots(q, k, v, cos, sin, full, slots, ring_slots)
+            return super().rope_to_slots(q, k, v, cos, sin, full, slots, ring_slots)
         rows, queries, heads, size = q.shape
         kv_heads = k.shape[2]
         keys, values = full.keys, full.values

@@ -165,7 +165,7 @@ def store_row(source, target, count, kind):
 
 
 def build_turn(stamp):
-    """Kernel of ``kernels.ops.Ops.turn_to_slots``."""
+    """Kernel of ``kernels.ops.Ops.rope_to_slots``."""
 
     def turn(address):
         if stamp == 0:

@@ -124,7 +124,7 @@ class TritonOps(TorchOps):
         swiglu_kernel[(rows, triton.cdiv(both // 2, 1024))](gate_up, out, both // 2, BLOCK=1024, num_warps=4)
         return out
 
-    def turn_to_slots(
+    def rope_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
     ) -> Tensor:
         rows, queries, _, size = q.shape
@@ -133,7 +133,7 @@ class TritonOps(TorchOps):
         assert slots.dtype == ring_slots.dtype == torch.int64 and slots.shape == ring_slots.shape == (rows,), slots.shape
         return _turn(q, k, v, cos, sin, slots, ring_slots, keys, values)
 
-    def turn_to_buffer(
+    def rope_to_buffer(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
     ) -> Tensor:
         _, count, _, size = q.shape
