@@ -75,7 +75,7 @@ def pack_window(sequence: SequenceCache, new_ids: Tensor) -> None:
         sequence.method.pack(layer, sequence.page_row, sequence.packed, keys, values, retained)
 
     sequence.setup.streams.each(arena.shape.layers, pack)
-    arena.tensors["full_positions"][:, sequence.slot].index_fill_(1, slots, -1)
+    arena.slot(sequence.slot)["full_positions"].index_fill_(1, slots, -1)
 
 
 def _ids(sequence: SequenceCache, start: int, stop: int, new_ids: Tensor) -> Tensor:

@@ -134,6 +134,8 @@ class Arena:
             raise CapacityError(
                 f"the arena of {shape.nbytes:,} bytes cannot be allocated on {device}: choose a smaller context or fewer bits"
             ) from error
+        layers = zip(*(self.tensors[f"full_{part}"] for part in ("keys", "values", "positions")), strict=True)
+        self._full = [FullSlots(keys=keys, values=values, positions=positions) for keys, values, positions in layers]
         self.tensors["full_positions"].fill_(-1)
         self.tensors["page_table"].zero_()
         self._lenders: WeakSet[Lender] = WeakSet()  # weak: they know the arena, which would outlive its engine
@@ -175,8 +177,11 @@ class Arena:
 
     def full(self, layer: int) -> FullSlots:
         """Full-precision slots of a layer."""
-        keys, values, positions = (self.tensors[f"full_{part}"][layer] for part in ("keys", "values", "positions"))
-        return FullSlots(keys=keys, values=values, positions=positions)
+        return self._full[layer]
+
+    def slot(self, slot: int) -> dict[str, Tensor]:
+        """Full-precision slots of a sequence in all layers, [L, ...] by the names of SLOT_TENSORS."""
+        return {name: self.tensors[name][:, slot] for name in SLOT_TENSORS}
 
     def when_short(self, lender: Lender) -> None:
         """Ask ``lender`` for pages, as long as it lives, before a request is refused."""
@@ -243,14 +248,16 @@ class Arena:
                 f"all {self.shape.sequences} sequence slots are in use: free a sequence or load with a larger max_sequences"
             )
         slot = self._free_sequences.pop()
-        self.tensors["full_positions"][:, slot] = -1
-        self.tensors["full_mass"][:, slot] = 0
+        slots = self.slot(slot)
+        slots["full_positions"].fill_(-1)
+        slots["full_mass"].zero_()
         return slot
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy the full-precision tokens of a sequence slot."""
-        for name in SLOT_TENSORS:
-            self.tensors[name][:, target] = self.tensors[name][:, source]
+        held = self.slot(source)
+        for name, copy in self.slot(target).items():
+            copy.copy_(held[name])
 
     def release_sequence(self, slot: int) -> None:
         """Give a sequence slot back."""

@@ -278,7 +278,7 @@ class SequenceCache:
                 self._reopen(layer, packed, length)
         if not length:
             self.dropped = 0  # nothing is left, orphans neither
-        positions = arena.tensors["full_positions"][:, self.slot, self.orphans :]
+        positions = arena.slot(self.slot)["full_positions"][:, self.orphans :]
         positions[positions >= length] = -1
         self.packed, self.length = packed, length
         del self.token_ids[length:]
@@ -330,7 +330,7 @@ class SequenceCache:
         self.require_alive()
         shape = self.setup.arena.shape
         packed = self.packed * self.setup.packed_token_bytes
-        held = int((self.setup.arena.tensors["full_positions"][:, self.slot] >= 0).sum())
+        held = int((self.setup.arena.slot(self.slot)["full_positions"] >= 0).sum())
         return int(packed + held * shape.slot_bytes / shape.layers)
 
     @property

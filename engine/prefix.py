@@ -16,7 +16,6 @@ from itertools import takewhile
 import numpy as np
 from torch import Tensor
 
-from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.kernels.layout import PAGE_TOKENS
@@ -112,21 +111,20 @@ class PagePrefixes(Prefixes):
             self._entries.move_to_end(key)
 
     def _retained(self, sequence: SequenceCache) -> dict[str, Tensor]:
-        count, tensors = self._setup.regions.retained, self._setup.arena.tensors
-        positions = tensors["full_positions"][:, sequence.slot, :count]
-        kept = {name: tensors[name][:, sequence.slot, :, :count] for name in ("full_keys", "full_values")}
-        kept |= {"full_positions": positions, "full_mass": tensors["full_mass"][:, sequence.slot, :count]}
-        return {name: tensor.to("cpu", copy=True) for name, tensor in kept.items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self._slots(sequence).items()}
 
     def _restore(self, sequence: SequenceCache, retained: dict[str, Tensor], count: int) -> None:
         """Retained tokens before position ``count``: a rule fills its slots in order of position, so these were the first."""
-        slots, tensors = self._setup.regions.retained, self._setup.arena.tensors
-        for name in SLOT_TENSORS:
-            target = tensors[name][:, sequence.slot]
-            part = target[:, :, :slots] if target.dim() == 4 else target[:, :slots]
-            part.copy_(retained[name])
-        positions = tensors["full_positions"][:, sequence.slot, :slots]
+        slots = self._slots(sequence)
+        for name, target in slots.items():
+            target.copy_(retained[name])
+        positions = slots["full_positions"]
         positions.masked_fill_(positions >= count, -1)
+
+    def _slots(self, sequence: SequenceCache) -> dict[str, Tensor]:
+        """The sequence's retained slots in all layers, by name."""
+        count, slots = self._setup.regions.retained, self._setup.arena.slot(sequence.slot)
+        return {name: t[:, :, :count] if t.dim() == 4 else t[:, :count] for name, t in slots.items()}
 
 
 def _chain(ids: Sequence[int], packed: int, key: bytes = b"") -> Iterator[bytes]:

@@ -27,14 +27,14 @@ def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSOR
     of a prompt, ``RING_MARKS`` in a decode step. The host does not wait for it. Pages are only appended to; those that were
     reserved stay reserved.
     """
-    tensors, slot = sequence.setup.arena.tensors, sequence.slot
-    kept = {name: on_host(tensors[name][:, slot]) for name in written}
+    slots = sequence.setup.arena.slot(sequence.slot)
+    kept = {name: on_host(slots[name]) for name in written}
     length, packed, pending = sequence.length, sequence.packed, sequence.pending
     try:
         yield
     except BaseException:
         for name, was in kept.items():
-            tensors[name][:, slot].copy_(was)
+            slots[name].copy_(was)
         del sequence.token_ids[length:]
         sequence.length, sequence.packed, sequence.pending = length, packed, pending
         raise

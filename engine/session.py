@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.config import CacheConfig
 from skvq.engine.container import Container, Entry, open_container, read_header, whole, write_container
 from skvq.engine.errors import CapacityError, SessionError
@@ -184,25 +183,23 @@ def _places(sequence: SequenceCache, first: int, count: int) -> tuple[Tensor, Te
 
 def slot_entries(sequence: SequenceCache) -> list[Entry]:
     """Full-precision slots with zeros where nothing is held, whatever lay there before."""
-    tensors, slot = sequence.setup.arena.tensors, sequence.slot
-    positions = tensors["full_positions"][:, slot]
-    held = positions >= 0
-    slots = {name: tensors[name][:, slot].masked_fill(~held[:, None, :, None], 0) for name in ("full_keys", "full_values")}
-    slots |= {"full_positions": positions, "full_mass": tensors["full_mass"][:, slot].masked_fill(~held, 0)}
+    slots = sequence.setup.arena.slot(sequence.slot)
+    empty = slots["full_positions"] < 0
+    slots |= {name: slots[name].masked_fill(empty[:, None, :, None], 0) for name in ("full_keys", "full_values")}
+    slots["full_mass"] = slots["full_mass"].masked_fill(empty, 0)
     return [whole(name, tensor) for name, tensor in slots.items()]
 
 
 def expect_slots(sequence: SequenceCache, file: Container) -> dict[str, Tensor]:
     """The file's full-precision slots by name, of the types and shapes this arena has."""
-    tensors = sequence.setup.arena.tensors
-    return {name: file.expect(name, tensors[name].dtype, tensors[name][:, 0].shape) for name in SLOT_TENSORS}
+    slots = sequence.setup.arena.slot(sequence.slot)
+    return {name: file.expect(name, tensor.dtype, tensor.shape) for name, tensor in slots.items()}
 
 
 def write_slots(sequence: SequenceCache, slots: dict[str, Tensor]) -> None:
     """Copy the file's full-precision slots into the sequence's."""
-    for name, stored in slots.items():
-        target = sequence.setup.arena.tensors[name]
-        target[:, sequence.slot] = stored.to(target.device)
+    for name, target in sequence.setup.arena.slot(sequence.slot).items():
+        target.copy_(slots[name])
 
 
 def ids_entry(token_ids: Sequence[int]) -> Entry:

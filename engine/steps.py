@@ -126,7 +126,6 @@ class DecodeBatch:
         self.methods: list[CacheMethod] = []
         self.method: Attends = setup.method
         self.mass: list[list[tuple[Any, Tensor]]] = []  # of each row: where attention mass goes and what it becomes
-        self.full = [setup.arena.full(layer) for layer in range(setup.arena.shape.layers)]
         device, each = setup.device, count * tokens
         width = each + each % 2  # rows of 16 bytes: Triton compiles a kernel anew for another alignment
         self._numbers = torch.zeros(7, width, dtype=torch.int64, device=device)  # all that the host says
@@ -226,7 +225,7 @@ class DecodeLayer:
         q_rows, k_rows, v_rows, cos, sin = (
             t.reshape(-1, 1, *t.shape[2:]) for t in (q, k, v, rope.cos, rope.sin)
         )  # [B * N, 1, ...]
-        full, ops = batch.full[self.layer], setup.backend.ops
+        full, ops = setup.arena.full(self.layer), setup.backend.ops
         q = ops.rope_to_slots(q_rows, k_rows, v_rows, cos, sin, full, batch.rows, batch.ring_slots).view(q.shape)
         out, lse = batch.method.attend(self.layer, q, self.step)
         if setup.needs_mass:

@@ -67,14 +67,15 @@ class Summary:
 
 def summary_of(parts: EngineParts, sequence: SequenceCache) -> Summary:
     """What a generation and its sequence came to."""
+    bits = sequence.bits_per_element
     return Summary(
         **asdict(sequence.timing),
         cached_tokens=sequence.length,
         packed_tokens=sequence.packed,
         dropped_tokens=sequence.dropped,
         cache_bytes=sequence.nbytes,
-        bits_per_element=sequence.bits_per_element,
-        times_smaller=16 / sequence.bits_per_element if sequence.length else 0.0,
+        bits_per_element=bits,
+        times_smaller=16 / bits if sequence.length else 0.0,
         method=parts.cache.method,
         backend=parts.loaded.backend.name,
         device=str(parts.setup.device),
