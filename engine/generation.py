@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,10 +106,11 @@ def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingCon
     with engine.batches:
         try:
             while waiting or answers:
-                if waiting and (not answers or _has_room(engine, answers.values(), waiting[0][1], config)):
+                sequence = _place_beside(engine, answers.values(), waiting[0][1], config) if waiting else None
+                if sequence is not None:
                     index, ids = waiting.popleft()
-                    sequences[index] = engine.new_sequence()
-                    answers[index] = begun(engine, sequences[index], engine.read(sequences[index], ids), config)
+                    sequences[index] = sequence
+                    answers[index] = begun(engine, sequence, engine.read(sequence, ids), config)
                     drawn = [index]
                 else:
                     total.decode_seconds += step(engine, list(answers.values()))
@@ -127,8 +128,10 @@ def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingCon
     return texts, total
 
 
-def _has_room(engine: Engine, answers: Iterable[Answer], ids: Sequence[int], config: SamplingConfig) -> bool:
-    """Whether one more prompt can be answered to its end beside others, which have yet to take pages for theirs."""
+def _place_beside(
+    engine: Engine, answers: Collection[Answer], ids: Sequence[int], config: SamplingConfig
+) -> SequenceCache | None:
+    """A sequence for one more prompt if it can be answered to its end beside others, which have yet to take their pages."""
     setup = engine.parts.setup
 
     def pages(tokens: int) -> int:
@@ -137,4 +140,5 @@ def _has_room(engine: Engine, answers: Iterable[Answer], ids: Sequence[int], con
     needed = pages(len(ids) + config.max_new_tokens)
     needed += sum(pages(a.sequence.length + 1 + a.left) - len(a.sequence.pages) for a in answers)
     with engine.lock:
-        return setup.arena.free_sequences > 0 and setup.arena.free_pages >= needed
+        room = setup.arena.free_sequences > 0 and setup.arena.free_pages >= needed
+        return engine.new_sequence() if room or not answers else None
