@@ -186,16 +186,13 @@ class Engine:
         return answered(self, self.encode(text), config, file)
 
     @overload
-    def generate(self, text: str, sampling: SamplingConfig | None = None) -> str: ...
+    def generate(self, text: Prompt, sampling: SamplingConfig | None = None) -> str: ...  # type: ignore[overload-overlap]
 
     @overload
-    def generate(self, text: list[str] | list[list[int]], sampling: SamplingConfig | None = None) -> list[str]: ...
-
-    @overload
-    def generate(self, text: Prompt, sampling: SamplingConfig | None = None) -> str: ...
+    def generate(self, text: Sequence[Prompt], sampling: SamplingConfig | None = None) -> list[str]: ...
 
     @names_options(sampling=SamplingConfig)
-    def generate(self, text: Prompt | list[str] | list[list[int]], sampling: SamplingConfig | None = None) -> str | list[str]:
+    def generate(self, text: Prompt | Sequence[Prompt], sampling: SamplingConfig | None = None) -> str | list[str]:
         """The answer to a prompt (as for ``stream``), or to each of a list of prompts.
 
         These are answered together, as many at a time as there are free sequences and pages for; when one ends the next begins.

@@ -7,12 +7,13 @@ from numbers import Integral
 from typing import Any, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from skvq.engine.errors import OptionError
 from skvq.loaders.text import Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | npt.NDArray[np.integer[Any]]
 """A text, token ids of one text, or chat messages ``[{"role": ..., "content": ...}, ...]``."""
 
 

@@ -27,10 +27,8 @@ def render_chat(
     """
     if template is None:
         raise ModelError("this model has no chat template: give the prompt as plain text, or use an instruct model")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise OptionError(f"chat message {index} must have 'role' and 'content', got {str(message)[:80]!r}")
-    if not messages:
+    plain = [_plain(index, message) for index, message in enumerate(messages)]
+    if not plain:
         raise OptionError("a chat needs at least one message")
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -42,7 +40,7 @@ def render_chat(
     environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(template).render(
-            messages=[dict(message) for message in messages],
+            messages=plain,
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
@@ -66,6 +64,22 @@ def render_turn(template: str | None, messages: Sequence[Mapping[str, Any]], spe
         return alone
     _, found, turn = whole.partition(LAST_WORD)
     return turn if found else alone
+
+
+def _plain(index: int, message: object) -> dict[str, Any]:
+    """The message; content in OpenAI's parts, ``[{"type": "text", "text": ...}, ...]``, is joined: templates expect a text."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        raise OptionError(f"chat message {index} must have 'role' and 'content', got {str(message)[:80]!r}")
+    content = message["content"]
+    if not isinstance(content, (list, tuple)):
+        return dict(message)
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    for part, text in zip(content, texts, strict=True):
+        if not isinstance(text, str):
+            raise OptionError(
+                f"chat message {index} holds {str(part)[:80]!r}: this engine reads text, {{'type': 'text', 'text': ...}}"
+            )
+    return {**message, "content": "".join(map(str, texts))}
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

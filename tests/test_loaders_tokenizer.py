@@ -265,6 +265,14 @@ def test_a_turn_is_what_a_conversation_has_in_addition(template: str) -> None:
     assert begin + said + render_turn(template, [next_], names) == whole
 
 
+def test_content_in_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    first, second = ([{"role": "user", "content": content}] for content in (parts, "Be brief."))
+    assert render_chat(CHATML, first, {}, add_generation_prompt=True) == render_chat(
+        CHATML, second, {}, add_generation_prompt=True
+    )
+
+
 def test_messages_that_a_template_refuses_in_the_middle_begin_a_conversation() -> None:
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
@@ -281,6 +289,8 @@ def test_messages_that_a_template_refuses_in_the_middle_begin_a_conversation() -
         ("{{ messages[0].nothing.deeper }}", TURNS, ["UndefinedError"]),
         ("{{ ''.__class__.__mro__ }}", TURNS, ["SecurityError"]),
         (CHATML, [{"role": "user"}], ["message 0", "content"]),
+        (CHATML, [{"role": "user", "content": [{"type": "image_url"}]}], ["message 0", "image_url", "reads text"]),
+        (CHATML, [{"role": "user", "content": ["x"]}], ["message 0", "'x'"]),
         (CHATML, ["hi"], ["message 0"]),
         (CHATML, [], ["at least one"]),
     ],
