@@ -62,6 +62,7 @@ class SequenceCache:
 
     def __del__(self) -> None:
         if self.alive:
+            self.alive = False  # first: of a cycle, a generator that frees it may be closed after this
             self.setup.arena.abandon(self.slot, self.pages)
 
     @property
@@ -263,8 +264,9 @@ class SequenceCache:
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first ``length``, dropped ones not counted.
 
-        Tokens of the window are forgotten exactly. Where the cut lies in packed pages, tokens of its last, now partial, tile
-        go back into the window as they were packed: the window is then shorter than usual until new tokens fill it.
+        Tokens of the window are forgotten exactly, but for the attention mass that they gave to others. Where the cut lies in
+        packed pages, tokens of its last, now partial, tile go back into the window as they were packed, without mass: the
+        window is then shorter than usual until new tokens fill it.
         """
         self.require_alive()
         if not is_whole(length):
@@ -277,9 +279,11 @@ class SequenceCache:
             for layer in range(arena.shape.layers):
                 self._reopen(layer, packed, length)
         if not length:
-            self.dropped = 0  # nothing is left, orphans neither
-        positions = arena.slot(self.slot)["full_positions"][:, self.orphans :]
-        positions[positions >= length] = -1
+            self.dropped, self.filled = 0, False  # nothing is left, orphans neither
+        positions = arena.slot(self.slot)["full_positions"]
+        positions[:, : self.orphans].clamp_(max=length)  # sinks stay visible from the next token on
+        held = positions[:, self.orphans :]
+        held[held >= length] = -1
         self.packed, self.length = packed, length
         del self.token_ids[length:]
         self.pending, self.logits = [], None
@@ -304,7 +308,8 @@ class SequenceCache:
         keys, values = self.stage(layer, packed, regions.tile)
         held = full.positions[self.slot, self.orphans : regions.retained]
         held[(held >= packed) & (held < length)] = -1
-        put(self, layer, packed, keys[: length - packed], values[: length - packed])
+        slots = put(self, layer, packed, keys[: length - packed], values[: length - packed])
+        self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = 0
 
     @computes
     def save(self, file: str | Path) -> None:

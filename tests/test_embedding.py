@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq import AttentionSinks, CacheConfig, KeyOutliers, Quiet, SamplingConfig, SkvqError, TokenIds
+from skvq.engine.cache import SequenceCache
 from skvq.engine.decode import FEWEST_GRAPHS, GraphStep
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
@@ -203,6 +204,32 @@ def test_a_batch_that_is_gone_holds_no_sequence(engine: Engine) -> None:
     for _ in range(6):
         use()
         gc.collect()
+
+
+def test_a_sequence_of_a_cycle_is_given_back_once(engine: Engine) -> None:
+    """The garbage collector may finalize it before the generator whose ``with`` frees it."""
+
+    def asking(book: SequenceCache) -> Iterator[int]:
+        with book:
+            yield 1
+            yield 2
+
+    class Holder:
+        def __init__(self, pieces: Iterator[int]) -> None:
+            self.itself, self.pieces = self, pieces
+
+    arena = engine.parts.setup.arena
+    book = engine.prefill(random_ids(400))
+    with book.fork() as twin:
+        before = twin.stage(0, 0, twin.packed)[0].clone()
+        holder = Holder(asking(book))
+        next(holder.pieces)
+        del book, holder
+        gc.collect()
+        with engine.prefill(random_ids(600, seed=4)) as other:
+            assert not {*other.pages} & {*twin.pages}
+            assert torch.equal(twin.stage(0, 0, twin.packed)[0], before)
+    arena.check(arena_of())
 
 
 def test_logits_that_were_returned_are_the_callers(engine: Engine) -> None:

@@ -212,6 +212,15 @@ def test_a_prompt_takes_the_place_of_an_answer_that_has_ended(engine: Engine, mo
     assert ended.timing.decoded_tokens == sum(sizes) and ended.timing.prompt_tokens == sum(map(len, map(ended.encode, prompts)))
 
 
+@pytest.mark.parametrize("size", [2, 6, 20, 34, 100, 130])
+def test_heads_of_any_size_in_16_bits(tmp_path: Path, backend: str, size: int) -> None:
+    engine = tiny_engine(tiny_folder(tmp_path, head_size=size), tiny_cache(method="fp"), backend=backend)
+    ids = random_ids(200)
+    with engine.prefill(ids) as sequence:
+        found, exact = engine.decode_step([sequence], [5])[0], engine.logits([*ids, 5])[-1]
+    assert float((found - exact).norm() / exact.norm()) < 2e-3
+
+
 def test_an_interrupted_prefill_frees_its_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt

@@ -196,6 +196,19 @@ def test_attention_mass_is_the_same_whichever_way_tokens_came(tmp_path: Path) ->
         sequence.free()
 
 
+def test_tokens_that_come_back_into_the_window_bring_no_mass(tmp_path: Path) -> None:
+    """Whatever tokens lay in their slots before drew does not decide what is kept of them."""
+    cache = tiny_cache(filters=(HeavyHitters(threshold=1.3, budget=90),))
+    engine = tiny_engine(tiny_folder(tmp_path), cache, prefill="streaming", max_context=2000)
+    mass = engine.parts.setup.arena.tensors["full_mass"]
+    with engine.prefill(random_ids(500)) as one, engine.prefill(random_ids(430)) as other:
+        engine.read(other, random_ids(70, seed=9))
+        for sequence in (one, other):
+            sequence.truncate(300)
+            at = engine.parts.setup.regions.slot(torch.arange(sequence.packed, 300))
+            assert len(at) and not mass[:, sequence.slot, at].any()
+
+
 def test_a_user_class_by_import_path_works_in_an_engine(tmp_path: Path) -> None:
     rule = rule_from_text("test_filters:EveryTenth(budget=3)")
     assert (type(rule).__name__, rule.budget) == ("EveryTenth", 3)

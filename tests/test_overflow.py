@@ -16,6 +16,7 @@ from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine,
 from torch import Tensor
 
 from skvq.cli import main
+from skvq.engine import reading
 from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
@@ -191,6 +192,23 @@ def test_logits_of_a_model_equal_a_dense_oracle(tmp_path: Path) -> None:
 
     x = parts.model.layer(0, parts.model.embed(torch.tensor([ids])), at_positions(parts.rope, torch.arange(4200)[None]), Kept())
     assert (parts.model.head(x[0, -10:]) - found).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("length", [2, 10, 39, 40, 41])
+def test_sinks_are_seen_after_a_cut_to_fewer_tokens(tmp_path: Path, length: int) -> None:
+    """A token decoded sees what one that is streamed sees."""
+    cache = tiny_cache(method="fp", filters=(AttentionSinks(40),))
+    engine = tiny_engine(tiny_folder(tmp_path, num_layers=1), cache, on_full="shift", max_context=2700)
+    with engine.prefill(random_ids(3000)) as decoded, decoded.fork() as streamed:
+        assert decoded.dropped
+        for sequence in (decoded, streamed):
+            sequence.truncate(length)
+        found = engine.decode_step([decoded], [7])[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reading, "SHORT_TOKENS", 0)
+            wanted = engine.read(streamed, [7])
+        assert streamed.timing.prefill == "streaming"
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3
 
 
 def test_an_answer_and_a_prompt_go_on_past_the_context(tmp_path: Path) -> None:

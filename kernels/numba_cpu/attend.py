@@ -172,7 +172,7 @@ def divide(shape: Fields, layout: Fields, max_tiles: int, span: int, threads: in
         "w_mean": 4 * vectors * size,
         "w_rotor": 16 * size,
         "w_row": 4 * line,
-        "w_rows": 4 * LANE_BLOCK * (lanes + size),
+        "w_rows": 4 * LANE_BLOCK * (lanes + -(-size // 8) * 8),  # channels are transposed eight at a time
         "w_seen": tile,
         "w_factors": 4 * vectors,
     }
