@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,11 @@ def cluster_channels(typical: Tensor, groups: int, seed: int) -> Tensor:
     On one thread: scikit-learn adds up what its threads found in the order in which they finish.
     """
     from sklearn.cluster import KMeans  # two seconds of import that only this method needs
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1):
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # channels that are all alike: see ``fill_empty``
         labels = KMeans(groups, n_init=10, random_state=seed).fit(typical.cpu().numpy()).labels_
     return fill_empty(torch.from_numpy(labels).long(), groups)
 

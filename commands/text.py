@@ -58,11 +58,11 @@ def corpus_text(file: str | None) -> str:
 
 
 def file_text(file: str) -> str:
-    """The text of a file, - for standard input. Raises OptionError if it cannot be read or is not UTF-8."""
+    """The text of a file, without a byte order mark, - for standard input. Raises OptionError if it is not to be read as UTF-8."""
     if file == "-" and sys.stdin is None:
         raise OptionError("-f -: standard input is closed")
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise OptionError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:

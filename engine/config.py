@@ -243,8 +243,8 @@ class CacheConfig:
         least = stored_bits(min(BITS)) + 16 / group
         if fitted.is_open and fitted.code_bits < stored_bits(min(BITS)) - 1e-9:
             raise OptionError(
-                f"bits_budget {self.bits_budget:g} is below {least:g}, the minimum for 1.5-bit codes with groups of {group}: "
-                "give a larger budget or larger groups"
+                f"bits_budget {self.bits_budget:.9g} is below {least:.9g}, the minimum for 1.5-bit codes with groups of "
+                f"{group}: give a larger budget or larger groups"
             )
         return fitted
 

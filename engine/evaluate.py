@@ -14,6 +14,7 @@ from torch import Tensor
 from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import ModelError
 from skvq.engine.model import LayerCache, Model
 from skvq.engine.rope import StepRope, at_positions
 from skvq.engine.sizes import bits_per_element
@@ -123,8 +124,8 @@ class Comparison:
     def summary(self) -> dict[str, float]:
         """Perplexities, mean KL and top-1 agreement."""
         return {
-            "ppl_fp": math.exp(float(self.nll_fp.mean())),
-            "ppl": math.exp(float(self.nll.mean())),
+            "ppl_fp": perplexity(self.nll_fp),
+            "ppl": perplexity(self.nll),
             "kl": float(self.kl.mean()),
             "top1": float(self.same_top.float().mean()),
         }
@@ -142,6 +143,14 @@ class Comparison:
             for a, b in pairwise(edges)
             if b > a
         ]
+
+
+def perplexity(nll: Tensor) -> float:
+    """exp of the mean loss. Raises ModelError where no number is so large: nothing was modelled then."""
+    mean = float(nll.mean())
+    if not mean < 700:
+        raise ModelError(f"the mean loss is {mean:,.0f} nats per token: the weights are damaged, or made up")
+    return math.exp(mean)
 
 
 def compare(model: Model, reference: Tensor, other: Tensor, ids: Tensor) -> Comparison:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import groupby
@@ -15,6 +14,7 @@ from skvq.engine.config import CacheConfig, LayerWidths, pairs_of
 from skvq.engine.errors import SessionError
 from skvq.engine.filters import FilterRule
 from skvq.kernels.interface import RopeFrequencies
+from skvq.loaders.artifact import digest_of
 
 WORDS = {
     "fingerprint": "the model with fingerprint",
@@ -82,7 +82,7 @@ def identity_of(
         layer_bits=bits_text(cache.layer_bits if cache.is_packed else ()),
         group_size=cache.group_size if cache.is_packed else 0,
         dtype=str(dtype).removeprefix("torch."),
-        calibration=_digest(tensors),
+        calibration=digest_of(tensors),
         rope=rope_digest(rope),
     )
 
@@ -124,13 +124,4 @@ def _rule_name(rule: FilterRule) -> str:
 
 def rope_digest(rope: RopeFrequencies) -> str:
     """Digest of RoPE frequencies and their scale."""
-    return _digest({"inv_freq": rope.inv_freq, "scale": torch.tensor(rope.scale, dtype=torch.float64)})
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest_of({"inv_freq": rope.inv_freq, "scale": torch.tensor(rope.scale, dtype=torch.float64)})

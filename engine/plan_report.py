@@ -204,8 +204,7 @@ def plan_report(
     )
     planner = Planner(model=config, cache=cache, room=room, sequences=sequences, dtype=card.dtype, prefill=prefill)
     plan = planner.plan(context)
-    tables = [cache, replace(cache, method="fp")]
-    tables += [replace(cache, method="rotate" if not cache.is_packed else cache.method).with_bits(k, v) for k, v in WIDTHS]
+    tables = [cache, replace(cache, method="fp"), *_other_widths(cache, config)]
     largest = {_name(c): replace(planner, cache=c).largest_context() for c in tables}
     return PlanReport(
         model=model,
@@ -218,6 +217,15 @@ def plan_report(
         trained_context=source.trained_context,
         advice="" if plan.fits else planner.advice(),
     )
+
+
+def _other_widths(cache: CacheConfig, config: ModelConfig) -> list[CacheConfig]:
+    """Packed caches of all widths; none where the groups do not fit the model's heads."""
+    packed = cache if cache.is_packed else replace(cache, method="rotate")
+    try:
+        return [packed.with_bits(*widths).fitted(config) for widths in WIDTHS]
+    except OptionError:
+        return []
 
 
 def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: PrefillForm) -> float:

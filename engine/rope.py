@@ -71,6 +71,16 @@ def frequencies(config: ModelConfig, context: int, device: torch.device) -> Rope
 
     Dynamic NTK and LongRoPE depend on the length: they are fixed for ``context``, so that cached keys stay comparable.
     """
+    try:
+        found = _frequencies(config, context)
+    except (ArithmeticError, ValueError) as error:
+        raise ModelError(f"no frequencies can be computed for this RoPE ({error}): {config.rope}") from None
+    if not (found.inv_freq.isfinite().all() and math.isfinite(found.scale)):
+        raise ModelError(f"the frequencies of this RoPE are not finite: {config.rope}")
+    return RopeFrequencies(inv_freq=found.inv_freq.to(device), scale=found.scale)
+
+
+def _frequencies(config: ModelConfig, context: int) -> RopeFrequencies:
     rope, size = config.rope, config.head_size
     base = rope.theta
     steps = torch.arange(0, size, 2, dtype=torch.float64) / size
@@ -88,7 +98,7 @@ def frequencies(config: ModelConfig, context: int, device: torch.device) -> Rope
         inv_freq, scale = _yarn(rope, config.trained_context, size, inv_freq)
     elif rope.kind == "longrope":
         inv_freq, scale = _longrope(rope, config.trained_context, context, inv_freq)
-    return RopeFrequencies(inv_freq=inv_freq.to(device), scale=scale)
+    return RopeFrequencies(inv_freq=inv_freq, scale=scale)
 
 
 def _llama3(rope: RopeConfig, trained: int, inv_freq: Tensor) -> Tensor:
@@ -129,8 +139,7 @@ def _longrope(rope: RopeConfig, trained: int, context: int, inv_freq: Tensor) ->
     factors = rope.long_factor if context > original else rope.short_factor
     if len(factors) != len(inv_freq):
         raise ModelError(f"longrope has {len(factors)} factors for {len(inv_freq)} channel pairs")
-    factor = rope.factor if rope.factor > 1 else trained / original
     scale = rope.attention_factor
     if scale is None:
-        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        scale = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
     return inv_freq / torch.tensor(factors, dtype=torch.float64), scale

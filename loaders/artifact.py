@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -17,7 +19,7 @@ from skvq.engine.config import LayerWidths
 from skvq.engine.errors import CalibrationError
 from skvq.loaders.files import write_atomically
 
-SCHEMA = 2
+SCHEMA = 3
 HEADER_KEY = "skvq.calibration"
 
 
@@ -64,26 +66,35 @@ def _shown(value: object) -> str:
 
 def save_artifact(artifact: Artifact, path: Path) -> None:
     """Write the file under a temporary name, then rename. Same artifact, same bytes."""
-    header = json.dumps(asdict(artifact.header), sort_keys=True)
     tensors = {name: artifact.tensors[name].contiguous().cpu() for name in sorted(artifact.tensors)}
+    header = json.dumps({**asdict(artifact.header), "digest": digest_of(tensors)}, sort_keys=True)
     write_atomically(path, save(tensors, metadata={HEADER_KEY: header}))
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_artifact(path: Path) -> Artifact:
     """Read an artifact. Raises CalibrationError for a missing, broken, foreign or newer file."""
     with _opened(path) as file:
-        header = _header(file.metadata(), path)
+        header, digest = _header(file.metadata(), path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise CalibrationError(f"calibration {path} is broken, {broken[0]} holds NaN or inf: calibrate again")
+    if digest_of(tensors) != digest:
+        raise CalibrationError(f"calibration {path} is damaged, its checksum does not match: calibrate again")
     return Artifact(header, tensors)
 
 
 def load_header(path: Path) -> ArtifactHeader:
     """The header alone. Raises CalibrationError for a missing, broken, foreign or newer file."""
     with _opened(path) as file:
-        return _header(file.metadata(), path)
+        return _header(file.metadata(), path)[0]
 
 
 @contextmanager
@@ -97,17 +108,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CalibrationError(f"{path} is not an skvq calibration, or is damaged ({error}): give another file") from None
 
 
-def _header(metadata: Mapping[str, str] | None, path: Path) -> ArtifactHeader:
+def _header(metadata: Mapping[str, str] | None, path: Path) -> tuple[ArtifactHeader, str]:
+    """The header, and the digest of the tensors."""
     text = (metadata or {}).get(HEADER_KEY)
     if text is None:
         raise CalibrationError(f"{path} is a safetensors file, not an skvq calibration: give another file")
     found = json.loads(text)
-    known = {f.name: f.type for f in fields(ArtifactHeader)}
-    if not isinstance(found, dict) or set(found) != set(known):
+    known = {"digest", *(f.name for f in fields(ArtifactHeader))}
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise CalibrationError(f"calibration {path} has schema {schema}, this skvq reads {SCHEMA}: calibrate again")
+    if set(found) != known:
         raise CalibrationError(f"calibration {path} has a header that does not match schema {SCHEMA}: calibrate again")
-    if found["schema"] != SCHEMA:
-        raise CalibrationError(f"calibration {path} has schema {found['schema']}, this skvq reads {SCHEMA}: calibrate again")
-    return ArtifactHeader(**found | {name: _as_tuples(found[name]) for name in ("layer_bits", "outlier_tokens")})
+    digest = str(found.pop("digest"))
+    return ArtifactHeader(**found | {name: _as_tuples(found[name]) for name in ("layer_bits", "outlier_tokens")}), digest
 
 
 def _as_tuples(value: Any) -> Any:

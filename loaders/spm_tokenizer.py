@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,36 @@ from skvq.loaders.fields import reason
 from skvq.loaders.text import Message, decode_ids
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model; control tokens (``<s>``, ``[INST]``) are recognized in text, as by `transformers`."""
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that a model has besides the pieces of its SentencePiece file; special ones are no text."""
 
-    def __init__(self, processor: Any, pieces: Sequence[str], settings: TokenizerSettings) -> None:
-        """``processor`` and ``pieces`` of ``open_sentencepiece``."""
+    text: str
+    special: bool
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; control tokens (``<s>``, ``[INST]``) and added ones are recognized in text, as by
+    `transformers`."""
+
+    def __init__(
+        self, processor: Any, pieces: Sequence[str], added: Mapping[int, AddedToken], settings: TokenizerSettings
+    ) -> None:
+        """``processor`` and ``pieces`` of ``open_sentencepiece``; ``added`` by id, some of which may be pieces too."""
         self._processor = processor
         self._settings = settings
         self._pieces = pieces
+        self._added = added
         control = {piece: index for index, piece in enumerate(self._pieces) if processor.is_control(index)}
+        control |= {token.text: index for index, token in added.items()}
         self._control = control
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
         self._strip = self._prefixes()
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
-        return len(self._pieces)
+        """Number of tokens."""
+        return max(len(self._pieces), *(index + 1 for index in self._added), 0)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -52,7 +66,7 @@ class SentencePieceTokenizer:
         return self._strip
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Ids of a text; spellings of control tokens in it become those tokens."""
+        """Ids of a text; spellings of control and added tokens in it become those tokens."""
         ids: list[int] = []
         try:
             for part in self._split.split(text) if self._control else [text]:
@@ -76,8 +90,11 @@ class SentencePieceTokenizer:
         return decode_ids(self, ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes of a piece."""
-        if not 0 <= token_id < self.vocab_size or self._processor.is_control(token_id):
+        """Bytes of a token."""
+        if token_id in self._added:
+            token = self._added[token_id]
+            return b"" if token.special else token.text.encode()
+        if not 0 <= token_id < len(self._pieces) or self._processor.is_control(token_id):
             return b""
         if self._processor.is_unknown(token_id):
             return " \u2047 ".encode()

@@ -15,7 +15,7 @@ from skvq.loaders.fields import Fields, read_json, reason
 from skvq.loaders.gguf_tokenizer import load_gguf_tokenizer
 from skvq.loaders.hf import read_config
 from skvq.loaders.model_files import ModelFiles
-from skvq.loaders.spm_tokenizer import SentencePieceTokenizer, open_sentencepiece
+from skvq.loaders.spm_tokenizer import AddedToken, SentencePieceTokenizer, open_sentencepiece
 from skvq.loaders.text import TextStream, Tokenizer
 
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
@@ -60,11 +60,15 @@ def _from_sentencepiece(folder: Path, config: ModelConfig) -> Tokenizer:
     processor, pieces = open_sentencepiece(folder / "tokenizer.model")
     options = _options(folder)
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-    special = {name: pieces[index] for name, index in ids.items() if index >= 0}
+    added = _added_tokens(folder, options)
+    known = {piece: index for index, piece in enumerate(pieces)} | {token.text: index for index, token in added.items()}
+    named = _special_tokens(options)
+    ids |= {name: known[text] for name, text in named.items() if text in known}
+    special = {name: pieces[index] for name, index in ids.items() if 0 <= index < len(pieces)} | named
     bos = ids["bos_token"] if ids["bos_token"] >= 0 else None
     eos = ids["eos_token"] if ids["eos_token"] >= 0 else None
     adds_bos = options.flag("add_bos_token", True)
-    return SentencePieceTokenizer(processor, pieces, _settings(folder, config, options, special, bos, eos, adds_bos))
+    return SentencePieceTokenizer(processor, pieces, added, _settings(folder, config, options, special, bos, eos, adds_bos))
 
 
 def _settings(
@@ -104,7 +108,32 @@ def _special_tokens(options: Fields) -> dict[str, str]:
         value = options.data.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
-            found[name] = text
+            found[name] = require_unicode(text, f"{name} of {options.where}")
+    return found
+
+
+def require_unicode(text: str, what: str) -> str:
+    """The text, or ModelError if it holds half a surrogate pair, which JSON can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"{what} is not valid Unicode: half of a surrogate pair") from None
+    return text
+
+
+def _added_tokens(folder: Path, options: Fields) -> dict[int, AddedToken]:
+    """Tokens by id that files beside a tokenizer.model add to its pieces."""
+    found = {}
+    path = folder / "added_tokens.json"
+    for text, index in read_json(path).data.items() if path.is_file() else ():
+        found[index] = AddedToken(require_unicode(text, str(path)), special=True)
+    for index, token in options.section("added_tokens_decoder").data.items():
+        fields = Fields(token if isinstance(token, dict) else {}, f"added token {index} of {options.where}")
+        text = require_unicode(fields.text("content"), fields.where)
+        found[int(index) if index.isdecimal() else -1] = AddedToken(text, special=fields.flag("special", False))
+    wrong = [i for i, token in found.items() if isinstance(i, bool) or not isinstance(i, int) or i < 0 or not token.text]
+    if wrong:
+        raise ModelError(f"{folder} adds the token {found[wrong[0]].text!r} with id {wrong[0]!r}: download it again")
     return found
 
 

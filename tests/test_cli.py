@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from skvq.engine import decode, reading, sampling
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
+from skvq.loaders.artifact import load_artifact, save_artifact
 from skvq.loaders.files import cache_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +95,20 @@ def test_run_json_is_the_last_line_and_repeats_the_text(model: Path) -> None:
     assert 1 < found["bits_per_element"] <= 16 and found["times_smaller"] == pytest.approx(16 / found["bits_per_element"])
 
 
+def test_a_plan_of_16_bits_shows_the_widths_that_fit_the_heads(model: Path) -> None:
+    found = json.loads(call("plan", "--model", model, "--method", "fp", "--group-size", 128, "--json").stdout)
+    assert len(found["largest_context"]) > 2
+
+
+def test_a_loss_beyond_numbers_is_one_line(model: Path, tmp_path: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    save_file({n: 1e6 * w if "lm_head" in n else w for n, w in weights.items()}, folder / "model.safetensors")
+    text = tmp_path / "t.txt"
+    text.write_text("the quick brown fox " * 20)
+    refused(call("eval", "--model", folder, "--method", "fp", "--text", text, "--tokens", 50), "nats per token")
+
+
 def test_skvq_run_is_skvq_run(model: Path) -> None:
     options = ["--model", str(model), "-p", "over the lazy dogs", "-n", "5"]
     assert CliRunner().invoke(run, [*options, "--backend", "reference"]).stdout == call("run", *options).stdout != "\n"
@@ -107,6 +123,9 @@ def test_text_comes_from_a_file_from_standard_input_and_before_the_prompt(model:
         return int(json.loads(call("run", *options, *more, stdin=stdin).stdout)["prompt_tokens"])
 
     assert tokens("-f", file) == tokens("-f", "-", stdin=file.read_text(encoding="utf-8"))
+    marked = tmp_path / "marked.txt"
+    marked.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert tokens("-f", marked) == tokens("-f", file)
     other = tmp_path / "other.txt"
     other.write_text("over it")
     assert tokens("-f", other, "-f", file, "-p", "jumps") == tokens("-p", f"over it\n\n{file.read_text()}\n\njumps")
@@ -519,9 +538,10 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
 
     with safe_open(str(made), "pt") as file:
         header = file.metadata()
-    save_file({**found, "key_unit": found["key_unit"] * torch.nan}, other, metadata=header)
-    refused(call(*use, other), "key_unit", "NaN")
-    save_file({n: t for n, t in found.items() if n != "key_unit"}, other, metadata=header)
+    save_file({**found, "key_unit": 2 * found["key_unit"]}, other, metadata=header)
+    refused(call(*use, other), "damaged", "checksum")
+    artifact = load_artifact(made)
+    save_artifact(replace(artifact, tensors={n: t for n, t in found.items() if n != "key_unit"}), other)
     refused(call(*use, other), "key_unit")
     fingerprint = json.loads(header["skvq.calibration"])["fingerprint"]
     header["skvq.calibration"] = header["skvq.calibration"].replace(fingerprint, "0" * len(fingerprint))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import one_line, refused, tiny_config
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from skvq.engine.config import FULL_SPAN, RopeConfig
 from skvq.engine.errors import SkvqError
+from skvq.engine.rope import frequencies
 from skvq.loaders.fields import Fields
 from skvq.loaders.hf import config_to_json, parse_config, read_config
 
@@ -178,6 +180,22 @@ def test_a_config_that_cannot_be_right_is_one_line(tmp_path: Path, change: dict[
     data = SIZES | {"architectures": ["LlamaForCausalLM"]} | change
     (tmp_path / "config.json").write_text(json.dumps(data))
     refused(lambda: read_config(tmp_path), "config.json", *fragments)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(kind="yarn", theta=1.0, factor=4.0),
+        RopeConfig(kind="yarn", beta_fast=-1.0, factor=4.0),
+        RopeConfig(kind="yarn", beta_slow=5e-324, factor=4.0),
+        RopeConfig(kind="dynamic", factor=9e299),
+        RopeConfig(kind="linear", factor=5e-324),
+        RopeConfig(kind="longrope", factor=2.0, original_context=1, short_factor=(1.0,) * 16, long_factor=(2.0,) * 16),
+    ],
+    ids=str,
+)
+def test_a_rope_that_has_no_frequencies_is_one_line(rope: RopeConfig) -> None:
+    refused(lambda: frequencies(tiny_config(rope=rope), 2048, torch.device("cpu")), "RoPE", f"kind='{rope.kind}'")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\xff\xfe", "[" * 100_000, "9" * 10_000])

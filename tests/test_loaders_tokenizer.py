@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,13 @@ def test_a_turn_is_what_a_conversation_has_in_addition(template: str) -> None:
     assert begin + said + render_turn(template, [next_], names) == whole
 
 
+def test_what_a_template_marks_for_training_is_rendered() -> None:
+    marked = CHATML.replace("+ message['content'] +", "}}{% generation %}{{ message['content'] }}{% endgeneration %}{{")
+    assert "endgeneration" in marked
+    plain, found = (render_chat(t, TURNS, {}, add_generation_prompt=True) for t in (CHATML, marked))
+    assert found == plain
+
+
 def test_content_in_parts_is_their_text() -> None:
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
     first, second = ([{"role": "user", "content": content}] for content in (parts, "Be brief."))
@@ -324,6 +332,36 @@ def test_special_tokens_are_parsed_in_sentencepiece_chats(spm_folder: ModelFiles
     ids = file.encode_chat(TURNS)
     assert ids.count(1) == 4 and ids.count(2) == 3
     assert ids == built.encode_chat(TURNS)
+
+
+def test_tokens_added_to_a_sentencepiece_model(spm_folder: ModelFiles, spm_model: bytes, tmp_path: Path) -> None:
+    """As ChatML fine-tunes of Llama and Mistral have them: recognized in texts, no text when decoded, and an end."""
+    folder = Path(shutil.copytree(spm_folder.path, tmp_path / "m"))
+    size = sentencepiece.SentencePieceProcessor(model_proto=spm_model).get_piece_size()
+    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=size + 3))))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}))
+    later = {str(size + 1): {"content": "<|im_end|>", "special": True}, str(size + 2): {"content": "<call>", "special": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": later, "eos_token": "<|im_end|>"}))
+    plain, ours = load_tokenizer(spm_folder), load_tokenizer(ModelFiles(folder, "safetensors"))
+    found = ours.encode("<|im_start|>the quick<call><|im_end|>", bos=False)
+    assert found == [size, *plain.encode("the quick", bos=False), size + 2, size + 1]
+    assert ours.decode(found) == "the quick<call>" and ours.vocab_size == size + 3 and size + 1 in ours.eos_token_ids
+    stream = TextStream(ours)
+    assert "".join(map(stream.push, found)) == "the quick<call>"
+    for data, fragment in (({"": 1}, "''"), ({"x": "1"}, "'1'"), ({"x": -1}, "-1"), ({"\ud800": 400}, "not valid Unicode")):
+        (folder / "added_tokens.json").write_text(json.dumps(data))
+        refused(lambda: load_tokenizer(ModelFiles(folder, "safetensors")), fragment)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_half_a_surrogate_pair_is_no_special_token(spm_folder: ModelFiles, tmp_path: Path, name: str) -> None:
+    options = {"bos_token": "\ud800"}
+    if name == "tokenizer.json":
+        files = save_folder(tmp_path, byte_level_pipeline(), options)
+    else:
+        files = ModelFiles(Path(shutil.copytree(spm_folder.path, tmp_path / "m")), "safetensors")
+        (files.path / "tokenizer_config.json").write_text(json.dumps(options))
+    refused(lambda: load_tokenizer(files), "bos_token", "not valid Unicode")
 
 
 def test_no_space_is_added_where_the_file_says_so(spm_model: bytes) -> None:

@@ -74,6 +74,7 @@ SCALINGS: dict[str, tuple[dict[str, Any], int]] = {
     "llama3": (LLAMA3, 101),
     "longrope, short": (LONGROPE, 53),
     "longrope, long": (LONGROPE, 149),
+    "longrope, factor 1": ({**LONGROPE, "factor": 1.0}, 149),
 }
 
 
