@@ -58,7 +58,7 @@ def corpus_text(file: str | None) -> str:
 
 
 def file_text(file: str) -> str:
-    """The text of a file, without a byte order mark, - for standard input. Raises OptionError if it is not to be read as UTF-8."""
+    """The text of a file, without a byte order mark; - is standard input. OptionError if it cannot be read or is not UTF-8."""
     if file == "-" and sys.stdin is None:
         raise OptionError("-f -: standard input is closed")
     try:
