@@ -123,18 +123,19 @@ def require_unicode(text: str, what: str) -> str:
 
 def _added_tokens(folder: Path, options: Fields) -> dict[int, AddedToken]:
     """Tokens by id that files beside a tokenizer.model add to its pieces."""
-    found = {}
-    path = folder / "added_tokens.json"
+    path, listed = folder / "added_tokens.json", list[tuple[Any, AddedToken]]()
     for text, index in read_json(path).data.items() if path.is_file() else ():
-        found[index] = AddedToken(require_unicode(text, str(path)), special=True)
-    for index, token in options.section("added_tokens_decoder").data.items():
-        fields = Fields(token if isinstance(token, dict) else {}, f"added token {index} of {options.where}")
+        listed.append((index, AddedToken(require_unicode(text, str(path)), special=True)))
+    for name, token in options.section("added_tokens_decoder").data.items():
+        fields = Fields(token if isinstance(token, dict) else {}, f"added token {name[:20]} of {options.where}")
         text = require_unicode(fields.text("content"), fields.where)
-        found[int(index) if index.isdecimal() else -1] = AddedToken(text, special=fields.flag("special", False))
-    wrong = [i for i, token in found.items() if isinstance(i, bool) or not isinstance(i, int) or i < 0 or not token.text]
-    if wrong:
-        raise ModelError(f"{folder} adds the token {found[wrong[0]].text!r} with id {wrong[0]!r}: download it again")
-    return found
+        index = int(name) if name.isdecimal() and len(name) < 10 else name
+        listed.append((index, AddedToken(text, special=fields.flag("special", False))))
+    for index, added in listed:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < 2**31 or not added.text:
+            what = f"token {added.text[:40]!r} with id {str(index)[:40]!r}"
+            raise ModelError(f"{folder} adds the {what}: download it again")
+    return dict(listed)
 
 
 def _chat_template(folder: Path, options: Fields) -> str | None:

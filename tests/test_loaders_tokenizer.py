@@ -348,7 +348,8 @@ def test_tokens_added_to_a_sentencepiece_model(spm_folder: ModelFiles, spm_model
     assert ours.decode(found) == "the quick<call>" and ours.vocab_size == size + 3 and size + 1 in ours.eos_token_ids
     stream = TextStream(ours)
     assert "".join(map(stream.push, found)) == "the quick<call>"
-    for data, fragment in (({"": 1}, "''"), ({"x": "1"}, "'1'"), ({"x": -1}, "-1"), ({"\ud800": 400}, "not valid Unicode")):
+    wrong = {"''": {"": 1}, "'1'": {"x": "1"}, "'-1'": {"x": -1}, "not valid Unicode": {"\ud800": 400}, "'[1]'": {"x": [1]}}
+    for fragment, data in wrong.items():
         (folder / "added_tokens.json").write_text(json.dumps(data))
         refused(lambda: load_tokenizer(ModelFiles(folder, "safetensors")), fragment)
 
