@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from skvq.engine.errors import OptionError, require_known
-from skvq.kernels.interface import Backend
-from skvq.kernels.registry import BackendUnavailable, get_backend
+from skvq.kernels.interface import Backend, BackendUnavailable
+from skvq.kernels.registry import get_backend
 
 CUDA_BYTES = 1 << 30
 """Bytes of a GPU that are nobody's tensors: CUDA's context, code and workspaces of its libraries, rounding of the allocator. On

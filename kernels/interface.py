@@ -158,6 +158,10 @@ class Ops(Protocol):
     ) -> Tensor: ...
 
 
+class BackendUnavailable(Exception):
+    """The backend is unknown, or cannot be used on this device; the message says why."""
+
+
 class Backend(Protocol):
     """Arithmetic on the arena. ``first`` and T are whole tiles; ``page_row`` is the sequence's row of the page table.
 

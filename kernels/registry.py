@@ -12,13 +12,9 @@ from importlib.metadata import EntryPoint, entry_points
 
 import torch
 
-from skvq.kernels.interface import Backend
+from skvq.kernels.interface import Backend, BackendUnavailable
 
 ENTRY_POINT = "skvq.kernels"
-
-
-class BackendUnavailable(Exception):
-    """The backend is unknown, or cannot be used on this device; the message says why."""
 
 
 def _reference(device: torch.device) -> Backend:

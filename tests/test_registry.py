@@ -13,8 +13,9 @@ from loader_fixtures import refused
 
 from skvq.cli import main
 from skvq.engine.machine import find_backend
+from skvq.kernels.interface import BackendUnavailable
 from skvq.kernels.reference import Reference
-from skvq.kernels.registry import BackendUnavailable, get_backend, plugins
+from skvq.kernels.registry import get_backend, plugins
 
 CPU = torch.device("cpu")
 ENTRY_POINTS = """[skvq.kernels]
@@ -29,7 +30,7 @@ unfinished = good_kernels:object_of
 """
 GOOD = """
 from skvq.kernels.reference import Reference
-from skvq.kernels.registry import BackendUnavailable
+from skvq.kernels.interface import BackendUnavailable
 
 class Good(Reference):
     name = "good"

@@ -49,7 +49,7 @@ def test_every_format_equals_the_reference() -> None:
 
 def test_needs_a_gpu_and_says_so() -> None:
     code = (
-        "import torch\nfrom skvq.kernels.registry import BackendUnavailable, get_backend\n"
+        "import torch\nfrom skvq.kernels.interface import BackendUnavailable\nfrom skvq.kernels.registry import get_backend\n"
         "try:\n    get_backend('triton', torch.device('cpu'))\nexcept BackendUnavailable as error:\n    print(error)\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from skvq.kernels.registry import BackendUnavailable
+from skvq.kernels.interface import BackendUnavailable
 from skvq.kernels.triton_gpu.forms import PackedForm, packed_form
 from skvq.kernels.triton_gpu.overlap import overlaps, wait_for_inputs
 
