@@ -151,13 +151,12 @@ def converse(
 class Turn:
     """Where a sequence was before a text was read, so that a text of which only half was read can be forgotten."""
 
-    total_tokens: int
-    pending: tuple[int, ...]
+    mark: tuple[int, tuple[int, ...]]
     timing: Timing
 
     @classmethod
     def begins(cls, sequence: SequenceCache) -> Turn:
-        return cls(sequence.total_tokens, tuple(sequence.pending), sequence.timing)
+        return cls(sequence.mark, sequence.timing)
 
     def is_read(self, sequence: SequenceCache) -> bool:
         """Whether all of the text has been read: a sequence then gets a timing of its own."""
@@ -167,11 +166,12 @@ class Turn:
         """Forget what was read since; False, and nothing changes, where no token from before is left."""
         from skvq.engine.rollback import uninterrupted
 
-        length = self.total_tokens - sequence.dropped
+        total_tokens, pending = self.mark
+        length = total_tokens - sequence.dropped
         if length > 0:
             with uninterrupted():
                 sequence.truncate(length)
-                sequence.pending = list(self.pending)
+                sequence.pending = list(pending)
         return length > 0
 
 

@@ -50,20 +50,20 @@ class Answer:
 
     def choose(self, logits: Tensor) -> Tensor:
         """``Sampler.choose`` of the next token."""
-        self._drawn_at = self.sequence.total_tokens
-        return self._sampler.choose(logits, self._drawn_at)
+        return self._sampler.choose(logits, self.sequence.total_tokens)
 
     def take(self, largest: float, number: float) -> None:
         """The token chosen is the next to be decoded, unless it ends the answer."""
         self.token = self._sampler.take(largest, number)
         self.sequence.pending = [self.token]
+        self._mark = self.sequence.mark
         self.timing.new_tokens += 1
         if self.token in self._ends:
             self._end("end")
 
     def require_next(self) -> None:
         """Raise OptionError unless the sequence is as the last draw has left it."""
-        if self.sequence.pending != [self.token] or self.sequence.total_tokens != self._drawn_at:
+        if self.sequence.mark != self._mark:
             raise OptionError("the sequence was continued or cut while this answer was being written: fork it for another")
 
     def piece(self) -> str:

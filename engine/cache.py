@@ -91,6 +91,11 @@ class SequenceCache:
         """Tokens it has held, dropped ones counted: the position of the next in the whole text."""
         return self.dropped + self.length
 
+    @property
+    def mark(self) -> tuple[int, tuple[int, ...]]:
+        """Where it stands: its tokens and what is pending. Another one if it has been continued or cut."""
+        return self.total_tokens, tuple(self.pending)
+
     # --- lengths ---------------------------------------------------------------------------------------------------------
 
     def packed_after(self, count: int) -> int:

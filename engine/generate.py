@@ -182,7 +182,7 @@ class Engine:
             ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
             if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
                 ids = ids[len(pending) :]
-            return continued(self, sequence, ids, config, file, after=(sequence.total_tokens, list(pending)))
+            return continued(self, sequence, ids, config, file, after=sequence.mark)
         return answered(self, self.encode(text), config, file)
 
     @overload

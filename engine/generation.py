@@ -58,13 +58,13 @@ def continued(
     config: SamplingConfig,
     checkpoint: str | Path | None,
     *,
-    after: tuple[int, list[int]],
+    after: tuple[int, tuple[int, ...]],
 ) -> Generator[str, None, None]:
     """Pieces of what follows ``ids`` in a sequence; without ids, of what follows its last token.
 
-    after: where the sequence was, and what was pending, when ``ids`` were chosen.
+    after: the sequence's mark when ``ids`` were chosen.
     """
-    if (sequence.total_tokens, sequence.pending) != after:
+    if sequence.mark != after:
         raise OptionError("the sequence was continued or cut since this answer was asked for: ask for it again")
     logits = sequence.logits
     if ids or sequence.pending or logits is None:
@@ -91,7 +91,7 @@ def answered(
 ) -> Generator[str, None, None]:
     """``continued`` in a sequence that is there for this answer alone."""
     with engine.new_sequence() as sequence:
-        yield from continued(engine, sequence, ids, config, checkpoint, after=(0, []))
+        yield from continued(engine, sequence, ids, config, checkpoint, after=sequence.mark)
 
 
 def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> tuple[list[str], Timing]:

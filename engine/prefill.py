@@ -76,15 +76,15 @@ def streaming_prefill(
     """
     config = model.config
     device = model.weights.embedding.device
-    last = sequence.total_tokens + len(ids)
+    begin = sequence.total_tokens
+    last = begin + len(ids)
     checkpoint.resume_streaming(sequence, ids)
-    rest = ids[len(ids) - (last - sequence.total_tokens) :]
-    pieces = chunks(len(rest), sequence.total_tokens)
+    pieces = chunks(last - sequence.total_tokens, sequence.total_tokens)
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
     x = model.weights.norm  # replaced: there is at least one token
     with report.bar(f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *total) as bar, checkpoint.watch():
         for start, stop in pieces:
-            piece, rest = rest[: stop - start], rest[stop - start :]
+            piece = ids[start - begin : stop - begin]
             sequence.reserve(len(piece))
             tokens = model.ids(piece)
             first = sequence.origin + sequence.length
@@ -95,7 +95,7 @@ def streaming_prefill(
                     x = model.layer(layer, x, step_rope, StreamingLayer(sequence, layer, tokens))
                     bar.advance(*chunk_work(config, start, stop))
                 sequence.commit(piece)
-            if rest:
+            if stop < last:
                 checkpoint.streaming_point(sequence)
     checkpoint.done()
     return x[0, -1]
