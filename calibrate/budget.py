@@ -94,6 +94,6 @@ def _store(
     layout = layouts_of(config, one)[0][0]
     if config.method == "reorder":
         labels = label_codecs(rows, one, frequencies, device)[0][0]
-        return lambda keys, values: through_pages(keys, values, layout, labels, backend.pack_labels, backend.unpack_labels)
+        return lambda keys, values: through_pages(keys, values, layout, labels, backend.labels)
     heads = head_codecs(rows, config, one, frequencies, device)[0][0]
-    return lambda keys, values: through_pages(keys, values, layout, heads, backend.pack_heads, backend.unpack_heads)
+    return lambda keys, values: through_pages(keys, values, layout, heads, backend.heads)

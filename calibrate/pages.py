@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from skvq.kernels.interface import Backend, HeadCodec, HeadSide, PackedPages, RopeFrequencies
+from skvq.kernels.interface import Backend, HeadCodec, HeadSide, PackedKernels, PackedPages, RopeFrequencies
 from skvq.kernels.layout import PageLayout, pages_for
 
 Codec = TypeVar("Codec")
@@ -19,8 +18,7 @@ def through_pages(
     values: Tensor,
     layout: PageLayout,
     codec: Codec,
-    pack: Callable[[PackedPages, Codec, Tensor, int, Tensor, Tensor, Tensor], None],
-    unpack: Callable[[PackedPages, Codec, Tensor, int, int], tuple[Tensor, Tensor]],
+    kernels: PackedKernels[Codec],
 ) -> tuple[Tensor, Tensor]:
     """Keys after RoPE and values [T, KH, D] of positions 0 .. T-1, packed into pages of their own and read back, float32."""
     tokens, device = len(keys), keys.device
@@ -35,8 +33,8 @@ def through_pages(
         meta=torch.empty(pages, layout.kv_heads, layout.meta_words, dtype=torch.int32, device=device),
     )
     row = torch.arange(pages, dtype=torch.int32, device=device)
-    pack(store, codec, row, 0, rows[0], rows[1], torch.zeros(count, dtype=torch.bool, device=device))
-    stored_keys, stored_values = unpack(store, codec, row, 0, count)
+    kernels.pack(store, codec, row, 0, rows[0], rows[1], torch.zeros(count, dtype=torch.bool, device=device))
+    stored_keys, stored_values = kernels.unpack(store, codec, row, 0, count)
     return stored_keys[:tokens], stored_values[:tokens]
 
 
@@ -44,7 +42,7 @@ def read_back(x: Tensor, bits: float, side: HeadSide, rope: RopeFrequencies, bac
     """``x`` [T, KH, D] in a side's stored basis, packed into pages of its own and read back, float32."""
     _, heads, size = x.shape
     layout = PageLayout(head_size=size, kv_heads=heads, key_bits=bits, value_bits=bits, group_size=size // side.unit.shape[1])
-    return through_pages(x, x, layout, _as_stored(side, rope, size), backend.pack_heads, backend.unpack_heads)[1]
+    return through_pages(x, x, layout, _as_stored(side, rope, size), backend.heads)[1]
 
 
 def _as_stored(side: HeadSide, rope: RopeFrequencies, size: int) -> HeadCodec:

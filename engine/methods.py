@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skvq.engine.arena import PACKED_TENSORS, Arena, run_name
 from skvq.engine.rope import shifted
-from skvq.kernels.interface import Backend, FullSlots, HeadCodec, LabelCodec, PackedPages, PlainPages, Step
+from skvq.kernels.interface import Backend, FullSlots, HeadCodec, LabelCodec, PackedKernels, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout
 
 Codec = TypeVar("Codec")
@@ -61,22 +61,18 @@ class PackedMethod(Generic[Codec]):
         arena: Arena,
         layouts: Sequence[Sequence[PageLayout]],
         codecs: Sequence[Sequence[Codec]],
-        pack: Callable[[PackedPages, Codec, Tensor, int, Tensor, Tensor, Tensor], None],
-        unpack: Callable[[PackedPages, Codec, Tensor, int, int], tuple[Tensor, Tensor]],
-        attend: Callable[[Tensor, PackedPages, Codec, FullSlots, Step], tuple[Tensor, Tensor]],
+        kernels: PackedKernels[Codec],
     ) -> None:
         self._runs = [_runs(arena, layer, *of) for layer, of in enumerate(zip(layouts, codecs, strict=True))]
         self._kv_heads = arena.shape.kv_heads
-        self._pack = pack
-        self._unpack = unpack
-        self._attend = attend
+        self._kernels = kernels
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None:
         for run in self._runs[layer]:
-            self._pack(run.pages, run.codec, page_row, first, keys[:, run.heads], values[:, run.heads], retained)
+            self._kernels.pack(run.pages, run.codec, page_row, first, keys[:, run.heads], values[:, run.heads], retained)
 
     def unpack(self, layer: int, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        found = [self._unpack(run.pages, run.codec, page_row, first, count) for run in self._runs[layer]]
+        found = [self._kernels.unpack(run.pages, run.codec, page_row, first, count) for run in self._runs[layer]]
         return _joined(found, 1)
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -84,7 +80,7 @@ class PackedMethod(Generic[Codec]):
         found = []
         for run in self._runs[layer]:
             heads = slice(share * run.heads.start, share * run.heads.stop)
-            found.append(self._attend(q[:, :, heads].contiguous(), run.pages, run.codec, run.full, step))
+            found.append(self._kernels.attend(q[:, :, heads].contiguous(), run.pages, run.codec, run.full, step))
         return _joined(found, 2)
 
 
@@ -113,7 +109,7 @@ class HeadMethod(PackedMethod[HeadCodec]):
     def __init__(
         self, arena: Arena, layouts: Sequence[Sequence[PageLayout]], codecs: Sequence[Sequence[HeadCodec]], backend: Backend
     ) -> None:
-        super().__init__(arena, layouts, codecs, backend.pack_heads, backend.unpack_heads, backend.attend_heads)
+        super().__init__(arena, layouts, codecs, backend.heads)
         self._at: OrderedDict[int, HeadMethod] = OrderedDict()
         self._most = arena.shape.sequences
 
@@ -144,7 +140,7 @@ class LabelMethod(PackedMethod[LabelCodec]):
     def __init__(
         self, arena: Arena, layouts: Sequence[Sequence[PageLayout]], codecs: Sequence[Sequence[LabelCodec]], backend: Backend
     ) -> None:
-        super().__init__(arena, layouts, codecs, backend.pack_labels, backend.unpack_labels, backend.attend_labels)
+        super().__init__(arena, layouts, codecs, backend.labels)
 
     def origin(self, dropped: int) -> int:
         return 0

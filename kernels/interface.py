@@ -8,7 +8,7 @@ G groups in a head, P pages, S sequence slots, F full-precision slots of a seque
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from skvq.kernels.graphs import Graphs
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.linear import Linear
+
+Codec = TypeVar("Codec", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,21 +164,38 @@ class BackendUnavailable(Exception):
     """The backend is unknown, or cannot be used on this device; the message says why."""
 
 
-class Backend(Protocol):
-    """Arithmetic on the arena. ``first`` and T are whole tiles; ``page_row`` is the sequence's row of the page table.
+class PackedKernels(Protocol[Codec]):
+    """Arithmetic on packed pages of one kind of codec. ``first``, ``count`` and T are whole tiles; ``page_row`` is the
+    sequence's row of the page table.
 
     pack:   quantize T tokens and write codes and metadata of tokens ``first .. first+T-1``. ``keys`` are after RoPE [T, KH, D],
             ``values`` [T, KH, D], both in the cache's 16-bit dtype; ``retained`` bool [T] flags tokens held elsewhere.
-    unpack: the inverse: keys after RoPE and values, [T, KH, D] float32, as attention sees them (means and bases undone).
+    unpack: the inverse: keys after RoPE and values, [count, KH, D] float32, as attention sees them (means and bases undone).
     attend: softmax(q k^T / sqrt(D)) v over packed tokens and full-precision slots in one softmax. ``q`` is [B, N, H, D]
             after RoPE; returns the output [B, N, H, D] in q's dtype and the log-sum-exp [B, N, H] in float32. A query that
             sees nothing gets zeros and -inf.
+    """
+
+    def pack(
+        self, pages: PackedPages, codec: Codec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+    ) -> None: ...
+
+    def unpack(self, pages: PackedPages, codec: Codec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]: ...
+
+    def attend(self, q: Tensor, pages: PackedPages, codec: Codec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]: ...
+
+
+class Backend(Protocol):
+    """Arithmetic on the arena: ``heads`` for methods ``rotate`` and ``plain``, ``labels`` for ``reorder``, ``attend_plain``
+    (as ``PackedKernels.attend``, over 16-bit pages) for ``fp``.
 
     ``ops`` and graphs are what ``kernels.ops.Unfused`` gives to a backend that has no better.
     """
 
     name: str
     ops: Ops
+    heads: PackedKernels[HeadCodec]
+    labels: PackedKernels[LabelCodec]
 
     def captures(self, head_size: int) -> bool:
         """Whether a decode step of a model with heads of this size is launches only, so that a graph can hold it: the host
@@ -184,36 +203,5 @@ class Backend(Protocol):
 
     def graphs(self, device: torch.device, max_packed: int) -> Graphs:
         """What holds steps of sequences of up to ``max_packed`` packed tokens; asked for only where it ``captures`` them."""
-
-    def pack_heads(
-        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
-    ) -> None: ...
-
-    def pack_labels(
-        self,
-        pages: PackedPages,
-        codec: LabelCodec,
-        page_row: Tensor,
-        first: int,
-        keys: Tensor,
-        values: Tensor,
-        retained: Tensor,
-    ) -> None: ...
-
-    def unpack_heads(
-        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def unpack_labels(
-        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def attend_heads(
-        self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def attend_labels(
-        self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step
-    ) -> tuple[Tensor, Tensor]: ...
 
     def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]: ...

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
 
 import torch
 
-from skvq.kernels.interface import Backend, BackendUnavailable
+from skvq.kernels.interface import Backend, BackendUnavailable, PackedKernels
 
 ENTRY_POINT = "skvq.kernels"
 
@@ -37,7 +38,12 @@ def _triton(device: torch.device) -> Backend:
     return TritonGpu(device)
 
 
-MEMBERS = ("name", "ops", *(member for member in vars(Backend) if not member.startswith("_")))
+def _members(protocol: type) -> list[str]:
+    return [*vars(protocol).get("__annotations__", ()), *(name for name in vars(protocol) if not name.startswith("_"))]
+
+
+KERNELS = [f"{kind}.{member}" for kind in ("heads", "labels") for member in _members(PackedKernels)]
+MEMBERS = [*_members(Backend), *KERNELS]
 """What a backend must have."""
 
 OURS: dict[str, Callable[[torch.device], Backend]] = {"reference": _reference, "numba": _numba, "triton": _triton}
@@ -74,12 +80,21 @@ def get_backend(name: str, device: torch.device) -> Backend:
     return _plugin(found[chosen], device)
 
 
+def _has(made: object, member: str) -> bool:
+    """Whether the backend has it; ``heads.pack`` is a member of its ``heads``."""
+    try:
+        attrgetter(member)(made)
+    except AttributeError:
+        return False
+    return True
+
+
 def _plugin(entry: EntryPoint, device: torch.device) -> Backend:
     """The backend of another package. Raises BackendUnavailable, naming the entry point, for any error in its code."""
     try:
         factory: Callable[[torch.device], Backend] = entry.load()
         made = factory(device)
-        lacking = sorted(member for member in MEMBERS if not hasattr(made, member))
+        lacking = [member for member in MEMBERS if not _has(made, member)]
         if lacking:
             raise TypeError(
                 f"what it makes lacks {', '.join(lacking)} (kernels.interface.Backend; inherit kernels.ops.Unfused)"

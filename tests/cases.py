@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.interface import (
+    Backend,
     FullSlots,
     HeadCodec,
     HeadSide,
@@ -209,16 +210,17 @@ def arguments(case: Case, method: str) -> tuple[object, ...]:
     }[method]
 
 
-def attend(backend: object, case: Case, method: str) -> tuple[Tensor, Tensor]:
+def attend(backend: Backend, case: Case, method: str) -> tuple[Tensor, Tensor]:
     """A backend's attention over the case: output like q, log-sum-exp float32."""
-    found: tuple[Tensor, Tensor] = getattr(backend, f"attend_{method}")(case.q, *arguments(case, method))
+    kernels = backend.attend_plain if method == "plain" else getattr(backend, method).attend
+    found: tuple[Tensor, Tensor] = kernels(case.q, *arguments(case, method))
     return found
 
 
-def compare(made: object, case: Case, method: str, host: Case | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compare(made: Backend, case: Case, method: str, host: Case | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output and log-sum-exp of ``made``, and of the specification in float32; ``host``: the case where that one can run."""
     twin = host or case
-    return *attend(made, case, method), *attend(reference, replace(twin, q=twin.q.float()), method)
+    return *attend(made, case, method), *attend(reference.Reference(), replace(twin, q=twin.q.float()), method)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

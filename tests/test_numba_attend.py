@@ -147,7 +147,7 @@ def test_threads_where_torch_has_no_openmp_of_gnu(monkeypatch: pytest.MonkeyPatc
     """Apple's torch, say: Python threads call the same function, which runs without the interpreter's lock."""
     case = make_case(packed=(40, 3), size=64)
     out, _ = attend(BACKEND, in_float32(case), "heads")
-    monkeypatch.setattr(BACKEND._team, "_parallel", None)
+    monkeypatch.setattr(BACKEND._launcher._team, "_parallel", None)
     torch.set_num_threads(3)
     again, _ = attend(BACKEND, in_float32(case), "heads")
     torch.set_num_threads(1)

@@ -19,10 +19,10 @@ import torch
 from cases import make_case
 from skvq.kernels.numba_cpu import NumbaCpu
 case = make_case(has_key_mean=True, has_metric=True)
-out, lse = NumbaCpu().attend_heads(case.q, case.pages, case.heads, case.full, case.step)
+out, lse = NumbaCpu().heads.attend(case.q, case.pages, case.heads, case.full, case.step)
 count = 4 * case.pages.layout.tile
 rows = torch.randn(2, count, *case.full.keys.shape[1::2], generator=torch.Generator().manual_seed(1)).half()
-NumbaCpu().pack_heads(case.pages, case.heads, case.step.page_table[0], 0, *rows, torch.zeros(count, dtype=torch.bool))
+NumbaCpu().heads.pack(case.pages, case.heads, case.step.page_table[0], 0, *rows, torch.zeros(count, dtype=torch.bool))
 found = (out, lse, case.pages.key_codes, case.pages.value_codes, case.pages.meta)
 print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in found)).hexdigest())
 """

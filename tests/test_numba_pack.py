@@ -36,7 +36,7 @@ def pack_both(case: Case, method: str, keys: Tensor, values: Tensor, retained: T
     made = []
     for backend in (reference.Reference(), BACKEND):
         pages = poisoned(case.pages, 3)
-        getattr(backend, f"pack_{method}")(pages, codec, row, first, keys, values, retained)
+        getattr(backend, method).pack(pages, codec, row, first, keys, values, retained)
         made.append(pages)
     return made
 
@@ -91,7 +91,7 @@ def test_packed_bytes_of_whole_bits_in_tiles_of_160(method: str, key_bits: float
     assert_same_bytes(expected, got, 2 * 160)
     row = case.step.page_table[case.step.slots[0]]
     codec = case.heads if method == "heads" else case.labels
-    unpacked = [getattr(b, f"unpack_{method}")(got, codec, row, 7 * 160, 2 * 160) for b in (reference, BACKEND)]
+    unpacked = [getattr(b, method).unpack(got, codec, row, 7 * 160, 2 * 160) for b in (reference.Reference(), BACKEND)]
     for one, other in zip(*unpacked, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
@@ -112,10 +112,10 @@ def test_long_stretches_equal_short_ones() -> None:
     keys, values, retained = tokens(case, 23 * tile)
     row = case.step.page_table[case.step.slots[0]]
     whole, parts = poisoned(case.pages, 1), poisoned(case.pages, 1)
-    BACKEND.pack_heads(whole, case.heads, row, 2 * tile, keys, values, retained)
+    BACKEND.heads.pack(whole, case.heads, row, 2 * tile, keys, values, retained)
     for at in range(0, 23 * tile, tile):
         part = slice(at, at + tile)
-        BACKEND.pack_heads(parts, case.heads, row, 2 * tile + at, keys[part], values[part], retained[part])
+        BACKEND.heads.pack(parts, case.heads, row, 2 * tile + at, keys[part], values[part], retained[part])
     assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in PARTS)
 
 
@@ -125,9 +125,9 @@ def test_unpacked_numbers(method: str, bits: float, group: int, size: int) -> No
     case = make_case(size=size, key_bits=bits, value_bits=bits, group_size=group, packed=(12,), has_basis=False)
     tile, row = case.layout.tile, case.step.page_table[case.step.slots[0]]
     first, count = 2 * tile, 9 * tile
-    unpack = f"unpack_{method}"
-    expected = getattr(reference, unpack)(case.pages, getattr(case, method), row, first, count)
-    got = getattr(BACKEND, unpack)(case.pages, getattr(case, method), row, first, count)
+    codec = getattr(case, method)
+    expected = getattr(reference.Reference(), method).unpack(case.pages, codec, row, first, count)
+    got = getattr(BACKEND, method).unpack(case.pages, codec, row, first, count)
     torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)  # values: decoding alone
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6 * float(expected[0].abs().max()))
 
@@ -136,7 +136,7 @@ def test_means_and_bases_are_undone() -> None:
     case = make_case(size=96, group_size=48, key_bits=3.0, packed=(11,), has_key_mean=True)
     row = case.step.page_table[case.step.slots[0]]
     expected = reference.unpack_heads(case.pages, case.heads, row, 128, 1280)
-    got = BACKEND.unpack_heads(case.pages, case.heads, row, 128, 1280)
+    got = BACKEND.heads.unpack(case.pages, case.heads, row, 128, 1280)
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 

@@ -27,6 +27,7 @@ failing = good_kernels:fail
 picky = good_kernels:refuse
 numba = raising_kernels:make
 unfinished = good_kernels:object_of
+half = good_kernels:make_half
 """
 GOOD = """
 from skvq.kernels.reference import Reference
@@ -37,6 +38,12 @@ class Good(Reference):
 
 def make(device):
     return Good()
+
+class Half(Reference):
+    labels = None
+
+def make_half(device):
+    return Half()
 
 def object_of(device):
     return object()
@@ -65,7 +72,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def test_names_are_listed_without_importing_anything() -> None:
-    assert set(plugins()) == {"good", "missing", "nameless", "raising", "failing", "picky", "unfinished"}, "numba is ours"
+    assert set(plugins()) == {"good", "missing", "nameless", "raising", "failing", "picky", "unfinished", "half"}, (
+        "numba is ours"
+    )
     assert not {"good_kernels", "raising_kernels"} & set(sys.modules)
 
 
@@ -82,7 +91,8 @@ def test_a_plug_in_is_found_among_broken_ones() -> None:
         ("nameless", ("good_kernels:no_such_factory", "AttributeError")),
         ("raising", ("raising_kernels:make", "RuntimeError: two lines of trouble")),
         ("failing", ("good_kernels:fail", "KeyError")),
-        ("unfinished", ("good_kernels:object_of", "lacks attend_heads", "unpack_labels")),
+        ("unfinished", ("good_kernels:object_of", "lacks name", "attend_plain", "labels.unpack")),
+        ("half", ("good_kernels:make_half", "lacks labels.pack, labels.unpack, labels.attend (")),
         ("picky", ("no driver for cpu",)),
         ("god", ("did you mean 'good'",)),
         ("zzz", ("known: auto, failing, good,",)),

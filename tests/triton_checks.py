@@ -189,13 +189,13 @@ def invariants() -> None:
     """A batch equals its singles; where pages lie changes nothing; poisoned scratch changes nothing."""
     case = make_case(packed=(2, 11), kv_heads=2, repeat=2)
     made = backend()
-    out, lse = made.attend_heads(case.q, case.pages, case.heads, case.full, case.step)
+    out, lse = made.heads.attend(case.q, case.pages, case.heads, case.full, case.step)
     step = case.step
     for row in range(2):
         alone = dataclasses.replace(
             step, slots=step.slots[row : row + 1], positions=step.positions[row : row + 1], packed=step.packed[row : row + 1]
         )
-        one, _ = made.attend_heads(case.q[row : row + 1].contiguous(), case.pages, case.heads, case.full, alone)
+        one, _ = made.heads.attend(case.q[row : row + 1].contiguous(), case.pages, case.heads, case.full, alone)
         assert float((one[0] - out[row]).abs().max()) < 4e-3
     order = torch.randperm(len(case.pages.meta))
     inverse = torch.argsort(order)
@@ -206,9 +206,9 @@ def invariants() -> None:
         meta=case.pages.meta[order],
     )
     table = inverse[step.page_table.long()].to(torch.int32)
-    for buffer in made.scratch._held:
+    for buffer in made.device.scratch._held:
         buffer.fill_(float("nan"))
-    again, again_lse = made.attend_heads(case.q, moved, case.heads, case.full, dataclasses.replace(step, page_table=table))
+    again, again_lse = made.heads.attend(case.q, moved, case.heads, case.full, dataclasses.replace(step, page_table=table))
     assert torch.equal(again, out) and torch.equal(again_lse, lse)
 
 
@@ -233,7 +233,7 @@ def packing() -> None:
                     case.pages, key_codes=torch.full_like(case.pages.key_codes, 171),
                     value_codes=torch.full_like(case.pages.value_codes, 171), meta=torch.full_like(case.pages.meta, -77),
                 )  # fmt: skip
-                getattr(made, f"pack_{method}")(pages, codec, row, first, keys, values, retained)
+                getattr(made, method).pack(pages, codec, row, first, keys, values, retained)
                 done.append(pages)
             for name, untouched in (("key_codes", 171), ("value_codes", 171), ("meta", -77)):
                 wanted, got = getattr(done[0], name), getattr(done[1], name)
@@ -241,7 +241,7 @@ def packing() -> None:
                 share = float((wanted == got)[written].float().mean())
                 assert share >= 0.999 and bool((got[~written] == untouched).float().mean() >= 0.999), (name, share)
             for got, wanted in zip(
-                getattr(backend(), f"unpack_{method}")(done[1], codec, row, first, count),
+                getattr(backend(), method).unpack(done[1], codec, row, first, count),
                 getattr(reference, f"unpack_{method}")(done[1], codec, row, first, count),
                 strict=True,
             ):
@@ -294,7 +294,7 @@ def merging() -> None:
 def odd_shapes() -> None:
     """Head sizes without a kernel: torch computes them."""
     case = make_case(size=32, group_size=32, packed=(1,), kv_heads=2)
-    out, _ = backend().attend_heads(case.q, case.pages, case.heads, case.full, case.step)
+    out, _ = backend().heads.attend(case.q, case.pages, case.heads, case.full, case.step)
     assert torch.equal(out, reference.attend_heads(case.q, case.pages, case.heads, case.full, case.step)[0])
 
 
@@ -306,7 +306,7 @@ def crowded_labels() -> None:
     for card, words in ((small, 1), (dataclasses.replace(small, block_bytes=small.block_bytes + SHARED_MARGIN), 0)):
         made, said = TritonGpu(CPU, card=card), io.StringIO()
         with contextlib.redirect_stderr(said):
-            outs = [made.attend_labels(case.q, *arguments(case, "labels"))[0] for _ in range(2)]
+            outs = [made.labels.attend(case.q, *arguments(case, "labels"))[0] for _ in range(2)]
         assert said.getvalue().count("\n") == said.getvalue().count("a slower kernel is used") == words, said.getvalue()
         for out in outs:
             assert float((out.float() - exact).abs().max()) <= 2 * torch_error(exact, case, "labels")

@@ -235,7 +235,7 @@ def check_packing(key_bits: float, value_bits: float, method: str, lattice: bool
                 meta=torch.zeros_like(case.pages.meta),
             )
         )  # fmt: skip
-        getattr(made, f"pack_{method}")(pages[-1], codec, case.step.page_table[1], 7 * tile, keys, values, retained)
+        getattr(made, method).pack(pages[-1], codec, case.step.page_table[1], 7 * tile, keys, values, retained)
     for name in ("key_codes", "value_codes", "meta"):
         wanted, got = getattr(pages[0], name), getattr(pages[1], name)
         shares.append(float((wanted == got)[(wanted != 0) | (got != 0)].float().mean()))
@@ -312,7 +312,7 @@ def time_attention(
 
     def work() -> None:
         for case in cases:
-            getattr(made, f"attend_{method}")(case.q, case.pages, getattr(case, method), case.full, case.step)
+            getattr(made, method).attend(case.q, case.pages, getattr(case, method), case.full, case.step)
 
     taken, spread = seconds_of(work)
     taken /= len(cases)
@@ -341,8 +341,8 @@ def time_packing(key_bits: float, value_bits: float, lattice: bool = False) -> d
     keys, values = (torch.randn(count, 8, 128, device=DEVICE).half() for _ in range(2))
     retained = torch.zeros(count, dtype=torch.bool, device=DEVICE)
     row = case.step.page_table[1]
-    pack, _ = seconds_of(lambda: made.pack_heads(case.pages, case.heads, row, 0, keys, values, retained), 5)
-    unpack, _ = seconds_of(lambda: made.unpack_heads(case.pages, case.heads, row, 0, count), 5)
+    pack, _ = seconds_of(lambda: made.heads.pack(case.pages, case.heads, row, 0, keys, values, retained), 5)
+    unpack, _ = seconds_of(lambda: made.heads.unpack(case.pages, case.heads, row, 0, count), 5)
     return {"pack_tokens_per_s": count / pack, "unpack_tokens_per_s": count / unpack}
 
 

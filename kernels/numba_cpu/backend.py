@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedPages, PlainPages, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedKernels, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.numba_cpu import attend
 from skvq.kernels.numba_cpu.channels import channels_of, contiguous_channels
@@ -28,84 +28,19 @@ from skvq.kernels.numba_cpu.unpack import build_unpack
 Found = TypeVar("Found")
 
 
-class NumbaCpu:
-    """Kernels are compiled when first called, once per installation. One instance may serve several threads."""
-
-    name = "numba"
+class Launcher:
+    """What kernels of all kinds of pages share: compiled functions, the team that runs them, and what follows from codecs."""
 
     def __init__(self) -> None:
         self._kernels, self._team = process_kernels()
         self._derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.ops: Ops = NumbaOps()
 
-    def captures(self, head_size: int) -> bool:
-        return True
-
-    def graphs(self, device: torch.device, max_packed: int) -> Tapes:
-        return Tapes()
-
-    # --- attention ---
-
-    def attend_heads(
-        self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step
-    ) -> tuple[Tensor, Tensor]:
-        layout, tables = pages.layout, attend.NO_TABLES
-        if codec.has_basis and codec.has_key_mean:
-            tables = self._derive(
-                codec.key_mean, layout.tile, lambda: mean_tables(codec.rope, codec.key_mean, layout.tile)
-            ).fields
-        fields = attend.page_fields(pages), attend.head_fields(codec), tables, attend.layout_fields(layout)
-        return self._attend(build_attend_heads, q, full, step, fields)
-
-    def attend_labels(
-        self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step
-    ) -> tuple[Tensor, Tensor]:
-        layout = pages.layout
-        tables = self._derive(
-            codec.rope.inv_freq, (codec.rope.scale, layout.tile), lambda: all_turns(codec.rope, layout.head_size, layout.tile)
-        ).fields
-        fields = attend.page_fields(pages), attend.label_fields(codec), tables, attend.layout_fields(layout)
-        return self._attend(build_attend_labels, q, full, step, fields)
-
-    def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-        fields = attend.plain_fields(pages), attend.NO_CODEC, attend.NO_TABLES, attend.plain_layout_fields(pages)
-        return self._attend(build_attend_plain, q, full, step, fields)
-
-    def _attend(self, build: Build, q: Tensor, full: FullSlots, step: Step, fields: attend.CallFields) -> tuple[Tensor, Tensor]:
+    def attend(self, build: Build, q: Tensor, full: FullSlots, step: Step, fields: attend.CallFields) -> tuple[Tensor, Tensor]:
         job, kept, threads = attend.attend_job(q.float().contiguous(), full, step, fields, torch.get_num_threads())
         self._team.run(self._kernels.function(build), job, threads)
         return kept[0].to(q.dtype), kept[1]
 
-    # --- packing ---
-
-    def pack_heads(
-        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
-    ) -> None:
-        self._pack(pages, self._heads(codec, pages.layout), page_row, first, keys, values, retained)
-
-    def pack_labels(
-        self,
-        pages: PackedPages,
-        codec: LabelCodec,
-        page_row: Tensor,
-        first: int,
-        keys: Tensor,
-        values: Tensor,
-        retained: Tensor,
-    ) -> None:
-        self._pack(pages, self._labels(codec, pages.layout), page_row, first, keys, values, retained)
-
-    def unpack_heads(
-        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
-    ) -> tuple[Tensor, Tensor]:
-        return self._unpack(pages, self._heads(codec, pages.layout), page_row, first, count)
-
-    def unpack_labels(
-        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int
-    ) -> tuple[Tensor, Tensor]:
-        return self._unpack(pages, self._labels(codec, pages.layout), page_row, first, count)
-
-    def _pack(
+    def pack(
         self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
     ) -> None:
         layout, count = pages.layout, len(keys)
@@ -118,7 +53,7 @@ class NumbaCpu:
             rows = packing.encode(first + at, keys[part], values[part])
             self._run(build_pack, pages, packing, page_row, first + at, rows, retained[part])
 
-    def _unpack(self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def unpack(self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         layout = pages.layout
         assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
         keys, values = (torch.empty(count, layout.kv_heads, layout.head_size) for _ in range(2))
@@ -147,19 +82,7 @@ class NumbaCpu:
         self._team.run(self._kernels.function(build, soon=attends), job, threads)
         del kept  # the job holds addresses only
 
-    # --- what follows from a codec, computed once ---
-
-    def _heads(self, codec: HeadCodec, layout: PageLayout) -> Packing:
-        channels = self._derive(codec.keys.unit, layout, lambda: contiguous_channels(layout))
-        return heads_packing(codec, channels, layout.tile)
-
-    def _labels(self, codec: LabelCodec, layout: PageLayout) -> Packing:
-        groups = layout.kv_heads * layout.groups
-        keys = self._derive(codec.key_labels, groups, lambda: channels_of(codec.key_labels, groups))
-        values = self._derive(codec.value_labels, groups, lambda: channels_of(codec.value_labels, groups))
-        return labels_packing(codec, (keys, values), layout.tile)
-
-    def _derive(self, owner: Tensor, key: object, make: Callable[[], Found]) -> Found:
+    def derive(self, owner: Tensor, key: object, make: Callable[[], Found]) -> Found:
         """``make()``, cached under ``key`` until the tensor ``owner`` dies or is written to."""
         version, derived = self._derived.get(owner, (owner._version, {}))  # type: ignore[no-untyped-call]
         if version != owner._version:
@@ -169,3 +92,88 @@ class NumbaCpu:
             self._derived[owner] = (owner._version, derived)
         found: Found = derived[key]
         return found
+
+
+class NumbaHeads:
+    """``interface.PackedKernels`` of ``HeadCodec``."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    def pack(
+        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+    ) -> None:
+        self._launcher.pack(pages, self._packing(codec, pages.layout), page_row, first, keys, values, retained)
+
+    def unpack(self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
+
+    def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        layout, tables = pages.layout, attend.NO_TABLES
+        if codec.has_basis and codec.has_key_mean:
+            tables = self._launcher.derive(
+                codec.key_mean, layout.tile, lambda: mean_tables(codec.rope, codec.key_mean, layout.tile)
+            ).fields
+        fields = attend.page_fields(pages), attend.head_fields(codec), tables, attend.layout_fields(layout)
+        return self._launcher.attend(build_attend_heads, q, full, step, fields)
+
+    def _packing(self, codec: HeadCodec, layout: PageLayout) -> Packing:
+        channels = self._launcher.derive(codec.keys.unit, layout, lambda: contiguous_channels(layout))
+        return heads_packing(codec, channels, layout.tile)
+
+
+class NumbaLabels:
+    """``interface.PackedKernels`` of ``LabelCodec``."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    def pack(
+        self,
+        pages: PackedPages,
+        codec: LabelCodec,
+        page_row: Tensor,
+        first: int,
+        keys: Tensor,
+        values: Tensor,
+        retained: Tensor,
+    ) -> None:
+        self._launcher.pack(pages, self._packing(codec, pages.layout), page_row, first, keys, values, retained)
+
+    def unpack(self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
+
+    def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        layout, rope = pages.layout, codec.rope
+        key, size, tile = (rope.scale, layout.tile), layout.head_size, layout.tile
+        tables = self._launcher.derive(rope.inv_freq, key, lambda: all_turns(rope, size, tile)).fields
+        fields = attend.page_fields(pages), attend.label_fields(codec), tables, attend.layout_fields(layout)
+        return self._launcher.attend(build_attend_labels, q, full, step, fields)
+
+    def _packing(self, codec: LabelCodec, layout: PageLayout) -> Packing:
+        groups, derive = layout.kv_heads * layout.groups, self._launcher.derive
+        keys = derive(codec.key_labels, groups, lambda: channels_of(codec.key_labels, groups))
+        values = derive(codec.value_labels, groups, lambda: channels_of(codec.value_labels, groups))
+        return labels_packing(codec, (keys, values), layout.tile)
+
+
+class NumbaCpu:
+    """Kernels are compiled when first called, once per installation. One instance may serve several threads."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self._launcher = Launcher()
+        self.ops: Ops = NumbaOps()
+        self.heads: PackedKernels[HeadCodec] = NumbaHeads(self._launcher)
+        self.labels: PackedKernels[LabelCodec] = NumbaLabels(self._launcher)
+
+    def captures(self, head_size: int) -> bool:
+        return True
+
+    def graphs(self, device: torch.device, max_packed: int) -> Tapes:
+        return Tapes()
+
+    def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        fields = attend.plain_fields(pages), attend.NO_CODEC, attend.NO_TABLES, attend.plain_layout_fields(pages)
+        return self._launcher.attend(build_attend_plain, q, full, step, fields)

@@ -10,6 +10,7 @@ One copy of it: every other backend is compared with this one.
 
 from __future__ import annotations
 
+from skvq.kernels.interface import HeadCodec, LabelCodec, PackedKernels
 from skvq.kernels.ops import Unfused
 from skvq.kernels.reference.attention import attend_plain, masked_attention, merge
 from skvq.kernels.reference.e4m3 import e4m3_decode, e4m3_encode
@@ -64,14 +65,26 @@ __all__ = [
 ]
 
 
+class ReferenceHeads:
+    """``interface.PackedKernels`` of ``HeadCodec``."""
+
+    pack = staticmethod(pack_heads)
+    unpack = staticmethod(unpack_heads)
+    attend = staticmethod(attend_heads)
+
+
+class ReferenceLabels:
+    """``interface.PackedKernels`` of ``LabelCodec``."""
+
+    pack = staticmethod(pack_labels)
+    unpack = staticmethod(unpack_labels)
+    attend = staticmethod(attend_labels)
+
+
 class Reference(Unfused):
     """The specification as a backend: any device, no speed."""
 
     name = "reference"
-    pack_heads = staticmethod(pack_heads)
-    pack_labels = staticmethod(pack_labels)
-    unpack_heads = staticmethod(unpack_heads)
-    unpack_labels = staticmethod(unpack_labels)
-    attend_heads = staticmethod(attend_heads)
-    attend_labels = staticmethod(attend_labels)
+    heads: PackedKernels[HeadCodec] = ReferenceHeads()
+    labels: PackedKernels[LabelCodec] = ReferenceLabels()
     attend_plain = staticmethod(attend_plain)

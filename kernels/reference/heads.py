@@ -45,7 +45,7 @@ def quantize_heads(y: Tensor, bits: float, side: HeadSide) -> tuple[Tensor, Tens
 def pack_heads(
     pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
 ) -> None:
-    """See ``interface.Backend``."""
+    """See ``interface.PackedKernels``."""
     layout = pages.layout
     y_keys, y_values = encode_heads(codec, first, keys, values)
     key_codes, key_scale, key_mid = quantize_heads(y_keys, layout.key_bits, codec.keys)
@@ -83,11 +83,11 @@ def decode_heads(codec: HeadCodec, first: int, keys: Tensor, values: Tensor) -> 
 
 
 def unpack_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """See ``interface.Backend``."""
+    """See ``interface.PackedKernels``."""
     keys, values, _ = read_heads(pages, codec, page_row, first, count)
     return decode_heads(codec, first, keys, values)
 
 
 def attend_heads(q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-    """See ``interface.Backend``."""
+    """See ``interface.PackedKernels``."""
     return attend_packed(q, full, step, partial(read_heads, pages, codec), partial(decode_heads, codec))

@@ -33,7 +33,7 @@ def quantize_labels(y: Tensor, bits: float, side: Side, labels: Tensor) -> tuple
 def pack_labels(
     pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
 ) -> None:
-    """See ``interface.Backend``."""
+    """See ``interface.PackedKernels``."""
     layout, count = pages.layout, len(keys)
     positions = torch.arange(first, first + count, device=keys.device)
     flat_keys = rotary(keys, positions, codec.rope, inverse=True).reshape(count, -1)
@@ -77,11 +77,11 @@ def decode_labels(codec: LabelCodec, first: int, keys: Tensor, values: Tensor) -
 
 
 def unpack_labels(pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """See ``interface.Backend``."""
+    """See ``interface.PackedKernels``."""
     keys, values, _ = read_labels(pages, codec, page_row, first, count)
     return decode_labels(codec, first, keys, values)
 
 
 def attend_labels(q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-    """See ``interface.Backend``."""
+    """See ``interface.PackedKernels``."""
     return attend_packed(q, full, step, partial(read_labels, pages, codec), partial(decode_labels, codec))

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from skvq.kernels import reference
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedPages, PlainPages, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedKernels, PackedPages, PlainPages, Step
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS
 from skvq.kernels.ops import Unfused
 from skvq.kernels.triton_gpu.card import Card, Tuning
 from skvq.kernels.triton_gpu.combine import launch_combine
 from skvq.kernels.triton_gpu.encode import encode_heads
 from skvq.kernels.triton_gpu.forms import (
+    GROUP_SIZES,
     HEAD_SIZES,
     PAGE_BLOCK,
     PAGE_PROGRAMS,
@@ -43,41 +44,88 @@ from skvq.kernels.triton_gpu.unpack import unpack_heads, unpack_labels
 from skvq.kernels.triton_gpu.workspace import Partials, RopeTables, Scratch, Tables
 
 
-class TritonGpu(Unfused):
-    """Kernels for one device. Scratch is taken on the first step of a shape; warm up before capturing a CUDA graph."""
+class Device:
+    """What launches of all kinds of pages share: the card, scratch memory, tables, and what has been said."""
 
-    name = "triton"
-
-    def __init__(self, device: torch.device, *, card: Card | None = None, tuning: Tuning | None = None) -> None:
-        """``card`` and ``tuning``: in place of what the device is and what is best for it; for tests and benchmarks."""
+    def __init__(self, device: torch.device, card: Card | None, tuning: Tuning | None) -> None:
         self.card = card or Card.of(device)
         self.tuning = tuning or Tuning(lanes=128 if self.card.interpreted else 32)
         self.scratch = Scratch(device)
         self.tables = Tables()
         self._told: set[str] = set()
-        self.ops: Ops = TritonOps()
 
-    def captures(self, head_size: int) -> bool:
-        return head_size in HEAD_SIZES and self.scratch.device.type == "cuda"
+    def partials(self, q: Tensor, columns: Columns, full: FullSlots, splits: int) -> tuple[Partials, Partials]:
+        """Room for partial softmaxes over packed pages, of ``splits`` programs, and over full-precision slots."""
+        held = self.scratch.partials("full", q, columns, full_splits(full))
+        return self.scratch.partials("packed", q, columns, splits), held
 
-    # --- attention ----------------------------------------------------------------------------------------------------
+    def rope(self, codec: HeadCodec | LabelCodec, tile: int, pages: int) -> RopeTables:
+        """Tables for tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""
+        return self.tables.rope(codec.rope, tile, pages * (PAGE_TOKENS // tile))
 
-    def attend_heads(
-        self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step
-    ) -> tuple[Tensor, Tensor]:
-        card, layout, mean = self.card, pages.layout, codec.has_key_mean
-        if self._is_odd(layout.head_size, layout.group_size):
+    def is_odd(self, head_size: int, group_size: int) -> bool:
+        """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
+        if head_size in HEAD_SIZES and group_size in GROUP_SIZES:
+            return False
+        shape = f"head size {head_size}, group size {group_size}"
+        self.say_once(f"no Triton kernel for {shape}; torch computes it, correctly but slowly")
+        return True
+
+    def say_once(self, what: str) -> None:
+        """Say why something is slower than it could be, once."""
+        if what not in self._told:
+            self._told.add(what)
+            print(f"skvq: {what}", file=sys.stderr)
+
+
+class TritonHeads:
+    """``interface.PackedKernels`` of ``HeadCodec``."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def pack(
+        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+    ) -> None:
+        device, layout = self._device, pages.layout
+        if device.is_odd(layout.head_size, layout.group_size):
+            reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
+            return
+        if codec.has_basis:
+            rope = device.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
+            y_keys, y_values = encode_heads(codec, first, keys, values, rope, layout.tile, device.card.interpreted)
+        else:
+            y_keys, y_values = keys.float().contiguous(), values.float().contiguous()
+        if not (codec.keys.has_metric or codec.values.has_metric):
+            unread = (y_keys, y_keys, y_keys, y_keys)
+            launch_pack(pages, codec, page_row, first, y_keys, y_values, unread, retained, quantized=False)
+            return
+        (key, ks, km), (value, vs, vm) = (
+            quantize_lattice(y, LEVELS[bits], side, device.tables.metric(side), device.tuning.lanes)
+            if side.has_metric
+            else reference.quantize_heads(y, bits, side)
+            for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
+        )
+        launch_pack(pages, codec, page_row, first, key, value, (ks, km, vs, vm), retained, quantized=True)
+
+    def unpack(self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        odd = self._device.is_odd(pages.layout.head_size, pages.layout.group_size)
+        return (reference.unpack_heads if odd else unpack_heads)(pages, codec, page_row, first, count)
+
+    def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        device, card, layout, mean = self._device, self._device.card, pages.layout, codec.has_key_mean
+        if device.is_odd(layout.head_size, layout.group_size):
             return reference.attend_heads(q, pages, codec, full, step)
         columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
-        form = self.tuning.form_of(layout, has_mean=mean, shared_bytes=card.shared_bytes)
+        form = device.tuning.form_of(layout, has_mean=mean, shared_bytes=card.shared_bytes)
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
-        packed, held = self._partials(q, columns, full, splits)
+        packed, held = device.partials(q, columns, full, splits)
         if packed.splits:
             by_column = rows_by_column(layout.tile, layout.groups, has_mean=mean, has_span=has_span(step))
-            prepared = launch_prepare(card, self.scratch, q, codec, layout, columns, by_column=by_column)
+            prepared = launch_prepare(card, device.scratch, q, codec, layout, columns, by_column=by_column)
             turn = table = prepared.scales
             if mean:
-                rope = self._rope(codec, form.part, step.page_table.shape[1])
+                rope = device.rope(codec, form.part, step.page_table.shape[1])
                 turn, table = rope.turn, rope.table
             launch_packed(card, form, q, prepared, turn, table, pages, codec, full, step, columns, packed, held)
         else:
@@ -86,76 +134,28 @@ class TritonGpu(Unfused):
             card, q, columns, packed, held, codec.output_basis, codec.value_mean, has_basis=codec.has_basis
         )  # fmt: skip
 
-    def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-        card, kv_heads, size = self.card, pages.keys.shape[1], pages.keys.shape[3]
-        if self._is_odd(size, 64):
-            return reference.attend_plain(q, pages, full, step)
-        columns = Columns.of(q, kv_heads, size, full, step)
-        splits = splits_of(columns, step, PAGE_BLOCK, card.processors * PAGE_PROGRAMS)
-        packed, held = self._partials(q, columns, full, splits)
-        if packed.splits:
-            launch_plain(card, q, pages, step, columns, packed)
-        launch_slots(card, q, full, step, columns, held)
-        return launch_combine(card, q, columns, packed, held, packed.sums, packed.sums, has_basis=False)
 
-    def attend_labels(
-        self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step
-    ) -> tuple[Tensor, Tensor]:
-        card, layout = self.card, pages.layout
-        if self._is_odd(layout.head_size, layout.group_size):
-            return reference.attend_labels(q, pages, codec, full, step)
-        columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
-        form = label_form(layout, shared_bytes=card.shared_bytes, block_bytes=card.block_bytes)
-        if form.crowded:
-            groups, room = layout.kv_heads * layout.groups, card.block_bytes >> 10
-            self._say_once(f"{groups} groups do not fit in the {room} KB of a block's shared memory; a slower kernel is used")
-        splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
-        packed, held = self._partials(q, columns, full, splits)
-        if packed.splits:
-            labels = self.tables.labels(codec, layout.kv_heads * layout.groups)
-            rope = self._rope(codec, form.places, step.page_table.shape[1])
-            if form.blocks:
-                launch_label_blocks(card, form, q, pages, codec, labels, rope, step, columns, packed)
-            else:
-                launch_labels(form, q, pages, codec, labels, rope, step, columns, packed)
-        launch_slots(card, q, full, step, columns, held)
-        return launch_combine(card, q, columns, packed, held, packed.sums, packed.sums, has_basis=False)
+class TritonLabels:
+    """``interface.PackedKernels`` of ``LabelCodec``."""
 
-    # --- packing ------------------------------------------------------------------------------------------------------
+    def __init__(self, device: Device) -> None:
+        self._device = device
 
-    def pack_heads(
-        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
-    ) -> None:
-        layout = pages.layout
-        if self._is_odd(layout.head_size, layout.group_size):
-            reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
-            return
-        if codec.has_basis:
-            rope = self._rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
-            y_keys, y_values = encode_heads(codec, first, keys, values, rope, layout.tile, self.card.interpreted)
-        else:
-            y_keys, y_values = keys.float().contiguous(), values.float().contiguous()
-        if not (codec.keys.has_metric or codec.values.has_metric):
-            unread = (y_keys, y_keys, y_keys, y_keys)
-            launch_pack(pages, codec, page_row, first, y_keys, y_values, unread, retained, quantized=False)
-            return
-        (key, ks, km), (value, vs, vm) = (
-            quantize_lattice(y, LEVELS[bits], side, self.tables.metric(side), self.tuning.lanes)
-            if side.has_metric
-            else reference.quantize_heads(y, bits, side)
-            for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
-        )
-        launch_pack(pages, codec, page_row, first, key, value, (ks, km, vs, vm), retained, quantized=True)
-
-    def pack_labels(
-        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor,
+    def pack(
+        self,
+        pages: PackedPages,
+        codec: LabelCodec,
+        page_row: Tensor,
+        first: int,
+        keys: Tensor,
+        values: Tensor,
         retained: Tensor,
-    ) -> None:  # fmt: skip
-        layout, count = pages.layout, len(keys)
-        if self._is_odd(layout.head_size, layout.group_size):
+    ) -> None:
+        device, layout, count = self._device, pages.layout, len(keys)
+        if device.is_odd(layout.head_size, layout.group_size):
             reference.pack_labels(pages, codec, page_row, first, keys, values, retained)
             return
-        labels = self.tables.labels(codec, layout.kv_heads * layout.groups)
+        labels = device.tables.labels(codec, layout.kv_heads * layout.groups)
         positions = torch.arange(first, first + count, device=keys.device)
         before_rope = reference.rotary(keys, positions, codec.rope, inverse=True)
         y_keys, y_values = (y.reshape(count, -1).contiguous() for y in (before_rope, values.float()))  # [T, KH * D]
@@ -164,39 +164,55 @@ class TritonGpu(Unfused):
         value, vs, vm = quantize_labels(y_values, value_levels, codec.values, labels.value_members, labels.value_sizes)
         launch_pack(pages, codec, page_row, first, key, value, (ks, km, vs, vm), retained, quantized=True)
 
-    def unpack_heads(
-        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int
-    ) -> tuple[Tensor, Tensor]:
-        unpack = reference.unpack_heads if self._is_odd(pages.layout.head_size, pages.layout.group_size) else unpack_heads
-        return unpack(pages, codec, page_row, first, count)
+    def unpack(self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        odd = self._device.is_odd(pages.layout.head_size, pages.layout.group_size)
+        return (reference.unpack_labels if odd else unpack_labels)(pages, codec, page_row, first, count)
 
-    def unpack_labels(
-        self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int
-    ) -> tuple[Tensor, Tensor]:
-        unpack = reference.unpack_labels if self._is_odd(pages.layout.head_size, pages.layout.group_size) else unpack_labels
-        return unpack(pages, codec, page_row, first, count)
+    def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        device, card, layout = self._device, self._device.card, pages.layout
+        if device.is_odd(layout.head_size, layout.group_size):
+            return reference.attend_labels(q, pages, codec, full, step)
+        columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
+        form = label_form(layout, shared_bytes=card.shared_bytes, block_bytes=card.block_bytes)
+        if form.crowded:
+            groups, room = layout.kv_heads * layout.groups, card.block_bytes >> 10
+            device.say_once(f"{groups} groups do not fit in the {room} KB of a block's shared memory; a slower kernel is used")
+        splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
+        packed, held = device.partials(q, columns, full, splits)
+        if packed.splits:
+            labels = device.tables.labels(codec, layout.kv_heads * layout.groups)
+            rope = device.rope(codec, form.places, step.page_table.shape[1])
+            if form.blocks:
+                launch_label_blocks(card, form, q, pages, codec, labels, rope, step, columns, packed)
+            else:
+                launch_labels(form, q, pages, codec, labels, rope, step, columns, packed)
+        launch_slots(card, q, full, step, columns, held)
+        return launch_combine(card, q, columns, packed, held, packed.sums, packed.sums, has_basis=False)
 
-    # --- memory, tables, words ------------------------------------------------------------------------------------------
 
-    def _partials(self, q: Tensor, columns: Columns, full: FullSlots, splits: int) -> tuple[Partials, Partials]:
-        """Room for partial softmaxes over packed pages, of ``splits`` programs, and over full-precision slots."""
-        held = self.scratch.partials("full", q, columns, full_splits(full))
-        return self.scratch.partials("packed", q, columns, splits), held
+class TritonGpu(Unfused):
+    """Kernels for one device. Scratch is taken on the first step of a shape; warm up before capturing a CUDA graph."""
 
-    def _rope(self, codec: HeadCodec | LabelCodec, tile: int, pages: int) -> RopeTables:
-        """Tables for tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""
-        return self.tables.rope(codec.rope, tile, pages * (PAGE_TOKENS // tile))
+    name = "triton"
 
-    def _is_odd(self, head_size: int, group_size: int) -> bool:
-        """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
-        if head_size in HEAD_SIZES and group_size in (32, 64, 128):
-            return False
-        shape = f"head size {head_size}, group size {group_size}"
-        self._say_once(f"no Triton kernel for {shape}; torch computes it, correctly but slowly")
-        return True
+    def __init__(self, device: torch.device, *, card: Card | None = None, tuning: Tuning | None = None) -> None:
+        """``card`` and ``tuning``: in place of what the device is and what is best for it; for tests and benchmarks."""
+        self.device = Device(device, card, tuning)
+        self.ops: Ops = TritonOps()
+        self.heads: PackedKernels[HeadCodec] = TritonHeads(self.device)
+        self.labels: PackedKernels[LabelCodec] = TritonLabels(self.device)
 
-    def _say_once(self, what: str) -> None:
-        """Say why something is slower than it could be, once."""
-        if what not in self._told:
-            self._told.add(what)
-            print(f"skvq: {what}", file=sys.stderr)
+    def captures(self, head_size: int) -> bool:
+        return head_size in HEAD_SIZES and self.device.scratch.device.type == "cuda"
+
+    def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        device, card, kv_heads, size = self.device, self.device.card, pages.keys.shape[1], pages.keys.shape[3]
+        if device.is_odd(size, 64):
+            return reference.attend_plain(q, pages, full, step)
+        columns = Columns.of(q, kv_heads, size, full, step)
+        splits = splits_of(columns, step, PAGE_BLOCK, card.processors * PAGE_PROGRAMS)
+        packed, held = device.partials(q, columns, full, splits)
+        if packed.splits:
+            launch_plain(card, q, pages, step, columns, packed)
+        launch_slots(card, q, full, step, columns, held)
+        return launch_combine(card, q, columns, packed, held, packed.sums, packed.sums, has_basis=False)
