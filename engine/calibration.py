@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from skvq.calibrate.budget import budget_work, calibrate_budget
 from skvq.calibrate.corpus import BUILT_IN, built_in_corpus
@@ -17,32 +15,23 @@ from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.identity import rope_digest
-from skvq.engine.model import Model
+from skvq.engine.loaded import LoadedModel
 from skvq.engine.report import Reporter
-from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, load_header, require, save_artifact
 from skvq.loaders.files import cache_folder, require_writable
-
-if TYPE_CHECKING:
-    from skvq.engine.loading import LoadedModel
 
 DEFAULT_TOKENS = 8192
 DUMMY_TOKENS = 256
 
 
 def make_artifact(
-    model: Model,
-    rope: RopeFrequencies,
-    cache: CacheConfig,
-    ids: list[int],
-    header: ArtifactHeader,
-    backend: Backend,
-    report: Reporter,
+    loaded: LoadedModel, cache: CacheConfig, ids: list[int], header: ArtifactHeader, report: Reporter
 ) -> Artifact:
     """Calibrate on the first ``header.tokens`` of ``ids``; a budget is spent, and the header says how.
 
     Tokens whose keys stand out are named in the header, and reported.
     """
+    model, rope, backend = loaded.model, loaded.rope, loaded.backend
     texts = texts_of(ids, header.tokens)
     outliers = OutlierTokens(texts)
     rehearse(model, rope, texts, cache, backend)
@@ -87,7 +76,7 @@ def calibrate_to(
     if len(ids) < tokens:
         report.message(f"the corpus has {len(ids):,} of the {tokens:,} tokens asked for: the cache will be less accurate")
     header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
-    artifact = make_artifact(loaded.model, loaded.rope, cache, ids, header, loaded.backend, report)
+    artifact = make_artifact(loaded, cache, ids, header, report)
     save_artifact(artifact, path)
     return artifact.header
 
@@ -128,38 +117,30 @@ def require_made_for(path: Path, header: ArtifactHeader, cache: CacheConfig, fin
         require(header, str(path), layer_bits=cache.layer_bits)
 
 
-def load_for(path: Path, model: Model, cache: CacheConfig, fingerprint: str) -> Artifact:
+def load_for(path: Path, loaded: LoadedModel, cache: CacheConfig) -> Artifact:
     """The artifact at ``path``, refused unless it was made for this model and these options."""
-    artifact = load_artifact(path)
+    artifact, config = load_artifact(path), loaded.model.config
     header = artifact.header
-    require_made_for(path, header, cache, fingerprint)
-    check_tensors(artifact.tensors, cache, model.config, str(path))
-    replace(cache, layer_bits=header.layer_bits).fitted(model.config)
+    require_made_for(path, header, cache, loaded.fingerprint)
+    check_tensors(artifact.tensors, cache, config, str(path))
+    replace(cache, layer_bits=header.layer_bits).fitted(config)
     return artifact
 
 
-def cached_or_made(
-    model: Model,
-    rope: RopeFrequencies,
-    cache: CacheConfig,
-    fingerprint: str,
-    encode: Callable[[str], list[int]],
-    tokens: int,
-    backend: Backend,
-    report: Reporter,
-) -> Artifact:
+def cached_or_made(loaded: LoadedModel, cache: CacheConfig, report: Reporter) -> Artifact:
     """The artifact for this model, its RoPE and this cache: from the user's cache folder, else made now on the built-in corpus
     and kept."""
-    header = header_for(cache, fingerprint, BUILT_IN, tokens)
-    key = {**asdict(header), "rope": rope_digest(rope)}  # keys are calibrated as they are turned
+    header = header_for(cache, loaded.fingerprint, BUILT_IN, DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS)
+    key = {**asdict(header), "rope": rope_digest(loaded.rope)}  # keys are calibrated as they are turned
     if cache.is_open:
         key["window"] = cache.window  # what is not packed counts for nothing when bits are chosen
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
     if path.is_file():
-        return load_for(path, model, cache, fingerprint)
+        return load_for(path, loaded, cache)
     report.message(f"no calibration for this model and these options yet: making one from {BUILT_IN}, to keep in {path.parent}")
-    artifact = make_artifact(model, rope, cache, encode(built_in_corpus()), header, backend, report)
+    ids = loaded.tokenizer.encode(built_in_corpus(), bos=False)
+    artifact = make_artifact(loaded, cache, ids, header, report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_artifact(artifact, path)

@@ -4,7 +4,7 @@ it is allocated."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from skvq.engine.arena import Arena
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.calibration import DEFAULT_TOKENS, DUMMY_TOKENS, cached_or_made, load_for, require_made_for, with_chosen_bits
+from skvq.engine.calibration import cached_or_made, load_for, require_made_for, with_chosen_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
+from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
@@ -27,27 +28,14 @@ from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import beyond_training, frequencies, scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes, with_longest_tile
-from skvq.engine.storage import Form, WeightReader, form_of
+from skvq.engine.storage import Form, WeightReader
 from skvq.engine.streams import streams_of
+from skvq.engine.weight_forms import form_of
 from skvq.kernels.interface import Backend, RopeFrequencies
-from skvq.loaders.artifact import Artifact, load_header
+from skvq.loaders.artifact import load_header
 from skvq.loaders.open import open_model
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """Weights in place and what belongs to them; any number of caches can be built over one."""
-
-    model: Model
-    tokenizer: Tokenizer
-    rope: RopeFrequencies
-    backend: Backend
-    fingerprint: str
-    context: int  # tokens of the longest sequence
-    dummy: bool
-    lock: RLock = field(default_factory=RLock)  # of all caches over it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,20 +245,5 @@ def _calibration(
     """The cache with its bits chosen, and the tensors of its calibration."""
     if not cache.is_packed:
         return cache, {}
-    artifact = _artifact(loaded, cache, path, report)
+    artifact = cached_or_made(loaded, cache, report) if path is None else load_for(path, loaded, cache)
     return replace(cache, layer_bits=artifact.header.layer_bits), artifact.tensors
-
-
-def _artifact(loaded: LoadedModel, cache: CacheConfig, path: Path | None, report: Reporter) -> Artifact:
-    if path is not None:
-        return load_for(path, loaded.model, cache, loaded.fingerprint)
-    return cached_or_made(
-        loaded.model,
-        loaded.rope,
-        cache,
-        loaded.fingerprint,
-        lambda text: loaded.tokenizer.encode(text, bos=False),
-        DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS,
-        loaded.backend,
-        report,
-    )

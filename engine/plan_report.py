@@ -20,7 +20,7 @@ from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
 from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes, usual_weight_bytes
-from skvq.engine.storage import form_of
+from skvq.engine.weight_forms import form_of
 from skvq.loaders.hub import config_of, resolve
 from skvq.loaders.open import open_source
 

@@ -1,4 +1,4 @@
-"""The form a model's weights are held in: one dtype on one device or, on the CPU, the file's own form (``stored``)."""
+"""The forms a model's weights may be held in, and the plain one: one dtype on one device. ``stored`` has the file's own."""
 
 from __future__ import annotations
 
@@ -93,12 +93,3 @@ class DenseForm:
 
     def storage(self, reader: WeightReader, report: Reporter) -> Storage:
         return DenseStorage(reader, self.device, self.dtype)
-
-
-def form_of(backend: str, device: torch.device, dtype: torch.dtype) -> Form:
-    """The form that goes with a backend: what the file has where numba's kernels multiply it in float32, else dense."""
-    if backend == "numba" and dtype == torch.float32:
-        from skvq.engine.stored import StoredForm
-
-        return StoredForm()
-    return DenseForm(device, dtype)
