@@ -36,7 +36,9 @@ from skvq.kernels.triton_gpu import (
     metadata,
     prepare,
     raised,
+    scores,
     softmax,
+    sums,
     tiles,
 )
 from skvq.kernels.triton_gpu.card import Card, Tuning
@@ -154,7 +156,7 @@ def assembly_order() -> None:
 
     fragments.planes = planes
     tiles.exp2 = label_blocks.exp2 = lambda x, asm: slow_exp2(x, False)
-    tiles.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
+    scores.metadata = sums.metadata = lambda word, values, asm, fp8: portable["metadata"](word, values, False, False)
     label_blocks.meta_halves = lambda word, values, asm: portable["meta_halves"](word, values, False)
     raised.raised_planes = lambda x, width, asm: raised_planes(x, width, False)
     prepare.near_dot = lambda a, b, parts, wide: near_dot(a, b, parts, True)  # it knows no bfloat16 dot either

@@ -31,11 +31,19 @@ from torch import Tensor
 from skvq.kernels.interface import LabelCodec, PackedPages, Step
 from skvq.kernels.triton_gpu.card import Card
 from skvq.kernels.triton_gpu.forms import LABEL_STAGES, VARYING, Columns, LabelForm, has_span
-from skvq.kernels.triton_gpu.fragments import first_of_pairs, weight_columns, zero_rows
+from skvq.kernels.triton_gpu.fragments import weight_columns, zero_rows
+from skvq.kernels.triton_gpu.label_parts import (
+    channel_turns,
+    key_one_hot,
+    label_scores,
+    store_label_sums,
+    turned_queries,
+    value_one_hot,
+)
 from skvq.kernels.triton_gpu.metadata import meta_halves
-from skvq.kernels.triton_gpu.one_hot import first_channel, in_raw, inverse, one_hot, raw_place, spread, turn_back, twice
+from skvq.kernels.triton_gpu.one_hot import in_raw, spread
 from skvq.kernels.triton_gpu.pages import bits_code, in_page, page_strides
-from skvq.kernels.triton_gpu.raised import load_raised, raised
+from skvq.kernels.triton_gpu.raised import load_raised
 from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, exp2
 from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
@@ -65,19 +73,13 @@ def attend_labels_blocks_kernel(
     """
     TILE: tl.constexpr = 128
     TILES: tl.constexpr = in_page(TILE)
-    H: tl.constexpr = D // 2
     PLACES: tl.constexpr = SHARE // 2
     SHARES: tl.constexpr = TILE // SHARE
     PAD: tl.constexpr = 2 if NH == 4 else 1
     KEY_ROW: tl.constexpr = D * KEY_BITS // 8
     VALUE_ROW: tl.constexpr = D * VALUE_BITS // 8
-    KEY_EACH: tl.constexpr = KEY_ROW if KEY_ROW < 32 else 32
     VALUE_EACH: tl.constexpr = VALUE_ROW if VALUE_ROW < 32 else 32
-    HALVES: tl.constexpr = H // KEY_EACH
-    PAIRS: tl.constexpr = 4 // KEY_BITS  # planes of channels below H; those of the channels they are turned with follow
     PLANES: tl.constexpr = 8 // VALUE_BITS
-    KEY_BLOCKS: tl.constexpr = KEY_ROW // KEY_EACH
-    VALUE_BLOCKS: tl.constexpr = VALUE_ROW // VALUE_EACH
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // chunks
     chunk = tl.program_id(2) % chunks
     column = chunk * NH + tl.arange(0, NH)
@@ -95,53 +97,23 @@ def attend_labels_blocks_kernel(
     start = begin + split * per_split
     stop = tl.minimum(start + per_split, tiles)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
-    e = tl.arange(0, 16)
-    raw_e = raw_place(tl.arange(0, KEY_EACH), ASM)
     t = tl.arange(0, SHARE)
     group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
     group_place = (group // G) * stride_meta_head + (group % G) * TILE
     unit = tl.max(tl.load(key_unit_ptr + tl.load(key_label_ptr + head * D + tl.arange(0, D))), 0)
     scale = unit * 8192.0
-    scale_hot = ()
-    mid_hot = ()
-    q_blocks = ()
-    for n in tl.static_range(D // KEY_EACH):
-        channel = first_channel(n % HALVES, PAIRS, KEY_BLOCKS, KEY_EACH) + raw_e
-        label = tl.load(key_label_ptr + head * D + n // HALVES * H + channel)
-        other = tl.load(key_label_ptr + head * D + (1 - n // HALVES) * H + channel)
-        mine = tl.load(key_unit_ptr + label)
-        larger = tl.maximum(mine, tl.load(key_unit_ptr + other))
-        part = (mine * inverse(larger))[:, None]
-        lift = part * (2.0**-5 / raised(KEY_BITS, n % PAIRS + n // HALVES * PAIRS))
-        scale_hot = scale_hot + (tl.trans(one_hot(label, lift, GROUPS)),)
-        mid_hot = mid_hot + (tl.trans(one_hot(label, part * 2.0**-5, GROUPS)),)
-    for b in tl.static_range(D // 16):
-        label = tl.load(key_label_ptr + head * D + b * 16 + e)
-        other = tl.load(key_label_ptr + head * D + (b * 16 + H) % D + e)
-        larger = tl.maximum(tl.load(key_unit_ptr + label), tl.load(key_unit_ptr + other)) * inverse(unit)
-        q = tl.load(q_ptr + query_2[None, :] * D + (b * 16 + e)[:, None], mask=real_2[None, :], other=0.0).to(tl.float32)
-        o = tl.load(q_ptr + query_2[None, :] * D + ((b * 16 + H) % D + e)[:, None], mask=real_2[None, :], other=0.0)
-        angle = table_ptr + half[None, :] * (PLACES * D) + (b * 16 % H + e)[:, None]
-        q = q * tl.load(angle).to(tl.float32) + o.to(tl.float32) * (
-            tl.load(angle + H).to(tl.float32) * (1.0 if b * 16 < H else -1.0)
-        )
-        q_blocks = q_blocks + ((q * (rope_scale * LOG2E / D**0.5) * larger[:, None]).to(tl.float16),)
-    value_hot = ()
-    for n in tl.static_range(D // VALUE_EACH):
-        channel = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
-        label = tl.load(value_label_ptr + head * D + channel)
-        value_hot = value_hot + (one_hot(label, 32768.0, GROUPS),)
+    key_labels, value_labels = key_label_ptr + head * D, value_label_ptr + head * D
+    scale_hot, mid_hot = key_one_hot(key_labels, key_unit_ptr, D, KEY_BITS, GROUPS, ASM)
+    q_blocks = turned_queries(
+        q_ptr + query_2[None, :] * D, real_2, table_ptr + half[None, :] * (PLACES * D), key_labels, key_unit_ptr,
+        rope_scale * LOG2E / D**0.5, unit, D,
+    )  # fmt: skip
+    value_hot = value_one_hot(value_labels, D, VALUE_BITS, GROUPS)
+    cosines, sines = channel_turns(table_ptr, D, KEY_BITS, PLACES)
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
     sums = zero_rows(D // VALUE_EACH, VALUE_EACH, NH * PAD)
     mids = tl.zeros([GROUPS, NH * PAD], tl.float32)
-    cosines = ()
-    sines = ()
-    place = tl.arange(0, PLACES)[:, None] * D
-    for n in tl.static_range(HALVES):
-        channel = first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH) + tl.arange(0, KEY_EACH)[None, :]
-        cosines = cosines + (tl.load(table_ptr + place + channel),)
-        sines = sines + (tl.load(table_ptr + place + channel + H),)
     place_in_page = start % TILES * SHARES
     page_place, last_page = start // TILES, (stop - 1) // TILES
     page = tl.load(row_ptr + page_place, mask=start < stop, other=0).to(tl.int64)
@@ -160,22 +132,9 @@ def attend_labels_blocks_kernel(
         words = tl.load(meta + group_place[:, None] + t[None, :])  # [GROUPS, SHARE]
         ks, km = meta_halves(tl.trans(words), False, ASM)  # times 2^-8
         km += ks * (0.5 - 2 ** (KEY_BITS - 1))
-        x = tl.zeros([SHARE, 2 * NH], tl.float32)
-        code = ()
-        for n in tl.static_range(HALVES):
-            if n % PAIRS == 0:
-                code = load_raised(key + n // PAIRS * KEY_EACH, SHARE, KEY_EACH, KEY_ROW, KEY_BITS, ASM)
-            ka = code[n % PAIRS] * spread(ks, scale_hot[n], SHARE, KEY_EACH, ASM)
-            ka += spread(km, mid_hot[n], SHARE, KEY_EACH, ASM)
-            kb = code[n % PAIRS + PAIRS] * spread(ks, scale_hot[n + HALVES], SHARE, KEY_EACH, ASM)
-            kb += spread(km, mid_hot[n + HALVES], SHARE, KEY_EACH, ASM)
-            cos = twice(cosines[n], PLACES, KEY_EACH)
-            sin = twice(sines[n], PLACES, KEY_EACH)
-            ra, rb = turn_back(
-                q_blocks, turn_ptr + step * D, first_channel(n, PAIRS, KEY_BLOCKS, KEY_EACH), KEY_EACH, D, 2 * NH
-            )
-            x = tl.dot(ka * cos - kb * sin, ra, x)
-            x = tl.dot(kb * cos + ka * sin, rb, x)
+        x = label_scores(
+            key, ks, km, scale_hot, mid_hot, q_blocks, turn_ptr + step * D, cosines, sines, SHARE, D, KEY_BITS, NH, ASM
+        )
         near, far = tl.split(tl.reshape(x, [SHARE, NH, 2]))
         x = tl.where((t < PLACES)[:, None], near, far)
         x = tl.where((flag != 0)[:, None], NEVER, x)
@@ -203,14 +162,9 @@ def attend_labels_blocks_kernel(
         sums = new
     out = ((row * heads + head) * columns + column).to(tl.int64) * tl.num_programs(1) + split
     inside = column < columns
-    mids = first_of_pairs(mids, GROUPS, NH, PAD)
-    for n in tl.static_range(D // VALUE_EACH):
-        d = first_channel(n, PLANES, VALUE_BLOCKS, VALUE_EACH) + tl.arange(0, VALUE_EACH)
-        y = first_of_pairs(sums[n], VALUE_EACH, NH, PAD) * (2.0**-7 / raised(VALUE_BITS, n % PLANES))
-        label = tl.load(value_label_ptr + head * D + d)
-        y += tl.gather(mids, tl.broadcast_to(label[:, None], [VALUE_EACH, NH]), 0) * 256.0
-        y *= tl.load(value_unit_ptr + label)[:, None]
-        tl.store(part_ptr + out[None, :] * D + d[:, None], y, mask=inside[None, :])
+    store_label_sums(
+        part_ptr + out[None, :] * D, sums, mids, inside, value_labels, value_unit_ptr, D, VALUE_BITS, GROUPS, NH, PAD
+    )
     tl.store(stat_ptr + out * 2, tl.where(m_i > NEVER * 0.5, m_i * scale, NEVER), mask=inside)
     tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: N803, RET505, RUF005
+# ruff: noqa: N803, N806, RET505, RUF005
 """Weighted sums of packed values: products of softmax weights with the codes themselves, in the end sums of channels."""
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import triton.language as tl
 
 from skvq.kernels.triton_gpu.fragments import dots_each, first_of_pairs, load_planes, weight_columns
 from skvq.kernels.triton_gpu.loaders import has_normal_planes, pair_rows
-from skvq.kernels.triton_gpu.pages import block_rows, low_bits, row_bytes
+from skvq.kernels.triton_gpu.metadata import metadata
+from skvq.kernels.triton_gpu.pages import block_rows, low_bits, middle, row_bytes
 
 
 @triton.jit
@@ -61,6 +62,46 @@ def value_trits(
             acc = tl.dot(codes[k], columns[i * G // (D // 32) * 5 + k], acc)
         out = out + (acc,)
     return out
+
+
+@triton.jit
+def add_values(
+    value, words, weights, alpha, mids, low_sums, high_sums, D: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr,
+    NH: tl.constexpr, TILE: tl.constexpr, SHARES: tl.constexpr, SHARE: tl.constexpr, ASM: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Sums after the values of one more part, with ``weights`` [SHARE, NH] of each share: those of mids, ``mids`` [NH] by
+    group, and those of codes. ``alpha`` [NH] is what the sums before are worth now.
+    """
+    PAD: tl.constexpr = 2 if NH == 4 or BITS == 15 else 1
+    HALF: tl.constexpr = -0.5 if has_normal_planes(BITS) else middle(BITS)
+    scales = ()
+    zeros = ()
+    for s in tl.static_range(SHARES):
+        for g in tl.static_range(G):
+            vs, vm = metadata(words[s * G + g], True, ASM, FP8)
+            scales = scales + (vs,)
+            zeros = zeros + (vm - HALF * vs,)
+    new_mids = ()
+    for g in tl.static_range(G):
+        mid = weights[0] * zeros[g][:, None]
+        for s in tl.static_range(1, SHARES):
+            mid += weights[s] * zeros[s * G + g][:, None]
+        new_mids = new_mids + (mids[g] * alpha + tl.sum(mid, 0),)
+    factor = alpha
+    if PAD == 2:
+        factor = tl.reshape(tl.join(alpha, alpha), [NH * 2])
+    if BITS == 15:
+        low_sums = value_trits(value, weights, scales, factor[None, :], low_sums, D, G, NH, PAD, ASM)
+    else:
+        for s in tl.static_range(SHARES):
+            by_group = ()
+            for g in tl.static_range(G):
+                w = weights[s] * scales[s * G + g][:, None]
+                by_group = by_group + (weight_columns(w, False, SHARE, NH, PAD),)
+            low_sums, high_sums = value_share(
+                value, s, by_group, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, BITS, G, TILE, SHARE, ASM
+            )
+    return new_mids, low_sums, high_sums
 
 
 @triton.jit

@@ -7,14 +7,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skvq.kernels.triton_gpu.fragments import first_of_pairs, load_rows, weight_columns, zero_rows
-from skvq.kernels.triton_gpu.loaders import has_normal_planes, perm4
-from skvq.kernels.triton_gpu.metadata import metadata
+from skvq.kernels.triton_gpu.fragments import load_rows, zero_rows
+from skvq.kernels.triton_gpu.loaders import perm4
 from skvq.kernels.triton_gpu.overlap import prefetch, wait_for_inputs
-from skvq.kernels.triton_gpu.pages import block_rows, code_bytes, in_page, middle
-from skvq.kernels.triton_gpu.scores import key_scores, key_scores_trits, mean_scores
+from skvq.kernels.triton_gpu.pages import block_rows, code_bytes, in_page
+from skvq.kernels.triton_gpu.scores import (
+    dequantized_scores,
+    key_scores,
+    key_scores_trits,
+    load_turns,
+    mean_scores,
+    within_span,
+)
 from skvq.kernels.triton_gpu.softmax import NEVER, exp2
-from skvq.kernels.triton_gpu.sums import store_sums, value_share, value_trits
+from skvq.kernels.triton_gpu.sums import add_values, store_sums
 
 
 @triton.jit
@@ -47,8 +53,6 @@ def attend_tiles(
     VALUE_EACH: tl.constexpr = block_rows(VALUE_BITS, D, G)
     KEY_PART: tl.constexpr = code_bytes(KEY_BITS, D, PART)
     VALUE_TILE: tl.constexpr = code_bytes(VALUE_BITS, D, TILE)
-    KEY_HALF: tl.constexpr = middle(KEY_BITS)
-    HALF: tl.constexpr = -0.5 if has_normal_planes(VALUE_BITS) else middle(VALUE_BITS)
     # weights are 2^SHIFT times too large, for fp16's sake: up to 2^15 * 448 / 256, three times that for trits
     SHIFT: tl.constexpr = (7.0 if FP8 else 15.0) - (2.0 if VALUE_BITS == 15 else 0.0)
     N: tl.constexpr = NH * KEY_PAD
@@ -57,17 +61,9 @@ def attend_tiles(
     program = (row * chunks + chunk) * heads + head
     h = tl.arange(0, NH)
     t = perm4(tl.arange(0, SHARE), ASM)
+    mean_scale = 0.0
     if HAS_MEAN:
-        j = tl.arange(0, D // 2)
-        place = table_ptr + perm4(tl.arange(0, 32), ASM)[:, None] * D + j[None, :]
-        place_cos, place_sin = tl.load(place), tl.load(place + D // 2)
-        STEPS: tl.constexpr = SHARE // 32 if SHARES == 1 else 2
-        step_cos = ()
-        step_sin = ()
-        for n in tl.static_range(1 if SHARES == 1 else 3):
-            step = turn_ptr + (n * STEPS + tl.arange(0, STEPS))[None, :] * D + j[:, None]
-            step_cos = step_cos + (tl.load(step),)
-            step_sin = step_sin + (tl.load(step + D // 2),)
+        turns = load_turns(turn_ptr, table_ptr, D, SHARES, SHARE, ASM)
 
     query = tl.minimum((chunk * NH + h) // repeat, queries - 1)
     oldest = tl.load(positions_ptr + row * queries + query) - span + 1
@@ -99,7 +95,7 @@ def attend_tiles(
         qsum = qsum + (tl.load(qsum_ptr + (program * G + g) * NH + h),)
     scale = tl.load(scale_ptr + program * 2)
     if HAS_MEAN:
-        at = program * (D * NH) + j[:, None] * NH + h[None, :]
+        at = program * (D * NH) + tl.arange(0, D // 2)[:, None] * NH + h[None, :]
         cosines, sines = tl.load(coefficient_ptr + at), tl.load(coefficient_ptr + at + D // 2 * NH)
         mean_scale = tl.load(scale_ptr + program * 2 + 1)
 
@@ -119,11 +115,9 @@ def attend_tiles(
         # the next page is looked up a part ahead, so that no load waits for it
         page = tl.load(row_ptr + tl.minimum(i + 1, stop - 1) // PARTS).to(tl.int64)
 
-        # before or after the scores: whichever leaves the registers (counted ahead of time)
+        mean = ()  # before or after the scores: whichever leaves the registers (counted ahead of time)
         if HAS_MEAN and (SHARES == 5 or G > 1):
-            mean = mean_scores(
-                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
-            )
+            mean = mean_scores(turn_ptr + (6 + i) * D, turns, cosines, sines, SHARES, SHARE, D, NH)
         raw = ()
         if KEY_BITS == 15:
             raw = key_scores_trits(key, q_low, N, D, G, ASM)
@@ -132,31 +126,14 @@ def attend_tiles(
                 share = key_scores(key, s, q_low, q_high, D, KEY_BITS, G, TILE, SHARE, ASM)
                 raw = raw + (share,)
         if HAS_MEAN and SHARES == 1 and G == 1:
-            mean = mean_scores(
-                turn_ptr + (6 + i) * D, place_cos, place_sin, step_cos, step_sin, cosines, sines, SHARES, STEPS, D, NH
-            )
+            mean = mean_scores(turn_ptr + (6 + i) * D, turns, cosines, sines, SHARES, SHARE, D, NH)
         words = ()
         for s in tl.static_range(SHARES):
             for g in tl.static_range(G):
                 words = words + (tl.load(meta + g * TILE + s * SHARE + t),)
-        scores = ()
-        for s in tl.static_range(SHARES):
-            word = words[s * G]
-            ks, km = metadata(word, False, ASM, FP8)
-            retained = (word & 0x80) != 0
-            x = first_of_pairs(raw[s][0], SHARE, NH, KEY_PAD) * ks[:, None] + qsum[0][None, :] * (km - KEY_HALF * ks)[:, None]
-            for g in tl.static_range(1, G):
-                ks, km = metadata(words[s * G + g], False, ASM, FP8)
-                x += (
-                    first_of_pairs(raw[s][g], SHARE, NH, KEY_PAD) * ks[:, None]
-                    + qsum[g][None, :] * (km - KEY_HALF * ks)[:, None]
-                )
-            if HAS_MEAN:
-                x += mean[s] * mean_scale
-            x = tl.where(retained[:, None], NEVER, x)
-            if HAS_SPAN:
-                x = tl.where(t[:, None] < (oldest - (i * PART + s * SHARE))[None, :], NEVER, x)
-            scores = scores + (x,)
+        scores = dequantized_scores(raw, words, qsum, mean, mean_scale, SHARES, SHARE, G, NH, KEY_BITS, HAS_MEAN, ASM, FP8)
+        if HAS_SPAN:
+            scores = within_span(scores, t, oldest - i * PART, SHARES, SHARE)
 
         top = scores[0]
         for s in tl.static_range(1, SHARES):
@@ -172,36 +149,9 @@ def attend_tiles(
             weights = weights + (p,)
             total += p
         l_i = l_i * alpha + tl.sum(total, 0)
-        scales = ()
-        zeros = ()
-        for s in tl.static_range(SHARES):
-            for g in tl.static_range(G):
-                vs, vm = metadata(words[s * G + g], True, ASM, FP8)
-                scales = scales + (vs,)
-                zeros = zeros + (vm - HALF * vs,)
-        new_mids = ()
-        for g in tl.static_range(G):
-            mid = weights[0] * zeros[g][:, None]
-            for s in tl.static_range(1, SHARES):
-                mid += weights[s] * zeros[s * G + g][:, None]
-            new_mids = new_mids + (mids[g] * alpha + tl.sum(mid, 0),)
-        mids = new_mids
-        factor = alpha
-        if VALUE_PAD == 2:
-            factor = tl.reshape(tl.join(alpha, alpha), [NH * 2])
-
-        if VALUE_BITS == 15:
-            low_sums = value_trits(value, weights, scales, factor[None, :], low_sums, D, G, NH, VALUE_PAD, ASM)
-        else:
-            for s in tl.static_range(SHARES):
-                by_group = ()
-                for g in tl.static_range(G):
-                    w = weights[s] * scales[s * G + g][:, None]
-                    by_group = by_group + (weight_columns(w, False, SHARE, NH, VALUE_PAD),)
-                low_sums, high_sums = value_share(
-                    value, s, by_group, factor[None, :] if s == 0 else 1.0, low_sums, high_sums, D, VALUE_BITS, G, TILE,
-                    SHARE, ASM,
-                )  # fmt: skip
+        mids, low_sums, high_sums = add_values(
+            value, words, weights, alpha, mids, low_sums, high_sums, D, VALUE_BITS, G, NH, TILE, SHARES, SHARE, ASM, FP8
+        )
 
     columns = chunks * NH
     out = ((row * heads + head) * columns + chunk * NH).to(tl.int64) * splits + split
