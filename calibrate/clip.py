@@ -42,7 +42,7 @@ def sample(y: Tensor) -> Tensor:
 
 def search_clip(y: Tensor, bits: float, unit: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
     """Clip factor per group of ``y`` [T, ..., g] that minimizes ``error(y rounded)`` [...]; float32 [...]."""
-    best = torch.full(unit.shape, torch.inf, device=y.device)
+    best = torch.full(unit.shape, torch.inf, dtype=torch.float32, device=y.device)
     chosen = torch.ones_like(unit)
     for factor in CLIP_GRID:
         found = error(round_trip(y, bits, unit, torch.full_like(unit, factor)))
@@ -59,7 +59,9 @@ def search_lattice_clip(x: Tensor, side: HeadSide, store: Callable[[Tensor, Head
     """
     x = x[:: max(1, len(x) // LATTICE_SAMPLE)]
     heads, count = x.shape[1], len(LATTICE_GRID)
-    grid = torch.tensor(LATTICE_GRID, device=x.device).repeat_interleave(heads)  # all factors at once, each as heads of its own
+    grid = torch.tensor(LATTICE_GRID, dtype=torch.float32, device=x.device).repeat_interleave(
+        heads
+    )  # all factors at once, each as heads of its own
     tried = HeadSide(
         unit=side.unit.repeat(count, 1),
         clip=grid[:, None].expand(-1, side.unit.shape[1]).contiguous(),

@@ -55,7 +55,7 @@ def fit_reorder(stats: LayerStats, config: CacheConfig, seed: int) -> dict[str, 
         weight = metrics[side].diagonal(dim1=1, dim2=2).flatten().float()  # [C]
         flat = sample(x.flatten(0, 1)).flatten(1)  # [tokens, C]
         labels = cluster_channels(seen.typical, groups, seed).to(flat.device)
-        unit, clip = (torch.empty(groups, device=flat.device) for _ in range(2))
+        unit, clip = (torch.empty(groups, dtype=torch.float32, device=flat.device) for _ in range(2))
         for group in range(groups):
             of_group = labels == group
             y = flat[:, of_group]

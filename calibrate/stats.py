@@ -106,7 +106,7 @@ class _Sums:
     def __init__(self, kv_heads: int, size: int, device: torch.device) -> None:
         self.total = torch.zeros(kv_heads, size, dtype=torch.float64, device=device)
         self.gram = torch.zeros(kv_heads, size, size, dtype=torch.float64, device=device)
-        self.top = torch.zeros(kv_heads, size, device=device)
+        self.top = torch.zeros(kv_heads, size, dtype=torch.float32, device=device)
         self.typical = torch.zeros(kv_heads * size, 2, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, turned: Tensor, first: int) -> None:
@@ -134,13 +134,15 @@ class Recorder:
         self._keys, self._values = (_Sums(kv_heads, size, device) for _ in range(2))
         # with it the mean, which is known at the end only, is taken out of the second moment of turned keys
         self._turned_total = torch.zeros(tokens - self._first, kv_heads, size, dtype=torch.float64, device=device)
-        self._turned_top = torch.zeros(kv_heads, size, device=device)
+        self._turned_top = torch.zeros(kv_heads, size, dtype=torch.float32, device=device)
         self._energy = torch.zeros(heads, size, dtype=torch.float64, device=device)
-        self._sample_keys = torch.empty(len(self._sample), tokens, kv_heads, size, device=device)
+        self._sample_keys = torch.empty(len(self._sample), tokens, kv_heads, size, dtype=torch.float32, device=device)
         self._sample_values = torch.empty_like(self._sample_keys)
-        self._sample_queries = torch.empty(len(self._reading), len(self._queries), heads, size, device=device)
+        self._sample_queries = torch.empty(
+            len(self._reading), len(self._queries), heads, size, dtype=torch.float32, device=device
+        )
         self._seen = 0
-        self.key_norms = torch.empty(tokens, device=device)
+        self.key_norms = torch.empty(tokens, dtype=torch.float32, device=device)
         """Norm of each token's keys in the last text, mean over kv heads."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:

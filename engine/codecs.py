@@ -106,7 +106,7 @@ def _head_codec(
 ) -> HeadCodec:
     """Codec of some heads, from their tensors."""
     size = model.head_size
-    eye = torch.eye(size).expand(len(tensors["key_unit"]), -1, -1)
+    eye = torch.eye(size, dtype=torch.float32).expand(len(tensors["key_unit"]), -1, -1)
     zero = eye.new_zeros(eye.shape[:2])
     matrices = {name: (tensors[name] if rotate else eye).float().contiguous().to(device) for name in MATRICES}
     means = {f"{s}_mean": (tensors[f"{s}_mean"] if rotate else zero).to(device) for s in SIDES}

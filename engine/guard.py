@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from threading import RLock
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -17,9 +16,11 @@ R = TypeVar("R")
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
     """A GPU is this thread's current device and its default stream the current one: kernels are launched there, whatever the
-    thread, one after another. New tensors are float32, on the CPU unless told otherwise; autograd, inference mode and autocast
-    are off."""
-    with _FLOAT32.held(), torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+    thread, one after another. New tensors are on the CPU unless told otherwise; autograd, inference mode and autocast are off.
+
+    The default dtype is one for all threads, so it is left alone: every new tensor of ours names its own.
+    """
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
             stack.enter_context(_default_stream(device))
@@ -43,37 +44,6 @@ def _default_stream(device: torch.device) -> Iterator[None]:
             yield
     finally:
         caller.wait_stream(ours)
-
-
-class _Float32ByDefault:
-    """The default dtype is one for all threads: float32 while any of them computes, then what it was before the first."""
-
-    def __init__(self) -> None:
-        self._lock, self._before = RLock(), torch.float32  # a sequence may be freed, by the garbage collector, in here
-        self._computing: set[object] = set()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Around a computation; Ctrl-C may come anywhere."""
-        one = object()
-        try:
-            with self._lock:
-                self._computing.add(one)
-                if len(self._computing) == 1:
-                    self._before = torch.get_default_dtype()
-                    if self._before != torch.float32:
-                        torch.set_default_dtype(torch.float32)
-            yield
-        finally:
-            with self._lock:
-                before = self._before
-                self._computing.discard(one)
-                if not self._computing and before != torch.float32:
-                    torch.set_default_dtype(before)
-
-
-_FLOAT32 = _Float32ByDefault()
-"""Of the process, as the setting is."""
 
 
 class OnDevice(Protocol):

@@ -80,7 +80,7 @@ class StoredLinear:
     def __call__(self, x: Tensor) -> Tensor:
         columns = self.parts[0].shape[1]
         flat = x.reshape(-1, columns).contiguous()
-        out = torch.empty(*x.shape[:-1], sum(part.shape[0] for part in self.parts))
+        out = torch.empty(*x.shape[:-1], sum(part.shape[0] for part in self.parts), dtype=torch.float32)
         if len(self.parts) == 1:
             _multiply(self.parts[0], flat, self.bias, out.view(flat.shape[0], -1))
             return out
@@ -92,7 +92,7 @@ class StoredLinear:
         return out
 
     def dense(self) -> Tensor:
-        return torch.cat([part.expand(0, part.shape[0], torch.empty(part.shape)) for part in self.parts])
+        return torch.cat([part.expand(0, part.shape[0], torch.empty(part.shape, dtype=torch.float32)) for part in self.parts])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ def _multiply(matrix: StoredMatrix, x: Tensor, bias: Tensor | None, out: Tensor)
         matrix.multiply(x, bias, out)
         return
     step = min(rows, max(1, TILE_NUMBERS // columns))
-    scratch = torch.empty(step, columns)
+    scratch = torch.empty(step, columns, dtype=torch.float32)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         tile = matrix.expand(start, stop, scratch[: stop - start])

@@ -83,7 +83,7 @@ def made_up_calibration(config: ModelConfig, cache: CacheConfig, seed: int = 0) 
         return {}
     generator = torch.Generator().manual_seed(seed)
     shapes = tensor_shapes(cache, config)
-    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    tensors = {name: torch.ones(shape, dtype=torch.float32) for name, shape in shapes.items()}
     for side in SIDES:
         tensors[f"{side}_unit"] *= RANDOM_UNIT
         if cache.method == "reorder":
@@ -91,11 +91,17 @@ def made_up_calibration(config: ModelConfig, cache: CacheConfig, seed: int = 0) 
             tensors[f"{side}_labels"] = labels.expand(config.num_layers, -1).contiguous()
     if cache.method == "rotate":
         size = config.head_size
-        turns = torch.linalg.qr(torch.randn(shapes["key_basis"], generator=generator)).Q
-        tensors |= {name: torch.eye(size).expand(shapes[name]).contiguous() for name in MATRICES if name.endswith("metric")}
+        turns = torch.linalg.qr(torch.randn(shapes["key_basis"], dtype=torch.float32, generator=generator)).Q
+        tensors |= {
+            name: torch.eye(size, dtype=torch.float32).expand(shapes[name]).contiguous()
+            for name in MATRICES
+            if name.endswith("metric")
+        }
         tensors |= dict.fromkeys(("key_basis", "query_basis", "value_basis"), turns)
         tensors["output_basis"] = turns.transpose(2, 3).contiguous()
-        tensors |= {f"{s}_mean": 0.1 * torch.randn(shapes[f"{s}_mean"], generator=generator) for s in SIDES}
+        tensors |= {
+            f"{s}_mean": 0.1 * torch.randn(shapes[f"{s}_mean"], dtype=torch.float32, generator=generator) for s in SIDES
+        }
     return tensors
 
 
@@ -135,7 +141,10 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
         for start in range(sequence.length, last, PIECE_TOKENS):
             stop = min(start + PIECE_TOKENS, last)
             ids = torch.randint(vocab, (stop - start,), generator=generator).tolist()
-            both = [torch.randn(size, generator=numbers, device=device)[: stop - start].to(shape.dtype) for _ in range(2)]
+            both = [
+                torch.randn(size, dtype=torch.float32, generator=numbers, device=device)[: stop - start].to(shape.dtype)
+                for _ in range(2)
+            ]
             here = [p for p in plants if start <= p.position < stop]
             keys, values = (_Layers(t, shape.layers, start, here, name) for t, name in zip(both, ("key", "value"), strict=True))
             sequence.reserve(len(ids))

@@ -85,7 +85,7 @@ def attend_behind(q: Tensor, k: Tensor, v: Tensor, hidden: int) -> tuple[Tensor,
         found.append(_attend_sliding(q[whole:some], k[:, hidden + whole :], v[:, hidden + whole :]))
     if some < count:
         blind = q[some:]
-        found.append((torch.zeros_like(blind), torch.full(blind.shape[:2], -torch.inf, device=q.device)))
+        found.append((torch.zeros_like(blind), torch.full(blind.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)))
     outs, lses = zip(*found, strict=True)
     return torch.cat(outs), torch.cat(lses)
 

@@ -108,7 +108,7 @@ def random_query(setup: CacheSetup, heads: int) -> Tensor:
     """[1, 1, H, D] in the cache's dtype."""
     shape = setup.arena.shape
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 1, heads, shape.head_size, generator=generator).to(shape.dtype).to(setup.device)
+    return torch.randn(1, 1, heads, shape.head_size, dtype=torch.float32, generator=generator).to(shape.dtype).to(setup.device)
 
 
 @torch.no_grad()

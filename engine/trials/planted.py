@@ -109,7 +109,7 @@ def _look(sequence: SequenceCache, plant: Plant, depth: float, heads: int) -> Fo
         score = (query * key).sum(-1, keepdim=True) / math.sqrt(size)
         far = [_relative(out, value[:, None]), _relative(value, plant.value.to(device))]
         errors.append([float((lse - score).abs().max()), *far])
-    worst = torch.tensor(errors).nan_to_num(torch.inf).amax(0).tolist()
+    worst = torch.tensor(errors, dtype=torch.float32).nan_to_num(torch.inf).amax(0).tolist()
     return Found(
         context=sequence.length,
         depth=depth,

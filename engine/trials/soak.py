@@ -164,14 +164,16 @@ class Soak:
 
     def new(self) -> None:
         shape = self.setup.arena.shape
-        empty = torch.zeros(2, shape.layers, 0, shape.kv_heads, shape.head_size)
+        empty = torch.zeros(2, shape.layers, 0, shape.kv_heads, shape.head_size, dtype=torch.float32)
         self.live.append((SequenceCache(self.setup), Shadow(empty, 0)))
 
     def append(self) -> None:
         sequence, shadow = self.pick()
         shape = self.setup.arena.shape
         count = self.random.randint(1, LONGEST_APPEND)
-        new = torch.randn(2, shape.layers, count, shape.kv_heads, shape.head_size, generator=self.generator).to(shape.dtype)
+        new = torch.randn(
+            2, shape.layers, count, shape.kv_heads, shape.head_size, dtype=torch.float32, generator=self.generator
+        ).to(shape.dtype)
         try:
             append(sequence, list(new[0]), list(new[1]), [self.random.randrange(256) for _ in range(count)])
         finally:

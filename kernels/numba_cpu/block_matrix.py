@@ -88,7 +88,7 @@ class BlockMatrix:
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` int64 [N], of which none is out of range, in float32."""
         assert ids.dtype == torch.int64 and ids.dim() == 1, (ids.dtype, ids.shape)
-        return self._expand(ids.contiguous(), torch.empty(len(ids), self.shape[1]))
+        return self._expand(ids.contiguous(), torch.empty(len(ids), self.shape[1], dtype=torch.float32))
 
     def _expand(self, ids: Tensor, out: Tensor) -> Tensor:
         count = len(ids)

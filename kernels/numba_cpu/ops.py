@@ -77,7 +77,7 @@ class NumbaOps(TorchOps):
         assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
         assert slots.dtype == ring_slots.dtype == torch.int64 and slots.shape == ring_slots.shape == (rows,), slots.shape
         assert at == values.stride() and at[3] == 1 and keys.dtype == values.dtype, (at, values.stride())
-        out = torch.empty(q.shape)
+        out = torch.empty(q.shape, dtype=torch.float32)
         TURN(
             1, 0, q.data_ptr(), 4 * q.stride(0), k.data_ptr(), 4 * k.stride(0), v.data_ptr(), 4 * v.stride(0), cos.data_ptr(),
             sin.data_ptr(), out.data_ptr(), rows, heads, kv_heads, size, slots.data_ptr(), ring_slots.data_ptr(),

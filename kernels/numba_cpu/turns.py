@@ -67,6 +67,6 @@ def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTable
 
 def all_turns(rope: RopeFrequencies, size: int, tile: int) -> MeanTables:
     """Tables that list every pair in order, all as fast: ``labels.py`` turns each key pair by pair."""
-    found = mean_tables(rope, torch.ones(1, size), tile)
+    found = mean_tables(rope, torch.ones(1, size, dtype=torch.float32), tile)
     arrays = {name: getattr(found, name) for name in ("frequencies", "cos", "sin", "rows", "series")}
     return _tables(rope, arrays | {"pairs": np.array([size // 2, 0, *range(size // 2)], np.int32)})

@@ -91,7 +91,7 @@ def quantize_lattice(
     scale, mid = (torch.empty(tokens, heads, groups, dtype=torch.uint8, device=y.device) for _ in range(2))
     lattice_kernel[(triton.cdiv(tokens, lanes) * heads,)](
         y, codes, codes.view(torch.int32), scale, mid, torch.empty_like(y),
-        torch.empty(heads, 4, groups, tokens, device=y.device), tables.table, tables.inner, tables.ones,
+        torch.empty(heads, 4, groups, tokens, dtype=torch.float32, device=y.device), tables.table, tables.inner, tables.ones,
         tables.diagonal, tables.total, tables.down, side.unit, side.clip, tokens, heads, (levels - 1) / 2,
         D=size, G=groups, T=lanes, num_warps=max(1, min(lanes // 32, 4)), num_stages=1,
     )  # fmt: skip
