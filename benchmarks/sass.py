@@ -176,6 +176,9 @@ def other_variants(arch: int) -> list[Variant]:
     lattice_pointers = {"code_ptr": BYTES, "word_ptr": "*i32", "scale_ptr": BYTES, "mid_ptr": BYTES, "table_ptr": HALVES}
     encode_pointers = {"key_ptr": HALVES, "value_ptr": HALVES, "value_out_ptr": "*fp32"}
     merging = {"own_ptr": HALVES, "merged_ptr": HALVES, "total_ptr": "*fp32", **{f"out{i}_ptr": HALVES for i in range(1, 8)}}
+    stored = {"HAS_BASIS": False, "HAS_MEAN": False, "PRECISE": True, "WIDE": False}
+    decoded = {"HAS_BASIS": True, "HAS_MEAN": True, "PRECISE": False, "WIDE": False}
+    outputs = ("key_out_ptr", "value_out_ptr")
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
         Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
@@ -210,7 +213,8 @@ def other_variants(arch: int) -> list[Variant]:
             for g in (1, 2)
         ),
         Variant("encode", encode.encode_kernel, {"D": 128, "HAS_MEAN": True, "WIDE": False}, 4, 1, encode_pointers),
-        Variant("unpack", unpack.unpack_kernel, tiled, 4, 1, {}),
+        Variant("unpack", unpack.unpack_kernel, {**tiled, **stored}, 4, 1, {}),
+        Variant("unpack, basis", unpack.unpack_kernel, {**tiled, **decoded}, 4, 1, dict.fromkeys(outputs, "*bf16")),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("merge", merge.merge_kernel, {"COUNT": 8, "D": 128, "BLOCK": 16}, 4, 1, merging),
         Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),

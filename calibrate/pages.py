@@ -48,8 +48,8 @@ def read_back(x: Tensor, bits: float, side: HeadSide, rope: RopeFrequencies, bac
 def _as_stored(side: HeadSide, rope: RopeFrequencies, size: int) -> HeadCodec:
     """A codec without means and bases: what is packed is in the stored basis already."""
     heads, device = side.unit.shape[0], side.unit.device
-    eye = torch.eye(size, device=device).expand(heads, size, size).contiguous()
-    zero = torch.zeros(heads, size, device=device)
+    eye = torch.eye(size, dtype=torch.float32, device=device).expand(heads, size, size).contiguous()
+    zero = torch.zeros(heads, size, dtype=torch.float32, device=device)
     return HeadCodec(
         keys=side,
         values=side,

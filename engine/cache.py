@@ -223,19 +223,21 @@ class SequenceCache:
         keys, values = (t[self.slot][:, slots].transpose(0, 1) for t in (full.keys, full.values))
         return keys, values, self.setup.arena.tensors["full_mass"][layer, self.slot, slots]
 
-    def stage(self, layer: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Packed tokens ``first .. first+count-1`` of a layer as attention should see them, [T, KH, D] float32.
+    def stage(self, layer: int, first: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Packed tokens ``first .. first+count-1`` of a layer as attention should see them, [T, KH, D] of ``dtype``.
 
-        Retained tokens stand in their place in full precision, so the caller needs no mask.
+        Retained tokens stand in their place as they are held, so the caller needs no mask.
         """
-        keys, values = self.method.unpack(layer, self.page_row, first, count)
-        full = self.setup.arena.full(layer)
-        held = full.positions[self.slot, : self.setup.regions.retained].long()
+        keys, values = self.method.unpack(layer, self.page_row, first, count, dtype)
+        regions, full = self.setup.regions, self.setup.arena.full(layer)
+        if first >= regions.sinks == regions.retained:  # sinks are the first tokens
+            return keys, values
+        held = full.positions[self.slot, : regions.retained].long()
         packed = torch.arange(len(held), device=held.device) >= self.orphans
         here = (packed & (held >= first) & (held < first + count))[:, None, None]
         at = (held - first).clamp(0, count - 1)
         for unpacked, slots in ((keys, full.keys), (values, full.values)):  # exact, and without asking how many are here
-            kept = slots[self.slot, :, : len(held)].transpose(0, 1).float()
+            kept = slots[self.slot, :, : len(held)].transpose(0, 1).to(dtype)
             unpacked.index_add_(0, at, torch.where(here, -unpacked[at], 0.0))
             unpacked.index_add_(0, at, torch.where(here, kept, 0.0))
         return keys, values
@@ -310,7 +312,7 @@ class SequenceCache:
         full.positions[self.slot, regions.retained :] = -1
         if length == packed:
             return
-        keys, values = self.stage(layer, packed, regions.tile)
+        keys, values = self.stage(layer, packed, regions.tile, full.keys.dtype)
         held = full.positions[self.slot, self.orphans : regions.retained]
         held[(held >= packed) & (held < length)] = -1
         slots = put(self, layer, packed, keys[: length - packed], values[: length - packed])

@@ -23,6 +23,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.container import Container, Entry, open_container, whole, write_container
 from skvq.engine.errors import SessionError, SkvqError
+from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
 from skvq.engine.session import (
     check_header,
@@ -155,6 +156,7 @@ class FileCheckpoint(Checkpoint):
     def exact_point(self, sequence: SequenceCache, state: ExactState) -> None:
         if not self._is_due():
             return
+        wait_for(state.keys.device)  # hidden states may be on their way to the host
         packed = sequence.packed_after(len(state.hidden))
         entries = [
             *tile_entries(sequence, range(state.layer), packed),

@@ -80,8 +80,8 @@ class CapturedFor:
         return batch is self.batch and bound == self.bound and all(map(is_, self.methods, batch.methods))
 
 
-FEWEST_GRAPHS = 4
-"""Graphs kept: at least so many, else one per sequence slot, so that alternating batch sizes are not captured again."""
+MOST_GRAPHS = 8
+"""Graphs kept, one per batch size: each has memory of its own for logits and what a layer computes."""
 
 
 class GraphStep:
@@ -93,7 +93,6 @@ class GraphStep:
 
     def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup, graphs: Graphs) -> None:
         self.model, self.rope, self.graphs, self.batches = model, rope, graphs, Batches(setup)
-        self._most = max(FEWEST_GRAPHS, setup.arena.shape.sequences)
         self._held: list[CapturedFor] = []  # the one used last is the last
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
@@ -114,7 +113,7 @@ class GraphStep:
         """
         known = [held for held in self._held if held.serves(batch, bound)]
         others = [held for held in self._held if held not in known]
-        self._held = others[1 - self._most :] + known
+        self._held = others[1 - MOST_GRAPHS :] + known
         return bool(known)
 
 

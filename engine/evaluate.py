@@ -42,15 +42,13 @@ class DecodeRegimeLayer:
         setup = self.sequence.setup
         half = setup.arena.shape.dtype
         q, k, v = rope.apply(q)[0], rope.apply(k)[0].to(half), v[0].to(half)
-        mass = torch.zeros(len(k), device=k.device)
+        mass = torch.zeros(len(k), dtype=torch.float32, device=k.device)
         if setup.needs_mass:
             _, lse = attend_causal(q, k.transpose(0, 1), v.transpose(0, 1), self.span)
             add_mass(mass, q, lse, k.transpose(0, 1), setup.regions.window)
         absorb(self.sequence, self.layer, k, v, mass, self.ids)
         packed = setup.regions.packed(len(k))
-        stored_k, stored_v = (
-            (t.to(q.dtype) for t in self.sequence.stage(self.layer, 0, packed)) if packed else (k[:0].to(q.dtype), v[:0])
-        )
+        stored_k, stored_v = self.sequence.stage(self.layer, 0, packed, q.dtype) if packed else (k[:0].to(q.dtype), v[:0])
         k, v = k.to(q.dtype), v.to(q.dtype)
         outs = [self._attend_stretch(q, k, v, stored_k, stored_v, *s) for s in self._stretches(len(k))]
         return torch.cat(outs)[None]

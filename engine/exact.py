@@ -8,6 +8,7 @@ states lie. Both give the same bytes. Where the prompt stands is in ``ExactState
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def exact_prefill(
     """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers. Broken off, it is empty."""
     sequence.reserve(len(ids))
     tokens = model.ids(ids)
-    state = new_state(model, len(ids), form)
+    state = new_state(model, len(ids), form, sequence.setup.max_context)
     reader = (AllHeads if form.head_groups == 1 else HeadGroups)(model, rope, sequence, tokens, state)
     pieces = chunks(len(ids))
     with checkpoint.watch(), all_or_nothing(sequence):
@@ -67,21 +68,27 @@ def exact_prefill(
     return state.hidden[-1].to(tokens.device)
 
 
-def new_state(model: Model, count: int, form: PrefillForm) -> ExactState:
-    """Room for a prompt of ``count`` tokens, as ``PrefillForm`` counts it."""
+def new_state(model: Model, count: int, form: PrefillForm, most: int) -> ExactState:
+    """Room for a prompt of ``count`` tokens, as ``PrefillForm`` counts it; in host memory for one of ``most``, for torch keeps
+    what it has pinned and every prompt of an engine can have the same.
+    """
     config, embedding, groups = model.config, model.weights.embedding, form.head_groups
     device, dtype = embedding.device, embedding.dtype
-    held_on = torch.device("cpu") if form.host_states else device
-    pinned = form.host_states and device.type == "cuda"
-    several = groups if groups > 1 else 0
-    attended = (several, count, config.num_heads * config.head_size // groups)
+
+    def room(*shape: int) -> Tensor:
+        if not form.host_states:
+            return torch.empty(shape, dtype=dtype, device=device)
+        numbers = prod(shape)
+        pin = device.type == "cuda" and numbers > 0
+        return torch.empty(numbers // count * most, dtype=dtype, pin_memory=pin)[:numbers].view(shape)
+
     held = (config.num_kv_heads // groups, count, config.head_size, dtype, device)
     return ExactState(
-        hidden=torch.empty(count, config.hidden_size, dtype=dtype, device=held_on, pin_memory=pinned),
-        attended=torch.empty(attended, dtype=dtype, device=held_on, pin_memory=pinned and several > 0),
+        hidden=room(count, config.hidden_size),
+        attended=room(groups if groups > 1 else 0, count, config.num_heads * config.head_size // groups),
         keys=kv_buffer(*held),
         values=kv_buffer(*held),
-        mass=torch.zeros(count, device=device),
+        mass=torch.zeros(count, dtype=torch.float32, device=device),
         chunk_tokens=chunks(count)[0][1],
     )
 
@@ -111,7 +118,8 @@ class AllHeads:
     def read(self, start: int, stop: int) -> None:
         """A chunk, of the state's group of heads."""
         x, step_rope = self._chunk(start, stop)
-        self.state.hidden[start:stop] = self.model.layer(self.state.layer, x, step_rope, self._cache(start))[0]
+        x = self.model.layer(self.state.layer, x, step_rope, self._cache(start))
+        self.state.hidden[start:stop].copy_(x[0], non_blocking=True)
 
     def finish(self) -> None:
         """Pack the layer; hidden states are its output then."""
@@ -156,7 +164,8 @@ class HeadGroups(AllHeads):
         x, step_rope = self._chunk(start, stop)
         group = self.state.group
         q, k, v = (t.chunk(self.groups, dim=2)[group] for t in self.model.heads(self.state.layer, x))
-        self.state.attended[group, start:stop] = self._cache(start).attend(q, k, v, step_rope)[0].flatten(1)
+        attended = self._cache(start).attend(q, k, v, step_rope)[0].flatten(1)
+        self.state.attended[group, start:stop].copy_(attended, non_blocking=True)
 
     def finish(self) -> None:
         count = len(self.tokens)
@@ -175,7 +184,7 @@ class HeadGroups(AllHeads):
         self.keys[:, piece], self.values[:, piece] = step_rope.apply(k)[0].transpose(0, 1), v[0].transpose(0, 1)
         parts = [part[None, start:stop].to(x.device, non_blocking=True) for part in self.state.attended]
         attended = torch.cat(parts, 2).view(1, stop - start, config.num_heads, config.head_size)
-        self.state.hidden[start:stop] = self.model.after_attention(layer, x, attended)[0]
+        self.state.hidden[start:stop].copy_(self.model.after_attention(layer, x, attended)[0], non_blocking=True)
 
     def work(self, start: int, stop: int) -> Work:
         return self._projections(stop - start) + chunk_work(self.model.config, start, stop) * (0, 1 / self.groups)

@@ -33,9 +33,9 @@ def timed(call: Callable[[], object], device: torch.device, count: int) -> list[
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was given."""
+    """Wait until a GPU has done all that this thread has given it. All of the device would break another thread's capture."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 def copy_bandwidth(device: torch.device) -> float:

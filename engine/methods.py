@@ -34,7 +34,7 @@ class CacheMethod(Attends, Protocol):
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None: ...
 
-    def unpack(self, layer: int, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]: ...
+    def unpack(self, layer: int, page_row: Tensor, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
 
     def origin(self, dropped: int) -> int:
         """RoPE position of the first token of a sequence whose ``dropped`` oldest tokens are gone."""
@@ -71,8 +71,8 @@ class PackedMethod(Generic[Codec]):
         for run in self._runs[layer]:
             self._kernels.pack(run.pages, run.codec, page_row, first, keys[:, run.heads], values[:, run.heads], retained)
 
-    def unpack(self, layer: int, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        found = [self._kernels.unpack(run.pages, run.codec, page_row, first, count) for run in self._runs[layer]]
+    def unpack(self, layer: int, page_row: Tensor, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        found = [self._kernels.unpack(run.pages, run.codec, page_row, first, count, dtype) for run in self._runs[layer]]
         return _joined(found, 1)
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -163,10 +163,10 @@ class PlainMethod:
         self._pages[layer].keys[page, :, within] = keys
         self._pages[layer].values[page, :, within] = values
 
-    def unpack(self, layer: int, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def unpack(self, layer: int, page_row: Tensor, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         page, within = _tokens(page_row, first, count)
         pages = self._pages[layer]
-        return pages.keys[page, :, within].float(), pages.values[page, :, within].float()
+        return pages.keys[page, :, within].to(dtype), pages.values[page, :, within].to(dtype)
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         return self._backend.attend_plain(q, self._pages[layer], self._full[layer], step)

@@ -111,9 +111,9 @@ def _hold_sinks(sequence: SequenceCache, layer: int) -> None:
     regions, full = sequence.setup.regions, sequence.setup.arena.full(layer)
     if not regions.sinks:
         return
-    keys, values = sequence.stage(layer, 0, -(-regions.sinks // regions.tile) * regions.tile)
+    keys, values = sequence.stage(layer, 0, -(-regions.sinks // regions.tile) * regions.tile, full.keys.dtype)
     for target, found in ((full.keys, keys), (full.values, values)):
-        target[sequence.slot, :, : regions.sinks] = found[: regions.sinks].transpose(0, 1).to(target.dtype)
+        target[sequence.slot, :, : regions.sinks] = found[: regions.sinks].transpose(0, 1)
     full.positions[sequence.slot, : regions.sinks] = torch.arange(regions.sinks, device=full.positions.device).int()
 
 

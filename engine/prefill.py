@@ -20,6 +20,7 @@ from skvq.engine.report import Reporter
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch, StreamingLayer
+from skvq.engine.streams import sent
 from skvq.kernels.interface import RopeFrequencies
 
 Work = npt.NDArray[np.float64]
@@ -86,7 +87,7 @@ def streaming_prefill(
         for start, stop in pieces:
             piece = ids[start - begin : stop - begin]
             sequence.reserve(len(piece))
-            tokens = model.ids(piece)
+            tokens = sent(piece, device)
             first = sequence.origin + sequence.length
             step_rope = at_positions(rope, torch.arange(first, first + len(piece), device=device)[None])
             with all_or_nothing(sequence):

@@ -85,7 +85,7 @@ class StreamingLayer:
         parts = SoftmaxParts()
         for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, sequence.packed - start)
-            parts.add(*self._attend_before(q, *sequence.stage(self.layer, start, count), start))
+            parts.add(*self._attend_before(q, *sequence.stage(self.layer, start, count, q.dtype), start))
         if sequence.orphans:
             parts.add(*self._attend_before(q, *sequence.sinks(self.layer), 0))
         parts.add(*attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span))
@@ -134,7 +134,9 @@ class DecodeBatch:
         self.rope_positions, self.token_ids = (row.view(count, tokens) for row in (rope_positions, token_ids))
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
         self.positions = torch.zeros(count, tokens, dtype=torch.int32, device=device)
-        self._no_mass = torch.zeros((), device=device)  # a number of the host would be copied, and waited for
+        self._no_mass = torch.zeros(
+            (), dtype=torch.float32, device=device
+        )  # a number of the host would be copied, and waited for
 
     @property
     def max_packed(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from threading import Lock
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class CudaGraphs:
     Grids are those of the longest sequence the arena may hold, ``max_packed``, so no length outgrows them.
     """
 
+    _one_at_a_time: ClassVar[Lock] = Lock()  # torch captures one graph of a process at a time
+
     def __init__(self, device: torch.device, max_packed: int) -> None:
         self.max_packed = max_packed
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own is one for all devices
@@ -42,7 +45,7 @@ class CudaGraphs:
         found = work()
         graph = torch.cuda.CUDAGraph()
         # memory of its own: of a pool whose graph is gone cuBLAS keeps a part; other threads may allocate meanwhile
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        with self._one_at_a_time, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         result.copy_(found)
         return Captured(graph.replay, result)

@@ -170,7 +170,8 @@ class PackedKernels(Protocol[Codec]):
 
     pack:   quantize T tokens and write codes and metadata of tokens ``first .. first+T-1``. ``keys`` are after RoPE [T, KH, D],
             ``values`` [T, KH, D], both in the cache's 16-bit dtype; ``retained`` bool [T] flags tokens held elsewhere.
-    unpack: the inverse: keys after RoPE and values, [count, KH, D] float32, as attention sees them (means and bases undone).
+    unpack: the inverse: keys after RoPE and values, [count, KH, D], as attention sees them (means and bases undone). Computed
+            in float32 and rounded to ``dtype``.
     attend: softmax(q k^T / sqrt(D)) v over packed tokens and full-precision slots in one softmax. ``q`` is [B, N, H, D]
             after RoPE; returns the output [B, N, H, D] in q's dtype and the log-sum-exp [B, N, H] in float32. A query that
             sees nothing gets zeros and -inf.
@@ -180,7 +181,15 @@ class PackedKernels(Protocol[Codec]):
         self, pages: PackedPages, codec: Codec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
     ) -> None: ...
 
-    def unpack(self, pages: PackedPages, codec: Codec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]: ...
+    def unpack(
+        self,
+        pages: PackedPages,
+        codec: Codec,
+        page_row: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def attend(self, q: Tensor, pages: PackedPages, codec: Codec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]: ...
 

@@ -224,6 +224,9 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.seen |= {other, *other.seen}
 
+    def synchronize(self) -> None:
+        """All is done already."""
+
 
 @contextlib.contextmanager
 def on_stream(stream: Stream) -> Iterator[None]:

@@ -6,7 +6,7 @@ For tests of every backend and of the specification, and for the gates of ``benc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -272,3 +272,26 @@ def torch_attention(case: Case, method: str, attention: Callable[[Tensor, Tensor
 def torch_error(exact: Tensor, case: Case, method: str) -> float:
     """The largest error of that, stepwise, of which a kernel may make twice."""
     return float((torch_attention(case, method, stepwise).float() - exact).abs().max())
+
+
+def check_unpacked(
+    made: Backend,
+    method: str,
+    pages: PackedPages,
+    codec: HeadCodec | LabelCodec,
+    where: tuple[Any, ...],
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+) -> None:
+    """Numbers in the stored basis bit for bit as the specification has them; with a basis, and in 16 bits, as good as rounding
+    lets them be.
+    """
+    for stored in [codec, *([replace(codec, has_basis=False, has_key_mean=False)] if method == "heads" else [])]:
+        exact = getattr(reference, f"unpack_{method}")(pages, stored, *where)
+        for dtype in dtypes:
+            found = getattr(made, method).unpack(pages, stored, *where, dtype)
+            for got, wanted in zip(found, exact, strict=True):
+                error, largest = float((got.float() - wanted).abs().max()), float(wanted.abs().max())
+                allowed = 2 * float((wanted.to(dtype).float() - wanted).abs().max()) + 2e-6 * largest
+                assert got.dtype == dtype and error <= allowed, (method, dtype, error, allowed, largest)
+                if dtype == torch.float32 and not (method == "heads" and stored.has_basis):
+                    assert torch.equal(got, wanted), (method, error)

@@ -18,7 +18,7 @@ from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq import AttentionSinks, CacheConfig, KeyOutliers, Quiet, SamplingConfig, SkvqError, TokenIds
 from skvq.engine.cache import SequenceCache
-from skvq.engine.decode import FEWEST_GRAPHS, GraphStep
+from skvq.engine.decode import GraphStep
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
 
@@ -319,10 +319,11 @@ def test_answers_that_take_turns_share_what_is_captured(engine: Engine, monkeypa
         graphs: Any = engine.step.graphs
         capture = graphs.capture
         monkeypatch.setattr(graphs, "capture", lambda work: captured.append(1) or capture(work))
-    wanted = [engine.generate(TEXT * (n + 1), SAMPLING) for n in range(FEWEST_GRAPHS)]
+    count = engine.parts.setup.arena.shape.sequences
+    wanted = [engine.generate(TEXT * (n + 1), SAMPLING) for n in range(count)]
     captured.clear()
-    streams = [engine.stream(TEXT * (n + 1), SAMPLING) for n in range(FEWEST_GRAPHS)]
-    texts = [""] * FEWEST_GRAPHS
+    streams = [engine.stream(TEXT * (n + 1), SAMPLING) for n in range(count)]
+    texts = [""] * count
     live = dict(enumerate(streams))
     while live:
         for n, stream in list(live.items()):

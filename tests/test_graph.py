@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.decode import FEWEST_GRAPHS, EagerStep, GraphStep, decode_step_of
+from skvq.engine.decode import MOST_GRAPHS, EagerStep, GraphStep, decode_step_of
 from skvq.engine.errors import OptionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
@@ -246,14 +246,14 @@ def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) ->
     watched = Watched(512)
     step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, watched)
     sequences = start(engine, 1)
-    for packed in range(512, 518):
+    for packed in range(512, 512 + MOST_GRAPHS + 2):
         watched.max_packed = packed
         first = step.run(sequences, [1])
         assert torch.equal(step.run(sequences, [1]), first + 1)
-    assert alive == [0, 1, 2, 3, 3, 3] and FEWEST_GRAPHS == 4
+    assert alive == [*range(MOST_GRAPHS), MOST_GRAPHS - 1, MOST_GRAPHS - 1]
     watched.max_packed = 514  # the oldest that is left
     step.run(sequences, [1])
-    assert len(alive) == 6
+    assert len(alive) == MOST_GRAPHS + 2
 
 
 @torch.no_grad()

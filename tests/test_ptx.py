@@ -17,7 +17,7 @@ if not hasattr(triton, "JITFunction"):
     pytest.skip("Triton without a compiler", allow_module_level=True)
 
 from card import card, plain  # noqa: E402
-from cases import compare, formats, make_case, torch_error  # noqa: E402
+from cases import check_unpacked, compare, formats, make_case, torch_error  # noqa: E402
 from emulated import emulated  # noqa: E402
 
 from skvq.kernels import reference  # noqa: E402
@@ -128,11 +128,7 @@ def test_packing_and_unpacking(arch: int, method: str, key_bits: float, value_bi
     for name in names:
         wanted, got = (plain(getattr(pages, name)) for pages in found)
         assert float((wanted == got)[(wanted != 0) | (got != 0)].float().mean()) >= 0.999, name
-    for wanted, got in zip(
-        *(getattr(backend, method).unpack(found[0], codec, row, 7 * tile, tile) for backend in (reference.Reference(), made)),
-        strict=True,
-    ):
-        assert torch.equal(wanted, got)
+    check_unpacked(made, method, found[0], codec, (row, 7 * tile, tile))
 
 
 @pytest.mark.parametrize(("dtype", "vectors", "early"), [(torch.float16, 1, False), (BF16, 3, False), (BF16, 1, True)])

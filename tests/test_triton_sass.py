@@ -26,7 +26,7 @@ if not isinstance(sass.packed.attend_packed_kernel, triton.JITFunction):
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
 QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean", "matvec qkv", "matvec gate up", "matvec down"}
-SMALL = {"combine", "slots", "plain", "unpack", "prepare"}
+SMALL = {"combine", "slots", "plain", "unpack", "unpack, basis", "prepare"}
 SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
     "lattice g128 on 80": 24,  # Triton 3.6 only; as that of g64
     "lattice g64": 56,  # addresses, outside of the loops over blocks of channels

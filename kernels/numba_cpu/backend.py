@@ -56,7 +56,7 @@ class Launcher:
     def unpack(self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         layout = pages.layout
         assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
-        keys, values = (torch.empty(count, layout.kv_heads, layout.head_size) for _ in range(2))
+        keys, values = (torch.empty(count, layout.kv_heads, layout.head_size, dtype=torch.float32) for _ in range(2))
         for at in range(0, count, STRETCH):
             part = slice(at, min(at + STRETCH, count))
             self._run(build_unpack, pages, packing, page_row, first + at, (keys[part], values[part]), torch.empty(0))
@@ -105,8 +105,17 @@ class NumbaHeads:
     ) -> None:
         self._launcher.pack(pages, self._packing(codec, pages.layout), page_row, first, keys, values, retained)
 
-    def unpack(self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
+    def unpack(
+        self,
+        pages: PackedPages,
+        codec: HeadCodec,
+        page_row: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
+        return keys.to(dtype), values.to(dtype)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         layout, tables = pages.layout, attend.NO_TABLES
@@ -140,8 +149,17 @@ class NumbaLabels:
     ) -> None:
         self._launcher.pack(pages, self._packing(codec, pages.layout), page_row, first, keys, values, retained)
 
-    def unpack(self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
+    def unpack(
+        self,
+        pages: PackedPages,
+        codec: LabelCodec,
+        page_row: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
+        return keys.to(dtype), values.to(dtype)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         layout, rope = pages.layout, codec.rope

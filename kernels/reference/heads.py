@@ -82,10 +82,13 @@ def decode_heads(codec: HeadCodec, first: int, keys: Tensor, values: Tensor) -> 
     return keys, values
 
 
-def unpack_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+def unpack_heads(
+    pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """See ``interface.PackedKernels``."""
     keys, values, _ = read_heads(pages, codec, page_row, first, count)
-    return decode_heads(codec, first, keys, values)
+    keys, values = decode_heads(codec, first, keys, values)
+    return keys.to(dtype), values.to(dtype)
 
 
 def attend_heads(q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:

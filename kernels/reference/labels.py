@@ -76,10 +76,13 @@ def decode_labels(codec: LabelCodec, first: int, keys: Tensor, values: Tensor) -
     return rotary(keys, positions, codec.rope), values
 
 
-def unpack_labels(pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+def unpack_labels(
+    pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """See ``interface.PackedKernels``."""
     keys, values, _ = read_labels(pages, codec, page_row, first, count)
-    return decode_labels(codec, first, keys, values)
+    keys, values = decode_labels(codec, first, keys, values)
+    return keys.to(dtype), values.to(dtype)
 
 
 def attend_labels(q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:

@@ -108,9 +108,20 @@ class TritonHeads:
         )
         launch_pack(pages, codec, page_row, first, key, value, (ks, km, vs, vm), retained, quantized=True)
 
-    def unpack(self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        odd = self._device.is_odd(pages.layout.head_size, pages.layout.group_size)
-        return (reference.unpack_heads if odd else unpack_heads)(pages, codec, page_row, first, count)
+    def unpack(
+        self,
+        pages: PackedPages,
+        codec: HeadCodec,
+        page_row: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        device, layout = self._device, pages.layout
+        if device.is_odd(layout.head_size, layout.group_size):
+            return reference.unpack_heads(pages, codec, page_row, first, count, dtype)
+        rope = device.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
+        return unpack_heads(pages, codec, page_row, first, count, dtype, rope, device.card.interpreted)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         device, card, layout, mean = self._device, self._device.card, pages.layout, codec.has_key_mean
@@ -121,12 +132,12 @@ class TritonHeads:
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
         packed, held = device.partials(q, columns, full, splits)
         if packed.splits:
-            by_column = rows_by_column(layout.tile, layout.groups, has_mean=mean, has_span=has_span(step))
-            prepared = launch_prepare(card, device.scratch, q, codec, layout, columns, by_column=by_column)
-            turn = table = prepared.scales
-            if mean:
+            turn = table = packed.sums  # not read
+            if mean:  # before the launch that the next one overlaps with: tables may have to be made
                 rope = device.rope(codec, form.part, step.page_table.shape[1])
                 turn, table = rope.turn, rope.table
+            by_column = rows_by_column(layout.tile, layout.groups, has_mean=mean, has_span=has_span(step))
+            prepared = launch_prepare(card, device.scratch, q, codec, layout, columns, by_column=by_column)
             launch_packed(card, form, q, prepared, turn, table, pages, codec, full, step, columns, packed, held)
         else:
             launch_slots(card, q, full, step, columns, held)
@@ -164,9 +175,19 @@ class TritonLabels:
         value, vs, vm = quantize_labels(y_values, value_levels, codec.values, labels.value_members, labels.value_sizes)
         launch_pack(pages, codec, page_row, first, key, value, (ks, km, vs, vm), retained, quantized=True)
 
-    def unpack(self, pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        odd = self._device.is_odd(pages.layout.head_size, pages.layout.group_size)
-        return (reference.unpack_labels if odd else unpack_labels)(pages, codec, page_row, first, count)
+    def unpack(
+        self,
+        pages: PackedPages,
+        codec: LabelCodec,
+        page_row: Tensor,
+        first: int,
+        count: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        device, layout = self._device, pages.layout
+        if device.is_odd(layout.head_size, layout.group_size):
+            return reference.unpack_labels(pages, codec, page_row, first, count, dtype)
+        return unpack_labels(pages, codec, page_row, first, count, dtype)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         device, card, layout = self._device, self._device.card, pages.layout

@@ -23,7 +23,7 @@ def add_part(out_ptr, lse_ptr, at, row, inside, d, channels, total, acc):
     return acc + share[:, None] * rows.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def merge_kernel(
     own_ptr, own_lse_ptr, out1_ptr, out2_ptr, out3_ptr, out4_ptr, out5_ptr, out6_ptr, out7_ptr,
     lse1_ptr, lse2_ptr, lse3_ptr, lse4_ptr, lse5_ptr, lse6_ptr, lse7_ptr, merged_ptr, total_ptr,
@@ -78,7 +78,7 @@ def merge_parts(outs: Sequence[Tensor], lses: Sequence[Tensor], dtype: torch.dty
     parts = [outs[0], *others]
     whole = [lse.contiguous() for lse in lses]
     merged = torch.empty(count, heads, size, dtype=dtype, device=outs[0].device)
-    total = torch.empty(count, heads, device=outs[0].device)
+    total = torch.empty(count, heads, dtype=torch.float32, device=outs[0].device)
     spare = [parts[-1]] * (PARTS - len(parts)), [whole[-1]] * (PARTS - len(parts))
     block = 16
     merge_kernel[(triton.cdiv(heads * count, block),)](

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
 # ruff: noqa: N803, N806, RET505
-"""Packed tiles back to numbers in the stored basis: what streaming prefill reads, 32 tokens a program."""
+"""Packed tiles back to keys and values: what streaming prefill reads, 32 tokens a program."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from torch import Tensor
 from skvq.kernels import reference
 from skvq.kernels.interface import HeadCodec, LabelCodec, PackedPages
 from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
+from skvq.kernels.triton_gpu.encode import COLUMNS, precise_dot
 from skvq.kernels.triton_gpu.forms import VARYING
+from skvq.kernels.triton_gpu.lanes import cut
 from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, low_bits, middle, page_strides
+from skvq.kernels.triton_gpu.prepare import near_dot
+from skvq.kernels.triton_gpu.workspace import RopeTables
 
 
 @triton.jit
@@ -49,17 +53,69 @@ def load_meta(meta, label, t, stride_head, G: tl.constexpr, TILE: tl.constexpr):
     return tl.load(meta + (label // G) * stride_head + (label % G) * TILE + t)
 
 
+@triton.jit
+def near_product(a, b, PRECISE: tl.constexpr, WIDE: tl.constexpr):
+    """``a b`` of float32 numbers, as good as float32 or else as a result of 16 bits needs it."""
+    if PRECISE:
+        return precise_dot(a, b, WIDE)
+    else:
+        return near_dot(a, b, 2, WIDE)
+
+
+@triton.jit
+def store_keys(
+    out, x, basis, mean, turn, place, rope_scale, D: tl.constexpr, HAS_MEAN: tl.constexpr, PRECISE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write ``basis^T x + RoPE_t(mean)`` of the rows of x [32, D] to ``out`` [32, 1].
+
+    The angle of a token is that of its tile's first token, at ``turn``, plus that of its place in the tile, at ``place`` [32,
+    1]: cosines, then sines.
+    """
+    H: tl.constexpr = D // 2
+    a, b = cut(x)
+    i = tl.arange(0, H)[:, None]
+    for start in range(0, D, COLUMNS):
+        n = (start + tl.arange(0, COLUMNS))[None, :]
+        y = near_product(a, tl.load(basis + i * D + n), PRECISE, WIDE)
+        y += near_product(b, tl.load(basis + (i + H) * D + n), PRECISE, WIDE)
+        if HAS_MEAN:
+            j = n % H
+            base_cos, base_sin = tl.load(turn + j), tl.load(turn + H + j)
+            cos, sin = tl.load(place + j), tl.load(place + H + j)
+            cos, sin = base_cos * cos - base_sin * sin, base_sin * cos + base_cos * sin
+            other = tl.load(mean + (n + H) % D) * tl.where(n < H, -1.0, 1.0)
+            y += (tl.load(mean + n) * cos + other * sin) * rope_scale
+        tl.store(out + n, y)
+
+
+@triton.jit
+def store_values(out, x, basis, mean, D: tl.constexpr, PRECISE: tl.constexpr, WIDE: tl.constexpr):
+    """Write ``basis x + mean`` of the rows of x [32, D] to ``out`` [32, 1]."""
+    H: tl.constexpr = D // 2
+    a, b = cut(x)
+    i = tl.arange(0, H)[:, None]
+    for start in range(0, D, COLUMNS):
+        n = (start + tl.arange(0, COLUMNS))[None, :]
+        y = near_product(a, tl.load(basis + n * D + i), PRECISE, WIDE)
+        y += near_product(b, tl.load(basis + n * D + i + H), PRECISE, WIDE)
+        tl.store(out + n, y + tl.load(mean + n))
+
+
 @triton.jit(**VARYING)
 def unpack_kernel(
     key_out_ptr, value_out_ptr, key_code_ptr, value_code_ptr, meta_ptr, page_ptr, key_unit_ptr, value_unit_ptr,
-    key_label_ptr, value_label_ptr, first_tile,
+    key_label_ptr, value_label_ptr, query_basis_ptr, output_basis_ptr, key_mean_ptr, value_mean_ptr, turn_ptr, place_ptr,
+    first_tile, rope_scale,
     stride_key_page, stride_key_head, stride_value_page, stride_value_head, stride_meta_page, stride_meta_head,
     D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr,
+    HAS_BASIS: tl.constexpr, HAS_MEAN: tl.constexpr, PRECISE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``mid + scale * (code - (levels - 1) / 2)`` of 32 tokens of one kv head, keys and values, to float32 [T, KH, D].
+    """``x = mid + scale * (code - (levels - 1) / 2)`` of 32 tokens of one kv head, keys and values; with HAS_BASIS taken out of
+    the stored basis. Written in the type of the outputs, [T, KH, D].
 
-    A channel's group is its label, also where groups are contiguous. Every bit equals that of the reference, for scale times
-    code is exact in float32. Reads its share of a tile once, writes 8 bytes a channel and token.
+    A channel's group is its label, also where groups are contiguous. Every bit of x equals that of the reference, for scale
+    times code is exact in float32. Reads its share of a tile once and, with a basis, two [D, D] matrices.
     """
     TILES: tl.constexpr = in_page(TILE)
     tile, share = tl.program_id(0) // (TILE // 32), tl.program_id(0) % (TILE // 32)
@@ -68,7 +124,7 @@ def unpack_kernel(
     place = (first_tile + tile) % TILES
     s = tl.arange(0, 32)[:, None]
     d = tl.arange(0, D)[None, :]
-    out = ((tl.program_id(0) * 32 + s).to(tl.int64) * heads + head) * D + d
+    out = ((tl.program_id(0) * 32 + s).to(tl.int64) * heads + head) * D
     meta = meta_ptr + page * stride_meta_page + place * (G * TILE)
 
     base = key_code_ptr + page * stride_key_page + head * stride_key_head
@@ -77,7 +133,13 @@ def unpack_kernel(
     unit = tl.load(key_unit_ptr + label)
     word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
     code = load_codes(base, share, s, d, D, KEY_BITS, TILE, True).to(tl.float32) - middle(KEY_BITS)
-    tl.store(key_out_ptr + out, e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code)
+    x = e4m3_decode((word >> 8) & 0xFF) * unit + e4m3_decode(word & 0x7F) * unit * code
+    if HAS_BASIS:
+        turn, places = turn_ptr + (first_tile + tile) * D, place_ptr + (share * 32 + s) * D
+        basis, mean = query_basis_ptr + head * D * D, key_mean_ptr + head * D
+        store_keys(key_out_ptr + out, x, basis, mean, turn, places, rope_scale, D, HAS_MEAN, PRECISE, WIDE)
+    else:
+        tl.store(key_out_ptr + out + d, x)
 
     base = value_code_ptr + page * stride_value_page + head * stride_value_head
     base += place * code_bytes(VALUE_BITS, D, TILE)
@@ -85,42 +147,66 @@ def unpack_kernel(
     unit = tl.load(value_unit_ptr + label)
     word = load_meta(meta, label, share * 32 + s, stride_meta_head, G, TILE)
     code = load_codes(base, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32) - middle(VALUE_BITS)
-    tl.store(value_out_ptr + out, e4m3_decode((word >> 24) & 0xFF) * unit + e4m3_decode((word >> 16) & 0xFF) * unit * code)
+    x = e4m3_decode((word >> 24) & 0xFF) * unit + e4m3_decode((word >> 16) & 0xFF) * unit * code
+    if HAS_BASIS:
+        store_values(value_out_ptr + out, x, output_basis_ptr + head * D * D, value_mean_ptr + head * D, D, PRECISE, WIDE)
+    else:
+        tl.store(value_out_ptr + out + d, x)
 
 
-def launch_unpack(
-    pages: PackedPages, codec: HeadCodec | LabelCodec, page_row: Tensor, first: int, count: int,
-    key_label: Tensor, value_label: Tensor,
+def unpack_heads(
+    pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int, dtype: torch.dtype,
+    tables: RopeTables | None, wide: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Keys and values of tokens ``first .. first+count-1``, whole tiles, in the stored basis: new, float32 [T, KH, D].
+    """``PackedKernels.unpack`` in one launch.
 
-    Labels int32 [KH * D]: the group of each channel, counted over all kv heads, as ``LabelCodec`` has them.
+    ``tables`` are those of tiles, None only where the codec has no key mean; ``wide``: WIDE of the kernel.
     """
     layout = pages.layout
-    assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
-    shape = (count, layout.kv_heads, layout.head_size)
-    keys, values = (torch.empty(shape, dtype=torch.float32, device=page_row.device) for _ in range(2))
-    if count:
-        unpack_kernel[(count // 32, layout.kv_heads)](
-            keys, values, pages.key_codes, pages.value_codes, pages.meta, page_row, codec.keys.unit, codec.values.unit,
-            key_label, value_label, first // layout.tile, *page_strides(pages),
-            D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
-            TILE=layout.tile, num_warps=4,
-        )  # fmt: skip
+    keys, values = _outputs(pages, page_row, first, count, dtype)
+    channels = torch.arange(layout.kv_heads * layout.head_size, device=page_row.device)
+    label = torch.div(channels, layout.group_size, rounding_mode="floor").to(torch.int32)
+    turn, places, scale = (tables.turn[6:], tables.places, tables.scale) if tables else (codec.key_mean, codec.key_mean, 1.0)
+    decoding = codec.query_basis, codec.output_basis, codec.key_mean, codec.value_mean, turn, places
+    _launch(
+        pages, codec, page_row, first, keys, values, (label, label), decoding, scale,
+        HAS_BASIS=codec.has_basis, HAS_MEAN=codec.has_key_mean, PRECISE=dtype == torch.float32, WIDE=wide,
+    )  # fmt: skip
     return keys, values
 
 
-def unpack_heads(pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """``Backend.unpack_heads``: keys after RoPE and values, float32 [T, KH, D], new. Bases and means are undone by torch."""
-    layout = pages.layout
-    channels = torch.arange(layout.kv_heads * layout.head_size, device=page_row.device)
-    label = torch.div(channels, layout.group_size, rounding_mode="floor").to(torch.int32)
-    return reference.decode_heads(codec, first, *launch_unpack(pages, codec, page_row, first, count, label, label))
-
-
-def unpack_labels(pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """``Backend.unpack_labels``: keys after RoPE, which torch does, and values, float32 [T, KH, D], new."""
-    key_labels, value_labels = codec.key_labels.to(torch.int32), codec.value_labels.to(torch.int32)
-    keys, values = launch_unpack(pages, codec, page_row, first, count, key_labels, value_labels)
+def unpack_labels(
+    pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``PackedKernels.unpack``; torch does the RoPE of the keys."""
+    keys, values = _outputs(pages, page_row, first, count, torch.float32)
+    labels = codec.key_labels.to(torch.int32), codec.value_labels.to(torch.int32)
+    _launch(
+        pages, codec, page_row, first, keys, values, labels, (keys,) * 6, 1.0,
+        HAS_BASIS=False, HAS_MEAN=False, PRECISE=True, WIDE=False,
+    )  # fmt: skip
     positions = torch.arange(first, first + count, device=keys.device)
-    return reference.rotary(keys, positions, codec.rope), values
+    return reference.rotary(keys, positions, codec.rope).to(dtype), values.to(dtype)
+
+
+def _outputs(pages: PackedPages, page_row: Tensor, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for keys and values of tokens ``first .. first+count-1``, whole tiles, [T, KH, D]."""
+    layout = pages.layout
+    assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
+    shape = (count, layout.kv_heads, layout.head_size)
+    return torch.empty(shape, dtype=dtype, device=page_row.device), torch.empty(shape, dtype=dtype, device=page_row.device)
+
+
+def _launch(
+    pages: PackedPages, codec: HeadCodec | LabelCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor,
+    labels: tuple[Tensor, Tensor], decoding: tuple[Tensor, ...], rope_scale: float, **forms: bool,
+) -> None:  # fmt: skip
+    """``labels`` int32 [KH * D]: the group of each channel, counted over all kv heads, as ``LabelCodec`` has them."""
+    layout = pages.layout
+    if len(keys):
+        unpack_kernel[(len(keys) // 32, layout.kv_heads)](
+            keys, values, pages.key_codes, pages.value_codes, pages.meta, page_row, codec.keys.unit, codec.values.unit,
+            *labels, *decoding, first // layout.tile, rope_scale, *page_strides(pages),
+            D=layout.head_size, KEY_BITS=bits_code(layout.key_bits), VALUE_BITS=bits_code(layout.value_bits), G=layout.groups,
+            TILE=layout.tile, num_warps=4, **forms,
+        )  # fmt: skip
