@@ -10,10 +10,12 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -122,7 +124,7 @@ class FileCheckpoint(Checkpoint):
         self._text = ""
         self._began = time.monotonic()
         self._due = self._began + seconds
-        self._asked = False
+        self._asked: Callable[[], object] | None = None  # what a signal does, once the file is written
 
     def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
         self._text = _digest(ids)
@@ -199,9 +201,10 @@ class FileCheckpoint(Checkpoint):
             if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN)  # not Python's, or to be ignored
         }
 
-        def ask(number: int, frame: object) -> None:
-            self._asked = True
-            signal.signal(number, before[signal.Signals(number)])  # a second one does not wait
+        def ask(number: int, frame: FrameType | None) -> None:
+            handler = before[signal.Signals(number)]
+            signal.signal(number, handler)  # a second one does not wait
+            self._asked = partial(handler, number, frame) if callable(handler) else _interrupt
 
         for number in before:
             signal.signal(number, ask)
@@ -210,8 +213,7 @@ class FileCheckpoint(Checkpoint):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._asked:  # too late for a point: the older file, if any, stays
-            raise KeyboardInterrupt
+            self._answer()  # too late for a point: the older file, if any, stays
 
     def done(self) -> None:
         try:
@@ -220,7 +222,13 @@ class FileCheckpoint(Checkpoint):
             self.report.message(f"all has been read, but checkpoint {self.path} cannot be removed: {error.strerror}")
 
     def _is_due(self) -> bool:
-        return self._asked or time.monotonic() >= self._due
+        return self._asked is not None or time.monotonic() >= self._due
+
+    def _answer(self) -> None:
+        """Do what a signal asked for while it had to wait: what it did before the prefill began, or KeyboardInterrupt."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked()
 
     def _open(self, sequence: SequenceCache, mode: str) -> Container:
         file = open_container(self.path, KIND)
@@ -241,15 +249,19 @@ class FileCheckpoint(Checkpoint):
         try:
             write_container(self.path, KIND, {**header_of(sequence), **own, **more}, entries)
         except SkvqError as error:  # a full disk is no reason to lose what has been read
-            if self._asked:
+            if self._asked is not None:
+                self._asked = None  # the error ends it
                 raise
             self.report.message(f"{error}; reading goes on")
         end = time.monotonic()
         self._due = end + (max(self.seconds, WRITING_SHARE * (end - start)) if self.seconds else 0)
-        if self._asked:
-            self._asked = False
+        if self._asked is not None:
             self.report.message(f"what has been read so far is saved in {self.path}: run the same command to resume")
-            raise KeyboardInterrupt
+            self._answer()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _by_head(name: str, tensor: Tensor, tokens: int) -> Entry:

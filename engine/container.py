@@ -110,8 +110,12 @@ def _checksum(data: memoryview) -> bytes:
         with data[start : start + BLOCK] as block:
             return hashlib.blake2b(block, digest_size=CHECKSUM_BYTES).digest()
 
-    with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(digest, range(0, len(data), BLOCK)))
+    starts = range(0, len(data), BLOCK)
+    try:
+        with ThreadPoolExecutor() as pool:
+            parts = list(pool.map(digest, starts))
+    except RuntimeError:  # the interpreter is ending, and starts no more threads
+        parts = list(map(digest, starts))
     return hashlib.blake2b(b"".join(parts), digest_size=CHECKSUM_BYTES).digest()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -68,16 +69,18 @@ class EagerStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CapturedFor:
-    """A graph and what it is good for: steps over these tensors, so long, read by these methods."""
+    """A graph and what it is good for: steps over these tensors, so long, read by these methods, on so many threads."""
 
     batch: DecodeBatch
     bound: int
     methods: list[CacheMethod]
+    threads: int
     captured: Captured
 
     def serves(self, batch: DecodeBatch, bound: int) -> bool:
         """Whether the step that ``batch`` has begun is one of those."""
-        return batch is self.batch and bound == self.bound and all(map(is_, self.methods, batch.methods))
+        same = batch is self.batch and bound == self.bound and self.threads == torch.get_num_threads()
+        return same and all(map(is_, self.methods, batch.methods))
 
 
 MOST_GRAPHS = 8
@@ -103,7 +106,7 @@ class GraphStep:
                 self._held[-1].captured.replay()
             else:
                 captured = self.graphs.capture(lambda: self.model.head(last_hidden(self.model, self.rope, batch, bound)))
-                self._held.append(CapturedFor(batch, bound, batch.methods, captured))
+                self._held.append(CapturedFor(batch, bound, batch.methods, torch.get_num_threads(), captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
 
     def _recall(self, batch: DecodeBatch, bound: int) -> bool:

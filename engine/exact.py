@@ -44,7 +44,7 @@ def exact_prefill(
     state = new_state(model, len(ids), form, sequence.setup.max_context)
     reader = (AllHeads if form.head_groups == 1 else HeadGroups)(model, rope, sequence, tokens, state)
     pieces = chunks(len(ids))
-    with checkpoint.watch(), all_or_nothing(sequence):
+    with all_or_nothing(sequence), checkpoint.watch():
         for start, stop in pieces:
             state.hidden[start:stop] = model.embed(tokens[start:stop])
         checkpoint.resume_exact(sequence, ids, state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
@@ -12,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from tqdm import tqdm
 
 from skvq.engine.pace import Pace
+from skvq.kernels.notices import stderr
 
 
 class Bar(Protocol):
@@ -64,17 +64,21 @@ class _Nothing:
 
 
 class StderrReporter:
-    """Lines and bars on stderr; a bar appears once its work has taken half a second."""
+    """Lines and bars on stderr, if there is one; a bar appears once its work has taken half a second."""
 
     def message(self, text: str) -> None:
-        tqdm.write(f"skvq: {text}", file=sys.stderr)
+        if (stream := stderr()) is not None:
+            tqdm.write(f"skvq: {text}", file=stream)
 
     @contextmanager
     def bar(self, label: str, *total: float) -> Iterator[Bar]:
+        if (stream := stderr()) is None:
+            yield _Nothing()
+            return
         form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go"
-        every = 0.1 if sys.stderr.isatty() else LOGGED
+        every = 0.1 if getattr(stream, "isatty", bool)() else LOGGED
         with tqdm(
-            total=1.0, desc=label, bar_format=form, smoothing=0, delay=0.5, mininterval=every, file=sys.stderr, leave=False
+            total=1.0, desc=label, bar_format=form, smoothing=0, delay=0.5, mininterval=every, file=stream, leave=False
         ) as bar:
             yield _Tqdm(bar, Pace(total))
 

@@ -53,5 +53,5 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if asked:
-        before(*asked[0])
+        if asked:  # also after an error
+            before(*asked[0])

@@ -9,10 +9,11 @@ cuDNN makes a plan for every shape and stride, in tenths of a second, and torch 
 from __future__ import annotations
 
 import functools
-import sys
 
 import torch
 from torch import Tensor
+
+from skvq.kernels.notices import notice
 
 BLOCK_TOKENS = 1024
 """Fewest keys in a call: the chunk of prefill, so that what lies before one is blocks and nothing else."""
@@ -90,7 +91,7 @@ class CudnnAttention:
         self.trusted = False
         dtype, (heads, count, size) = str(q.dtype).removeprefix("torch."), q.shape
         shape = f"{dtype}, {heads} heads of {size}, {count} queries, {k.shape[1]} keys"
-        print(f"skvq: cuDNN's attention ({shape}) {what}; prefill continues with flash attention", file=sys.stderr)
+        notice(f"cuDNN's attention ({shape}) {what}; prefill continues with flash attention")
 
 
 @functools.cache

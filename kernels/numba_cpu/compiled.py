@@ -20,6 +20,8 @@ from typing import Any
 
 from numba import cfunc, types
 
+from skvq.kernels.notices import notice
+
 Build = Callable[[int], Callable[[int], None]]
 NOTICE_SECONDS = 2.0
 """Loading from numba's cache is faster than this: after so long a kernel is being compiled, and a message says so."""
@@ -117,6 +119,6 @@ class Kernels:
         if not self._announced:
             self._announced = True
             told = "compiling the CPU kernels that are new to this installation (a minute in all)"
-            print(f"skvq: {told}", file=sys.stderr, flush=True)
+            notice(told)
         if soon is not None and soon not in self._compiled and soon not in self._elsewhere:
             self._elsewhere[soon] = compile_elsewhere(soon)

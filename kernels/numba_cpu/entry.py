@@ -5,15 +5,24 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
+from threading import Lock
 
 from skvq.kernels.numba_cpu.compiled import Build, Function, Kernels
 from skvq.kernels.numba_cpu.launch import Team
 
 
-@functools.cache
 def process_kernels() -> tuple[Kernels, Team]:
     """Compiled entry points, and threads to run them on, of this process."""
+    with _MAKING:
+        return _made()
+
+
+@functools.cache
+def _made() -> tuple[Kernels, Team]:
     return Kernels(), Team()
+
+
+_MAKING = Lock()  # threads that load engines at once would each compile everything
 
 
 class Entry:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from skvq.kernels.graphs import Captured
+from skvq.kernels.numba_cpu.launch import here
 from skvq.kernels.numba_cpu.tape import Tape
 
 
@@ -14,8 +15,12 @@ class Tapes:
     """``kernels.graphs.Graphs`` of the CPU. Recording costs about a step, so work is divided for the lengths there are."""
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
-        with Tape() as tape:
-            result = work()
+        tape = Tape()
+        try:
+            with tape:
+                result = work()
+        finally:
+            here.tape = None  # also if it was interrupted on its way in
         return Captured(tape.play, result)
 
     def bound(self, packed: int) -> int:

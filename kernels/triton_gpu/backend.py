@@ -6,14 +6,13 @@ with a codec or a shape, when tables are made.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedKernels, PackedPages, PlainPages, Step
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS
+from skvq.kernels.notices import notice
 from skvq.kernels.ops import Unfused
 from skvq.kernels.triton_gpu.card import Card, Tuning
 from skvq.kernels.triton_gpu.combine import launch_combine
@@ -75,7 +74,7 @@ class Device:
         """Say why something is slower than it could be, once."""
         if what not in self._told:
             self._told.add(what)
-            print(f"skvq: {what}", file=sys.stderr)
+            notice(what)
 
 
 class TritonHeads:
