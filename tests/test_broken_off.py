@@ -17,6 +17,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
 from skvq.engine.methods import CacheMethod
+from skvq.engine.rollback import uninterrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RULES = (AttentionSinks(3), KeyOutliers(threshold=3.0), HeavyHitters(threshold=2.0))
@@ -118,6 +119,17 @@ def test_a_step_of_several_is_one(engine: Engine, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(*(engine.decode_step(group, [7, 8]) for group in (ours, twins)))
     assert all(same(state(a), state(b)) for a, b in zip(ours, twins, strict=True))
     free(*ours, *twins)
+
+
+def test_ctrl_c_is_not_lost_beside_an_error() -> None:
+    @uninterrupted()
+    def failing() -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        failing()
+    assert isinstance(caught.value.__context__, ValueError)
 
 
 @pytest.mark.parametrize("what", ["take_back", "fork", "free", "new_sequence"])

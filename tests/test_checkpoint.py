@@ -16,6 +16,7 @@ from loader_fixtures import refused
 from tiny import Listener, arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import prefill as prefill_module
+from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import FileCheckpoint
 from skvq.engine.container import read_header
 from skvq.engine.errors import CapacityError, SessionError, SkvqError
@@ -220,6 +221,46 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it(folder: Path) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("at", [27, 40])
+def test_the_hosts_own_handler_is_called_once_the_file_is_written(folder: Path, at: int) -> None:
+    """Reading goes on if it only takes note, also after the last chunk of the last layer."""
+    engine, got = tiny_engine(folder, MASS, max_context=3000), list[bool]()
+    layer, calls = engine.parts.model.layer, list[int]()
+
+    def asked(*args: Any) -> torch.Tensor:
+        calls.append(args[0])
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return layer(*args)
+
+    engine.parts.model.layer = asked  # type: ignore[method-assign]
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append((folder / "ck").exists()))
+    try:
+        with reading(engine, folder / "ck", 60) as sequence:
+            assert sequence.length == 2000 and got == [True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (folder / "ck").exists()
+
+
+@pytest.mark.parametrize("file", [None, "ck"])
+def test_ctrl_c_at_the_very_end_of_an_exact_read_leaves_it_empty(
+    folder: Path, file: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(folder, MASS, max_context=3000)
+    commit = SequenceCache.commit
+
+    def last(sequence: SequenceCache, ids: Any) -> None:
+        commit(sequence, ids)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(SequenceCache, "commit", last)
+    with engine.new_sequence() as sequence:
+        with pytest.raises(KeyboardInterrupt):
+            engine.read(sequence, random_ids(300), checkpoint=None if file is None else folder / file)
+        assert (sequence.length, sequence.packed, sequence.token_ids) == (0, 0, [])
 
 
 def test_another_text_model_or_option_is_refused(folder: Path, tmp_path: Path) -> None:

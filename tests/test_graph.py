@@ -257,6 +257,20 @@ def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) ->
 
 
 @torch.no_grad()
+def test_other_threads_are_another_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are divided among the threads there are when they are recorded."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=600, backend="numba")
+    assert isinstance(engine.step, GraphStep)
+    sequences = start(engine, 1)
+    engine.decode_step(sequences, [1])
+    known = len(engine.step._held)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for _ in range(2):
+        engine.decode_step(sequences, [1])
+        assert len(engine.step._held) == known + 1
+
+
+@torch.no_grad()
 def test_a_graph_holds_no_sequence(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, Tapes(512))

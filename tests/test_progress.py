@@ -3,6 +3,7 @@ though attention is faster or slower than its multiply-adds say. Time is what a 
 
 from __future__ import annotations
 
+from io import StringIO
 from itertools import accumulate
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from skvq.engine.pace import Pace
 from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
 from skvq.engine.report import StderrReporter
+from skvq.kernels.notices import notice
 
 LAYERS = 8
 SHAPE = tiny_config(
@@ -90,3 +92,30 @@ def test_work_of_one_kind_is_as_long_as_it_is_large() -> None:
 
 def test_before_anything_is_done_nothing_is() -> None:
     assert Pace([10.0, 20.0]).share(0.0) == 0.0
+
+
+class Plain:
+    """A stream of a program that has its stderr elsewhere: it can be written to, no more."""
+
+    def __init__(self) -> None:
+        self.written = ""
+
+    def write(self, text: str) -> None:
+        self.written += text
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", ["none", "plain", "closed"])
+def test_any_stderr_or_none(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    closed = StringIO()
+    closed.close()
+    stream = {"none": None, "plain": Plain(), "closed": closed}[kind]
+    monkeypatch.setattr("sys.stderr", stream)
+    report = StderrReporter()
+    report.message("one")
+    with report.bar("work", 2.0) as bar:
+        bar.advance(1.0)
+    notice("two")
+    assert not capsys.readouterr().out
+    assert not isinstance(stream, Plain) or ("skvq: one" in stream.written and "skvq: two" in stream.written)

@@ -356,3 +356,20 @@ def test_run_removes_its_checkpoint_when_the_prompt_is_read(folder: Path, tmp_pa
     result = run(folder, "-p", "once upon a time", "-n", 2, "--checkpoint", checkpoint)
     assert result.exit_code == 2
     assert "not an skvq checkpoint" in result.stderr
+
+
+def test_it_is_saved_while_the_interpreter_ends(folder: Path, tmp_path: Path) -> None:
+    """From then on no thread is started."""
+    code = f"""
+import atexit, sys
+from pathlib import Path
+from tiny import *
+engine = tiny_engine(Path({str(folder)!r}), tiny_cache())
+sequence = engine.prefill(random_ids(300))
+@atexit.register
+def late():
+    sequence.save({str(tmp_path / "late")!r})
+    print(engine.restore({str(tmp_path / "late")!r}).length)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("300\n", 0), done.stderr
