@@ -47,6 +47,8 @@ CASES: list[dict[str, Any]] = [
     {"method": "plain", "key_bits": 2.0, "value_bits": 1.5, "context": 131072, "prefill": "exact"},
     {"method": "rotate", "context": 65536, "prefill": "exact"},
     {"method": "rotate", "context": 8192, "prefill": "exact", "shape": HEAVY},
+    {"method": "plain", "context": 40960, "prefill": "streaming", "window": 30000},
+    {"method": "plain", "context": 40960, "prefill": "exact", "window": 6000, "heavy_hitters": True},
 ]
 
 
@@ -58,7 +60,7 @@ def memory(field: str) -> int:
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One case, in this process."""
-    from skvq import CacheConfig, Engine
+    from skvq import AttentionSinks, CacheConfig, Engine, HeavyHitters
     from skvq.engine import loading
     from skvq.engine.config import ModelConfig
     from skvq.engine.planner import Plan
@@ -70,14 +72,16 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         family="mistral", head_size=64, trained_context=2**18, attention_spans=(256,) * shape["num_layers"], **shape
     )
     (folder / "config.json").write_text(json.dumps(config_to_json(config)))
-    cache = CacheConfig(**{name: case[name] for name in ("method", "key_bits", "value_bits") if name in case})
+    rules = (AttentionSinks(5), HeavyHitters()) if "heavy_hitters" in case else (AttentionSinks(5),)
+    options = {name: case[name] for name in ("method", "key_bits", "value_bits", "window") if name in case}
+    cache = CacheConfig(filters=rules, **options)
 
     if "memory" in case:
         loading.available_memory = lambda device: case["memory"] * 2**20
 
     def whole(context: int) -> Plan:
-        options: dict[str, Any] = {"max_context": context, "max_sequences": 1, "cache": cache, "prefill": case["prefill"]}
-        engine = Engine.load(folder, device="cpu", dummy_weights=True, report=Quiet(), **options)
+        chosen: dict[str, Any] = {"max_context": context, "max_sequences": 1, "cache": cache, "prefill": case["prefill"]}
+        engine = Engine.load(folder, device="cpu", dummy_weights=True, report=Quiet(), **chosen)
         ids = torch.randint(256, (context - 2,), generator=torch.Generator().manual_seed(0)).tolist()
         sequence = engine.prefill(ids)
         for _ in range(2):

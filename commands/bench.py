@@ -107,7 +107,7 @@ def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tupl
 @bench.command("decode", cls=OneLineCommand)
 @bench_options
 @click.option("--attention-only", is_flag=True, help="Measure only attention over the cache, without weights or a whole step.")
-@click.option("--layers", type=click.IntRange(min=1), help="With --attention-only: layers to fill; default: the model's.")
+@click.option("--layers", type=click.IntRange(1, 1024), help="With --attention-only: layers to fill; default: the model's.")
 def decode_command(**options: Any) -> None:
     """Time a decode step, and its attention, at each context length."""
     from skvq.engine.report import StderrReporter
@@ -153,7 +153,7 @@ def prefill_command(**options: Any) -> None:
 @click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file; only its config is read.")
 @ctxs_option
 @click.option("--depths", callback=numbers_of, default="0,25,50,75,100", show_default=True, help="Per cent of the context.")
-@click.option("--layers", type=click.IntRange(min=1), help="Layers to fill; default: the model's.")
+@click.option("--layers", type=click.IntRange(1, 1024), help="Layers to fill; default: the model's.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @machine_options
 @download_option

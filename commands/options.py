@@ -102,7 +102,7 @@ machine_options = stack(
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16, bfloat16."),
     click.option(
         "--threads",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, 4096),
         callback=use_threads,
         expose_value=False,
         help="CPU threads; use fewer than the core count on a busy machine. Default: torch's.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,7 @@ def require_consistent(options: dict[str, Any]) -> None:
         raise OptionError("--system goes with --chat: without it the model reads the text as it is")
     if options["interactive"] and options["as_json"]:
         raise OptionError("--json prints one answer, --interactive asks for more: give one or the other")
-    if options["session"] is not None and options["session"] == options["checkpoint"]:
+    if None not in (files := (options["session"], options["checkpoint"])) and realpath(files[0]) == realpath(files[1]):
         raise OptionError("--session and --checkpoint are two files: give each a name of its own")
     if options["interactive"] and "-" in options["files"]:
         raise OptionError("--interactive reads questions from standard input, so -f - cannot: give the text in a file")

@@ -12,8 +12,8 @@ from skvq.calibrate.corpus import BUILT_IN, built_in_corpus
 from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.run import calibrate, rehearse, texts_of
 from skvq.engine.codecs import check_tensors
-from skvq.engine.config import CacheConfig
-from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import CalibrationError, OptionError, SkvqError
 from skvq.engine.identity import rope_digest
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.report import Reporter
@@ -97,16 +97,22 @@ def header_for(cache: CacheConfig, fingerprint: str, corpus: str, tokens: int, s
     )
 
 
-def with_chosen_bits(cache: CacheConfig, path: Path, **wanted: object) -> CacheConfig:
+def with_chosen_bits(cache: CacheConfig, path: Path, model: ModelConfig, **wanted: object) -> CacheConfig:
     """The cache with the bits of each layer that the artifact at ``path`` chose, if they are open.
 
-    Raises CalibrationError unless the artifact's header has this budget and what is ``wanted``.
+    Raises CalibrationError unless the artifact's header has this method and budget and what is ``wanted``, and its bits are
+    those of as many layers and heads as the model has.
     """
     if not cache.is_open:
         return cache
     header = load_header(path)
-    require(header, str(path), **wanted, bits_budget=cache.bits_budget)
-    return replace(cache, layer_bits=header.layer_bits)
+    require(header, str(path), **wanted, method=cache.method, bits_budget=cache.bits_budget)
+    chosen = replace(cache, layer_bits=header.layer_bits)
+    try:
+        chosen.fitted(model)
+    except OptionError as error:
+        raise CalibrationError(f"calibration {path} is not for this model: {error}") from error
+    return chosen
 
 
 def require_made_for(path: Path, header: ArtifactHeader, cache: CacheConfig, fingerprint: str) -> None:

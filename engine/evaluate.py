@@ -15,10 +15,11 @@ from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.mass import add_mass
 from skvq.engine.model import LayerCache, Model
 from skvq.engine.rope import StepRope, at_positions
 from skvq.engine.sizes import bits_per_element
-from skvq.engine.steps import DenseLayer, add_mass
+from skvq.engine.steps import DenseLayer
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.reference import masked_attention, merge

@@ -20,7 +20,7 @@ from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.config import ModelConfig
 from skvq.engine.model import Model
 from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
-from skvq.engine.prefill_form import PIECE_TOKENS, PrefillForm
+from skvq.engine.prefill_form import KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import StepRope, at_positions
@@ -99,10 +99,6 @@ def work_left(config: ModelConfig, form: PrefillForm, state: ExactState, reader:
     group = sum(each, NO_WORK)
     layers = (config.num_layers - state.layer) * (form.head_groups * group + reader.last_work())
     return layers - state.group * group - sum(each[: state.chunk], NO_WORK)
-
-
-KEPT_ROPE_TOKENS = 1 << 15
-"""First tokens of a prompt whose RoPE is kept for all layers: 16 MB of it where heads have 128 channels."""
 
 
 class AllHeads:

@@ -89,7 +89,7 @@ def load_parts(
     source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     if calibration is not None:
-        cache = with_chosen_bits(cache, calibration, fingerprint=source.fingerprint)
+        cache = with_chosen_bits(cache, calibration, config, fingerprint=source.fingerprint)
     cache = cache.fitted(config)
     if calibration is not None:
         if not cache.is_packed:

@@ -75,7 +75,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     with own_settings(device):
         size = 1 << (28 if device.type == "cuda" else 25)
         a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-        side = 8192 if device.type == "cuda" else 1024
+        side = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # a CPU takes its time for 16 bits
         m = torch.randn(side, side, dtype=dtype, device=device)
         copy_seconds = min(timed(lambda: b.copy_(a), device, 5))
         matrix_seconds = min(timed(lambda: m @ m, device, 5))
@@ -189,7 +189,7 @@ def plan_report(
         context = config.trained_context
     if context >= 2**31:
         raise OptionError(f"a context has at most {2**31 - 1:,} tokens, got {context:,}")
-    cache = (cache if calibration is None else with_chosen_bits(cache, calibration)).fitted(config)
+    cache = (cache if calibration is None else with_chosen_bits(cache, calibration, config)).fitted(config)
     card = _card(device, dtype)
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))

@@ -9,8 +9,9 @@ import torch
 from skvq.engine.arena import ArenaShape
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.mass import mass_bytes
 from skvq.engine.options import is_whole
-from skvq.engine.prefill_form import CHUNK_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form
+from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form
 from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, fullest_choices, gib
 from skvq.kernels.layout import PAGE_TOKENS
 
@@ -105,7 +106,7 @@ class Planner:
             "cache: window and retained": shape.nbytes - packed,
             "calibration": calibration_bytes(cache, model, on_gpu=room.cuda_bytes > 0),
         }
-        workspace = self._workspace(context)
+        workspace = self._workspace(context, shape)
         left = room.memory - sum(held.values()) - workspace
         form = cheapest_form(model, self.prefill, context, size, device_room=left, host_room=room.host_memory)
         reading = form.device_parts(model, context, size)
@@ -117,7 +118,7 @@ class Planner:
             host_memory=room.host_memory,
             form=form,
             form_bytes=sum(reading.values()),
-            bits_per_element=bits_per_element(cache, model),
+            bits_per_element=max(bits_per_element(choice, model) for choice, _ in shapes),
         )
 
     def largest_context(self, limit: int = 2**27) -> int:
@@ -150,20 +151,29 @@ class Planner:
             return f"the largest context that fits is {most:,}"
         if self.sequences > 1 and (most := replace(self, sequences=1).largest_context()):
             return f"one sequence alone, of up to {most:,} tokens, would fit"
-        return "not even the weights fit: use a smaller model"
+        alone = self.room.weight_bytes + self.room.cuda_bytes > self.room.memory
+        return f"not even {'the weights fit' if alone else 'a short context fits beside the weights'}: use a smaller model"
 
     def _arena(self, cache: CacheConfig, context: int) -> ArenaShape:
         return arena_shape(self.model, cache, max_context=context, max_sequences=self.sequences, dtype=self.dtype)
 
-    def _workspace(self, context: int) -> int:
-        """What a chunk's layer computes, what packing converts, and logits.
+    def _workspace(self, context: int, shape: ArenaShape) -> int:
+        """What a chunk's layer computes, what packing converts, logits, and what a long window adds.
 
         Packing takes a piece of keys and values: on a GPU in float32, with their codes and one side's slopes; on a CPU in 16
-        bits, and a stretch of it in float32.
+        bits, and a stretch of it in float32. Of a sequence's window a step keeps a copy in host memory; streaming puts a
+        layer's before a chunk, in the compute dtype.
         """
         model, chunk = self.model, min(CHUNK_TOKENS, context)
         width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
         kv, piece = model.num_kv_heads * model.head_size, min(context, PIECE_TOKENS)
         on_gpu, on_cpu = kv * piece * (2 * 4 + 2 + 4), 2 * kv * (2 * piece + 8 * PAGE_TOKENS)
         packing = on_gpu if self.room.cuda_bytes else on_cpu
-        return chunk * width * max(self.dtype.itemsize, 4) + packing + 6 * model.vocab_size * 4
+        window = 0 if self.room.cuda_bytes else shape.slot_bytes * shape.full_slots
+        if self.prefill == "exact":
+            window += min(context, KEPT_ROPE_TOKENS) * model.head_size * 4
+        else:
+            window += 2 * kv * (min(context, shape.full_slots) + chunk) * (2 + self.dtype.itemsize)
+        if any(rule.needs_attention_mass for rule in self.cache.rules):
+            window += mass_bytes(model.num_heads // model.num_kv_heads, self.cache.window, model.head_size)
+        return chunk * width * max(self.dtype.itemsize, 4) + packing + 6 * model.vocab_size * 4 + window

@@ -19,6 +19,9 @@ PIECE_TOKENS = 8 * PAGE_TOKENS
 CHUNK_TOKENS = 1024
 """Tokens that go through a layer's projections and MLP at once in prefill."""
 
+KEPT_ROPE_TOKENS = 1 << 15
+"""First tokens of a prompt whose RoPE exact prefill keeps for all layers: 16 MB of it where heads have 128 channels."""
+
 SEGMENT_TOKENS = 8192
 """Packed tokens whose keys and values streaming prefill unpacks at once, to float32 whatever the compute dtype."""
 

@@ -10,7 +10,6 @@ Each class here is a ``model.LayerCache`` and differs in what attention sees and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, compress
@@ -23,6 +22,7 @@ from skvq.engine.absorb import absorb, pack_window
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import FULL_SPAN
+from skvq.engine.mass import add_mass
 from skvq.engine.methods import Attends, CacheMethod, RowByRow
 from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing, uninterrupted
@@ -244,22 +244,3 @@ class DecodeLayer:
             seen = mass[sequence.slot, slots]
             add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window)
             self.batch.mass[row].append(((self.layer, sequence.slot, slots), seen))
-
-
-def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int) -> None:
-    """Add to ``mass`` [T] the attention that tokens get from those of the last N queries that follow them within ``window``.
-
-    q [N, H, D] (the last N of the T tokens), lse [N, H] over all they see, keys [KH, T, D]; all after RoPE.
-    """
-    count, heads, size = q.shape
-    kv_heads, tokens, _ = keys.shape
-    for start in range(0, count, 256):
-        stop = min(start + 256, count)
-        last = tokens - count + stop
-        first = max(0, last - (stop - start) - window)
-        block = q[start:stop].float().view(stop - start, kv_heads, heads // kv_heads, size)
-        score = torch.einsum("nhrd,htd->hrnt", block, keys[:, first:last].float()) / math.sqrt(size)
-        weight = torch.exp(score - lse[start:stop].view(stop - start, kv_heads, -1).permute(1, 2, 0)[..., None])
-        t = torch.arange(last - (stop - start), last, device=q.device)[:, None]
-        behind = t - torch.arange(first, last, device=q.device)[None]
-        mass[first:last] += (weight * ((behind > 0) & (behind <= window))).sum((0, 1, 2))

@@ -75,9 +75,12 @@ class StoredForm:
         total = 0
         for name, shape in expected_shapes(source.config).items():
             kind, nbytes = source.stored(name)
-            half = kind in HALVES and shape[-1] % STEP == 0
-            kept = len(shape) == 2 and (half or BlockMatrix.takes(kind))
-            total += nbytes if kept else prod(shape) * torch.float32.itemsize
+            if BlockMatrix.takes(kind) and len(shape) == 2:
+                total += BlockMatrix.bytes_of(kind, *shape)
+            elif kind in HALVES and len(shape) == 2 and shape[-1] % STEP == 0:
+                total += nbytes
+            else:
+                total += prod(shape) * torch.float32.itemsize
         return total
 
     def storage(self, reader: WeightReader, report: Reporter) -> Storage:

@@ -77,11 +77,16 @@ def bare_setup(
     )
 
 
+def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for any whole number."""
+    return torch.Generator(device).manual_seed(seed % 2**64)
+
+
 def made_up_calibration(config: ModelConfig, cache: CacheConfig, seed: int = 0) -> Mapping[str, Tensor]:
     """A valid calibration for normal numbers: random orthogonal bases and small means for ``rotate``, labels in order."""
     if not cache.is_packed:
         return {}
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     shapes = tensor_shapes(cache, config)
     tensors = {name: torch.ones(shape, dtype=torch.float32) for name, shape in shapes.items()}
     for side in SIDES:
@@ -134,8 +139,8 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
     last = sequence.length + count
     sequence.require(count)
     sequence.filled = True
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.Generator(device).manual_seed(seed + 1)  # where they are packed: a host draws a hundredth as fast as a card
+    generator = seeded(seed)
+    numbers = seeded(seed + 1, device)  # where they are packed: a host draws a hundredth as fast as a card
     size = (min(count, PIECE_TOKENS), shape.kv_heads, shape.head_size)
     with report.bar(f"filling {count:,} random tokens", count) as bar:
         for start in range(sequence.length, last, PIECE_TOKENS):
@@ -167,7 +172,7 @@ def fill_fast(sequence: SequenceCache, count: int, *, seed: int, vocab: int, rep
     fill(sequence, lead + regions.ring, seed=seed, vocab=vocab, report=report)
     sequence.truncate(lead)  # to whole pages: nothing is left in the window
     middle = (count - tail) // PAGE_TOKENS * PAGE_TOKENS
-    ids = torch.randint(vocab, (middle,), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    ids = torch.randint(vocab, (middle,), generator=seeded(seed + 1)).tolist()
     pages = PIECE_TOKENS // PAGE_TOKENS
     _repeat(sequence, pages, pages, ids)
     fill(sequence, count - sequence.length, seed=seed + 2, vocab=vocab, report=report)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
+from skvq.engine import mass
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError, SkvqError
@@ -289,3 +290,19 @@ def test_any_text_is_a_rule_or_refused(text: str) -> None:
         return
     kept = rule.keep(leaving())
     assert kept.dtype == torch.bool and kept.shape == (256,)
+
+
+@pytest.mark.parametrize("count, tokens, window, limit", [(5, 40, 7, 1 << 21), (300, 700, 500, 1 << 21), (300, 700, 500, 2000)])
+def test_attention_mass_is_the_weights_of_those_that_follow(
+    count: int, tokens: int, window: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mass, "MOST_NUMBERS", limit)
+    generator = torch.Generator().manual_seed(0)
+    q, keys = torch.randn(count, 6, 16, generator=generator), torch.randn(2, tokens, 16, generator=generator)
+    score = torch.einsum("nhrd,htd->nhrt", q.view(count, 2, 3, 16).double(), keys.double()).reshape(count, 6, tokens) / 4
+    lse = score.logsumexp(2)
+    t, at = torch.arange(tokens - count, tokens)[:, None], torch.arange(tokens)[None]
+    wanted = ((score - lse[..., None]).exp() * ((at < t) & (t - at <= window))[:, None]).sum((0, 1))
+    found = torch.ones(tokens)
+    mass.add_mass(found, q, lse.float(), keys, window)
+    torch.testing.assert_close(found, 1 + wanted.float(), rtol=1e-5, atol=1e-5)

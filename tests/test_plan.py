@@ -109,6 +109,20 @@ def mistral(**changes: object) -> ModelConfig:
     return tiny_config(**(shape | {"num_kv_heads": 8, "head_size": 128, "trained_context": 32768} | changes))
 
 
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+def test_a_long_window_is_planned_for(prefill: str) -> None:
+    """A step keeps a copy of it; streaming puts a layer's before a chunk; rules that look at attention compute scores of it."""
+    options: dict[str, Any] = {"memory": 2**40, "weight_bytes": 0, "sequences": 1, "dtype": torch.float32, "prefill": prefill}
+    model, context, far = tiny_config(), 50_000, 40_000
+    short, long, looking = (
+        planner_of(model, CacheConfig(group_size=32, window=window, filters=rules), **options).plan(context).parts["workspace"]
+        for window, rules in ((128, ()), (far, ()), (far, (HeavyHitters(budget=9),)))
+    )
+    numbers = 2 * model.num_kv_heads * model.head_size * (far - 128)
+    assert long - short == numbers * (2 * model.num_layers + (6 if prefill == "streaming" else 0))
+    assert looking > long
+
+
 @pytest.mark.parametrize(
     "model, key_bits, value_bits, gigabytes",
     [

@@ -11,6 +11,7 @@ from torch import Tensor
 from skvq.engine.linear import FloatMatrix
 from skvq.engine.storage import WeightReader
 from skvq.engine.stored import StoredStorage
+from skvq.kernels.numba_cpu.block_format import FORMATS
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
 from skvq.loaders.source import QuantizedBlocks
@@ -76,3 +77,9 @@ def test_a_broken_scale_of_eight_blocks_is_refused(kind: str, at: int) -> None:
     data[3, at : at + 2] = torch.tensor([0, 0xFC], dtype=torch.uint8)  # -infinity
     with pytest.raises(Exception, match="NaN or infinite"):
         storage_of(Listener(), a=(kind, data, weight)).linear(["a"], None)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", [7, 16, 33])
+def test_what_a_matrix_takes_is_known_before(kind: str, rows: int) -> None:
+    assert BlockMatrix(blocks_of(kind, rows, 256)[0], kind).data.nbytes == BlockMatrix.bytes_of(kind, rows, 256)

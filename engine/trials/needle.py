@@ -16,6 +16,7 @@ from torch import Tensor
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
+from skvq.engine.stress import seeded
 
 NEEDLE = "The secret number of the harbour master is {answer}."
 QUESTION = "\n\nQuestion: what is the secret number of the harbour master?\nAnswer: The secret number of the harbour master is"
@@ -142,7 +143,7 @@ def needles(
     hay = engine.parts.tokenizer.encode(haystack, bos=False)
     if not hay:
         raise OptionError("the haystack is empty: give a text file with some words in it")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     found = []
     for context in contexts:
         for depth in depths:

@@ -25,7 +25,7 @@ from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
 from skvq.engine.steps import last_token_step
-from skvq.engine.stress import Plant, fill
+from skvq.engine.stress import Plant, fill, seeded
 
 SCORE = 30.0
 LSE_TOLERANCE = 0.1
@@ -65,7 +65,7 @@ def plants_at(depths: Sequence[float], context: int, kv_heads: int, size: int, s
     """A token for each depth in percent, each in a direction of its own."""
     if not all(0 <= d <= 100 for d in depths) or not depths:
         raise OptionError(f"depths are percentages from 0 to 100, got {', '.join(f'{d:g}' for d in depths)}")
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = seeded(seed + 1)
     plants = []
     for depth in depths:
         query, value = (torch.randint(2, (kv_heads, size), generator=generator).float() * 2 - 1 for _ in range(2))

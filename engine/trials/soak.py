@@ -26,7 +26,7 @@ from skvq.engine.errors import CapacityError, SkvqError
 from skvq.engine.filters import AttentionSinks, TokenIds
 from skvq.engine.report import Reporter
 from skvq.engine.session import fill_from, open_session
-from skvq.engine.stress import append, bare_setup
+from skvq.engine.stress import append, bare_setup, seeded
 from skvq.kernels.interface import Backend
 
 CONTEXT = 3000
@@ -115,7 +115,7 @@ class Soak:
     def __init__(self, setup: CacheSetup, seed: int, folder: Path) -> None:
         self.setup, self.folder = setup, folder
         self.random = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = seeded(seed)
         self.live: list[tuple[SequenceCache, Shadow]] = []
         self.saved: dict[Path, Shadow] = {}
         self.count: Counter[str] = Counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS
+from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS, LANES
 from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.ggml_blocks import heads_of
 from skvq.kernels.numba_cpu.launch import workspace
@@ -47,6 +47,16 @@ class BlockMatrix:
         self._fields = (
             counter, members, self.data.data_ptr(), number, rows, self._groups, columns // BLOCK, self.data.stride(0),
         )  # fmt: skip
+
+    @staticmethod
+    def bytes_of(kind: str, rows: int, columns: int) -> int:
+        """What a matrix takes.
+
+        >>> BlockMatrix.bytes_of("Q4_K", 16, 256) * 8 / (16 * 256)
+        4.625
+        """
+        form = FORMATS[kind]
+        return -(-rows // LANES) * (columns // (form.span * BLOCK)) * form.span_bytes
 
     @staticmethod
     def takes(kind: str) -> bool:
