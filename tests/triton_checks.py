@@ -208,7 +208,7 @@ def invariants() -> None:
         meta=case.pages.meta[order],
     )
     table = inverse[step.page_table.long()].to(torch.int32)
-    for buffer in made.device.scratch._held:
+    for buffer in made.shared.scratch._held:
         buffer.fill_(float("nan"))
     again, again_lse = made.heads.attend(case.q, moved, case.heads, case.full, dataclasses.replace(step, page_table=table))
     assert torch.equal(again, out) and torch.equal(again_lse, lse)

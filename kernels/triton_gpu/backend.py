@@ -43,7 +43,7 @@ from skvq.kernels.triton_gpu.unpack import unpack_heads, unpack_labels
 from skvq.kernels.triton_gpu.workspace import Partials, RopeTables, Scratch, Tables
 
 
-class Device:
+class Resources:
     """What launches of all kinds of pages share: the card, scratch memory, tables, and what has been said."""
 
     def __init__(self, device: torch.device, card: Card | None, tuning: Tuning | None) -> None:
@@ -80,19 +80,19 @@ class Device:
 class TritonHeads:
     """``interface.PackedKernels`` of ``HeadCodec``."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, shared: Resources) -> None:
+        self._shared = shared
 
     def pack(
         self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
     ) -> None:
-        device, layout = self._device, pages.layout
-        if device.is_odd(layout.head_size, layout.group_size):
+        shared, layout = self._shared, pages.layout
+        if shared.is_odd(layout.head_size, layout.group_size):
             reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
             return
         if codec.has_basis:
-            rope = device.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
-            y_keys, y_values = encode_heads(codec, first, keys, values, rope, layout.tile, device.card.interpreted)
+            rope = shared.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
+            y_keys, y_values = encode_heads(codec, first, keys, values, rope, layout.tile, shared.card.interpreted)
         else:
             y_keys, y_values = keys.float().contiguous(), values.float().contiguous()
         if not (codec.keys.has_metric or codec.values.has_metric):
@@ -100,7 +100,7 @@ class TritonHeads:
             launch_pack(pages, codec, page_row, first, y_keys, y_values, unread, retained, quantized=False)
             return
         (key, ks, km), (value, vs, vm) = (
-            quantize_lattice(y, LEVELS[bits], side, device.tables.metric(side), device.tuning.lanes)
+            quantize_lattice(y, LEVELS[bits], side, shared.tables.metric(side), shared.tuning.lanes)
             if side.has_metric
             else reference.quantize_heads(y, bits, side)
             for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
@@ -116,27 +116,27 @@ class TritonHeads:
         count: int,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        device, layout = self._device, pages.layout
-        if device.is_odd(layout.head_size, layout.group_size):
+        shared, layout = self._shared, pages.layout
+        if shared.is_odd(layout.head_size, layout.group_size):
             return reference.unpack_heads(pages, codec, page_row, first, count, dtype)
-        rope = device.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
-        return unpack_heads(pages, codec, page_row, first, count, dtype, rope, device.card.interpreted)
+        rope = shared.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
+        return unpack_heads(pages, codec, page_row, first, count, dtype, rope, shared.card.interpreted)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-        device, card, layout, mean = self._device, self._device.card, pages.layout, codec.has_key_mean
-        if device.is_odd(layout.head_size, layout.group_size):
+        shared, card, layout, mean = self._shared, self._shared.card, pages.layout, codec.has_key_mean
+        if shared.is_odd(layout.head_size, layout.group_size):
             return reference.attend_heads(q, pages, codec, full, step)
         columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
-        form = device.tuning.form_of(layout, has_mean=mean, shared_bytes=card.shared_bytes)
+        form = shared.tuning.form_of(layout, has_mean=mean, shared_bytes=card.shared_bytes)
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
-        packed, held = device.partials(q, columns, full, splits)
+        packed, held = shared.partials(q, columns, full, splits)
         if packed.splits:
             turn = table = packed.sums  # not read
             if mean:  # before the launch that the next one overlaps with: tables may have to be made
-                rope = device.rope(codec, form.part, step.page_table.shape[1])
+                rope = shared.rope(codec, form.part, step.page_table.shape[1])
                 turn, table = rope.turn, rope.table
             by_column = rows_by_column(layout.tile, layout.groups, has_mean=mean, has_span=has_span(step))
-            prepared = launch_prepare(card, device.scratch, q, codec, layout, columns, by_column=by_column)
+            prepared = launch_prepare(card, shared.scratch, q, codec, layout, columns, by_column=by_column)
             launch_packed(card, form, q, prepared, turn, table, pages, codec, full, step, columns, packed, held)
         else:
             launch_slots(card, q, full, step, columns, held)
@@ -148,8 +148,8 @@ class TritonHeads:
 class TritonLabels:
     """``interface.PackedKernels`` of ``LabelCodec``."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, shared: Resources) -> None:
+        self._shared = shared
 
     def pack(
         self,
@@ -161,11 +161,11 @@ class TritonLabels:
         values: Tensor,
         retained: Tensor,
     ) -> None:
-        device, layout, count = self._device, pages.layout, len(keys)
-        if device.is_odd(layout.head_size, layout.group_size):
+        shared, layout, count = self._shared, pages.layout, len(keys)
+        if shared.is_odd(layout.head_size, layout.group_size):
             reference.pack_labels(pages, codec, page_row, first, keys, values, retained)
             return
-        labels = device.tables.labels(codec, layout.kv_heads * layout.groups)
+        labels = shared.tables.labels(codec, layout.kv_heads * layout.groups)
         positions = torch.arange(first, first + count, device=keys.device)
         before_rope = reference.rotary(keys, positions, codec.rope, inverse=True)
         y_keys, y_values = (y.reshape(count, -1).contiguous() for y in (before_rope, values.float()))  # [T, KH * D]
@@ -183,25 +183,25 @@ class TritonLabels:
         count: int,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        device, layout = self._device, pages.layout
-        if device.is_odd(layout.head_size, layout.group_size):
+        shared, layout = self._shared, pages.layout
+        if shared.is_odd(layout.head_size, layout.group_size):
             return reference.unpack_labels(pages, codec, page_row, first, count, dtype)
         return unpack_labels(pages, codec, page_row, first, count, dtype)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-        device, card, layout = self._device, self._device.card, pages.layout
-        if device.is_odd(layout.head_size, layout.group_size):
+        shared, card, layout = self._shared, self._shared.card, pages.layout
+        if shared.is_odd(layout.head_size, layout.group_size):
             return reference.attend_labels(q, pages, codec, full, step)
         columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
         form = label_form(layout, shared_bytes=card.shared_bytes, block_bytes=card.block_bytes)
         if form.crowded:
             groups, room = layout.kv_heads * layout.groups, card.block_bytes >> 10
-            device.say_once(f"{groups} groups do not fit in the {room} KB of a block's shared memory; a slower kernel is used")
+            shared.say_once(f"{groups} groups do not fit in the {room} KB of a block's shared memory; a slower kernel is used")
         splits = splits_of(columns, step, layout.tile, card.processors * form.programs)
-        packed, held = device.partials(q, columns, full, splits)
+        packed, held = shared.partials(q, columns, full, splits)
         if packed.splits:
-            labels = device.tables.labels(codec, layout.kv_heads * layout.groups)
-            rope = device.rope(codec, form.places, step.page_table.shape[1])
+            labels = shared.tables.labels(codec, layout.kv_heads * layout.groups)
+            rope = shared.rope(codec, form.places, step.page_table.shape[1])
             if form.blocks:
                 launch_label_blocks(card, form, q, pages, codec, labels, rope, step, columns, packed)
             else:
@@ -217,21 +217,21 @@ class TritonGpu(Unfused):
 
     def __init__(self, device: torch.device, *, card: Card | None = None, tuning: Tuning | None = None) -> None:
         """``card`` and ``tuning``: in place of what the device is and what is best for it; for tests and benchmarks."""
-        self.device = Device(device, card, tuning)
+        self.shared = Resources(device, card, tuning)
         self.ops: Ops = TritonOps()
-        self.heads: PackedKernels[HeadCodec] = TritonHeads(self.device)
-        self.labels: PackedKernels[LabelCodec] = TritonLabels(self.device)
+        self.heads: PackedKernels[HeadCodec] = TritonHeads(self.shared)
+        self.labels: PackedKernels[LabelCodec] = TritonLabels(self.shared)
 
     def captures(self, head_size: int) -> bool:
-        return head_size in HEAD_SIZES and self.device.scratch.device.type == "cuda"
+        return head_size in HEAD_SIZES and self.shared.scratch.device.type == "cuda"
 
     def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
-        device, card, kv_heads, size = self.device, self.device.card, pages.keys.shape[1], pages.keys.shape[3]
-        if device.is_odd(size, 64):
+        shared, card, kv_heads, size = self.shared, self.shared.card, pages.keys.shape[1], pages.keys.shape[3]
+        if shared.is_odd(size, 64):
             return reference.attend_plain(q, pages, full, step)
         columns = Columns.of(q, kv_heads, size, full, step)
         splits = splits_of(columns, step, PAGE_BLOCK, card.processors * PAGE_PROGRAMS)
-        packed, held = device.partials(q, columns, full, splits)
+        packed, held = shared.partials(q, columns, full, splits)
         if packed.splits:
             launch_plain(card, q, pages, step, columns, packed)
         launch_slots(card, q, full, step, columns, held)
