@@ -59,9 +59,8 @@ def search_lattice_clip(x: Tensor, side: HeadSide, store: Callable[[Tensor, Head
     """
     x = x[:: max(1, len(x) // LATTICE_SAMPLE)]
     heads, count = x.shape[1], len(LATTICE_GRID)
-    grid = torch.tensor(LATTICE_GRID, dtype=torch.float32, device=x.device).repeat_interleave(
-        heads
-    )  # all factors at once, each as heads of its own
+    # all factors at once, each as heads of its own
+    grid = torch.tensor(LATTICE_GRID, dtype=torch.float32, device=x.device).repeat_interleave(heads)
     tried = HeadSide(
         unit=side.unit.repeat(count, 1),
         clip=grid[:, None].expand(-1, side.unit.shape[1]).contiguous(),

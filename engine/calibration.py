@@ -107,7 +107,7 @@ def with_chosen_bits(cache: CacheConfig, path: Path, model: ModelConfig, **wante
         return cache
     header = load_header(path)
     require(header, str(path), **wanted, method=cache.method, bits_budget=cache.bits_budget)
-    chosen = replace(cache, layer_bits=header.layer_bits)
+    chosen = replace(cache.fitted(model), layer_bits=header.layer_bits)
     try:
         chosen.fitted(model)
     except OptionError as error:

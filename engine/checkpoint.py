@@ -124,7 +124,7 @@ class FileCheckpoint(Checkpoint):
         self._text = ""
         self._began = time.monotonic()
         self._due = self._began + seconds
-        self._asked: Callable[[], object] | None = None  # what a signal does, once the file is written
+        self._asked: list[Callable[[], object]] = []  # what signals do, once the file is written
 
     def resume_exact(self, sequence: SequenceCache, ids: Sequence[int], state: ExactState) -> None:
         self._text = _digest(ids)
@@ -204,7 +204,7 @@ class FileCheckpoint(Checkpoint):
         def ask(number: int, frame: FrameType | None) -> None:
             handler = before[signal.Signals(number)]
             signal.signal(number, handler)  # a second one does not wait
-            self._asked = partial(handler, number, frame) if callable(handler) else _interrupt
+            self._asked.append(partial(handler, number, frame) if callable(handler) else _interrupt)
 
         for number in before:
             signal.signal(number, ask)
@@ -222,13 +222,12 @@ class FileCheckpoint(Checkpoint):
             self.report.message(f"all has been read, but checkpoint {self.path} cannot be removed: {error.strerror}")
 
     def _is_due(self) -> bool:
-        return self._asked is not None or time.monotonic() >= self._due
+        return bool(self._asked) or time.monotonic() >= self._due
 
     def _answer(self) -> None:
-        """Do what a signal asked for while it had to wait: what it did before the prefill began, or KeyboardInterrupt."""
-        asked, self._asked = self._asked, None
-        if asked is not None:
-            asked()
+        """Do what signals asked for while they had to wait: what they did before the prefill began, or KeyboardInterrupt."""
+        while self._asked:
+            self._asked.pop(0)()
 
     def _open(self, sequence: SequenceCache, mode: str) -> Container:
         file = open_container(self.path, KIND)
@@ -246,17 +245,17 @@ class FileCheckpoint(Checkpoint):
     def _write(self, sequence: SequenceCache, mode: str, more: dict[str, Any], entries: Sequence[Entry]) -> None:
         start = time.monotonic()
         own = {"mode": mode, "text": self._text, "seconds": self.spent + start - self._began}
+        saved = f"what has been read so far is saved in {self.path}: run the same command to resume"
         try:
             write_container(self.path, KIND, {**header_of(sequence), **own, **more}, entries)
         except SkvqError as error:  # a full disk is no reason to lose what has been read
-            if self._asked is not None:
-                self._asked = None  # the error ends it
-                raise
-            self.report.message(f"{error}; reading goes on")
+            saved = f"{error}: what has been read so far is not saved"
+            if not self._asked:
+                self.report.message(f"{error}; reading goes on")
         end = time.monotonic()
         self._due = end + (max(self.seconds, WRITING_SHARE * (end - start)) if self.seconds else 0)
-        if self._asked is not None:
-            self.report.message(f"what has been read so far is saved in {self.path}: run the same command to resume")
+        if self._asked:
+            self.report.message(saved)
             self._answer()
 
 

@@ -191,7 +191,7 @@ class CacheConfig:
     @property
     def rules(self) -> tuple[FilterRule, ...]:
         """Filter rules in force, attention sinks first: a 16-bit cache loses nothing, so none is asked."""
-        return () if not self.is_packed else tuple(sorted(self.filters, key=lambda rule: not isinstance(rule, AttentionSinks)))
+        return () if not self.is_packed else tuple(sorted(self.filters, key=lambda rule: type(rule) is not AttentionSinks))
 
     @property
     def code_bits(self) -> float:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -69,22 +68,22 @@ class EagerStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CapturedFor:
-    """A graph and what it is good for: steps over these tensors, so long, read by these methods, on so many threads."""
+    """A graph and what it is good for: steps over these tensors, so long, read by these methods, in this setting."""
 
     batch: DecodeBatch
     bound: int
     methods: list[CacheMethod]
-    threads: int
+    setting: object
     captured: Captured
 
-    def serves(self, batch: DecodeBatch, bound: int) -> bool:
+    def serves(self, batch: DecodeBatch, bound: int, setting: object) -> bool:
         """Whether the step that ``batch`` has begun is one of those."""
-        same = batch is self.batch and bound == self.bound and self.threads == torch.get_num_threads()
+        same = batch is self.batch and bound == self.bound and setting == self.setting
         return same and all(map(is_, self.methods, batch.methods))
 
 
-MOST_GRAPHS = 8
-"""Graphs kept, one per batch size: each has memory of its own for logits and what a layer computes."""
+MOST_GRAPHS = 16
+"""Graphs kept: on a GPU one per batch size, each with memory of its own for logits and what a layer computes."""
 
 
 class GraphStep:
@@ -106,7 +105,7 @@ class GraphStep:
                 self._held[-1].captured.replay()
             else:
                 captured = self.graphs.capture(lambda: self.model.head(last_hidden(self.model, self.rope, batch, bound)))
-                self._held.append(CapturedFor(batch, bound, batch.methods, torch.get_num_threads(), captured))
+                self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
 
     def _recall(self, batch: DecodeBatch, bound: int) -> bool:
@@ -114,7 +113,7 @@ class GraphStep:
 
         The oldest is given up if there are too many: nothing else holds it, so its memory is free for the next.
         """
-        known = [held for held in self._held if held.serves(batch, bound)]
+        known = [held for held in self._held if held.serves(batch, bound, self.graphs.setting)]
         others = [held for held in self._held if held not in known]
         self._held = others[1 - MOST_GRAPHS :] + known
         return bool(known)

@@ -20,19 +20,21 @@ def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int) ->
     count, heads, size = q.shape
     kv_heads, tokens, _ = keys.shape
     repeat = heads // kv_heads
-    step = queries_at_once(repeat, window)
+    step = queries_at_once(repeat, min(window, tokens))
+    each = max(1, MOST_NUMBERS // (repeat * min(step, count) * min(step + window, tokens)))  # kv heads at once
     for start in range(0, count, step):
         stop = min(start + step, count)
         last = tokens - count + stop
         first = max(0, last - (stop - start) - window)
-        t = torch.arange(last - (stop - start), last, device=q.device)[:, None]
-        behind = t - torch.arange(first, last, device=q.device)[None]
-        seen = (behind > 0) & (behind <= window)
-        for head in range(kv_heads):
-            of_head = slice(head * repeat, (head + 1) * repeat)
-            score = torch.einsum("nrd,td->rnt", q[start:stop, of_head].float(), keys[head, first:last].float())
-            weight = (score / math.sqrt(size) - lse[start:stop, of_head].T[:, :, None]).exp_()
-            mass[first:last] += weight.mul_(seen).sum((0, 1))
+        t, at = (torch.arange(a, last, dtype=torch.int32, device=q.device) for a in (last - (stop - start), first))
+        seen = (at < t[:, None]) & (at >= t[:, None] - window)
+        for head in range(0, kv_heads, each):
+            of_heads = slice(head * repeat, (head + each) * repeat)
+            query = q[start:stop, of_heads].float().reshape(stop - start, -1, repeat, size)
+            total = lse[start:stop, of_heads].reshape(stop - start, -1, repeat)
+            score = torch.einsum("nhrd,htd->hrnt", query, keys[head : head + each, first:last].float())
+            weight = (score / math.sqrt(size) - total.permute(1, 2, 0)[..., None]).exp_()
+            mass[first:last] += weight.mul_(seen).sum((0, 1, 2))
 
 
 def queries_at_once(repeat: int, window: int) -> int:
@@ -46,7 +48,10 @@ def queries_at_once(repeat: int, window: int) -> int:
     return count
 
 
-def mass_bytes(repeat: int, window: int, size: int) -> int:
-    """What ``add_mass`` computes with at the most: scores three times, and a head's keys, in float32."""
+def mass_bytes(heads: int, kv_heads: int, window: int, size: int) -> int:
+    """What ``add_mass`` computes with at the most: scores three times and keys, in float32, and who sees whom."""
+    repeat = heads // kv_heads
     count = queries_at_once(repeat, window)
-    return 4 * (count + window) * (3 * repeat * count + size)
+    pairs = count * (count + window)
+    each = min(kv_heads, max(1, MOST_NUMBERS // (repeat * pairs)))
+    return 4 * each * (3 * repeat * pairs + (count + window) * size) + 3 * pairs

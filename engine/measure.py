@@ -13,6 +13,12 @@ import torch
 from skvq.engine.machine import available_memory
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that this thread has given it. All of the device would break another thread's capture."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def timed(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
     """Seconds of each of ``count`` calls, as the device's clock has it, what the host takes included where the device waits."""
     if device.type != "cuda":
@@ -22,20 +28,14 @@ def timed(call: Callable[[], object], device: torch.device, count: int) -> list[
             call()
             times.append(time.perf_counter() - start)
         return times
-    torch.cuda.synchronize(device)
+    wait_for(device)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()
     for mark in marks[1:]:
         call()
         mark.record()
-    torch.cuda.synchronize(device)
+    wait_for(device)
     return [start.elapsed_time(stop) / 1e3 for start, stop in pairwise(marks)]
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done all that this thread has given it. All of the device would break another thread's capture."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -175,5 +175,5 @@ class Planner:
         else:
             window += 2 * kv * (min(context, shape.full_slots) + chunk) * (2 + self.dtype.itemsize)
         if any(rule.needs_attention_mass for rule in self.cache.rules):
-            window += mass_bytes(model.num_heads // model.num_kv_heads, self.cache.window, model.head_size)
+            window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
         return chunk * width * max(self.dtype.itemsize, 4) + packing + 6 * model.vocab_size * 4 + window

@@ -23,7 +23,7 @@ KEPT_ROPE_TOKENS = 1 << 15
 """First tokens of a prompt whose RoPE exact prefill keeps for all layers: 16 MB of it where heads have 128 channels."""
 
 SEGMENT_TOKENS = 8192
-"""Packed tokens whose keys and values streaming prefill unpacks at once, to float32 whatever the compute dtype."""
+"""Packed tokens whose keys and values streaming prefill unpacks at once, for all but one kernel by way of float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

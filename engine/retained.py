@@ -24,7 +24,7 @@ def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: Lea
     for rule in rules:
         slots = slice(start, start + rule.budget)
         start += rule.budget
-        if isinstance(rule, AttentionSinks) and first + dropped >= rule.n:
+        if type(rule) is AttentionSinks and first + dropped >= rule.n:
             continue  # a sinks' rule has nothing to say of later tokens, which are nearly all
         held = full.positions[slot, slots]
         wanted = kept_by(rule, leaving) & ~retained

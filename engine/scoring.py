@@ -74,7 +74,7 @@ def evaluate(
     require_type("caches", caches, list, tuple)
     for cache in caches:
         require_type("each of caches", cache, CacheConfig)
-    if calibration is not None and not any(cache.is_packed for cache in caches):
+    if calibration is not None and caches and not any(cache.is_packed for cache in caches):
         raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
     if len(token_ids) < tokens:
         report.message(f"the text has {len(token_ids):,} of the {tokens:,} tokens asked for")

@@ -68,8 +68,8 @@ def with_longest_tile(cache: CacheConfig, model: ModelConfig) -> CacheConfig:
 
 def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
     """Sizes of a sequence's three regions. A 16-bit cache has slots for the sinks too: they may outlive their page."""
-    sinks = sum(rule.budget for rule in cache.filters if isinstance(rule, AttentionSinks))
-    others = sum(rule.budget for rule in cache.rules if not isinstance(rule, AttentionSinks))
+    sinks = sum(rule.budget for rule in cache.filters if type(rule) is AttentionSinks)
+    others = sum(rule.budget for rule in cache.rules if type(rule) is not AttentionSinks)
     return Regions(window=cache.window, tile=tile_of(cache, model), retained=sinks + others, sinks=sinks)
 
 

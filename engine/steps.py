@@ -134,9 +134,8 @@ class DecodeBatch:
         self.rope_positions, self.token_ids = (row.view(count, tokens) for row in (rope_positions, token_ids))
         self.packed = torch.zeros(count, dtype=torch.int32, device=device)
         self.positions = torch.zeros(count, tokens, dtype=torch.int32, device=device)
-        self._no_mass = torch.zeros(
-            (), dtype=torch.float32, device=device
-        )  # a number of the host would be copied, and waited for
+        # a number of the host would be copied, and waited for
+        self._no_mass = torch.zeros((), dtype=torch.float32, device=device)
 
     @property
     def max_packed(self) -> int:

@@ -27,6 +27,10 @@ class Graphs(Protocol):
     def bound(self, packed: int) -> int:
         """Packed tokens that a step captured at ``packed`` is good for, and is to be launched for."""
 
+    @property
+    def setting(self) -> object:
+        """What else of the process a captured step depends on: in another it is captured anew."""
+
 
 class CudaGraphs:
     """Graphs of one device, captured on a stream of their own, each in memory of its own, which is given back with the graph.
@@ -52,3 +56,7 @@ class CudaGraphs:
 
     def bound(self, packed: int) -> int:
         return self.max_packed
+
+    @property
+    def setting(self) -> object:
+        return None

@@ -97,7 +97,7 @@ def _plugin(entry: EntryPoint, device: torch.device) -> Backend:
         lacking = [member for member in MEMBERS if not _has(made, member)]
         if lacking:
             raise TypeError(
-                f"what it makes lacks {', '.join(lacking)} (kernels.interface.Backend; inherit kernels.ops.Unfused)"
+                f"what it makes lacks {', '.join(lacking)} (kernels.interface.Backend; inherit kernels.reference.Reference)"
             )
         return made
     except BackendUnavailable:

@@ -264,6 +264,8 @@ class CheckedGraphs:
         self.max_packed = max_packed
         [self.card] = Card.active
 
+    setting = None
+
     def bound(self, packed: int) -> int:
         return self.max_packed
 

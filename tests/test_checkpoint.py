@@ -15,6 +15,7 @@ import torch
 from loader_fixtures import refused
 from tiny import Listener, arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
+from skvq.engine import checkpoint
 from skvq.engine import prefill as prefill_module
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import FileCheckpoint
@@ -243,6 +244,38 @@ def test_the_hosts_own_handler_is_called_once_the_file_is_written(folder: Path, 
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not (folder / "ck").exists()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_every_signal_is_answered(folder: Path, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that come before the file can be written the second does not take the place of the first; a full disk changes
+    nothing about it."""
+    engine, got, report = tiny_engine(folder, MASS, max_context=3000), list[int](), Listener()
+    engine.report = report
+    layer, calls = engine.parts.model.layer, list[int]()
+
+    def asked(*args: Any) -> torch.Tensor:
+        calls.append(args[0])
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        return layer(*args)
+
+    def broken(*args: Any) -> None:
+        raise SkvqError("the disk is full")
+
+    engine.parts.model.layer = asked  # type: ignore[method-assign]
+    if full:
+        monkeypatch.setattr(checkpoint, "write_container", broken)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reading(engine, folder / "ck", 60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [signal.SIGTERM] and len(calls) == 5
+    assert (folder / "ck").exists() != full
+    assert ("not saved" in report.messages[-1]) == full
 
 
 @pytest.mark.parametrize("file", [None, "ck"])

@@ -58,6 +58,8 @@ class Tapes:
     def __init__(self, max_packed: int) -> None:
         self.count, self.max_packed = 0, max_packed
 
+    setting = None
+
     def bound(self, packed: int) -> int:
         return self.max_packed
 
@@ -230,6 +232,8 @@ def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) ->
     alive: list[int] = []
 
     class Watched(Tapes):
+        setting = None
+
         def bound(self, packed: int) -> int:
             return self.max_packed
 

@@ -53,7 +53,9 @@ class Launcher:
             rows = packing.encode(first + at, keys[part], values[part])
             self._run(build_pack, pages, packing, page_row, first + at, rows, retained[part])
 
-    def unpack(self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def unpack(
+        self, pages: PackedPages, packing: Packing, page_row: Tensor, first: int, count: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         layout = pages.layout
         assert first % layout.tile == 0 and count % layout.tile == 0, (first, count, layout.tile)
         keys, values = (torch.empty(count, layout.kv_heads, layout.head_size, dtype=torch.float32) for _ in range(2))
@@ -64,7 +66,7 @@ class Launcher:
             for target, found in zip((keys[part], values[part]), decoded, strict=True):
                 if found is not target:
                     target.copy_(found)
-        return keys, values
+        return keys.to(dtype), values.to(dtype)
 
     def _run(
         self,
@@ -114,8 +116,7 @@ class NumbaHeads:
         count: int,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
-        return keys.to(dtype), values.to(dtype)
+        return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count, dtype)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         layout, tables = pages.layout, attend.NO_TABLES
@@ -158,8 +159,7 @@ class NumbaLabels:
         count: int,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count)
-        return keys.to(dtype), values.to(dtype)
+        return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count, dtype)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         layout, rope = pages.layout, codec.rope

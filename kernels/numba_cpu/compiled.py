@@ -118,7 +118,6 @@ class Kernels:
     def _takes_long(self, soon: Build | None) -> None:
         if not self._announced:
             self._announced = True
-            told = "compiling the CPU kernels that are new to this installation (a minute in all)"
-            notice(told)
+            notice("compiling the CPU kernels that are new to this installation (a minute in all)")
         if soon is not None and soon not in self._compiled and soon not in self._elsewhere:
             self._elsewhere[soon] = compile_elsewhere(soon)

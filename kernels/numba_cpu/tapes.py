@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from skvq.kernels.graphs import Captured
@@ -25,3 +26,7 @@ class Tapes:
 
     def bound(self, packed: int) -> int:
         return packed
+
+    @property
+    def setting(self) -> object:
+        return torch.get_num_threads()

@@ -120,7 +120,8 @@ class TritonHeads:
         if shared.is_odd(layout.head_size, layout.group_size):
             return reference.unpack_heads(pages, codec, page_row, first, count, dtype)
         rope = shared.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
-        return unpack_heads(pages, codec, page_row, first, count, dtype, rope, shared.card.interpreted)
+        label = shared.tables.groups(layout.kv_heads * layout.head_size, layout.group_size, page_row.device)
+        return unpack_heads(pages, codec, page_row, first, count, dtype, label, rope, shared.card.interpreted)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         shared, card, layout, mean = self._shared, self._shared.card, pages.layout, codec.has_key_mean

@@ -156,16 +156,14 @@ def unpack_kernel(
 
 def unpack_heads(
     pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, count: int, dtype: torch.dtype,
-    tables: RopeTables | None, wide: bool,
+    label: Tensor, tables: RopeTables | None, wide: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``PackedKernels.unpack`` in one launch.
 
-    ``tables`` are those of tiles, None only where the codec has no key mean; ``wide``: WIDE of the kernel.
+    ``label`` int32 [KH * D]: the group of each channel. ``tables`` are those of tiles, None only where the codec has no key
+    mean; ``wide``: WIDE of the kernel.
     """
-    layout = pages.layout
     keys, values = _outputs(pages, page_row, first, count, dtype)
-    channels = torch.arange(layout.kv_heads * layout.head_size, device=page_row.device)
-    label = torch.div(channels, layout.group_size, rounding_mode="floor").to(torch.int32)
     turn, places, scale = (tables.turn[6:], tables.places, tables.scale) if tables else (codec.key_mean, codec.key_mean, 1.0)
     decoding = codec.query_basis, codec.output_basis, codec.key_mean, codec.value_mean, turn, places
     _launch(

@@ -84,6 +84,7 @@ class Tables:
         self._metrics: dict[int, tuple[weakref.ref[Tensor], MetricTables]] = {}
         self._ropes: dict[tuple[int, int, int], RopeTables] = {}
         self._labels: dict[int, tuple[object, LabelTables]] = {}
+        self._groups: dict[tuple[int, int], Tensor] = {}
 
     def rope(self, rope: RopeFrequencies, tile: int, tiles: int) -> RopeTables:
         """Tables of ``tiles`` tiles of ``tile`` tokens."""
@@ -102,6 +103,12 @@ class Tables:
             known = (weakref.ref(side.metric, lambda _: metrics.pop(key, None)), MetricTables(side))
             metrics[key] = known
         return known[1]
+
+    def groups(self, channels: int, size: int, device: torch.device) -> Tensor:
+        """int32 [channels]: the group of each channel where groups are ``size`` neighbours."""
+        if (channels, size) not in self._groups:
+            self._groups[channels, size] = torch.arange(channels, dtype=torch.int32, device=device) // size
+        return self._groups[channels, size]
 
     def labels(self, codec: LabelCodec, groups: int) -> LabelTables:
         """Labels and members of the ``groups`` groups of a codec. The first call for a codec waits for the device."""
