@@ -5,6 +5,7 @@ Whatever needs torch is imported when a command runs: help and option errors do 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -93,6 +94,9 @@ def use_threads(context: click.Context, parameter: click.Parameter, value: int |
     if value is not None:
         from skvq.engine.machine import set_threads
 
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else value
+        if value > cores:
+            click.echo(f"skvq: {value} threads on {cores} cores wait for one another: fewer are faster", err=True)
         set_threads(value)
 
 

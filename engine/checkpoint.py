@@ -232,13 +232,12 @@ class FileCheckpoint(Checkpoint):
     def _open(self, sequence: SequenceCache, mode: str) -> Container:
         file = open_container(self.path, KIND)
         check_header(sequence.setup.identity, file, KIND)
-        for name, what, ours in (("mode", "prefill", mode), ("text", "the text with digest", self._text)):
-            theirs = file.header.get(name)
-            if theirs != ours:
-                raise SessionError(
-                    f"checkpoint {self.path} was made with {what} {theirs!r}, this run has {ours!r}: give the same text and "
-                    "options to resume, or delete the file to start again"
-                )
+        theirs = file.header.get("mode")
+        other = "of another text" if theirs == mode else f"made with prefill {theirs!r}, this run has {mode!r}"
+        if (theirs, file.header.get("text")) != (mode, self._text):
+            raise SessionError(
+                f"checkpoint {self.path} is {other}: resume with the same text and options, or delete the file to start again"
+            )
         self.spent = float(file.header.get("seconds", 0))
         return file
 

@@ -38,8 +38,11 @@ def retain(rules: Sequence[FilterRule], full: FullSlots, slot: int, leaving: Lea
 
 
 def kept_by(rule: FilterRule, leaving: LeavingTokens) -> Tensor:
-    """What the rule keeps, bool [T]. Raises OptionError, naming the rule, if it is anything else."""
-    kept: object = rule.keep(leaving)
+    """What the rule keeps, bool [T]. Raises OptionError, naming the rule, if it fails or keeps anything else."""
+    try:
+        kept: object = rule.keep(leaving)
+    except Exception as error:
+        raise OptionError(f"filter rule {rule!r}: keep failed: {type(error).__name__}: {error}") from error
     device = leaving.positions.device
     if not isinstance(kept, Tensor) or (kept.dtype, kept.shape, kept.device) != (torch.bool, leaving.positions.shape, device):
         got = f"{kept.dtype} {tuple(kept.shape)} on {kept.device}" if isinstance(kept, Tensor) else type(kept).__name__

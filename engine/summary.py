@@ -50,9 +50,10 @@ class Summary:
         bits = f"{self.bits_per_element:.2f} bits per element with its 16-bit window ({self.method})"
         smaller = f"{self.times_smaller:.1f} times smaller than 16-bit"
         packed = f"{bits}, {smaller}" if self.packed_tokens else f"all in the 16-bit window ({self.method})"
+        count = f"{self.prompt_tokens:,} token{'s' * (self.prompt_tokens != 1)}"
+        read = f"read {count} at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), " if self.prompt_tokens else ""
         return (
-            f"{reused}read {self.prompt_tokens:,} tokens at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), "
-            f"wrote {self.new_tokens:,}{cut}{speed} ({self.backend}, {self.device}); "
+            f"{reused}{read}wrote {self.new_tokens:,}{cut}{speed} ({self.backend}, {self.device}); "
             f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, {packed}"
         )
 

@@ -299,7 +299,7 @@ def test_ctrl_c_at_the_very_end_of_an_exact_read_leaves_it_empty(
 def test_another_text_model_or_option_is_refused(folder: Path, tmp_path: Path) -> None:
     _broken_off(folder, "exact", 25)
     engine = tiny_engine(folder, MASS, max_context=3000)
-    refused(lambda: reading(engine, folder / "ck", 60, random_ids(2000, seed=9)), "the text with digest", "delete the file")
+    refused(lambda: reading(engine, folder / "ck", 60, random_ids(2000, seed=9)), "of another text", "delete the file")
     other = tiny_engine(folder, tiny_cache(), max_context=3000)
     refused(lambda: reading(other, folder / "ck", 60), "filter rules")
     other = tiny_engine(tiny_folder(tmp_path / "other", num_layers=3), MASS, max_context=3000)

@@ -416,6 +416,20 @@ def test_numbers_of_numpy_are_numbers(folder: Path) -> None:
         assert sequence.length == 3 and sequence.setup.max_context == 300
 
 
+def test_a_rule_that_fails_is_named(folder: Path) -> None:
+    class Broken:
+        budget, needs_attention_mass = 3, False
+
+        def __repr__(self) -> str:
+            return "Broken()"
+
+        def keep(self, tokens: object) -> Any:
+            raise KeyError("oops")
+
+    with pytest.raises(OptionError, match=r"Broken\(\): keep failed: KeyError: 'oops'"):
+        tiny_engine(folder, tiny_cache(filters=(Broken(),)), max_context=700).prefill(random_ids(600))
+
+
 @pytest.mark.parametrize("kept", [[True], None, torch.zeros(128), torch.zeros(3, dtype=torch.bool)], ids=str)
 def test_a_rule_that_does_not_answer_is_named(folder: Path, kept: object) -> None:
     class Odd:

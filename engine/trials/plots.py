@@ -46,7 +46,7 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         for row, value in zip(rows, values, strict=True):
             grid[depths.index(row["depth"])][contexts.index(row["context"])] = value
         most = max(0.1, *map(abs, values))
-        limits = {"vmin": -most, "vmax": most} if colours == "RdBu" else {"vmax": 0.0}
+        limits = {"vmin": -most, "vmax": most} if colours == "RdBu" else {"vmin": -max(5.0, most), "vmax": 0.0}
         image = axis.imshow(grid, cmap=colours, aspect="auto", **limits)
         for row in (r for r in rows if not r["retrieved"]):
             axis.text(contexts.index(row["context"]), depths.index(row["depth"]), "×", ha="center", va="center", color="white")
