@@ -128,7 +128,7 @@ def test_packing_and_unpacking(arch: int, method: str, key_bits: float, value_bi
     for name in names:
         wanted, got = (plain(getattr(pages, name)) for pages in found)
         assert float((wanted == got)[(wanted != 0) | (got != 0)].float().mean()) >= 0.999, name
-    check_unpacked(made, method, found[0], codec, (row, 7 * tile, tile))
+    check_unpacked(made, method, found[0], codec, (row, 7 * tile, tile), (BF16,))
 
 
 @pytest.mark.parametrize(("dtype", "vectors", "early"), [(torch.float16, 1, False), (BF16, 3, False), (BF16, 1, True)])
