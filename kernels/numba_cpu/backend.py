@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from skvq.kernels.numba_cpu.turns import all_turns, mean_tables
 from skvq.kernels.numba_cpu.unpack import build_unpack
 
 Found = TypeVar("Found")
+Codec = TypeVar("Codec")
 
 
 class Launcher:
@@ -96,27 +97,35 @@ class Launcher:
         return found
 
 
-class NumbaHeads:
-    """``interface.PackedKernels`` of ``HeadCodec``."""
+class NumbaPages(Generic[Codec]):
+    """``interface.PackedKernels`` of one kind of codec, but for attention."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
 
+    def _packing(self, codec: Codec, layout: PageLayout) -> Packing:
+        """What packing needs to know of a codec."""
+        raise NotImplementedError
+
     def pack(
-        self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
+        self, pages: PackedPages, codec: Codec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
     ) -> None:
         self._launcher.pack(pages, self._packing(codec, pages.layout), page_row, first, keys, values, retained)
 
     def unpack(
         self,
         pages: PackedPages,
-        codec: HeadCodec,
+        codec: Codec,
         page_row: Tensor,
         first: int,
         count: int,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count, dtype)
+
+
+class NumbaHeads(NumbaPages[HeadCodec]):
+    """``interface.PackedKernels`` of ``HeadCodec``."""
 
     def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         layout, tables = pages.layout, attend.NO_TABLES
@@ -132,34 +141,8 @@ class NumbaHeads:
         return heads_packing(codec, channels, layout.tile)
 
 
-class NumbaLabels:
+class NumbaLabels(NumbaPages[LabelCodec]):
     """``interface.PackedKernels`` of ``LabelCodec``."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self._launcher = launcher
-
-    def pack(
-        self,
-        pages: PackedPages,
-        codec: LabelCodec,
-        page_row: Tensor,
-        first: int,
-        keys: Tensor,
-        values: Tensor,
-        retained: Tensor,
-    ) -> None:
-        self._launcher.pack(pages, self._packing(codec, pages.layout), page_row, first, keys, values, retained)
-
-    def unpack(
-        self,
-        pages: PackedPages,
-        codec: LabelCodec,
-        page_row: Tensor,
-        first: int,
-        count: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> tuple[Tensor, Tensor]:
-        return self._launcher.unpack(pages, self._packing(codec, pages.layout), page_row, first, count, dtype)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         layout, rope = pages.layout, codec.rope

@@ -63,6 +63,18 @@ def near_product(a, b, PRECISE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def product_columns(
+    halves, basis, n, IN: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr, PRECISE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Columns ``n`` [1, COLUMNS] of ``x matrix``; x [32, 2 H] comes in halves. IN and OUT are the matrix's strides: from one
+    channel of x to the next, from one column to the next.
+    """
+    a, b = halves
+    at = basis + tl.arange(0, H)[:, None] * IN + n * OUT
+    return near_product(a, tl.load(at), PRECISE, WIDE) + near_product(b, tl.load(at + H * IN), PRECISE, WIDE)
+
+
+@triton.jit
 def store_keys(
     out, x, basis, mean, turn, place, rope_scale, D: tl.constexpr, HAS_MEAN: tl.constexpr, PRECISE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -73,12 +85,10 @@ def store_keys(
     1]: cosines, then sines.
     """
     H: tl.constexpr = D // 2
-    a, b = cut(x)
-    i = tl.arange(0, H)[:, None]
+    halves = cut(x)
     for start in range(0, D, COLUMNS):
         n = (start + tl.arange(0, COLUMNS))[None, :]
-        y = near_product(a, tl.load(basis + i * D + n), PRECISE, WIDE)
-        y += near_product(b, tl.load(basis + (i + H) * D + n), PRECISE, WIDE)
+        y = product_columns(halves, basis, n, D, 1, H, PRECISE, WIDE)
         if HAS_MEAN:
             j = n % H
             base_cos, base_sin = tl.load(turn + j), tl.load(turn + H + j)
@@ -92,14 +102,10 @@ def store_keys(
 @triton.jit
 def store_values(out, x, basis, mean, D: tl.constexpr, PRECISE: tl.constexpr, WIDE: tl.constexpr):
     """Write ``basis x + mean`` of the rows of x [32, D] to ``out`` [32, 1]."""
-    H: tl.constexpr = D // 2
-    a, b = cut(x)
-    i = tl.arange(0, H)[:, None]
+    halves = cut(x)
     for start in range(0, D, COLUMNS):
         n = (start + tl.arange(0, COLUMNS))[None, :]
-        y = near_product(a, tl.load(basis + n * D + i), PRECISE, WIDE)
-        y += near_product(b, tl.load(basis + n * D + i + H), PRECISE, WIDE)
-        tl.store(out + n, y + tl.load(mean + n))
+        tl.store(out + n, product_columns(halves, basis, n, 1, D, D // 2, PRECISE, WIDE) + tl.load(mean + n))
 
 
 @triton.jit(**VARYING)
