@@ -59,6 +59,19 @@ def assert_same_bytes(expected: PackedPages, got: PackedPages, written: int) -> 
         assert differing <= 1e-3 * share * a.numel(), (name, differing, share * a.numel())
 
 
+def assert_same_but_for_ties(case: Case, expected: PackedPages, got: PackedPages, first: int, count: int) -> None:
+    """A rounding tie of one byte of metadata moves every code of its group, so in few tokens it is groups that count.
+
+    At most one group in a thousand (and one) has other numbers, and no byte differs that those groups do not explain.
+    """
+    row, group = case.step.page_table[case.step.slots[0]], case.layout.group_size
+    one, other = (torch.stack(reference.unpack_heads(p, case.heads, row, first, count)) for p in (expected, got))
+    ties = (one != other).unflatten(-1, (-1, group)).any(-1)
+    assert ties.sum() <= 1 + 1e-3 * ties.numel(), (int(ties.sum()), ties.numel())
+    parts = [[getattr(p, name).flatten().view(torch.uint8) for name in PARTS] for p in (expected, got)]
+    assert sum(int((a != b).sum()) for a, b in zip(*parts, strict=True)) <= ties.sum() * (group + 2)
+
+
 FORMATS = [
     (k, v, g, d)
     for d in (128, 64)
@@ -162,4 +175,4 @@ def test_any_shape(bits: float, size: int, heads: int, tiles: int, first: int, s
     keys, values = (torch.randn(tiles * tile, heads, size, generator=gen) for _ in range(2))
     retained = torch.rand(tiles * tile, generator=gen) < 0.2
     expected, got = pack_both(case, "heads", keys, values, retained, first % 5 * tile)
-    assert_same_bytes(expected, got, tiles * tile)
+    assert_same_but_for_ties(case, expected, got, first % 5 * tile, tiles * tile)
