@@ -13,6 +13,7 @@ from skvq.calibrate.corpus import BUILT_IN
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
     PACKING_NAMES,
+    TokenCount,
     engine_options,
     is_given,
     json_option,
@@ -20,7 +21,6 @@ from skvq.commands.options import (
     model_option,
     packing_options,
     pick,
-    tokens_of,
 )
 from skvq.commands.text import corpus_text
 from skvq.engine.config import CacheConfig
@@ -32,9 +32,9 @@ from skvq.loaders.files import require_writable
 @model_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration file to write.")
 @click.option("--text", help="Text file to calibrate on; default: Python's bundled documentation.")
-@click.option("--tokens", type=click.IntRange(min=32), default=16384, show_default=True, help="Tokens of the text to use.")
+@click.option("--tokens", type=TokenCount(32), default=16384, show_default=True, help="Tokens of the text to use.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--ctx", callback=tokens_of, default="2048", show_default=True, help="Intended context, if RoPE depends on it.")
+@click.option("--ctx", type=TokenCount(), default=2048, show_default=True, help="Intended context, if RoPE depends on it.")
 @click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the window the cache will use.")
 @engine_options
 @packing_options

@@ -11,6 +11,7 @@ import click
 
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
+    TokenCount,
     cache_config,
     cache_options,
     calibration_option,
@@ -29,8 +30,8 @@ from skvq.engine.trials.plots import depth_plot, require_plot
 @click.command("eval", cls=OneLineCommand)
 @model_option
 @click.option("--text", help="Text file to score; default: Python's bundled documentation.")
-@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of the text to score.")
-@click.option("--stride", type=click.IntRange(min=2), help="Score segments of this many tokens, each independently.")
+@click.option("--tokens", type=TokenCount(2), default=2048, show_default=True, help="Tokens of the text to score.")
+@click.option("--stride", type=TokenCount(2), help="Score segments of this many tokens, each independently.")
 @click.option("--methods", help="Several caches in one pass: rotate,reorder,plain,fp; with key and value bits: rotate:2:1.5.")
 @click.option("--by-position", is_flag=True, help="Also report the error by depth.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the error by depth (needs skvq[plot]).")

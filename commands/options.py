@@ -49,14 +49,19 @@ def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,50,100") from None
 
 
-def count_of(text: str) -> int:
-    """A whole number of tokens, 1 or more: 131072, 131_072 or 1e6. Raises ValueError.
+MULTIPLES = {"k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
+"""What a letter behind a number of tokens stands for, as in vLLM: small letters are decimal, capitals binary."""
 
-    >>> count_of("131_072"), count_of("1e6")
-    (131072, 1000000)
+
+def count_of(text: str) -> int:
+    """A whole number of tokens: 131072, 131_072, 1e6, 128K or 1m. Raises ValueError.
+
+    >>> count_of("131_072"), count_of("1e6"), count_of("128K"), count_of("128k"), count_of("0.5M")
+    (131072, 1000000, 131072, 128000, 524288)
     """
-    number = float(text)
-    if not 1 <= number < 2**31 or number != int(number):
+    multiple = MULTIPLES.get(text[-1:], 1)
+    number = float(text if multiple == 1 else text[:-1]) * multiple
+    if not 0 <= number < 2**31 or number != int(number):
         raise ValueError(text)
     return int(number)
 
@@ -64,23 +69,41 @@ def count_of(text: str) -> int:
 def counts_of(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     """Click callback: comma-separated token counts."""
     try:
-        return [count_of(part) for part in value.split(",")]
+        counts = [count_of(part) for part in value.split(",")]
+        if 0 in counts:
+            raise ValueError(value)
+        return counts
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers of tokens such as 4096,32768") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers of tokens such as 4096,32768 or 4K,32K") from None
 
 
-def tokens_of(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Click callback: a token count, if one is given."""
-    try:
-        return None if value is None else count_of(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a number of tokens such as 131072 or 1e6") from None
+class TokenCount(click.ParamType):
+    """Click type: a number of tokens, ``least`` or more."""
+
+    name = "tokens"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def convert(self, value: str | int, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        """The number that the text stands for."""
+        try:
+            count = value if isinstance(value, int) else count_of(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of tokens such as 131072, 1e6, 128K (131072) or 128k (128000)")
+        if count < self.least:
+            self.fail(f"{count} is not {self.least} tokens or more")
+        return count
 
 
 model_option = click.option("--model", "-m", required=True, help="Alias (see `skvq models`), folder, .gguf file or org/name.")
-ctx_option = click.option("--ctx", callback=tokens_of, help="Context to make room for, in tokens; default: the trained length.")
+ctx_option = click.option(
+    "--ctx",
+    type=TokenCount(),
+    help="Context to make room for: 131072, 1e6, 128K; default: the trained length.",
+)
 ctxs_option = click.option(
-    "--ctx", callback=counts_of, default="4096", show_default=True, help="Context lengths in tokens, such as 4096,32768."
+    "--ctx", callback=counts_of, default="4096", show_default=True, help="Context lengths in tokens, such as 4096,32K."
 )
 calibration_option = click.option("--calibration", type=click.Path(path_type=Path), help="File made by `skvq calibrate`.")
 prefill_option = click.option(

@@ -14,6 +14,7 @@ import click
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
     SAMPLING_NAMES,
+    TokenCount,
     cache_config,
     cache_options,
     calibration_option,
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from --ctx 2560 on).",
 )
-@click.option("--fill", type=click.IntRange(min=0), default=0, help="Random tokens put into the cache before the text.")
+@click.option("--fill", type=TokenCount(0), default=0, help="Random tokens put into the cache before the text.")
 @ctx_option
 @calibration_option
 @prefill_option
