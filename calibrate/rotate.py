@@ -24,7 +24,7 @@ from torch import Tensor
 from skvq.calibrate.clip import fit_unit, search_lattice_clip
 from skvq.calibrate.pages import read_back
 from skvq.calibrate.stats import LayerStats, first_of, reading_gap, reading_of, reading_queries
-from skvq.engine.codecs import unit_factor
+from skvq.engine.codecs import are_chosen_together, unit_factor
 from skvq.engine.config import CacheConfig
 from skvq.kernels.interface import Backend, HeadSide, RopeFrequencies
 from skvq.kernels.layout import LEVELS
@@ -107,15 +107,15 @@ def fit_side(
     x = torch.einsum("hij,thj->thi", found["basis"], y)
     groups = x.view(*x.shape[:2], -1, group_size)
     found["unit"] = fit_unit(groups.abs().amax((0, -1)))
-    found["clip"] = search_lattice_clip(x, head_side(found), lambda rows, side: store(rows, bits, side))
+    found["clip"] = search_lattice_clip(x, head_side(found, bits), lambda rows, side: store(rows, bits, side))
     return found
 
 
-def head_side(found: dict[str, Tensor]) -> HeadSide:
+def head_side(found: dict[str, Tensor], bits: float) -> HeadSide:
     """The quantizer's view of what ``fit_side`` found."""
     metric, unit = found["metric"], found["unit"]
     clip = found.get("clip", torch.ones_like(unit))
-    return HeadSide(unit=unit, clip=clip, metric=metric, factor=unit_factor(metric), has_metric=True)
+    return HeadSide(unit=unit, clip=clip, metric=metric, factor=unit_factor(metric), has_metric=are_chosen_together(bits))
 
 
 def fit_rotate(stats: LayerStats, rope: RopeFrequencies, config: CacheConfig, backend: Backend) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def fit_rotate(stats: LayerStats, rope: RopeFrequencies, config: CacheConfig, ba
     if LEVELS[config.value_bits] < FINE_LEVELS:
         chosen = values[reading_of(len(values))]
         x = torch.einsum("hij,sthj->sthi", found_values["basis"], chosen)
-        stored = store(x.flatten(0, 1), config.value_bits, head_side(found_values)).view(x.shape)
+        stored = store(x.flatten(0, 1), config.value_bits, head_side(found_values, config.value_bits)).view(x.shape)
         decode = fit_reading(stats, stored, chosen, decode)
     return {
         "key_mean": key_mean,

@@ -77,7 +77,7 @@ def counts_of(context: click.Context, parameter: click.Parameter, value: str) ->
         raise click.BadParameter(f"{value!r} is not a list of numbers of tokens such as 4096,32768 or 4K,32K") from None
 
 
-class TokenCount(click.ParamType):
+class TokenCount(click.ParamType):  # type: ignore[type-arg]
     """Click type: a number of tokens, ``least`` or more."""
 
     name = "tokens"

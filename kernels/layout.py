@@ -38,6 +38,7 @@ TRIT_PLANES = 5
 RETAINED_FLAG = 0x80
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9
+E4M3_LARGEST = 0x7E  # the byte of E4M3_MAX
 
 LEVELS = {1.5: 3, 2.0: 4, 3.0: 8, 4.0: 16, 8.0: 256}
 """Levels of a code by its nominal bits."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skvq.engine.codecs import are_chosen_together
 from skvq.kernels import dense, layout, reference
 from skvq.kernels.interface import HeadSide, RopeFrequencies, Side
 from skvq.kernels.layout import E4M3_MAX, E4M3_MIN, LEVELS, PageLayout, packed_tokens
@@ -20,6 +21,7 @@ from skvq.kernels.reference import (
     dequantize,
     e4m3_decode,
     e4m3_encode,
+    encode_scale,
     merge,
     pack_codes,
     pack_meta,
@@ -110,6 +112,14 @@ def test_e4m3_rounds_to_nearest_and_saturates() -> None:
     assert torch.equal((e4m3_decode(e4m3_encode(x)) - x).abs(), nearest)
 
 
+def test_scales_of_256_levels_are_rounded_up() -> None:
+    x = torch.cat([torch.rand(4001, generator=generator()) * 10.0**p for p in range(-3, 4)]).clamp_min(E4M3_MIN)
+    table = e4m3_decode(torch.arange(0x7F, dtype=torch.uint8))
+    above = torch.where(table >= x[:, None], table, E4M3_MAX).amin(1)
+    assert torch.equal(e4m3_decode(encode_scale(x, 256)), above)
+    assert torch.equal(encode_scale(x, 16), e4m3_encode(x))
+
+
 @pytest.mark.parametrize("groups, tile", [(1, 128), (3, 160)])
 def test_metadata_come_back_with_their_flags(groups: int, tile: int) -> None:
     scale, mid, vscale, vmid = torch.randint(0x7F, (4, 3 * tile, 2, groups), generator=generator(), dtype=torch.uint8)
@@ -163,6 +173,13 @@ def test_quantize_is_in_the_mean_no_worse_than_min_max(bits: float, kind: str) -
     ours = (decoded(y, bits, unit) - y).square().mean()
     tie = 1 if bits < 4 else (1 + 1 / 16) ** 2
     assert ours <= tie * (min_max(y, LEVELS[bits], unit) - y).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["normal", "offset"])
+def test_eight_bits_lose_little_to_metadata_in_eight(kind: str) -> None:
+    """Exact scales and mids give .0051 of a deviation, nearest scales .0105, and .039 at the offset, beside nearest mids."""
+    y = groups_of(kind)
+    assert (decoded(y, 8.0, torch.tensor(2.0**-4)) - y).square().mean().sqrt() <= 0.0063
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -234,7 +251,7 @@ def metric_side(heads: int, size: int, groups: int, spread: float) -> HeadSide:
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.0])
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [b for b in WIDTHS if are_chosen_together(b)])
 def test_codes_chosen_together_err_less_in_their_metric(bits: float, spread: float) -> None:
     side, y = metric_side(2, 64, 2, spread), torch.randn(157, 2, 64, generator=generator(6))
 

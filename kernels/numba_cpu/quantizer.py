@@ -11,7 +11,7 @@ from skvq.kernels.numba_cpu.simd import as_bits, f32, largest, smallest, u8
 from skvq.kernels.numba_cpu.tiles import FAST
 
 REFINE_STEPS = 3  # reference.REFINE_STEPS; copied, as are those of layout.py below (``compiled.source_stamp``)
-E4M3_MAX, E4M3_MIN = np.float32(448), np.float32(2.0**-9)
+E4M3_MAX, E4M3_MIN, E4M3_LARGEST = np.float32(448), np.float32(2.0**-9), 0x7E
 
 
 @njit(**FAST)
@@ -24,6 +24,13 @@ def e4m3_encode(x):
         bits = as_bits(size)
         byte = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     return byte | ((as_bits(x) >> 24) & 128)
+
+
+@njit(**FAST)
+def encode_scale(x, levels):
+    """``reference.encode_scale``: the nearest byte, but at 256 levels the next one up where that is below ``x``."""
+    byte = e4m3_encode(x)
+    return byte + np.int32(levels == 256 and byte < E4M3_LARGEST and e4m3(byte) < x)
 
 
 @njit(fastmath={"nnan", "ninf", "nsz"}, error_model="numpy", nogil=True, forceinline=True)
@@ -60,8 +67,12 @@ def quantize(values, count, levels, unit, clip, rounded, codes):
         if spread > np.float32(0.25):  # two codes differ: at least 1/2
             scale = max(products / spread, tiny)
         mid = mean - scale * code_mean
-    scale_byte, mid_byte = e4m3_encode(scale / unit), e4m3_encode(mid / unit)
-    round_codes(values, count, e4m3(scale_byte) * unit, e4m3(mid_byte) * unit, top, half, rounded)
+    mid_byte = e4m3_encode(mid / unit)
+    exact = e4m3(mid_byte) * unit
+    if levels == 256:
+        scale += abs(exact - mid) / half
+    scale_byte = encode_scale(scale / unit, levels)
+    round_codes(values, count, e4m3(scale_byte) * unit, exact, top, half, rounded)
     out = u8(codes)
     for i in range(count):
         out[i] = np.uint8(code[i] + half)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from skvq.kernels.interface import HeadCodec, LabelCodec, PackedKernels
 from skvq.kernels.ops import Unfused
 from skvq.kernels.reference.attention import attend_plain, masked_attention, merge
-from skvq.kernels.reference.e4m3 import e4m3_decode, e4m3_encode
+from skvq.kernels.reference.e4m3 import e4m3_decode, e4m3_encode, encode_scale
 from skvq.kernels.reference.heads import (
     attend_heads,
     decode_heads,
@@ -44,6 +44,7 @@ __all__ = [
     "e4m3_decode",
     "e4m3_encode",
     "encode_heads",
+    "encode_scale",
     "masked_attention",
     "merge",
     "pack_codes",

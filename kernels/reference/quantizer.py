@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skvq.kernels.layout import E4M3_MIN
-from skvq.kernels.reference.e4m3 import e4m3_decode, e4m3_encode
+from skvq.kernels.reference.e4m3 import e4m3_decode, e4m3_encode, encode_scale
 
 REFINE_STEPS = 3
 """Least-squares steps on scale and mid after the clipped range."""
@@ -24,9 +24,12 @@ def quantize(y: Tensor, levels: int, unit: Tensor, clip: Tensor) -> tuple[Tensor
     """
     y = y.float()
     scale, mid = fit_range(y, levels, clip, unit * E4M3_MIN, REFINE_STEPS)
-    scale_byte = e4m3_encode(scale / unit)
     mid_byte = e4m3_encode(mid / unit)
-    code = round_codes(y, e4m3_decode(scale_byte) * unit, e4m3_decode(mid_byte) * unit, levels)
+    exact = e4m3_decode(mid_byte) * unit
+    if levels == 256:
+        scale = scale + (exact - mid).abs() / ((levels - 1) / 2)  # both ends stay in reach of the mid that is stored
+    scale_byte = encode_scale(scale / unit, levels)
+    code = round_codes(y, e4m3_decode(scale_byte) * unit, exact, levels)
     return code.to(torch.uint8), scale_byte, mid_byte
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skvq.kernels.layout import E4M3_MIN
+from skvq.kernels.layout import E4M3_LARGEST, E4M3_MIN
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
 TINY = tl.constexpr(E4M3_MIN)
+LARGEST = tl.constexpr(E4M3_LARGEST)
 
 
 @triton.jit
@@ -20,6 +21,13 @@ def e4m3_encode(x):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
     below = ((magnitude * 512.0 + ROUND) - ROUND).to(tl.int32)
     return tl.where(magnitude < 0.015625, below, normal) | tl.where(x < 0, 0x80, 0)
+
+
+@triton.jit
+def encode_scale(x, up):
+    """``reference.encode_scale``: the nearest byte or, where ``up`` and that is below ``x``, the next one."""
+    byte = e4m3_encode(x)
+    return byte + tl.where(up & (byte < LARGEST) & (e4m3_decode(byte) < x), 1, 0)
 
 
 @triton.jit

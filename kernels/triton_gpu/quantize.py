@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.interface import Side
-from skvq.kernels.triton_gpu.e4m3 import ROUND, TINY, e4m3_decode, e4m3_encode
+from skvq.kernels.triton_gpu.e4m3 import ROUND, TINY, e4m3_decode, e4m3_encode, encode_scale
 
 REFINE_STEPS = tl.constexpr(reference.REFINE_STEPS)
 
@@ -45,9 +45,12 @@ def fit_groups(y, there, count, unit, clip, LEVELS: tl.constexpr):
         fitted = tl.maximum(tl.div_rn(tl.sum(centred * tl.where(there, y, 0.0), 1), tl.maximum(spread, 1e-6)), tiny)
         scale = tl.where(spread > 0, fitted, scale)
         mid = mean - scale * code_mean
-    scale_byte = e4m3_encode(scale / unit)
     mid_byte = e4m3_encode(mid / unit)
-    code = nearest_code(y, e4m3_decode(scale_byte) * unit, e4m3_decode(mid_byte) * unit, LEVELS)
+    exact = e4m3_decode(mid_byte) * unit
+    if LEVELS == 256:
+        scale += tl.div_rn(tl.abs(exact - mid), tl.full(mid.shape, half, tl.float32))
+    scale_byte = encode_scale(scale / unit, LEVELS == 256)
+    code = nearest_code(y, e4m3_decode(scale_byte) * unit, exact, LEVELS)
     return code.to(tl.int32), scale_byte, mid_byte
 
 
