@@ -180,12 +180,20 @@ sampling_options = stack(
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
     click.option("--ignore-eos", is_flag=True, help="Keep writing past end-of-text tokens, up to the limit."),
+    click.option(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Tokens guessed from what the text said before and checked in one step, such as 3: faster where answers quote.",
+    ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Make the last line of stdout one JSON object.")
 
 PACKING_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size")
 SAMPLING_NAMES = (
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop", "ignore_eos",
+    "prompt_lookup",
 )  # fmt: skip
 
 

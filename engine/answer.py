@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
+from skvq.engine.lookup import Lookup
 from skvq.engine.sampling import Sampler, StopWatch
 from skvq.loaders.text import CHARACTER_BYTES, TextStream, Tokenizer
 
@@ -26,7 +28,9 @@ class Answer:
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
         self._text = TextStream(tokenizer, after=sequence.token_ids[-CHARACTER_BYTES:] if resumed else ())
         self._stop = StopWatch(config.stops)
+        self._ready = ""  # text that is complete and not given out yet
         self._room = sequence.setup.on_full.room(sequence)
+        self._lookup = Lookup(sequence.token_ids, logits.shape[-1]) if config.prompt_lookup else None
         self.token = -1
         if config.max_new_tokens:
             draw([self], [logits])
@@ -48,18 +52,56 @@ class Answer:
         """Tokens that may still be drawn."""
         return self.config.max_new_tokens - self.count
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """``Sampler.choose`` of the next token."""
-        return self._sampler.choose(logits, self.sequence.total_tokens)
+    def guess(self, count: int) -> list[int]:
+        """``count`` tokens that may follow the one to be decoded, or none."""
+        return self._lookup.guess(count) if self._lookup is not None else []
 
-    def take(self, largest: float, number: float) -> None:
-        """The token chosen is the next to be decoded, unless it ends the answer."""
-        self.token = self._sampler.take(largest, number)
+    def has_room(self, count: int) -> bool:
+        """Whether ``count`` tokens can be decoded in one step, and forgotten again: nothing is packed or dropped for them."""
+        sequence = self.sequence
+        most = min(1 + self.left, sequence.ring_room, sequence.setup.max_context - sequence.length)
+        return count <= most and sequence.packed_after(count) == sequence.packed
+
+    def choose(self, logits: Iterable[Tensor], guessed: Sequence[int]) -> list[Tensor]:
+        """``Sampler.choose`` of what follows the token decoded last, and each that was ``guessed`` behind it."""
+        first = self.sequence.total_tokens - len(guessed)
+        return [self._sampler.choose(row, first + i, guessed[:i]) for i, row in enumerate(logits)]
+
+    def take(self, chosen: Iterable[Sequence[float]], guessed: Sequence[int]) -> None:
+        """Take what was chosen, up to the first token that was not guessed; the sequence forgets the guesses from there on.
+
+        The last one taken is the next to be decoded, unless it ends the answer.
+        """
+        right, length = 0, self.sequence.length - len(guessed)
+        for largest, number in chosen:
+            self._push(self._sampler.take(largest, number))
+            if self.finish or self.token not in guessed[right : right + 1]:
+                break
+            right += 1
+        if guessed:
+            self.sequence.truncate(length + right)
+            self.timing.guessed_tokens += right
+        if self._lookup is not None and guessed:
+            self._lookup.tell(right)
         self.sequence.pending = [self.token]
         self._mark = self.sequence.mark
+
+    def _push(self, token: int) -> None:
+        """The answer goes on with a token."""
+        self.token = token
         self.timing.new_tokens += 1
-        if self.token in self._ends:
+        if self._lookup is not None:
+            self._lookup.push(token)
+        if token in self._ends:
             self._end("end")
+            return
+        self._ready += self._stop.push(self._text.push(token))
+        if self._stop.stopped:
+            self._end("stop")
+        elif not self.left:
+            self._end("length")
+        elif self.count > self._room:
+            self._end("context")
 
     def require_next(self) -> None:
         """Raise OptionError unless the sequence is as the last draw has left it."""
@@ -67,29 +109,38 @@ class Answer:
             raise OptionError("the sequence was continued or cut while this answer was being written: fork it for another")
 
     def piece(self) -> str:
-        """Text that the token just drawn completes; called once a token."""
-        if self.finish:
-            return self._rest()
-        shown = self._stop.push(self._text.push(self.token))
-        if self._stop.stopped:
-            self._end("stop")
-        elif not self.left:
-            self._end("length")
-        elif self.count > self._room:
-            self._end("context")
-        return shown + self._rest() if self.finish else shown
-
-    def _rest(self) -> str:
-        """What was held back, when the answer is over; what there is of a character that may go on is for the next answer."""
-        unfinished = "" if self.finish in ("length", "context") else self._text.flush()
-        return self._stop.push(unfinished) + self._stop.flush()
+        """Text that is complete and has not been given out."""
+        shown, self._ready = self._ready, ""
+        return shown
 
     def _end(self, finish: str) -> None:
+        """The answer is over: what was held back follows. What there is of a character that may go on is for the next one."""
         self.timing.finish = finish
+        unfinished = "" if finish in ("length", "context") else self._text.flush()
+        self._ready += self._stop.push(unfinished) + self._stop.flush()
 
 
-def draw(answers: Sequence[Answer], logits: Iterable[Tensor]) -> None:
-    """The next token of each answer from its ``logits`` [V]. A GPU is waited for once."""
-    chosen = torch.stack([answer.choose(row) for answer, row in zip(answers, logits, strict=True)])
-    for answer, (largest, number) in zip(answers, chosen.tolist(), strict=True):
-        answer.take(largest, number)
+def draw(answers: Sequence[Answer], logits: Sequence[Tensor] | Tensor, guesses: Sequence[Sequence[int]] | None = None) -> None:
+    """The next tokens of each answer, from the logits [V] that follow each token decoded last: its own, then its guesses.
+
+    A GPU is waited for once.
+    """
+    guesses = guesses or [()] * len(answers)
+    rows = iter(logits)
+    chosen = [
+        choice
+        for answer, guessed in zip(answers, guesses, strict=True)
+        for choice in answer.choose(islice(rows, 1 + len(guessed)), guessed)
+    ]
+    numbers = iter(torch.stack(chosen).tolist())
+    for answer, guessed in zip(answers, guesses, strict=True):
+        answer.take(list(islice(numbers, 1 + len(guessed))), guessed)
+
+
+def guesses_of(answers: Sequence[Answer]) -> list[list[int]]:
+    """Tokens to be decoded behind each answer's own, as many for each; none if no text repeats itself, or one has no room."""
+    count = answers[0].config.prompt_lookup
+    if not count or not all(answer.has_room(1 + count) for answer in answers):
+        return [[] for _ in answers]
+    found = [answer.guess(count) for answer in answers]
+    return [guess or [answer.token] * count for answer, guess in zip(answers, found, strict=True)] if any(found) else found

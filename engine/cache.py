@@ -290,7 +290,7 @@ class SequenceCache:
         positions = arena.slot(self.slot)["full_positions"]
         positions[:, : self.orphans].clamp_(max=length)  # sinks stay visible from the next token on
         held = positions[:, self.orphans :]
-        held[held >= length] = -1
+        held.masked_fill_(held >= length, -1)
         self.packed, self.length = packed, length
         del self.token_ids[length:]
         self.pending, self.logits = [], None

@@ -24,34 +24,36 @@ from skvq.kernels.graphs import Captured, Graphs
 from skvq.kernels.interface import RopeFrequencies
 
 
-def last_hidden(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
-    """Hidden state [B, d] of each row's last token after all layers; ``batch.begin`` has said where its tokens go."""
+def hidden_states(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
+    """Hidden states [B * N, d] of all tokens after all layers; ``batch.begin`` has said where they go."""
     batch.mark_slots()
     step_rope = at_positions(rope, batch.rope_positions)
     x = model.embed(batch.token_ids)  # [B, N, d]
     for layer in range(model.config.num_layers):
         x = model.layer(layer, x, step_rope, batch.layer(layer, max_packed))
-    return x[:, -1]
+    return x.flatten(0, 1)
 
 
 class DecodeStep(Protocol):
-    """One more token of each sequence: logits float32 [B, V] of what follows, the caller's own; the tokens are cached then."""
+    """The next N tokens of each sequence, row by row: logits float32 [B * N, V] of what follows each, the caller's own; the
+    tokens are cached then.
+    """
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor: ...
 
 
 class Batches:
-    """A ``DecodeBatch`` for each number of sequences that are decoded together, made once."""
+    """A ``DecodeBatch`` for each number of sequences, and of tokens of each, that are decoded together, made once."""
 
     def __init__(self, setup: CacheSetup) -> None:
         self._setup = setup
-        self._made: dict[int, DecodeBatch] = {}
+        self._made: dict[tuple[int, int], DecodeBatch] = {}
 
-    def of(self, count: int) -> DecodeBatch:
-        """The one for ``count`` sequences."""
-        if count not in self._made:
-            self._made[count] = DecodeBatch(self._setup, count)
-        return self._made[count]
+    def of(self, count: int, tokens: int = 1) -> DecodeBatch:
+        """The one for ``count`` sequences, ``tokens`` of each."""
+        if (count, tokens) not in self._made:
+            self._made[count, tokens] = DecodeBatch(self._setup, count, tokens)
+        return self._made[count, tokens]
 
 
 class EagerStep:
@@ -61,9 +63,9 @@ class EagerStep:
         self.model, self.rope, self.batches = model, rope, Batches(setup)
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
-        batch = self.batches.of(len(sequences))
+        batch = self.batches.of(len(sequences), len(token_ids) // len(sequences))
         with batch.step(sequences, token_ids):
-            return self.model.head(last_hidden(self.model, self.rope, batch, batch.max_packed))
+            return self.model.head(hidden_states(self.model, self.rope, batch, batch.max_packed))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +85,7 @@ class CapturedFor:
 
 
 MOST_GRAPHS = 16
-"""Graphs kept: on a GPU one per batch size, each with memory of its own for logits and what a layer computes."""
+"""Graphs kept: on a GPU one per batch shape, each with memory of its own for logits and what a layer computes."""
 
 
 class GraphStep:
@@ -98,13 +100,13 @@ class GraphStep:
         self._held: list[CapturedFor] = []  # the one used last is the last
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
-        batch = self.batches.of(len(sequences))
+        batch = self.batches.of(len(sequences), len(token_ids) // len(sequences))
         with batch.step(sequences, token_ids):
             bound = self.graphs.bound(batch.max_packed)
             if self._recall(batch, bound):
                 self._held[-1].captured.replay()
             else:
-                captured = self.graphs.capture(lambda: self.model.head(last_hidden(self.model, self.rope, batch, bound)))
+                captured = self.graphs.capture(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
                 self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
 

@@ -242,9 +242,12 @@ class Engine:
             raise OptionError(f"sequence must come from prefill, new_sequence, fork or restore, got {type(sequence).__name__}")
         sequence.require_of(self.parts.setup)
 
-    @staticmethod
-    def _sampling(config: SamplingConfig | None) -> SamplingConfig:
+    def _sampling(self, config: SamplingConfig | None) -> SamplingConfig:
         require_type("sampling", config, SamplingConfig, None)
+        if config is not None and config.prompt_lookup and self.parts.setup.needs_mass:
+            raise OptionError(
+                "prompt_lookup cannot be combined with a filter rule that needs attention mass: guesses would add to it"
+            )
         return config if config is not None else SamplingConfig()
 
     # --- sequences ---------------------------------------------------------------------------------------------------------

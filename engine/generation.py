@@ -1,21 +1,23 @@
-"""Sequences continued together, a token of each at a time."""
+"""Sequences continued together, a step of each at a time."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from skvq.engine.answer import Answer, draw
+from skvq.engine.answer import Answer, draw, guesses_of
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.guard import computing, own_settings
+from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.timing import Timing
 
 if TYPE_CHECKING:
@@ -29,15 +31,20 @@ def begun(engine: Engine, sequence: SequenceCache, logits: Tensor, config: Sampl
 
 
 def step(engine: Engine, answers: Sequence[Answer]) -> float:
-    """Decode the token of each answer and draw its next; seconds that took."""
+    """Decode the token of each answer, with what it is guessed to go on with, and draw its next; seconds that took."""
     start = time.perf_counter()
-    with computing(engine):
+    before = [answer.count for answer in answers]
+    with computing(engine), ExitStack() as guarded:
         for answer in answers:
             answer.require_next()
-        draw(answers, engine.step.run([a.sequence for a in answers], [a.token for a in answers]))
+        guesses = guesses_of(answers)
+        for answer in answers if any(guesses) else ():  # broken off, no guess is left in a sequence
+            guarded.enter_context(all_or_nothing(answer.sequence, RING_MARKS))
+        decoded = [token for answer, guessed in zip(answers, guesses, strict=True) for token in (answer.token, *guessed)]
+        draw(answers, engine.step.run([a.sequence for a in answers], decoded), guesses)
     seconds = time.perf_counter() - start
-    for answer in answers:
-        answer.timing.decoded_tokens += 1
+    for answer, count in zip(answers, before, strict=True):
+        answer.timing.decoded_tokens += answer.count - count
         answer.timing.decode_seconds += seconds
     return seconds
 

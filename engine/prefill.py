@@ -13,7 +13,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.config import ModelConfig
-from skvq.engine.decode import last_hidden
+from skvq.engine.decode import hidden_states
 from skvq.engine.model import Model
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
@@ -59,8 +59,8 @@ def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, 
         batch = DecodeBatch(sequence.setup, 1, count)
         sequence.reserve(count)  # may drop pages, which cannot be taken back
         with all_or_nothing(sequence, RING_MARKS), batch.step([sequence], piece):
-            x = last_hidden(model, rope, batch, batch.max_packed)
-    return x[0]
+            x = hidden_states(model, rope, batch, batch.max_packed)
+    return x[-1]
 
 
 def streaming_prefill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,12 +26,18 @@ class Sampler:
         if self._penalizes:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
 
-    def choose(self, logits: Tensor, position: int) -> Tensor:
-        """The largest of ``logits`` float32 [V] and the token drawn at a position, float64 [2]; nothing is waited for."""
+    def choose(self, logits: Tensor, position: int, after: Sequence[int] = ()) -> Tensor:
+        """The largest of ``logits`` float32 [V] and the token drawn at a position, float64 [2]; nothing is waited for.
+
+        ``after``: tokens since the last that was taken, if they are taken too.
+        """
         config = self.config
         if self._penalizes:
             penalized = torch.where(logits > 0, logits / config.repeat_penalty, logits * config.repeat_penalty)
-            logits = torch.where(self._seen, penalized, logits)
+            seen = self._seen.clone() if after else self._seen
+            for token in after:
+                seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
+            logits = torch.where(seen, penalized, logits)
         likeliest, token_of = logits.max(-1)
         if config.temperature > 0:  # the largest is subtracted first, so that no temperature makes an infinity of it
             probabilities = filtered_probabilities((logits - likeliest) / max(config.temperature, 1e-30), config)
@@ -48,7 +55,7 @@ class Sampler:
             )
         token = int(number)
         if self._penalizes:
-            self._seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
+            self._seen[token : token + 1] = True
         return token
 
 

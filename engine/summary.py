@@ -19,6 +19,7 @@ class Summary:
     prefill_seconds: float
     new_tokens: int
     decoded_tokens: int  # without the first, which reading gives
+    guessed_tokens: int  # of these, guessed rightly by prompt lookup
     decode_seconds: float
     finish: str  # end, stop, length or context; empty if nothing was written
     cached_tokens: int
@@ -47,13 +48,14 @@ class Summary:
         reused = f"reused {self.reused_tokens:,} tokens, " if self.reused_tokens else ""
         cut = " (as many as were asked for)" if self.finish == "length" else ""
         speed = f" at {self.decode_tokens_per_s:,.1f} tokens/s" if self.decoded_tokens else ""
+        guessed = f", {self.guessed_tokens:,} of them guessed" if self.guessed_tokens else ""
         bits = f"{self.bits_per_element:.2f} bits per element with its 16-bit window ({self.method})"
         smaller = f"{self.times_smaller:.1f} times smaller than 16-bit"
         packed = f"{bits}, {smaller}" if self.packed_tokens else f"all in the 16-bit window ({self.method})"
         count = f"{self.prompt_tokens:,} token{'s' * (self.prompt_tokens != 1)}"
         read = f"read {count} at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), " if self.prompt_tokens else ""
         return (
-            f"{reused}{read}wrote {self.new_tokens:,}{cut}{speed} ({self.backend}, {self.device}); "
+            f"{reused}{read}wrote {self.new_tokens:,}{cut}{speed}{guessed} ({self.backend}, {self.device}); "
             f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, {packed}"
         )
 

@@ -15,6 +15,7 @@ class Timing:
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decoded_tokens: int = 0  # those that decode steps gave; the first comes with the prompt
+    guessed_tokens: int = 0  # of these, guessed rightly (``engine.lookup``)
     decode_seconds: float = 0.0
     finish: str = ""  # what ended the answer (``Answer.finish``)
 
@@ -26,5 +27,6 @@ class Timing:
         self.prefill_seconds += other.prefill_seconds
         self.new_tokens += other.new_tokens
         self.decoded_tokens += other.decoded_tokens
+        self.guessed_tokens += other.guessed_tokens
         self.decode_seconds += other.decode_seconds
         self.finish = other.finish

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from skvq.engine.answer import draw
 from skvq.engine.config import SamplingConfig
-from skvq.engine.decode import EagerStep, GraphStep, decode_step_of, last_hidden
+from skvq.engine.decode import EagerStep, GraphStep, decode_step_of, hidden_states
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
-from skvq.engine.generation import begun
+from skvq.engine.generation import begun, step
+from skvq.engine.lookup import Lookup
 from skvq.engine.methods import CacheMethod
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.sampling import Sampler
@@ -62,9 +63,9 @@ def attend_without_waiting(engine: Engine) -> None:
     def attend(layer: int, q: Tensor, step: Any) -> tuple[Tensor, Tensor]:
         full = engine.parts.setup.arena.full(layer)
         held = full.positions[step.slots]
-        seen = (held >= 0) & (held <= step.positions)
+        seen = (held >= 0)[:, None] & (held[:, None] <= step.positions[:, :, None])
         k, v = (t[step.slots].repeat_interleave(2, 1).float() for t in (full.keys, full.values))
-        score = torch.einsum("bnhd,bhfd->bhnf", q.float(), k).masked_fill(~seen[:, None, None], -torch.inf)
+        score = torch.einsum("bnhd,bhfd->bhnf", q.float(), k).masked_fill(~seen[:, None], -torch.inf)
         out = torch.einsum("bhnf,bhfd->bnhd", score.softmax(-1), v.nan_to_num(0.0))
         return out.to(q.dtype), score.logsumexp(-1).transpose(1, 2)
 
@@ -111,7 +112,7 @@ def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path,
                 engine.parts.setup.streams.each(0, lambda layer: None)
             current.seen.clear()
             batch.begin([sequence], [7])
-            last_hidden(engine.parts.model, engine.parts.rope, batch, batch.max_packed)
+            hidden_states(engine.parts.model, engine.parts.rope, batch, batch.max_packed)
             gpu.waits.clear()
             with pytest.raises(KeyboardInterrupt) if broken else contextlib.nullcontext():
                 batch.commit([7])
@@ -155,6 +156,26 @@ def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:
     with torch.no_grad():
         for i, tokens in enumerate(zip(*rows, strict=True)):
             assert torch.equal(eager.run(again, tokens), got[:, i])
+        for _ in range(2):  # three tokens of each are a graph of their own
+            several = random_ids(6, seed=5)
+            assert torch.equal(engine.step.run(sequences, several), eager.run(again, several))
+
+
+def test_a_guessing_step_waits_once(folder: Path, gpu: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tiny_cache(method="plain")
+    engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=900, cuda_graph=False)
+    attend_without_waiting(engine)
+    config = SamplingConfig(max_new_tokens=200, ignore_eos=True, prompt_lookup=3)
+    sequence = engine.prefill([5, 6, 7, 8] * 10)
+    assert sequence.logits is not None
+    answer = begun(engine, sequence, sequence.logits, config)
+    monkeypatch.setattr(Lookup, "guess", lambda self, count: random_ids(count))
+    for _ in range(2):
+        gpu.waits.clear()
+        step(engine, [answer])
+        assert gpu.waits == {"tolist": 1}
+    assert {tokens for _, tokens in engine.step.batches._made} == {4, 1}  # type: ignore[attr-defined]
+    assert len(sequence.token_ids) == 39 + answer.count
 
 
 def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:

@@ -89,10 +89,10 @@ def attend_tensors(engine: Engine) -> Callable[[int, Tensor, Step], tuple[Tensor
     def attend(layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         full = engine.parts.setup.arena.full(layer)
         held = full.positions[step.slots]  # [B, F]
-        seen = (held >= 0) & (held <= step.positions)
+        seen = (held >= 0)[:, None] & (held[:, None] <= step.positions[:, :, None])
         repeat = q.shape[2] // full.keys.shape[1]
         k, v = (t[step.slots].repeat_interleave(repeat, 1).float() for t in (full.keys, full.values))
-        score = torch.einsum("bnhd,bhfd->bhnf", q, k).masked_fill(~seen[:, None, None], -torch.inf)
+        score = torch.einsum("bnhd,bhfd->bhnf", q, k).masked_fill(~seen[:, None], -torch.inf)
         out = torch.einsum("bhnf,bhfd->bnhd", score.softmax(-1), v.nan_to_num(0.0))
         return out + 0.01 * step.packed[:, None, None, None], score.logsumexp(-1).transpose(1, 2)
 
@@ -109,27 +109,30 @@ def start(engine: Engine, count: int) -> list[SequenceCache]:
 
 
 @torch.no_grad()
-def run(engine: Engine, step: Any, batches: int, length: int) -> Tensor:
-    """Logits of batches of two, one after another, over the edge of a tile: [batches * length, 2, V]."""
+def run(engine: Engine, step: Any, batches: int, length: int, tokens: int = 1) -> Tensor:
+    """Logits of batches of two, one after another, over the edge of a tile: [batches * length, 2 * tokens, V]."""
     rows = []
     for number in range(batches):
         sequences = start(engine, 2)
         for i in range(length):
-            rows.append(step.run(sequences, random_ids(2, seed=1000 * number + i)))
+            rows.append(step.run(sequences, random_ids(2 * tokens, seed=1000 * number + i)))
         for sequence in sequences:
             sequence.free()
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("graphs", [Calls, Tapes])
-def test_a_graph_gives_what_eager_steps_give(folder: Path, graphs: type[Tapes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_gives_what_eager_steps_give(
+    folder: Path, graphs: type[Tapes], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     if graphs is Tapes:
         monkeypatch.setattr(engine.parts.setup.method, "attend", attend_tensors(engine))
     of = engine.parts.model, engine.parts.rope, engine.parts.setup
-    wanted = run(engine, EagerStep(*of), 2, 20)
+    wanted = run(engine, EagerStep(*of), 2, 20, tokens)
     made = graphs(engine.parts.setup.regions.packed(600))
-    got = run(engine, GraphStep(*of, made), 2, 20)
+    got = run(engine, GraphStep(*of, made), 2, 20, tokens)
     assert made.count == 1  # whichever the sequences
     assert torch.equal(got, wanted)  # each step's own: a replay does not write over what was returned
 

@@ -54,6 +54,7 @@ DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
 STEPS = 160  # a tile or more: one step packs one, `slowest_ms`
 WARM_UP = 2 * STEPS  # of two untimed ones the first compiles, and the second is the first on streams of its own
+GUESSED = 3  # tokens of a step beside the pending one, as with prompt_lookup=3
 OUTGROWN = 256e6  # bytes: four L2 caches
 CORE = [
     (2.0, 2.0, 128, 128),
@@ -406,12 +407,13 @@ class Decoder:
                 print(error, flush=True)
         return self.engine
 
-    def time(self, context: int, graph: bool, copy_gbps: float) -> dict[str, float]:
-        """Milliseconds of a whole decode step, packing included, over a cache filled with random tokens.
+    def time(self, context: int, graph: bool, copy_gbps: float, tokens: int = 1) -> dict[str, float]:
+        """Milliseconds of a whole decode step of ``tokens``, packing included, over a cache filled with random tokens.
 
         The host's clock, for the host's part is the point of the comparison.
         """
         from skvq.engine.decode import decode_step_of
+        from skvq.engine.guard import computing
 
         engine = self.load()
         parts = engine.parts
@@ -422,7 +424,8 @@ class Decoder:
             for i in range(STEPS + WARM_UP):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                logits = engine.decode_step([sequence], [i % 256])
+                with computing(engine):
+                    logits = engine.step.run([sequence], [i % 256] * tokens)
                 torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
             assert not logits.isnan().any()
@@ -531,6 +534,8 @@ def measure(log: Log) -> None:
             for graph in (True, False):
                 name = f"decode step {context} {'graph' if graph else 'eager'}"
                 log.step(name, lambda a=(context, graph): decoder.time(*a, copy_gbps), 150 if decoder.engine is None else 30)
+            name = f"decode step {context} graph of {GUESSED + 1} tokens"
+            log.step(name, lambda context=context: decoder.time(context, True, copy_gbps, GUESSED + 1), 30)
         log.step("answers", decoder.answers, 20)
         for tokens, how in itertools.product(READ_CONTEXTS, ("exact", "streaming")):
             log.step(f"read {tokens} {how}", lambda a=(tokens, how): decoder.read(*a), 30)
