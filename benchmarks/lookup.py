@@ -4,7 +4,7 @@
 
 Three ways to go on after N tokens of Python's bundled documentation, greedily: its last 1,500 characters begin again (a quote),
 a question about it in the model's chat format, and a story of its own. All guess counts take turns in every round, on forks of
-one sequence that has read the text; the best round counts. Reported: milliseconds a token, tokens a step, and whether the answer
+one sequence that has read the text; the best round counts. Reported: milliseconds a token, tokens a step, and whether the text
 was the same. Last line: JSON, also written to --output.
 """
 
