@@ -16,7 +16,7 @@ MATCH = 3
 
 
 MOST_MISSES = 5
-"""Wrong guesses on end that are counted: then 31 steps go without one."""
+"""Misses that are counted: after so many 31 steps go without a guess."""
 
 
 class Lookup:
@@ -31,7 +31,7 @@ class Lookup:
         self._ends = np.argsort(keys, kind="stable").astype(np.int32)  # equal ones in order of position
         self._keys = keys[self._ends]
         self._later: dict[int, int] = {}  # of the stretches since; the last is told by the next ``push``
-        self._misses = self._rest = 0  # wrong guesses on end, and steps to go without one
+        self._misses = self._rest = 0  # wrong guesses not made up for, and steps to go without one
 
     def push(self, token: int) -> None:
         """The text goes on."""
@@ -54,8 +54,10 @@ class Lookup:
         return [self._ids[at + i % period] for i in range(count)]
 
     def tell(self, right: int) -> None:
-        """So many of the last guess were right. A miss costs half a step: after each on end the next waits twice as long."""
-        self._misses = 0 if right else min(self._misses + 1, MOST_MISSES)
+        """So many of the last guess were right. A miss costs half a step: after each the next guess waits twice as long, until
+        tokens that were right have made up for the misses.
+        """
+        self._misses = max(0, self._misses - right) if right else min(self._misses + 1, MOST_MISSES)
         self._rest = 2**self._misses - 1
 
     def _found(self) -> int | None:

@@ -40,7 +40,7 @@ def test_it_guesses_what_followed_the_latest_occurrence(begin: list[int], rest: 
         assert lookup.guess(5) == wanted
 
 
-def test_after_each_miss_on_end_it_waits_twice_as_long() -> None:
+def test_after_each_miss_it_waits_twice_as_long_until_that_is_made_up_for() -> None:
     lookup, waits = Lookup([1, 2, 3] * 5, 4), []
     lookup.push(1)
     for _ in range(MOST_MISSES + 2):
@@ -48,6 +48,8 @@ def test_after_each_miss_on_end_it_waits_twice_as_long() -> None:
         lookup.tell(0)
     assert waits == [0, 1, 3, 7, 15, 31, 31]
     assert [bool(lookup.guess(1)) for _ in range(32)] == [False] * 31 + [True]
+    lookup.tell(3)
+    assert [bool(lookup.guess(1)) for _ in range(4)] == [False] * 3 + [True]
     lookup.tell(2)
     assert lookup.guess(1)
 
