@@ -279,7 +279,7 @@ class SequenceCache:
         if not is_whole(length):
             raise OptionError(f"length must be a number of tokens, got {length!r}")
         if not 0 <= length <= self.length:
-            raise CapacityError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")
+            raise OptionError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")
         setup, arena = self.setup, self.setup.arena
         packed = min(self.packed, length // setup.regions.tile * setup.regions.tile)
         if length < self.packed:

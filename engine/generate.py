@@ -338,13 +338,15 @@ class Engine:
 
         Raises OptionError for an unknown token, and for another one than an answer has left pending.
         """
+        if not isinstance(sequences, Sequence):
+            raise OptionError(f"a decode step takes a list of sequences, got {type(sequences).__name__}")
+        tokens = whole_ids(tokens)
         for sequence in sequences:
             self._require_own(sequence)
         if len({id(s) for s in sequences}) != len(sequences):
             raise OptionError("a decode step takes one token of each sequence, and a sequence was given twice")
         if not sequences or len(tokens) != len(sequences):
             raise OptionError(f"a decode step takes a token for each of some sequences, got {len(tokens)} for {len(sequences)}")
-        tokens = whole_ids(tokens)
         self._require_known(tokens)
         for sequence, token in zip(sequences, tokens, strict=True):
             if sequence.pending and sequence.pending != [token]:

@@ -14,7 +14,7 @@ from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine,
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.errors import CapacityError
+from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import AttentionSinks, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.stress import append
@@ -260,7 +260,7 @@ def test_a_cut_gives_retained_slots_back_to_later_tokens(tmp_path: Path) -> None
 def test_truncation_to_where_there_is_nothing_is_refused(engines: Engines, length: int) -> None:
     sequence = engines["fp"].new_sequence()
     exact(engines["fp"], sequence, trace(engines["fp"], 30))
-    with pytest.raises(CapacityError, match="30 tokens"):
+    with pytest.raises(OptionError, match="30 tokens"):
         sequence.truncate(length)
     sequence.free()
 
