@@ -13,12 +13,14 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import triton.language as tl
+import triton.runtime.interpreter as interpreter
 from cases import arguments, check_unpacked, compare, formats, make_case, torch_error
 from torch import Tensor
 
@@ -49,6 +51,16 @@ from skvq.kernels.triton_gpu.merge import merge_parts
 from skvq.kernels.triton_gpu.metric import MetricTables
 
 CPU = torch.device("cpu")
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_for_numpy(tensor: type, scope: Any) -> None:
+    """Triton 3.6, of torch 2.10 and 2.11, makes an int of an array of one number, which NumPy refuses from 2.5 on."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_tensor_for_numpy
 
 
 def backend() -> TritonGpu:
