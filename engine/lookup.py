@@ -32,6 +32,7 @@ class Lookup:
         self._keys = keys[self._ends]
         self._later: dict[int, int] = {}  # of the stretches since; the last is told by the next ``push``
         self._misses = self._rest = 0  # wrong guesses not made up for, and steps to go without one
+        self._guessed = False  # the last time it was asked
 
     def push(self, token: int) -> None:
         """The text goes on."""
@@ -48,6 +49,7 @@ class Lookup:
         """
         self._rest -= 1
         at = self._found() if self._rest < 0 else None
+        self._guessed = at is not None
         if at is None:
             return []
         period = len(self._ids) - at
@@ -55,8 +57,10 @@ class Lookup:
 
     def tell(self, right: int) -> None:
         """So many of the last guess were right. A miss costs half a step: after each the next guess waits twice as long, until
-        tokens that were right have made up for the misses.
+        tokens that were right have made up for the misses. Nothing is learnt from guesses that were not its own.
         """
+        if not self._guessed:
+            return
         self._misses = max(0, self._misses - right) if right else min(self._misses + 1, MOST_MISSES)
         self._rest = 2**self._misses - 1
 
