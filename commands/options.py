@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -56,12 +57,16 @@ MULTIPLES = {"k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
 def count_of(text: str) -> int:
     """A whole number of tokens: 131072, 131_072, 1e6, 128K or 1m. Raises ValueError.
 
-    >>> count_of("131_072"), count_of("1e6"), count_of("128K"), count_of("128k"), count_of("0.5M")
-    (131072, 1000000, 131072, 128000, 524288)
+    >>> count_of("131_072"), count_of("1e6"), count_of("128K"), count_of("32.2k"), count_of("0.5M")
+    (131072, 1000000, 131072, 32200, 524288)
     """
     multiple = MULTIPLES.get(text[-1:], 1)
-    number = float(text if multiple == 1 else text[:-1]) * multiple
-    if not 0 <= number < 2**31 or number != int(number):
+    try:
+        number = Decimal(text if multiple == 1 else text[:-1]) * multiple  # exact: 32.2k is 32,200
+        good = 0 <= number < 2**31 and number == int(number)
+    except ArithmeticError:
+        good = False
+    if not good:
         raise ValueError(text)
     return int(number)
 
@@ -171,7 +176,9 @@ cache_options = stack(
     ),
 )
 sampling_options = stack(
-    click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True, help="Maximum number of tokens to write."),
+    click.option(
+        "-n", "--max-new-tokens", type=TokenCount(0), default=256, show_default=True, help="Maximum number of tokens to write."
+    ),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
     click.option("--top-p", type=float, default=1.0, show_default=True),
     click.option("--top-k", type=int, default=0, show_default=True),

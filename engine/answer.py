@@ -52,9 +52,11 @@ class Answer:
         """Tokens that may still be drawn."""
         return self.config.max_new_tokens - self.count
 
-    def guess(self, count: int) -> list[int]:
-        """``count`` tokens that may follow the one to be decoded, or none."""
-        return self._lookup.guess(count) if self._lookup is not None else []
+    def guess(self, count: int, *, free: bool = False) -> list[int]:
+        """``count`` tokens that may follow the one to be decoded, or none. ``free``: a wrong guess costs nothing."""
+        if self._lookup is None:
+            return []
+        return self._lookup.find(count) if free else self._lookup.guess(count)
 
     def has_room(self, count: int) -> bool:
         """Whether ``count`` tokens can be decoded in one step, and forgotten again: nothing is packed or dropped for them."""
@@ -138,9 +140,15 @@ def draw(answers: Sequence[Answer], logits: Sequence[Tensor] | Tensor, guesses: 
 
 
 def guesses_of(answers: Sequence[Answer]) -> list[list[int]]:
-    """Tokens to be decoded behind each answer's own, as many for each; none if no text repeats itself, or one has no room."""
+    """Tokens to be decoded behind each answer's own, as many for each, or none: half of the texts must repeat themselves, for
+    all pay, and all must have room.
+    """
     count = answers[0].config.prompt_lookup
     if not count or not all(answer.has_room(1 + count) for answer in answers):
         return [[] for _ in answers]
     found = [answer.guess(count) for answer in answers]
-    return [guess or [answer.token] * count for answer, guess in zip(answers, found, strict=True)] if any(found) else found
+    if sum(map(bool, found)) < len(found) / 2:
+        return [[] for _ in answers]
+    return [
+        guess or answer.guess(count, free=True) or [answer.token] * count for answer, guess in zip(answers, found, strict=True)
+    ]

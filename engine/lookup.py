@@ -41,15 +41,20 @@ class Lookup:
         self._ids.append(token)
 
     def guess(self, count: int) -> list[int]:
+        """``find``, or none while it waits."""
+        self._rest -= 1
+        found = self.find(count) if self._rest < 0 else []
+        self._guessed = bool(found)
+        return found
+
+    def find(self, count: int) -> list[int]:
         """The next ``count`` tokens if the text repeats itself, or none if its last MATCH tokens have not occurred before.
 
         >>> text = Lookup([5, 1, 2, 3, 4], vocab_size=9)
-        >>> [text.push(token) for token in (1, 2, 3)] and text.guess(2), text.guess(6)
+        >>> [text.push(token) for token in (1, 2, 3)] and text.find(2), text.find(6)
         ([4, 1], [4, 1, 2, 3, 4, 1])
         """
-        self._rest -= 1
-        at = self._found() if self._rest < 0 else None
-        self._guessed = at is not None
+        at = self._found()
         if at is None:
             return []
         period = len(self._ids) - at

@@ -383,7 +383,7 @@ BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "sinks below nothing": (("-p", "x", "--sinks", -1), ("-1",)),
     "a filter nobody knows": (("-p", "x", "--filter", "heavy-hiters"), ("did you mean 'heavy-hitters'",)),
     "a filter nobody can import": (("-p", "x", "--filter", "no.such:Rule"), ("no.such", "imported")),
-    "fewer than no tokens": (("-p", "x", "-n", -1), ("max_new_tokens", "-1")),
+    "fewer than no tokens": (("-p", "x", "-n", -1), ("--max-new-tokens", "-1")),
     "a negative temperature": (("-p", "x", "--temperature", -0.5), ("temperature", "-0.5")),
     "a temperature that is no number": (("-p", "x", "--temperature", "nan"), ("temperature", "nan")),
     "nothing to draw from": (("-p", "x", "--top-p", 0), ("top_p",)),

@@ -165,7 +165,7 @@ def test_constants_copied_from_outside_are_those_outside() -> None:
     """See ``compiled.source_stamp``: kernels copy them, so that a change is a change of their own source."""
     assert (tiles.SLOTS, tiles.TRITS, tiles.RETAINED) == (layout.TRIT_SLOTS, layout.TRIT_PLANES, layout.RETAINED_FLAG)
     assert (quantizer.E4M3_MAX, quantizer.E4M3_MIN) == (layout.E4M3_MAX, layout.E4M3_MIN)
-    assert quantizer.E4M3_LARGEST == layout.E4M3_LARGEST
+    assert (quantizer.E4M3_LARGEST, quantizer.ENOUGH) == (layout.E4M3_LARGEST, reference.ENOUGH)
     assert quantizer.REFINE_STEPS == reference.REFINE_STEPS
     for name in ("LATTICE_FITS", "LATTICE_ROUNDS", "LATTICE_SWEEPS"):
         assert getattr(lattice, name) == getattr(reference, name), name

@@ -235,7 +235,8 @@ def packing() -> None:
                 size=size, key_bits=key_bits, value_bits=value_bits, group_size=group, packed=(11,), has_key_mean=True,
                 has_metric=size == 64 and value_bits == 8.0, among_trits=key_bits == 3.0,
             )  # fmt: skip
-            tile, codec = case.layout.tile, case.heads if method == "heads" else case.labels
+            heads = dataclasses.replace(case.heads, values=dataclasses.replace(case.heads.values, has_metric=False))
+            tile, codec = case.layout.tile, heads if method == "heads" else case.labels  # one side together, one alone
             count, first = 2 * tile, (7 if tile == 160 else 9) * tile  # across the edge of a page
             gen = torch.Generator().manual_seed(1)
             keys, values = (torch.randn(count, 2, size, generator=gen).half() for _ in range(2))

@@ -12,6 +12,7 @@ from skvq.kernels.numba_cpu.tiles import FAST
 
 REFINE_STEPS = 3  # reference.REFINE_STEPS; copied, as are those of layout.py below (``compiled.source_stamp``)
 E4M3_MAX, E4M3_MIN, E4M3_LARGEST = np.float32(448), np.float32(2.0**-9), 0x7E
+ENOUGH = np.float32(1 + 2.0**-16)  # reference.ENOUGH
 
 
 @njit(**FAST)
@@ -30,7 +31,7 @@ def e4m3_encode(x):
 def encode_scale(x, levels):
     """``reference.encode_scale``: the nearest byte, but at 256 levels the next one up where that is below ``x``."""
     byte = e4m3_encode(x)
-    return byte + np.int32(levels == 256 and byte < E4M3_LARGEST and e4m3(byte) < x)
+    return byte + np.int32(levels == 256 and byte < E4M3_LARGEST and e4m3(byte) * ENOUGH < x)
 
 
 @njit(fastmath={"nnan", "ninf", "nsz"}, error_model="numpy", nogil=True, forceinline=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from skvq.kernels.interface import HeadCodec, LabelCodec, PackedKernels
 from skvq.kernels.ops import Unfused
 from skvq.kernels.reference.attention import attend_plain, masked_attention, merge
-from skvq.kernels.reference.e4m3 import e4m3_decode, e4m3_encode, encode_scale
+from skvq.kernels.reference.e4m3 import ENOUGH, e4m3_decode, e4m3_encode, encode_scale
 from skvq.kernels.reference.heads import (
     attend_heads,
     decode_heads,
@@ -30,6 +30,7 @@ from skvq.kernels.reference.quantizer import REFINE_STEPS, dequantize, quantize
 from skvq.kernels.reference.rope import rotary
 
 __all__ = [
+    "ENOUGH",
     "LATTICE_FITS",
     "LATTICE_ROUNDS",
     "LATTICE_SWEEPS",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skvq.kernels import reference
-from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, Ops, PackedKernels, PackedPages, PlainPages, Step
+from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, LabelCodec, Ops, PackedKernels, PackedPages, PlainPages, Step
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS
 from skvq.kernels.notices import notice
 from skvq.kernels.ops import Unfused
@@ -99,13 +99,17 @@ class TritonHeads:
             unread = (y_keys, y_keys, y_keys, y_keys)
             launch_pack(pages, codec, page_row, first, y_keys, y_values, unread, retained, quantized=False)
             return
-        (key, ks, km), (value, vs, vm) = (
-            quantize_lattice(y, LEVELS[bits], side, shared.tables.metric(side), shared.tuning.lanes)
-            if side.has_metric
-            else reference.quantize_heads(y, bits, side)
-            for y, bits, side in ((y_keys, layout.key_bits, codec.keys), (y_values, layout.value_bits, codec.values))
-        )
+        key, ks, km = self._quantize(y_keys, layout.key_bits, codec.keys)
+        value, vs, vm = self._quantize(y_values, layout.value_bits, codec.values)
         launch_pack(pages, codec, page_row, first, key, value, (ks, km, vs, vm), retained, quantized=True)
+
+    def _quantize(self, y: Tensor, bits: float, side: HeadSide) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes uint8, bytes of scales and of mids of ``y`` float32 [T, KH, D]: a head's codes together or each on its own."""
+        tables, (_, heads, size) = self._shared.tables, y.shape
+        if side.has_metric:
+            return quantize_lattice(y, LEVELS[bits], side, tables.metric(side), self._shared.tuning.lanes)
+        members, sizes = tables.neighbours(heads * size, size // side.unit.shape[1], y.device)
+        return quantize_labels(y.flatten(1), LEVELS[bits], side, members, sizes)
 
     def unpack(
         self,

@@ -6,11 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skvq.kernels import reference
 from skvq.kernels.layout import E4M3_LARGEST, E4M3_MIN
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
 TINY = tl.constexpr(E4M3_MIN)
 LARGEST = tl.constexpr(E4M3_LARGEST)
+ENOUGH = tl.constexpr(reference.ENOUGH)
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def e4m3_encode(x):
 def encode_scale(x, up):
     """``reference.encode_scale``: the nearest byte or, where ``up`` and that is below ``x``, the next one."""
     byte = e4m3_encode(x)
-    return byte + tl.where(up & (byte < LARGEST) & (e4m3_decode(byte) < x), 1, 0)
+    return byte + tl.where(up & (byte < LARGEST) & (e4m3_decode(byte) * ENOUGH < x), 1, 0)
 
 
 @triton.jit

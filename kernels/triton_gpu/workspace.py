@@ -85,6 +85,7 @@ class Tables:
         self._ropes: dict[tuple[int, int, int], RopeTables] = {}
         self._labels: dict[int, tuple[object, LabelTables]] = {}
         self._groups: dict[tuple[int, int], Tensor] = {}
+        self._neighbours: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def rope(self, rope: RopeFrequencies, tile: int, tiles: int) -> RopeTables:
         """Tables of ``tiles`` tiles of ``tile`` tokens."""
@@ -109,6 +110,13 @@ class Tables:
         if (channels, size) not in self._groups:
             self._groups[channels, size] = torch.arange(channels, dtype=torch.int32, device=device) // size
         return self._groups[channels, size]
+
+    def neighbours(self, channels: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same as ``quantize_labels`` takes it: members int32 [groups, size], and how many they are, int32 [groups]."""
+        if (channels, size) not in self._neighbours:
+            members = torch.arange(channels, dtype=torch.int32, device=device).view(-1, size)
+            self._neighbours[channels, size] = members, torch.full_like(members[:, 0], size)
+        return self._neighbours[channels, size]
 
     def labels(self, codec: LabelCodec, groups: int) -> LabelTables:
         """Labels and members of the ``groups`` groups of a codec. The first call for a codec waits for the device."""
