@@ -137,7 +137,9 @@ def test_ctrl_c_comes_after_what_moves_pages(engine: Engine, monkeypatch: pytest
     """Interrupted at each call of a method of the arena: no page, place or token is lost."""
     arena = engine.parts.setup.arena
     for at in range(1, 9):
-        sequence, calls = engine.prefill(random_ids(1500)), [0]
+        sequence, calls = engine.new_sequence(), [0]
+        engine.fill(sequence, 1500)
+        ids = list(sequence.token_ids)
 
         def counted(method: Any, at: int = at, calls: list[int] = calls) -> Any:
             def call(*args: Any) -> Any:
@@ -154,7 +156,7 @@ def test_ctrl_c_comes_after_what_moves_pages(engine: Engine, monkeypatch: pytest
             with contextlib.suppress(KeyboardInterrupt):
                 (engine.new_sequence if what == "new_sequence" else getattr(sequence, what))()
         if sequence.alive:
-            assert [*sequence.token_ids, *sequence.pending] == random_ids(1500)
+            assert [*sequence.token_ids, *sequence.pending] == ids
             sequence.free()
         gc.collect()
         arena.check({})

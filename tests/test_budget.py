@@ -99,11 +99,17 @@ def test_without_an_artifact_one_is_made_and_kept(folder: Path, tmp_path: Path, 
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
 
 
-def test_the_arena_is_what_the_plan_says_to_the_byte(engine: Engine, artifact: Path, folder: Path) -> None:
-    spent = tiny_engine(folder, tiny_cache(method=artifact.name, bits_budget=BUDGET), calibration=artifact)
-    for one in (engine, spent):
-        planned = sum(size for part, size in one.parts.plan.parts.items() if part.startswith("cache"))
-        assert one.parts.setup.arena.nbytes == one.parts.setup.arena.shape.nbytes == planned
+def assert_planned_to_the_byte(engine: Engine) -> None:
+    planned = sum(size for part, size in engine.parts.plan.parts.items() if part.startswith("cache"))
+    assert engine.parts.setup.arena.nbytes == engine.parts.setup.arena.shape.nbytes == planned
+
+
+def test_the_arena_is_what_the_plan_says_to_the_byte(engine: Engine) -> None:
+    assert_planned_to_the_byte(engine)
+
+
+def test_with_a_budget_too(artifact: Path, folder: Path) -> None:
+    assert_planned_to_the_byte(tiny_engine(folder, tiny_cache(method=artifact.name, bits_budget=BUDGET), calibration=artifact))
 
 
 def test_memory_is_measured_once(folder: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
