@@ -83,8 +83,8 @@ class Answer:
         if guessed:
             self.sequence.truncate(length + right)
             self.timing.guessed_tokens += right
-        if self._lookup is not None and guessed:
-            self._lookup.tell(right)
+            if self._lookup is not None:
+                self._lookup.tell(right)
         self.sequence.pending = [self.token]
         self._mark = self.sequence.mark
 

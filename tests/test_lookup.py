@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,8 @@ def test_answers_decoded_together_guess_together(engine: Engine, monkeypatch: py
         patch.setattr(SequenceCache, "free", freed)
         wanted = engine.generate(prompts, config)
     foretold(monkeypatch, kept, 0.2)
-    assert engine.generate(prompts, SamplingConfig(**vars_of(config), prompt_lookup=3)) == wanted
+    assert engine.generate(prompts, replace(config, prompt_lookup=3)) == wanted
     assert engine.timing.guessed_tokens > 200
-
-
-def vars_of(config: SamplingConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "ignore_eos")}
 
 
 def test_text_that_repeats_itself_takes_fewer_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

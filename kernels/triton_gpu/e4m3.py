@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: N803
 """E4M3 (FP8) bytes in integer arithmetic: cards before sm_89 have no instruction for them."""
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ def e4m3_encode(x):
 
 
 @triton.jit
-def encode_scale(x, up):
-    """``reference.encode_scale``: the nearest byte or, where ``up`` and that is below ``x``, the next one."""
+def encode_scale(x, LEVELS: tl.constexpr):
+    """``reference.encode_scale``: the nearest byte, but at 256 levels the next one up where that is below ``x``."""
     byte = e4m3_encode(x)
-    return byte + tl.where(up & (byte < LARGEST) & (e4m3_decode(byte) * ENOUGH < x), 1, 0)
+    if LEVELS == 256:
+        byte += tl.where((byte < LARGEST) & (e4m3_decode(byte) * ENOUGH < x), 1, 0)
+    return byte
 
 
 @triton.jit

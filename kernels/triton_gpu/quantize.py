@@ -49,7 +49,7 @@ def fit_groups(y, there, count, unit, clip, LEVELS: tl.constexpr):
     exact = e4m3_decode(mid_byte) * unit
     if LEVELS == 256:
         scale += tl.div_rn(tl.abs(exact - mid), tl.full(mid.shape, half, tl.float32))
-    scale_byte = encode_scale(scale / unit, LEVELS == 256)
+    scale_byte = encode_scale(scale / unit, LEVELS)
     code = nearest_code(y, e4m3_decode(scale_byte) * unit, exact, LEVELS)
     return code.to(tl.int32), scale_byte, mid_byte
 
