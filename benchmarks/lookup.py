@@ -19,7 +19,7 @@ import click
 from stamp import stamp, write
 
 from skvq import Engine, Quiet, SamplingConfig
-from skvq.commands.text import corpus_text
+from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.measure import device_name
 
 WRITE = 160
@@ -28,7 +28,7 @@ WRITE = 160
 
 def prompts(engine: Engine, context: int) -> dict[str, list[int]]:
     """The ids to read, by what they ask for."""
-    text = corpus_text(None)
+    text = built_in_corpus()
     body = engine.decode(engine.encode(text[: 8 * context])[: context - 400])
     question = [{"role": "user", "content": f"{body}\n\nWhat is this text about? Quote it where you can."}]
     return {
