@@ -217,6 +217,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("unpack, basis", unpack.unpack_kernel, {**tiled, **decoded}, 4, 1, dict.fromkeys(outputs, "*bf16")),
         Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("merge", merge.merge_kernel, {"COUNT": 8, "D": 128, "BLOCK": 16}, 4, 1, merging),
+        Variant("norm heads", fused.norm_heads_kernel, {"D": 128, "BLOCK": 128, **pdl}, 1, 1, halves),
         Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
         *(matvec_variant(f"matvec {name}", arch, **form) for name, form in MATVEC.items()),
         Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),

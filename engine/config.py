@@ -55,7 +55,8 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees."""
+    """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees;
+    ``qk_norm``: heads of queries and keys are normed before RoPE (arXiv 2010.04245, Qwen3)."""
 
     family: str
     vocab_size: int
@@ -73,6 +74,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -105,6 +107,7 @@ class ModelConfig:
         q = self.num_heads * self.head_size
         layer = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
         layer += (q + 2 * kv) * self.qkv_bias + d * self.output_bias + (2 * f + d) * self.mlp_bias
+        layer += 2 * self.head_size * self.qk_norm
         return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
 

@@ -23,6 +23,7 @@ class LayerWeights:
 
     input_norm: Tensor  # [d]
     qkv: Linear  # d -> (H + 2 KH) D
+    qk_norm: tuple[Tensor, Tensor] | None  # of queries and of keys, [D] each
     output: Linear  # H D -> d
     mlp_norm: Tensor  # [d]
     gate_up: Linear  # d -> 2 f
@@ -43,7 +44,7 @@ class ModelWeights:
         """Bytes held for all weights, a tied embedding counted once."""
         held = [*self.embedding.tensors, self.norm, *self.head.tensors]
         for w in self.layers:
-            held += [w.input_norm, w.mlp_norm]
+            held += [w.input_norm, w.mlp_norm, *(w.qk_norm or ())]
             held += [t for linear in (w.qkv, w.output, w.gate_up, w.down) for t in linear.tensors]
         return nbytes_of(held)
 
@@ -78,7 +79,10 @@ class Model:
         qkv = self.ops.norm_linear(x, w.input_norm, self.config.norm_eps, w.qkv)
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
         parts = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, size)  # [B, N, H + 2 KH, D]
-        return parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
+        q, k, v = parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
+        if w.qk_norm is not None:
+            q, k = self.ops.norm_heads(q, k, *w.qk_norm, self.config.norm_eps)
+        return q, k, v
 
     def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""
@@ -97,6 +101,9 @@ def load_weights(config: ModelConfig, storage: Storage) -> ModelWeights:
         biases = storage.vector([f"{prefix}.{n}.bias" for n in names]) if bias else None
         return storage.linear([f"{prefix}.{n}.weight" for n in names], biases)
 
+    def qk_norm(prefix: str) -> tuple[Tensor, Tensor]:
+        return storage.vector([f"{prefix}.q_norm.weight"]), storage.vector([f"{prefix}.k_norm.weight"])
+
     embedding, head = storage.embedding("model.embed_tokens.weight")
     layers = []
     for index in range(config.num_layers):
@@ -105,6 +112,7 @@ def load_weights(config: ModelConfig, storage: Storage) -> ModelWeights:
             LayerWeights(
                 input_norm=storage.vector([f"{at}.input_layernorm.weight"]),
                 qkv=linear(f"{at}.self_attn", "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
+                qk_norm=qk_norm(f"{at}.self_attn") if config.qk_norm else None,
                 output=linear(f"{at}.self_attn", "o_proj", bias=config.output_bias),
                 mlp_norm=storage.vector([f"{at}.post_attention_layernorm.weight"]),
                 gate_up=linear(f"{at}.mlp", "gate_proj", "up_proj", bias=config.mlp_bias),

@@ -137,6 +137,7 @@ class Ops(Protocol):
     computed in float32 (arXiv 1910.07467).
 
     norm_linear:     ``linear`` of the norm of x.
+    norm_heads:      the norm of each head of q [B, N, H, D] and of k [B, N, KH, D], times their weights [D].
     after_attention: ``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``.
     rope_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
                      (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
@@ -146,6 +147,8 @@ class Ops(Protocol):
     """
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
+
+    def norm_heads(self, q: Tensor, k: Tensor, query_norm: Tensor, key_norm: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
 
     def after_attention(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear

@@ -22,6 +22,9 @@ class TorchOps:
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
         return linear(self.rms_norm(x, norm, eps))
 
+    def norm_heads(self, q: Tensor, k: Tensor, query_norm: Tensor, key_norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return self.rms_norm(q, query_norm, eps), self.rms_norm(k, key_norm, eps)
+
     def after_attention(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
     ) -> Tensor:

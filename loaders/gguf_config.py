@@ -1,4 +1,4 @@
-"""GGUF metadata -> ModelConfig, for the architectures `llama` (Mistral is one there) and `qwen2`."""
+"""GGUF metadata -> ModelConfig, for the architectures `llama` (Mistral is one there), `qwen2` and `qwen3`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skvq.loaders.fields import Fields, model_config, shorten
 from skvq.loaders.gguf_header import GgufHeader
 from skvq.loaders.names import MAX_LAYERS
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 """Control tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
 
@@ -58,6 +58,7 @@ def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.flo
         qkv_bias="blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
+        qk_norm=arch == "qwen3",
         bos_token_id=next(iter(_ids(fields, ("bos",), vocab)), None),
         eos_token_ids=_end_ids(fields, vocab),
     )

@@ -30,6 +30,8 @@ _PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -48,7 +50,7 @@ class _Stored:
 
 
 class GgufSource:
-    """A GGUF file of architecture ``llama`` or ``qwen2``.
+    """A GGUF file of architecture ``llama``, ``qwen2`` or ``qwen3``.
 
     Opening maps the file and reads its header; ModelError, one line, if it is not a whole GGUF file, of another
     architecture, of a type that cannot be expanded, or if the `gguf` package is not installed.

@@ -15,10 +15,13 @@ from skvq.loaders.names import MAX_LAYERS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Family:
-    """What a family's configuration class assumes where config.json is silent; 0 kv heads: as many as query heads."""
+    """What a family's configuration class assumes where config.json is silent; 0 kv heads: as many as query heads, head
+    size 0: the hidden size divided among the heads.
+    """
 
     name: str
     kv_heads: int
+    head_size: int = 0
     context: int
     sliding_window: int
     bos: int | None
@@ -29,8 +32,10 @@ _FAMILIES = {
     "LlamaForCausalLM": _Family(name="llama", kv_heads=0, context=2048, sliding_window=0, bos=1, eos=(2,)),
     "MistralForCausalLM": _Family(name="mistral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
     "Qwen2ForCausalLM": _Family(name="qwen2", kv_heads=32, context=32768, sliding_window=4096, bos=None, eos=()),
+    "Qwen3ForCausalLM": _Family(name="qwen3", kv_heads=32, head_size=128, context=32768, sliding_window=4096, bos=None, eos=()),
 }
 ARCHITECTURES = tuple(_FAMILIES)
+QWENS = ("qwen2", "qwen3")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -49,13 +54,14 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     family = _family(fields)
     _refuse_unsupported(fields)
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    if not fields.has("head_dim") and hidden % heads:
+    if not (fields.has("head_dim") or family.head_size) and hidden % heads:
         raise ModelError(f"{fields.where}: head_dim is missing and hidden_size {hidden} is not a multiple of {heads} heads")
-    head_size = fields.integer("head_dim", hidden // heads)
+    head_size = fields.integer("head_dim", family.head_size or hidden // heads)
     layers = fields.integer("num_hidden_layers")
     if layers > MAX_LAYERS:
         raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine supports at most {MAX_LAYERS}")
-    vocab, llama = fields.integer("vocab_size"), family.name == "llama"
+    vocab = fields.integer("vocab_size")
+    biased = family.name in ("llama", "qwen3") and fields.flag("attention_bias", False)
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
     rope = parse_rope(fields, context, head_size)
@@ -74,9 +80,10 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
         trained_context=_trained_context(fields, rope, context),
         attention_spans=_attention_spans(fields, family, layers),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        qkv_bias=family.name == "qwen2" or (llama and fields.flag("attention_bias", False)),
-        output_bias=llama and fields.flag("attention_bias", False),
-        mlp_bias=llama and fields.flag("mlp_bias", False),
+        qkv_bias=family.name == "qwen2" or biased,
+        output_bias=biased,
+        mlp_bias=family.name == "llama" and fields.flag("mlp_bias", False),
+        qk_norm=family.name == "qwen3",
         bos_token_id=_bos(fields, family, vocab),
         eos_token_ids=_eos(fields, family, vocab, more_eos_ids),
     )
@@ -152,7 +159,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {key: value for key, value in rope.items() if value is not None},
         "sliding_window": window,
         "use_sliding_window": window is not None,
-        "layer_types": names if config.family == "qwen2" else None,
+        "layer_types": names if config.family in QWENS else None,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.output_bias,
         "mlp_bias": config.mlp_bias,
@@ -204,9 +211,9 @@ def _trained_context(fields: Fields, rope: RopeConfig, context: int) -> int:
 
 
 def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int, ...]:
-    """Tokens each layer's queries see: Mistral slides in all layers, Qwen2 in those its config names, Llama in none."""
+    """Tokens each layer's queries see: Mistral slides in all layers, Qwen in those its config names, Llama in none."""
     declared = fields.has("sliding_window") or "sliding_window" not in fields.data
-    slides = declared and (family.name == "mistral" or (family.name == "qwen2" and fields.flag("use_sliding_window", False)))
+    slides = declared and (family.name == "mistral" or (family.name in QWENS and fields.flag("use_sliding_window", False)))
     if not slides:
         return (FULL_SPAN,) * layers
     window = fields.integer("sliding_window", family.sliding_window)

@@ -34,6 +34,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.qkv_bias:
         shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if config.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (config.head_size,), "self_attn.k_norm.weight": (config.head_size,)}
     if config.output_bias:
         shapes |= {"self_attn.o_proj.bias": (d,)}
     if config.mlp_bias:

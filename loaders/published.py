@@ -91,6 +91,23 @@ _QWEN_2_5_7B_1M = ModelConfig(
 )
 """Trained to 262,144 tokens; its authors go to 1,010,000 with dual chunk attention, which this engine does not have."""
 
+_QWEN_3_4B_2507 = ModelConfig(
+    family="qwen3",
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    norm_eps=1e-6,
+    rope=RopeConfig(theta=5_000_000.0, original_context=262144),
+    trained_context=262144,
+    tie_embeddings=True,
+    qk_norm=True,
+    bos_token_id=151643,
+    eos_token_ids=(151645, 151643),
+)
 _SMOLLM2_135M = ModelConfig(
     family="llama",
     vocab_size=49152,
@@ -120,6 +137,7 @@ ALIASES: Mapping[str, Alias] = MappingProxyType(
         "llama-2-7b": Alias(repo="meta-llama/Llama-2-7b-chat-hf", config=_LLAMA_2_7B),
         "llama-3.1-8b": Alias(repo="meta-llama/Llama-3.1-8B-Instruct", config=_LLAMA_3_1_8B),
         "qwen2.5-7b-1m": Alias(repo="Qwen/Qwen2.5-7B-Instruct-1M", config=_QWEN_2_5_7B_1M),
+        "qwen3-4b": Alias(repo="Qwen/Qwen3-4B-Instruct-2507", config=_QWEN_3_4B_2507),
         "llama-3-8b-1048k": Alias(repo="gradientai/Llama-3-8B-Instruct-Gradient-1048k", config=_LLAMA_3_8B_1048K),
         "nemotron-8b-1m": Alias(repo="nvidia/Llama-3.1-Nemotron-8B-UltraLong-1M-Instruct", config=_ultra_long(128.0)),
         "nemotron-8b-4m": Alias(repo="nvidia/Llama-3.1-Nemotron-8B-UltraLong-4M-Instruct", config=_ultra_long(512.0)),

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from skvq.engine.config import ModelConfig, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.loaders.gguf_file import gguf_names
-from skvq.loaders.hf import config_to_json
+from skvq.loaders.hf import QWENS, config_to_json
 from skvq.loaders.names import expected_shapes
 
 WORDS = "the quick brown fox jumps over 12345 lazy dogs; it's naïve — déjà vu! def f(x):\n\treturn x ** 2\n 日本 😀 "
@@ -90,7 +90,7 @@ def write_gguf(
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted for ``llama``."""
-    arch = "qwen2" if config.family == "qwen2" else "llama"
+    arch = config.family if config.family in QWENS else "llama"
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.trained_context)

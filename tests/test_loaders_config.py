@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import one_line, refused, tiny_config
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from skvq.engine.config import FULL_SPAN, RopeConfig
 from skvq.engine.errors import SkvqError
@@ -67,6 +67,9 @@ def saved(config: PreTrainedConfig, folder: Path, architecture: str) -> Path:
         (MistralConfig, "MistralForCausalLM", {"sliding_window": None}),
         (Qwen2Config, "Qwen2ForCausalLM", {}),
         (Qwen2Config, "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
+        (Qwen3Config, "Qwen3ForCausalLM", {}),
+        (Qwen3Config, "Qwen3ForCausalLM", {"attention_bias": True, "head_dim": 32, "eos_token_id": 9}),
+        (Qwen3Config, "Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
         (
             Qwen2Config,
             "Qwen2ForCausalLM",
@@ -95,6 +98,7 @@ def test_every_family_agrees_with_transformers(
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     assert ours.qkv_bias == (kind is Qwen2Config or getattr(theirs, "attention_bias", False))
     assert ours.output_bias == getattr(theirs, "attention_bias", False)
+    assert ours.qk_norm == (kind is Qwen3Config)
     assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
     window = getattr(theirs, "sliding_window", None)
     layers = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 4
@@ -214,6 +218,7 @@ def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
         {},
         {"family": "mistral", "attention_spans": (64, 64)},
         {"family": "qwen2", "qkv_bias": True, "attention_spans": (64, FULL_SPAN)},
+        {"family": "qwen3", "qk_norm": True, "attention_spans": (64, FULL_SPAN)},
         {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "tie_embeddings": True},
         {"rope": RopeConfig(kind="longrope", original_context=256, short_factor=(1.0,) * 16, long_factor=(2.0,) * 16)},
     ],
@@ -239,7 +244,7 @@ VALUES = ATOMS | st.lists(ATOMS, max_size=4) | st.dictionaries(st.sampled_from(R
 
 @settings(max_examples=400, deadline=None)
 @given(
-    family=st.sampled_from(["llama", "mistral", "qwen2"]),
+    family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
     changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
 )
 def test_no_config_raises_anything_but_our_error(family: str, changes: dict[str, Any]) -> None:

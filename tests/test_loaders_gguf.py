@@ -43,6 +43,7 @@ Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_p
         {"tie_embeddings": True},
         {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
         {"family": "qwen2", "qkv_bias": True},
+        {"family": "qwen3", "qk_norm": True},
     ],
 )
 def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -204,7 +205,7 @@ NESTED = struct.pack("<IQ", 9, 1) * 50
         (header_bytes(KEY + struct.pack("<I", 9) + NESTED, keys=1), ["depth"]),
         (header_bytes(KEY + struct.pack("<I", 77), keys=1), ["type 77"]),
         (header_bytes((KEY + struct.pack("<I", 8) + string("llama")) * 2, keys=2), ["twice"]),
-        (header_bytes(KEY + struct.pack("<I", 8) + string("mamba"), keys=1), ["mamba", "llama, qwen2"]),
+        (header_bytes(KEY + struct.pack("<I", 8) + string("mamba"), keys=1), ["mamba", "llama, qwen2, qwen3"]),
         (header_bytes(), ["general.architecture is missing"]),
         (header_bytes(string("t") + struct.pack("<I", 9) + bytes(40), tensors=1), ["9 dimensions"]),
         (header_bytes(string("t") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0), tensors=1), ["shape"]),

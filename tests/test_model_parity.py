@@ -46,6 +46,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
+    "qwen3 with attention bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
 }
 RISING = [1.0 + 0.4 * j for j in range(8)]
 STEEP = [1.0 + 2.5 * j for j in range(8)]
@@ -156,7 +158,7 @@ def test_shards_equal_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefill", ["exact", "streaming"])
 @pytest.mark.parametrize(
-    "name", ["llama with grouped heads", "mistral with a window", "qwen2 with a window in its second layer"]
+    "name", ["llama with grouped heads", "mistral with a window", "qwen2 with a window in its second layer", "qwen3"]
 )
 def test_prefill_in_chunks_equals_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, prefill: str

@@ -173,7 +173,8 @@ def test_fused_operations(arch: int, dtype: torch.dtype) -> None:
         full = FullSlots(keys=rows[0], values=rows[1], positions=torch.full((3, 9), -1, dtype=torch.int32, device="cuda"))
         turned = ops.rope_to_slots(q, k, v, angle.cos(), angle.sin(), full, *places)
         normed = ops.rms_norm(x, weight, 1e-5), *ops.add_rms_norm(x, delta, weight, 1e-5)
-        results.append([turned, full.keys, full.values, *normed, ops.swiglu(gate_up)])
+        heads = ops.norm_heads(q, k, weight[:64], weight[32:], 1e-6)
+        results.append([turned, full.keys, full.values, *normed, *heads, ops.swiglu(gate_up)])
     for wanted, got in zip(*results, strict=True):
         assert float((got.float() - wanted.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * float(
             wanted.float().abs().max()

@@ -71,6 +71,19 @@ def test_played_steps_are_eager_steps(folder: Path, cache: CacheConfig) -> None:
     assert graphs.count < 8  # when the longer has packed a tile, or shares its method with the other no more
 
 
+def test_a_model_that_norms_queries_and_keys(tmp_path: Path) -> None:
+    """Played steps are eager ones, and those are the specification's but for rounding."""
+    shape = {"family": "qwen3", "num_layers": 2}
+    found = []
+    for backend, step in (("numba", GraphStep), ("numba", EagerStep), ("reference", EagerStep)):
+        engine = tiny_engine(tiny_folder(tmp_path, qk_norm=True, **shape), CACHES["plain"], max_context=600, backend=backend)
+        of = engine.parts.model, engine.parts.rope, engine.parts.setup
+        found.append(logits(engine, GraphStep(*of, Tapes()) if step is GraphStep else EagerStep(*of)))
+    played, eager, wanted = found
+    assert torch.equal(played, eager)
+    assert (eager - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_without_openmp_launches_are_played_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(folder, CACHES["rotate"], max_context=600, backend="numba")
     of = engine.parts.model, engine.parts.rope, engine.parts.setup

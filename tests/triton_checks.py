@@ -349,6 +349,9 @@ def fused_operations() -> None:
         heads, kv_heads, size = 8, 2, 64
         joint = torch.randn(2, 1, heads + 2 * kv_heads, size, generator=gen).to(dtype)
         q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
+        norms = torch.randn(2, size, generator=gen).to(dtype)
+        for got, wanted in zip(ops.norm_heads(q, k, *norms, 1e-6), torch_ops.norm_heads(q, k, *norms, 1e-6), strict=True):
+            same(got, wanted, 4.0)
         angle = torch.rand(2, 1, 1, size // 2, generator=gen) * 6
         slots, places = torch.tensor([2, 1]), torch.tensor([3, 0])
         for cache in (torch.float16, torch.bfloat16):
@@ -366,6 +369,8 @@ def fused_operations() -> None:
         joint = torch.randn(1, 5, heads + 2 * kv_heads, size, generator=gen).to(dtype)
         q, k, v = joint.split([heads, kv_heads, kv_heads], 2)
         angle = torch.rand(1, 5, 1, size // 2, generator=gen) * 6
+        for got, wanted in zip(ops.norm_heads(q, k, *norms, 1e-6), torch_ops.norm_heads(q, k, *norms, 1e-6), strict=True):
+            same(got, wanted, 4.0)
         held = [torch.full((9, kv_heads, 2 * size), 7.0, dtype=dtype) for _ in range(2)]  # keys and values, by token
         both = [[part.transpose(0, 1) for part in t.split(size, 2)] for t in held]
         outs = [o.rope_to_buffer(q, k, v, angle.cos(), angle.sin(), *b, 3) for o, b in zip((ops, torch_ops), both, strict=True)]

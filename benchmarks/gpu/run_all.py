@@ -205,7 +205,8 @@ def check_fused(dtype: torch.dtype) -> dict[str, Any]:
         keys, values = (torch.zeros(3, 8, 9, 128, device=DEVICE, dtype=dtype) for _ in range(2))
         full = FullSlots(keys=keys, values=values, positions=torch.zeros(3, 9, dtype=torch.int32, device=DEVICE))
         turned = ops.rope_to_slots(q, k, v, angle.cos(), angle.sin(), full, slots, places)
-        results.append((turned, keys, values, *ops.add_rms_norm(x, delta, weight, 1e-5), ops.swiglu(gate_up)))
+        heads = ops.norm_heads(q, k, weight[:128], weight[128:256], 1e-6)
+        results.append((turned, keys, values, *heads, *ops.add_rms_norm(x, delta, weight, 1e-5), ops.swiglu(gate_up)))
     found = [verdict(got, wanted) for wanted, got in zip(*results, strict=True)]
     return max(found, key=lambda v: (not v["good"], v["off"]))
 

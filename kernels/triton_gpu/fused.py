@@ -44,6 +44,29 @@ def rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, width, eps
 
 
 @triton.jit
+def norm_heads_kernel(
+    q_ptr, k_ptr, query_norm_ptr, key_norm_ptr, q_out_ptr, k_out_ptr, heads, stride_q, stride_k, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``x / sqrt(mean(x^2) + eps) * weight`` of one head, of D numbers, of one row. Rounds wherever torch rounds."""
+    wait_for_inputs(PDL)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kv_heads = tl.num_programs(1) - heads
+    c = tl.arange(0, BLOCK)
+    inside = c < D
+    if head < heads:
+        x_ptr, weight_ptr, out_ptr = q_ptr + row * stride_q + head * D, query_norm_ptr, q_out_ptr + (row * heads + head) * D
+    else:
+        kv = head - heads
+        x_ptr, weight_ptr, out_ptr = k_ptr + row * stride_k + kv * D, key_norm_ptr, k_out_ptr + (row * kv_heads + kv) * D
+    x = tl.load(x_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / D + eps)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    normed = (x * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + c, (normed * weight).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def turn_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, places_ptr, out_ptr, key_ptr, value_ptr,
     heads, stride_q, stride_k, stride_v, stride_slot, stride_head, stride_token,
@@ -94,6 +117,20 @@ class TritonOps(TorchOps):
             return super().norm_linear(x, norm, eps, linear)
         tiling = matvec.tiling_of(x.numel() // x.shape[-1], *linear.weight.shape, gated=False)
         return matvec.norm_linear(x, norm, eps, linear.weight, linear.bias, tiling)
+
+    def norm_heads(self, q: Tensor, k: Tensor, query_norm: Tensor, key_norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        batch, count, heads, size = q.shape
+        assert k.shape[:2] == q.shape[:2] and q.dtype == k.dtype, (q.shape, k.shape, q.dtype, k.dtype)
+        for x in (q, k):  # rows that lie equally far apart
+            assert x.stride()[2:] == (size, 1) and (batch == 1 or x.stride(0) == count * x.stride(1)), x.stride()
+        for weight in (query_norm, key_norm):
+            assert weight.shape == (size,) and weight.is_contiguous() and weight.dtype == q.dtype, (weight.shape, weight.dtype)
+        outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+        norm_heads_kernel[(batch * count, heads + k.shape[2])](
+            q, k, query_norm, key_norm, *outs, heads, q.stride(1), k.stride(1), eps,
+            D=size, BLOCK=triton.next_power_of_2(size), num_warps=1, **overlapping(overlaps(q.device)),
+        )  # fmt: skip
+        return outs[0], outs[1]
 
     def after_attention(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
