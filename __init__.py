@@ -11,6 +11,7 @@ from skvq.engine.filters import AttentionSinks, FilterRule, HeavyHitters, KeyOut
 from skvq.engine.report import Bar, Quiet, Reporter
 
 if TYPE_CHECKING:
+    from skvq.engine.batch import Batch, Request
     from skvq.engine.cache import SequenceCache
     from skvq.engine.generate import Engine
     from skvq.engine.summary import Summary
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionSinks",
     "Bar",
+    "Batch",
     "CacheConfig",
     "CalibrationError",
     "CapacityError",
@@ -32,6 +34,7 @@ __all__ = [
     "OptionError",
     "Quiet",
     "Reporter",
+    "Request",
     "SamplingConfig",
     "SequenceCache",
     "SessionError",
@@ -41,7 +44,13 @@ __all__ = [
     "__version__",
 ]
 
-_NEED_TORCH = {"Engine": "generate", "SequenceCache": "cache", "Summary": "summary"}
+_NEED_TORCH = {
+    "Batch": "batch",
+    "Engine": "generate",
+    "Request": "batch",
+    "SequenceCache": "cache",
+    "Summary": "summary",
+}
 """Names that are imported when they are asked for, and their modules: ``skvq --help`` does not wait for torch."""
 
 

@@ -29,7 +29,7 @@ class Answer:
         self._text = TextStream(tokenizer, after=sequence.token_ids[-CHARACTER_BYTES:] if resumed else ())
         self._stop = StopWatch(config.stops)
         self._ready = ""  # text that is complete and not given out yet
-        self._room = sequence.setup.on_full.room(sequence)
+        self._room = sequence.setup.room(sequence.length)
         self._lookup = Lookup(sequence.token_ids, logits.shape[-1]) if config.prompt_lookup else None
         self.token = -1
         if config.max_new_tokens:
@@ -143,7 +143,7 @@ def guesses_of(answers: Sequence[Answer]) -> list[list[int]]:
     """Tokens to be decoded behind each answer's own, as many for each, or none: half of the texts must repeat themselves, for
     all pay, and all must have room.
     """
-    count = answers[0].config.prompt_lookup
+    count = min(answer.config.prompt_lookup for answer in answers)
     if not count or not all(answer.has_room(1 + count) for answer in answers):
         return [[] for _ in answers]
     found = [answer.guess(count) for answer in answers]

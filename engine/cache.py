@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skvq.engine.absorb import put
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.errors import OptionError
 from skvq.engine.guard import computes
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, path_of
@@ -114,24 +114,10 @@ class SequenceCache:
         """
         self.require_alive()
         self.setup.on_full.make_room(self, count)
-        self.require(count)
+        self.setup.require(self.length, count)
         target = self.packed_after(count)
         if target > self.packed:
             self.grow(target)
-
-    def require_room(self, count: int, answer: int = 0) -> None:
-        """Raise CapacityError unless ``count`` more tokens can be added, one after another; ``answer`` as in ``require``."""
-        if count > self.setup.on_full.room(self):
-            self.require(count, answer)
-
-    def require(self, count: int, answer: int = 0) -> None:
-        """Raise CapacityError unless ``count`` more tokens fit the context as it is; ``answer`` tokens are to follow them."""
-        if self.length + count > self.setup.max_context:
-            held = f"{self.length:,} cached and {count:,} more" if self.length else f"{count:,}"
-            raise CapacityError(
-                f"{held} tokens do not fit a context of {self.setup.max_context:,}: shorten the text, or load with a "
-                f"max_context (--ctx) of at least {self.length + count + answer}{self.setup.on_full.advice}"
-            )
 
     @uninterrupted()
     def grow(self, target: int) -> None:

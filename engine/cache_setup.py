@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from skvq.engine.arena import Arena
+from skvq.engine.errors import CapacityError
 from skvq.engine.filters import FilterRule
 from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
@@ -47,3 +48,21 @@ class CacheSetup:
     def needs_mass(self) -> bool:
         """Whether a rule asks for attention mass."""
         return any(rule.needs_attention_mass for rule in self.rules)
+
+    def room(self, held: int) -> int:
+        """Tokens that can be added, one step after another, to a sequence that holds ``held``."""
+        return self.on_full.room(self.max_context - held)
+
+    def require_room(self, held: int, count: int, answer: int = 0) -> None:
+        """Raise CapacityError unless ``count`` more tokens can be added, one after another; ``answer`` as in ``require``."""
+        if count > self.room(held):
+            self.require(held, count, answer)
+
+    def require(self, held: int, count: int, answer: int = 0) -> None:
+        """Raise CapacityError unless ``count`` more tokens fit the context as it is; ``answer`` tokens are to follow them."""
+        if held + count > self.max_context:
+            tokens = f"{held:,} cached and {count:,} more" if held else f"{count:,}"
+            raise CapacityError(
+                f"{tokens} tokens do not fit a context of {self.max_context:,}: shorten the text, or load with a "
+                f"max_context (--ctx) of at least {held + count + answer}{self.on_full.advice}"
+            )

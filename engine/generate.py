@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock, RLock, get_ident
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from skvq.engine import reading, scoring
+from skvq.engine.batch import Batch
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import calibrate_to
 from skvq.engine.checkpoint import Checkpoint, FileCheckpoint
 from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import CapacityError, OptionError, require_known
-from skvq.engine.generation import answer_all, answered, continued
+from skvq.engine.generation import answered, continued
 from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
@@ -43,8 +45,7 @@ class Engine:
         self.timing = Timing()
         """Of the last call that read or wrote text."""
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
-        self.batches = Lock()
-        """Held by one list of prompts at a time: lists of other threads wait for the places that it has taken."""
+        self._one_batch, self._batching = Lock(), 0  # the thread that has a batch open
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else Prefixes()
 
@@ -175,33 +176,59 @@ class Engine:
         that spell it stay in the sequence. Arguments are checked at once; work begins with the first piece. ``checkpoint`` as
         for ``read``.
         """
-        config, file = self._sampling(sampling), path_or_none("checkpoint", checkpoint)
+        config, file = self.sampling_of(sampling), path_or_none("checkpoint", checkpoint)
+        ids = self.encode_after(text, sequence)
         if sequence is not None:
-            self._require_own(sequence)
-            begun, pending = bool(sequence.length or sequence.pending), sequence.pending
-            ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
-            if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
-                ids = ids[len(pending) :]
             return continued(self, sequence, ids, config, file, after=sequence.mark)
-        return answered(self, self.encode(text), config, file)
+        return answered(self, ids, config, file)
 
     @overload
-    def generate(self, text: Prompt, sampling: SamplingConfig | None = None) -> str: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, text: Prompt, sampling: SamplingConfig | None = None, *, sequence: SequenceCache | None = None
+    ) -> str: ...
 
     @overload
-    def generate(self, text: Sequence[Prompt], sampling: SamplingConfig | None = None) -> list[str]: ...
+    def generate(
+        self, text: Sequence[Prompt], sampling: SamplingConfig | None = None, *, sequence: SequenceCache | None = None
+    ) -> list[str]: ...
 
     @names_options(sampling=SamplingConfig)
-    def generate(self, text: Prompt | Sequence[Prompt], sampling: SamplingConfig | None = None) -> str | list[str]:
+    def generate(
+        self,
+        text: Prompt | Sequence[Prompt],
+        sampling: SamplingConfig | None = None,
+        *,
+        sequence: SequenceCache | None = None,
+    ) -> str | list[str]:
         """The answer to a prompt (as for ``stream``), or to each of a list of prompts.
 
         These are answered together, as many at a time as there are free sequences and pages for; when one ends the next begins.
+        With ``sequence`` each continues a fork of it, which shares its pages: many questions about one text.
         """
         if not is_several(text):
-            return "".join(self.stream(text, sampling))  # type: ignore[arg-type]
-        config = self._sampling(sampling)
-        answers, self.timing = answer_all(self, [self.encode(one) for one in text], config)
-        return answers
+            return "".join(self.stream(text, sampling, sequence=sequence))  # type: ignore[arg-type]
+        with self.batch() as batch:
+            requests = [batch.add(one, sampling, sequence=sequence, fork=sequence is not None) for one in text]
+            while batch.step():
+                pass
+        return [request.text for request in requests]
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Answers written together, to prompts that may come while others are being answered: what a server needs.
+
+        One batch is open at a time: another thread that wants one, or gives ``generate`` a list, waits until this one is
+        closed, at the end of its ``with`` block. Answers that are not over are cancelled then.
+        """
+        if self._batching == get_ident():
+            raise OptionError("this thread has a batch open: add the prompts to that, or close it first")
+        with self._one_batch:
+            self._batching, batch = get_ident(), Batch(self)
+            try:
+                yield batch
+            finally:
+                batch.close()
+                self._batching, self.timing = 0, batch.timing
 
     @names_options(sampling=SamplingConfig)
     def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingConfig | None = None) -> str:
@@ -224,6 +251,17 @@ class Engine:
         self._require_known(ids)
         return ids
 
+    def encode_after(self, text: Prompt, sequence: SequenceCache | None) -> list[int]:
+        """``encode`` of what continues a sequence, or of a prompt without one: see ``stream``."""
+        if sequence is None:
+            return self.encode(text)
+        self._require_own(sequence)
+        begun, pending = bool(sequence.length or sequence.pending), sequence.pending
+        ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
+        if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
+            return ids[len(pending) :]
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         known = whole_ids(ids)
@@ -242,7 +280,8 @@ class Engine:
             raise OptionError(f"sequence must come from prefill, new_sequence, fork or restore, got {type(sequence).__name__}")
         sequence.require_of(self.parts.setup)
 
-    def _sampling(self, config: SamplingConfig | None) -> SamplingConfig:
+    def sampling_of(self, config: SamplingConfig | None) -> SamplingConfig:
+        """The options that a user gave, or the default ones. Raises OptionError if they do not go with this engine."""
         require_type("sampling", config, SamplingConfig, None)
         if config is not None and config.prompt_lookup and self.parts.setup.needs_mass:
             raise OptionError(

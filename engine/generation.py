@@ -1,12 +1,10 @@
-"""Sequences continued together, a step of each at a time."""
+"""Sequences continued: one by itself, or several by steps that they take together."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +47,10 @@ def step(engine: Engine, answers: Sequence[Answer]) -> float:
     return seconds
 
 
-def tell_if_full(engine: Engine, answer: Answer) -> None:
-    """Say so if the context ended an answer."""
+def end_of(engine: Engine, answer: Answer) -> None:
+    """An answer is over: its pages may be of use to prompts that go on from it. Say so if the context ended it."""
+    with computing(engine):
+        engine.prefixes.keep(answer.sequence)
     if answer.finish == "context":
         engine.report.message(
             f"the context of {engine.parts.setup.max_context:,} tokens is full, the answer ends after {answer.count:,} of "
@@ -67,7 +67,28 @@ def continued(
     *,
     after: tuple[int, tuple[int, ...]],
 ) -> Generator[str, None, None]:
-    """Pieces of what follows ``ids`` in a sequence; without ids, of what follows its last token.
+    """Pieces of the answer to ``ids`` in a sequence; arguments as for ``continuing``."""
+    logits = continuing(engine, sequence, ids, config, checkpoint, after=after)
+    answer = begun(engine, sequence, logits, config, resumed=not ids)
+    while True:
+        if piece := answer.piece():
+            yield piece
+        if answer.finish:
+            break
+        step(engine, [answer])
+    end_of(engine, answer)
+
+
+def continuing(
+    engine: Engine,
+    sequence: SequenceCache,
+    ids: Sequence[int],
+    config: SamplingConfig,
+    checkpoint: str | Path | None = None,
+    *,
+    after: tuple[int, tuple[int, ...]],
+) -> Tensor:
+    """Read ``ids`` into a sequence: logits float32 [V] of what follows them; without ids, of what follows its last token.
 
     after: the sequence's mark when ``ids`` were chosen.
     """
@@ -77,20 +98,10 @@ def continued(
     if ids or sequence.pending or logits is None:
         if not ids and not sequence.pending:
             sequence.take_back()
-        sequence.require_room(len(sequence.pending) + len(ids), config.max_new_tokens)
-        logits = engine.read(sequence, ids, checkpoint=checkpoint)
-    else:
-        engine.timing = sequence.timing = Timing()
-    answer = begun(engine, sequence, logits, config, resumed=not ids)
-    while True:
-        if piece := answer.piece():
-            yield piece
-        if answer.finish:
-            break
-        step(engine, [answer])
-    tell_if_full(engine, answer)
-    with computing(engine):
-        engine.prefixes.keep(sequence)
+        engine.parts.setup.require_room(sequence.length, len(sequence.pending) + len(ids), config.max_new_tokens)
+        return engine.read(sequence, ids, checkpoint=checkpoint)
+    engine.timing = sequence.timing = Timing()
+    return logits
 
 
 def answered(
@@ -99,53 +110,3 @@ def answered(
     """``continued`` in a sequence that is there for this answer alone."""
     with engine.new_sequence() as sequence:
         yield from continued(engine, sequence, ids, config, checkpoint, after=sequence.mark)
-
-
-def answer_all(engine: Engine, prompts: Sequence[list[int]], config: SamplingConfig) -> tuple[list[str], Timing]:
-    """The answers to all prompts and what they took, as many at a time as there are places and pages for.
-
-    A prompt waits until one that is answered gives up its place, not until all of them have (continuous batching).
-    """
-    texts, total = [""] * len(prompts), Timing()
-    waiting = deque(enumerate(prompts))
-    sequences: dict[int, SequenceCache] = {}  # of the prompts being answered, by their index
-    answers: dict[int, Answer] = {}
-    with engine.batches:
-        try:
-            while waiting or answers:
-                sequence = _place_beside(engine, answers.values(), waiting[0][1], config) if waiting else None
-                if sequence is not None:
-                    index, ids = waiting.popleft()
-                    sequences[index] = sequence
-                    answers[index] = begun(engine, sequence, engine.read(sequence, ids), config)
-                    drawn = [index]
-                else:
-                    total.decode_seconds += step(engine, list(answers.values()))
-                    drawn = list(answers)
-                for index in drawn:
-                    texts[index] += answers[index].piece()
-                    if answers[index].finish:
-                        answer = answers.pop(index)
-                        tell_if_full(engine, answer)
-                        total.add(replace(answer.timing, decode_seconds=0.0))
-                        sequences.pop(index).free()
-        finally:
-            for sequence in sequences.values():
-                sequence.free()
-    return texts, total
-
-
-def _place_beside(
-    engine: Engine, answers: Collection[Answer], ids: Sequence[int], config: SamplingConfig
-) -> SequenceCache | None:
-    """A sequence for one more prompt if it can be answered to its end beside others, which have yet to take their pages."""
-    setup = engine.parts.setup
-
-    def pages(tokens: int) -> int:
-        return setup.regions.pages(min(tokens, setup.max_context))
-
-    needed = pages(len(ids) + config.max_new_tokens)
-    needed += sum(pages(a.sequence.length + 1 + a.left) - len(a.sequence.pages) for a in answers)
-    with engine.lock:
-        room = setup.arena.free_sequences > 0 and setup.arena.free_pages >= needed
-        return engine.new_sequence() if room or not answers else None

@@ -40,8 +40,8 @@ class OnFull(Protocol):
     advice: ClassVar[str]
     """What else would help where they do not fit."""
 
-    def room(self, sequence: SequenceCache) -> int:
-        """Tokens that can still be added, one step after another."""
+    def room(self, left: int) -> int:
+        """Tokens that can still be added, one step after another, where the context has room for ``left``."""
 
     def make_room(self, sequence: SequenceCache, count: int) -> None:
         """Let ``count`` more tokens fit, if this can."""
@@ -53,8 +53,8 @@ class Stop:
 
     advice: ClassVar[str] = ", or with on_full 'shift' (--on-full)"
 
-    def room(self, sequence: SequenceCache) -> int:
-        return sequence.setup.max_context - sequence.length
+    def room(self, left: int) -> int:
+        return left
 
     def make_room(self, sequence: SequenceCache, count: int) -> None: ...
 
@@ -67,7 +67,7 @@ class Shift:
 
     share: float = 0.25
 
-    def room(self, sequence: SequenceCache) -> int:
+    def room(self, left: int) -> int:
         return ENDLESS
 
     def make_room(self, sequence: SequenceCache, count: int) -> None:

@@ -34,7 +34,7 @@ def read(
     With a checkpoint in a file no prefix is reused. Broken off after one was, the sequence is empty again, and what was read is
     found by the next try.
     """
-    sequence.require_room(len(ids))  # before any work
+    parts.setup.require_room(sequence.length, len(ids))  # before any work
     tell_if_streamed_through(parts, len(ids), report)
     start = time.perf_counter()
     reused = prefixes.reuse(sequence, ids) if sequence.length == 0 and not checkpoint.in_file else 0

@@ -137,7 +137,7 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
     """
     shape, device = sequence.setup.arena.shape, sequence.page_row.device
     last = sequence.length + count
-    sequence.require(count)
+    sequence.setup.require(sequence.length, count)
     sequence.filled = True
     generator = seeded(seed)
     numbers = seeded(seed + 1, device)  # where they are packed: a host draws a hundredth as fast as a card

@@ -47,6 +47,7 @@ def test_what_the_documentation_shows_runs(engine: Engine, monkeypatch: pytest.M
         exec(block, names)
     assert names["answer"] and len(names["several"]) == 2 and names["more"] and names["book"].alive is False
     assert names["cache"].filters[0].budget == 64
+    assert len(names["both"]) == 2
     assert names["loss"] > 0 and len(names["full"]) == len(names["ids"]) and isinstance(names["written"], str)
 
 

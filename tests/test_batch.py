@@ -1,0 +1,252 @@
+"""Answers written together: each is what it would be alone, whatever comes and goes beside it."""
+
+from __future__ import annotations
+
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+
+from skvq import SamplingConfig
+from skvq.engine.batch import Batch, Request
+from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.generate import Engine
+
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_is_left_behind")
+TEXT = "It was the best of times. "
+SAMPLING = SamplingConfig(max_new_tokens=6, ignore_eos=True)
+OTHERS = [
+    SamplingConfig(max_new_tokens=9, temperature=1.0, seed=3),
+    SamplingConfig(max_new_tokens=4, ignore_eos=True, prompt_lookup=2),
+    SamplingConfig(max_new_tokens=0),
+    SamplingConfig(max_new_tokens=12, ignore_eos=True, repeat_penalty=1.5),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"), num_layers=1)
+
+
+@pytest.fixture(scope="module", params=["reference", "numba"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
+    return tiny_engine(folder, tiny_cache(), backend=request.param, max_context=700)
+
+
+def finished(batch: Batch) -> dict[Request, str]:
+    """Step until all is over: the pieces that each request was given."""
+    pieces: dict[Request, str] = {}
+    while len(batch):
+        for request, piece in batch.step():
+            pieces[request] = pieces.get(request, "") + piece
+    assert batch.step() == []
+    return pieces
+
+
+def test_answers_are_those_that_are_written_alone(engine: Engine) -> None:
+    """Eight prompts with options of their own for four places, three of which come while others are being answered."""
+    prompts = [(TEXT * (n + 1), ([SAMPLING, *OTHERS])[n % 5]) for n in range(8)]
+    wanted = [engine.generate(*prompt) for prompt in prompts]
+    with engine.batch() as batch:
+        requests = [batch.add(*prompt) for prompt in prompts[:5]]
+        assert [r.finish for r in requests] == [""] * 5 and len(batch) == 5
+        for prompt in prompts[5:]:
+            for _ in range(3):
+                batch.step()
+            requests.append(batch.add(*prompt))
+        finished(batch)
+        assert batch.timing.new_tokens == sum(r.timing.new_tokens for r in requests) > 0
+        assert batch.timing.prompt_tokens == sum(len(r.ids) for r in requests)
+    assert engine.timing is batch.timing
+    assert [r.text for r in requests] == wanted
+    assert {r.finish for r in requests} <= {"length", "end"}
+
+
+def test_pieces_make_up_the_text(engine: Engine) -> None:
+    with engine.batch() as batch:
+        requests = [batch.add(TEXT * 2, SAMPLING), batch.add(TEXT, SAMPLING)]
+        pieces = finished(batch)
+    assert pieces == {request: request.text for request in requests}
+
+
+def test_questions_about_one_text_share_its_pages(folder: Path) -> None:
+    """More of them than places, answered in forks: as by streams in forks made by hand; the text is as it was."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=3000, max_sequences=3)
+    book, questions = engine.prefill(random_ids(1500)), ["who?", "where to?", "", "why not?"]
+    mark, wanted = book.mark, []
+    for question in questions:
+        with book.fork() as fork:
+            wanted.append("".join(engine.stream(question, SAMPLING, sequence=fork)))
+    arena = engine.parts.setup.arena
+    before = arena.free_pages
+    with engine.batch() as batch:
+        requests = [batch.add(question, SAMPLING, sequence=book, fork=True) for question in questions]
+        least = before
+        while batch.step():
+            least = min(least, arena.free_pages)
+    assert [r.text for r in requests] == wanted
+    assert before - least <= 2, "a fork copies the last page if it writes to it, and no other"
+    assert engine.generate(questions, SAMPLING, sequence=book) == wanted
+    assert book.mark == mark and arena.free_pages == before
+    book.free()
+
+
+def test_a_sequence_is_continued(engine: Engine) -> None:
+    """Without ``fork`` the answer stays in it, as that of a stream; one prompt given to ``generate`` continues it too."""
+    found = []
+    for how in ("stream", "batch", "generate"):
+        with engine.prefill(TEXT * 3) as sequence:
+            for text in ("And then?", ""):
+                if how == "batch":
+                    with engine.batch() as batch:
+                        batch.add(text, SAMPLING, sequence=sequence)
+                        finished(batch)
+                elif how == "generate":
+                    engine.generate(text, SAMPLING, sequence=sequence)
+                else:
+                    list(engine.stream(text, SAMPLING, sequence=sequence))
+            found.append((sequence.token_ids, sequence.pending))
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_is_cancelled_makes_room(engine: Engine) -> None:
+    wanted = engine.generate(TEXT, SAMPLING)
+    long = SamplingConfig(max_new_tokens=600, ignore_eos=True)
+    with engine.batch() as batch:
+        going = [batch.add(TEXT * 2, long) for _ in range(4)]
+        waiting = [batch.add(TEXT, SAMPLING) for _ in range(2)]
+        for _ in range(6):
+            batch.step()
+        assert all(r.text for r in going) and not any(r.text for r in waiting)
+        for request in (*going[:3], waiting[0]):
+            request.cancel()
+        while not waiting[1].finish:
+            batch.step()
+        assert waiting[1].text == wanted and [r.finish for r in (*going, waiting[0])] == ["cancelled"] * 3 + ["", "cancelled"]
+        assert not waiting[0].text and len(batch) == 1 and "being answered" in repr(going[3])
+    assert going[3].finish == "cancelled" and engine.parts.setup.arena.free_sequences == 4
+
+
+def test_one_that_fails_does_not_stop_the_others(engine: Engine) -> None:
+    wanted = engine.generate(TEXT, SAMPLING)
+    gone, moved = engine.prefill(TEXT), engine.prefill(TEXT)
+    with engine.batch() as batch:
+        requests = [batch.add("?", SAMPLING, sequence=s, fork=True) for s in (gone, moved)] + [batch.add(TEXT, SAMPLING)]
+        gone.free()
+        moved.truncate(3)
+        for reason in ("has been freed", "continued or cut"):
+            with pytest.raises(OptionError, match=reason):
+                batch.step()
+        finished(batch)
+    assert [r.finish for r in requests] == ["failed", "failed", "length"] and requests[2].text == wanted
+    moved.free()
+
+
+def test_what_cannot_be_answered_is_refused_at_once(engine: Engine, folder: Path) -> None:
+    with engine.batch() as batch:
+        with pytest.raises(CapacityError, match=r"750 tokens do not fit .* at least 756"):
+            batch.add([5] * 750, SAMPLING)
+        for arguments, reason in (
+            ({"fork": True}, "fork needs a sequence"),
+            ({"sequence": "book"}, "must come from prefill"),
+            ({"fork": 1}, "fork must be bool"),
+            ({"sampling": 3}, "sampling must be SamplingConfig"),
+            ({"max_new_tokens": 3}, "give it as sampling=SamplingConfig"),
+        ):
+            wrong: dict[str, Any] = arguments
+            with pytest.raises(OptionError, match=reason):
+                batch.add(TEXT, **wrong)
+        with pytest.raises(OptionError, match="prompt is empty"):
+            batch.add("")
+        assert len(batch) == 0
+    endless = tiny_engine(folder, tiny_cache(), max_context=2560, on_full="shift")
+    with endless.batch() as batch:
+        batch.add([5] * 2700, SAMPLING)
+        finished(batch)
+
+
+def test_one_batch_at_a_time(engine: Engine) -> None:
+    """A second one of the same thread would wait for ever and is refused; that of another thread waits for this."""
+    order: list[str] = []
+
+    def another() -> None:
+        engine.generate([TEXT], SAMPLING)
+        order.append("another")
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.batch() as batch:
+            with pytest.raises(OptionError, match="has a batch open"):
+                engine.generate([TEXT])
+            waits = pool.submit(another)
+            batch.add(TEXT, SAMPLING)
+            finished(batch)
+            order.append("this")
+        waits.result()
+    assert order == ["this", "another"]
+
+
+def test_prompts_come_and_go_from_other_threads(engine: Engine) -> None:
+    wanted = [engine.generate(TEXT * (n + 1), SAMPLING) for n in range(3)]
+    lengths = [len(engine.encode(TEXT * (n + 1))) for n in range(3)]
+    made: SimpleQueue[Request] = SimpleQueue()
+    with engine.batch() as batch, ThreadPoolExecutor(3) as pool:
+
+        def ask(n: int) -> None:
+            for turn in range(8):
+                request = batch.add(TEXT * (n + 1), SAMPLING)
+                if turn % 4 == 3:
+                    request.cancel()
+                made.put(request)
+
+        askers = [pool.submit(ask, n) for n in range(3)]
+        while len(batch) or not all(asker.done() for asker in askers):
+            batch.step()
+        for asker in askers:
+            asker.result()
+    requests = [made.get() for _ in range(24)]
+    assert {r.finish for r in requests} == {"length", "cancelled"}
+    for request in requests:
+        assert request.finish == "cancelled" or request.text == wanted[lengths.index(len(request.ids))]
+
+
+def test_the_server_of_the_documentation(engine: Engine) -> None:
+    """Eight clients at once for four places, one that asks nothing and one that leaves: the others get their answers."""
+    [text] = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.S) if "serve(" in b]
+    names: dict[str, Any] = {"SamplingConfig": SamplingConfig}
+    exec(text, names)
+    wanted = [engine.generate(TEXT * (n + 1), SamplingConfig(max_new_tokens=100)) for n in range(4)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def ask(text: str) -> tuple[int, str]:
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/", text.encode())
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    stop = Event()
+    with ThreadPoolExecutor(9) as pool:
+        served = pool.submit(names["serve"], engine, port, stop)
+        try:
+            while True:
+                try:
+                    left = socket.create_connection(("127.0.0.1", port))
+                    break
+                except ConnectionRefusedError:
+                    assert not served.done(), served.result()
+            left.sendall(b"POST / HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc")
+            left.close()
+            asked = [pool.submit(ask, TEXT * (n % 4 + 1)) for n in range(8)]
+            assert [a.result() for a in asked] == [(200, wanted[n % 4]) for n in range(8)]
+            assert ask("")[0] == 400
+        finally:
+            stop.set()
+        served.result()
