@@ -166,7 +166,7 @@ class Turn:
 
     def go_back(self, sequence: SequenceCache) -> bool:
         """Forget what was read since; False, and nothing changes, where no token from before is left."""
-        from skvq.engine.rollback import uninterrupted
+        from skvq.engine.interrupts import uninterrupted
 
         total_tokens, pending = self.mark
         length = total_tokens - sequence.dropped

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import LeavingTokens
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.retained import retain
 from skvq.engine.streams import sent
-
-if TYPE_CHECKING:
-    from skvq.engine.cache import SequenceCache
 
 
 def absorb(sequence: SequenceCache, layer: int, keys: Tensor, values: Tensor, mass: Tensor, new_ids: Tensor) -> None:
@@ -42,19 +38,8 @@ def absorb_piece(
         ids = _ids(sequence, start, target, new_ids)
         retained = _retain(sequence, layer, start, ids, keys[:leaves], values[:leaves], mass[:leaves])
         sequence.method.pack(layer, sequence.page_row, start, keys[:leaves], values[:leaves], retained)
-    slots = put(sequence, layer, target, keys[leaves:], values[leaves:])
+    slots = sequence.put(layer, target, keys[leaves:], values[leaves:])
     sequence.setup.arena.tensors["full_mass"][layer, sequence.slot, slots] = mass[leaves:]
-
-
-def put(sequence: SequenceCache, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
-    """Write tokens ``first ..``, [T, KH, D], into their slots of the ring, which are returned, int64 [T]."""
-    full = sequence.setup.arena.full(layer)
-    at = torch.arange(first, first + len(keys), device=keys.device)
-    slots = sequence.setup.regions.slot(at)
-    full.positions[sequence.slot, slots] = at.int()
-    full.keys[sequence.slot][:, slots] = keys.transpose(0, 1).to(full.keys.dtype)
-    full.values[sequence.slot][:, slots] = values.transpose(0, 1).to(full.values.dtype)
-    return slots
 
 
 def pack_window(sequence: SequenceCache, new_ids: Tensor) -> None:

@@ -10,13 +10,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from skvq.engine.absorb import put
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.errors import OptionError
 from skvq.engine.guard import computes
+from skvq.engine.interrupts import uninterrupted
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, path_of
-from skvq.engine.rollback import uninterrupted
 from skvq.engine.session import save_session
 from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
@@ -209,6 +208,16 @@ class SequenceCache:
         keys, values = (t[self.slot][:, slots].transpose(0, 1) for t in (full.keys, full.values))
         return keys, values, self.setup.arena.tensors["full_mass"][layer, self.slot, slots]
 
+    def put(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Write tokens ``first ..``, [T, KH, D], into their slots of the window's ring, which are returned, int64 [T]."""
+        full = self.setup.arena.full(layer)
+        at = torch.arange(first, first + len(keys), device=keys.device)
+        slots = self.setup.regions.slot(at)
+        full.positions[self.slot, slots] = at.int()
+        full.keys[self.slot][:, slots] = keys.transpose(0, 1).to(full.keys.dtype)
+        full.values[self.slot][:, slots] = values.transpose(0, 1).to(full.values.dtype)
+        return slots
+
     def stage(self, layer: int, first: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Packed tokens ``first .. first+count-1`` of a layer as attention should see them, [T, KH, D] of ``dtype``.
 
@@ -301,7 +310,7 @@ class SequenceCache:
         keys, values = self.stage(layer, packed, regions.tile, full.keys.dtype)
         held = full.positions[self.slot, self.orphans : regions.retained]
         held[(held >= packed) & (held < length)] = -1
-        slots = put(self, layer, packed, keys[: length - packed], values[: length - packed])
+        slots = self.put(layer, packed, keys[: length - packed], values[: length - packed])
         self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = 0
 
     @computes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
@@ -18,7 +18,20 @@ from skvq.engine.streams import Streams
 from skvq.kernels.interface import Backend, RopeFrequencies
 
 if TYPE_CHECKING:
-    from skvq.engine.overflow import OnFull
+    from skvq.engine.cache import SequenceCache
+
+
+class OnFull(Protocol):
+    """What a sequence asks before tokens are added."""
+
+    advice: ClassVar[str]
+    """What else would help where they do not fit."""
+
+    def room(self, left: int) -> int:
+        """Tokens that can still be added, one step after another, where the context has room for ``left``."""
+
+    def make_room(self, sequence: SequenceCache, count: int) -> None:
+        """Let ``count`` more tokens fit, if this can."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.generation import answered, continued
 from skvq.engine.guard import computes, own_settings
+from skvq.engine.interrupts import uninterrupted
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
 from skvq.engine.prefix import PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
 from skvq.engine.report import Quiet, Reporter, StderrReporter
-from skvq.engine.rollback import uninterrupted
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.sizes import bits_per_element
 from skvq.engine.stress import fill_fast

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.cache_setup import CacheSetup
+from skvq.engine.cache_setup import CacheSetup, OnFull
 from skvq.engine.calibration import cached_or_made, load_for, require_made_for, with_chosen_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
@@ -22,7 +22,7 @@ from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
-from skvq.engine.overflow import OnFull, on_full_of
+from skvq.engine.overflow import on_full_of
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter

@@ -15,36 +15,22 @@ Either way no difference reaches ``max_context``, so every RoPE scaling is as ri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
-from skvq.engine.absorb import put
+from skvq.engine.cache import SequenceCache
+from skvq.engine.cache_setup import OnFull
 from skvq.engine.config import ON_FULL
 from skvq.engine.errors import CapacityError, require_known
+from skvq.engine.interrupts import uninterrupted
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.regions import Regions
-from skvq.engine.rollback import all_or_nothing, uninterrupted
+from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import shifted
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
-if TYPE_CHECKING:
-    from skvq.engine.cache import SequenceCache
-
 ENDLESS = 2**62
-
-
-class OnFull(Protocol):
-    """What a sequence asks before tokens are added."""
-
-    advice: ClassVar[str]
-    """What else would help where they do not fit."""
-
-    def room(self, left: int) -> int:
-        """Tokens that can still be added, one step after another, where the context has room for ``left``."""
-
-    def make_room(self, sequence: SequenceCache, count: int) -> None:
-        """Let ``count`` more tokens fit, if this can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,5 +116,5 @@ def _move_slots(sequence: SequenceCache, layer: int, tokens: int) -> None:
     rest.copy_(torch.where(rest >= tokens, rest - tokens, -1))
     keys, values, mass = (t.clone() for t in sequence.window(layer, sequence.length))  # [T, KH, D]
     full.positions[slot, regions.retained :] = -1
-    slots = put(sequence, layer, sequence.packed - tokens, keys, values)
+    slots = sequence.put(layer, sequence.packed - tokens, keys, values)
     setup.arena.tensors["full_mass"][layer, slot, slots] = mass

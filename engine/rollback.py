@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING
 
 from skvq.engine.arena import SLOT_TENSORS
+from skvq.engine.cache import SequenceCache
 from skvq.engine.streams import on_host
-
-if TYPE_CHECKING:
-    from skvq.engine.cache import SequenceCache
 
 RING_MARKS = ("full_positions", "full_mass")
 """All that decode steps write over: their tokens go to slots of the ring that hold nothing."""
@@ -38,20 +32,3 @@ def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSOR
         del sequence.token_ids[length:]
         sequence.length, sequence.packed, sequence.pending = length, packed, pending
         raise
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Around short work that cannot be undone half way: Ctrl-C, which the main thread gets, comes after it."""
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: asked.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if asked:  # also after an error
-            before(*asked[0])

@@ -16,8 +16,8 @@ from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
+from skvq.engine.interrupts import uninterrupted
 from skvq.engine.methods import CacheMethod
-from skvq.engine.rollback import uninterrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RULES = (AttentionSinks(3), KeyOutliers(threshold=3.0), HeavyHitters(threshold=2.0))
