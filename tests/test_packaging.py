@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_module_and_no_test(wheel: zipfile.ZipFile) -> Non
 def test_the_wheel_declares_version_and_console_scripts(wheel: zipfile.ZipFile) -> None:
     info = {Path(n).name: wheel.read(n).decode() for n in wheel.namelist() if ".dist-info/" in n}
     assert f"\nVersion: {__version__}\n" in info["METADATA"]
-    assert "Requires-Dist: torch<2.14,>=2.10" in info["METADATA"] and "Requires-Python: <3.13,>=3.11" in info["METADATA"]
+    assert "Requires-Dist: torch<2.14,>=2.10" in info["METADATA"] and "Requires-Python: <3.14,>=3.11" in info["METADATA"]
     assert "skvq = skvq.cli:main" in info["entry_points.txt"] and "skvq-run = skvq.cli:run" in info["entry_points.txt"]
 
 
