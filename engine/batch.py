@@ -1,26 +1,39 @@
 """Answers written together: a prompt waits for a place, is answered beside others and makes room for the next, while they go
-on (continuous batching; Orca, OSDI 2022)."""
+on (continuous batching; Orca, OSDI 2022). Between pieces of a long prompt the others are decoded (Sarathi-Serve, OSDI 2024).
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generation import begun, continuing, end_of, step
+from skvq.engine.guard import computing
+from skvq.engine.measure import wait_for
 from skvq.engine.options import names_options, require_type
+from skvq.engine.pieces import Pieces
+from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from skvq.engine.generate import Engine
+
+ALONE = 0.1
+"""Seconds that a step reads for where nothing else is to be done: then it can be cancelled."""
+
+WHOLE = float("inf")
 
 
 class Request:
@@ -34,7 +47,7 @@ class Request:
         self.ids, self.config = ids, config
         self.text, self.timing = "", Timing()
         self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else (0, ())
-        self.answer: Answer | None = None
+        self.answer: Answer | None = None  # from when the prompt has been read
         self.cancelled = False
 
     def __repr__(self) -> str:
@@ -47,24 +60,38 @@ class Request:
         """
         return self.timing.finish
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it is read in more than one piece a layer."""
+        return len(self.ids) > CHUNK_TOKENS
+
+    @property
+    def held(self) -> int:
+        """Tokens that it continues."""
+        return self.given.length + len(self.given.pending) if self.given else 0
+
     def cancel(self) -> None:
         """Give its place to another prompt, with the next step. May be called from any thread."""
         self.cancelled = True
 
 
 class Batch:
-    """Prompts answered together; open one with ``Engine.batch``. ``add`` prompts whenever there are any, and take steps.
+    """Prompts answered together; open one with ``Engine.batch``. ``add`` prompts whenever there are any, and take steps while
+    there are.
 
     One thread takes the steps; others may add prompts and cancel them.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, interleaved: bool) -> None:
+        self.interleaved = interleaved
         self.timing = Timing()
         """Of all requests that are over, and of all steps."""
         self._engine = engine
         self._adding = Lock()
         self._waiting: deque[Request] = deque()
-        self._going: dict[Request, SequenceCache] = {}
+        self._going: dict[Request, tuple[SequenceCache, int]] = {}  # and the pages that it may come to have
+        self._reading: dict[Request, Pieces[Tensor]] = {}  # of those going: one long prompt at most, and a short one
+        self._last_step = 0.0  # seconds of decoding
 
     def __len__(self) -> int:
         """Requests that are not over."""
@@ -91,27 +118,32 @@ class Batch:
             raise OptionError("fork needs a sequence: the text that the prompt continues")
         engine, config = self._engine, self._engine.sampling_of(sampling)
         request = Request(engine.encode_after(prompt, sequence), config, sequence, fork=fork)
-        held = 0 if sequence is None else sequence.length + len(sequence.pending)
-        engine.parts.setup.require_room(held, len(request.ids), config.max_new_tokens)
+        engine.parts.setup.require_room(request.held, len(request.ids), config.max_new_tokens)
         with self._adding:
             self._waiting.append(request)
         return request
 
     def step(self) -> list[tuple[Request, str]]:
-        """Read the next prompt if there is room for its answer beside the others, else decode a token of every answer.
+        """Read the next prompt that there is room for, if it is short; else some of a long one, and decode a token of every
+        answer, for which it takes about as long (without ``interleaved``: read all of it).
 
-        The requests that went on, and the text by which they did, which may be empty; nothing if there are none left. Raises
-        what went wrong with a prompt, whose request has ``failed`` then; the others go on with the next step.
+        The requests that went on, and the text by which they did, which may be empty; none while only a part of a prompt has
+        been read. Raises what went wrong with a prompt, whose request has ``failed`` then; the others go on with the next step.
         """
         self._cancel(lambda request: request.cancelled)
+        answers = [request.answer for request in self._going if request.answer]
         following = self._next()
         if following is not None:
             self._begin(following)
-            return [(following, self._piece(following))]
-        answers = [request.answer for request in self._going if request.answer]
-        if answers:
-            self.timing.decode_seconds += step(self._engine, answers)
-        return [(request, self._piece(request)) for request in [*self._going]]
+            if not following.is_long:
+                self._read(following, WHOLE)
+                return [(following, self._piece(following))]
+        for request in [*self._reading]:
+            self._read(request, WHOLE if not self.interleaved else self._last_step if answers else ALONE)
+        if answers and (self.interleaved or following is None):
+            self._last_step = step(self._engine, answers)
+            self.timing.decode_seconds += self._last_step
+        return [(request, self._piece(request)) for request in [*self._going] if request.answer]
 
     def close(self) -> None:
         """Cancel what is not over."""
@@ -126,40 +158,61 @@ class Batch:
             self._end(request, "cancelled")
 
     def _next(self) -> Request | None:
-        """The prompt that waits longest, if it can be answered to its end beside the others, which have yet to take their
-        pages."""
-        if not self._waiting:
-            return None
-        request, setup = self._waiting[0], self._engine.parts.setup
-
-        def pages(tokens: int) -> int:
-            return setup.regions.pages(min(tokens, setup.max_context))
-
-        given, takes_place = request.given, request.given is None or request.fork
-        held = 0 if given is None else given.length + len(given.pending)
-        shared = 0 if given is None else given.packed // PAGE_TOKENS
-        needed = pages(held + len(request.ids) + request.config.max_new_tokens) - shared
-        for other, sequence in self._going.items():
-            left = other.answer.left if other.answer else 0
-            needed += pages(sequence.length + 1 + left) - len(sequence.pages)
-        with self._engine.lock:
-            arena = setup.arena
-            has_room = arena.free_pages >= needed and (arena.free_sequences > 0 or not takes_place)
+        """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short."""
         with self._adding:
-            return self._waiting.popleft() if has_room or not self._going else None
+            request = next((r for r in self._waiting if not (r.is_long and self._reading)), None)
+            if request is None or (self._going and not self._has_room(request)):
+                return None
+            self._waiting.remove(request)
+            return request
+
+    def _pages(self, request: Request) -> int:
+        """Pages of its sequence when it has been answered, if the answer is as long as it may be."""
+        setup = self._engine.parts.setup
+        return setup.regions.pages(min(request.held + len(request.ids) + request.config.max_new_tokens, setup.max_context))
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether it can be answered to its end beside the others, which have yet to take their pages."""
+        arena, given = self._engine.parts.setup.arena, request.given
+        needed = self._pages(request) - (given.packed // PAGE_TOKENS if given else 0)
+        for sequence, most in self._going.values():
+            shares_part = sequence.packed % PAGE_TOKENS and arena.is_shared(sequence.pages[sequence.packed // PAGE_TOKENS])
+            needed += most - len(sequence.pages) + bool(shares_part)
+        with self._engine.lock:
+            return arena.free_pages >= needed and (arena.free_sequences > 0 or bool(given and not request.fork))
 
     def _begin(self, request: Request) -> None:
-        """Read a prompt and draw the first token of its answer."""
-        engine, given = self._engine, request.given
+        """Give a prompt its sequence, to be read into."""
+        engine, given, pages = self._engine, request.given, self._pages(request)
         try:
             sequence = engine.new_sequence() if given is None else given.fork() if request.fork else given
-            self._going[request] = sequence
-            logits = continuing(engine, sequence, request.ids, request.config, after=request.after)
-            request.answer = begun(engine, sequence, logits, request.config, resumed=not request.ids)
+            self._going[request] = sequence, pages
+            self._reading[request] = continuing(engine, sequence, request.ids, request.config, after=request.after)
         except BaseException:
             self._end(request, "failed")
             raise
-        request.timing = request.answer.timing
+
+    def _read(self, request: Request, seconds: float) -> None:
+        """Read of a prompt for so long, at least one piece; after the last draw the first token of its answer."""
+        engine, pieces = self._engine, self._reading[request]
+        end = time.perf_counter() + seconds
+        try:
+            with computing(engine):
+                while True:
+                    next(pieces)
+                    if seconds == WHOLE:
+                        continue  # a GPU that is waited for has nothing to do while the host goes on
+                    wait_for(engine.device)
+                    if time.perf_counter() >= end:
+                        return
+        except StopIteration as last:
+            del self._reading[request]
+            logits: Tensor = last.value
+            request.answer = begun(engine, self._going[request][0], logits, request.config, resumed=not request.ids)
+            request.timing = request.answer.timing
+        except BaseException:
+            self._end(request, "failed")
+            raise
 
     def _piece(self, request: Request) -> str:
         """What the answer went on by; if it is over, its place is free."""
@@ -176,6 +229,10 @@ class Batch:
         request.timing = replace(request.timing, finish=finish)
         if request.answer is not None:
             self.timing.add(replace(request.timing, decode_seconds=0.0))
-        sequence = self._going.pop(request, None)
-        if sequence is not None and sequence is not request.given:
-            sequence.free()
+        if request in self._reading:
+            with computing(self._engine):
+                self._reading.pop(request).close()
+        if request in self._going:
+            sequence, _ = self._going.pop(request)
+            if sequence is not request.given:
+                sequence.free()

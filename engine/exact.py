@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvq.engine.absorb import absorb, absorb_piece
+from skvq.engine.absorb import absorb_piece
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.config import ModelConfig
 from skvq.engine.model import Model
+from skvq.engine.pieces import Pieces
 from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
 from skvq.engine.prefill_form import KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm
 from skvq.engine.report import Reporter
@@ -37,8 +38,11 @@ def exact_prefill(
     form: PrefillForm,
     report: Reporter,
     checkpoint: Checkpoint,
-) -> Tensor:
-    """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers. Broken off, it is empty."""
+) -> Pieces[Tensor]:
+    """Read ``ids`` into an empty sequence; hidden state [d] of the last token after all layers.
+
+    A piece is a chunk in a layer, or PIECE_TOKENS of it packed. Broken off, the sequence is empty.
+    """
     sequence.reserve(len(ids))
     tokens = model.ids(ids)
     state = new_state(model, len(ids), form, sequence.setup.max_context)
@@ -57,10 +61,11 @@ def exact_prefill(
                     bar.advance(*reader.work(start, stop))
                     state.chunk += 1
                     checkpoint.exact_point(sequence, state)
+                    yield
                 if state.group < form.head_groups - 1:
                     state.group, state.chunk = state.group + 1, 0
                 else:
-                    reader.finish()
+                    yield from reader.finish()
                     bar.advance(*reader.last_work())
                     state.next_layer()
         sequence.commit(ids)
@@ -117,10 +122,18 @@ class AllHeads:
         x = self.model.layer(self.state.layer, x, step_rope, self._cache(start))
         self.state.hidden[start:stop].copy_(x[0], non_blocking=True)
 
-    def finish(self) -> None:
+    def finish(self) -> Pieces[None]:
         """Pack the layer; hidden states are its output then."""
-        keys, values = (t.transpose(0, 1) for t in (self.state.keys, self.state.values))
-        absorb(self.sequence, self.state.layer, keys, values, self.state.mass, self.tokens)
+        count, layer, mass = len(self.tokens), self.state.layer, self.state.mass
+        for first in range(0, count, PIECE_TOKENS):
+            last = min(first + PIECE_TOKENS, count)
+            keys, values = (t.transpose(0, 1) for t in self._piece(first, last))
+            absorb_piece(self.sequence, layer, first, keys, values, mass[first:last], self.tokens)
+            yield
+
+    def _piece(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [KH, T, D] of tokens ``first .. last-1``."""
+        return self.state.keys[:, first:last], self.state.values[:, first:last]
 
     def work(self, start: int, stop: int) -> Work:
         """What ``read`` takes."""
@@ -163,14 +176,11 @@ class HeadGroups(AllHeads):
         attended = self._cache(start).attend(q, k, v, step_rope)[0].flatten(1)
         self.state.attended[group, start:stop].copy_(attended, non_blocking=True)
 
-    def finish(self) -> None:
-        count = len(self.tokens)
-        for first in range(0, count, PIECE_TOKENS):
-            last = min(first + PIECE_TOKENS, count)
-            for start, stop in chunks(last - first, first):
-                self._finish_chunk(start, stop, slice(start - first, stop - first))
-            keys, values = (t[:, : last - first].transpose(0, 1) for t in (self.keys, self.values))
-            absorb_piece(self.sequence, self.state.layer, first, keys, values, self.state.mass[first:last], self.tokens)
+    def _piece(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """They are computed once more, and hidden states become the layer's output."""
+        for start, stop in chunks(last - first, first):
+            self._finish_chunk(start, stop, slice(start - first, stop - first))
+        return self.keys[:, : last - first], self.values[:, : last - first]
 
     def _finish_chunk(self, start: int, stop: int, piece: slice) -> None:
         """Keys and values of a chunk again, to their part of the piece; then the chunk's output replaces its input."""

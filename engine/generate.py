@@ -25,6 +25,7 @@ from skvq.engine.interrupts import uninterrupted
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
+from skvq.engine.pieces import Pieces, finished
 from skvq.engine.prefix import PagePrefixes, Prefixes
 from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
 from skvq.engine.report import Quiet, Reporter, StderrReporter
@@ -207,23 +208,27 @@ class Engine:
         """
         if not is_several(text):
             return "".join(self.stream(text, sampling, sequence=sequence))  # type: ignore[arg-type]
-        with self.batch() as batch:
+        with self.batch(interleaved=False) as batch:
             requests = [batch.add(one, sampling, sequence=sequence, fork=sequence is not None) for one in text]
-            while batch.step():
-                pass
+            while len(batch):
+                batch.step()
         return [request.text for request in requests]
 
     @contextmanager
-    def batch(self) -> Iterator[Batch]:
+    def batch(self, *, interleaved: bool = True) -> Iterator[Batch]:
         """Answers written together, to prompts that may come while others are being answered: what a server needs.
+
+        interleaved: the others go on while a long prompt is read, at half their speed or less; without, they wait, and all is
+            done sooner.
 
         One batch is open at a time: another thread that wants one, or gives ``generate`` a list, waits until this one is
         closed, at the end of its ``with`` block. Answers that are not over are cancelled then.
         """
+        require_type("interleaved", interleaved, bool)
         if self._batching == get_ident():
             raise OptionError("this thread has a batch open: add the prompts to that, or close it first")
         with self._one_batch:
-            self._batching, batch = get_ident(), Batch(self)
+            self._batching, batch = get_ident(), Batch(self, interleaved=interleaved)
             try:
                 yield batch
             finally:
@@ -356,6 +361,19 @@ class Engine:
         found by the next try. With ``checkpoint`` no prefix is reused: the work is written to that file every so many seconds
         and on Ctrl-C, taken up from it if it exists, and the file is removed when all is read.
         """
+        return finished(self.reading(sequence, ids, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds))
+
+    def reading(
+        self,
+        sequence: SequenceCache,
+        ids: Sequence[int],
+        *,
+        checkpoint: str | Path | None = None,
+        checkpoint_seconds: float = 60,
+    ) -> Pieces[Tensor]:
+        """``read`` in pieces, each to be done while the engine computes (``guard.computing``): other sequences may be decoded
+        between them.
+        """
         self._require_own(sequence)
         file = path_or_none("checkpoint", checkpoint)
         if not is_number(checkpoint_seconds) or not checkpoint_seconds >= 0:
@@ -367,7 +385,7 @@ class Engine:
         if file is not None:
             require_writable(file)
         kept = Checkpoint() if file is None else FileCheckpoint(file, checkpoint_seconds, self.report)
-        logits, timing = reading.read(self.parts, self.prefixes, sequence, ids, kept, self.report)
+        logits, timing = yield from reading.read(self.parts, self.prefixes, sequence, ids, kept, self.report)
         self.timing = sequence.timing = timing
         return logits.clone()  # the sequence keeps its own
 

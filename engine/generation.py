@@ -15,6 +15,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.guard import computing, own_settings
+from skvq.engine.pieces import Pieces, finished
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.timing import Timing
 
@@ -68,7 +69,8 @@ def continued(
     after: tuple[int, tuple[int, ...]],
 ) -> Generator[str, None, None]:
     """Pieces of the answer to ``ids`` in a sequence; arguments as for ``continuing``."""
-    logits = continuing(engine, sequence, ids, config, checkpoint, after=after)
+    with computing(engine):
+        logits = finished(continuing(engine, sequence, ids, config, checkpoint, after=after))
     answer = begun(engine, sequence, logits, config, resumed=not ids)
     while True:
         if piece := answer.piece():
@@ -87,7 +89,7 @@ def continuing(
     checkpoint: str | Path | None = None,
     *,
     after: tuple[int, tuple[int, ...]],
-) -> Tensor:
+) -> Pieces[Tensor]:
     """Read ``ids`` into a sequence: logits float32 [V] of what follows them; without ids, of what follows its last token.
 
     after: the sequence's mark when ``ids`` were chosen.
@@ -99,7 +101,7 @@ def continuing(
         if not ids and not sequence.pending:
             sequence.take_back()
         engine.parts.setup.require_room(sequence.length, len(sequence.pending) + len(ids), config.max_new_tokens)
-        return engine.read(sequence, ids, checkpoint=checkpoint)
+        return (yield from engine.reading(sequence, ids, checkpoint=checkpoint))
     engine.timing = sequence.timing = Timing()
     return logits
 

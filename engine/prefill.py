@@ -15,6 +15,7 @@ from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.config import ModelConfig
 from skvq.engine.decode import hidden_states
 from skvq.engine.model import Model
+from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
@@ -70,10 +71,10 @@ def streaming_prefill(
     ids: Sequence[int],
     report: Reporter,
     checkpoint: Checkpoint,
-) -> Tensor:
+) -> Pieces[Tensor]:
     """Append ``ids`` to a sequence, whatever it holds; hidden state [d] of the last token after all layers.
 
-    Broken off, the sequence holds the chunks that were finished and can be used.
+    A piece is a chunk in a layer. Broken off, the sequence holds the chunks that were finished and can be used.
     """
     config = model.config
     device = model.weights.embedding.device
@@ -95,6 +96,7 @@ def streaming_prefill(
                 for layer in range(config.num_layers):
                     x = model.layer(layer, x, step_rope, StreamingLayer(sequence, layer, tokens))
                     bar.advance(*chunk_work(config, start, stop))
+                    yield
                 sequence.commit(piece)
             if stop < last:
                 checkpoint.streaming_point(sequence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.exact import exact_prefill
 from skvq.engine.loading import EngineParts
 from skvq.engine.measure import wait_for
+from skvq.engine.pieces import Pieces, Stopwatch
 from skvq.engine.prefill import short_prefill, streaming_prefill
 from skvq.engine.prefix import Prefixes
 from skvq.engine.report import Reporter
@@ -28,7 +28,7 @@ def read(
     ids: Sequence[int],
     checkpoint: Checkpoint,
     report: Reporter,
-) -> tuple[Tensor, Timing]:
+) -> Pieces[tuple[Tensor, Timing]]:
     """Append ``ids``, at least one: logits float32 [V] of the last, and what that took.
 
     With a checkpoint in a file no prefix is reused. Broken off after one was, the sequence is empty again, and what was read is
@@ -36,19 +36,18 @@ def read(
     """
     parts.setup.require_room(sequence.length, len(ids))  # before any work
     tell_if_streamed_through(parts, len(ids), report)
-    start = time.perf_counter()
+    watch = Stopwatch()
     reused = prefixes.reuse(sequence, ids) if sequence.length == 0 and not checkpoint.in_file else 0
     try:
-        how, hidden = _read_rest(parts, sequence, ids[reused:], checkpoint, report)
+        how, logits = yield from watch.timed(_read_rest(parts, sequence, ids[reused:], checkpoint, report))
     except BaseException:
         if reused:
             prefixes.keep(sequence)
             sequence.truncate(0)
         raise
-    logits = sequence.logits = parts.model.head(hidden)
+    sequence.logits = logits
     prefixes.keep(sequence)
-    wait_for(logits.device)
-    seconds = time.perf_counter() - start + checkpoint.spent
+    seconds = watch.seconds + checkpoint.spent
     return logits, Timing(prompt_tokens=len(ids) - reused, reused_tokens=reused, prefill=how, prefill_seconds=seconds)
 
 
@@ -64,12 +63,16 @@ def tell_if_streamed_through(parts: EngineParts, count: int, report: Reporter) -
 
 def _read_rest(
     parts: EngineParts, sequence: SequenceCache, ids: Sequence[int], checkpoint: Checkpoint, report: Reporter
-) -> tuple[str, Tensor]:
-    """Read ``ids`` after whatever the sequence holds: how, and the hidden state [d] of the last."""
+) -> Pieces[tuple[str, Tensor]]:
+    """Read ``ids`` after whatever the sequence holds: how, and the logits of the last, which the device has computed."""
     model, rope = parts.model, parts.rope
     if sequence.length and len(ids) <= SHORT_TOKENS and not checkpoint.in_file:
-        return "as decode steps", short_prefill(model, rope, sequence, ids)
-    if sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
+        how, hidden = "as decode steps", short_prefill(model, rope, sequence, ids)
+    elif sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
         form = parts.plan.form_of(model.config, len(ids), model.weights.embedding.dtype)
-        return str(form), exact_prefill(model, rope, sequence, ids, form, report, checkpoint)
-    return "streaming", streaming_prefill(model, rope, sequence, ids, report, checkpoint)
+        how, hidden = str(form), (yield from exact_prefill(model, rope, sequence, ids, form, report, checkpoint))
+    else:
+        how, hidden = "streaming", (yield from streaming_prefill(model, rope, sequence, ids, report, checkpoint))
+    logits = model.head(hidden)
+    wait_for(logits.device)
+    return how, logits

@@ -117,6 +117,64 @@ def test_a_sequence_is_continued(engine: Engine) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_long_prompt_is_read_beside_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, prefill: str, interleaved: bool
+) -> None:
+    """Answers go on while it is read, and a short prompt passes by; all say what they say alone. One by one otherwise."""
+    for module in ("batch", "prefill", "prefill_form"):
+        monkeypatch.setattr(f"skvq.engine.{module}.CHUNK_TOKENS", 64)
+    monkeypatch.setattr(Batch, "_last_step", property(lambda batch: 0.0, lambda batch, seconds: None), raising=False)
+    engine = tiny_engine(folder, tiny_cache(), max_context=2000, prefill=prefill)
+    long, other = random_ids(1500), random_ids(900, seed=1)
+    answering = SamplingConfig(max_new_tokens=30, ignore_eos=True)
+    wanted = [engine.generate(prompt, answering) for prompt in (TEXT, long, TEXT * 2, other)]
+    with engine.batch(interleaved=interleaved) as batch:
+        first = batch.add(TEXT, answering)
+        batch.step()
+        requests = [first, *(batch.add(prompt, answering) for prompt in (long, TEXT * 2, other))]
+        beside = 0
+        while not requests[1].answer:
+            said = first.text
+            batch.step()
+            beside += len(first.text) > len(said)
+            assert requests[3].answer is None
+        assert (beside > 10 and requests[2].text != "") if interleaved else (beside == 0 and not requests[2].text)
+        finished(batch)
+    assert [r.text for r in requests] == wanted
+    assert engine.parts.setup.arena.free_sequences == 4
+    reading = engine.prefill(long)
+    seconds = requests[1].timing.prefill_seconds
+    assert seconds > 0 and requests[1].timing.prefill == reading.timing.prefill
+    reading.free()
+
+
+def test_a_prompt_can_be_cancelled_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one leaves nothing behind; a sequence that was to be continued is what it was, or holds whole chunks more."""
+    for module in ("batch", "prefill", "prefill_form"):
+        monkeypatch.setattr(f"skvq.engine.{module}.CHUNK_TOKENS", 64)
+    monkeypatch.setattr("skvq.engine.batch.ALONE", 0.0)
+    engine = tiny_engine(folder, tiny_cache(), max_context=2000)
+    book = engine.prefill(TEXT)
+    length = book.length
+    with engine.batch() as batch:
+        requests = [batch.add(random_ids(1000), SAMPLING), batch.add(random_ids(500), SAMPLING, sequence=book)]
+        for request in requests:
+            for _ in range(5):
+                assert batch.step() == []
+            request.cancel()
+        batch.step()
+        assert len(batch) == 0
+    assert [r.finish for r in requests] == ["cancelled"] * 2 and engine.parts.setup.arena.free_sequences == 3
+    more = book.length - length
+    assert more > 0 and more % 64 == 0 and book.token_ids[length:] == random_ids(500)[:more]
+    with engine.prefill(TEXT) as other:
+        engine.read(other, random_ids(500)[:more])
+        assert engine.generate("", SAMPLING, sequence=book) == engine.generate("", SAMPLING, sequence=other)
+    book.free()
+
+
 def test_what_is_cancelled_makes_room(engine: Engine) -> None:
     wanted = engine.generate(TEXT, SAMPLING)
     long = SamplingConfig(max_new_tokens=600, ignore_eos=True)

@@ -26,6 +26,7 @@ from skvq.engine import decode, reading, sampling
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
+from skvq.engine.pieces import finished
 from skvq.loaders.artifact import load_artifact, save_artifact
 from skvq.loaders.files import cache_folder
 
@@ -214,7 +215,7 @@ def test_ctrl_c_in_an_answer_keeps_the_session(
 
     def half_read(model: Any, rope: Any, sequence: Any, ids: Any, *more: Any) -> Any:
         if len(ids) > 1:  # not of the warm-up
-            read(model, rope, sequence, ids[:5], *more)
+            finished(read(model, rope, sequence, ids[:5], *more))
             raise KeyboardInterrupt
         return read(model, rope, sequence, ids, *more)
 
@@ -235,7 +236,7 @@ def test_ctrl_c_in_a_later_question_keeps_the_answers_before_it(
 
     def half_read(model: Any, rope: Any, sequence: Any, ids: Any, *more: Any) -> Any:
         if sequence.length:
-            read(model, rope, sequence, ids[:5], *more)
+            finished(read(model, rope, sequence, ids[:5], *more))
             raise KeyboardInterrupt
         return read(model, rope, sequence, ids, *more)
 
