@@ -124,8 +124,8 @@ class Batch:
         return request
 
     def step(self) -> list[tuple[Request, str]]:
-        """Read the next prompt that there is room for, if it is short; else some of a long one, and decode a token of every
-        answer, for which it takes about as long (without ``interleaved``: read all of it).
+        """Read the next prompt that there is room for, if it is short; else some of a long one, a piece or for about as long as
+        decoding takes (without ``interleaved``: all of it), and decode a token of every answer.
 
         The requests that went on, and the text by which they did, which may be empty; none while only a part of a prompt has
         been read. Raises what went wrong with a prompt, whose request has ``failed`` then; the others go on with the next step.

@@ -218,8 +218,7 @@ class Engine:
     def batch(self, *, interleaved: bool = True) -> Iterator[Batch]:
         """Answers written together, to prompts that may come while others are being answered: what a server needs.
 
-        interleaved: the others go on while a long prompt is read, at half their speed or less; without, they wait, and all is
-            done sooner.
+        interleaved: the others go on while a long prompt is read, by a token for each piece of it; without, they wait.
 
         One batch is open at a time: another thread that wants one, or gives ``generate`` a list, waits until this one is
         closed, at the end of its ``with`` block. Answers that are not over are cancelled then.
