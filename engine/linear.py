@@ -10,10 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ANY_NUMBER = 1 << 62
-TILE_NUMBERS = 1 << 21
-"""Weights expanded to float32 at a time, 8 MB: a layer of a small model, a few hundred rows of a large one."""
-
 
 class Embedding(Protocol):
     """Rows of a matrix by token id."""
@@ -34,7 +30,6 @@ class StoredMatrix(Protocol):
 
     data: Tensor
     shape: tuple[int, int]
-    most: int  # vectors that ``multiply`` is good for; for more, expanding it once is less work
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias``; x [N, in] contiguous, out [N, out] with rows at any stride."""
@@ -53,8 +48,6 @@ def nbytes_of(tensors: Iterable[Tensor]) -> int:
 
 class FloatMatrix:
     """A float32 matrix among stored ones."""
-
-    most = ANY_NUMBER
 
     def __init__(self, data: Tensor) -> None:
         assert data.dtype == torch.float32 and data.dim() == 2, (data.dtype, data.shape)
@@ -82,12 +75,12 @@ class StoredLinear:
         flat = x.reshape(-1, columns).contiguous()
         out = torch.empty(*x.shape[:-1], sum(part.shape[0] for part in self.parts), dtype=torch.float32)
         if len(self.parts) == 1:
-            _multiply(self.parts[0], flat, self.bias, out.view(flat.shape[0], -1))
+            self.parts[0].multiply(flat, self.bias, out.view(flat.shape[0], -1))
             return out
         first = 0
         for part in self.parts:
             stop = first + part.shape[0]
-            _multiply(part, flat, None if self.bias is None else self.bias[first:stop], out.flatten(0, -2)[:, first:stop])
+            part.multiply(flat, None if self.bias is None else self.bias[first:stop], out.flatten(0, -2)[:, first:stop])
             first = stop
         return out
 
@@ -97,23 +90,6 @@ class StoredLinear:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(part.data for part in self.parts) + (() if self.bias is None else (self.bias,))
-
-
-def _multiply(matrix: StoredMatrix, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """As stored, or tile by tile of rows: expand, multiply in float32, and overwrite it with the next."""
-    rows, columns = matrix.shape
-    if x.shape[0] <= matrix.most:
-        matrix.multiply(x, bias, out)
-        return
-    step = min(rows, max(1, TILE_NUMBERS // columns))
-    scratch = torch.empty(step, columns, dtype=torch.float32)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        tile = matrix.expand(start, stop, scratch[: stop - start])
-        if bias is None:
-            torch.mm(x, tile.T, out=out[:, start:stop])
-        else:
-            torch.addmm(bias[start:stop], x, tile.T, out=out[:, start:stop])
 
 
 class DenseEmbedding:

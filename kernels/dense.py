@@ -1,9 +1,9 @@
 """Dense attention over 16- or 32-bit keys and values that returns the log-sum-exp, so that parts can be merged.
 
-Torch's own kernels do the work; a chunk of queries against everything before it is calls without a mask (query heads that
-share a kv head are folded into the query axis: one of flash attention, or on Hopper one of cuDNN for each of ``blocks``) and
-one causal square of flash attention, merged by log-sum-exp: on a card by a kernel, for torch would take a tenth of the time
-that attention over 32,768 tokens takes.
+On a CPU in float32 a kernel of ours does all of it (``numba_cpu.flash``). Else torch's own kernels do the work; a chunk of
+queries against everything before it is calls without a mask (query heads that share a kv head are folded into the query axis:
+one of flash attention, or on Hopper one of cuDNN for each of ``blocks``) and one causal square of flash attention, merged by
+log-sum-exp: on a card by a kernel, for torch would take a tenth of the time that attention over 32,768 tokens takes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,33 @@ def kv_buffer(kv_heads: int, tokens: int, size: int, dtype: torch.dtype, device:
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Every query of ``q`` [N, H, D] sees every token of k, v [KH, T, D]; output [N, H, D], log-sum-exp [N, H] float32."""
+    if _is_ours(q):
+        return flash_on_cpu(q, k, v, -len(q), k.shape[1])
     return _merged(*_attend_parts(q, k, v), q.dtype)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Tensor]:
     """``q`` [N, H, D] are the last N of the T tokens of k, v [KH, T, D]; each sees the ``span`` tokens up to itself."""
     past = k.shape[1] - len(q)
+    if _is_ours(q):
+        return flash_on_cpu(q, k, v, max(past + 1 - span, -len(q)), past + 1)
     if past + len(q) > span:
         return _attend_window(q, k, v, span)
     own, own_lse = _square(q, k[:, past:], v[:, past:])
     outs, lses = _attend_parts(q, k[:, :past], v[:, :past]) if past else ([], [])
     return _merged([own, *outs], [own_lse, *lses], q.dtype)
+
+
+def _is_ours(q: Tensor) -> bool:
+    """Whether the kernel for CPUs takes queries."""
+    return q.device.type == "cpu" and q.dtype == torch.float32
+
+
+def flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """``flash`` of float32 queries; numba is imported only where a CPU computes."""
+    from skvq.kernels.numba_cpu.flash import flash
+
+    return flash(q, k.float(), v.float(), low, high)
 
 
 def _attend_window(q: Tensor, k: Tensor, v: Tensor, span: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +93,8 @@ def attend_behind(q: Tensor, k: Tensor, v: Tensor, hidden: int) -> tuple[Tensor,
     """
     count, tokens = len(q), k.shape[1]
     assert tokens > 0
+    if _is_ours(q):
+        return flash_on_cpu(q, k, v, max(hidden, -count), tokens)
     whole, some = min(max(0, 1 - hidden), count), min(max(0, tokens - hidden), count)  # queries that see all, anything
     if whole == count:
         return attend_all(q, k, v)

@@ -102,6 +102,29 @@ def test_halves_are_exact(dtype: torch.dtype, columns: int, count: int) -> None:
     assert torch.equal(HalfMatrix(weight).rows(torch.tensor([76, 0])), weight[[76, 0]].float())
 
 
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize("threads", [1, 9])
+def test_many_vectors_at_every_edge(rows: int, threads: int) -> None:
+    """Of rows, vectors and columns that are multiplied at a time; nothing beside the result is written."""
+    before = torch.get_num_threads()
+    weight, bias = random(rows, 528).bfloat16(), random(rows, seed=2)
+    try:
+        for count in (17, 64, 128, 129, 300):
+            x, out = random(count, 528, seed=1), torch.full((count, rows + 3), 7.0)
+            torch.set_num_threads(threads)
+            HalfMatrix(weight).multiply(x, bias, out[:, :rows])
+            torch.set_num_threads(before)
+            want = x.double() @ weight.double().T + bias
+            scale = x.abs() @ weight.float().abs().T
+            assert bool(((out[:, :rows] - want).abs() <= 2**-24 * 528**0.5 * 4 * (scale + 1)).all())
+            assert (out[:, rows:] == 7).all()
+            again = torch.empty(count, rows)
+            HalfMatrix(weight).multiply(x, bias, again)  # on other threads: the same bytes
+            assert torch.equal(again, out[:, :rows])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_stacked_parts_of_several_forms() -> None:
     data, weight = blocks_of("Q8_0", 33, 64)
     other, floats = random(20, 64, seed=4).bfloat16(), random(5, 64, seed=5)

@@ -18,7 +18,7 @@ from numba import njit
 import skvq
 from skvq.kernels import layout, reference
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.numba_cpu import compiled, lattice, numeric, products, quantizer, simd, tiles
+from skvq.kernels.numba_cpu import compiled, flash_simd, lattice, numeric, products, quantizer, simd, tiles
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.reference import e4m3_decode, pack_codes
@@ -69,15 +69,58 @@ def check_halves() -> None:
     assert np.array_equal(out, numbers.astype(np.float32))
 
 
+def check_dense_products() -> None:
+    """What dense attention is made of, against float64: rows that fill registers and some more, hidden and blind queries."""
+    gen = np.random.default_rng(0)
+    for rows, count in ((8, 5), (13, 64), (6, 1), (128, 40), (3, 2)):
+        table, coefs = (gen.standard_normal(shape).astype(np.float32) for shape in ((count, 32), (count, rows)))
+        out = np.full((rows + 1, 32), 7, np.float32)
+        arguments = (rows, table.ctypes.data, count, coefs.ctypes.data, 4, 4 * rows, out.ctypes.data)
+        exact = coefs.T.astype(np.float64) @ table
+        for add, factor in ((False, 1), (True, 2)):
+            flash_simd.product(*arguments, add)
+            assert np.abs(out[:rows] - factor * exact).max() <= 1e-6 * count, (rows, count)
+            assert (out[rows] == 7).all()
+    scores = (20 * gen.standard_normal((40, 32))).astype(np.float32)
+    lows, highs = np.zeros(32, np.int32), np.full(32, 1000, np.int32)
+    lows[3], highs[4], highs[5] = 120, 110, 100
+    check_softmax_step(scores, lows, highs)
+
+
+def check_softmax_step(scores: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> None:
+    """One step of a softmax over tokens 100 .. 139, after one of weight 3 and maximum 2."""
+    seen = (np.arange(100, 140)[:, None] >= lows) & (np.arange(100, 140)[:, None] < highs)
+    held = np.where(seen, scores, numeric.HIDDEN).astype(np.float64)
+    best = np.maximum(held.max(0), 2)
+    weights = np.exp2(held - best)
+    tops, totals, acc = np.full(32, 2, np.float32), np.full(32, 3, np.float32), np.ones((7, 32), np.float32)
+    _hide(scores.ctypes.data, 100, len(scores), lows.ctypes.data, highs.ctypes.data)
+    _soften(scores.ctypes.data, len(scores), tops.ctypes.data, totals.ctypes.data, acc.ctypes.data, 7)
+    assert np.array_equal(tops, best.astype(np.float32))
+    for found, exact in ((scores, weights), (totals, 3 * np.exp2(2 - best) + weights.sum(0)), (acc[6], np.exp2(2 - best))):
+        np.testing.assert_allclose(found, exact, rtol=3e-5, atol=1e-37)  # of arguments up to 100, in float32
+
+
+@njit
+def _hide(scores: int, first: int, count: int, lows: int, highs: int) -> None:
+    flash_simd.hide(scores, first, count, lows, highs)
+
+
+@njit
+def _soften(scores: int, count: int, tops: int, totals: int, acc: int, size: int) -> None:
+    flash_simd.soften(scores, count, tops, totals, acc, size)
+
+
 def test_this_cpu() -> None:
     check_dots()
     check_halves()
+    check_dense_products()
 
 
 @pytest.mark.parametrize("cpu", list(filter(runs_here, CPUS)))
 def test_every_cpu_computes_the_same(cpu: str) -> None:
     """The forms for other CPUs are compiled and run here, in a process that numba is told such a CPU is in."""
-    script = "import test_numba_simd as t\nt.check_dots()\nt.check_halves()"
+    script = "import test_numba_simd as t\nt.check_dots()\nt.check_halves()\nt.check_dense_products()"
     path = os.pathsep.join(
         [str(Path(skvq.__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     )

@@ -276,6 +276,14 @@ def test_turning_back_undoes_turning_at_a_million() -> None:
     assert (back - x).abs().max() <= 8 * torch.finfo(torch.float32).eps * x.abs().max()
 
 
+@pytest.fixture(params=["ours", "torch"])
+def dense_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on a CPU goes to our kernel; other dtypes and devices to torch's, in the parts that these tests cut."""
+    if request.param == "torch":
+        monkeypatch.setattr(dense, "_is_ours", lambda q: False)
+
+
+@pytest.mark.usefixtures("dense_kernel")
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 @pytest.mark.parametrize(
     "count, tokens, span",
@@ -296,6 +304,7 @@ def test_dense_attention_equals_its_definition(kv_heads: int, count: int, tokens
         assert (ours - exact).abs().max() < 0.1 * (rounded - exact).abs().max(), "float32 must be far below 16-bit error"
 
 
+@pytest.mark.usefixtures("dense_kernel")
 @pytest.mark.parametrize("hidden", [-100, -4, -3, -2, 0, 1, 7, 24, 26, 27, 28, 29, 40])
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_window_over_what_lies_behind_equals_its_definition(count: int, hidden: int) -> None:
@@ -309,6 +318,7 @@ def test_a_window_over_what_lies_behind_equals_its_definition(count: int, hidden
     torch.testing.assert_close((out, lse[~blind]), (wanted, wanted_lse[~blind]), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.usefixtures("dense_kernel")
 @pytest.mark.parametrize("runs", [1, 8, 9, 40])
 def test_many_runs_are_merged_on_the_way(runs: int) -> None:
     q = torch.randn(3, 4, 32, generator=generator(1))
@@ -320,6 +330,7 @@ def test_many_runs_are_merged_on_the_way(runs: int) -> None:
     torch.testing.assert_close(parts.merged(torch.float32), dense.attend_all(q, k, v), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.usefixtures("dense_kernel")
 def test_merging_parts_equals_the_whole_even_where_a_part_is_empty() -> None:
     q = torch.randn(3, 4, 32, generator=generator(1))
     k, v = torch.randn(2, 2, 29, 32, generator=generator(2))

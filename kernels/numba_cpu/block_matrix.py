@@ -34,8 +34,6 @@ MULTIPLY, EXPAND = Entry(build_multiply, MULTIPLY_FIELDS), Entry(build_expand, E
 class BlockMatrix:
     """Weights uint8 ``data`` in blocks of type ``kind``, (rows, columns) = ``shape`` when expanded. Immutable."""
 
-    most = 1 << 62  # unpacking into registers is always less work than expanding
-
     def __init__(self, blocks: Tensor, kind: str) -> None:
         """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them; it is copied."""
         self.form = FORMATS[kind]

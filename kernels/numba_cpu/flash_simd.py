@@ -1,0 +1,167 @@
+"""Vector code of dense attention (``flash.py``), on blocks of 32 queries that lie side by side: a query is a lane.
+
+Products keep their sums in registers: eight rows of 32 lanes where there are 32 registers of 512 bits (AVX-512), else six rows
+of 16, which is what 16 registers of 256 bits hold.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from skvq.kernels.numba_cpu.simd import FLOATS, I32, I64, LANES, WORDS, _all, _at, _intrinsic, _splat, host_features
+from skvq.kernels.numba_cpu.tiles import CALLED
+
+BLOCK = 32  # queries
+STEP = 4 * BLOCK  # bytes from one row of a block to the next
+EXP2 = (  # coefficients of a polynomial for 2^f, |f| <= 1/2, the highest power first (``numeric.exp2``)
+    1.5403530393381609e-4, 1.3333558146428443e-3, 9.618129107628477e-3, 5.5504108664821580e-2, 2.4022650695910072e-1,
+    6.9314718055994531e-1, 1.0,
+)  # fmt: skip
+
+
+def _make_product(rows, vectors):
+    """``product`` of a fixed number of rows and 16 or 32 lanes."""
+
+    def product(typingctx, table, count, coefs, coef_stride, coef_step, out, add):
+        def codegen(context, builder, signature, args):
+            table, count, coefs, coef_stride, coef_step, out, add = args
+            fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
+            acc, targets, weights = {}, {}, []
+            for r in range(rows):
+                weights.append(builder.add(coefs, builder.mul(ir.Constant(I64, r), coef_stride)))
+                for v in range(vectors):
+                    targets[r, v] = _at(builder, out, STEP * r + 4 * LANES * v, FLOATS)
+                    acc[r, v] = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None))
+            with cgutils.for_range(builder, count) as loop:
+                at = builder.add(table, builder.mul(loop.index, ir.Constant(I64, STEP)))
+                place = builder.mul(loop.index, coef_step)
+                block = [builder.load(_at(builder, at, 4 * LANES * v, FLOATS), align=4) for v in range(vectors)]
+                for r in range(rows):
+                    number = builder.load(_at(builder, weights[r], place, I32), align=4)
+                    weight = builder.bitcast(_splat(builder, number), FLOATS)
+                    for v in range(vectors):
+                        builder.store(builder.call(fma, [block[v], weight, builder.load(acc[r, v])]), acc[r, v])
+            with builder.if_then(add):  # at the end: sums of sums round less
+                for key, slot in acc.items():
+                    builder.store(builder.fadd(builder.load(slot), builder.load(targets[key], align=4)), slot)
+            for key, slot in acc.items():
+                builder.store(builder.load(slot), targets[key], align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6, types.boolean), codegen
+
+    product.__name__ = f"product_{rows}_{vectors}"
+    return intrinsic(product)
+
+
+product_8, product_1 = (_make_product(rows, 2) for rows in (8, 1))
+product_6_half, product_1_half = (_make_product(rows, 1) for rows in (6, 1))
+
+
+@intrinsic
+def has_wide_registers(typingctx):
+    """Whether the CPU that is compiled for has 32 registers of 512 bits."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), int("+avx512f" in host_features(context)))
+
+    return types.boolean(), codegen
+
+
+@njit(**CALLED)
+def product(rows, table, count, coefs, coef_stride, coef_step, out, add):
+    """``out[row, lane] = sum_j coefs[row, j] * table[j, lane]`` for a block's 32 lanes; with ``add``, added to what is there.
+
+    Rows of table and out are STEP bytes apart, coefs (row, j) ``coef_stride`` and ``coef_step`` bytes.
+    """
+    if has_wide_registers():
+        whole = rows // 8 * 8
+        for r in range(0, whole, 8):
+            product_8(table, count, coefs + r * coef_stride, coef_stride, coef_step, out + STEP * r, add)
+        for r in range(whole, rows):
+            product_1(table, count, coefs + r * coef_stride, coef_stride, coef_step, out + STEP * r, add)
+        return
+    whole = rows // 6 * 6
+    for half in range(0, STEP, STEP // 2):
+        for r in range(0, whole, 6):
+            product_6_half(table + half, count, coefs + r * coef_stride, coef_stride, coef_step, out + half + STEP * r, add)
+        for r in range(whole, rows):
+            product_1_half(table + half, count, coefs + r * coef_stride, coef_stride, coef_step, out + half + STEP * r, add)
+
+
+def _exp2(builder, x):
+    """2^x of sixteen x <= 0 within 2e-7, 0 below 2^-126."""
+    module, least = builder.module, ir.Constant(FLOATS, [-126.0] * LANES)
+    seen = builder.fcmp_ordered(">=", x, least)
+    x = builder.select(seen, x, least)
+    whole = builder.call(_intrinsic(module, "llvm.rint.v16f32", FLOATS, [FLOATS]), [x])
+    f = builder.fsub(x, whole)
+    fma = _intrinsic(module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
+    p = ir.Constant(FLOATS, [EXP2[0]] * LANES)
+    for coefficient in EXP2[1:]:
+        p = builder.call(fma, [p, f, ir.Constant(FLOATS, [coefficient] * LANES)])
+    power = builder.shl(builder.add(builder.fptosi(whole, WORDS), _all(127)), _all(23))
+    value = builder.fmul(p, builder.bitcast(power, FLOATS))
+    return builder.select(seen, value, ir.Constant(FLOATS, None))
+
+
+@intrinsic
+def soften(typingctx, scores, count, tops, totals, acc, size):
+    """Turn ``count`` rows of scores, in units of log2, into weights, in place; rescale ``size`` rows of ``acc``.
+
+    ``tops`` and ``totals``, 32 numbers each: running maxima and sums of weights.
+    """
+
+    def codegen(context, builder, signature, args):
+        scores, count, tops, totals, acc, size = args
+        for v in range(0, STEP, 4 * LANES):
+            top, total = (_at(builder, address, v, FLOATS) for address in (tops, totals))
+            before = builder.load(top, align=4)
+            best = cgutils.alloca_once_value(builder, before)
+            with cgutils.for_range(builder, count) as loop:
+                row = builder.add(scores, builder.mul(loop.index, ir.Constant(I64, STEP)))
+                score, held = builder.load(_at(builder, row, v, FLOATS), align=4), builder.load(best)
+                builder.store(builder.select(builder.fcmp_ordered(">", score, held), score, held), best)
+            m_i = builder.load(best)
+            alpha = _exp2(builder, builder.fsub(before, m_i))
+            builder.store(m_i, top, align=4)
+            l_i = cgutils.alloca_once_value(builder, builder.fmul(builder.load(total, align=4), alpha))
+            with cgutils.for_range(builder, count) as loop:
+                row = builder.add(scores, builder.mul(loop.index, ir.Constant(I64, STEP)))
+                place = _at(builder, row, v, FLOATS)
+                p = _exp2(builder, builder.fsub(builder.load(place, align=4), m_i))
+                builder.store(p, place, align=4)
+                builder.store(builder.fadd(builder.load(l_i), p), l_i)
+            builder.store(builder.load(l_i), total, align=4)
+            with cgutils.for_range(builder, size) as loop:
+                row = builder.add(acc, builder.mul(loop.index, ir.Constant(I64, STEP)))
+                place = _at(builder, row, v, FLOATS)
+                builder.store(builder.fmul(builder.load(place, align=4), alpha), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def hide(typingctx, scores, first, count, lows, highs):
+    """Hide scores of tokens ``first .. first+count-1`` from queries that do not see them: query ``i`` sees ``lows[i]`` to
+    ``highs[i] - 1``, int32."""
+
+    def codegen(context, builder, signature, args):
+        scores, first, count, lows, highs = args
+        hidden = ir.Constant(FLOATS, [-1e30] * LANES)  # numeric.HIDDEN
+        for v in range(0, STEP, 4 * LANES):
+            low, high = (builder.load(_at(builder, address, v, WORDS), align=4) for address in (lows, highs))
+            with cgutils.for_range(builder, count) as loop:
+                token = _splat(builder, builder.trunc(builder.add(first, loop.index), I32))
+                seen = builder.and_(builder.icmp_signed(">=", token, low), builder.icmp_signed("<", token, high))
+                row = builder.add(scores, builder.mul(loop.index, ir.Constant(I64, STEP)))
+                place = _at(builder, row, v, FLOATS)
+                builder.store(builder.select(seen, builder.load(place, align=4), hidden), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
