@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import OptionError
+from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.lookup import Lookup
 from skvq.engine.sampling import Sampler, StopWatch
 from skvq.loaders.text import CHARACTER_BYTES, TextStream, Tokenizer
@@ -100,15 +100,21 @@ class Answer:
         self._ready += self._stop.push(self._text.push(token))
         if self._stop.stopped:
             self._end("stop")
-        elif not self.left:
+        elif self.left <= 0:
             self._end("length")
         elif self.count > self._room:
             self._end("context")
 
     def require_next(self) -> None:
         """Raise OptionError unless the sequence is as the last draw has left it."""
-        if self.sequence.mark != self._mark:
+        self.sequence.require_whole()
+        if not self.is_next:
             raise OptionError("the sequence was continued or cut while this answer was being written: fork it for another")
+
+    @property
+    def is_next(self) -> bool:
+        """Whether the sequence is as the last draw has left it: the token drawn then is to be decoded."""
+        return self.sequence.mark == self._mark
 
     def piece(self) -> str:
         """Text that is complete and has not been given out."""
@@ -125,7 +131,7 @@ class Answer:
 def draw(answers: Sequence[Answer], logits: Sequence[Tensor] | Tensor, guesses: Sequence[Sequence[int]] | None = None) -> None:
     """The next tokens of each answer, from the logits [V] that follow each token decoded last: its own, then its guesses.
 
-    A GPU is waited for once.
+    A GPU is waited for once. Raises what the first answer raises that cannot take its own, after the others have taken theirs.
     """
     guesses = guesses or [()] * len(answers)
     rows = iter(logits)
@@ -134,9 +140,14 @@ def draw(answers: Sequence[Answer], logits: Sequence[Tensor] | Tensor, guesses: 
         for answer, guessed in zip(answers, guesses, strict=True)
         for choice in answer.choose(islice(rows, 1 + len(guessed)), guessed)
     ]
-    numbers = iter(torch.stack(chosen).tolist())
+    numbers, errors = iter(torch.stack(chosen).tolist()), []
     for answer, guessed in zip(answers, guesses, strict=True):
-        answer.take(list(islice(numbers, 1 + len(guessed))), guessed)
+        try:
+            answer.take(list(islice(numbers, 1 + len(guessed))), guessed)
+        except SkvqError as error:  # of this answer alone, such as logits that are no numbers: the others have theirs
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def guesses_of(answers: Sequence[Answer]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -92,6 +92,7 @@ class Batch:
         self._going: dict[Request, tuple[SequenceCache, int]] = {}  # and the pages that it may come to have
         self._reading: dict[Request, Pieces[Tensor]] = {}  # of those going: one long prompt at most, and a short one
         self._last_step = 0.0  # seconds of decoding
+        self._closed = False
 
     def __len__(self) -> int:
         """Requests that are not over."""
@@ -120,51 +121,92 @@ class Batch:
         request = Request(engine.encode_after(prompt, sequence), config, sequence, fork=fork)
         engine.parts.setup.require_room(request.held, len(request.ids), config.max_new_tokens)
         with self._adding:
+            self._require_open()
             self._waiting.append(request)
         return request
 
     def step(self) -> list[tuple[Request, str]]:
-        """Read the next prompt that there is room for, if it is short; else some of a long one, a piece or for about as long as
-        decoding takes (without ``interleaved``: all of it), and decode a token of every answer.
+        """Read the next prompt that there is room for, or some of it if it is long: a piece, or for about as long as decoding
+        takes. Then decode a token of every answer. Without ``interleaved`` prompts are read whole, before anything is decoded.
 
         The requests that went on, and the text by which they did, which may be empty; none while only a part of a prompt has
-        been read. Raises what went wrong with a prompt, whose request has ``failed`` then; the others go on with the next step.
+        been read. Raises what went wrong with a request, which has ``failed`` then; the others go on with the next step.
         """
-        self._cancel(lambda request: request.cancelled)
-        answers = [request.answer for request in self._going if request.answer]
+        self._require_open()
+        for request in self._all():
+            if request.cancelled:
+                self._end(request, "cancelled")
+        answers = self._ready()
         following = self._next()
         if following is not None:
             self._begin(following)
-            if not following.is_long:
-                self._read(following, WHOLE)
-                return [(following, self._piece(following))]
         for request in [*self._reading]:
-            self._read(request, WHOLE if not self.interleaved else self._last_step if answers else ALONE)
+            whole = not (self.interleaved and request.is_long)
+            self._read(request, WHOLE if whole else self._last_step if answers else ALONE)
         if answers and (self.interleaved or following is None):
-            self._last_step = step(self._engine, answers)
-            self.timing.decode_seconds += self._last_step
+            self._decode(answers)
         return [(request, self._piece(request)) for request in [*self._going] if request.answer]
 
     def close(self) -> None:
-        """Cancel what is not over."""
-        self._cancel(lambda request: True)
-
-    def _cancel(self, which: Callable[[Request], bool]) -> None:
+        """Cancel what is not over. The batch takes no more."""
         with self._adding:
-            left = [request for request in self._waiting if which(request)]
-            for request in left:
-                self._waiting.remove(request)
-        for request in (*left, *filter(which, [*self._going])):
-            self._end(request, "cancelled")
+            self._closed = True
+        errors = []
+        for request in self._all():
+            try:
+                self._end(request, "cancelled")
+            except BaseException as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise OptionError("the batch has been closed: open another one")
+
+    def _all(self) -> list[Request]:
+        with self._adding:
+            return [*self._waiting, *self._going]
+
+    def _ready(self) -> dict[Request, Answer]:
+        """Answers that go on, each with room for its next token. Raises what one of them has, whose request has failed then."""
+        found = {}
+        with computing(self._engine):
+            for request in [*self._going]:
+                if request.answer is None or request.finish:
+                    continue
+                try:
+                    request.answer.require_next()
+                    request.answer.sequence.reserve(1)
+                except BaseException:
+                    self._end(request, "failed")
+                    raise
+                found[request] = request.answer
+        return found
+
+    def _decode(self, answers: Mapping[Request, Answer]) -> None:
+        """The next token of each. If that fails, so do those whose token is cached but whose next could not be drawn; if there
+        are none, all: a step that cannot be done would be tried for ever.
+        """
+        try:
+            self._last_step = step(self._engine, [*answers.values()])
+        except BaseException as error:
+            behind = [request for request, answer in answers.items() if not answer.is_next]
+            for request in behind or (answers if isinstance(error, Exception) else ()):
+                self._end(request, "failed")
+            raise
+        self.timing.decode_seconds += self._last_step
 
     def _next(self) -> Request | None:
-        """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short."""
-        with self._adding:
-            request = next((r for r in self._waiting if not (r.is_long and self._reading)), None)
-            if request is None or (self._going and not self._has_room(request)):
-                return None
-            self._waiting.remove(request)
-            return request
+        """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short. A prompt
+        does not wait for others to continue a sequence that is being read.
+        """
+        for request in self._all():
+            suspended = request.given is not None and request.given.suspended
+            if request in self._going or suspended or (request.is_long and self._reading):
+                continue
+            return request if not self._going or self._has_room(request) else None
+        return None
 
     def _pages(self, request: Request) -> int:
         """Pages of its sequence when it has been answered, if the answer is as long as it may be."""
@@ -176,7 +218,8 @@ class Batch:
         arena, given = self._engine.parts.setup.arena, request.given
         needed = self._pages(request) - (given.packed // PAGE_TOKENS if given else 0)
         for sequence, most in self._going.values():
-            shares_part = sequence.packed % PAGE_TOKENS and arena.is_shared(sequence.pages[sequence.packed // PAGE_TOKENS])
+            last = sequence.packed // PAGE_TOKENS
+            shares_part = sequence.alive and sequence.packed % PAGE_TOKENS and arena.is_shared(sequence.pages[last])
             needed += most - len(sequence.pages) + bool(shares_part)
         with self._engine.lock:
             return arena.free_pages >= needed and (arena.free_sequences > 0 or bool(given and not request.fork))
@@ -188,6 +231,8 @@ class Batch:
             sequence = engine.new_sequence() if given is None else given.fork() if request.fork else given
             self._going[request] = sequence, pages
             self._reading[request] = continuing(engine, sequence, request.ids, request.config, after=request.after)
+            with self._adding:
+                self._waiting.remove(request)
         except BaseException:
             self._end(request, "failed")
             raise
@@ -198,16 +243,17 @@ class Batch:
         end = time.perf_counter() + seconds
         try:
             with computing(engine):
-                while True:
-                    next(pieces)
-                    if seconds == WHOLE:
-                        continue  # a GPU that is waited for has nothing to do while the host goes on
-                    wait_for(engine.device)
-                    if time.perf_counter() >= end:
-                        return
-        except StopIteration as last:
+                try:
+                    while True:
+                        next(pieces)
+                        if seconds == WHOLE:
+                            continue  # a GPU that is waited for has nothing to do while the host goes on
+                        wait_for(engine.device)
+                        if time.perf_counter() >= end:
+                            return
+                except StopIteration as last:
+                    logits: Tensor = last.value
             del self._reading[request]
-            logits: Tensor = last.value
             request.answer = begun(engine, self._going[request][0], logits, request.config, resumed=not request.ids)
             request.timing = request.answer.timing
         except BaseException:
@@ -226,6 +272,9 @@ class Batch:
 
     def _end(self, request: Request, finish: str) -> None:
         """It is over, whether or not it had begun."""
+        with self._adding:
+            if request in self._waiting:
+                self._waiting.remove(request)
         request.timing = replace(request.timing, finish=finish)
         if request.answer is not None:
             self.timing.add(replace(request.timing, decode_seconds=0.0))

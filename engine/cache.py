@@ -41,6 +41,7 @@ class SequenceCache:
         self.dropped = 0
         self.token_ids: list[int] = []
         self.filled = False  # holds tokens that no model has read (``stress.fill``)
+        self.suspended = False  # half read, between two pieces (``engine.pieces``)
         self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
         self.logits: Tensor | None = None  # [V] that reading gave, of what follows the last token, until anything changes
         self.timing = Timing()  # of the last generation, or of reading if nothing was written since
@@ -79,6 +80,12 @@ class SequenceCache:
         if not self.alive:
             raise OptionError("the sequence has been freed")
 
+    def require_whole(self) -> None:
+        """Raise OptionError if it has been freed, or is being read in pieces by something else."""
+        self.require_alive()
+        if self.suspended:
+            raise OptionError("the sequence is being read: wait until that is done, or cancel it")
+
     def require_of(self, setup: CacheSetup) -> None:
         """Raise OptionError unless it is alive and of this setup."""
         self.require_alive()
@@ -111,7 +118,7 @@ class SequenceCache:
 
         Of a full context it may drop the oldest pages (``Engine.load(on_full="shift")``): lengths are other ones afterwards.
         """
-        self.require_alive()
+        self.require_whole()
         self.setup.on_full.make_room(self, count)
         self.setup.require(self.length, count)
         target = self.packed_after(count)
@@ -250,7 +257,7 @@ class SequenceCache:
     @uninterrupted()
     def fork(self) -> SequenceCache:
         """A second sequence with the same past. Pages are shared; full-precision slots are copied."""
-        self.require_alive()
+        self.require_whole()
         twin = SequenceCache(self.setup)
         for page in self.pages[: pages_for(self.packed)]:  # without what a step that was broken off has reserved
             self.setup.arena.share(page)
@@ -270,7 +277,7 @@ class SequenceCache:
         packed pages, tokens of its last, now partial, tile go back into the window as they were packed, without mass: the
         window is then shorter than usual until new tokens fill it.
         """
-        self.require_alive()
+        self.require_whole()
         if not is_whole(length):
             raise OptionError(f"length must be a number of tokens, got {length!r}")
         if not 0 <= length <= self.length:
@@ -316,7 +323,7 @@ class SequenceCache:
     @computes
     def save(self, file: str | Path) -> None:
         """Write the sequence to a file, whole or not at all; ``Engine.restore`` brings it back. Raises SkvqError."""
-        self.require_alive()
+        self.require_whole()
         save_session(self, path_of("file", file))
 
     @computes
@@ -324,6 +331,7 @@ class SequenceCache:
     def free(self) -> None:
         """Give pages and slot back; the sequence cannot be used any more."""
         if self.alive:
+            self.require_whole()
             pages, self.pages, self.alive = self.pages, [], False  # first: broken off, nothing is released twice
             for page in pages:
                 self.setup.arena.release(page)

@@ -231,8 +231,10 @@ class Engine:
             try:
                 yield batch
             finally:
-                batch.close()
-                self._batching, self.timing = 0, batch.timing
+                try:
+                    batch.close()
+                finally:
+                    self._batching, self.timing = 0, batch.timing
 
     @names_options(sampling=SamplingConfig)
     def chat(self, messages: Sequence[Mapping[str, Any]], sampling: SamplingConfig | None = None) -> str:

@@ -94,6 +94,7 @@ def continuing(
 
     after: the sequence's mark when ``ids`` were chosen.
     """
+    sequence.require_whole()
     if sequence.mark != after:
         raise OptionError("the sequence was continued or cut since this answer was asked for: ask for it again")
     logits = sequence.logits

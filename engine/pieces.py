@@ -6,7 +6,8 @@ Closed early it is broken off, as by an error.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 R = TypeVar("R")
@@ -26,23 +27,21 @@ def finished(pieces: Pieces[R]) -> R:
 
 
 class Stopwatch:
-    """Seconds that pieces take, without what is done between them."""
+    """Seconds that pass, but for what is done in pauses."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._start = time.perf_counter()
 
-    def timed(self, pieces: Pieces[R]) -> Pieces[R]:
-        """The same pieces, their seconds counted."""
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time stands still."""
+        begin = time.perf_counter()
         try:
-            while True:
-                start = time.perf_counter()
-                try:
-                    next(pieces)
-                except StopIteration as end:
-                    result: R = end.value
-                    return result
-                finally:
-                    self.seconds += time.perf_counter() - start
-                yield
+            yield
         finally:
-            pieces.close()
+            self._start += time.perf_counter() - begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from skvq.engine.prefix import Prefixes
 from skvq.engine.report import Reporter
 from skvq.engine.timing import Timing
 
+R = TypeVar("R")
 SHORT_TOKENS = 128
 """Most tokens appended to a sequence as decode steps of several tokens instead of streamed."""
 
@@ -32,14 +34,16 @@ def read(
     """Append ``ids``, at least one: logits float32 [V] of the last, and what that took.
 
     With a checkpoint in a file no prefix is reused. Broken off after one was, the sequence is empty again, and what was read is
-    found by the next try.
+    found by the next try. Between two pieces the sequence is ``suspended``.
     """
+    sequence.require_whole()
     parts.setup.require_room(sequence.length, len(ids))  # before any work
     tell_if_streamed_through(parts, len(ids), report)
     watch = Stopwatch()
     reused = prefixes.reuse(sequence, ids) if sequence.length == 0 and not checkpoint.in_file else 0
     try:
-        how, logits = yield from watch.timed(_read_rest(parts, sequence, ids[reused:], checkpoint, report))
+        pieces = _read_rest(parts, sequence, ids[reused:], checkpoint, report)
+        how, logits = yield from _suspending(sequence, watch, pieces)
     except BaseException:
         if reused:
             prefixes.keep(sequence)
@@ -49,6 +53,24 @@ def read(
     prefixes.keep(sequence)
     seconds = watch.seconds + checkpoint.spent
     return logits, Timing(prompt_tokens=len(ids) - reused, reused_tokens=reused, prefill=how, prefill_seconds=seconds)
+
+
+def _suspending(sequence: SequenceCache, watch: Stopwatch, pieces: Pieces[R]) -> Pieces[R]:
+    """The same pieces; between them the sequence is left alone, and time stands still."""
+    try:
+        while True:
+            next(pieces)
+            sequence.suspended = True
+            try:
+                with watch.pause():
+                    yield
+            finally:
+                sequence.suspended = False
+    except StopIteration as end:
+        result: R = end.value
+        return result
+    finally:
+        pieces.close()
 
 
 def tell_if_streamed_through(parts: EngineParts, count: int, report: Reporter) -> None:
