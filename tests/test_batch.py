@@ -12,12 +12,14 @@ from threading import Event
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq import SamplingConfig
 from skvq.engine.batch import Batch, Request
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.decode import EagerStep
+from skvq.engine.errors import CapacityError, ModelError, OptionError
 from skvq.engine.generate import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nothing_is_left_behind")
@@ -39,6 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["reference", "numba"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
     return tiny_engine(folder, tiny_cache(), backend=request.param, max_context=700)
+
+
+@pytest.fixture
+def pieces_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of more than 64 tokens are long, and a step of a batch that does nothing else reads one piece."""
+    for module in ("batch", "prefill", "prefill_form"):
+        monkeypatch.setattr(f"skvq.engine.{module}.CHUNK_TOKENS", 64)
+    monkeypatch.setattr("skvq.engine.batch.ALONE", 0.0)
 
 
 def finished(batch: Batch) -> dict[Request, str]:
@@ -117,14 +127,13 @@ def test_a_sequence_is_continued(engine: Engine) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.usefixtures("pieces_of_64")
 @pytest.mark.parametrize("prefill", ["exact", "streaming"])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_a_long_prompt_is_read_beside_answers(
     folder: Path, monkeypatch: pytest.MonkeyPatch, prefill: str, interleaved: bool
 ) -> None:
     """Answers go on while it is read, and a short prompt passes by; all say what they say alone. One by one otherwise."""
-    for module in ("batch", "prefill", "prefill_form"):
-        monkeypatch.setattr(f"skvq.engine.{module}.CHUNK_TOKENS", 64)
     monkeypatch.setattr(Batch, "_last_step", property(lambda batch: 0.0, lambda batch, seconds: None), raising=False)
     engine = tiny_engine(folder, tiny_cache(), max_context=2000, prefill=prefill)
     long, other = random_ids(1500), random_ids(900, seed=1)
@@ -150,11 +159,9 @@ def test_a_long_prompt_is_read_beside_answers(
     reading.free()
 
 
-def test_a_prompt_can_be_cancelled_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("pieces_of_64")
+def test_a_prompt_can_be_cancelled_while_it_is_read(folder: Path) -> None:
     """A new one leaves nothing behind; a sequence that was to be continued is what it was, or holds whole chunks more."""
-    for module in ("batch", "prefill", "prefill_form"):
-        monkeypatch.setattr(f"skvq.engine.{module}.CHUNK_TOKENS", 64)
-    monkeypatch.setattr("skvq.engine.batch.ALONE", 0.0)
     engine = tiny_engine(folder, tiny_cache(), max_context=2000)
     book = engine.prefill(TEXT)
     length = book.length
@@ -308,3 +315,181 @@ def test_the_server_of_the_documentation(engine: Engine) -> None:
         finally:
             stop.set()
         served.result()
+
+
+# --- what others do to a batch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("pieces_of_64")
+def test_a_sequence_that_is_read_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    """Between two pieces it is neither what it was nor what it will be. It can be cancelled; then it is the user's again."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=2000)
+    sequence = engine.prefill(random_ids(200))
+    held = sequence.length
+    with engine.batch() as batch:
+        request = batch.add(random_ids(1000, seed=1), SAMPLING, sequence=sequence)
+        for _ in range(3):
+            batch.step()
+        for use in (
+            sequence.fork,
+            sequence.free,
+            lambda: sequence.truncate(5),
+            lambda: sequence.save(tmp_path / "s"),
+            lambda: engine.read(sequence, [1]),
+            lambda: engine.decode_step([sequence], [1]),
+            lambda: engine.generate("a", SAMPLING, sequence=sequence),
+        ):
+            with pytest.raises(OptionError, match="is being read"):
+                use()
+        later = [batch.add("?", SAMPLING, sequence=sequence, fork=fork) for fork in (True, False)]
+        for _ in range(3):
+            assert batch.step() == []
+        assert [r.finish for r in later] == ["", ""], "they wait for the end of the reading"
+        request.cancel()
+        for _ in later:
+            with pytest.raises(OptionError, match="continued or cut"):
+                batch.step()
+    assert [r.finish for r in (request, *later)] == ["cancelled", "failed", "failed"]
+    assert sequence.length > held and sequence.length % 64 == held % 64
+    sequence.fork().free()
+    sequence.free()
+    assert engine.parts.setup.arena.free_sequences == 4
+
+
+@pytest.mark.parametrize("harm, reason", [("free", "has been freed"), ("truncate", "continued or cut")])
+def test_harm_to_one_answer_ends_that_alone(engine: Engine, harm: str, reason: str) -> None:
+    wanted = engine.generate(TEXT, SAMPLING)
+    sequence = engine.prefill(TEXT)
+    with engine.batch() as batch:
+        harmed, other = batch.add("?", SAMPLING, sequence=sequence), batch.add(TEXT, SAMPLING)
+        for _ in range(3):
+            batch.step()
+        sequence.free() if harm == "free" else sequence.truncate(3)
+        with pytest.raises(OptionError, match=reason):
+            batch.step()
+        finished(batch)
+    assert (harmed.finish, other.finish, other.text) == ("failed", "length", wanted)
+    sequence.free()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_logits_that_are_no_numbers_end_one_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    """The first of two, of which each has its own row of logits; or the first token of an answer alone."""
+    wanted, head = engine.generate(TEXT, SAMPLING), engine.parts.model.head
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        logits = head(x)
+        logits.view(-1, logits.shape[-1])[0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine, "step", EagerStep(engine.parts.model, engine.parts.rope, engine.parts.setup))
+    with engine.batch() as batch:
+        requests = [batch.add(TEXT, SAMPLING) for _ in range(1 if first else 2)]
+        for _ in range(0 if first else 2):
+            batch.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.parts.model, "head", broken)
+            with pytest.raises(ModelError, match="logits is nan"):
+                batch.step()
+        finished(batch)
+    assert requests[0].finish == "failed" and [r.text for r in requests[1:]] == [wanted] * (len(requests) - 1)
+
+
+def test_a_step_that_never_works_ends_all(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of raising the same for ever."""
+    with engine.batch() as batch:
+        requests = [batch.add(TEXT, SAMPLING) for _ in range(2)]
+        for _ in range(2):
+            batch.step()
+        monkeypatch.setattr(engine.step, "run", lambda *of: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.step()
+        assert batch.step() == [] and [r.finish for r in requests] == ["failed"] * 2
+
+
+def test_pages_that_others_took(folder: Path) -> None:
+    """An answer without a page fails, and gives what it had to the other."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=1400, max_sequences=4)
+    arena, long = engine.parts.setup.arena, SamplingConfig(max_new_tokens=150, ignore_eos=True)
+    with engine.batch() as batch:
+        requests = [batch.add(TEXT, long) for _ in range(2)]
+        for _ in range(2):
+            batch.step()
+        taken = [arena.new_page() for _ in range(arena.free_pages - 1)]
+        with pytest.raises(CapacityError, match="pages of 1280 tokens are in use"):
+            finished(batch)
+        finished(batch)
+    assert sorted(r.finish for r in requests) == ["failed", "length"]
+    for page in taken:
+        arena.release(page)
+    assert arena.free_sequences == 4
+
+
+@pytest.mark.usefixtures("pieces_of_64")
+def test_an_interrupt_anywhere_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the n-th layer, of a reading or a step: with the next steps all ends, whole or failed, and nothing is held."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=2000)
+    layer, prompts = engine.parts.model.layer, [random_ids(n, seed=n) for n in (300, 20, 150, 30)]
+    wanted = [engine.generate([ids], SAMPLING)[0] for ids in prompts]
+    calls = 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            raise KeyboardInterrupt
+        return layer(*arguments)
+
+    for count in range(1, 18, 2):
+        with monkeypatch.context() as patch, engine.batch() as batch:
+            calls = count
+            patch.setattr(engine.parts.model, "layer", interrupted)
+            patch.setattr(engine, "step", EagerStep(engine.parts.model, engine.parts.rope, engine.parts.setup))
+            requests = [batch.add(ids, SAMPLING) for ids in prompts]
+            with pytest.raises(KeyboardInterrupt):
+                finished(batch)
+            finished(batch)
+        texts = [r.text for r in requests if r.finish == "length"]
+        assert len(texts) >= 3 and texts == [w for w, r in zip(wanted, requests, strict=True) if r.finish == "length"]
+        assert engine.parts.setup.arena.free_sequences == 4
+
+
+def test_a_closed_batch_takes_nothing(engine: Engine) -> None:
+    with engine.batch() as batch:
+        batch.add(TEXT, SAMPLING)
+    for use in (lambda: batch.add(TEXT), batch.step):
+        with pytest.raises(OptionError, match="has been closed"):
+            use()
+    assert len(batch) == 0
+
+
+def test_adding_waits_for_no_computation(engine: Engine) -> None:
+    """Nor does a thread that computes and adds, as from a progress bar, wait for a batch that waits for it."""
+    with engine.batch() as batch, ThreadPoolExecutor(1) as pool:
+        batch.add(TEXT, SamplingConfig(max_new_tokens=50, ignore_eos=True))
+        batch.step()
+        batch.add(TEXT, SAMPLING)
+        holds, added = Event(), Event()
+
+        def elsewhere() -> None:
+            with engine.lock:
+                holds.set()
+                batch.add(TEXT, SAMPLING)
+                added.set()
+
+        stepped = pool.submit(elsewhere)
+        holds.wait()
+        batch.step()
+        assert added.wait(60)
+        stepped.result()
+        finished(batch)
+
+
+def test_short_answers_do_not_hold_up_others(engine: Engine) -> None:
+    with engine.batch() as batch:
+        answer = batch.add(TEXT, SamplingConfig(max_new_tokens=20, ignore_eos=True))
+        batch.step()
+        for _ in range(10):
+            batch.add(TEXT, SamplingConfig(max_new_tokens=1))
+            batch.step()
+        assert answer.timing.new_tokens == 11
