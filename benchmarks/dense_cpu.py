@@ -1,0 +1,91 @@
+"""What do our CPU kernels of prefill do beside torch's, in float32?
+
+    python benchmarks/dense_cpu.py [--rounds 5]
+
+Causal attention of the last 1,024 of N tokens, and products of 1,024 vectors with bfloat16 matrices (torch's weights are
+widened before it is timed), of the shapes of SmolLM2-135M and Mistral-7B. Both take turns in every round, on inputs that they
+agree on (checked first); the best round counts. Reported: GFLOP/s of each, and how many times as fast ours is. Last line: JSON,
+also written to --output. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from stamp import stamp, write
+
+from skvq.engine.measure import device_name
+from skvq.kernels import dense
+from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
+
+VECTORS = 1024
+ATTENTION = {"SmolLM2-135M": (9, 3, 64), "Mistral-7B": (32, 8, 128)}  # query heads, kv heads, head size
+MATRICES = {"SmolLM2-135M": (3072, 576), "Mistral-7B": (28672, 4096)}  # rows and columns of the MLP's first
+NO_SPAN = 2**31 - 1
+
+
+def torchs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention as other dtypes have it: torch's flash attention, a rectangle and a square."""
+    ours = dense._is_ours
+    dense._is_ours = lambda q: False
+    try:
+        return dense.attend_causal(q, k, v, NO_SPAN)[0]
+    finally:
+        dense._is_ours = ours
+
+
+def compared(name: str, flops: float, rounds: int, calls: dict[str, Callable[[], torch.Tensor]]) -> dict[str, Any]:
+    """One row; the calls must agree."""
+    ours, theirs = (call() for call in calls.values())
+    off = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert off < 1e-5, (name, off)
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for which, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[which] = min(best[which], time.perf_counter() - start)
+    speeds = {f"{which}_gflops": flops / seconds / 1e9 for which, seconds in best.items()}
+    row = {"what": name} | speeds | {"times_faster": best["torch"] / best["ours"]}
+    print(f"{name:44} " + ", ".join(f"{which} {speed:5.0f}" for which, speed in speeds.items()), file=sys.stderr, end="")
+    print(f": {row['times_faster']:.2f} times as fast", file=sys.stderr)
+    return row
+
+
+@click.command()
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "dense_cpu.json")
+def main(rounds: int, output: Path) -> None:
+    torch.manual_seed(0)
+    rows = []
+    for model, (heads, kv_heads, size) in ATTENTION.items():
+        for tokens in (1024, 4096, 16384):
+            q, (k, v) = torch.randn(VECTORS, heads, size), torch.randn(2, kv_heads, tokens, size)
+            flops = 4 * heads * size * VECTORS * (tokens - VECTORS / 2)
+            calls = {
+                "ours": lambda q=q, k=k, v=v: dense.attend_causal(q, k, v, NO_SPAN)[0],
+                "torch": lambda q=q, k=k, v=v: torchs(q, k, v),
+            }
+            rows.append(compared(f"attention, {model}, {tokens:,} tokens", flops, rounds, calls))
+    for model, (outs, ins) in MATRICES.items():
+        weight, x, out = torch.randn(outs, ins).bfloat16(), torch.randn(VECTORS, ins), torch.empty(VECTORS, outs)
+        matrix, wide = HalfMatrix(weight), weight.float()
+        calls = {
+            "ours": lambda m=matrix, x=x, out=out: (m.multiply(x, None, out), out)[1],
+            "torch": lambda w=wide, x=x: x @ w.T,
+        }
+        rows.append(compared(f"matrix, {model}, {outs:,} by {ins:,}", 2 * VECTORS * outs * ins, rounds, calls))
+    found = stamp(device_name(torch.device("cpu")), "torch", "numba") | {"threads": torch.get_num_threads(), "results": rows}
+    write(output, found)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
