@@ -179,15 +179,16 @@ class HeadGroups(AllHeads):
     def _piece(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """They are computed once more, and hidden states become the layer's output."""
         for start, stop in chunks(last - first, first):
-            self._finish_chunk(start, stop, slice(start - first, stop - first))
+            self._finish_chunk(start, stop, start - first)
         return self.keys[:, : last - first], self.values[:, : last - first]
 
-    def _finish_chunk(self, start: int, stop: int, piece: slice) -> None:
-        """Keys and values of a chunk again, to their part of the piece; then the chunk's output replaces its input."""
+    def _finish_chunk(self, start: int, stop: int, place: int) -> None:
+        """Keys and values of a chunk again, to their place in the piece; then the chunk's output replaces its input."""
         layer, config = self.state.layer, self.model.config
         x, step_rope = self._chunk(start, stop)
-        _, k, v = self.model.heads(layer, x)
-        self.keys[:, piece], self.values[:, piece] = step_rope.apply(k)[0].transpose(0, 1), v[0].transpose(0, 1)
+        q, k, v = self.model.heads(layer, x)
+        ops = self.sequence.setup.backend.ops
+        ops.rope_to_buffer(q[:, :, :0], k, v, step_rope.cos, step_rope.sin, self.keys, self.values, place)
         parts = [part[None, start:stop].to(x.device, non_blocking=True) for part in self.state.attended]
         attended = torch.cat(parts, 2).view(1, stop - start, config.num_heads, config.head_size)
         self.state.hidden[start:stop].copy_(self.model.after_attention(layer, x, attended)[0], non_blocking=True)

@@ -68,3 +68,24 @@ def test_rope_to_slots(dtype: torch.dtype, size: int) -> None:
     assert torch.equal(full[0].values.float().nan_to_num(7), full[1].values.float().nan_to_num(7))
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(full[0].keys.float(), full[1].keys.float(), rtol=2 * step, atol=1e-6 * float(k.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_rope_to_buffer(dtype: torch.dtype, count: int) -> None:
+    """Of a part of the heads too, as exact prefill by groups has it; nothing but these tokens is written."""
+    heads, kv_heads, size = 6, 2, 80
+    q, k, v = random(1, count, heads + 2 * kv_heads, size).to(dtype).split([heads, kv_heads, kv_heads], 2)
+    angle = random(1, count, 1, size // 2, seed=2)
+    for part in (slice(None), slice(0, 1)):
+        own = slice(None) if part == slice(None) else slice(0, heads // kv_heads)
+        buffers = [torch.full((2, len(range(kv_heads)[part]), count + 9, size), 7.0, dtype=dtype) for _ in range(2)]
+        got, want = (
+            ops.rope_to_buffer(q[:, :, own], k[:, :, part], v[:, :, part], angle.cos(), angle.sin(), *held, 5)
+            for ops, held in zip((NUMBA, TORCH), buffers, strict=True)
+        )
+        step = torch.finfo(dtype).eps
+        torch.testing.assert_close(got, want, rtol=4 * step, atol=2e-6)
+        torch.testing.assert_close(buffers[0], buffers[1], rtol=4 * step, atol=2e-6)
+        assert torch.equal(buffers[0][1], buffers[1][1]) and (buffers[0][:, :, :5] == 7).all()
+        assert (buffers[0][:, :, 5 + count :] == 7).all()

@@ -377,6 +377,9 @@ def fused_operations() -> None:
         same(*outs, 8.0)
         same(*held, 8.0)
         assert torch.equal(both[0][1], both[1][1])
+        again = [torch.full_like(t, 7.0) for t in both[0]]
+        none = ops.rope_to_buffer(q[:, :, :0], k, v, angle.cos(), angle.sin(), *again, 3)  # keys and values alone
+        assert none.shape == (1, 5, 0, size) and all(map(torch.equal, again, both[0]))
 
 
 def matrices() -> None:

@@ -68,22 +68,43 @@ class NumbaOps(TorchOps):
     ) -> Tensor:
         if q.dtype != torch.float32:
             return super().rope_to_slots(q, k, v, cos, sin, full, slots, ring_slots)
-        rows, queries, heads, size = q.shape
-        kv_heads = k.shape[2]
-        keys, values = full.keys, full.values
-        at, item = keys.stride(), keys.element_size()
-        assert queries == 1 and k.shape == v.shape == (rows, 1, kv_heads, size), (q.shape, k.shape, v.shape)
-        assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (size, 1), (q.stride(), k.stride(), v.stride())
-        assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
+        rows, queries, _, size = q.shape
+        assert queries == 1 and k.shape == v.shape == (rows, 1, k.shape[2], size), (q.shape, k.shape, v.shape)
         assert slots.dtype == ring_slots.dtype == torch.int64 and slots.shape == ring_slots.shape == (rows,), slots.shape
-        assert at == values.stride() and at[3] == 1 and keys.dtype == values.dtype, (at, values.stride())
-        out = torch.empty(q.shape, dtype=torch.float32)
-        TURN(
-            1, 0, q.data_ptr(), 4 * q.stride(0), k.data_ptr(), 4 * k.stride(0), v.data_ptr(), 4 * v.stride(0), cos.data_ptr(),
-            sin.data_ptr(), out.data_ptr(), rows, heads, kv_heads, size, slots.data_ptr(), ring_slots.data_ptr(),
-            keys.data_ptr(), values.data_ptr(), item * at[0], item * at[1], item * at[2], KINDS[keys.dtype],
-        )  # fmt: skip
-        return out
+        return _turn(q, k, v, cos, sin, slots, ring_slots, full.keys, full.values)
+
+    def rope_to_buffer(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
+    ) -> Tensor:
+        if q.dtype != torch.float32:
+            return super().rope_to_buffer(q, k, v, cos, sin, keys, values, first)
+        _, count, _, size = q.shape
+        assert q.shape[0] == 1 and k.shape == v.shape == (1, count, len(keys), size), (q.shape, k.shape, v.shape)
+        places = torch.arange(first, first + count)
+        q, k, v, cos, sin = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
+        return _turn(q, k, v, cos, sin, places, places, keys[None], values[None]).transpose(0, 1)
+
+
+def _turn(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """RoPE of rows [R, 1, heads, D]: k and v go to keys and values [S, KH, T, D], at ``slots`` [R] (of one, whatever they say)
+    and ``places`` [R]. Returns the turned q, new. cos and sin are [R, 1, 1, D / 2].
+    """
+    rows, _, heads, size = q.shape
+    at, item = keys.stride(), keys.element_size()
+    assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (size, 1), (q.stride(), k.stride(), v.stride())
+    assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
+    assert at == values.stride() and at[3] == 1 and keys.dtype == values.dtype, (at, values.stride())
+    out = torch.empty(q.shape, dtype=torch.float32)
+    _, threads = _share(rows * (heads + 2 * k.shape[2]) * size, size)
+    TURN(
+        threads, 0, q.data_ptr(), 4 * q.stride(0), k.data_ptr(), 4 * k.stride(0), v.data_ptr(), 4 * v.stride(0), cos.data_ptr(),
+        sin.data_ptr(), out.data_ptr(), rows, heads, k.shape[2], size, slots.data_ptr(), places.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), item * at[0] if len(keys) > 1 else 0, item * at[1], item * at[2],
+        KINDS[keys.dtype], -(-rows // (4 * threads)),
+    )  # fmt: skip
+    return out
 
 
 def _norm(x: Tensor, delta: int, total: int, weight: Tensor, eps: float) -> Tensor:

@@ -16,7 +16,7 @@ NORM_FIELDS = ("counter", "x", "delta", "total", "weight", "out", "rows", "colum
 SWIGLU_FIELDS = ("counter", "x", "out", "rows", "columns", "chunk")
 TURN_FIELDS = (
     "counter", "q", "q_row", "k", "k_row", "v", "v_row", "cos", "sin", "out", "rows", "heads", "kv_heads", "size", "slots",
-    "ring_slots", "keys", "values", "slot_stride", "head_stride", "place_stride", "kind",  # rows and strides in bytes
+    "places", "keys", "values", "slot_stride", "head_stride", "place_stride", "kind", "chunk",  # rows and strides in bytes
 )  # fmt: skip
 add_job, norm_job, swiglu_job, turn_job = (
     record_at(record(*fields)) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS)
@@ -165,22 +165,26 @@ def store_row(source, target, count, kind):
 
 
 def build_turn(stamp):
-    """Kernel of ``kernels.ops.Ops.rope_to_slots``."""
+    """Kernel of ``kernels.ops.Ops.rope_to_slots`` and ``rope_to_buffer``."""
 
     def turn(address):
         if stamp == 0:
             return
         job = turn_job(address)
         size, half = job.size, job.size // 2
-        for row in range(job.rows):
-            cos, sin = job.cos + 4 * half * row, job.sin + 4 * half * row
-            for head in range(job.heads):
-                out = job.out + 4 * size * (row * job.heads + head)
-                turn_row(job.q + row * job.q_row + 4 * size * head, out, cos, sin, half, FLOAT32)
-            place = i64(job.slots)[row] * job.slot_stride + i64(job.ring_slots)[row] * job.place_stride
-            for head in range(job.kv_heads):
-                at = place + head * job.head_stride
-                turn_row(job.k + row * job.k_row + 4 * size * head, job.keys + at, cos, sin, half, job.kind)
-                store_row(job.v + row * job.v_row + 4 * size * head, job.values + at, size, job.kind)
+        while True:
+            first = fetch_add(address, job.chunk)
+            if first >= job.rows:
+                break
+            for row in range(first, min(first + job.chunk, job.rows)):
+                cos, sin = job.cos + 4 * half * row, job.sin + 4 * half * row
+                for head in range(job.heads):
+                    out = job.out + 4 * size * (row * job.heads + head)
+                    turn_row(job.q + row * job.q_row + 4 * size * head, out, cos, sin, half, FLOAT32)
+                place = i64(job.slots)[row] * job.slot_stride + i64(job.places)[row] * job.place_stride
+                for head in range(job.kv_heads):
+                    at = place + head * job.head_stride
+                    turn_row(job.k + row * job.k_row + 4 * size * head, job.keys + at, cos, sin, half, job.kind)
+                    store_row(job.v + row * job.v_row + 4 * size * head, job.values + at, size, job.kind)
 
     return turn
