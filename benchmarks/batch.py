@@ -54,9 +54,12 @@ def measured(engine: Engine, ids: list[int], answers: int, *, interleaved: bool)
 @click.option("--ctx", default=6000, show_default=True)
 @click.option("--answers", default=2, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--dummy-weights", is_flag=True, help="Random weights of the model's shape.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "batch.json")
-def main(model: str, ctx: int, answers: int, rounds: int, output: Path) -> None:
-    engine = Engine.load(model, max_context=ctx + 500, max_sequences=answers + 1, report=Quiet(), prefix_cache=False)
+def main(model: str, ctx: int, answers: int, rounds: int, dummy_weights: bool, output: Path) -> None:
+    engine = Engine.load(
+        model, max_context=ctx + 500, max_sequences=answers + 1, report=Quiet(), prefix_cache=False, dummy_weights=dummy_weights
+    )
     ids = engine.encode(built_in_corpus()[: 8 * ctx])[:ctx]
     modes = {"in pieces": True, "whole": False}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}

@@ -198,8 +198,8 @@ class Batch:
         self.timing.decode_seconds += self._last_step
 
     def _next(self) -> Request | None:
-        """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short. A prompt
-        does not wait for others to continue a sequence that is being read.
+        """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short. One that
+        continues a sequence which is being read waits for the end of that, and lets others pass.
         """
         for request in self._all():
             suspended = request.given is not None and request.given.suspended

@@ -21,6 +21,7 @@ from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
 from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes, usual_weight_bytes
 from skvq.engine.weight_forms import form_of
+from skvq.kernels.dense import attend_all
 from skvq.loaders.hub import config_of, resolve
 from skvq.loaders.open import open_source
 
@@ -52,8 +53,9 @@ GIB = 2**30
 ASSUMED, OF_H200 = (0.75, 0.80, 0.60), (0.92, 0.57, 0.65)
 """Efficiencies of weights, cache and matrices. The H200's are measured (``benchmarks/results``): packed attention is slower
 than its memory."""
-OF_CPU_CACHE = 0.28
-"""Measured on a CPU (``benchmarks/results/attention_cpu.json``), where packed attention is arithmetic."""
+OF_CPU_CACHE, OF_CPU_MATRICES = 0.28, 0.85
+"""Measured on a CPU (``benchmarks/results/attention_cpu.json``, ``peers_cpu.json``), where packed attention is arithmetic, and
+all of prefill runs at about the speed of dense attention."""
 
 CARDS = {
     name: Machine(
@@ -71,22 +73,31 @@ CARDS = {
 
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second)."""
+    """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second); on a CPU in
+    float32 dense attention, for its kernels are ours and torch's products are slower on some.
+    """
     with own_settings(device):
-        size = 1 << (28 if device.type == "cuda" else 25)
+        size = 1 << (28 if device.type == "cuda" else 27)  # more than caches hold
         a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-        side = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256  # a CPU takes its time for 16 bits
-        m = torch.randn(side, side, dtype=dtype, device=device)
         copy_seconds = min(timed(lambda: b.copy_(a), device, 5))
-        matrix_seconds = min(timed(lambda: m @ m, device, 5))
+        on_cpu = device.type == "cpu"
+        if on_cpu and dtype == torch.float32:
+            count, tokens, heads, head_size = 512, 1024, 8, 64
+            q, (k, v) = torch.randn(count, heads, head_size), torch.randn(2, heads, tokens, head_size)
+            flops = 4 * count * tokens * heads * head_size / min(timed(lambda: attend_all(q, k, v), device, 5))
+        else:
+            side = 256 if on_cpu else 8192  # a CPU takes its time for 16 bits
+            m = torch.randn(side, side, dtype=dtype, device=device)
+            flops = 2 * side**3 / min(timed(lambda: m @ m, device, 5))
     return Machine(
         name=str(device),
         memory=available_memory(device),
         bandwidth=2 * size / copy_seconds,
-        flops=2 * side**3 / matrix_seconds,
+        flops=flops,
         dtype=dtype,
         host_memory=pinnable_memory(device),
-        cache_efficiency=OF_CPU_CACHE if device.type == "cpu" else ASSUMED[1],
+        cache_efficiency=OF_CPU_CACHE if on_cpu else ASSUMED[1],
+        matrix_efficiency=OF_CPU_MATRICES if on_cpu and dtype == torch.float32 else ASSUMED[2],
     )
 
 
