@@ -5,7 +5,6 @@ on (continuous batching; Orca, OSDI 2022). Between pieces of a long prompt the o
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
@@ -88,7 +87,7 @@ class Batch:
         """Of all requests that are over, and of all steps."""
         self._engine = engine
         self._adding = Lock()
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
         self._going: dict[Request, tuple[SequenceCache, int]] = {}  # and the pages that it may come to have
         self._reading: dict[Request, Pieces[Tensor]] = {}  # of those going: one long prompt at most, and a short one
         self._last_step = 0.0  # seconds of decoding

@@ -34,9 +34,6 @@ class StoredMatrix(Protocol):
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias``; x [N, in] contiguous, out [N, out] with rows at any stride."""
 
-    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
-        """Rows ``start .. stop-1`` in float32, written to ``out``, which is returned."""
-
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` int64 [N] in float32."""
 
@@ -55,9 +52,6 @@ class FloatMatrix:
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         out.copy_(F.linear(x, self.data, bias))
-
-    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
-        return out.copy_(self.data[start:stop])
 
     def rows(self, ids: Tensor) -> Tensor:
         return self.data[ids]
@@ -85,7 +79,7 @@ class StoredLinear:
         return out
 
     def dense(self) -> Tensor:
-        return torch.cat([part.expand(0, part.shape[0], torch.empty(part.shape, dtype=torch.float32)) for part in self.parts])
+        return torch.cat([part.rows(torch.arange(part.shape[0])) for part in self.parts])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -74,7 +74,7 @@ CARDS = {
 
 def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second); on a CPU in
-    float32 dense attention, for its kernels are ours and torch's products are slower on some.
+    float32 dense attention, for its kernels are ours and torch's products are slower on some (the first time it is compiled).
     """
     with own_settings(device):
         size = 1 << (28 if device.type == "cuda" else 27)  # more than caches hold

@@ -42,7 +42,7 @@ def test_blocks_expand_to_the_same_bits(kind: str, rows: int) -> None:
     data, weight = blocks_of(kind, rows, columns)
     matrix = BlockMatrix(data, kind)
     assert matrix.shape == (rows, columns)
-    expanded = matrix.expand(0, rows, torch.full((rows, columns), torch.nan))
+    expanded = matrix.rows(torch.arange(rows))
     assert torch.equal(expanded.view(torch.int32), weight.view(torch.int32))
     ids = torch.tensor([rows - 1, 0, rows // 2, 0])
     assert torch.equal(matrix.rows(ids), weight[ids])

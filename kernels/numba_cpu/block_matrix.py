@@ -89,18 +89,11 @@ class BlockMatrix:
             4 * out.stride(0), max(1, groups // (CHUNKS_PER_THREAD * threads)), work.data_ptr(), work_bytes,
         )  # fmt: skip
 
-    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
-        """Rows ``start .. stop-1`` in float32, written to ``out``, which is returned."""
-        return self._expand(torch.arange(start, stop), out)
-
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` int64 [N], of which none is out of range, in float32."""
         assert ids.dtype == torch.int64 and ids.dim() == 1, (ids.dtype, ids.shape)
-        return self._expand(ids.contiguous(), torch.empty(len(ids), self.shape[1], dtype=torch.float32))
-
-    def _expand(self, ids: Tensor, out: Tensor) -> Tensor:
-        count = len(ids)
-        assert out.dtype == torch.float32 and out.shape == (count, self.shape[1]) and out.stride(1) == 1, out.shape
+        ids, count = ids.contiguous(), len(ids)
+        out = torch.empty(count, self.shape[1], dtype=torch.float32)
         if count:
             threads = min(torch.get_num_threads(), -(-count // EXPAND_ROWS))
             EXPAND(threads, *self._fields, ids.data_ptr(), count, out.data_ptr(), 4 * out.stride(0), EXPAND_ROWS)

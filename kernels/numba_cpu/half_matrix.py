@@ -19,7 +19,7 @@ MULTIPLY, MULTIPLY_MANY = Entry(build_multiply_halves, FIELDS), Entry(build_mult
 FEW = 16
 """Vectors that are multiplied with weights widened in registers; for more they are widened in memory, once for all."""
 LEAST_BATCH = 128
-"""Vectors of a task, at least: widening its weights takes as long as ten of them."""
+"""Vectors of a task, at least, so that widening its weights is a small part of it."""
 CHUNKS_PER_THREAD = 4
 STEP = 16
 """Columns must be a multiple of this."""
@@ -64,10 +64,6 @@ class HalfMatrix:
             threads, 0, 0, self.data.data_ptr(), KINDS[self.data.dtype], rows, columns, x.data_ptr(), count, bias,
             out.data_ptr(), 4 * out.stride(0), batch, work.data_ptr(), nbytes, *where,
         )  # fmt: skip
-
-    def expand(self, start: int, stop: int, out: Tensor) -> Tensor:
-        """Rows ``start .. stop-1`` in float32, written to ``out``, which is returned."""
-        return out.copy_(self.data[start:stop])
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` int64 [N] in float32."""
