@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.triton_gpu import (
+    blocks,
     combine,
     encode,
     fused,
@@ -157,6 +158,44 @@ def matvec_variant(name: str, arch: int, *, width: int, vectors: int = 1, norm: 
     return Variant(name, matvec.matvec_kernel, constants, tiling.warps, 1, dict.fromkeys(names, "*bf16"), registers=168)
 
 
+BLOCKS: dict[str, dict[str, Any]] = {  # matrices of quantized blocks: lane-instructions a weight where there is a loop
+    "Q4 qkv": {"bits": 4, "width": 4096, "norm": True},
+    "Q4 gate up": {"bits": 4, "width": 4096, "norm": True, "gated": True},
+    "Q4 down": {"bits": 4, "width": 14336, "limit": 4.9},
+    "Q4 down, 4 vectors": {"bits": 4, "width": 14336, "vectors": 4, "limit": 13.8},
+    "Q5 down": {"bits": 5, "width": 14336, "limit": 7.9},
+    "Q6 qkv": {"bits": 6, "width": 4096, "norm": True},
+    "Q6 down": {"bits": 6, "width": 14336, "limit": 7.5},
+    "Q8 down": {"bits": 8, "width": 14336, "limit": 5.1},
+    "Q4 head": {"bits": 4, "width": 576, "norm": True},
+}
+
+
+def blocks_variant(
+    name: str,
+    arch: int,
+    *,
+    bits: int,
+    width: int,
+    vectors: int = 1,
+    norm: bool = False,
+    gated: bool = False,
+    limit: float = 0.0,
+) -> Variant:
+    """A matrix of at least 4,096 rows times vectors in bfloat16; what comes before or after it is that of the layer."""
+    division = blocks.division_of(vectors, 4096, gated=gated, bits=bits)
+    count = width // 32
+    together = min(triton.next_power_of_2(count), 32 * division.warps)
+    constants = {
+        "BLOCKS": count, "M": vectors, "ROWS": division.rows, "NB": together, "BITS": bits, "TWO": bits == 6, "NORM": norm,
+        "GATED": gated, "BIAS": norm and not gated, "ADD": not norm, "EARLY": arch >= 90, "ASM": True,
+    }  # fmt: skip
+    halves = dict.fromkeys(("x_ptr", "norm_ptr", "bias_ptr", "residual_ptr", "out_ptr"), "*bf16")
+    pointers = halves | dict.fromkeys(("code_ptr", "high_ptr", "pair_ptr"), WORDS)
+    elements = 32 * together * division.rows if limit else 0
+    return Variant(name, blocks.block_matvec_kernel, constants, together // 32, 1, pointers, elements, limit)
+
+
 def other_variants(arch: int) -> list[Variant]:
     """The other kernels: they must compile and not spill."""
     codes = {"D": 128, "KEY_BITS": 2, "VALUE_BITS": 15, "G": 2}
@@ -169,8 +208,8 @@ def other_variants(arch: int) -> list[Variant]:
     combined = {"D": 128, "BLOCK": 128, "MOST": MAX_SPLITS, "FULL": FULL_SPLITS, "HAS_BASIS": True} | pdl
     sixteen = {"D": 128, "NH": 8, "WIDE": False} | pdl
     reorder = {**codes, "VALUE_BITS": 2, "NH": 8}
-    blocks = {**reorder, "NH": 4, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
-    many = {**blocks, "GROUPS": 64}
+    labelled = {**reorder, "NH": 4, "GROUPS": 16, "SHARE": 32, "HAS_SPAN": False, "ASM": True}
+    many = {**labelled, "GROUPS": 64}
     tensors = {"q_ptr": HALVES, "key_ptr": BYTES, "value_ptr": BYTES}
     halves_too = tensors | {"turn_ptr": HALVES}
     lattice_pointers = {"code_ptr": BYTES, "word_ptr": "*i32", "scale_ptr": BYTES, "mid_ptr": BYTES, "table_ptr": HALVES}
@@ -179,17 +218,19 @@ def other_variants(arch: int) -> list[Variant]:
     stored = {"HAS_BASIS": False, "HAS_MEAN": False, "PRECISE": True, "WIDE": False}
     decoded = {"HAS_BASIS": True, "HAS_MEAN": True, "PRECISE": False, "WIDE": False}
     outputs = ("key_out_ptr", "value_out_ptr")
+    expanded = {"BLOCKS": 128, "NB": 128, "BITS": 4, "TWO": False, "IDS": True, "ASM": True}
+    expand_pointers = {"id_ptr": LONGS, "code_ptr": WORDS, "high_ptr": WORDS, "pair_ptr": WORDS, "out_ptr": "*bf16"}
     return [
         Variant("prepare", prepare.prepare_heads_kernel, prepared, 8, 1, halves),
         Variant("combine", combine.combine_kernel, combined, 8, 1, halves),
         Variant("slots", slots.attend_slots_kernel, {**sixteen, "BLOCK": SLOT_BLOCK}, 1, 1, halves),
         Variant("plain", plain.attend_plain_kernel, {**sixteen, "BLOCK": PAGE_BLOCK}, 4, 3, halves),
-        Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, blocks, 1, 3, halves_too, 8192, 4.4),
+        Variant("reorder K2V2 g64", label_blocks.attend_labels_blocks_kernel, labelled, 1, 3, halves_too, 8192, 4.4),
         Variant("reorder K2V2 g64, 32 heads", label_blocks.attend_labels_blocks_kernel, many, 2, 3, halves_too, 8192, 11.2),
         Variant(
             "reorder K2V2 g64, 8 columns",
             label_blocks.attend_labels_blocks_kernel,
-            {**blocks, "NH": 8},
+            {**labelled, "NH": 8},
             1,
             3,
             halves_too,
@@ -199,7 +240,7 @@ def other_variants(arch: int) -> list[Variant]:
         Variant(
             "reorder K4V8 g64",
             label_blocks.attend_labels_blocks_kernel,
-            {**blocks, "KEY_BITS": 4, "VALUE_BITS": 8},
+            {**labelled, "KEY_BITS": 4, "VALUE_BITS": 8},
             1,
             3,
             halves_too,
@@ -220,6 +261,8 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("norm heads", fused.norm_heads_kernel, {"D": 128, "BLOCK": 128, **pdl}, 1, 1, halves),
         Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
         *(matvec_variant(f"matvec {name}", arch, **form) for name, form in MATVEC.items()),
+        *(blocks_variant(f"blocks {name}", arch, **form) for name, form in BLOCKS.items()),
+        Variant("expand blocks", blocks.expand_kernel, expanded, 4, 1, expand_pointers),
         Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]
 

@@ -45,6 +45,7 @@ class EngineParts:
     loaded: LoadedModel
     cache: CacheConfig
     setup: CacheSetup
+    room: Room
     plan: Plan
     prefill: str
     on_full: str
@@ -96,7 +97,7 @@ def load_parts(
             raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
         require_made_for(calibration, load_header(calibration), cache, source.fingerprint)  # before weights are read
     form = form_of(kernels.name, device, compute)
-    room = room_on(device, form.held_bytes(source))
+    room = room_on(device, form.held_bytes(source), form.expanded_bytes(source))
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)
     plan = planner.plan_that_fits(max_context)
     context = plan.context
@@ -119,24 +120,25 @@ def load_parts(
     if was_open:
         plan = replace(planner, cache=cache).plan(context)
     return EngineParts(
-        loaded=loaded, cache=cache, setup=setup, plan=plan, prefill=prefill, on_full=on_full, cuda_graph=cuda_graph
+        loaded=loaded, cache=cache, setup=setup, room=room, plan=plan, prefill=prefill, on_full=on_full, cuda_graph=cuda_graph
     )
 
 
-def room_on(device: torch.device, weight_bytes: int) -> Room:
+def room_on(device: torch.device, weight_bytes: int, expanded_bytes: int) -> Room:
     """The room on a device where nothing of the engine is allocated yet."""
     return Room(
         memory=available_memory(device),
         weight_bytes=weight_bytes,
+        expanded_bytes=expanded_bytes,
         host_memory=pinnable_memory(device),
         cuda_bytes=cuda_bytes(device),
     )
 
 
-def room_beside(device: torch.device, weight_bytes: int) -> Room:
-    """The room for another cache over weights already loaded."""
-    room = room_on(device, weight_bytes)
-    return replace(room, memory=room.memory + room.weight_bytes + room.cuda_bytes)
+def room_beside(device: torch.device, room: Room) -> Room:
+    """The room for another cache over weights already loaded, for which there was ``room``."""
+    left = room_on(device, room.weight_bytes, room.expanded_bytes)
+    return replace(left, memory=left.memory + left.weight_bytes + left.cuda_bytes)
 
 
 def build_cache(
@@ -205,7 +207,7 @@ def with_cache(
     """The same weights with another cache. Raises CapacityError if there is no room for it in addition to this one."""
     config, embedding = parts.model.config, parts.model.weights.embedding
     cache = cache.fitted(config)
-    room = room_beside(embedding.device, parts.plan.parts["weights"])
+    room = room_beside(embedding.device, parts.room)
     planner = Planner(
         model=config, cache=cache, room=room, sequences=max_sequences, dtype=embedding.dtype, prefill=parts.prefill
     )

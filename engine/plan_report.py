@@ -207,9 +207,11 @@ def plan_report(
         if card.memory < 2**20:
             raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
     device = "cuda" if card.name in CARDS else card.name
+    weight_bytes, expanded_bytes = _weight_bytes(model, config, torch.device(device), card.dtype)
     room = Room(
         memory=card.memory,
-        weight_bytes=_weight_bytes(model, config, torch.device(device), card.dtype),
+        weight_bytes=weight_bytes,
+        expanded_bytes=expanded_bytes,
         host_memory=card.host_memory,
         cuda_bytes=cuda_bytes(device),
     )
@@ -264,12 +266,13 @@ def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, con
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 
 
-def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Exactly where the files are here and this CPU would hold them as they are, else what to expect."""
-    if device.type == "cpu":
-        with suppress(ModelError):
-            return form_of("numba", device, dtype).held_bytes(open_source(resolve(model, download=False)))
-    return usual_weight_bytes(config, device, dtype)
+def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes held for the weights and expanded of them at a time: exactly where the files are here, else what to expect."""
+    with suppress(ModelError):
+        source = open_source(resolve(model, download=False))
+        form = form_of("numba" if device.type == "cpu" else "triton", device, dtype)
+        return form.held_bytes(source), form.expanded_bytes(source)
+    return usual_weight_bytes(config, device, dtype), 0
 
 
 def parse_bytes(text: str) -> int:

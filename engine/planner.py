@@ -68,12 +68,13 @@ class Room:
     """What a device has for a run, in bytes, before any of it is taken.
 
     ``weight_bytes`` of them are for the weights: from ``storage.Form.held_bytes`` exact, from ``usual_weight_bytes`` what to
-    expect. ``host_memory`` may be pinned for a GPU, ``cuda_bytes`` CUDA itself takes (``machine.cuda_bytes``): both 0 where the
-    device is the host.
+    expect; ``expanded_bytes`` for what is expanded of them at a time. ``host_memory`` may be pinned for a GPU, ``cuda_bytes``
+    CUDA itself takes (``machine.cuda_bytes``): both 0 where the device is the host.
     """
 
     memory: int
     weight_bytes: int
+    expanded_bytes: int = 0
     host_memory: int = 0
     cuda_bytes: int = 0
 
@@ -158,7 +159,7 @@ class Planner:
         return arena_shape(self.model, cache, max_context=context, max_sequences=self.sequences, dtype=self.dtype)
 
     def _workspace(self, context: int, shape: ArenaShape) -> int:
-        """What a chunk's layer computes, what packing converts, logits, and what a long window adds.
+        """What a chunk's layer computes and expands, what packing converts, logits, and what a long window adds.
 
         Packing takes a piece of keys and values: on a GPU in float32, with their codes and one side's slopes; on a CPU in 16
         bits, and a stretch of it in float32. Of a sequence's window a step keeps a copy in host memory; streaming puts a
@@ -176,4 +177,5 @@ class Planner:
             window += 2 * kv * (min(context, shape.full_slots) + chunk) * (2 + self.dtype.itemsize)
         if any(rule.needs_attention_mass for rule in self.cache.rules):
             window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
-        return chunk * width * max(self.dtype.itemsize, 4) + packing + 6 * model.vocab_size * 4 + window
+        computed = chunk * width * max(self.dtype.itemsize, 4) + self.room.expanded_bytes
+        return computed + packing + 6 * model.vocab_size * 4 + window

@@ -1,35 +1,61 @@
-"""The forms a model's weights may be held in, and the plain one: one dtype on one device. ``stored`` has the file's own."""
+"""Weights from a source into memory: matrices as they are stored where the device multiplies those, the rest in one dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from skvq.engine.linear import DenseEmbedding, Embedding
+from skvq.engine.linear import DenseEmbedding, Embedding, StoredEmbedding
 from skvq.engine.report import Reporter
-from skvq.kernels.linear import DenseLinear, Linear
+from skvq.kernels.ggml.blocks import scales_of
+from skvq.kernels.ggml.formats import FORMATS
+from skvq.kernels.linear import DenseLinear, FloatMatrix, Linear, StoredLinear, StoredMatrix
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.source import QuantizedBlocks, WeightSource, check_finite
 
 CPU = torch.device("cpu")
+EXPANDED = ""
+"""The kind of a matrix that is held in the compute dtype."""
 
 
-class Storage(Protocol):
-    """Weights by canonical name, each read once."""
+class Kinds(Protocol):
+    """The kinds of stored matrices, ggml types or torch dtypes, that a device multiplies as they are."""
 
-    def vector(self, names: Sequence[str]) -> Tensor:
-        """Norms or biases, one after another."""
+    def keeps(self, kind: str, columns: int) -> bool:
+        """Whether such a matrix is kept as it is stored."""
 
-    def linear(self, names: Sequence[str], bias: Tensor | None) -> Linear:
-        """Matrices stacked by rows."""
+    def nbytes(self, kind: str, rows: int, columns: int) -> int:
+        """Bytes that one which is kept will take."""
 
-    def embedding(self, name: str) -> tuple[Embedding, Linear]:
-        """Token embedding, and the same matrix as a head."""
+    def matrix(self, kind: str, data: Tensor) -> StoredMatrix:
+        """One which is kept: rows of ggml blocks uint8 [rows, bytes], or numbers [rows, columns]."""
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes of one that are expanded at a time, to multiply many vectors."""
+
+
+class NoKinds:
+    """All are expanded."""
+
+    def keeps(self, kind: str, columns: int) -> bool:
+        return False
+
+    def nbytes(self, kind: str, rows: int, columns: int) -> int:
+        raise AssertionError(kind)
+
+    def matrix(self, kind: str, data: Tensor) -> StoredMatrix:
+        raise AssertionError(kind)
+
+    @property
+    def expanded_bytes(self) -> int:
+        return 0
 
 
 class WeightReader:
@@ -53,43 +79,87 @@ class WeightReader:
         check_finite(name, tensor, self._source.where)
 
 
-class DenseStorage:
-    """Everything in one dtype on one device."""
+class Storage:
+    """Weights by canonical name, each read once.
 
-    def __init__(self, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
-        self._reader, self._device, self._dtype = reader, device, dtype
+    Blocks that the device does not multiply are expanded, which is reported once for each kind.
+    """
+
+    def __init__(self, form: Form, reader: WeightReader, report: Reporter) -> None:
+        self._form, self._reader, self._report = form, reader, report
+        self._told: set[str] = set()
 
     def vector(self, names: Sequence[str]) -> Tensor:
-        parts = [self._reader.read(name, self._device).to(self._dtype) for name in names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """Norms or biases, one after another."""
+        return _stacked([self._reader.read(name, self._form.device).to(self._form.dtype) for name in names])
 
     def linear(self, names: Sequence[str], bias: Tensor | None) -> Linear:
-        return DenseLinear(self.vector(names), bias)
+        """Matrices stacked by rows."""
+        return self._linear([self._read(name) for name in names], bias)
 
     def embedding(self, name: str) -> tuple[Embedding, Linear]:
-        weight = self.vector([name])
-        return DenseEmbedding(weight), DenseLinear(weight, None)
+        """Token embedding, and the same matrix as a head."""
+        head = self._linear([self._read(name)], None)
+        if isinstance(head, StoredLinear):
+            return StoredEmbedding(head.parts[0], self._form.dtype), head
+        return DenseEmbedding(head.tensors[0]), head
 
+    def _linear(self, found: list[tuple[str, Tensor]], bias: Tensor | None) -> Linear:
+        if all(kind == EXPANDED for kind, _ in found):
+            return DenseLinear(_stacked([data for _, data in found]), bias)
+        parts = []
+        for kind, group in groupby(found, lambda item: item[0]):  # neighbours of one kind are one matrix
+            data = _stacked([data for _, data in group])
+            parts.append(FloatMatrix(data) if kind == EXPANDED else self._form.kinds.matrix(kind, data))
+        return StoredLinear(tuple(parts), bias)
 
-class Form(Protocol):
-    """A form that a model's weights can be held in."""
-
-    def held_bytes(self, source: WeightSource) -> int:
-        """Bytes that all weights of a source will take; nothing is read."""
-
-    def storage(self, reader: WeightReader, report: Reporter) -> Storage:
-        """What reads them into this form."""
+    def _read(self, name: str) -> tuple[str, Tensor]:
+        """Kind and data of a matrix: as it is stored if it is kept, else the numbers on the device."""
+        form, blocks = self._form, self._reader.blocks(name)
+        if blocks is not None:
+            if form.kinds.keeps(blocks.kind, blocks.shape[1]):
+                self._reader.check(name, scales_of(blocks.data, FORMATS[blocks.kind]))
+                self._reader.advance(prod(blocks.shape))
+                return blocks.kind, blocks.data
+            if blocks.kind not in self._told:
+                self._told.add(blocks.kind)
+                held = str(form.dtype).removeprefix("torch.")
+                self._report.message(f"weight blocks of type {blocks.kind} are held as {held}: more memory, slower decoding")
+        data = self._reader.read(name, form.device)
+        if form.kinds.keeps(str(data.dtype), data.shape[1]):
+            return str(data.dtype), data.contiguous()
+        return EXPANDED, data.to(form.dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class DenseForm:
-    """``DenseStorage``."""
+class Form:
+    """How a model's weights are held: on which device, what of them as it is stored, the rest in which dtype."""
 
     device: torch.device
     dtype: torch.dtype
+    kinds: Kinds
 
     def held_bytes(self, source: WeightSource) -> int:
-        return sum(prod(shape) for shape in expected_shapes(source.config).values()) * self.dtype.itemsize
+        """Bytes that all weights of a source will take; nothing is read."""
+        kept, total = self._kept(source), 0
+        for name, shape in expected_shapes(source.config).items():
+            total += self.kinds.nbytes(kept[name], *shape) if name in kept else prod(shape) * self.dtype.itemsize
+        return total
+
+    def expanded_bytes(self, source: WeightSource) -> int:
+        """Bytes that are expanded of them at a time."""
+        return self.kinds.expanded_bytes if self._kept(source) else 0
+
+    def _kept(self, source: WeightSource) -> dict[str, str]:
+        """Names and kinds of matrices that will be held as they are stored."""
+        shapes = expected_shapes(source.config)
+        kinds = {name: source.stored(name)[0] for name, shape in shapes.items() if len(shape) == 2}
+        return {name: kind for name, kind in kinds.items() if self.kinds.keeps(kind, shapes[name][1])}
 
     def storage(self, reader: WeightReader, report: Reporter) -> Storage:
-        return DenseStorage(reader, self.device, self.dtype)
+        """What reads them."""
+        return Storage(self, reader, report)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from ggml_fixtures import SPANNING, random_blocks
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Pipeline
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -118,6 +119,24 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gguf_model(path: Path, config: ModelConfig, kind: str) -> Path:
+    """A whole model in a GGUF file: random weights as blocks of that kind, and words ``a``, ``b``, ``ab``, ``t3`` ..."""
+
+    def quantize(value: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        if kind.name not in SPANNING:
+            return np.asarray(gguf.quants.quantize(value, kind))
+        return random_blocks(kind.name, *value.shape, seed=value.shape[0], scale=1e-4).numpy()
+
+    def vocabulary(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(["a", "b", "ab", *(f"t{n}" for n in range(3, config.vocab_size))])
+        writer.add_token_types([1] * config.vocab_size)
+        writer.add_token_merges(["a b"])
+
+    kinds = gguf.GGMLQuantizationType
+    return write_gguf(path, config, random_weights(config), kind=kinds[kind], quantize=quantize, extra=vocabulary)
 
 
 def byte_level_pipeline(specials: tuple[str, ...] = ("<s>", "</s>"), size: int = 320) -> Pipeline:

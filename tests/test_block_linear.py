@@ -11,10 +11,11 @@ from ggml_fixtures import SPANNING, blocks_of, random, random_blocks
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from skvq.engine.linear import FloatMatrix, StoredEmbedding, StoredLinear
+from skvq.engine.linear import StoredEmbedding
 from skvq.engine.report import Quiet
+from skvq.kernels.ggml.formats import BLOCK, FORMATS
+from skvq.kernels.linear import FloatMatrix, StoredLinear
 from skvq.kernels.numba_cpu import linear_simd
-from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
 from skvq.loaders.hub import resolve
@@ -46,7 +47,7 @@ def test_blocks_expand_to_the_same_bits(kind: str, rows: int) -> None:
     assert torch.equal(expanded.view(torch.int32), weight.view(torch.int32))
     ids = torch.tensor([rows - 1, 0, rows // 2, 0])
     assert torch.equal(matrix.rows(ids), weight[ids])
-    assert torch.equal(StoredEmbedding(matrix)(ids.view(2, 2)), weight[ids.view(2, 2)])
+    assert torch.equal(StoredEmbedding(matrix, torch.float32)(ids.view(2, 2)), weight[ids.view(2, 2)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

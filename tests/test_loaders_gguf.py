@@ -11,10 +11,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from ggml_fixtures import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_fixtures import one_line, random_weights, refused, spoiled, tiny_config, write_gguf
+from loader_fixtures import gguf_model, one_line, random_weights, refused, spoiled, tiny_config, write_gguf
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -77,18 +76,7 @@ def test_quantized_files_and_their_blocks(tmp_path: Path, kind: Types) -> None:
 @pytest.mark.parametrize("kind", [Types.Q4_K, Types.Q5_K, Types.Q6_K])
 def test_blocks_that_share_a_scale(tmp_path: Path, kind: Types) -> None:
     config = tiny_config(hidden_size=256, intermediate_size=512, num_heads=8)
-
-    def quantize(value: np.ndarray, kind: Types) -> np.ndarray:
-        return random_blocks(kind.name, *value.shape, seed=value.shape[0], scale=1e-4).numpy()
-
-    def vocabulary(writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(["a", "b", "ab", *(f"t{n}" for n in range(3, config.vocab_size))])
-        writer.add_token_types([1] * config.vocab_size)
-        writer.add_token_merges(["a b"])
-
-    weights, path = random_weights(config), tmp_path / "m.gguf"
-    write_gguf(path, config, weights, kind=kind, quantize=quantize, extra=vocabulary)
+    path = gguf_model(tmp_path / "m.gguf", config, kind.name)
     source = GgufSource(path)
     for name in (Q0, K1, "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
         read, blocks = source.read(name), source.blocks(name)

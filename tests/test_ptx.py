@@ -19,12 +19,13 @@ if not hasattr(triton, "JITFunction"):
 from card import card, plain  # noqa: E402
 from cases import check_unpacked, compare, formats, make_case, torch_error  # noqa: E402
 from emulated import emulated  # noqa: E402
+from ggml_fixtures import blocks_of  # noqa: E402
 
 from skvq.kernels import reference  # noqa: E402
 from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
-from skvq.kernels.triton_gpu import TritonGpu, matvec  # noqa: E402
+from skvq.kernels.triton_gpu import TritonGpu, blocks, matvec  # noqa: E402
 from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
 from skvq.kernels.triton_gpu.forms import PackedForm  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
@@ -154,6 +155,51 @@ def test_matrices(arch: int, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     ):
         wanted, got = plain(wanted).float(), plain(got).float()
         assert float((got - wanted).abs().max()) <= 2 * torch.finfo(dtype).eps * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "vectors", "dtype", "early"),
+    [
+        ("Q4_1", 1056, 1, torch.float16, False),  # more blocks than one warp has at once, and some over
+        ("Q4_K", 512, 3, BF16, True),
+        ("Q5_0", 512, 1, BF16, True),
+        ("Q6_K", 1280, 1, torch.float16, True),
+        ("Q8_0", 96, 2, torch.float16, False),
+    ],
+)
+def test_quantized_blocks(
+    arch: int, monkeypatch: pytest.MonkeyPatch, kind: str, columns: int, vectors: int, dtype: torch.dtype, early: bool
+) -> None:
+    """Rows and products of what the words say: plain, of a norm and gated, added to something, with a bias."""
+    monkeypatch.setattr(blocks, "division_of", lambda *sizes, **how: blocks.Division(rows=4 if vectors == 1 else 2, warps=1))
+    monkeypatch.setattr(blocks, "overlaps", lambda device: early and arch >= 90)
+    gen = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=gen).to(dtype).to("cuda")
+
+    matrix = blocks.BlockMatrix(blocks_of(kind, 22, columns)[0], kind, torch.device("cuda"))
+    weight, x, norm, bias, residual = (
+        matrix.words.dense(),
+        normal(vectors, columns),
+        normal(columns),
+        normal(22),
+        normal(vectors, 22),
+    )
+    ids = torch.tensor([21, 0, 5]).to("cuda")
+    assert torch.equal(plain(matrix.rows(ids)), plain(weight)[plain(ids)])
+    dense = DenseLinear(weight.to(dtype), None)  # it rounds the weights, ours does not
+
+    def check(got: torch.Tensor, wanted: torch.Tensor) -> None:
+        got, wanted = plain(got).float(), plain(wanted).float()
+        assert float((got - wanted).abs().max()) <= 2 * torch.finfo(dtype).eps * float(wanted.abs().max())
+
+    exact = plain(x).float() @ plain(weight).T
+    check(blocks.multiply(x, matrix, bias), exact + plain(bias))
+    check(blocks.multiply(x, matrix, None, residual=residual), exact + plain(residual))
+    gate, up = TorchOps().norm_linear(x, norm, 1e-5, dense).float().chunk(2, -1)
+    gated = torch.nn.functional.silu(gate) * up
+    check(blocks.multiply(x, matrix, None, norm=norm, eps=1e-5, gated=True), gated)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])

@@ -8,10 +8,10 @@ from ggml_fixtures import blocks_of, random
 from tiny import Listener
 from torch import Tensor
 
-from skvq.engine.linear import FloatMatrix
-from skvq.engine.storage import WeightReader
-from skvq.engine.stored import StoredStorage
-from skvq.kernels.numba_cpu.block_format import FORMATS
+from skvq.engine.storage import Storage, WeightReader
+from skvq.engine.weight_forms import form_of
+from skvq.kernels.ggml.formats import FORMATS
+from skvq.kernels.linear import FloatMatrix
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
 from skvq.loaders.source import QuantizedBlocks
@@ -36,8 +36,9 @@ class Source:
         return QuantizedBlocks(data=found[1], kind=found[0], shape=tuple(found[2].shape))
 
 
-def storage_of(listener: Listener, **weights: Tensor | tuple[str, Tensor, Tensor]) -> StoredStorage:
-    return StoredStorage(WeightReader(Source(**weights), lambda done: None), listener)  # type: ignore[arg-type]
+def storage_of(listener: Listener, **weights: Tensor | tuple[str, Tensor, Tensor]) -> Storage:
+    reader = WeightReader(Source(**weights), lambda done: None)  # type: ignore[arg-type]
+    return form_of("numba", torch.device("cpu"), torch.float32).storage(reader, listener)
 
 
 def test_forms_are_kept_and_neighbours_stacked() -> None:

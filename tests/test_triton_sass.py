@@ -25,7 +25,7 @@ sass = loaded("sass")
 if not isinstance(sass.packed.attend_packed_kernel, triton.JITFunction):
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean", "matvec qkv", "matvec gate up", "matvec down"}
+QUICK = {"K2V2 g128", "K2V1.5 g128", "K2V2 g64 mean", "matvec qkv", "matvec gate up", "matvec down", "blocks Q4 down"}
 SMALL = {"combine", "slots", "plain", "unpack", "unpack, basis", "prepare"}
 SPILLS = {  # bytes of stack, each with its reason; nothing of the default decode step is here
     "lattice g128 on 80": 24,  # Triton 3.6 only; as that of g64
@@ -86,6 +86,19 @@ def test_weights_are_on_their_way_before_anything_waits(arch: int, name: str) ->
     assert all(".128" in texts[i] for i in loads)
     held = variant.constants["ROWS"] * (2 if variant.constants["GATED"] else 1)
     assert sum(i < first_wait for i in loads) >= min(held * variant.constants["DEPTH"], 8) >= 4, texts[:first_wait]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["Q4 qkv", "Q4 gate up", "Q4 down", "Q6 down"])
+def test_blocks_are_on_their_way_before_anything_waits(arch: int, name: str) -> None:
+    """A block of each of a program's rows, 16 bytes at once, and nothing of it goes through shared memory on its way."""
+    [variant] = [v for v in sass.other_variants(arch) if v.name == f"blocks {name}"]
+    kernel = sass.compile_variant(variant, arch)
+    texts = [text for _, text in sass.disassemble(kernel.asm["cubin"])[0]]
+    first_use = next(i for i, text in enumerate(texts) if "FFMA" in text or "BAR" in text)
+    held = variant.constants["ROWS"] * (2 if variant.constants["GATED"] else 1)
+    assert sum("LDG" in text and ".EF" in text and ".128" in text for text in texts[:first_use]) >= held, texts[:first_use]
+    assert kernel.metadata.shared <= 4 * variant.warps * held * 2, kernel.metadata.shared  # sums of warps alone
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -35,8 +35,8 @@ def tiny_cache(**changes: Any) -> CacheConfig:
 def tiny_engine(folder: Path, cache: CacheConfig, **options: Any) -> Engine:
     """An engine of dummy weights over ``tiny_folder``, float32 on the CPU; the same ids are read alike: no prefix reused."""
     given = {"max_context": 1700, "max_sequences": 4, "backend": "reference", "device": "cpu", "dtype": "float32"}
-    quiet = {"report": Quiet(), "prefix_cache": False}
-    return Engine.load(folder, cache=cache, dummy_weights=True, **(quiet | given | options))
+    quiet = {"report": Quiet(), "prefix_cache": False, "dummy_weights": True}
+    return Engine.load(folder, cache=cache, **(quiet | given | options))
 
 
 def random_ids(count: int, seed: int = 0, vocab: int = 320) -> list[int]:

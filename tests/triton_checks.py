@@ -25,9 +25,10 @@ from cases import arguments, check_unpacked, compare, formats, make_case, torch_
 from torch import Tensor
 
 from skvq.kernels import reference
+from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.linear import DenseLinear
+from skvq.kernels.linear import DenseLinear, StoredLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import (
     TritonGpu,
@@ -43,6 +44,7 @@ from skvq.kernels.triton_gpu import (
     sums,
     tiles,
 )
+from skvq.kernels.triton_gpu import blocks as block_kernels
 from skvq.kernels.triton_gpu.card import Card, Tuning
 from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, PackedForm, label_bytes
 from skvq.kernels.triton_gpu.fused import TritonOps
@@ -436,6 +438,65 @@ def matrices() -> None:
     assert len(launches) == 6 * 4
 
 
+def blocks() -> None:
+    """Matrices of quantized blocks, of every kind: rows are those of the words, products as torch makes them of these rows,
+    alone, with what is around them, and stacked; for many vectors the matrix is expanded, a part at a time."""
+    from ggml_fixtures import blocks_of
+
+    torch_ops, ops, gen = TorchOps(), TritonOps(), torch.Generator().manual_seed(0)
+    few = block_kernels.Division(rows=4, warps=2)  # programs: the interpreter runs them one by one
+    block_kernels.division_of = lambda vectors, outs, gated, bits: few  # type: ignore[assignment]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen)
+
+    def matrix(kind: str, rows: int, columns: int) -> block_kernels.BlockMatrix:
+        return block_kernels.BlockMatrix(blocks_of(kind, rows, columns)[0], kind, torch.device("cpu"))
+
+    def check(got: Tensor, wanted: Tensor, what: object) -> None:
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape, what
+        ulps = 6 if got.dtype == torch.bfloat16 else 2  # the interpreter cuts to bfloat16, a GPU rounds
+        error, largest = float((got.float() - wanted.float()).abs().max()), float(wanted.float().abs().max())
+        print(f"{what}: {error / largest:.2e}", flush=True)
+        assert error <= ulps * torch.finfo(got.dtype).eps * largest, (what, error, largest)
+
+    def dense(linear: StoredLinear[block_kernels.BlockMatrix]) -> DenseLinear:
+        return DenseLinear(torch.cat([part.words.dense() for part in linear.parts]), linear.bias)
+
+    def product(linear: StoredLinear[block_kernels.BlockMatrix], x: Tensor) -> Tensor:
+        bias = None if linear.bias is None else linear.bias.float()
+        return torch.nn.functional.linear(x.float(), dense(linear).weight, bias).to(x.dtype)
+
+    for kind in FORMATS:
+        stored = matrix(kind, 9, 512)
+        weight = stored.words.dense()
+        assert torch.equal(stored.rows(torch.tensor([8, 3, 3])), weight[[8, 3, 3]]), kind
+        for dtype, count in ((torch.float16, 1), (torch.bfloat16, 3)):
+            linear, x = StoredLinear((stored,), draw(9).to(dtype)), draw(count, 512).to(dtype)
+            check(linear(x), product(linear, x), (kind, dtype, count))
+    # more blocks than a program takes at once, fewer than a warp, rows that no program fills, an edge within the blocks
+    for kind, rows, columns, count in (("Q4_1", 6, 130 * 16, 1), ("Q8_0", 3, 32, 3), ("Q6_K", 5, 256 * 9, 1)):
+        linear, x = StoredLinear((matrix(kind, rows, columns),), None), draw(count, columns).half()
+        check(linear(x), product(linear, x), (kind, rows, columns, count))
+    block_kernels.EXPANDED_BYTES, block_kernels.MOST_LAUNCHES = 2 * 64 * 7, 2
+    linear = StoredLinear((matrix("Q4_0", 9, 64), matrix("Q8_0", 8, 64)), draw(17).half())
+    for count in (5, 8, 9):
+        x = draw(count, 1, 64).half()
+        check(linear(x), product(linear, x), ("stacked", count))
+    for count, dtype in ((1, torch.float16), (3, torch.float16), (1, torch.bfloat16), (5, torch.float16)):
+        x, attended, norm = draw(count, 1, 256).to(dtype), draw(count, 1, 64).to(dtype), draw(256).to(dtype)
+        qkv = StoredLinear((matrix("Q4_K", 12, 256), matrix("Q6_K", 9, 256)), draw(21).to(dtype))
+        output, gate_up = (StoredLinear((matrix("Q5_0", *shape),), None) for shape in ((256, 64), (2 * 32, 256)))
+        down = StoredLinear((matrix("Q4_1", 256, 32),), draw(256).to(dtype))
+        before = x.clone()
+        layer = [DenseLinear(dense(part).weight.to(dtype), part.bias) for part in (output, gate_up, down)]
+        wanted = torch_ops.norm_linear(x, norm, 1e-5, DenseLinear(dense(qkv).weight.to(dtype), qkv.bias))
+        check(ops.norm_linear(x, norm, 1e-5, qkv), wanted, ("norm", count, dtype))
+        wanted = torch_ops.after_attention(x, attended, layer[0], norm, 1e-5, *layer[1:])
+        check(ops.after_attention(x, attended, output, norm, 1e-5, gate_up, down), wanted, ("layer", count, dtype))
+        assert torch.equal(x, before)
+
+
 def decode_steps() -> None:
     """The engine on these kernels, step by step and as a graph with the grid of the longest context, over a packed tile."""
     from test_graph import Calls
@@ -466,6 +527,7 @@ def on_a_card() -> None:
     """The engine on these kernels on a GPU that is not there: every tensor a kernel is given lies on the card, and what a graph
     launches has been launched before with arguments of the same types and divisibility: nothing is compiled while capturing."""
     from card import CheckedGraphs, OnCard, card, plain
+    from loader_fixtures import gguf_model, tiny_config
     from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
     from triton.runtime.interpreter import GridExecutor
 
@@ -494,28 +556,34 @@ def on_a_card() -> None:
     GridExecutor.__call__, ops.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
     few = matvec.Tiling(rows=16, warps=1, depth=1)  # programs: the interpreter runs them one by one
     matvec.tiling_of = lambda vectors, outs, width, gated: few  # type: ignore[assignment]
+    block_few = block_kernels.Division(rows=8, warps=1)
+    block_kernels.division_of = lambda vectors, outs, gated, bits: block_few  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name:
+        file = gguf_model(Path(name) / "blocks.gguf", tiny_config(head_size=64, num_layers=1), "Q4_1")
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
         caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]
         caches += [tiny_cache(method="plain", value_bits=1.5), tiny_cache(method="plain", layer_bits=(((2, 3), (4, 2)),))]
-        for cache in caches:
+        for model, cache in [*((folder, cache) for cache in caches), (file, tiny_cache(method="plain"))]:
             found = []
             for place, backend in (("cpu", "reference"), ("cuda", "triton")):
                 with card() as gpu:
-                    engine = tiny_engine(folder, cache, backend=backend, device=place, dtype="float16", max_context=600)
+                    options = {"backend": backend, "device": place, "dtype": "float16", "max_context": 600}
+                    engine = tiny_engine(model, cache, dummy_weights=model == folder, **options)
                     assert isinstance(engine.step, GraphStep) == (place == "cuda")
                     sequences = [engine.prefill(random_ids(count)) for count in (cache.window + 158, 30)]
                     found.append(steps(engine, sequences, [[3, 4, 5, 6], [7, 8, 9, 10]]).cpu())
                     engine.read(sequences[0], random_ids(3))
                     assert sequences[0].packed
             error = float((found[1] - found[0]).norm() / found[0].norm())
-            assert error < 0.02, (cache, error)
+            assert error < 0.02, (model, cache, error)
     assert {
         "attend_packed_kernel",
         "attend_labels_blocks_kernel",
         "attend_plain_kernel",
         "rms_norm_kernel",
         "matvec_kernel",
+        "block_matvec_kernel",
+        "expand_kernel",
     } <= {k[0] for k in seen}
 
 
@@ -523,7 +591,8 @@ CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, invariants, packing, odd_shapes,
-        crowded_labels, fused_operations, matrices, lattice, merging, label_ranges, assembly_order, decode_steps, on_a_card,
+        crowded_labels, fused_operations, matrices, blocks, lattice, merging, label_ranges, assembly_order, decode_steps,
+        on_a_card,
     )
 }  # fmt: skip
 

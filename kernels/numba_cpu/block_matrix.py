@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS, LANES
+from skvq.kernels.ggml.formats import BLOCK
+from skvq.kernels.numba_cpu.block_format import FORMATS, LANES
 from skvq.kernels.numba_cpu.entry import Entry
-from skvq.kernels.numba_cpu.ggml_blocks import heads_of
 from skvq.kernels.numba_cpu.launch import workspace
 from skvq.kernels.numba_cpu.linear import (
     EXPAND_FIELDS,
@@ -55,17 +55,6 @@ class BlockMatrix:
         """
         form = FORMATS[kind]
         return -(-rows // LANES) * (columns // (form.span * BLOCK)) * form.span_bytes
-
-    @staticmethod
-    def takes(kind: str) -> bool:
-        """Whether blocks of that ggml type can be kept."""
-        return kind in FORMATS
-
-    @staticmethod
-    def scales_of(blocks: Tensor, kind: str) -> Tensor:
-        """Scales and minima float16 of rows of blocks: the only numbers in them that can be infinite or NaN."""
-        form = FORMATS[kind]
-        return heads_of(blocks.view(len(blocks), -1, form.file_bytes), form).contiguous().view(torch.float16)
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias`` for float32 x [N, columns] and out [N, rows], of which only rows may be strided."""

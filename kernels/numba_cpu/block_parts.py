@@ -9,7 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from skvq.kernels.numba_cpu.block_format import LANES, BlockFormat
+from skvq.kernels.numba_cpu.block_format import LANES, LaneFormat
 from skvq.kernels.numba_cpu.simd import FLOATS, I8, I16, I32, I64, WORDS, _all, _at, _load_halves
 
 PAIRS = ir.VectorType(I16, 2 * LANES)
@@ -33,7 +33,7 @@ def by_kind(bodies, arguments):
     return types.void(*[types.int64] * (1 + arguments)), codegen
 
 
-def places_of(builder, form: BlockFormat, matrix, index):
+def places_of(builder, form: LaneFormat, matrix, index):
     """Addresses of block ``index`` of a group of sixteen rows, and of the scales d it uses.
 
     With eight blocks that share d, block 21 is the sixth of the third span: ``2 * span_bytes + 5 * block_bytes``.
@@ -48,7 +48,7 @@ def places_of(builder, form: BlockFormat, matrix, index):
     return builder.add(start, inside), builder.add(start, ir.Constant(I64, form.heads_at))
 
 
-def code_pairs(builder, form: BlockFormat, block):
+def code_pairs(builder, form: LaneFormat, block):
     """Codes of sixteen rows as pairs of 16-bit integers: sixteen WORDS, columns ``2 p`` and ``2 p + 1`` in the p-th."""
     if form.bits == 8:
         for v in range(8):
@@ -78,7 +78,7 @@ def _signed_bytes(builder, words, shift):
     return builder.bitcast(builder.ashr(shorts, eights), WORDS)
 
 
-def scales_of(context, builder, form: BlockFormat, block, heads):
+def scales_of(context, builder, form: LaneFormat, block, heads):
     """Of sixteen rows, as FLOATS: a list of the scales of a block's parts, and the minimum to add, or None."""
     scales, low = [_load_halves(context, builder, heads)] * form.parts, None
     if form.has_min:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from numba import njit
 
+from skvq.kernels.ggml.formats import BLOCK
 from skvq.kernels.numba_cpu import linear_simd as simd
-from skvq.kernels.numba_cpu.block_format import BLOCK, LANES
+from skvq.kernels.numba_cpu.block_format import LANES
 from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.linear_expand import expand_block
 from skvq.kernels.numba_cpu.linear_simd import TOGETHER

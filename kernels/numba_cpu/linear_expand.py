@@ -6,12 +6,12 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from skvq.kernels.numba_cpu.block_format import FORMATS, LANES, BlockFormat
+from skvq.kernels.numba_cpu.block_format import FORMATS, LANES, LaneFormat
 from skvq.kernels.numba_cpu.block_parts import FLOATS, _splat_float, by_kind, places_of, scales_of
 from skvq.kernels.numba_cpu.simd import I32, I64, WORDS, _all, _at, _pick, _splat
 
 
-def expand_body(form: BlockFormat):
+def expand_body(form: LaneFormat):
     """``(matrix, index, row, out)``: the 32 weights of a row (0 to 15) of a block in float32, rounded as the format says."""
 
     def body(context, builder, matrix, index, row, out):

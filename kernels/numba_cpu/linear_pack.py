@@ -19,14 +19,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skvq.kernels.numba_cpu.block_format import LANES, BlockFormat
-from skvq.kernels.numba_cpu.ggml_blocks import split_last, take_apart
+from skvq.kernels.ggml.blocks import split_last, take_apart
+from skvq.kernels.numba_cpu.block_format import LANES, LaneFormat
 
 GROUPS_AT_A_TIME = 256
 """Groups of sixteen rows repacked at a time, which bounds temporary memory (several bytes per weight)."""
 
 
-def pack_blocks(data: Tensor, form: BlockFormat) -> Tensor:
+def pack_blocks(data: Tensor, form: LaneFormat) -> Tensor:
     """Rows of ggml blocks uint8 [rows, bytes] as uint8 [rows / 16 rounded up, spans, span_bytes]."""
     assert data.dtype == torch.uint8 and data.dim() == 2 and data.shape[1] % form.file_bytes == 0, data.shape
     rows = len(data)
@@ -40,7 +40,7 @@ def pack_blocks(data: Tensor, form: BlockFormat) -> Tensor:
     return out
 
 
-def _pack(data: Tensor, form: BlockFormat, out: Tensor) -> None:
+def _pack(data: Tensor, form: LaneFormat, out: Tensor) -> None:
     blocks = data.view(-1, LANES, out.shape[1], form.file_bytes).transpose(1, 2)  # [groups, spans, 16, bytes]
     parts = take_apart(blocks, form)
     codes = parts.codes.transpose(-3, -2)  # [groups, spans, span, 16, 32]

@@ -14,7 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from skvq.kernels.numba_cpu.block_format import BLOCK, FORMATS, LANES, BlockFormat
+from skvq.kernels.ggml.formats import BLOCK
+from skvq.kernels.numba_cpu.block_format import FORMATS, LANES, LaneFormat
 from skvq.kernels.numba_cpu.block_parts import PAIRS, _splat_float, by_kind, code_pairs, places_of, scales_of
 from skvq.kernels.numba_cpu.simd import (
     F32,
@@ -60,7 +61,7 @@ def _multiply_pairs(builder, features, total, codes, pair):
     return total
 
 
-def dot_body(form: BlockFormat, vectors: int):
+def dot_body(form: LaneFormat, vectors: int):
     """``(matrix, blocks, rounded, step, out)``: sixteen rows times rounded vectors, float32 [vectors, 16] to ``out``.
 
     A rounded vector is ``[blocks][32]`` 16-bit integers, ``[blocks]`` scales, ``[blocks]`` sums, ``[blocks]`` sums of the first

@@ -2,8 +2,9 @@
 # ruff: noqa: N803
 """``kernels.ops.Ops`` on a GPU.
 
-One vector a step: each product of a matrix is one launch together with the operations around it (``matvec``). More vectors:
-torch multiplies, and the operations between the products are one launch each.
+One vector a step: each product of a matrix is one launch together with the operations around it (``matvec``); of a matrix of
+quantized blocks up to four (``blocks``). More vectors: torch multiplies, and the operations between the products are one launch
+each.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.interface import FullSlots
-from skvq.kernels.linear import DenseLinear, Linear
+from skvq.kernels.linear import DenseLinear, Linear, StoredLinear
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import matvec
+from skvq.kernels.triton_gpu import blocks, matvec
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
 
 
@@ -113,6 +114,12 @@ class TritonOps(TorchOps):
     """Nothing here waits for the device or depends on what a tensor holds, so a CUDA graph can hold it."""
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        if is_blocks(linear, x):
+            flat = x.reshape(-1, x.shape[-1])
+            out = torch.empty(len(flat), linear.outs, dtype=x.dtype, device=x.device)
+            for part, bias, place in linear.shares(out):
+                blocks.multiply(flat, part, bias, place, norm=norm, eps=eps)
+            return out.view(*x.shape[:-1], -1)
         if not is_matvec(linear, x):
             return super().norm_linear(x, norm, eps, linear)
         tiling = matvec.tiling_of(x.numel() // x.shape[-1], *linear.weight.shape, gated=False)
@@ -135,6 +142,11 @@ class TritonOps(TorchOps):
     def after_attention(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
     ) -> Tensor:
+        if is_block(output, x) and is_block(gate_up, x) and is_block(down, x):
+            flat, attended = x.reshape(-1, x.shape[-1]), attended.reshape(-1, attended.shape[-1])
+            flat = blocks.multiply(attended, output.parts[0], output.bias, residual=flat)
+            h = blocks.multiply(flat, gate_up.parts[0], gate_up.bias, norm=norm, eps=eps, gated=True)
+            return blocks.multiply(h, down.parts[0], down.bias, residual=flat).view(x.shape)
         if not (is_matvec(output, x) and is_matvec(gate_up, x) and is_matvec(down, x)):
             return super().after_attention(x, attended, output, norm, eps, gate_up, down)
         width, inner, count = x.shape[-1], gate_up.weight.shape[0] // 2, attended.shape[-1]
@@ -185,6 +197,17 @@ def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
     """Whether ``matvec`` multiplies x by this matrix: a single vector, both of one 16-bit dtype. All else is torch's."""
     few = x.numel() // x.shape[-1] <= matvec.FASTER_VECTORS
     return few and isinstance(linear, DenseLinear) and linear.weight.dtype == x.dtype and x.dtype in matvec.HALVES
+
+
+def is_blocks(linear: Linear, x: Tensor) -> TypeGuard[StoredLinear[blocks.BlockMatrix]]:
+    """Whether ``blocks`` multiplies x by these matrices in single launches: a few vectors, all of it in blocks."""
+    few = x.numel() // x.shape[-1] <= matvec.MOST_VECTORS
+    return few and isinstance(linear, StoredLinear) and all(isinstance(part, blocks.BlockMatrix) for part in linear.parts)
+
+
+def is_block(linear: Linear, x: Tensor) -> TypeGuard[StoredLinear[blocks.BlockMatrix]]:
+    """The same, by one matrix."""
+    return is_blocks(linear, x) and len(linear.parts) == 1
 
 
 def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:

@@ -66,14 +66,25 @@ def load_tile(ptrs, start, c, WIDTH: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_vectors(x_ptrs, norm_ptr, scale, start, c, WIDTH: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr):
-    """Columns ``start + c`` of the vectors in float32, [M, 1, BLOCK]; with NORM after their norm."""
-    inside = True if EVEN else start + c < WIDTH
-    x = tl.load(x_ptrs + start, mask=inside, other=0.0)
+def load_vectors(x_ptrs, norm_ptrs, scale, inside, NORM: tl.constexpr):
+    """Columns of the vectors in float32, zeros where not ``inside``; with NORM after their norm."""
+    x = tl.load(x_ptrs, mask=inside, other=0.0)
     if NORM:
         normed = (x.to(tl.float32) * scale).to(x.dtype).to(tl.float32)
-        x = (normed * tl.load(norm_ptr + start + c, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        x = (normed * tl.load(norm_ptrs, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
     return x.to(tl.float32)
+
+
+@triton.jit
+def finish(total, M: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, dtype: tl.constexpr):
+    """The sums [M, ROWS] rounded; of [M, 2 ROWS] with GATED silu(gate) * up."""
+    out = total.to(dtype)
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(out, (M, 2, ROWS)), (0, 2, 1)))
+        gate = gate.to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype)
+        out = (silu.to(tl.float32) * up.to(tl.float32)).to(dtype)
+    return out
 
 
 @triton.jit
@@ -129,21 +140,19 @@ def matvec_kernel(
     for start in tl.range(0, LAST, STRIDE, num_stages=1):
         later = ()
         for d in tl.static_range(DEPTH):
-            x = load_vectors(x_ptrs, norm_ptr, scale, start + d * BLOCK, c, WIDTH, EVEN, NORM)
+            at = start + d * BLOCK
+            x = load_vectors(x_ptrs + at, norm_ptr + at + c, scale, True if EVEN else at + c < WIDTH, NORM)
             acc += tiles[d].to(tl.float32) * x
             later = later + (load_tile(weight_ptrs, start + (DEPTH + d) * BLOCK, c, WIDTH, EVEN),)
         tiles = later
     for d in tl.static_range(DEPTH):
-        acc += tiles[d].to(tl.float32) * load_vectors(x_ptrs, norm_ptr, scale, LAST + d * BLOCK, c, WIDTH, EVEN, NORM)
+        at = LAST + d * BLOCK
+        x = load_vectors(x_ptrs + at, norm_ptr + at + c, scale, True if EVEN else at + c < WIDTH, NORM)
+        acc += tiles[d].to(tl.float32) * x
     total = tl.sum(acc, 2)  # [M, HELD]
     if BIAS:
         total += bias.to(tl.float32)[None, :]
-    out = total.to(dtype)
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(out, (M, 2, ROWS)), (0, 2, 1)))
-        gate = gate.to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype)
-        out = (silu.to(tl.float32) * up.to(tl.float32)).to(dtype)
+    out = finish(total, M, ROWS, GATED, dtype)
     if ADD:
         out = (residual.to(tl.float32) + out.to(tl.float32)).to(dtype)
     tl.store(out_ptr + place, out, mask=inside)

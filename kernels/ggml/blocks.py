@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skvq.kernels.numba_cpu.block_format import BLOCK, BlockFormat
+from skvq.kernels.ggml.formats import BLOCK, BlockFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,11 @@ class Parts:
     codes: Tensor  # [..., span, 32] by column
     factors: Tensor  # [..., span, factors of a block]: those of d, then that of m; two's complement
     heads: Tensor  # [..., 2 or 4]: d, and what is added, in float16
+
+
+def scales_of(blocks: Tensor, form: BlockFormat) -> Tensor:
+    """Scales and minima float16 of rows of blocks uint8 [rows, bytes]: the only numbers in them that can be infinite or NaN."""
+    return heads_of(split_last(blocks, -1, form.file_bytes), form).contiguous().view(torch.float16)
 
 
 def heads_of(blocks: Tensor, form: BlockFormat) -> Tensor:
@@ -76,7 +81,7 @@ def _sixes(blocks: Tensor, form: BlockFormat) -> Parts:
 
 def _fields(packed: Tensor, bits: int) -> Tensor:
     """Bytes [..., n] as [..., n, 8 / bits] numbers, lowest first."""
-    return packed[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & (1 << bits) - 1
+    return packed[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device) & (1 << bits) - 1
 
 
 def split_last(x: Tensor, *sizes: int) -> Tensor:

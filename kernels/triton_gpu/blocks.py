@@ -1,0 +1,306 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc, assignment"
+# ruff: noqa: N803, N806
+"""A matrix of quantized blocks (``ggml.words``) times the few vectors of a decode step; and its rows in 16 bits.
+
+As ``matvec``, one launch with what comes before and after; a thread has a block, 32 columns, of each of a program's rows. A
+code becomes a float by placing its bits below those of 1.0: 1 + code / 2^bits. So a block's sum is
+
+    scale 2^bits (sum (1 + code / 2^bits) x - sum x) + offset sum x
+
+and a weight costs a shift, a logical operation and a multiply-add; no conversion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skvq.kernels.ggml.words import EXPANDED_BYTES, to_words
+from skvq.kernels.triton_gpu.matvec import FEW_PROGRAMS, HALVES, MOST_VECTORS, finish, load_vectors
+from skvq.kernels.triton_gpu.overlap import overlaps
+
+MOST_LAUNCHES = 7
+"""More vectors than as many launches take are multiplied by the matrix expanded to 16 bits: that reads and writes seven times
+the bytes."""
+EXPANDED_BLOCKS = 128
+"""Blocks of a row that a program expands."""
+
+
+def _keep(bits: int) -> str:
+    """PTX that keeps the low bits of a code of so many, where they belong in a float, under the exponent of 1.0."""
+    mask = (255 if bits == 8 else 15) << 23 - bits
+    return f"lop3.b32 $0, $1, 0x{mask:08X}, 0x3F800000, 0xEA;"
+
+
+KEEP_4, KEEP_5, KEEP_6, KEEP_8 = (tl.constexpr(_keep(bits)) for bits in (4, 5, 6, 8))
+
+
+@triton.jit
+def load_words(code_ptr, high_ptr, pair_ptr, row, b, BLOCKS: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """Blocks b [1, 1, NB, 1] of rows [1, R, 1, 1]: one or two vectors of four words, one or two of high bits, scale and offset;
+    what the format lacks is another of them. Nobody reads them again."""
+    inside = True if EVEN else b < BLOCKS
+    other = None if EVEN else 0
+    j = tl.arange(0, 4)[None, None, None, :]
+    row = row.to(tl.int64)
+    PLANES: tl.constexpr = 2 if BITS == 8 else 1
+    code_ptrs = code_ptr + ((row * PLANES * BLOCKS + b) * 4 + j)
+    low = tl.load(code_ptrs, mask=inside, other=other, eviction_policy="evict_first")
+    more = low
+    if BITS == 8:
+        more = tl.load(code_ptrs + 4 * BLOCKS, mask=inside, other=other, eviction_policy="evict_first")
+    # a thread is to have the pair of its own block: without this the compiler would give it those of neighbouring blocks
+    place = tl.max_contiguous(row * BLOCKS + b, (1, 1, 1, 1))
+    pair = tl.load(pair_ptr + place, mask=inside, other=other, eviction_policy="evict_first")
+    high, higher = pair, pair
+    if BITS == 5 or BITS == 6:
+        high_ptrs = high_ptr + tl.max_contiguous(row * (BITS - 4) * BLOCKS + b, (1, 1, 1, 1))
+        high = tl.load(high_ptrs, mask=inside, other=other, eviction_policy="evict_first")
+        if BITS == 6:
+            higher = tl.load(high_ptrs + BLOCKS, mask=inside, other=other, eviction_policy="evict_first")
+    return low, more, high, higher, pair
+
+
+@triton.jit
+def code_of(low, more, high, higher, K: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """``1 + code / 2^BITS`` of columns 4 K .. 4 K + 3 of a block, [1, R, NB, 4]."""
+    word = more if BITS == 8 and K >= 4 else low
+    AT: tl.constexpr = 8 * (K % 4) if BITS == 8 else 4 * K
+    TO: tl.constexpr = 23 - BITS
+    shifted = word << (TO - AT) if AT < TO else word >> (AT - TO)
+    if ASM:
+        KEEP: tl.constexpr = KEEP_4 if BITS == 4 else KEEP_5 if BITS == 5 else KEEP_6 if BITS == 6 else KEEP_8
+        bits = tl.inline_asm_elementwise(KEEP, "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        bits = (shifted & ((255 if BITS == 8 else 15) << TO)) | 0x3F800000
+    if BITS == 5:
+        c = 4 * K + tl.arange(0, 4)[None, None, None, :]
+        bits |= ((high >> c) & 1) << 22
+    elif BITS == 6:
+        c = 4 * (K % 4) + tl.arange(0, 4)[None, None, None, :]
+        field = higher if K >= 4 else high
+        bits |= ((field >> (2 * c)) & 3) << 21
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scales_of(pair):
+    """The two float16 numbers of a word, in float32."""
+    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (pair >> 16).to(tl.int16).to(
+        tl.float16, bitcast=True
+    ).to(tl.float32)
+
+
+@triton.jit
+def dot_blocks(
+    words, x_ptrs, norm_ptr, scale, b, BLOCKS: tl.constexpr, BITS: tl.constexpr, TWO: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Sums over blocks b, [M, R, NB, 1]; TWO: a block has a scale for each half. x_ptrs [M, 1, 1, 1]."""
+    low, more, high, higher, pair = words
+    UNIT: tl.constexpr = 2**BITS
+    inside = True if EVEN else b < BLOCKS
+    c = 32 * b + tl.arange(0, 4)[None, None, None, :]
+    acc, plain = 0.0, 0.0
+    for k in tl.static_range(4):
+        x = load_vectors(x_ptrs + c + 4 * k, norm_ptr + c + 4 * k, scale, inside, NORM)
+        acc += code_of(low, more, high, higher, k, BITS, ASM) * x
+        plain += x
+    if TWO:
+        first, first_plain = tl.sum(acc, 3, keep_dims=True), tl.sum(plain, 3, keep_dims=True)
+        acc, plain = 0.0, 0.0
+    for k in tl.static_range(4, 8):
+        x = load_vectors(x_ptrs + c + 4 * k, norm_ptr + c + 4 * k, scale, inside, NORM)
+        acc += code_of(low, more, high, higher, k, BITS, ASM) * x
+        plain += x
+    last, last_plain = tl.sum(acc, 3, keep_dims=True), tl.sum(plain, 3, keep_dims=True)
+    one, other = scales_of(pair)
+    if TWO:
+        total = one * (UNIT * (first - first_plain) - UNIT // 2 * first_plain)
+        return total + other * (UNIT * (last - last_plain) - UNIT // 2 * last_plain)
+    return one * (UNIT * (last - last_plain)) + other * last_plain
+
+
+@triton.jit
+def block_matvec_kernel(
+    x_ptr, norm_ptr, code_ptr, high_ptr, pair_ptr, bias_ptr, residual_ptr, out_ptr, vectors, outs, stride_out, eps,
+    BLOCKS: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr, TWO: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """``matvec_kernel`` for a matrix of blocks; rows of the output lie ``stride_out`` apart.
+
+    Reads its rows of the matrix once, NB blocks ahead of their use.
+    """
+    HELD: tl.constexpr = 2 * ROWS if GATED else ROWS
+    EVEN: tl.constexpr = BLOCKS % NB == 0
+    LAST: tl.constexpr = (BLOCKS - 1) // NB * NB
+    WIDTH: tl.constexpr = 32 * BLOCKS
+    WHOLE: tl.constexpr = WIDTH % (32 * NB) == 0
+    first = tl.program_id(0) * ROWS
+    r = tl.arange(0, HELD)
+    row = tl.minimum(first + r % ROWS, outs - 1)
+    if GATED:
+        row += r // ROWS * outs
+    rows = row[None, :, None, None]
+    b = tl.arange(0, NB)[None, None, :, None]
+    m = tl.minimum(tl.arange(0, M), vectors - 1)
+    x_ptrs = x_ptr + m[:, None, None, None] * WIDTH
+    if BIAS:
+        bias = tl.load(bias_ptr + row)
+    words = load_words(code_ptr, high_ptr, pair_ptr, rows, b, BLOCKS, BITS, EVEN)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()  # from here on what other launches wrote is read
+    elif NORM:
+        tl.debug_barrier()  # else the compiler asks for blocks after the norm
+    scale = 1.0
+    if NORM:
+        c = (tl.arange(0, NB)[:, None] * 32 + tl.arange(0, 32)[None, :])[None, None]
+        square = tl.zeros((M, 1, NB, 32), tl.float32)
+        for start in tl.static_range(0, WIDTH, 32 * NB):
+            x = tl.load(x_ptrs + start + c, mask=start + c < WIDTH, other=0.0).to(tl.float32)
+            square += x * x
+        scale = (1.0 / tl.sqrt(tl.sum(tl.sum(square, 3), 2) / WIDTH + eps))[:, :, None, None]
+    acc = tl.zeros((M, HELD, NB, 1), tl.float32)
+    for start in tl.range(0, LAST, NB, num_stages=1):
+        later = load_words(code_ptr, high_ptr, pair_ptr, rows, b + start + NB, BLOCKS, BITS, EVEN)
+        acc += dot_blocks(words, x_ptrs, norm_ptr, scale, b + start, BLOCKS, BITS, TWO, True, NORM, ASM)
+        words = later
+    acc += dot_blocks(words, x_ptrs, norm_ptr, scale, b + LAST, BLOCKS, BITS, TWO, WHOLE, NORM, ASM)
+    total = tl.sum(tl.reshape(acc, (M, HELD, NB)), 2)
+    o = first + tl.arange(0, ROWS)[None, :]
+    inside = (tl.arange(0, M)[:, None] < vectors) & (o < outs)
+    n = m.to(tl.int64)[:, None]
+    if BIAS:
+        total += bias.to(tl.float32)[None, :]
+    out = finish(total, M, ROWS, GATED, out_ptr.dtype.element_ty)
+    if ADD:
+        residual = tl.load(residual_ptr + n * outs + o, mask=inside)
+        out = (residual.to(tl.float32) + out.to(tl.float32)).to(out.dtype)
+    tl.store(out_ptr + n * stride_out + o, out, mask=inside)
+
+
+@triton.jit
+def expand_kernel(
+    id_ptr, code_ptr, high_ptr, pair_ptr, out_ptr, first, BLOCKS: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr,
+    TWO: tl.constexpr, IDS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """NB blocks of one row, rounded to the dtype of ``out`` [rows, columns]: row ``first`` and those behind, or with IDS those
+    of the ids."""
+    at = tl.program_id(0)
+    row = tl.load(id_ptr + at) if IDS else first + at
+    b = tl.program_id(1) * NB + tl.arange(0, NB)[None, None, :, None]
+    inside = b < BLOCKS
+    rows = tl.full((1, 1, 1, 1), 0, tl.int64) + row
+    low, more, high, higher, pair = load_words(code_ptr, high_ptr, pair_ptr, rows, b, BLOCKS, BITS, False)
+    one, other = scales_of(pair)
+    UNIT: tl.constexpr = 2**BITS
+    j = tl.arange(0, 4)[None, None, None, :]
+    out_ptrs = out_ptr + at.to(tl.int64) * 32 * BLOCKS + 32 * b + j
+    for k in tl.static_range(8):
+        code = UNIT * code_of(low, more, high, higher, k, BITS, ASM) - UNIT  # exact
+        value = (one if k < 4 else other) * (code - UNIT // 2) if TWO else one * code + other
+        tl.store(out_ptrs + 4 * k, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+COMPILED = isinstance(expand_kernel, triton.JITFunction)
+"""False under Triton's interpreter, which knows no assembly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """How a launch is divided. A thread has a block of each of a program's rows."""
+
+    rows: int  # of the output that a program owns, of the gate and of up alike
+    warps: int
+
+
+def division_of(vectors: int, outs: int, *, gated: bool, bits: int) -> Division:
+    """For ``vectors`` (1 .. MOST_VECTORS) and ``outs`` numbers of output each: as many rows as registers suffice for."""
+    rows = 2 if vectors > 2 or bits == 5 else 4
+    rows = max(rows // 2, 1) if gated else rows
+    while rows > 1 and outs < FEW_PROGRAMS * rows:
+        rows //= 2
+    return Division(rows=rows, warps=4)
+
+
+class BlockMatrix:
+    """A matrix of quantized blocks on a GPU: ``linear.StoredMatrix``, in 16 bits. Immutable."""
+
+    def __init__(self, blocks: Tensor, kind: str, device: torch.device) -> None:
+        """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them."""
+        words = to_words(blocks, kind, device)
+        self.words, self.shape, self.data = words, words.shape, words.data
+        self.parts = words.codes, words.high, words.pairs
+
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """``out[n] = W x[n] + bias``; x [N, columns] contiguous, out [N, rows] of its dtype, of which only rows may be
+        strided."""
+        count = len(x)
+        if count <= MOST_LAUNCHES * MOST_VECTORS:
+            for start in range(0, count, MOST_VECTORS):
+                part = slice(start, start + MOST_VECTORS)
+                multiply(x[part], self, bias, out[part])
+            return
+        step = max(1, EXPANDED_BYTES // (x.itemsize * self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            weight = self._expanded(start, min(step, self.shape[0] - start), x.dtype)
+            part = slice(start, start + step)
+            if bias is None:
+                torch.mm(x, weight.T, out=out[:, part])
+            else:
+                torch.addmm(bias[part], x, weight.T, out=out[:, part])
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows ``ids`` int64 [N], of which none is out of range."""
+        assert ids.dtype == torch.int64 and ids.dim() == 1, (ids.dtype, ids.shape)
+        return self._expand(ids.contiguous(), 0, len(ids), dtype)
+
+    def _expanded(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``first .. first+count-1``."""
+        return self._expand(None, first, count, dtype)
+
+    def _expand(self, ids: Tensor | None, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        form, blocks = self.words.form, self.words.blocks
+        out = torch.empty(count, self.shape[1], dtype=dtype, device=self.data.device)
+        together = min(triton.next_power_of_2(blocks), EXPANDED_BLOCKS)
+        if count:
+            expand_kernel[(count, triton.cdiv(blocks, together))](
+                self.data if ids is None else ids, *self.parts, out, first, BLOCKS=blocks, NB=together, BITS=form.bits,
+                TWO=self.words.halves, IDS=ids is not None, ASM=COMPILED, num_warps=max(together // 32, 1),
+            )  # fmt: skip
+        return out
+
+
+def multiply(
+    x: Tensor, matrix: BlockMatrix, bias: Tensor | None, out: Tensor | None = None, *, norm: Tensor | None = None,
+    eps: float = 0.0, residual: Tensor | None = None, gated: bool = False,
+) -> Tensor:  # fmt: skip
+    """``W x + b`` of up to MOST_VECTORS vectors [N, columns], or of their ``norm``; of ``gated`` [2 f, columns] ``silu(gate) *
+    up``, [N, f]; added to ``residual``. To ``out``, of which rows may be strided, or to a new tensor."""
+    x = x.contiguous()
+    vectors, columns = x.shape
+    outs = matrix.shape[0] // (2 if gated else 1)
+    if out is None:
+        out = torch.empty(vectors, outs, dtype=x.dtype, device=x.device)
+    assert 1 <= vectors <= MOST_VECTORS and columns == matrix.shape[1] and x.dtype in HALVES, (x.shape, x.dtype, matrix.shape)
+    assert out.dtype == x.dtype and out.shape == (vectors, outs) and out.stride(1) == 1, (out.shape, out.stride(), out.dtype)
+    for part, shape in ((norm, (columns,)), (bias, matrix.shape[:1]), (residual, out.shape)):
+        assert part is None or (part.shape == shape and part.dtype == x.dtype and part.is_contiguous()), (part, shape)
+    form, count = matrix.words.form, matrix.words.blocks
+    division = division_of(vectors, outs, gated=gated, bits=form.bits)
+    early = overlaps(x.device)
+    together = min(triton.next_power_of_2(count), 32 * division.warps)
+    block_matvec_kernel[(triton.cdiv(outs, division.rows),)](
+        x, x if norm is None else norm, *matrix.parts, x if bias is None else bias, x if residual is None else residual, out,
+        vectors, outs, out.stride(0), eps, BLOCKS=count, M=triton.next_power_of_2(vectors), ROWS=division.rows, NB=together,
+        BITS=form.bits, TWO=matrix.words.halves, NORM=norm is not None, GATED=gated, BIAS=bias is not None,
+        ADD=residual is not None, EARLY=early, ASM=COMPILED, num_warps=max(together // 32, 1), num_stages=1,
+        **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    return out
