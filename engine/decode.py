@@ -20,7 +20,7 @@ from skvq.engine.methods import CacheMethod
 from skvq.engine.model import Model
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch
-from skvq.kernels.graphs import Captured, Graphs
+from skvq.kernels.graphs import Captured, Graphs, NotCaptured
 from skvq.kernels.interface import RopeFrequencies
 
 
@@ -106,7 +106,11 @@ class GraphStep:
             if self._recall(batch, bound):
                 self._held[-1].captured.replay()
             else:
-                captured = self.graphs.capture(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
+                try:
+                    captured = self.graphs.capture(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
+                except NotCaptured as failed:
+                    self._held.clear()  # their memory may be what was missing
+                    return failed.result
                 self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,12 @@ def on_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor, non_blocking=True)
 
 
+@functools.cache
+def side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """A device's, for all caches: torch has 32 streams and then hands them out again."""
+    return tuple(torch.cuda.Stream(device) for _ in range(SIDE_STREAMS))  # type: ignore[no-untyped-call]
+
+
 class Streams:
     """Work of layers that do not depend on one another; here one after another."""
 
@@ -46,13 +53,11 @@ class SideStreams(Streams):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sides: list[torch.cuda.Stream] = [torch.cuda.Stream(device) for _ in range(SIDE_STREAMS)]  # type: ignore[no-untyped-call]
-        self._is_warm = False
+        self._device, self._sides, self._is_warm = device, side_streams(device), False
 
     def each(self, layers: int, work: Callable[[int], None]) -> None:
         current = torch.cuda.current_stream(self._device)
-        used = self._sides if self._is_warm else [current]
+        used = self._sides if self._is_warm else (current,)
         for stream in used:
             stream.wait_stream(current)
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.kernels.notices import notice
@@ -20,6 +21,8 @@ BLOCK_TOKENS = 1024
 
 LEAST_QUERIES = 128
 MOST_CHANNELS = 128
+FLASH_CHANNELS = 256
+"""Most that torch's flash attention takes of a head."""
 
 
 def blocks(tokens: int) -> list[tuple[int, int]]:
@@ -108,9 +111,19 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """Torch's flash attention on a card: arguments and results of ``CudnnAttention.attend``; ``causal`` where N = T."""
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q[None], k[None], v[None], 0.0, causal, False)
-    return out[0], lse[0].float()
+    """Torch's flash attention on a card: arguments and results of ``CudnnAttention.attend``; ``causal`` where N = T. In
+    float32, or for heads of more than 256, its memory-efficient attention. Both want heads of a multiple of 8: they are padded.
+    """
+    size, aten = q.shape[2], torch.ops.aten
+    scale = size**-0.5
+    if size % 8:
+        q, k, v = (F.pad(t, (0, -size % 8)) for t in (q, k, v))
+    q, k, v = q[None], k[None], v[None]
+    if q.dtype == torch.float32 or size > FLASH_CHANNELS:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out[0, :, :, :size], lse[0, :, : q.shape[2]].float()
 
 
 def row_error(got: Tensor, wanted: Tensor) -> float:

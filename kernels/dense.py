@@ -191,12 +191,7 @@ def merge_on_card(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) ->
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Flash attention of one batch, [heads, tokens, D]: output and natural log-sum-exp [heads, tokens]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], 0.0, causal)
-    elif q.dtype == torch.float32:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q[None], k[None], v[None], None, True, 0.0, causal)
-        lse = lse[..., : q.shape[1]]
-    else:
+    if q.device.type != "cpu":
         return flash_attention(q, k, v, causal=causal)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], 0.0, causal)
     return out[0], lse[0].float()

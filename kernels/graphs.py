@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
@@ -9,6 +10,8 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from skvq.kernels.notices import notice
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +22,19 @@ class Captured:
     result: Tensor
 
 
+class NotCaptured(RuntimeError):
+    """Work that could not be held as a graph this time, but was done: ``result`` is what it gave."""
+
+    def __init__(self, result: Tensor, reason: str) -> None:
+        super().__init__(f"a step could not be held as a CUDA graph: {reason}")
+        self.result = result
+
+
 class Graphs(Protocol):
     """What can hold the work of a device. Capturing does the work: ``result`` holds what it gave."""
 
-    def capture(self, work: Callable[[], Tensor]) -> Captured: ...
+    def capture(self, work: Callable[[], Tensor]) -> Captured:
+        """Raises NotCaptured, with the result."""
 
     def bound(self, packed: int) -> int:
         """Packed tokens that a step captured at ``packed`` is good for, and is to be launched for."""
@@ -30,6 +42,13 @@ class Graphs(Protocol):
     @property
     def setting(self) -> object:
         """What else of the process a captured step depends on: in another it is captured anew."""
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which steps are captured. One for all: torch has 32 streams and then hands them out again, and
+    one on which something is captured must have no other work."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own is one for all devices
 
 
 class CudaGraphs:
@@ -42,15 +61,24 @@ class CudaGraphs:
     _one_at_a_time: ClassVar[Lock] = Lock()  # torch captures one graph of a process at a time
 
     def __init__(self, device: torch.device, max_packed: int) -> None:
-        self.max_packed = max_packed
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own is one for all devices
+        self.max_packed, self._device = max_packed, device
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
+        """Raises NotCaptured, which is said on stderr, if memory is short, or another thread waits for the whole device."""
         found = work()
-        graph = torch.cuda.CUDAGraph()
-        # memory of its own: of a pool whose graph is gone cuBLAS keeps a part; other threads may allocate meanwhile
-        with self._one_at_a_time, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # memory of its own: of a pool whose graph is gone cuBLAS keeps a part; other threads may allocate meanwhile
+            with (
+                self._one_at_a_time,
+                torch.cuda.graph(graph, stream=capture_stream(self._device), capture_error_mode="thread_local"),
+            ):
+                result = work()
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch leaves its own where it cannot end the capture
+            failed = NotCaptured(found, (str(error).splitlines() or [type(error).__name__])[0])
+            notice(f"{failed}; it was launched kernel by kernel, which is slower, and the next will be tried again")
+            raise failed from error
         result.copy_(found)
         return Captured(graph.replay, result)
 

@@ -154,26 +154,38 @@ class Card(TorchFunctionMode):
         return out
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> tuple[Tensor, Tensor]:
     assert q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2], (q.shape, k.shape, v.shape)
     assert q.dtype == k.dtype == v.dtype and k.shape == v.shape and k.shape[2] > 0, (q.dtype, k.dtype, v.dtype, k.shape)
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1, (q.stride(), k.stride(), v.stride())
     assert not causal or q.shape[2] == k.shape[2], "a causal mask is aligned differently where lengths differ"
-    score = q.double() @ k.double().transpose(2, 3) / q.shape[3] ** 0.5
+    score = q.double() @ k.double().transpose(2, 3) * (scale or q.shape[3] ** -0.5)
     if causal:
         score = score.masked_fill(torch.ones(score.shape[2:], dtype=torch.bool).triu(1), -torch.inf)
     return (score.softmax(-1) @ v.double()).to(q.dtype), score.logsumexp(-1).float()
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, debug: bool = False) -> Any:
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    debug: bool = False,
+    *,
+    scale: float | None = None,
+) -> Any:
     assert q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 256, (q.dtype, q.shape)
     assert not dropout and not debug
-    return (*_attention(q, k, v, causal), None, None, q.shape[2], k.shape[2], None, None, None)
+    return (*_attention(q, k, v, causal, scale), None, None, q.shape[2], k.shape[2], None, None, None)
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool, dropout: float = 0.0, causal: bool = False) -> Any:
-    assert bias is None and with_lse and not dropout
-    out, lse = _attention(q, k, v, causal)
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool, dropout: float = 0.0, causal: bool = False, *,
+    scale: float | None = None,
+) -> Any:  # fmt: skip
+    assert bias is None and with_lse and not dropout and q.shape[3] % 8 == 0
+    out, lse = _attention(q, k, v, causal, scale)
     return out, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf), None, None
 
 

@@ -81,7 +81,7 @@ def test_hopper_asks_cudnn_for_the_blocks_before_a_chunk(
     flash: list[int] = []
     sound = stand_in._flash
     op = "_scaled_dot_product_flash_attention"
-    monkeypatch.setitem(stand_in.ATTENTION, op, lambda q, *rest: (flash.append(q.shape[2]), sound(q, *rest))[1])
+    monkeypatch.setitem(stand_in.ATTENTION, op, lambda q, *rest, **how: (flash.append(q.shape[2]), sound(q, *rest, **how))[1])
     with card((9, 0)):
         for seed in (1, 2):  # compared with flash attention, then believed
             q, k, v = inputs(429 + COUNT, dtype, seed)
@@ -107,6 +107,21 @@ def test_others_do_not(asked: list[tuple[int, int]]) -> None:
         attend_all(q, k[:, :63], v[:, :63])
     attend_all(*(torch.randn(s).bfloat16() for s in ((COUNT, 2, 16), (2, 300, 16), (2, 300, 16))))
     assert not asked
+
+
+@pytest.mark.parametrize("size", [12, 64, 260])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_flash_attention_of_heads_of_any_size(size: int, dtype: torch.dtype) -> None:
+    """Torch's kernels want multiples of 8, flash attention at most 256."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 5, size, generator=gen).to(dtype) for _ in range(3))
+    with card((8, 0)):
+        out, lse = cudnn.flash_attention(*(t.to("cuda") for t in (q, k, v)), causal=True)
+        out, lse = out.cpu(), lse.cpu()
+    score = (q.float() @ k.float().mT / size**0.5).masked_fill(~causal(5)[-5:], -torch.inf)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert torch.allclose(out.float(), score.softmax(-1) @ v.float(), atol=2e-3)
+    assert torch.allclose(lse, score.logsumexp(-1), atol=2e-3)
 
 
 def test_strides_past_32_bits_stay_with_flash_attention() -> None:

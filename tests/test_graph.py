@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from weakref import ref
 
 import pytest
 import torch
-from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +22,7 @@ from skvq.engine.decode import MOST_GRAPHS, EagerStep, GraphStep, decode_step_of
 from skvq.engine.errors import OptionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
-from skvq.kernels.graphs import Captured, CudaGraphs
+from skvq.kernels.graphs import Captured, CudaGraphs, NotCaptured, capture_stream
 from skvq.kernels.interface import Backend, RopeFrequencies, Step
 from skvq.kernels.numba_cpu import NumbaCpu, tapes
 from skvq.kernels.reference import Reference
@@ -215,6 +215,8 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: seen.append((type(graph), stream)) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    capture_stream.cache_clear()
     graphs, launched = CudaGraphs(torch.device("cuda:1"), 512), []
 
     def work() -> Tensor:
@@ -226,6 +228,53 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
     assert seen == [(Graph, "stream of cuda:1")] * 2 + ["replay"]
     assert launched == [0, 1, 1, 2]  # compiled before it is captured
     assert captured[1].result.item() == 3.0  # what the work gave that was done, not what capturing left
+
+
+@torch.no_grad()
+def test_a_step_that_cannot_be_captured_counts_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The program that the engine is part of waited for the whole device, or memory was short: what the step gave is right, the
+    next is tried again, and graphs held so far are given up."""
+    failing = [True, False, True, False]
+
+    class Short(Calls):
+        def capture(self, work: Callable[[], Tensor]) -> Captured:
+            if failing.pop(0):
+                raise NotCaptured(work(), "out of memory")
+            return super().capture(work)
+
+    engine = tiny_engine(folder, tiny_cache(), max_context=600)
+    parts, tokens = engine.parts, [3, 4, 5]
+    wanted = steps(engine, [engine.prefill(random_ids(30))], [tokens])[0]
+    step = GraphStep(parts.model, parts.rope, parts.setup, Short(600))
+    sequence = engine.prefill(random_ids(30))
+    assert torch.equal(torch.stack([step.run([sequence], [token])[0] for token in tokens]), wanted)
+    assert len(step._held) == 1 and len(failing) == 2
+    step.run([sequence, engine.prefill(random_ids(30))], [3, 4])
+    assert not step._held
+    step.run([sequence], [3])
+    assert len(step._held) == 1 and not failing
+
+
+def test_torch_is_left_on_the_stream_it_was_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``torch.cuda.graph`` does not leave its stream where it cannot end a capture."""
+    current = ["default"]
+
+    @contextmanager
+    def graph(graph: object, stream: str, **rest: object) -> Iterator[None]:
+        current.append(stream)
+        yield
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
+
+    for name, put in {
+        "CUDAGraph": object, "Stream": lambda device: "side", "current_stream": lambda device: current[-1],
+        "set_stream": current.append, "graph": graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, put)
+    capture_stream.cache_clear()
+    with pytest.raises(NotCaptured, match="previous error") as failed:
+        CudaGraphs(torch.device("cuda:7"), 512).capture(lambda: torch.ones(1))
+    assert current == ["default", "side", "default"] and failed.value.result.item() == 1.0
+    assert "could not be held as a CUDA graph" in capsys.readouterr().err
 
 
 @torch.no_grad()
