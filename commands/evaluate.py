@@ -66,9 +66,7 @@ def evaluate(**options: Any) -> None:
                 line = f"    {part['first']:>7,} - {part['last']:>7,}   KL {part['kl']:.4f}   top-1 {part['top1']:.3f}"
                 click.echo(line, err=options["as_json"])
     if options["plot"] is not None:
-        depth_plot(
-            rows, [_cache_name(row) for row in rows], f"{options['model']}, {rows[0]['tokens']:,} tokens", options["plot"]
-        )
+        depth_plot(rows, [row["name"] for row in rows], f"{options['model']}, {rows[0]['tokens']:,} tokens", options["plot"])
         click.echo(f"skvq: wrote {options['plot']}", err=True)
     if options["as_json"]:
         shown = [{k: v for k, v in r.items() if options["by_position"] or k != "by_position"} for r in rows]
@@ -88,13 +86,8 @@ def _variant(cache: CacheConfig, text: str) -> CacheConfig:
     return chosen if not widths else chosen.with_bits(*widths)
 
 
-def _cache_name(row: dict[str, Any]) -> str:
-    bits = f"K{row['key_bits']:g}V{row['value_bits']:g}" if row["bits_budget"] is None else f"budget {row['bits_budget']:g}"
-    return str(row["method"]) if row["method"] == "fp" else f"{row['method']} {bits}"
-
-
 def _eval_line(row: dict[str, Any]) -> str:
     return (
-        f"{_cache_name(row):16}  {row['bits_per_element']:5.2f} bits   ppl {row['ppl']:.3f} (16-bit {row['ppl_fp']:.3f})   "
+        f"{row['name']:16}  {row['bits_per_element']:5.2f} bits   ppl {row['ppl']:.3f} (16-bit {row['ppl_fp']:.3f})   "
         f"KL {row['kl']:.4f}   top-1 {row['top1']:.3f}   {row['tokens']:,} tokens"
     )

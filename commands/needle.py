@@ -64,9 +64,7 @@ def needle(**options: Any) -> None:
 
     found = needles(engine, references, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
     if plot is not None:
-        cache = engine.parts.cache
-        title = f"{options['model']}, {cache.method} K{cache.key_bits:g}V{cache.value_bits:g}"
-        heat_map([n.as_dict() for n in found], title, plot)
+        heat_map([n.as_dict() for n in found], f"{options['model']}, {engine.parts.cache.name}", plot)
         click.echo(f"skvq: wrote {plot}", err=True)
     if options["as_json"]:
         click.echo(json.dumps({"model": options["model"], **summary(found)}))

@@ -126,6 +126,7 @@ def converse(
     """Answer a text, then each question in turn; the first answer. What ends it early, but for a full context where questions
     are asked, is raised when the session is saved, without a text of which only a part was read."""
     turn = first = Turn.begins(sequence)
+    written = ""
     try:
         written = answer(engine, sequence, text, sampling, options)
         for question in asked:

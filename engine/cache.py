@@ -282,6 +282,7 @@ class SequenceCache:
             raise OptionError(f"length must be a number of tokens, got {length!r}")
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")
+        length = int(length)  # a number of numpy would go into what is saved
         setup, arena = self.setup, self.setup.arena
         packed = min(self.packed, length // setup.regions.tile * setup.regions.tile)
         if length < self.packed:

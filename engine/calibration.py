@@ -16,6 +16,7 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CalibrationError, OptionError, SkvqError
 from skvq.engine.identity import rope_digest
 from skvq.engine.loaded import LoadedModel
+from skvq.engine.options import is_whole
 from skvq.engine.report import Reporter
 from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, load_header, require, save_artifact
 from skvq.loaders.files import cache_folder, require_writable
@@ -69,6 +70,9 @@ def calibrate_to(
     cache = cache.fitted(loaded.model.config)
     if not cache.is_packed:
         raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
+    for what, number, least in (("tokens", tokens, 1), ("seed", seed, 0)):
+        if not is_whole(number) or number < least:
+            raise OptionError(f"{what} must be a whole number from {least} on, got {number!r}")
     require_writable(path)
     ids = ids[:tokens]
     if len(ids) < min(tokens, 256):

@@ -187,6 +187,19 @@ class CacheConfig:
         return self.method != "fp"
 
     @property
+    def name(self) -> str:
+        """In a few words.
+
+        >>> CacheConfig(value_bits=1.5).name
+        'rotate K2V1.5'
+        """
+        if not self.is_packed:
+            return self.method
+        if self.bits_budget is not None:
+            return f"{self.method} budget {self.bits_budget:g}"
+        return f"{self.method} {'bits by layer' if self.layer_bits else f'K{self.key_bits:g}V{self.value_bits:g}'}"
+
+    @property
     def is_open(self) -> bool:
         """Whether calibration has yet to choose the bits of each layer."""
         return self.is_packed and self.bits_budget is not None and not self.layer_bits

@@ -170,10 +170,11 @@ def evaluation_row(cache: CacheConfig, model: ModelConfig, found: Sequence[Compa
     pairs = [(16.0, 16.0)] if not cache.is_packed else [pair for heads in cache.bits_of_heads(model) for pair in heads]
     key_bits, value_bits = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
     return {
+        "name": cache.name,
         "method": cache.method,
         "key_bits": key_bits,
         "value_bits": value_bits,
-        "bits_budget": cache.bits_budget,
+        "bits_budget": cache.bits_budget if cache.is_packed else None,
         "layer_bits": cache.layer_bits,
         "group_size": cache.group_size,
         "window": cache.window,

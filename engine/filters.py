@@ -194,10 +194,11 @@ def rule_from_text(text: str) -> FilterRule:
         if bracket and not rest.endswith(")"):
             raise ValueError("missing ')'")
         call = ast.parse(f"f({rest[:-1] if bracket else ''})", mode="eval").body
-        assert isinstance(call, ast.Call)
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError("more than one pair of brackets")
         args = [ast.literal_eval(a) for a in call.args]
         options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError) as error:
+    except (SyntaxError, ValueError) as error:
         raise OptionError(f"filter rule {text!r} is not of the form name(key=value, ...): {error}") from None
     try:
         rule: Any = _find_rule(name)(*args, **options)

@@ -431,6 +431,7 @@ class Engine:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)
 
+    @names_options()
     @computes
     def evaluate(
         self,
@@ -444,9 +445,9 @@ class Engine:
     ) -> list[dict[str, Any]]:
         """Measure caches against full precision on the first ``tokens`` of a text, in stretches of ``stride`` tokens.
 
-        One dict a cache: method, key_bits and value_bits (means over layers), bits_budget, layer_bits, group_size, window,
-        bits_per_element, ppl_fp, ppl, kl (nats per token), top1, tokens, by_position. ``exact_window`` holds exactly W recent
-        tokens, as papers simulate.
+        One dict a cache: name, method, key_bits and value_bits (means over layers), bits_budget, layer_bits, group_size,
+        window, bits_per_element, ppl_fp, ppl, kl (nats per token), top1, tokens, by_position. ``exact_window`` holds exactly W
+        recent tokens, as papers simulate.
         """
         return scoring.evaluate(
             self.parts,
@@ -459,6 +460,7 @@ class Engine:
             exact_window=exact_window,
         )
 
+    @names_options()
     @computes
     def calibrate(
         self, cache: CacheConfig, corpus: str, output: str | Path, *, corpus_name: str, tokens: int, seed: int = 0

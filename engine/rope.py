@@ -31,7 +31,8 @@ class StepRope:
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
-    """The model with its RoPE stretched by ``kind:factor`` over the trained length.
+    """The model with its RoPE stretched by ``kind:factor`` over the trained length. Raises OptionError if its own is stretched
+    already: two kinds cannot be combined.
 
     Stretched by a fixed factor (linear, yarn) it counts as trained for that much more; dynamic stretches with the context.
     """
@@ -44,6 +45,8 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
         raise OptionError(f"rope scaling {text!r}: {factor!r} is not a number") from None
     if not 1 <= stretch <= 4096:
         raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
+    if config.rope.kind != "default":
+        raise OptionError(f"this model stretches its RoPE itself ({config.rope.kind}): leave --rope-scaling {text} out")
     rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=config.trained_context)
     trained = config.trained_context if kind == "dynamic" else int(stretch * config.trained_context)
     return replace(config, rope=rope, trained_context=trained)

@@ -1,4 +1,4 @@
-"""Weights in a GGUF file: expanded to float32 by the `gguf` package when read, or handed out as raw blocks."""
+"""Weights in a GGUF file: numbers as they are stored, and blocks expanded to float32 by the `gguf` package, or as they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expect
 from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
 
 ROPE_FREQS = "rope_freqs.weight"
-PLAIN_TYPES = ("F32", "F16", "BF16")
+PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are single values, not blocks."""
 
 ROWS_AT_A_TIME = 4096
@@ -86,21 +86,25 @@ class GgufSource:
         return self._fingerprint
 
     def read(self, name: str) -> torch.Tensor:
-        """The weight expanded to float32, owned by the caller."""
-        item = self._item(name)
-        values = _expand(item)
-        order = self._row_order(name)
-        return torch.from_numpy(values if order is None else values[order])
+        """Single values as they are stored, blocks expanded to float32; owned by the caller."""
+        item, order = self._item(name), self._row_order(name)
+        if item.kind.name in PLAIN_TYPES:
+            values = torch.from_numpy(item.data.copy()).view(PLAIN_TYPES[item.kind.name]).view(item.shape)
+        else:
+            values = torch.from_numpy(_expand(item))
+        return values if order is None else values[torch.from_numpy(order)]
 
     def stored(self, name: str) -> tuple[str, int]:
-        """Block type and bytes as stored, or those of the float32 numbers that single values are expanded to."""
+        """Type of the numbers or the blocks, and bytes, of what is read or given as blocks."""
         item = self._item(name)
-        if item.kind.name in PLAIN_TYPES or len(item.shape) != 2:
+        if item.kind.name in PLAIN_TYPES:
+            return str(PLAIN_TYPES[item.kind.name]), item.data.nbytes
+        if len(item.shape) != 2:
             return str(torch.float32), 4 * prod(item.shape)
         return item.kind.name, item.data.nbytes
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
-        """The weight as stored, or None if it is stored as single values. A copy: it outlives the source."""
+        """The weight as stored, or None if it is stored as single values, or a vector. A copy: it outlives the source."""
         item = self._item(name)
         if item.kind.name in PLAIN_TYPES or len(item.shape) != 2:
             return None

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
+from tiny import tiny_folder
 
 from skvq.cli import main, run
 from skvq.commands.errors import output_error
@@ -166,6 +167,13 @@ def test_a_full_context_ends_the_questions_and_the_session_is_saved(model: Path,
     result = call("run", *options, stdin="the\n" + "quick brown fox " * 9 + "\nthe\n")
     assert result.exit_code == 0 and "do not fit a context of 40" in result.stderr and len(result.stdout.splitlines()) >= 1
     assert (tmp_path / "s").exists()
+
+
+def test_a_context_that_the_first_answer_fills_ends_in_its_line(tmp_path: Path) -> None:
+    """Of a sequence that held something before."""
+    options = ("--model", tiny_folder(tmp_path / "m"), "--dummy-weights", "-n", 4, "--method", "fp", "--ctx", 60, "--fill", 30)
+    result = call("run", *options, "-i", "-p", "a" * 60, stdin="b\n")
+    assert result.exit_code == 0 and "do not fit a context of 60" in result.stderr and not result.stdout.strip()
 
 
 def test_ctrl_c_ends_an_answer_not_the_questions(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

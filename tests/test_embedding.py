@@ -391,6 +391,8 @@ WRONG: dict[str, Callable[[Engine], object]] = {
     "cannot be copied or pickled": lambda e: copy.copy(e.new_sequence()),
     "cannot be copied or pickled: fork": lambda e: copy.deepcopy(e.new_sequence()),
     "caches must be list or tuple": lambda e: e.evaluate(TEXT, CacheConfig(), tokens=9, stride=5),  # type: ignore[arg-type]
+    "seed must be a whole number": lambda e: e.calibrate(CacheConfig(), TEXT, "x", corpus_name="", tokens=9, seed=1.5),  # type: ignore[arg-type]
+    "tokens must be a whole number": lambda e: e.calibrate(CacheConfig(), TEXT, "x", corpus_name="", tokens=0),
     "701 tokens do not fit": lambda e: e.logits([5] * 701),
 }
 
@@ -412,9 +414,12 @@ def test_numbers_of_numpy_are_numbers(folder: Path) -> None:
     assert sampling == SamplingConfig(max_new_tokens=3, temperature=0.5, seed=3) and type(sampling.seed) is int
     with pytest.raises(OptionError, match="window"):
         CacheConfig(window=np.float64(64))
-    with tiny_engine(folder, tiny_cache(), max_context=np.int64(300)).prefill(TEXT) as sequence:
+    engine = tiny_engine(folder, tiny_cache(), max_context=np.int64(300))
+    with engine.prefill(TEXT) as sequence:
         sequence.truncate(np.int64(3))
-        assert sequence.length == 3 and sequence.setup.max_context == 300
+        assert sequence.length == 3 and type(sequence.length) is int and sequence.setup.max_context == 300
+        sequence.save(folder / "numbers.skvq")
+    assert engine.evaluate(TEXT, [tiny_cache(method="fp")], tokens=np.int64(9), stride=np.int64(5))[0]["tokens"] == 9
 
 
 def test_a_rule_that_fails_is_named(folder: Path) -> None:

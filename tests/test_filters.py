@@ -250,6 +250,7 @@ BAD = {
     "sinks(": "missing ')'",
     "sinks(n=3": "missing ')'",
     "sinks(n=3)x": "missing ')'",
+    "sinks(3)(5)": "more than one pair of brackets",
     "sinks(n=open('x'))": "not of the form",
     "sinks(m=3)": "unknown option 'm'; known: n",
     "sinks(-1)": "from 0 to 65536",

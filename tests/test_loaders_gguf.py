@@ -62,12 +62,13 @@ def test_quantized_files_and_their_blocks(tmp_path: Path, kind: Types) -> None:
     source = GgufSource(write_gguf(tmp_path / "m.gguf", config, weights, kind=kind))
     for name in (Q0, K1, "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
         plain = gguf.quants.dequantize(gguf.quants.quantize(weights[name].numpy(), kind), kind)
-        read = source.read(name)
-        assert read.dtype == torch.float32 and np.array_equal(read.numpy(), plain), name
-        blocks = source.blocks(name)
+        read, blocks = source.read(name), source.blocks(name)
+        assert np.array_equal(read.float().numpy(), plain), name
         if kind in (Types.F16, Types.BF16):
-            assert blocks is None
+            assert blocks is None and read.dtype == (torch.float16 if kind is Types.F16 else torch.bfloat16)
+            assert source.stored(name) == (str(read.dtype), 2 * read.numel())
             continue
+        assert read.dtype == torch.float32
         assert blocks is not None and (blocks.kind, blocks.shape) == (kind.name, tuple(weights[name].shape))
         assert np.array_equal(gguf.quants.dequantize(blocks.data.numpy(), kind), plain), name
     assert source.blocks("model.norm.weight") is None

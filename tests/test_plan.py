@@ -26,8 +26,10 @@ from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.plan_report import parse_bytes, plan_report
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm, prefill_forms
+from skvq.engine.rope import scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes
 from skvq.kernels.layout import PAGE_TOKENS
+from skvq.loaders.published import ALIASES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTHS = (1.5, 2.0, 3.0, 4.0, 8.0)
@@ -267,6 +269,13 @@ def test_control_groups_limit_memory_and_cached_files_do_not(tmp_path: Path) -> 
     groups.write_text("9:memory:/box/gone\n3:cpuset:/\n0::/slurm/job\n")
     assert machine.left_by_groups(groups, tmp_path) == [120, 150, 500]
     assert machine.left_by_groups(tmp_path / "none", tmp_path) == []
+
+
+def test_rope_that_is_stretched_already_is_not_stretched_again() -> None:
+    """Llama 3.1's own factors would silently be lost."""
+    assert scaled(mistral(), "linear:4").trained_context == 4 * 32768
+    with pytest.raises(OptionError, match=r"stretches its RoPE itself \(llama3\)"):
+        scaled(ALIASES["llama-3.1-8b"].config, "linear:4")
 
 
 @pytest.mark.parametrize("text", ["", "80 GiBs", "-1GiB", "1e3", "9" * 400, "GiB", "١GB"])
