@@ -19,11 +19,12 @@ from skvq.engine.measure import timed
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled
-from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes, usual_weight_bytes
+from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.dense import attend_all
 from skvq.loaders.hub import config_of, resolve
-from skvq.loaders.open import open_source
+from skvq.loaders.open import dummy_source, open_source
+from skvq.loaders.source import WeightSource
 
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
 SEGMENT_OVERHEAD = 1.05
@@ -267,12 +268,13 @@ def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, con
 
 
 def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes held for the weights and expanded of them at a time: exactly where the files are here, else what to expect."""
+    """Bytes held for the weights and expanded of them at a time: exactly where the files are here, or the name says what their
+    blocks are, else what to expect."""
+    form = form_of("numba" if device.type == "cpu" else "triton", device, dtype)
+    source: WeightSource = dummy_source(model, config)
     with suppress(ModelError):
         source = open_source(resolve(model, download=False))
-        form = form_of("numba" if device.type == "cpu" else "triton", device, dtype)
-        return form.held_bytes(source), form.expanded_bytes(source)
-    return usual_weight_bytes(config, device, dtype), 0
+    return form.held_bytes(source), form.expanded_bytes(source)
 
 
 def parse_bytes(text: str) -> int:

@@ -67,9 +67,9 @@ class Plan:
 class Room:
     """What a device has for a run, in bytes, before any of it is taken.
 
-    ``weight_bytes`` of them are for the weights: from ``storage.Form.held_bytes`` exact, from ``usual_weight_bytes`` what to
-    expect; ``expanded_bytes`` for what is expanded of them at a time. ``host_memory`` may be pinned for a GPU, ``cuda_bytes``
-    CUDA itself takes (``machine.cuda_bytes``): both 0 where the device is the host.
+    ``weight_bytes`` of them are for the weights, ``expanded_bytes`` for what is expanded of these at a time (``storage.Form``).
+    ``host_memory`` may be pinned for a GPU, ``cuda_bytes`` CUDA itself takes (``machine.cuda_bytes``): both 0 where the device
+    is the host.
     """
 
     memory: int

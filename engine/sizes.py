@@ -111,12 +111,6 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
-def usual_weight_bytes(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> int:
-    """Weights of a model of which only the shape is known: on the CPU 16-bit files are held as they are."""
-    on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
-    return model.num_parameters * (2 if on_cpu else dtype.itemsize)
-
-
 def calibration_bytes(cache: CacheConfig, model: ModelConfig, *, on_gpu: bool) -> int:
     """Bases, means, scales, metrics and their factors of all layers in float32; on a GPU also what packing multiplies by, both
     matrices of a side as two halves a number and their diagonal blocks in float32 (``triton_gpu.metric``)."""

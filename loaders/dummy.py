@@ -11,9 +11,11 @@ from math import prod, sqrt
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.kernels.ggml.formats import BLOCK, FORMATS, BlockFormat
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.source import QuantizedBlocks, unknown_weight
 from skvq.loaders.text import ByteTokenizer, Tokenizer
@@ -30,14 +32,16 @@ class DummySource:
     A weight depends on its name and the seed only. Norms are one; any other number is one of 256 evenly spaced quantiles of a
     normal distribution, the outermost at 2.9 deviations, picked by a random byte: a billion a second and thread, where
     drawing from the distribution itself gave a fifth of that. Matrices have deviation 1/sqrt(columns), so every layer adds
-    values of order one to the residual stream, and activations stay finite at any depth.
+    values of order one to the residual stream, and activations stay finite at any depth. With ``kind``, a ggml type,
+    matrices whose rows are whole blocks of it are given as blocks: random codes under one scale, of the same deviation.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, kind: str = "") -> None:
         self._config = config
         self._seed = seed
+        self._form = FORMATS[kind] if kind else None
         self._shapes = expected_shapes(config)
-        self._fingerprint = hashlib.sha256(f"dummy quantiles {seed} {config!r}".encode()).hexdigest()
+        self._fingerprint = hashlib.sha256(f"dummy quantiles {seed} {config!r}{kind}".encode()).hexdigest()
 
     @property
     def config(self) -> ModelConfig:
@@ -54,7 +58,7 @@ class DummySource:
         """Hex digest of config and seed."""
         return self._fingerprint
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Tensor:
         """The weight, bfloat16, freshly drawn and owned by the caller."""
         if name not in self._shapes:
             raise unknown_weight(name, self.where)
@@ -71,14 +75,34 @@ class DummySource:
         return held[:count].view(shape)
 
     def stored(self, name: str) -> tuple[str, int]:
-        """Always bfloat16."""
-        if name not in self._shapes:
-            raise unknown_weight(name, self.where)
-        return str(torch.bfloat16), 2 * prod(self._shapes[name])
+        """The type of blocks, or bfloat16."""
+        shape = self._block_shape(name)
+        if self._form is None or shape is None:
+            return str(torch.bfloat16), 2 * prod(self._shapes[name])
+        return self._form.kind, prod(shape)
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
-        """None: dummy weights are not stored in blocks."""
-        return None
+        """The weight in blocks, freshly drawn, if it has that form."""
+        shape = self._block_shape(name)
+        if self._form is None or shape is None:
+            return None
+        rows, columns = self._shapes[name]
+        held = np.empty(-(-prod(shape) // 8), dtype=np.uint64)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            parts = [(start, held[start : start + CHUNK]) for start in range(0, len(held), CHUNK)]
+            list(pool.map(lambda part: _draw(f"{self._seed} {name} {part[0]}", part[1]), parts))
+        data = torch.from_numpy(held.view(np.uint8)[: prod(shape)]).view(shape)
+        _put_scales(data, self._form, 1 / sqrt(columns))
+        return QuantizedBlocks(data=data.view(rows, -1), kind=self._form.kind, shape=(rows, columns))
+
+    def _block_shape(self, name: str) -> tuple[int, int, int] | None:
+        """Rows, blocks that share a scale, and bytes of these, of a matrix that has that form."""
+        if name not in self._shapes:
+            raise unknown_weight(name, self.where)
+        shape = self._shapes[name]
+        if self._form is None or len(shape) != 2 or shape[1] % (BLOCK * self._form.span):
+            return None
+        return shape[0], shape[1] // (BLOCK * self._form.span), self._form.file_bytes
 
 
 @functools.cache
@@ -88,6 +112,25 @@ def _pair_table(deviation: float) -> NDArray[np.int32]:
     numbers = (quantiles * (deviation / quantiles.square().mean().sqrt())).bfloat16()
     pairs = torch.stack([numbers.expand(256, 256), numbers[:, None].expand(256, 256)], -1)  # [256, 256, 2]
     return pairs.contiguous().view(torch.int32).flatten().numpy()
+
+
+def _draw(key: str, words: NDArray[np.uint64]) -> None:
+    """Random bits."""
+    generator = np.random.Generator(np.random.SFC64(list(hashlib.sha256(key.encode()).digest())))
+    words[:] = generator.integers(0, 2**64, size=len(words), dtype=np.uint64)
+
+
+def _put_scales(data: Tensor, form: BlockFormat, deviation: float) -> None:
+    """Scales, minima and factors of random blocks uint8 [rows, blocks, bytes]: weights of that deviation around zero."""
+    factor = 32 if form.factor_bits else 1
+    scale = deviation / factor / sqrt((4**form.bits - 1) / 12)
+    heads = [scale, scale * (2**form.bits - 1) / 2 * (1 if form.factor_bits else -1)][: form.head_bytes // 2]
+    place = slice(208, 210) if form.kind == "Q6_K" else slice(0, form.head_bytes)
+    data[..., place] = torch.tensor(heads, dtype=torch.float16).view(torch.uint8)
+    if form.kind == "Q6_K":
+        data[..., 192:208] = factor
+    elif form.factor_bits:  # 32 in six bits, as ggml packs the factors of eight blocks
+        data[..., 4:12], data[..., 12:16] = factor | 2 << 6, 0
 
 
 def _fill(key: str, pairs: NDArray[np.int32], table: NDArray[np.int32]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
+from skvq.kernels.ggml.formats import FORMATS
 from skvq.loaders.checkpoint import weight_files
 from skvq.loaders.fields import reason, shorten
 from skvq.loaders.gguf_file import gguf_config
@@ -35,12 +36,31 @@ class ModelRow:
     trained_context: int
 
 
+def split_name(model: str) -> tuple[str, str]:
+    """A model's name, and what follows a colon: the GGUF file of a repository, or a type of blocks (``Q4_K``).
+
+    >>> split_name("org/name:Q4_K_M"), split_name("smollm2-135m")
+    (('org/name', 'Q4_K_M'), ('smollm2-135m', ''))
+    """
+    name, colon, tag = model.rpartition(":")
+    return (name, tag) if colon and "/" not in tag and not _exists(Path(model).expanduser()) else (model, "")
+
+
 def resolve(model: str, *, download: bool = True) -> ModelFiles:
-    """Find a model's files: an alias, a folder, a .gguf file, or ``org/name`` of the hub, the local cache first.
+    """Find a model's files: an alias, a folder, a .gguf file, or of the hub, the local cache first, ``org/name`` or
+    ``org/name:Q4_K_M``, its one GGUF file of such a name.
 
     With ``download`` a model that is not whole in the cache is fetched. ModelError, one line, says what to put where.
     """
     _require_name(model)
+    repo, tag = split_name(model)
+    if tag and (repo in ALIASES or not _REPO.fullmatch(repo)):
+        raise ModelError(
+            f"model {shorten(model)!r}: weights in blocks come from a GGUF file: give its path, or org/name:{shorten(tag)} of "
+            "a repository on the hub that has one; other names of this form are for `skvq plan` and --dummy-weights"
+        )
+    if tag:
+        return _gguf_of(model, repo, tag, download=download)
     alias = ALIASES.get(model)
     if alias is not None and alias.package:
         return ModelFiles(_package_file(model, alias), "gguf")
@@ -56,14 +76,47 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
     return ModelFiles(folder, "safetensors")
 
 
+def _gguf_of(model: str, repo: str, tag: str, *, download: bool) -> ModelFiles:
+    """The GGUF file of a repository whose name has ``tag`` in it."""
+    folder = _cached(repo)
+    found = [] if folder is None else _ggufs_in(folder, tag)
+    if not found and download:
+        folder = _download(model, repo, (f"*{tag}*.gguf",))
+        found = _ggufs_in(folder, tag)
+    if not found:
+        why = f"{repo} has no GGUF file with {shorten(tag)!r} in its name" if download else "downloads are switched off"
+        raise ModelError(_how_to_get(model, repo, why))
+    if "-of-" in found[0].name:
+        raise ModelError(f"{found[0]} is a part of a model: join the parts with `llama-gguf-split --merge` and give the whole")
+    if len(found) > 1:
+        names = ", ".join(shorten(path.name) for path in found[:4])
+        raise ModelError(f"model {shorten(model)!r} may be {len(found)} GGUF files ({names}): give more of one's name")
+    return ModelFiles(found[0], "gguf")
+
+
+def _ggufs_in(folder: Path, tag: str) -> list[Path]:
+    """GGUF files with that in their names; those that end in it, if there are any."""
+    found = [path for path in sorted(folder.rglob("*.gguf")) if tag.lower() in path.name.lower()]
+    return [path for path in found if path.stem.lower().endswith(tag.lower())] or found
+
+
 def _require_name(model: str) -> None:
     if not model.strip():
         raise ModelError("no model given: use an alias (`skvq models`), a folder, a .gguf file, or org/name on the hub")
 
 
 def config_of(model: str, *, download: bool = True) -> ModelConfig:
-    """The shape of a model without its weights: an alias's published one, a GGUF header, or config.json alone."""
+    """The shape of a model without its weights: an alias's published one, a GGUF header, or config.json alone.
+
+    A type of blocks behind a name changes no shape.
+    """
     _require_name(model)
+    name, tag = split_name(model)
+    if tag and _REPO.fullmatch(name) and not _exists(Path(name).expanduser()):
+        return gguf_config(_gguf_of(model, name, tag, download=download).path)
+    if tag:
+        require_blocks(tag)
+        model = name
     published = {name: alias.config for name, alias in ALIASES.items()}
     published |= {alias.repo: alias.config for alias in ALIASES.values() if alias.repo}
     path = Path(model).expanduser()
@@ -79,6 +132,12 @@ def config_of(model: str, *, download: bool = True) -> ModelConfig:
     if folder is None:
         raise ModelError(_how_to_get(model, repo, "downloads are switched off"))
     return read_config(folder)
+
+
+def require_blocks(tag: str) -> None:
+    """Raise ModelError for what is no type of blocks that skvq holds as they are."""
+    if tag not in FORMATS:
+        raise ModelError(f"{shorten(tag)!r} is no type of weight blocks: {', '.join(FORMATS)}{nearest(shorten(tag), FORMATS)}")
 
 
 def list_models() -> list[ModelRow]:
@@ -171,8 +230,12 @@ def _download(model: str, repo: str, patterns: tuple[str, ...]) -> Path:
 
 
 def _how_to_get(model: str, repo: str, why: str) -> str:
-    origin = "" if model == repo else f" ({repo})"
+    _, tag = split_name(model)
+    by_hand, fetched = "Put its config.json, tokenizer.json and *.safetensors into a folder and pass --model FOLDER", repo
+    if tag:
+        by_hand, fetched = "Pass --model FILE.gguf", f'{repo} --include "*{tag}*.gguf"'
+    origin = "" if repo in model else f" ({repo})"
     return (
-        f"model {model!r}{origin} is not on this machine and {why}. Put its config.json, tokenizer.json and "
-        f"*.safetensors into a folder and pass --model FOLDER, or run 'hf download {repo}' on a machine with a network"
+        f"model {model!r}{origin} is not on this machine and {why}. {by_hand}, or run 'hf download {fetched}' on a machine "
+        "with a network"
     )

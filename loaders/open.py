@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from skvq.engine.config import ModelConfig
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.gguf_file import GgufSource
-from skvq.loaders.hub import config_of, resolve
+from skvq.loaders.hub import config_of, require_blocks, resolve, split_name
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
@@ -17,14 +18,23 @@ def open_source(files: ModelFiles) -> WeightSource:
     return GgufSource(files.path) if files.kind == "gguf" else SafetensorsSource(files.path)
 
 
+def dummy_source(model: str, config: ModelConfig) -> DummySource:
+    """Random weights for a model of that name: in blocks where it names them."""
+    _, kind = split_name(model)
+    if kind:
+        require_blocks(kind)
+    return DummySource(config, kind=kind)
+
+
 def open_model(model: str, *, dummy_weights: bool = False, download: bool = True) -> tuple[WeightSource, Tokenizer]:
     """Weights and tokenizer of an alias, folder, GGUF file or hub repository.
 
-    ``dummy_weights``: random weights of that model's shape and a tokenizer of bytes; only its config is needed.
+    ``dummy_weights``: random weights of that model's shape and a tokenizer of bytes; only its config is needed. Behind a colon
+    the type of their blocks may follow (``mistral-7b:Q4_K``).
     Raises ModelError, one line, for everything that is missing, broken or unknown.
     """
     if dummy_weights:
         config = config_of(model, download=download)
-        return DummySource(config), dummy_tokenizer(config.vocab_size)
+        return dummy_source(model, config), dummy_tokenizer(config.vocab_size)
     files = resolve(model, download=download)
     return open_source(files), load_tokenizer(files)

@@ -23,6 +23,8 @@ from loader_fixtures import (
 )
 
 from skvq.engine.config import FULL_SPAN
+from skvq.kernels.ggml.formats import FORMATS
+from skvq.kernels.ggml.words import to_words
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.hf import config_to_json, read_config
 from skvq.loaders.hub import ALIASES, PATTERNS, config_of, list_models, resolve
@@ -81,6 +83,27 @@ def test_the_cache_is_asked_before_the_network(tmp_path: Path, hub: Hub) -> None
     assert hub.asked == []
     rows = {row.alias: row for row in list_models()}
     assert rows["mistral-7b"].path == tmp_path and rows["llama-2-7b"].path is None
+
+
+def test_a_gguf_file_of_a_repository_is_named_by_a_part_of_its_name(tmp_path: Path, hub: Hub) -> None:
+    repo, files = "org/tiny-GGUF", {}
+    for kind in ("Q4_0", "Q4_0_L", "Q8_0", "IQ2-00001-of-00002"):
+        files[kind] = write_gguf(tmp_path / f"tiny-{kind}.gguf", tiny_config(), random_weights(tiny_config()))
+    hub.remote[repo] = tmp_path
+    wanted = f"{repo}:Q8_0"
+    refused(
+        lambda: resolve(wanted, download=False), "downloads are switched off", 'hf download org/tiny-GGUF --include "*Q8_0*'
+    )
+    assert resolve(wanted).path == files["Q8_0"] and hub.asked == [(repo, ["*Q8_0*.gguf"])]
+    assert config_of(f"{repo}:q4_0").num_layers == 2
+    hub.cached[repo], hub.remote = tmp_path, {}
+    assert resolve(f"{repo}:Q4_0", download=False).path == files["Q4_0"]
+    refused(lambda: resolve(f"{repo}:tiny-Q"), "3 GGUF files", "tiny-Q8_0.gguf", "give more of one")
+    refused(lambda: resolve(f"{repo}:IQ2"), "is a part of a model", "llama-gguf-split --merge")
+    refused(lambda: resolve(f"{repo}:Q6_K", download=False), "Q6_K", "not on this machine")
+    refused(lambda: resolve("mistral-7b:Q4_K"), "come from a GGUF file", "--dummy-weights")
+    (tmp_path / "a:b.gguf").write_bytes(files["Q8_0"].read_bytes())
+    assert resolve(str(tmp_path / "a:b.gguf")).kind == "gguf"
 
 
 def test_an_incomplete_snapshot_is_completed(tmp_path: Path, hub: Hub) -> None:
@@ -179,6 +202,30 @@ def test_dummy_weights_need_no_files_and_no_network(hub: Hub) -> None:
     assert tokenizer.decode([104, 105, 300]) == "hi<300>"
     assert source.read("model.layers.31.self_attn.k_proj.weight").shape == (1024, 4096)
     refused(lambda: dummy_tokenizer(99), "99", "256")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_dummy_weights_in_blocks(kind: str) -> None:
+    """Of the same deviation, around zero, as large as they say, and the same each time."""
+    config = config_of(f"mistral-7b:{kind}")
+    assert config == ALIASES["mistral-7b"].config
+    source = DummySource(config, kind=kind)
+    name = "model.layers.3.self_attn.k_proj.weight"
+    blocks, again = source.blocks(name), source.blocks(name)
+    assert blocks is not None and again is not None and torch.equal(blocks.data, again.data)
+    assert (blocks.kind, blocks.shape) == (kind, (1024, 4096)) and source.stored(name) == (kind, blocks.data.nbytes)
+    weight = to_words(blocks.data, kind, torch.device("cpu")).dense() * 64
+    assert abs(float(weight.std()) - 1) < 0.02 and abs(float(weight.mean())) < 0.15
+    assert source.blocks("model.norm.weight") is None and source.stored("model.norm.weight") == ("torch.bfloat16", 8192)
+    assert DummySource(config).fingerprint != source.fingerprint != DummySource(config, 1, kind).fingerprint
+
+
+def test_dummy_weights_of_rows_that_are_no_whole_blocks() -> None:
+    """SmolLM2's rows of 576 have no blocks of 256."""
+    source, _ = open_model("smollm2-135m:Q4_K", dummy_weights=True)
+    assert source.blocks("model.layers.0.self_attn.q_proj.weight") is None
+    assert source.blocks("model.layers.0.mlp.down_proj.weight") is not None  # 1536
+    refused(lambda: open_model("smollm2-135m:Q3_K", dummy_weights=True), "'Q3_K' is no type of weight blocks", "Q4_K")
 
 
 def test_dummy_weights_depend_on_name_and_seed_only() -> None:

@@ -28,6 +28,7 @@ from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm, prefill_forms
 from skvq.engine.rope import scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes
+from skvq.kernels.ggml.words import EXPANDED_BYTES
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.loaders.published import ALIASES
 
@@ -269,6 +270,20 @@ def test_control_groups_limit_memory_and_cached_files_do_not(tmp_path: Path) -> 
     groups.write_text("9:memory:/box/gone\n3:cpuset:/\n0::/slurm/job\n")
     assert machine.left_by_groups(groups, tmp_path) == [120, 150, 500]
     assert machine.left_by_groups(tmp_path / "none", tmp_path) == []
+
+
+def test_weights_in_blocks_are_planned_for_by_name() -> None:
+    """Q4_K: 5 bits a weight on a GPU, 4.625 on a CPU, and what is expanded of it at a time."""
+    cache, numbers = CacheConfig(group_size=128), ALIASES["mistral-7b"].config.num_parameters
+    options: dict[str, Any] = {"sequences": 1, "memory": None, "dtype": None, "prefill": "exact"}
+    for device, bits, expanded in (("4090", 5.0, EXPANDED_BYTES), ("cpu", 4.625, 0)):
+        names = ("mistral-7b", "mistral-7b:Q4_K")
+        dense, blocks = (plan_report(name, cache, context=1280, device=device, **options).plan.parts for name in names)
+        assert dense["weights"] == pytest.approx(2 * numbers, rel=1e-4)
+        assert blocks["weights"] == pytest.approx(bits / 8 * numbers, rel=1e-3)
+        assert blocks["workspace"] - dense["workspace"] == expanded
+    fits = [plan_report(name, cache, context=1_000_000, device="4090", **options).plan.fits for name in names]
+    assert fits == [False, True]
 
 
 def test_rope_that_is_stretched_already_is_not_stretched_again() -> None:
