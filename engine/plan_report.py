@@ -54,6 +54,9 @@ GIB = 2**30
 ASSUMED, OF_H200 = (0.75, 0.80, 0.60), (0.92, 0.57, 0.65)
 """Efficiencies of weights, cache and matrices. The H200's are measured (``benchmarks/results``): packed attention is slower
 than its memory."""
+OF_BLOCKS = 0.6
+"""Efficiency of weights in quantized blocks on a card, at most. An assumption: by its instructions their product keeps up with
+the memory of an A100 or an H100, and with nine tenths of an H200's (``benchmarks/results/sass.json``)."""
 OF_CPU_CACHE, OF_CPU_MATRICES = 0.28, 0.85
 """Measured on a CPU (``benchmarks/results/attention_cpu.json``, ``peers_cpu.json``), where packed attention is arithmetic, and
 all of prefill runs at about the speed of dense attention."""
@@ -209,6 +212,8 @@ def plan_report(
             raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
     device = "cuda" if card.name in CARDS else card.name
     weight_bytes, expanded_bytes = _weight_bytes(model, config, torch.device(device), card.dtype)
+    if expanded_bytes:
+        card = replace(card, weight_efficiency=min(card.weight_efficiency, OF_BLOCKS))
     room = Room(
         memory=card.memory,
         weight_bytes=weight_bytes,

@@ -81,7 +81,8 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(script, "seconds_of", once)
     few = script.matvec_sweep.matvec.Tiling(rows=16, warps=1, depth=1)  # programs of the engine's matrices
     monkeypatch.setattr(script.matvec_sweep.matvec, "tiling_of", lambda vectors, outs, width, gated: few)
-    monkeypatch.setattr(script.matvec_sweep, "measure", lambda *rest: None)  # tested by itself
+    for name in ("measure", "measure_blocks"):  # tested by themselves
+        monkeypatch.setattr(script.matvec_sweep, name, lambda *rest: None)
     monkeypatch.setattr(ops, "CudaGraphs", CheckedGraphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with card((9, 0)), emulated(90):
@@ -121,6 +122,31 @@ def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pyte
         monkeypatch.setattr(module.Product, "fused", lambda self, weight, tiling: self.apart(module.TorchOps(), weight) + 1)
         module.measure(step, once, (1,))
         assert len(found) == 3 and not any(value["good"] for value in found.values())
+
+
+def test_quantized_blocks_are_measured_behind_their_gates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script.matvec_sweep
+    shapes = {"a": ("norm_linear", 40, 64), "b": ("linear_add", 24, 96), "c": ("norm_swiglu", 48, 256)}
+    for name, value in {"SHAPES": shapes, "OUTGROWN": 1.0, "MANY": 30}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found: dict[str, Any] = {}
+
+    def step(name: str, work: Any) -> Any:
+        found[name] = work()
+        return found[name]
+
+    with card((9, 0)), emulated(90):
+        module.measure_blocks(step, once, ("a", "b"), ("Q4_0", "Q8_0"))
+        module.measure_blocks(step, once, ("c",), ("Q4_K",))
+        assert all(value["good"] for name, value in found.items() if name.startswith("gate "))
+        assert {"blocks Q4_0 a", "blocks Q8_0 b x4", "blocks Q4_K c", "blocks Q4_0 a x30"} <= set(found)
+        found.clear()
+        monkeypatch.setattr(module.BlockProduct, "fused", lambda self, matrix: self.residual)
+        module.measure_blocks(step, once, ("c",), ("Q4_K",))
+        assert (
+            not any(value["good"] for name, value in found.items() if name.startswith("gate ")) and "blocks Q4_K c" not in found
+        )
 
 
 def test_a_failing_step_is_recorded_and_tried_once_more(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

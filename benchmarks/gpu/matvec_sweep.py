@@ -1,12 +1,14 @@
 """The matrices of a decode step on a GPU: ``kernels.triton_gpu.matvec`` beside cuBLAS, and its tilings one by one.
 
 Steps for ``run_all.py``: it measures the tilings that the product takes, and with ``--matvec`` tries others and prints the best
-of each shape. Every one passes the gate of correctness or is not timed.
+of each shape; and matrices of quantized blocks (``kernels.triton_gpu.blocks``). Every one passes the gate of correctness or is
+not timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -16,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skvq.engine.config import ModelConfig
 from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu import matvec
+from skvq.kernels.triton_gpu import blocks, matvec
 from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.overlap import overlaps
+from skvq.loaders.dummy import DummySource
 
 Seconds = Callable[[Callable[[], Any]], tuple[float, float]]
 Step = Callable[..., Any]
@@ -41,6 +45,9 @@ LLAMA_2 = {
 }
 SHAPES = MISTRAL | LLAMA_2
 ROWS, WARPS, DEPTHS = (1, 2, 4, 8), (4, 8), (1, 2, 4)
+BLOCK_KINDS, BLOCK_SHAPES = ("Q4_K", "Q6_K", "Q8_0"), ("gate-up 28672x4096", "down 4096x14336", "output 4096x4096")
+MANY = 1024  # vectors, a chunk of prefill: the matrix is expanded
+SMALL = {"family": "llama", "intermediate_size": 1, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_size": 2}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,13 +90,16 @@ class Product:
         return wide.apart(TorchOps(), wide.weights[0])
 
 
-def make_product(name: str, vectors: int = 1, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Product:
+def make_product(
+    name: str, vectors: int = 1, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", copies: int = 0
+) -> Product:
+    """``copies`` of its matrix, if not as many as outgrow the L2 cache."""
     kind, rows, width = SHAPES[name]
     outs = rows // (2 if kind == "norm_swiglu" else 1)
     x, norm, residual = (
         torch.randn(*shape, device=device).to(dtype) for shape in ((vectors, width), (width,), (vectors, outs))
     )
-    count = math.ceil(OUTGROWN / (2 * rows * width)) + 1
+    count = copies or math.ceil(OUTGROWN / (2 * rows * width)) + 1
     weights = tuple((torch.randn(rows, width, device=device) / width**0.5).to(dtype) for _ in range(count))
     return Product(kind, x, norm, residual, weights)
 
@@ -132,6 +142,80 @@ def measure(step: Step, seconds_of: Seconds, vectors: tuple[int, ...] = (1, 4)) 
             gate = step(f"gate {label}", lambda name=name, count=count: gate_of(name, count))
             if gate.get("good"):
                 step(label, lambda name=name, count=count: beside_torch(make_product(name, count), seconds_of))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockProduct:
+    """``Product`` of a matrix of quantized blocks, of dummy weights."""
+
+    kind: str
+    x: Tensor
+    norm: Tensor
+    residual: Tensor
+    matrices: tuple[blocks.BlockMatrix, ...]
+
+    def fused(self, matrix: blocks.BlockMatrix) -> Tensor:
+        if self.kind == "linear_add":
+            return blocks.multiply(self.x, matrix, None, residual=self.residual)
+        return blocks.multiply(self.x, matrix, None, norm=self.norm, eps=EPS, gated=self.kind == "norm_swiglu")
+
+    def expanded(self, dtype: torch.dtype) -> Product:
+        """With the same matrix as numbers."""
+        matrix = self.matrices[0]
+        weight = matrix.rows(torch.arange(matrix.shape[0], device=self.x.device), dtype)
+        return Product(self.kind, self.x, self.norm, self.residual, (weight,))
+
+
+def make_blocks(name: str, kind: str, vectors: int, device: str = "cuda") -> BlockProduct:
+    _, rows, width = SHAPES[name]
+    source = DummySource(ModelConfig(**{**SMALL, "hidden_size": width, "vocab_size": rows}), kind=kind)
+    found = source.blocks("model.embed_tokens.weight")
+    assert found is not None
+    first = blocks.BlockMatrix(found.data, kind, torch.device(device))
+    count = math.ceil(OUTGROWN / first.data.nbytes)
+    matrices = (first, *(blocks.BlockMatrix(found.data, kind, torch.device(device)) for _ in range(count)))
+    product = make_product(name, vectors, device=device, copies=1)
+    return BlockProduct(product.kind, product.x, product.norm, product.residual, matrices)
+
+
+def check_blocks(product: BlockProduct) -> dict[str, Any]:
+    """As ``check``; torch's weights are rounded to 16 bits."""
+    exact, dense = product.expanded(torch.float32).exact(), product.expanded(product.x.dtype)
+    off, torch_off = (
+        float((got.float() - exact).abs().max())
+        for got in (product.fused(product.matrices[0]), dense.apart(TorchOps(), dense.weights[0]))
+    )
+    return {"off": off, "torch_off": torch_off, "good": off <= 2 * torch_off}
+
+
+def time_blocks(product: BlockProduct, seconds_of: Seconds) -> dict[str, float]:
+    """Milliseconds and GB/s of one launch."""
+    taken, spread = seconds_of(lambda: [product.fused(matrix) for matrix in product.matrices])
+    taken /= len(product.matrices)
+    return {"ms": taken * 1e3, "gbps": product.matrices[0].data.nbytes / taken / 1e9, "spread": spread}
+
+
+def time_many(product: BlockProduct, seconds_of: Seconds) -> dict[str, float]:
+    """Milliseconds of a product with a chunk of prefill, and of torch's with the matrix in 16 bits."""
+    matrix, weight = product.matrices[0], product.expanded(product.x.dtype).weights[0]
+    out = torch.empty(len(product.x), matrix.shape[0], dtype=product.x.dtype, device=product.x.device)
+    ours, _ = seconds_of(lambda: matrix.multiply(product.x, None, out))
+    linear, _ = seconds_of(lambda: F.linear(product.x, weight))
+    return {"ms": ours * 1e3, "linear_ms": linear * 1e3}
+
+
+def measure_blocks(
+    step: Step, seconds_of: Seconds, names: tuple[str, ...] = BLOCK_SHAPES, kinds: tuple[str, ...] = BLOCK_KINDS
+) -> None:
+    """Matrices of quantized blocks by one vector and by four, and by as many as a chunk of prefill has."""
+    for name, kind in itertools.product(names, kinds):
+        for count in (1, 4):
+            label = f"blocks {kind} {name}" + (f" x{count}" if count > 1 else "")
+            made = functools.partial(make_blocks, name, kind, count)
+            if step(f"gate {label}", lambda made=made: check_blocks(made())).get("good"):
+                step(label, lambda made=made: time_blocks(made(), seconds_of))
+        many = functools.partial(make_blocks, name, kind, MANY)
+        step(f"blocks {kind} {name} x{MANY}", lambda many=many: time_many(many(), seconds_of))
 
 
 def gate_of(name: str, vectors: int) -> dict[str, Any]:

@@ -528,6 +528,7 @@ def measure(log: Log) -> None:
     copy_gbps = log.step("copy", copy_bandwidth).get("gbps", math.nan)
     attention(log, "mistral-7b", TIMED[0], copy_gbps)
     matvec_sweep.measure(log.step, seconds_of)
+    matvec_sweep.measure_blocks(log.step, seconds_of)
     torch.cuda.empty_cache()
     if gates_of_the_step(log) and gate_of(log, 2.0, 2.0, 128, True):
         decoder = Decoder()
