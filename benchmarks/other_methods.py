@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skvq.calibrate.reorder import fill_empty
 from skvq.calibrate.run import TEXT_TOKENS
-from skvq.engine.evaluate import compare, dense_layers, hidden_states
+from skvq.engine.evaluate import compare, dense_layers, text_hidden
 from skvq.engine.generate import Engine
 from skvq.engine.rope import StepRope
 from skvq.kernels.reference import masked_attention
@@ -114,7 +114,7 @@ def published_schemes(engine: Engine, corpus: Tensor) -> list[Scheme]:
     for text in texts:
         dense = dense_layers(model, len(text))
         layers = [Extremes(dense(i)) for i in range(config.num_layers)]
-        hidden_states(model, rope, text, lambda i, layers=layers: layers[i], lambda done: None)  # type: ignore[misc]
+        text_hidden(model, rope, text, lambda i, layers=layers: layers[i])  # type: ignore[misc]
         found.append(layers)
     groups = config.num_kv_heads * config.head_size // GROUP
 
@@ -131,6 +131,6 @@ def published_schemes(engine: Engine, corpus: Tensor) -> list[Scheme]:
 def simulate(engine: Engine, ids: Tensor, scheme: Callable[[int], Scheme]) -> dict[str, float]:
     """Perplexity, KL and top-1 agreement of a scheme for each layer against full precision."""
     model, rope, spans = engine.parts.model, engine.parts.rope, engine.parts.model.config.attention_spans
-    exact = hidden_states(model, rope, ids, dense_layers(model, len(ids)), lambda done: None)
-    other = hidden_states(model, rope, ids, lambda i: SimulatedLayer(scheme(i), spans[i]), lambda done: None)
+    exact = text_hidden(model, rope, ids, dense_layers(model, len(ids)))
+    other = text_hidden(model, rope, ids, lambda i: SimulatedLayer(scheme(i), spans[i]))
     return compare(model, exact, other, ids).summary()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from skvq.calibrate.allocate import as_layer_bits, choose_bits
@@ -48,7 +47,6 @@ def _parts(model: ModelConfig, config: CacheConfig) -> list[slice]:
     return [slice(head, head + 1) for head in range(heads)] if config.by_head else [slice(0, heads)]
 
 
-@torch.no_grad()
 def calibrate_budget(
     model: Model,
     frequencies: RopeFrequencies,
@@ -67,7 +65,7 @@ def calibrate_budget(
     """
     assert config.is_open, "there is no budget to spend"
     widths = candidates(config.code_bits)
-    probe = Probe(model, frequencies, texts[-1][:PROBE_TOKENS].to(model.weights.embedding.device), config.window)
+    probe = Probe(model, frequencies, texts[-1][:PROBE_TOKENS].to(model.device), config.window)
     fits: list[dict[float, dict[str, Tensor]]] = []
     losses: list[list[float]] = []  # keys and values of the first head (or layer), of the second, ...
     parts = _parts(model.config, config)

@@ -39,7 +39,6 @@ def texts_of(ids: Sequence[int], tokens: int) -> Tensor:
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
-@torch.no_grad()
 def calibrate(
     model: Model,
     frequencies: RopeFrequencies,
@@ -72,7 +71,6 @@ def calibrate(
     return stacked(layers)
 
 
-@torch.no_grad()
 def rehearse(model: Model, frequencies: RopeFrequencies, texts: Tensor, config: CacheConfig, backend: Backend) -> None:
     """Calibrate one layer on a few tokens and forget it.
 
@@ -85,12 +83,12 @@ def rehearse(model: Model, frequencies: RopeFrequencies, texts: Tensor, config: 
 
 def recorded(model: Model, frequencies: RopeFrequencies, texts: Tensor, outliers: OutlierTokens) -> Iterator[LayerStats]:
     """What each layer sees of texts int64 [S, T], one layer after another, text by text."""
-    shape, embedding = model.config, model.weights.embedding
+    shape, device = model.config, model.device
     count, length = texts.shape
-    rope = at_positions(frequencies, torch.arange(length, device=embedding.device)[None])
-    with HiddenStates(count, length, shape.hidden_size, embedding.dtype, embedding.device) as hidden:
+    rope = at_positions(frequencies, torch.arange(length, device=device)[None])
+    with HiddenStates(count, length, shape.hidden_size, model.dtype, device) as hidden:
         for at in range(count):
-            hidden[at] = model.embed(texts[at].to(embedding.device))
+            hidden[at] = model.embed(texts[at].to(device))
         for index in range(shape.num_layers):
             yield _recorded_layer(model, index, rope, texts, hidden, outliers)
 

@@ -18,12 +18,12 @@ from skvq.commands.options import (
     cache_options,
     calibration_option,
     ctxs_option,
+    depths_of,
     download_option,
     engine_options,
     json_option,
     load_engine,
     machine_options,
-    numbers_of,
     pick,
     prefill_option,
     stack,
@@ -152,7 +152,7 @@ def prefill_command(**options: Any) -> None:
 @bench.command("planted", cls=OneLineCommand)
 @click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file; only its config is read.")
 @ctxs_option
-@click.option("--depths", callback=numbers_of, default="0,25,50,75,100", show_default=True, help="Per cent of the context.")
+@click.option("--depths", callback=depths_of, default="0,25,50,75,100", show_default=True, help="Per cent of the context.")
 @click.option("--layers", type=click.IntRange(1, 1024), help="Layers to fill; default: the model's.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @machine_options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import asdict
 
 import click
 
@@ -19,13 +19,9 @@ def models(as_json: bool) -> None:
 
     rows = list_models()
     if as_json:
-        click.echo(json.dumps({"models": [{**_row(r), "path": None if r.path is None else str(r.path)} for r in rows]}))
+        click.echo(json.dumps({"models": [{**asdict(r), "path": None if r.path is None else str(r.path)} for r in rows]}))
         return
     width = max(len(r.alias) for r in rows)
     for r in rows:
         place = r.path if r.path is not None else "not on this machine"
         click.echo(f"{r.alias:{width}}  {r.parameters / 1e9:5.2f}B  {r.trained_context:>9,} tokens  {r.origin}  ({place})")
-
-
-def _row(row: Any) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in ("alias", "origin", "parameters", "trained_context")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from skvq.engine.config import BITS, METHODS, PREFILLS, CacheConfig
+from skvq.engine.config import BITS, METHODS, PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.filters import AttentionSinks, rule_from_text
 
 if TYPE_CHECKING:
@@ -40,14 +41,6 @@ def bits_of(context: click.Context, parameter: click.Parameter, value: str) -> f
     if value not in known:
         raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}")
     return float(value)
-
-
-def numbers_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
-    """Click callback: comma-separated numbers."""
-    try:
-        return [float(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,50,100") from None
 
 
 MULTIPLES = {"k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
@@ -166,10 +159,9 @@ packing_options = stack(
 )
 """How numbers are quantized: what a calibration depends on."""
 
-window_option = click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits.")
 cache_options = stack(
     packing_options,
-    window_option,
+    click.option("--window", type=int, default=128, show_default=True, help="Most recent tokens kept in 16 bits."),
     click.option("--sinks", type=int, default=5, show_default=True, help="First tokens kept in 16 bits."),
     click.option(
         "--filter", "filters", multiple=True, help="Further rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."
@@ -198,10 +190,7 @@ sampling_options = stack(
 json_option = click.option("--json", "as_json", is_flag=True, help="Make the last line of stdout one JSON object.")
 
 PACKING_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size")
-SAMPLING_NAMES = (
-    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed", "stop", "ignore_eos",
-    "prompt_lookup",
-)  # fmt: skip
+SAMPLING_NAMES = tuple(field.name for field in fields(SamplingConfig))
 
 
 def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -216,7 +205,10 @@ def is_given(name: str) -> bool:
 
 def depths_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     """Click callback: comma-separated percentages."""
-    numbers = numbers_of(context, parameter, value)
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,50,100") from None
     if not all(0 <= n <= 100 for n in numbers):
         raise click.BadParameter(f"{value!r}: depths are percentages from 0 to 100")
     return numbers

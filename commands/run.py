@@ -140,7 +140,7 @@ def converse(
             raise
         engine.report.message(str(error))
     except BaseException as error:
-        whole = turn.is_read(sequence) or (turn is not first and turn.go_back(sequence))
+        whole = turn.is_read(sequence) or (turn is not first and sequence.rewind(turn.mark))
         if options["session"] is not None and whole:
             sequence.save(options["session"])
             engine.report.message(f"what has been read and written is saved in {options['session']}")
@@ -164,18 +164,6 @@ class Turn:
     def is_read(self, sequence: SequenceCache) -> bool:
         """Whether all of the text has been read: a sequence then gets a timing of its own."""
         return sequence.timing is not self.timing
-
-    def go_back(self, sequence: SequenceCache) -> bool:
-        """Forget what was read since; False, and nothing changes, where no token from before is left."""
-        from skvq.engine.interrupts import uninterrupted
-
-        total_tokens, pending = self.mark
-        length = total_tokens - sequence.dropped
-        if length > 0:
-            with uninterrupted():
-                sequence.truncate(length)
-                sequence.pending = list(pending)
-        return length > 0
 
 
 def require_consistent(options: dict[str, Any]) -> None:

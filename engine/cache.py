@@ -102,6 +102,16 @@ class SequenceCache:
         """Where it stands: its tokens and what is pending. Another one if it has been continued or cut."""
         return self.total_tokens, tuple(self.pending)
 
+    def rewind(self, mark: tuple[int, tuple[int, ...]]) -> bool:
+        """Forget what came since it had that ``mark``; False, and nothing changes, where no token from before is left."""
+        total_tokens, pending = mark
+        length = total_tokens - self.dropped
+        if length > 0:
+            with uninterrupted():
+                self.truncate(length)
+                self.pending = list(pending)
+        return length > 0
+
     # --- lengths ---------------------------------------------------------------------------------------------------------
 
     def packed_after(self, count: int) -> int:

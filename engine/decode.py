@@ -7,7 +7,7 @@ tensors hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Protocol
@@ -133,20 +133,6 @@ def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, *, gr
     if not graph or setup.needs_mass or not setup.backend.captures(model.config.head_size):
         return EagerStep(model, rope, setup)
     return GraphStep(model, rope, setup, graphs_of(setup))
-
-
-def as_replayed(work: Callable[[], Tensor], setup: CacheSetup) -> Callable[[], object]:
-    """``work`` of the device alone, to be done again and again as a decode step does it: as a graph where that is one."""
-    if not setup.backend.captures(setup.arena.shape.head_size):
-        return work
-    return graphs_of(setup).capture(work).replay
-
-
-def launched_for(setup: CacheSetup, packed: int) -> int:
-    """Packed tokens that a step at ``packed`` is launched for (``Graphs.bound``)."""
-    if not setup.backend.captures(setup.arena.shape.head_size):
-        return packed
-    return graphs_of(setup).bound(packed)
 
 
 def graphs_of(setup: CacheSetup) -> Graphs:

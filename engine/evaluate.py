@@ -26,6 +26,7 @@ from skvq.kernels.reference import masked_attention, merge
 
 ROWS = 256
 """Positions whose logits are held at once."""
+DEPTHS = 8
 
 
 class DecodeRegimeLayer:
@@ -91,22 +92,26 @@ class StrictWindowLayer(DecodeRegimeLayer):
         return merge([p[0] for p in parts], [p[1] for p in parts])[0].to(q.dtype)
 
 
-def hidden_states(
-    model: Model, frequencies: RopeFrequencies, ids: Tensor, cache: Callable[[int], LayerCache], progress: Callable[[int], None]
+def text_hidden(
+    model: Model,
+    frequencies: RopeFrequencies,
+    ids: Tensor,
+    cache: Callable[[int], LayerCache],
+    advance: Callable[[float], None] = lambda done: None,
 ) -> Tensor:
-    """Last hidden states [N, d] of a whole text, layer by layer against ``cache(layer)``."""
+    """Last hidden states [N, d] of a whole text, layer by layer against ``cache(layer)``; ``advance(1)`` after each."""
     rope = at_positions(frequencies, torch.arange(len(ids), device=ids.device)[None])
     x = model.embed(ids[None])
     for layer in range(model.config.num_layers):
         x = model.layer(layer, x, rope, cache(layer))
-        progress(layer + 1)
+        advance(1)
     return x[0]
 
 
 def dense_layers(model: Model, count: int) -> Callable[[int], LayerCache]:
-    """Full-precision caches for ``hidden_states`` of a text of ``count`` tokens."""
-    config, embedding = model.config, model.weights.embedding
-    shape = (config.num_kv_heads, count, config.head_size, embedding.dtype, embedding.device)
+    """Full-precision caches for ``text_hidden`` of a text of ``count`` tokens."""
+    config = model.config
+    shape = (config.num_kv_heads, count, config.head_size, model.dtype, model.device)
     keys, values = kv_buffer(*shape), kv_buffer(*shape)
     return lambda layer: DenseLayer(keys, values, config.attention_spans[layer])
 
@@ -128,20 +133,6 @@ class Comparison:
             "kl": float(self.kl.mean()),
             "top1": float(self.same_top.float().mean()),
         }
-
-    def by_position(self, bins: int = 8) -> list[dict[str, float]]:
-        """Mean KL and top-1 agreement of equal stretches of the text, first to last."""
-        edges = [round(i * len(self.kl) / bins) for i in range(bins + 1)]
-        return [
-            {
-                "first": a,
-                "last": b - 1,
-                "kl": float(self.kl[a:b].mean()),
-                "top1": float(self.same_top[a:b].float().mean()),
-            }
-            for a, b in pairwise(edges)
-            if b > a
-        ]
 
 
 def perplexity(nll: Tensor) -> float:
@@ -181,16 +172,21 @@ def evaluation_row(cache: CacheConfig, model: ModelConfig, found: Sequence[Compa
         "bits_per_element": bits_per_element(cache, model),
         **Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same).summary(),
         "tokens": len(kl),
-        "by_position": _mean_by_position(found),
+        "by_position": error_by_position(found),
     }
 
 
-def _mean_by_position(found: Sequence[Comparison]) -> list[dict[str, float]]:
-    """Error by depth, averaged over the stretches that have the first one's length."""
+def error_by_position(found: Sequence[Comparison]) -> list[dict[str, float]]:
+    """Mean KL and top-1 agreement by depth, in DEPTHS equal parts, of the stretches that have the first one's length."""
     whole = [c for c in found if len(c.kl) == len(found[0].kl)]
     kl = torch.stack([c.kl for c in whole]).mean(0)
     same = torch.stack([c.same_top.float() for c in whole]).mean(0)
-    return Comparison(nll_fp=kl, nll=kl, kl=kl, same_top=same).by_position()
+    edges = [round(i * len(kl) / DEPTHS) for i in range(DEPTHS + 1)]
+    return [
+        {"first": a, "last": b - 1, "kl": float(kl[a:b].mean()), "top1": float(same[a:b].mean())}
+        for a, b in pairwise(edges)
+        if b > a
+    ]
 
 
 def nll_of(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:

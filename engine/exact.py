@@ -77,8 +77,7 @@ def new_state(model: Model, count: int, form: PrefillForm, most: int) -> ExactSt
     """Room for a prompt of ``count`` tokens, as ``PrefillForm`` counts it; in host memory for one of ``most``, for torch keeps
     what it has pinned and every prompt of an engine can have the same.
     """
-    config, embedding, groups = model.config, model.weights.embedding, form.head_groups
-    device, dtype = embedding.device, embedding.dtype
+    config, groups, device, dtype = model.config, form.head_groups, model.device, model.dtype
 
     def room(*shape: int) -> Tensor:
         if not form.host_states:

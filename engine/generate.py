@@ -1,4 +1,4 @@
-"""The engine: text in, text out. It owns the loop reserve -> forward -> commit."""
+"""The engine: text in, text out. What a user gives is checked here and handed on."""
 
 from __future__ import annotations
 

@@ -150,11 +150,10 @@ def build_cache(
     report: Reporter,
 ) -> tuple[CacheConfig, CacheSetup]:
     """Calibration, arena and method of one cache over a loaded model; the cache as calibration has chosen its bits."""
-    config = loaded.model.config
-    embedding = loaded.model.weights.embedding
+    model, config = loaded.model, loaded.model.config
     cache, tensors = _calibration(loaded, cache, calibration, report)
-    shape = arena_shape(config, cache, max_context=loaded.context, max_sequences=max_sequences, dtype=embedding.dtype)
-    arena = Arena(shape, embedding.device)
+    shape = arena_shape(config, cache, max_context=loaded.context, max_sequences=max_sequences, dtype=model.dtype)
+    arena = Arena(shape, model.device)
     setup = cache_setup(
         arena,
         config,
@@ -205,12 +204,10 @@ def with_cache(
     parts: EngineParts, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
 ) -> EngineParts:
     """The same weights with another cache. Raises CapacityError if there is no room for it in addition to this one."""
-    config, embedding = parts.model.config, parts.model.weights.embedding
+    model, config = parts.model, parts.model.config
     cache = cache.fitted(config)
-    room = room_beside(embedding.device, parts.room)
-    planner = Planner(
-        model=config, cache=cache, room=room, sequences=max_sequences, dtype=embedding.dtype, prefill=parts.prefill
-    )
+    room = room_beside(model.device, parts.room)
+    planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.prefill)
     planner.plan_that_fits(parts.loaded.context)
     full = on_full_of(parts.on_full, regions_of(with_longest_tile(cache, config), config), parts.loaded.context)
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)

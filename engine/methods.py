@@ -24,13 +24,13 @@ Codec = TypeVar("Codec")
 
 
 class Attends(Protocol):
-    """Attention of one layer over what sequences hold. Shapes as in ``kernels.interface.Backend``."""
+    """Attention of one layer over what sequences hold. Shapes as in ``kernels.interface.PackedKernels``."""
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]: ...
 
 
 class CacheMethod(Attends, Protocol):
-    """Packing, unpacking and attention of one layer. Shapes as in ``kernels.interface.Backend``."""
+    """Packing, unpacking and attention of one layer. Shapes as in ``kernels.interface.PackedKernels``."""
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None: ...
 

@@ -61,9 +61,19 @@ class Model:
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.weights.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self.weights.embedding.dtype
+
     def ids(self, token_ids: Sequence[int]) -> Tensor:
         """int64 [N] where the model is."""
-        return torch.as_tensor(list(token_ids), dtype=torch.int64, device=self.weights.embedding.device)
+        return torch.as_tensor(list(token_ids), dtype=torch.int64, device=self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states [..., d] of token ids int64 [...]."""

@@ -122,9 +122,9 @@ class Planner:
             bits_per_element=max(bits_per_element(choice, model) for choice, _ in shapes),
         )
 
-    def largest_context(self, limit: int = 2**27) -> int:
-        """The longest context, in whole pages, whose plan fits; 0 if none does."""
-        low, high = 0, limit // PAGE_TOKENS
+    def largest_context(self) -> int:
+        """The longest context, in whole pages up to 2^27 tokens, whose plan fits; 0 if none does."""
+        low, high = 0, 2**27 // PAGE_TOKENS
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.plan(middle * PAGE_TOKENS).fits else (low, middle - 1)

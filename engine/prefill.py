@@ -77,7 +77,7 @@ def streaming_prefill(
     A piece is a chunk in a layer. Broken off, the sequence holds the chunks that were finished and can be used.
     """
     config = model.config
-    device = model.weights.embedding.device
+    device = model.device
     begin = sequence.total_tokens
     last = begin + len(ids)
     checkpoint.resume_streaming(sequence, ids)

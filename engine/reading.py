@@ -91,7 +91,7 @@ def _read_rest(
     if sequence.length and len(ids) <= SHORT_TOKENS and not checkpoint.in_file:
         how, hidden = "as decode steps", short_prefill(model, rope, sequence, ids)
     elif sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
-        form = parts.plan.form_of(model.config, len(ids), model.weights.embedding.dtype)
+        form = parts.plan.form_of(model.config, len(ids), model.dtype)
         how, hidden = str(form), (yield from exact_prefill(model, rope, sequence, ids, form, report, checkpoint))
     else:
         how, hidden = "streaming", (yield from streaming_prefill(model, rope, sequence, ids, report, checkpoint))

@@ -18,8 +18,8 @@ from skvq.engine.evaluate import (
     compare,
     dense_layers,
     evaluation_row,
-    hidden_states,
     nll_of,
+    text_hidden,
 )
 from skvq.engine.loading import EngineParts, with_cache
 from skvq.engine.options import is_whole, require_type
@@ -28,7 +28,7 @@ from skvq.engine.report import Reporter
 
 def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
     """Last hidden states [N, d] of a text in full precision: what a cache is measured against."""
-    return hidden_states(parts.model, parts.rope, ids, dense_layers(parts.model, len(ids)), lambda done: None)
+    return text_hidden(parts.model, parts.rope, ids, dense_layers(parts.model, len(ids)))
 
 
 def regime_hidden(
@@ -39,13 +39,7 @@ def regime_hidden(
     try:
         sequence.reserve(len(ids))
         with report.bar(f"scoring {len(ids):,} tokens", parts.model.config.num_layers) as bar:
-            return hidden_states(
-                parts.model,
-                parts.rope,
-                ids,
-                lambda layer: layer_class(sequence, layer, ids),
-                lambda done: bar.advance(1),
-            )
+            return text_hidden(parts.model, parts.rope, ids, lambda layer: layer_class(sequence, layer, ids), bar.advance)
     finally:
         sequence.free()
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from skvq.engine.absorb import absorb, pack_window
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.config import FULL_SPAN
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.mass import add_mass
 from skvq.engine.methods import Attends, CacheMethod, RowByRow
@@ -101,19 +100,6 @@ class StreamingLayer:
         """Attention over tokens from ``start`` on, [T, KH, D], all of them before the first query."""
         keys, values = (t.to(q.dtype).transpose(0, 1) for t in (keys, values))
         return attend_behind(q, keys, values, self.sequence.length - self.span + 1 - start)
-
-
-def last_token_step(sequence: SequenceCache) -> Step:
-    """A step that asks again for what the last token of a sequence sees, in a layer without a span."""
-    device = sequence.device
-    return Step(
-        slots=torch.tensor([sequence.slot], device=device),
-        positions=torch.tensor([[sequence.length - 1]], dtype=torch.int32, device=device),
-        packed=torch.tensor([sequence.packed], dtype=torch.int32, device=device),
-        page_table=sequence.setup.arena.page_table,
-        max_packed=sequence.packed,
-        span=FULL_SPAN,
-    )
 
 
 class DecodeBatch:

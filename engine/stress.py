@@ -14,7 +14,7 @@ from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import FULL_SPAN, CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.loading import cache_setup
 from skvq.engine.machine import available_memory
@@ -24,7 +24,7 @@ from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import frequencies
 from skvq.engine.sizes import arena_shape, gib, regions_of, with_longest_tile
-from skvq.kernels.interface import Backend
+from skvq.kernels.interface import Backend, Step
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 RANDOM_UNIT = 0.25
@@ -82,11 +82,11 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed % 2**64)
 
 
-def made_up_calibration(config: ModelConfig, cache: CacheConfig, seed: int = 0) -> Mapping[str, Tensor]:
+def made_up_calibration(config: ModelConfig, cache: CacheConfig) -> Mapping[str, Tensor]:
     """A valid calibration for normal numbers: random orthogonal bases and small means for ``rotate``, labels in order."""
     if not cache.is_packed:
         return {}
-    generator = seeded(seed)
+    generator = seeded(0)
     shapes = tensor_shapes(cache, config)
     tensors = {name: torch.ones(shape, dtype=torch.float32) for name, shape in shapes.items()}
     for side in SIDES:
@@ -128,7 +128,6 @@ def append(sequence: SequenceCache, keys: Sequence[Tensor], values: Sequence[Ten
     sequence.commit(ids)
 
 
-@torch.no_grad()
 def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: Reporter, plants: Sequence[Plant] = ()) -> None:
     """Append ``count`` random tokens: normal keys and values, packed by the real kernel; layers differ by a shift.
 
@@ -208,3 +207,16 @@ class _Layers(Sequence[Tensor]):
         for plant in self._plants:
             tokens[plant.position - self._first] = getattr(plant, self._name).to(tokens)
         return tokens
+
+
+def last_token_step(sequence: SequenceCache) -> Step:
+    """A step that asks again for what the last token of a sequence sees, in a layer without a span."""
+    device = sequence.device
+    return Step(
+        slots=torch.tensor([sequence.slot], device=device),
+        positions=torch.tensor([[sequence.length - 1]], dtype=torch.int32, device=device),
+        packed=torch.tensor([sequence.packed], dtype=torch.int32, device=device),
+        page_table=sequence.setup.arena.page_table,
+        max_packed=sequence.packed,
+        span=FULL_SPAN,
+    )

@@ -70,7 +70,7 @@ def code_bytes(bits: float, head_size: int, tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLayout:
-    """Where things lie in a page of one layer. Shapes are per kv head; the arena adds [layers, pages, kv heads].
+    """Where things lie in a page of one layer. Shapes are per kv head; the arena adds [pages, kv heads].
 
     >>> page = PageLayout(head_size=128, kv_heads=8, key_bits=2.0, value_bits=1.5, group_size=64)
     >>> page.tile, page.tiles, page.groups, page.key_bytes, page.value_bytes, page.meta_words

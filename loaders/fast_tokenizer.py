@@ -75,8 +75,6 @@ class FastTokenizer:
     """Byte-level BPE (Llama 3, Qwen2, SmolLM2) or SentencePiece-like BPE with byte fallback (Llama 1-2, Mistral)."""
 
     def __init__(self, pipeline: Pipeline, settings: TokenizerSettings) -> None:
-        pipeline.no_truncation()
-        pipeline.no_padding()
         self._pipeline = pipeline
         self._settings = settings
         self._added = dict(pipeline.get_added_tokens_decoder())

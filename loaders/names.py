@@ -62,8 +62,6 @@ def is_harmless_extra(name: str, config: ModelConfig) -> bool:
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
     """Raise one ModelError that names missing, unexpected and misshapen tensors of ``where``, unless there are none."""
-    if config.num_layers > MAX_LAYERS:
-        raise ModelError(f"{where}: {config.num_layers} layers, this engine supports at most {MAX_LAYERS}")
     expected = expected_shapes(config)
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and not is_harmless_extra(name, config)]
@@ -81,8 +79,8 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, wher
         )
 
 
-def _listing(what: str, items: Iterable[str], shown: int = 3) -> str:
+def _listing(what: str, items: Iterable[str]) -> str:
     """``"5 missing: a, b, c, ..."``, or nothing for no items."""
     every = list(items)
-    tail = ", ..." if len(every) > shown else ""
-    return f"{len(every)} {what}: {', '.join(every[:shown])}{tail}" if every else ""
+    tail = ", ..." if len(every) > 3 else ""
+    return f"{len(every)} {what}: {', '.join(every[:3])}{tail}" if every else ""

@@ -8,7 +8,7 @@ import torch
 from tiny import nll_of
 from torch import Tensor
 
-from skvq.engine.evaluate import hidden_states
+from skvq.engine.evaluate import text_hidden
 from skvq.engine.generate import Engine
 from skvq.engine.rope import StepRope
 from skvq.kernels.interface import HeadCodec, LabelCodec
@@ -105,5 +105,5 @@ def simulated_nll(engine: Engine, ids: Sequence[int], sinks: int) -> Tensor:
     at = torch.tensor(ids)
     times = schedule(len(ids), [])
     layers = lambda layer: SimulatedLayer(engine, layer, sinks, *times)  # noqa: E731
-    hidden = hidden_states(parts.model, parts.rope, at, layers, lambda done: None)
+    hidden = text_hidden(parts.model, parts.rope, at, layers)
     return nll_of(parts.model.head(hidden)[:-1], ids)

@@ -80,7 +80,7 @@ def test_load_read_and_decode(folder: Path, gpu: Card, method: str) -> None:
     engine = tiny_engine(folder, tiny_cache(method=method), device="cuda", dtype="auto", **options)
     for name, tensor in tensors_of(engine):
         assert isinstance(tensor, OnCard) and tensor.device == CARD, name
-    assert engine.parts.model.weights.embedding.dtype == torch.bfloat16
+    assert engine.parts.model.dtype == torch.bfloat16
     sequence = engine.prefill(random_ids(400))
     assert sequence.packed == 384
     got = steps(engine, [sequence], [random_ids(3, seed=1)]).cpu()

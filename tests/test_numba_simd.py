@@ -20,6 +20,7 @@ from skvq.kernels import layout, reference
 from skvq.kernels.layout import LEVELS
 from skvq.kernels.numba_cpu import compiled, flash_simd, lattice, numeric, products, quantizer, simd, tiles
 from skvq.kernels.numba_cpu.heads import build_attend_heads
+from skvq.kernels.numba_cpu.linear import build_multiply
 from skvq.kernels.numba_cpu.plain import build_attend_plain
 from skvq.kernels.reference import e4m3_decode, pack_codes
 
@@ -202,6 +203,9 @@ def test_a_change_in_any_source_compiles_anew(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "mean.py" else b""))
     assert compiled.source_stamp(heads) != before[0], "heads imports mean"
     assert compiled.source_stamp(plain) == before[1], "plain does not"
+    matrices = compiled.source_stamp(build_multiply.__module__)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "formats.py" else b""))
+    assert compiled.source_stamp(build_multiply.__module__) != matrices, "linear takes formats from outside"
 
 
 def test_constants_copied_from_outside_are_those_outside() -> None:
@@ -215,12 +219,16 @@ def test_constants_copied_from_outside_are_those_outside() -> None:
 
 
 def test_kernels_import_nothing_that_the_stamp_does_not_see() -> None:
-    """A module with jitted code takes from skvq only its own package, in the forms that ``source_stamp`` reads."""
+    """A module with jitted code takes from skvq only its own package and ggml, in the forms that ``source_stamp`` reads."""
     for path in Path(tiles.__file__).parent.glob("*.py"):
         text = path.read_text()
         if not re.search(r"^@(njit|intrinsic)|^def build_", text, re.MULTILINE):
             continue
         package = re.escape(tiles.__package__)
-        seen = re.findall(rf"^from {package}\.\w+ import|^from {package} import [\w, ]+$", text, re.MULTILINE)
+        seen = re.findall(
+            rf"^from {package}\.\w+ import|^from {package} import [\w, ]+$|^from skvq\.kernels\.ggml\.\w+ import",
+            text,
+            re.MULTILINE,
+        )
         named = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("skvq")]
         assert len(seen) == len(named), path.name

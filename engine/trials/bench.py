@@ -23,7 +23,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import ModelConfig
-from skvq.engine.decode import as_replayed, launched_for
+from skvq.engine.decode import graphs_of
 from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
 from skvq.engine.guard import own_settings
@@ -32,8 +32,7 @@ from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_p
 from skvq.engine.prefill import chunks
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
-from skvq.engine.steps import last_token_step
-from skvq.engine.stress import fill_fast
+from skvq.engine.stress import fill_fast, last_token_step
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 
 STEPS = 24
@@ -111,7 +110,6 @@ def random_query(setup: CacheSetup, heads: int) -> Tensor:
     return torch.randn(1, 1, heads, shape.head_size, dtype=torch.float32, generator=generator).to(shape.dtype).to(setup.device)
 
 
-@torch.no_grad()
 def gate(setup: CacheSetup, heads: int, tokens: int, report: Reporter) -> float:
     """Error of the first layer's attention against float32 over the cache as it unpacks. Raises SkvqError if it is wrong."""
     sequence = SequenceCache(setup)
@@ -139,7 +137,6 @@ def sdpa_dtype(setup: CacheSetup) -> torch.dtype:
     return setup.arena.shape.dtype if setup.device.type == "cuda" else torch.float32
 
 
-@torch.no_grad()
 def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
     """Seconds of one step's attention through torch's SDPA over keys and values in ``sdpa_dtype``; nan where they do not fit.
 
@@ -174,7 +171,6 @@ def filled(setup: CacheSetup, context: int, report: Reporter) -> Iterator[Sequen
         sequence.free()
 
 
-@torch.no_grad()
 def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) -> DecodeRow:
     """Attention alone, over a filled sequence."""
     setup, spans = sequence.setup, config.attention_spans
@@ -208,7 +204,6 @@ def _compared(row: DecodeRow, setup: CacheSetup, config: ModelConfig) -> DecodeR
     return replace(row, peak_bytes=peak, sdpa_ms=1e3 * sdpa_seconds(config, row.ctx, setup))
 
 
-@torch.no_grad()
 def step_seconds(engine: Engine, sequence: SequenceCache) -> float:
     """Median seconds of the next decode steps of a sequence."""
     token = [0]
@@ -286,7 +281,6 @@ def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterat
             yield _compared(replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds), setup, config)
 
 
-@torch.no_grad()
 def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of causal attention over a prompt in chunks, as exact prefill does it, over all layers; nan where a layer's keys
     and values do not fit. One layer of each span is measured."""
@@ -304,7 +298,6 @@ def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: 
     return sum(count * min(timed(partial(attend, span), device, 1)) for span, count in layers.items())
 
 
-@torch.no_grad()
 def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
     """Read ``context`` random tokens into an empty sequence, and one layer's dense attention at that length apart."""
     config, setup = engine.parts.model.config, engine.parts.setup
@@ -314,7 +307,7 @@ def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
     with engine.new_sequence() as sequence:
         (seconds,) = timed(lambda: engine.read(sequence, ids), device, 1)
         written, peak = sequence.nbytes, peak_bytes(device)
-    attended = dense_seconds(config, context, engine.parts.model.weights.embedding.dtype, device)
+    attended = dense_seconds(config, context, engine.parts.model.dtype, device)
     return PrefillRow(
         ctx=context,
         ms_per_token=1e3 * seconds / context,
@@ -324,3 +317,17 @@ def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
         share_of_copy=written / seconds / copy,
         peak_bytes=peak,
     )
+
+
+def as_replayed(work: Callable[[], Tensor], setup: CacheSetup) -> Callable[[], object]:
+    """``work`` of the device alone, to be done again and again as a decode step does it: as a graph where that is one."""
+    if not setup.backend.captures(setup.arena.shape.head_size):
+        return work
+    return graphs_of(setup).capture(work).replay
+
+
+def launched_for(setup: CacheSetup, packed: int) -> int:
+    """Packed tokens that a step at ``packed`` is launched for (``Graphs.bound``)."""
+    if not setup.backend.captures(setup.arena.shape.head_size):
+        return packed
+    return graphs_of(setup).bound(packed)

@@ -105,7 +105,6 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
     return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer)
 
 
-@torch.no_grad()
 def answer_logits(engine: Engine, question: Question) -> tuple[str, Tensor]:
     """Read the prompt; the text greedy decoding gives, and logits float32 [N, V] before each of the answer's tokens."""
     sequence = engine.prefill(question.prompt[:-1])

@@ -24,8 +24,7 @@ from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
-from skvq.engine.steps import last_token_step
-from skvq.engine.stress import Plant, fill, seeded
+from skvq.engine.stress import Plant, fill, last_token_step, seeded
 
 SCORE = 30.0
 LSE_TOLERANCE = 0.1
@@ -75,7 +74,6 @@ def plants_at(depths: Sequence[float], context: int, kv_heads: int, size: int, s
     return plants
 
 
-@torch.no_grad()
 def planted(
     setup: CacheSetup, heads: int, context: int, depths: Sequence[float], *, seed: int, report: Reporter
 ) -> list[Found]:

@@ -245,7 +245,6 @@ def soak(steps: int, seed: int, backend: Backend, report: Reporter) -> dict[str,
     }
 
 
-@torch.no_grad()
 def _run(state: Soak, steps: int, seed: int, report: Reporter) -> None:
     done = "nothing"
     with report.bar(f"soaking, {steps:,} steps", steps) as bar:

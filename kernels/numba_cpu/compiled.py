@@ -38,22 +38,22 @@ class Function:
 
 
 def source_stamp(module: str) -> int:
-    """A hash of the source of a module and of all modules of this package that it imports.
+    """A hash of the source of a module and of all modules of this package, and of ``ggml``, that it imports.
 
     numba's disk cache watches only the file of the function itself; with the hash compiled in, a change in any of them compiles
-    anew. Modules outside this package are not watched: kernels copy the constants they need from there, and a test holds
-    the copies equal.
+    anew. Other modules are not watched: kernels copy the constants they need from there, and a test holds the copies equal.
     """
-    package, found, waiting = __package__ or "", dict[str, bytes](), [module.rpartition(".")[2]]
+    kernels, _, package = (__package__ or "").rpartition(".")
+    found, waiting = dict[str, bytes](), [module.removeprefix(f"{kernels}.")]
     while waiting:
         name = waiting.pop()
-        path = Path(__file__).parent / f"{name}.py"
+        path = Path(__file__).parents[1] / f"{name.replace('.', '/')}.py"
         if name not in found and path.exists():
             found[name] = path.read_bytes()
             text = found[name].decode()
-            waiting += re.findall(rf"^from {re.escape(package)}\.(\w+) import", text, re.MULTILINE)
-            for names in re.findall(rf"^from {re.escape(package)} import (.+)$", text, re.MULTILINE):
-                waiting += re.findall(r"\w+", names)
+            waiting += re.findall(rf"^from {re.escape(kernels)}\.((?:{package}|ggml)\.\w+) import", text, re.MULTILINE)
+            for names in re.findall(rf"^from {re.escape(kernels)}\.{package} import (.+)$", text, re.MULTILINE):
+                waiting += [f"{package}.{name}" for name in re.findall(r"\w+", names)]
     digest = hashlib.sha256(b"".join(found[name] for name in sorted(found)))
     return int.from_bytes(digest.digest()[:4], "little") + 1
 

@@ -12,15 +12,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from skvq.kernels.numba_cpu.numeric import EXP2, HIDDEN
 from skvq.kernels.numba_cpu.simd import FLOATS, I32, I64, LANES, WORDS, _all, _at, _intrinsic, _splat, host_features
 from skvq.kernels.numba_cpu.tiles import CALLED
 
 BLOCK = 32  # queries
 STEP = 4 * BLOCK  # bytes from one row of a block to the next
-EXP2 = (  # coefficients of a polynomial for 2^f, |f| <= 1/2, the highest power first (``numeric.exp2``)
-    1.5403530393381609e-4, 1.3333558146428443e-3, 9.618129107628477e-3, 5.5504108664821580e-2, 2.4022650695910072e-1,
-    6.9314718055994531e-1, 1.0,
-)  # fmt: skip
 
 
 def _make_product(rows, vectors):
@@ -153,7 +150,7 @@ def hide(typingctx, scores, first, count, lows, highs):
 
     def codegen(context, builder, signature, args):
         scores, first, count, lows, highs = args
-        hidden = ir.Constant(FLOATS, [-1e30] * LANES)  # numeric.HIDDEN
+        hidden = ir.Constant(FLOATS, [float(HIDDEN)] * LANES)
         for v in range(0, STEP, 4 * LANES):
             low, high = (builder.load(_at(builder, address, v, WORDS), align=4) for address in (lows, highs))
             with cgutils.for_range(builder, count) as loop:

@@ -58,19 +58,25 @@ def label_meta(job, work, label, part):
     return work + job.w_meta + 4 * job.tile * ((4 * head + part) * job.groups + group)
 
 
+EXP2 = (  # coefficients of a polynomial for 2^f, |f| <= 1/2, the highest power first
+    1.5403530393381609e-4, 1.3333558146428443e-3, 9.618129107628477e-3, 5.5504108664821580e-2, 2.4022650695910072e-1,
+    6.9314718055994531e-1, 1.0,
+)  # fmt: skip
+
+
 @njit(**FAST)
 def exp2(x):
     """2**x for x <= 0 within 2e-7, 0 below 2**-126."""
     clamped = max(x, np.float32(-126))
     whole = np.floor(clamped + np.float32(0.5))
     f = clamped - whole
-    p = np.float32(1.5403530393381609e-4)
-    p = p * f + np.float32(1.3333558146428443e-3)
-    p = p * f + np.float32(9.618129107628477e-3)
-    p = p * f + np.float32(5.5504108664821580e-2)
-    p = p * f + np.float32(2.4022650695910072e-1)
-    p = p * f + np.float32(6.9314718055994531e-1)
-    p = p * f + np.float32(1)
+    p = np.float32(EXP2[0])
+    p = p * f + np.float32(EXP2[1])
+    p = p * f + np.float32(EXP2[2])
+    p = p * f + np.float32(EXP2[3])
+    p = p * f + np.float32(EXP2[4])
+    p = p * f + np.float32(EXP2[5])
+    p = p * f + np.float32(EXP2[6])
     power = as_float((np.int32(whole) + np.int32(127)) << 23)
     return p * power if x >= np.float32(-126) else np.float32(0)
 
@@ -105,13 +111,13 @@ def split_limbs(values, scale, count, low, high, bits):
 
 @njit(**FAST)
 def row_to_float(source, target, count, kind):
-    """``count`` numbers of a 16-bit row (or float32) to float32."""
+    """``count`` numbers of a 16-bit row to float32."""
     out = f32(target)
     if kind == BFLOAT16:
         bits = u16(source)
         for i in range(count):
             out[i] = as_float(np.int32(bits[i]) << 16)
-    elif kind == FLOAT16:
+    else:
         whole = count // 16 * 16
         for i in range(0, whole, 16):
             half_to_float(source + 2 * i, target + 4 * i)
@@ -120,7 +126,3 @@ def row_to_float(source, target, count, kind):
             word = np.int32(bits[i])
             size = as_float((word & 0x7FFF) << 13) * np.float32(2.0**112)
             out[i] = as_float(as_bits(size) | ((word & 0x8000) << 16))
-    else:
-        given = f32(source)
-        for i in range(count):
-            out[i] = given[i]

@@ -1,4 +1,4 @@
-"""``kernels.ops.Ops`` on the CPU: float32 by fused kernels, other dtypes by torch."""
+"""``interface.Ops`` on the CPU: float32 by fused kernels, other dtypes by torch."""
 
 from __future__ import annotations
 

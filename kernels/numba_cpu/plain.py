@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.numeric import FLOAT32
 from skvq.kernels.numba_cpu.rows import attend_rows
 from skvq.kernels.numba_cpu.simd import fetch_add, i32, i64, job_at
 from skvq.kernels.numba_cpu.tiles import FAST
@@ -17,7 +16,7 @@ from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, ta
 def attend_pages(job, work, row, head, query, rows, begin, end):
     """Attend over tiles ``begin .. end-1`` of 16-bit pages, into the state."""
     table = i32(job.page_table + i64(job.slots)[row] * job.page_table_stride)
-    width = job.size * (4 if job.page_kind == FLOAT32 else 2)
+    width = 2 * job.size
     packed = i32(job.packed)[row]
     for tile in range(begin, end):
         page, inside = np.int64(table[tile // job.tiles]), tile % job.tiles

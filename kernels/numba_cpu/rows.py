@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.numeric import FLOAT32, HIDDEN, row_to_float
+from skvq.kernels.numba_cpu.numeric import HIDDEN, row_to_float
 from skvq.kernels.numba_cpu.products import mix
 from skvq.kernels.numba_cpu.simd import f32, i32, i64, u8
 from skvq.kernels.numba_cpu.softmax import take
@@ -81,7 +81,7 @@ def load_rows(job, work, source, step, kind, first):
     seen, all_seen = u8(work + job.w_seen + first), 0
     for i in range(LANE_BLOCK):
         all_seen += np.int64(seen[i])
-    if all_seen == LANE_BLOCK and lanes == size and step == size * (4 if kind == FLOAT32 else 2):
+    if all_seen == LANE_BLOCK and lanes == size and step == 2 * size:
         row_to_float(source + first * step, work + job.w_rows, LANE_BLOCK * size, kind)
         return
     for i in range(LANE_BLOCK):

@@ -165,7 +165,7 @@ def store_row(source, target, count, kind):
 
 
 def build_turn(stamp):
-    """Kernel of ``kernels.ops.Ops.rope_to_slots`` and ``rope_to_buffer``."""
+    """Kernel of ``interface.Ops.rope_to_slots`` and ``rope_to_buffer``."""
 
     def turn(address):
         if stamp == 0:

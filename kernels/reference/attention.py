@@ -45,7 +45,7 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def attend_packed(q: Tensor, full: FullSlots, step: Step, read: Read, decode: Decode) -> tuple[Tensor, Tensor]:
-    """See ``interface.Backend``; packed tokens come from ``read`` and then ``decode``, once for each row of the batch."""
+    """See ``interface.PackedKernels``; packed tokens come from ``read`` and then ``decode``, once for each row of the batch."""
 
     def tokens(slot: int, count: int) -> Tokens:
         keys, values, retained = read(step.page_table[slot], 0, count)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.ops import apply_rope
 
 
 def rotary(x: Tensor, positions: Tensor, rope: RopeFrequencies, *, inverse: bool = False) -> Tensor:
@@ -13,5 +14,4 @@ def rotary(x: Tensor, positions: Tensor, rope: RopeFrequencies, *, inverse: bool
     angle = positions.to(rope.inv_freq.device, torch.float64)[:, None, None] * rope.inv_freq  # [T, 1, D/2]
     factor = 1 / rope.scale if inverse else rope.scale
     cos, sin = (angle.cos() * factor).float(), (angle.sin() * (-factor if inverse else factor)).float()
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return apply_rope(x.float(), cos, sin)

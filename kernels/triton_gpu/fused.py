@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
 # ruff: noqa: N803
-"""``kernels.ops.Ops`` on a GPU.
+"""``interface.Ops`` on a GPU.
 
 One vector a step: each product of a matrix is one launch together with the operations around it (``matvec``); of a matrix of
 quantized blocks up to four (``blocks``). More vectors: torch multiplies, and the operations between the products are one launch
