@@ -13,8 +13,9 @@ from tokenizers import Tokenizer as Pipeline
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
-from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer, TokenizerSettings
+from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer
 from skvq.loaders.fields import Fields, reason
+from skvq.loaders.file_tokenizer import TokenizerSettings
 from skvq.loaders.gguf_config import parse_gguf_config
 from skvq.loaders.gguf_header import map_file, read_header
 

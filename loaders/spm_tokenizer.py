@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from skvq.engine.errors import ModelError
-from skvq.loaders.fast_tokenizer import TokenizerSettings, piece_bytes
+from skvq.loaders.fast_tokenizer import piece_bytes
 from skvq.loaders.fields import reason
-from skvq.loaders.text import Message, decode_ids
+from skvq.loaders.file_tokenizer import FileTokenizer, TokenizerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class AddedToken:
     special: bool
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(FileTokenizer):
     """A SentencePiece model; control tokens (``<s>``, ``[INST]``) and added ones are recognized in text, as by
     `transformers`."""
 
@@ -30,8 +30,8 @@ class SentencePieceTokenizer:
         self, processor: Any, pieces: Sequence[str], added: Mapping[int, AddedToken], settings: TokenizerSettings
     ) -> None:
         """``processor`` and ``pieces`` of ``open_sentencepiece``; ``added`` by id, some of which may be pieces too."""
+        super().__init__(settings)
         self._processor = processor
-        self._settings = settings
         self._pieces = pieces
         self._added = added
         control = {piece: index for index, piece in enumerate(self._pieces) if processor.is_control(index)}
@@ -46,48 +46,15 @@ class SentencePieceTokenizer:
         return max(len(self._pieces), *(index + 1 for index in self._added), 0)
 
     @property
-    def bos_token_id(self) -> int | None:
-        """Beginning of sequence."""
-        return self._settings.bos_token_id
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Ends of an answer."""
-        return self._settings.eos_token_ids
-
-    @property
-    def chat_template(self) -> str | None:
-        """Jinja source."""
-        return self._settings.chat_template
-
-    @property
     def strips_first_space(self) -> bool:
         """True where the model puts a space before a text."""
         return self._strip
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Ids of a text; spellings of control and added tokens in it become those tokens."""
+    def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
-        try:
-            for part in self._split.split(text) if self._control else [text]:
-                ids += [self._control[part]] if part in self._control else self._processor.encode(part)
-        except Exception as error:
-            raise self._settings.not_encoded(text, error) from error
-        first = self._settings.bos_token_id
-        prefix = [first] if bos and self._settings.adds_bos and first is not None else []
-        return self._settings.checked(prefix + ids)
-
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of the rendered conversation."""
-        return self.encode(self._settings.chat(messages, add_generation_prompt=add_generation_prompt), bos=False)
-
-    def encode_turn(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of what the messages add to a conversation."""
-        return self.encode(self._settings.turn(messages), bos=False)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
-        return decode_ids(self, ids)
+        for part in self._split.split(text) if self._control else [text]:
+            ids += [self._control[part]] if part in self._control else self._processor.encode(part)
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of a token."""

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer as Pipeline
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
-from skvq.loaders.fast_tokenizer import FastTokenizer, TokenizerSettings
+from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields, read_json, reason
+from skvq.loaders.file_tokenizer import TokenizerSettings
 from skvq.loaders.gguf_tokenizer import load_gguf_tokenizer
 from skvq.loaders.hf import read_config
 from skvq.loaders.model_files import ModelFiles
