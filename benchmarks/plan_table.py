@@ -1,4 +1,5 @@
-"""The README's table of plans: what Mistral-7B and Llama-2-7B take at 128k, 1M and the largest context, on an 80 GB card.
+"""The README's tables of plans: what Mistral-7B and Llama-2-7B take at 128k, 1M and the largest context on an 80 GB card, and
+models with 4-bit weights on a 24 GB card.
 
     python benchmarks/plan_table.py
 
@@ -14,6 +15,7 @@ from skvq.engine.plan_report import PlanReport, plan_report
 from skvq.engine.prefill_form import PrefillForm
 
 MODELS = {"mistral-7b": "Mistral-7B", "llama-2-7b": "Llama-2-7B"}
+SMALLER = {"mistral-7b:Q4_K": "Mistral-7B", "llama-3.1-8b:Q4_K": "Llama-3.1-8B", "qwen3-4b:Q4_K": "Qwen3-4B"}
 VALUE_BITS = (2.0, 1.5)
 
 
@@ -23,32 +25,34 @@ class Cell:
 
     model: str
     value_bits: float
+    devices: tuple[str, ...] = ("a100", "h100")
+    memory: str | None = "79.1GiB"
 
     def plan(self, context: int, prefill: str, device: str) -> PlanReport:
         cache = CacheConfig(group_size=128, key_bits=2.0, value_bits=self.value_bits)
-        options = {"sequences": 1, "memory": "79.1GiB", "dtype": None}
+        options = {"sequences": 1, "memory": self.memory, "dtype": None}
         return plan_report(self.model, cache, context=context, device=device, prefill=prefill, **options)  # type: ignore[arg-type]
 
     def largest(self, prefill: str) -> int:
         """The longest context that fits."""
-        found = self.plan(1280, prefill, "a100").largest
+        found = self.plan(1280, prefill, self.devices[0]).largest
         return next(iter(found.values()))
 
     def row(self, context: int, prefill: str) -> str:
         """A line of the table."""
-        reports = [self.plan(context, prefill, device) for device in ("a100", "h100")]
+        reports = [self.plan(context, prefill, device) for device in self.devices]
         plan = reports[0].plan
         host = f" + {plan.host_total / 2**30:.0f} host" if plan.host_parts else ""
         times = " | ".join(
             f"{duration(r.prefill_seconds)}, {r.decode_ms:.0f} ms" if r.plan.fits else "does not fit" for r in reports
         )
-        name = f"{MODELS[self.model]}, K2 V{self.value_bits:g}"
+        name = f"{(MODELS | SMALLER)[self.model]}, K2 V{self.value_bits:g}"
         return f"| {name} | {context:,} | {short(plan.form)} | {plan.total / 2**30:.1f} GiB{host} | {times} |"
 
     def rows(self) -> list[str]:
         """128k, a million, and the largest each way."""
         million = 2**20
-        fits = self.plan(million, "exact", "a100")
+        fits = self.plan(million, "exact", self.devices[0])
         prefill = "exact" if fits.plan.fits else "streaming"
         ways = [(131_072, "exact"), (million, prefill), *((self.largest(p), p) for p in ("exact", "streaming"))]
         return [self.row(*way) for way in ways]
@@ -68,12 +72,17 @@ def duration(seconds: float) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     print("| model, cache (g128) | context | prefill | memory | A100: prefill, per token | H100 |")
     print("|---|---|---|---|---|---|")
     for model in MODELS:
         for value_bits in VALUE_BITS:
             print("\n".join(Cell(model, value_bits).rows()))
+    print("\n| model, cache (g128) | context | prefill | memory | prefill, per token |")
+    print("|---|---|---|---|---|")
+    for model in SMALLER:
+        card = Cell(model, 2.0, ("4090",), None)
+        print("\n".join(card.row(context, "exact") for context in (131_072, 1_000_000, card.largest("exact"))))
 
 
 if __name__ == "__main__":
