@@ -5,6 +5,7 @@ Whatever needs torch is imported when a command runs: help and option errors do 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -203,6 +204,17 @@ def is_given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
+def object_of(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    """Click callback: a JSON object."""
+    try:
+        found = None if value is None else json.loads(value)
+    except ValueError:
+        found = value
+    if found is not None and not isinstance(found, dict):
+        raise click.BadParameter(f"{value!r} is not a JSON object such as '{{\"enable_thinking\": false}}'")
+    return found
+
+
 def depths_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     """Click callback: comma-separated percentages."""
     try:
@@ -229,6 +241,7 @@ def load_engine(
     prefill: str = "exact",
     max_sequences: int = 1,
     on_full: str = "stop",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Engine:
     """The engine that ``model_option`` and ``engine_options`` describe, with room for ``context`` tokens.
 
@@ -250,5 +263,6 @@ def load_engine(
         prefill=prefill,
         on_full=on_full,
         prefix_cache=False,
+        chat_template_kwargs=chat_template_kwargs,
         download=not options["no_download"],
     )

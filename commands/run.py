@@ -24,6 +24,7 @@ from skvq.commands.options import (
     json_option,
     load_engine,
     model_option,
+    object_of,
     pick,
     prefill_option,
     sampling_options,
@@ -54,6 +55,11 @@ if TYPE_CHECKING:
     help="Each line of standard input is the next prompt, the first one too unless -p is given; until Ctrl-D.",
 )
 @click.option("--system", help="System message, with --chat.")
+@click.option(
+    "--chat-template-kwargs",
+    callback=object_of,
+    help="JSON object for the model's chat template, with --chat: Qwen3 answers at once with '{\"enable_thinking\": false}'.",
+)
 @click.option(
     "--session",
     type=click.Path(path_type=Path),
@@ -96,6 +102,7 @@ def run(**options: Any) -> None:
         calibration=options["calibration"],
         prefill=options["prefill"],
         on_full=options["on_full"],
+        chat_template_kwargs=options["chat_template_kwargs"],
     )
     sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
     if goes_on and options["files"]:
@@ -170,6 +177,8 @@ def require_consistent(options: dict[str, Any]) -> None:
     """Raise OptionError for options of ``skvq run`` that contradict each other."""
     if options["system"] is not None and not options["chat"]:
         raise OptionError("--system goes with --chat: without it the model reads the text as it is")
+    if options["chat_template_kwargs"] is not None and not options["chat"]:
+        raise OptionError("--chat-template-kwargs goes with --chat: without it the model reads the text as it is")
     if options["interactive"] and options["as_json"]:
         raise OptionError("--json prints one answer, --interactive asks for more: give one or the other")
     if None not in (files := (options["session"], options["checkpoint"])) and realpath(files[0]) == realpath(files[1]):

@@ -27,7 +27,7 @@ from skvq.engine.machine import pick_device
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.prefix import PagePrefixes, Prefixes
-from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, token_ids_of, whole_ids
+from skvq.engine.prompt import Prompt, is_chat, is_empty, is_several, template_kwargs_of, token_ids_of, whole_ids
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.sizes import bits_per_element
@@ -70,11 +70,13 @@ class Engine:
         prefix_cache: bool = True,
         cuda_graph: bool = True,
         download: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         report: Reporter | None = None,
     ) -> Engine:
         """Load a model and allocate its arena.
 
-        model: an alias, a folder with config.json and safetensors, a .gguf file, or ``org/name`` of the hub.
+        model: an alias, a folder with config.json and safetensors, a .gguf file, or of the hub ``org/name``, or
+            ``org/name:Q4_K_M``, its GGUF file of that name.
         max_context: tokens of the longest sequence; the default is the trained length, or what fits.
         max_sequences: sequences alive at once; beyond the first each has a full window and a few pages of its own.
         calibration: an artifact of ``skvq calibrate``; the default is a cached one, or one made now.
@@ -87,6 +89,7 @@ class Engine:
             packed, as the next turn of a conversation does; without, every prompt is read whole, as ``prefill`` says.
         cuda_graph: replay the decode step as one graph, a CUDA graph or on the CPU a tape of launches; without, its kernels
             are launched one by one.
+        chat_template_kwargs: what the model's chat template is given besides messages, as ``{"enable_thinking": False}``.
 
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
@@ -101,6 +104,7 @@ class Engine:
         require_type("cache", cache, CacheConfig, None)
         require_type("rope_scaling", rope_scaling, str, None)
         require_type("report", report, Reporter, None)
+        template_kwargs = template_kwargs_of(chat_template_kwargs)
         chosen = report if report is not None else StderrReporter()
         chosen_device = pick_device(str(device))
         with own_settings(chosen_device):
@@ -119,6 +123,7 @@ class Engine:
                 on_full=on_full,
                 cuda_graph=cuda_graph,
                 download=download,
+                chat_template_kwargs=template_kwargs,
                 report=chosen,
             )
             engine = cls(parts, Quiet(), prefix_cache=prefix_cache)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ def load_parts(
     on_full: str,
     cuda_graph: bool,
     download: bool,
+    chat_template_kwargs: Mapping[str, Any],
     report: Reporter,
 ) -> EngineParts:
     """See ``Engine.load``."""
@@ -87,7 +89,9 @@ def load_parts(
         torch.cuda.set_device(device)  # kernels are launched, and graphs captured, on the current device
     compute = pick_dtype(dtype, device)
     kernels = find_backend(backend, device)
-    source, tokenizer = open_model(name, dummy_weights=dummy_weights, download=download)
+    source, tokenizer = open_model(
+        name, dummy_weights=dummy_weights, download=download, chat_template_kwargs=chat_template_kwargs
+    )
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     if calibration is not None:
         cache = with_chosen_bits(cache, calibration, config, fingerprint=source.fingerprint)

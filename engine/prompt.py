@@ -11,10 +11,22 @@ import numpy.typing as npt
 from torch import Tensor
 
 from skvq.engine.errors import OptionError
+from skvq.loaders.chat import ALWAYS_GIVEN
 from skvq.loaders.text import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | npt.NDArray[np.integer[Any]]
 """A text, token ids of one text, or chat messages ``[{"role": ..., "content": ...}, ...]``."""
+
+
+def template_kwargs_of(given: object) -> dict[str, Any]:
+    """What a user gives to chat templates. Raises OptionError if it is no mapping of names, or sets what they always get."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise OptionError(f"chat_template_kwargs must be names and values, such as {{'enable_thinking': False}}, got {given!r}")
+    if taken := [name for name in given if name in ALWAYS_GIVEN]:
+        raise OptionError(f"chat_template_kwargs cannot set {', '.join(taken)}: every chat template is given that")
+    return dict(given)
 
 
 def is_empty(prompt: Prompt) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from skvq.engine.errors import ModelError, OptionError
 from skvq.loaders.fields import reason
 
+ALWAYS_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+"""Names that every template gets."""
 LAST_WORD = "last-word-of-the-assistant"
 """What an assistant says in a conversation rendered for what comes after it: no template changes it."""
 
@@ -17,11 +19,11 @@ LAST_WORD = "last-word-of-the-assistant"
 def render_chat(
     template: str | None,
     messages: Sequence[Mapping[str, Any]],
-    special_tokens: Mapping[str, str],
+    given: Mapping[str, Any],
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """Render a conversation. ``special_tokens`` are the names a template may use, such as ``bos_token``.
+    """Render a conversation. ``given`` are the names a template may use, such as ``bos_token``.
 
     Raises OptionError for malformed messages, ModelError for a missing or broken template or one that refuses them.
     """
@@ -55,22 +57,22 @@ def render_chat(
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+            **given,
         )
     except Exception as error:
         raise ModelError(f"the chat template failed on these {len(messages)} messages ({reason(error)})") from error
 
 
-def render_turn(template: str | None, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
+def render_turn(template: str | None, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> str:
     """What ``messages`` add to a conversation after the assistant's last word: first what ends that turn, then they.
 
     Raises as ``render_chat``. Messages that a template refuses in the middle of a conversation, such as a system message,
     are rendered as a conversation of their own.
     """
-    alone = render_chat(template, messages, special_tokens, add_generation_prompt=True)
+    alone = render_chat(template, messages, given, add_generation_prompt=True)
     before = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": LAST_WORD}]
     try:
-        whole = render_chat(template, [*before, *messages], special_tokens, add_generation_prompt=True)
+        whole = render_chat(template, [*before, *messages], given, add_generation_prompt=True)
     except ModelError:
         return alone
     _, found, turn = whole.partition(LAST_WORD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from skvq.engine.errors import ModelError
 from skvq.loaders.chat import render_chat, render_turn
@@ -34,6 +35,8 @@ class FileTokenizer(ABC):
 
     def __init__(self, settings: TokenizerSettings) -> None:
         self._settings = settings
+        self.template_kwargs: Mapping[str, Any] = {}
+        """What the chat template is given besides what it always gets, such as ``{"enable_thinking": False}`` of Qwen3's."""
 
     @property
     @abstractmethod
@@ -86,18 +89,22 @@ class FileTokenizer(ABC):
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of the rendered conversation; the template itself writes the beginning-of-sequence token."""
-        settings, prompt = self._settings, add_generation_prompt
-        text = render_chat(settings.chat_template, messages, settings.special_tokens, add_generation_prompt=prompt)
+        prompt = add_generation_prompt
+        text = render_chat(self._settings.chat_template, messages, self._given, add_generation_prompt=prompt)
         return self.encode(text, bos=False)
 
     def encode_turn(self, messages: Sequence[Message]) -> list[int]:
         """Ids of what the messages add to a conversation."""
-        settings = self._settings
-        return self.encode(render_turn(settings.chat_template, messages, settings.special_tokens), bos=False)
+        return self.encode(render_turn(self._settings.chat_template, messages, self._given), bos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""
         return decode_ids(self, ids)
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Names that the template may use."""
+        return {**self._settings.special_tokens, **self.template_kwargs}
 
     def _not_encoded(self, text: str, error: Exception) -> ModelError:
         """The error of a text that the vocabulary refuses, such as one with half a surrogate pair."""

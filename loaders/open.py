@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from skvq.engine.config import ModelConfig
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
@@ -26,15 +30,23 @@ def dummy_source(model: str, config: ModelConfig) -> DummySource:
     return DummySource(config, kind=kind)
 
 
-def open_model(model: str, *, dummy_weights: bool = False, download: bool = True) -> tuple[WeightSource, Tokenizer]:
+def open_model(
+    model: str,
+    *,
+    dummy_weights: bool = False,
+    download: bool = True,
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[WeightSource, Tokenizer]:
     """Weights and tokenizer of an alias, folder, GGUF file or hub repository.
 
     ``dummy_weights``: random weights of that model's shape and a tokenizer of bytes; only its config is needed. Behind a colon
-    the type of their blocks may follow (``mistral-7b:Q4_K``).
+    the type of their blocks may follow (``mistral-7b:Q4_K``). ``chat_template_kwargs``: ``FileTokenizer.template_kwargs``.
     Raises ModelError, one line, for everything that is missing, broken or unknown.
     """
     if dummy_weights:
         config = config_of(model, download=download)
         return dummy_source(model, config), dummy_tokenizer(config.vocab_size)
     files = resolve(model, download=download)
-    return open_source(files), load_tokenizer(files)
+    tokenizer = load_tokenizer(files)
+    tokenizer.template_kwargs = chat_template_kwargs
+    return open_source(files), tokenizer

@@ -12,7 +12,7 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields, read_json, reason
-from skvq.loaders.file_tokenizer import TokenizerSettings
+from skvq.loaders.file_tokenizer import FileTokenizer, TokenizerSettings
 from skvq.loaders.gguf_tokenizer import load_gguf_tokenizer
 from skvq.loaders.hf import read_config
 from skvq.loaders.model_files import ModelFiles
@@ -24,7 +24,7 @@ __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(files: ModelFiles) -> Tokenizer:
+def load_tokenizer(files: ModelFiles) -> FileTokenizer:
     """The tokenizer of a resolved model: tokenizer.json, else tokenizer.model, or the vocabulary inside a GGUF.
 
     Raises ModelError, one line, if there is none or it is broken.
@@ -40,7 +40,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     raise ModelError(f"{folder} holds neither tokenizer.json nor tokenizer.model: copy one from the model's repository")
 
 
-def _from_json(folder: Path, config: ModelConfig) -> Tokenizer:
+def _from_json(folder: Path, config: ModelConfig) -> FileTokenizer:
     path = folder / "tokenizer.json"
     try:
         pipeline = Pipeline.from_file(str(path))
@@ -57,7 +57,7 @@ def _from_json(folder: Path, config: ModelConfig) -> Tokenizer:
     return FastTokenizer(pipeline, _settings(folder, config, options, special, bos, eos, adds_bos))
 
 
-def _from_sentencepiece(folder: Path, config: ModelConfig) -> Tokenizer:
+def _from_sentencepiece(folder: Path, config: ModelConfig) -> FileTokenizer:
     processor, pieces = open_sentencepiece(folder / "tokenizer.model")
     options = _options(folder)
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}

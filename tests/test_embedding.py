@@ -382,6 +382,7 @@ WRONG: dict[str, Callable[[Engine], object]] = {
     "dummy_weights must be bool": lambda e: Engine.load("x", dummy_weights="no"),  # type: ignore[arg-type]
     "cache must be CacheConfig or None": lambda e: Engine.load("x", cache={"method": "fp"}),  # type: ignore[arg-type]
     "rope_scaling must be str or None": lambda e: Engine.load("x", rope_scaling=4),  # type: ignore[arg-type]
+    "must be names and values": lambda e: Engine.load("x", chat_template_kwargs=[1]),  # type: ignore[arg-type]
     "backend must be str": lambda e: Engine.load("x", backend=e.parts.setup.backend),  # type: ignore[arg-type]
     "got 0 for 0": lambda e: e.decode_step([], []),
     "a sequence was given twice": lambda e: (lambda s: e.decode_step([s, s], [1, 2]))(e.new_sequence()),

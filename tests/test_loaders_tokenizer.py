@@ -15,7 +15,7 @@ import sentencepiece
 import xllamacpp
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from loader_fixtures import WORDS, byte_level_pipeline, one_line, refused, tiny_config
+from loader_fixtures import WORDS, byte_level_pipeline, one_line, random_weights, refused, tiny_config, write_checkpoint
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -30,6 +30,7 @@ from skvq.loaders.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEF
 from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import resolve
 from skvq.loaders.model_files import ModelFiles
+from skvq.loaders.open import open_model
 from skvq.loaders.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 CHATML = (
@@ -271,6 +272,18 @@ def test_what_a_template_marks_for_training_is_rendered() -> None:
     assert "endgeneration" in marked
     plain, found = (render_chat(t, TURNS, {}, add_generation_prompt=True) for t in (CHATML, marked))
     assert found == plain
+
+
+def test_a_template_is_given_what_a_user_gives_it(tmp_path: Path) -> None:
+    """As Qwen3's ``enable_thinking``, in a first question and in later ones."""
+    thinks = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}"
+    save_folder(tmp_path, with_bos(byte_level_pipeline()), {"chat_template": thinks})
+    write_checkpoint(tmp_path, tiny_config(), random_weights(tiny_config()))
+    _, plain = open_model(str(tmp_path))
+    _, quick = open_model(str(tmp_path), chat_template_kwargs={"enable_thinking": False})
+    shut = plain.encode("<think>\n\n</think>", bos=False)
+    assert quick.encode_chat(TURNS) == plain.encode_chat(TURNS) + shut
+    assert quick.encode_turn(TURNS[-1:]) == plain.encode_turn(TURNS[-1:]) + shut
 
 
 def test_content_in_parts_is_their_text() -> None:
