@@ -61,7 +61,9 @@ def soak_command(steps: int, seed: int, backend: str, as_json: bool) -> None:
 
 bench_options = stack(
     click.option("--model", "-m", help="Alias, folder, .gguf file or org/name; its weights are loaded."),
-    click.option("--shape", help="Like --model, but with random weights: only its config is read."),
+    click.option(
+        "--shape", help="Like --model, with random weights: only its config is read. NAME:Q4_K makes them in such blocks."
+    ),
     ctxs_option,
     calibration_option,
     engine_options,

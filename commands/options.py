@@ -95,7 +95,12 @@ class TokenCount(click.ParamType):  # type: ignore[type-arg]
         return count
 
 
-model_option = click.option("--model", "-m", required=True, help="Alias (see `skvq models`), folder, .gguf file or org/name.")
+model_option = click.option(
+    "--model",
+    "-m",
+    required=True,
+    help="Alias (see `skvq models`), folder, .gguf file, or on the hub org/name or org/name:Q4_K_M.",
+)
 ctx_option = click.option(
     "--ctx",
     type=TokenCount(),

@@ -22,6 +22,7 @@ from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.graphs import Captured, Graphs, NotCaptured
 from skvq.kernels.interface import RopeFrequencies
+from skvq.kernels.notices import notice
 
 
 def hidden_states(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
@@ -84,6 +85,8 @@ class CapturedFor:
         return same and all(map(is_, self.methods, batch.methods))
 
 
+MOST_FAILURES = 3
+"""Captures in a row that fail before there are no more."""
 MOST_GRAPHS = 16
 """Graphs kept: on a GPU one per batch shape, each with memory of its own for logits and what a layer computes."""
 
@@ -98,6 +101,7 @@ class GraphStep:
     def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup, graphs: Graphs) -> None:
         self.model, self.rope, self.graphs, self.batches = model, rope, graphs, Batches(setup)
         self._held: list[CapturedFor] = []  # the one used last is the last
+        self._failed = 0  # captures, one after another
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
         batch = self.batches.of(len(sequences), len(token_ids) // len(sequences))
@@ -105,14 +109,24 @@ class GraphStep:
             bound = self.graphs.bound(batch.max_packed)
             if self._recall(batch, bound):
                 self._held[-1].captured.replay()
+            elif self._failed == MOST_FAILURES:
+                return self.model.head(hidden_states(self.model, self.rope, batch, batch.max_packed))
             else:
                 try:
                     captured = self.graphs.capture(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
                 except NotCaptured as failed:
-                    self._held.clear()  # their memory may be what was missing
+                    self._give_up(str(failed))
                     return failed.result
+                self._failed = 0
                 self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
+
+    def _give_up(self, why: str) -> None:
+        """Make room for the next try, or tell that there will be none: torch may be unable to capture after one has failed."""
+        self._held.clear()  # their memory may be what was missing
+        self._failed += 1
+        if self._failed == MOST_FAILURES:
+            notice(f"{why}; decode steps of this engine are launched kernel by kernel from now on, which is slower")
 
     def _recall(self, batch: DecodeBatch, bound: int) -> bool:
         """Make the graph of this step the last, if there is one.

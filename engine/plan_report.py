@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -276,9 +275,11 @@ def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: 
     """Bytes held for the weights and expanded of them at a time: exactly where the files are here, or the name says what their
     blocks are, else what to expect."""
     form = form_of("numba" if device.type == "cpu" else "triton", device, dtype)
-    source: WeightSource = dummy_source(model, config)
-    with suppress(ModelError):
+    source: WeightSource
+    try:
         source = open_source(resolve(model, download=False))
+    except ModelError:
+        source = dummy_source(model, config)
     return form.held_bytes(source), form.expanded_bytes(source)
 
 

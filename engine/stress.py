@@ -79,7 +79,7 @@ def bare_setup(
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for any whole number."""
-    return torch.Generator(device).manual_seed(seed % 2**64)
+    return torch.Generator(device).manual_seed(int(seed) % 2**64)
 
 
 def made_up_calibration(config: ModelConfig, cache: CacheConfig) -> Mapping[str, Tensor]:

@@ -11,8 +11,6 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from skvq.kernels.notices import notice
-
 
 @dataclass(frozen=True, slots=True)
 class Captured:
@@ -64,7 +62,7 @@ class CudaGraphs:
         self.max_packed, self._device = max_packed, device
 
     def capture(self, work: Callable[[], Tensor]) -> Captured:
-        """Raises NotCaptured, which is said on stderr, if memory is short, or another thread waits for the whole device."""
+        """Raises NotCaptured if memory is short, or another thread waits for the whole device."""
         found = work()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
@@ -76,9 +74,7 @@ class CudaGraphs:
                 result = work()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves its own where it cannot end the capture
-            failed = NotCaptured(found, (str(error).splitlines() or [type(error).__name__])[0])
-            notice(f"{failed}; it was launched kernel by kernel, which is slower, and the next will be tried again")
-            raise failed from error
+            raise NotCaptured(found, (str(error).splitlines() or [type(error).__name__])[0]) from error
         result.copy_(found)
         return Captured(graph.replay, result)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ __all__ = ["ALIASES", "ModelFiles", "ModelRow", "config_of", "list_models", "res
 PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "model*.safetensors")
 """What is fetched of a repository: no pickles, no code, no second copy of the weights in another format."""
 
+OFFLINE = "downloads are switched off"
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -39,11 +42,12 @@ class ModelRow:
 def split_name(model: str) -> tuple[str, str]:
     """A model's name, and what follows a colon: the GGUF file of a repository, or a type of blocks (``Q4_K``).
 
-    >>> split_name("org/name:Q4_K_M"), split_name("smollm2-135m")
-    (('org/name', 'Q4_K_M'), ('smollm2-135m', ''))
+    >>> split_name("org/name:Q4_K_M"), split_name("smollm2-135m:Q4_K"), split_name("C:/m.gguf")
+    (('org/name', 'Q4_K_M'), ('smollm2-135m', 'Q4_K'), ('C:/m.gguf', ''))
     """
     name, colon, tag = model.rpartition(":")
-    return (name, tag) if colon and "/" not in tag and not _exists(Path(model).expanduser()) else (model, "")
+    is_name = bool(name and tag) and (name in ALIASES or _is_repo(name) or _path(name) is not None)
+    return (name, tag) if colon and is_name and _path(model) is None else (model, "")
 
 
 def resolve(model: str, *, download: bool = True) -> ModelFiles:
@@ -53,51 +57,67 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
     With ``download`` a model that is not whole in the cache is fetched. ModelError, one line, says what to put where.
     """
     _require_name(model)
-    repo, tag = split_name(model)
-    if tag and (repo in ALIASES or not _REPO.fullmatch(repo)):
+    name, tag = split_name(model)
+    if tag and _is_repo(name):
+        return ModelFiles(_gguf_of(model, name, tag, download=download), "gguf")
+    if tag:
         raise ModelError(
             f"model {shorten(model)!r}: weights in blocks come from a GGUF file: give its path, or org/name:{shorten(tag)} of "
             "a repository on the hub that has one; other names of this form are for `skvq plan` and --dummy-weights"
         )
-    if tag:
-        return _gguf_of(model, repo, tag, download=download)
     alias = ALIASES.get(model)
     if alias is not None and alias.package:
         return ModelFiles(_package_file(model, alias), "gguf")
-    path = Path(model).expanduser()
-    if alias is None and _exists(path):
+    path = _path(model)
+    if alias is None and path is not None:
         return local_files(path)
     repo = alias.repo if alias is not None else _as_repo(model)
     folder = _cached(repo)
     if folder is None or not _is_complete(folder):
         folder = _download(model, repo, PATTERNS) if download else None
     if folder is None:
-        raise ModelError(_how_to_get(model, repo, "downloads are switched off"))
+        raise ModelError(_how_to_get(model, repo, OFFLINE))
     return ModelFiles(folder, "safetensors")
 
 
-def _gguf_of(model: str, repo: str, tag: str, *, download: bool) -> ModelFiles:
-    """The GGUF file of a repository whose name has ``tag`` in it."""
+def _is_repo(name: str) -> bool:
+    """Whether ``org/name`` is of the hub: no path of this machine."""
+    return _REPO.fullmatch(name) is not None and _path(name) is None
+
+
+def _gguf_of(model: str, repo: str, tag: str, *, download: bool) -> Path:
+    """The GGUF file of a repository that ``tag`` names; of the cache, if there it is the end of one name."""
     folder = _cached(repo)
-    found = [] if folder is None else _ggufs_in(folder, tag)
-    if not found and download:
-        folder = _download(model, repo, (f"*{tag}*.gguf",))
-        found = _ggufs_in(folder, tag)
+    here = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.gguf"))} if folder is not None else {}
+    found, sure = named_by(tag, here)
+    if not sure and download:
+        found, _ = named_by(tag, _listed(model, repo))
     if not found:
-        why = f"{repo} has no GGUF file with {shorten(tag)!r} in its name" if download else "downloads are switched off"
+        why = f"{repo} has no GGUF file with {shorten(tag)!r} in its name" if download else OFFLINE
         raise ModelError(_how_to_get(model, repo, why))
-    if "-of-" in found[0].name:
-        raise ModelError(f"{found[0]} is a part of a model: join the parts with `llama-gguf-split --merge` and give the whole")
+    if _PART.search(found[0]):
+        raise ModelError(
+            f"{found[0]} of {repo} is a part of a model: join its parts with `llama-gguf-split --merge`, give the whole"
+        )
     if len(found) > 1:
-        names = ", ".join(shorten(path.name) for path in found[:4])
+        names = ", ".join(map(shorten, found[:4]))
         raise ModelError(f"model {shorten(model)!r} may be {len(found)} GGUF files ({names}): give more of one's name")
-    return ModelFiles(found[0], "gguf")
+    return here.get(found[0]) or _download(model, repo, (found[0],)) / found[0]
 
 
-def _ggufs_in(folder: Path, tag: str) -> list[Path]:
-    """GGUF files with that in their names; those that end in it, if there are any."""
-    found = [path for path in sorted(folder.rglob("*.gguf")) if tag.lower() in path.name.lower()]
-    return [path for path in found if path.stem.lower().endswith(tag.lower())] or found
+def named_by(tag: str, files: Iterable[str]) -> tuple[list[str], bool]:
+    """GGUF files that a tag, in any case, is the name of, or the end of one's name, or is in: the first of these that any are;
+    and whether it is more than in.
+
+    >>> named_by("q4_0", ["m-Q4_0.gguf", "m-Q4_0_L.gguf", "README.md"]), named_by("Q4", ["m-Q4_0.gguf"])
+    ((['m-Q4_0.gguf'], True), (['m-Q4_0.gguf'], False))
+    """
+    wanted = tag.lower().removesuffix(".gguf")
+    stems = {file: file.lower().rpartition("/")[2].removesuffix(".gguf") for file in files if file.lower().endswith(".gguf")}
+    ending = re.compile(rf"[^a-z0-9]{re.escape(wanted)}(-\d{{5}}-of-\d{{5}})?")
+    same = [file for file, stem in stems.items() if stem == wanted]
+    ends = [file for file, stem in stems.items() if re.search(ending.pattern + "$", stem) and "mmproj" not in stem]
+    return same or ends or [file for file, stem in stems.items() if wanted in stem and "mmproj" not in stem], bool(same or ends)
 
 
 def _require_name(model: str) -> None:
@@ -112,17 +132,17 @@ def config_of(model: str, *, download: bool = True) -> ModelConfig:
     """
     _require_name(model)
     name, tag = split_name(model)
-    if tag and _REPO.fullmatch(name) and not _exists(Path(name).expanduser()):
-        return gguf_config(_gguf_of(model, name, tag, download=download).path)
+    if tag and _is_repo(name):
+        return gguf_config(_gguf_of(model, name, tag, download=download))
     if tag:
         require_blocks(tag)
         model = name
     published = {name: alias.config for name, alias in ALIASES.items()}
     published |= {alias.repo: alias.config for alias in ALIASES.values() if alias.repo}
-    path = Path(model).expanduser()
-    if model in ALIASES or (model in published and not _exists(path)):
+    path = _path(model)
+    if model in ALIASES or (model in published and path is None):
         return published[model]
-    if _exists(path):
+    if path is not None:
         files = local_files(path)
         return gguf_config(files.path) if files.kind == "gguf" else read_config(files.path)
     repo = _as_repo(model)
@@ -130,14 +150,23 @@ def config_of(model: str, *, download: bool = True) -> ModelConfig:
     if folder is None or not (folder / "config.json").is_file():
         folder = _download(model, repo, ("config.json", "generation_config.json")) if download else None
     if folder is None:
-        raise ModelError(_how_to_get(model, repo, "downloads are switched off"))
+        raise ModelError(_how_to_get(model, repo, OFFLINE))
     return read_config(folder)
 
 
-def require_blocks(tag: str) -> None:
+def require_blocks(kind: str) -> None:
     """Raise ModelError for what is no type of blocks that skvq holds as they are."""
-    if tag not in FORMATS:
-        raise ModelError(f"{shorten(tag)!r} is no type of weight blocks: {', '.join(FORMATS)}{nearest(shorten(tag), FORMATS)}")
+    if kind not in FORMATS:
+        raise ModelError(f"{shorten(kind)!r} is no type of weight blocks that are held as they are: use {', '.join(FORMATS)}")
+
+
+def dummy_kind(model: str) -> str:
+    """The type of blocks that a name asks dummy weights to have, or none. Raises ModelError for an unknown type."""
+    name, tag = split_name(model)
+    if not tag or (_is_repo(name) and tag not in FORMATS):  # a file of that repository, for its shape
+        return ""
+    require_blocks(tag)
+    return tag
 
 
 def list_models() -> list[ModelRow]:
@@ -161,12 +190,13 @@ def _on_disk(alias: Alias) -> Path | None:
     return folder if folder is not None and _is_complete(folder) else None
 
 
-def _exists(path: Path) -> bool:
-    """Whether a path exists; False for a text that cannot be one."""
+def _path(text: str) -> Path | None:
+    """The path, if it exists; None also for a text that cannot be one."""
     try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the home of a user who is none
+        return None
 
 
 def _as_repo(model: str) -> str:
@@ -217,6 +247,18 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
+def _listed(model: str, repo: str) -> list[str]:
+    """The files of a repository. ModelError as of ``_download``."""
+    try:
+        from huggingface_hub import list_repo_files
+    except ImportError as error:
+        raise ModelError(_how_to_get(model, repo, "the huggingface_hub package is not installed")) from error
+    try:
+        return sorted(list_repo_files(repo))
+    except Exception as error:
+        raise ModelError(_how_to_get(model, repo, f"its files could not be listed: {reason(error)}")) from error
+
+
 def _download(model: str, repo: str, patterns: tuple[str, ...]) -> Path:
     """Fetch a repository into the hub cache. ModelError if there is no network, no such repository, or no permission."""
     try:
@@ -233,7 +275,7 @@ def _how_to_get(model: str, repo: str, why: str) -> str:
     _, tag = split_name(model)
     by_hand, fetched = "Put its config.json, tokenizer.json and *.safetensors into a folder and pass --model FOLDER", repo
     if tag:
-        by_hand, fetched = "Pass --model FILE.gguf", f'{repo} --include "*{tag}*.gguf"'
+        by_hand, fetched = "Pass --model FILE.gguf", f'{repo} --include "*{shorten(tag)}*.gguf"'
     origin = "" if repo in model else f" ({repo})"
     return (
         f"model {model!r}{origin} is not on this machine and {why}. {by_hand}, or run 'hf download {fetched}' on a machine "

@@ -10,7 +10,7 @@ from skvq.engine.config import ModelConfig
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.gguf_file import GgufSource
-from skvq.loaders.hub import config_of, require_blocks, resolve, split_name
+from skvq.loaders.hub import config_of, dummy_kind, resolve
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
@@ -24,10 +24,7 @@ def open_source(files: ModelFiles) -> WeightSource:
 
 def dummy_source(model: str, config: ModelConfig) -> DummySource:
     """Random weights for a model of that name: in blocks where it names them."""
-    _, kind = split_name(model)
-    if kind:
-        require_blocks(kind)
-    return DummySource(config, kind=kind)
+    return DummySource(config, kind=dummy_kind(model))
 
 
 def open_model(

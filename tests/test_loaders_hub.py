@@ -22,12 +22,13 @@ from loader_fixtures import (
     write_gguf,
 )
 
-from skvq.engine.config import FULL_SPAN
+from skvq.engine.config import FULL_SPAN, CacheConfig
+from skvq.engine.plan_report import plan_report
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.ggml.words import to_words
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.hf import config_to_json, read_config
-from skvq.loaders.hub import ALIASES, PATTERNS, config_of, list_models, resolve
+from skvq.loaders.hub import ALIASES, PATTERNS, config_of, dummy_kind, list_models, resolve
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.open import open_model
 
@@ -39,6 +40,11 @@ class Hub:
         self.cached: dict[str, Path] = {}
         self.remote: dict[str, Path] = {}
         self.asked: list[tuple[str, Any]] = []
+
+    def list_repo_files(self, repo: str) -> list[str]:
+        if repo not in self.remote:
+            raise ConnectionError("no route to host\nand more lines")
+        return [path.name for path in self.remote[repo].iterdir()]
 
     def snapshot_download(self, repo: str, *, local_files_only: bool = False, allow_patterns: list[str] | None = None) -> str:
         if local_files_only:
@@ -55,6 +61,7 @@ class Hub:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     fake = Hub()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fake.list_repo_files)
     return fake
 
 
@@ -87,23 +94,44 @@ def test_the_cache_is_asked_before_the_network(tmp_path: Path, hub: Hub) -> None
 
 def test_a_gguf_file_of_a_repository_is_named_by_a_part_of_its_name(tmp_path: Path, hub: Hub) -> None:
     repo, files = "org/tiny-GGUF", {}
-    for kind in ("Q4_0", "Q4_0_L", "Q8_0", "IQ2-00001-of-00002"):
+    for kind in ("Q4_0", "Q4_0_L", "Q8_0", "IQ4_0", "F16-00001-of-00002", "F16-00002-of-00002", "Tower-of-Babel-Q5_1"):
         files[kind] = write_gguf(tmp_path / f"tiny-{kind}.gguf", tiny_config(), random_weights(tiny_config()))
     hub.remote[repo] = tmp_path
     wanted = f"{repo}:Q8_0"
-    refused(
-        lambda: resolve(wanted, download=False), "downloads are switched off", 'hf download org/tiny-GGUF --include "*Q8_0*'
-    )
-    assert resolve(wanted).path == files["Q8_0"] and hub.asked == [(repo, ["*Q8_0*.gguf"])]
+    refused(lambda: resolve(wanted, download=False), "are switched off", 'hf download org/tiny-GGUF --include "*Q8_0*')
+    for tag in ("Q8_0", "q8_0", "tiny-Q8_0.gguf", "TINY-q8_0"):
+        assert resolve(f"{repo}:{tag}").path == files["Q8_0"]
+    assert hub.asked == [(repo, ["tiny-Q8_0.gguf"])] * 4, "nothing else is fetched"
     assert config_of(f"{repo}:q4_0").num_layers == 2
+    refused(lambda: resolve(f"{repo}:4_0"), "may be 3 GGUF files", "give more of one")
+    refused(lambda: resolve(f"{repo}:F16"), "is a part of a model", "llama-gguf-split --merge")
+    refused(lambda: resolve(f"{repo}:*"), "has no GGUF file with '*'")
+    assert len(hub.asked) == 5, "nothing is fetched to be refused"
     hub.cached[repo], hub.remote = tmp_path, {}
-    assert resolve(f"{repo}:Q4_0", download=False).path == files["Q4_0"]
-    refused(lambda: resolve(f"{repo}:tiny-Q"), "3 GGUF files", "tiny-Q8_0.gguf", "give more of one")
-    refused(lambda: resolve(f"{repo}:IQ2"), "is a part of a model", "llama-gguf-split --merge")
-    refused(lambda: resolve(f"{repo}:Q6_K", download=False), "Q6_K", "not on this machine")
+    for tag, kind in (("Q4_0", "Q4_0"), ("q5_1", "Tower-of-Babel-Q5_1")):
+        assert resolve(f"{repo}:{tag}", download=False).path == files[kind]
+    refused(lambda: resolve(f"{repo}:Q6_K"), "its files could not be listed", "no route to host")
+    assert resolve(f"{repo}:q4_0_l").path == files["Q4_0_L"] and dummy_kind(f"{repo}:Q4_0_L") == ""
+    report = plan_report(
+        f"{repo}:Q4_0_L", CacheConfig(method="fp"), context=128, sequences=1, memory=None, device="4090", dtype=None,
+        prefill="exact",
+    )  # fmt: skip
+    assert report.plan.parts["weights"] == 2 * tiny_config().num_parameters  # float32 in the file
+
+
+def test_names_with_colons_that_are_none_of_ours(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     refused(lambda: resolve("mistral-7b:Q4_K"), "come from a GGUF file", "--dummy-weights")
-    (tmp_path / "a:b.gguf").write_bytes(files["Q8_0"].read_bytes())
-    assert resolve(str(tmp_path / "a:b.gguf")).kind == "gguf"
+    path = write_gguf(tmp_path / "a:b.gguf", tiny_config(), random_weights(tiny_config()))
+    assert resolve(str(path)).path == path
+    checkpoint(tmp_path / "org" / "name")
+    assert config_of("org/name:Q4_K") == tiny_config() and dummy_kind("org/name:Q4_K") == "Q4_K"  # a folder here
+    refused(lambda: resolve("org/name:Q4_K"), "come from a GGUF file")
+    for name in ("/data/no:pe.gguf", "C:\\models\\x.gguf"):
+        refused(lambda name=name: resolve(name), "no file or folder")  # type: ignore[misc]
+    for name in (":Q4_K", "~nosuch/x", "~nosuch:Q4_K", "org/name:"):
+        refused(lambda name=name: resolve(name))  # type: ignore[misc]
+    assert hub.asked == []
 
 
 def test_an_incomplete_snapshot_is_completed(tmp_path: Path, hub: Hub) -> None:

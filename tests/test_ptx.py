@@ -186,6 +186,8 @@ def test_quantized_blocks(
         normal(22),
         normal(vectors, 22),
     )
+    narrow = blocks.BlockMatrix(blocks_of("Q4_0", 3, 32)[0], "Q4_0", torch.device("cuda"))  # one block
+    assert torch.equal(plain(narrow.rows(torch.tensor([2, 0]).to("cuda"))), plain(narrow.words.dense())[[2, 0]])
     ids = torch.tensor([21, 0, 5]).to("cuda")
     assert torch.equal(plain(matrix.rows(ids)), plain(weight)[plain(ids)])
     dense = DenseLinear(weight.to(dtype), None)  # it rounds the weights, ours does not

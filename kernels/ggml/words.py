@@ -9,9 +9,8 @@ A weight is ``scale * code + offset``, codes from 0 on. Of row r, block b (colum
     pairs  int32 [rows, blocks]: the scale in the low half, the offset in the high one. Q6_K has a scale for each half of a
            block instead, and its offset is -32 scales
 
-Where blocks share d and m, the products of these and their factors are rounded to float16 (by 2^-12 of them at most): a GPU
-computes in 16 bits anyway. Q4_K has 4.5 bits a weight in the file and 5 here, Q4_0 4.5 and 5, Q5_K 5.5 and 6, Q6_K 6.56 and 7,
-Q8_0 8.5 and 9.
+Where blocks share d and m, the products of these and their factors are rounded to float16: a GPU computes in 16 bits anyway.
+Q4_K has 4.5 bits a weight in the file and 5 here, Q4_0 4.5 and 5, Q5_K 5.5 and 6, Q6_K 6.56 and 7, Q8_0 8.5 and 9.
 """
 
 from __future__ import annotations

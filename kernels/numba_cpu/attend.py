@@ -12,10 +12,10 @@ from skvq.kernels.interface import FullSlots, HeadCodec, LabelCodec, PackedPages
 from skvq.kernels.layout import LEVELS, PAGE_TOKENS, PageLayout, code_bytes
 from skvq.kernels.numba_cpu.job import ATTEND, CALL_FIELDS, CODEC_FIELDS, LAYOUT_FIELDS, TABLE_FIELDS, WORK_FIELDS, Job, offsets
 from skvq.kernels.numba_cpu.launch import workspace
-from skvq.kernels.numba_cpu.numeric import BFLOAT16, FLOAT16, FLOAT32
+from skvq.kernels.numba_cpu.numeric import BFLOAT16, FLOAT16
 from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
-KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 MAX_VECTORS = 32
 """Query vectors of a kv head that are handled together, so that each tile is unpacked once; more would not fit the cache."""
 TASKS_PER_THREAD = 4

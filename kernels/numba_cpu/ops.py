@@ -10,6 +10,7 @@ from torch import Tensor
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.numba_cpu.attend import KINDS
 from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.numeric import FLOAT32
 from skvq.kernels.numba_cpu.small import (
     ADD_FIELDS,
     NORM_FIELDS,
@@ -24,6 +25,8 @@ from skvq.kernels.ops import TorchOps
 
 ADD, NORM = Entry(build_add, ADD_FIELDS), Entry(build_norm, NORM_FIELDS)
 SWIGLU, TURN = Entry(build_swiglu, SWIGLU_FIELDS), Entry(build_turn, TURN_FIELDS)
+TURNED_KINDS = KINDS | {torch.float32: FLOAT32}
+"""Dtypes that keys and values are turned to: the cache's, and that of prefill's buffers."""
 PARALLEL_NUMBERS = 1 << 15
 """Calls on fewer numbers run on one thread."""
 
@@ -102,7 +105,7 @@ def _turn(
         threads, 0, q.data_ptr(), 4 * q.stride(0), k.data_ptr(), 4 * k.stride(0), v.data_ptr(), 4 * v.stride(0), cos.data_ptr(),
         sin.data_ptr(), out.data_ptr(), rows, heads, k.shape[2], size, slots.data_ptr(), places.data_ptr(),
         keys.data_ptr(), values.data_ptr(), item * at[0] if len(keys) > 1 else 0, item * at[1], item * at[2],
-        KINDS[keys.dtype], -(-rows // (4 * threads)),
+        TURNED_KINDS[keys.dtype], -(-rows // (4 * threads)),
     )  # fmt: skip
     return out
 

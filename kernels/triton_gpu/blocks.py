@@ -255,6 +255,7 @@ class BlockMatrix:
                 torch.mm(x, weight.T, out=out[:, part])
             else:
                 torch.addmm(bias[part], x, weight.T, out=out[:, part])
+            del weight  # before the next part is expanded
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows ``ids`` int64 [N], of which none is out of range."""
@@ -268,7 +269,7 @@ class BlockMatrix:
     def _expand(self, ids: Tensor | None, first: int, count: int, dtype: torch.dtype) -> Tensor:
         form, blocks = self.words.form, self.words.blocks
         out = torch.empty(count, self.shape[1], dtype=dtype, device=self.data.device)
-        together = min(triton.next_power_of_2(blocks), EXPANDED_BLOCKS)
+        together = min(triton.next_power_of_2(max(blocks, 2)), EXPANDED_BLOCKS)  # of one block the compiler makes nothing
         if count:
             expand_kernel[(count, triton.cdiv(blocks, together))](
                 self.data if ids is None else ids, *self.parts, out, first, BLOCKS=blocks, NB=together, BITS=form.bits,
