@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import ModelError
 
+FEW_TOKENS = (256, 4096)
+
 
 class Sampler:
     """One sequence's draws. What is drawn at a position follows from the seed and the position: a batch draws what its singles
@@ -19,15 +22,14 @@ class Sampler:
 
     def __init__(self, config: SamplingConfig, prompt_ids: list[int], vocab_size: int, device: torch.device) -> None:
         self.config = config
-        self._generator = torch.Generator(device=device)
-        self._seed = self._generator.seed() if config.seed is None else config.seed % 2**64
+        self._seed = secrets.randbits(64) if config.seed is None else config.seed % 2**64
         self._penalizes = config.repeat_penalty != 1
         self._seen = torch.zeros(vocab_size if self._penalizes else 0, dtype=torch.bool, device=device)
         if self._penalizes:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
 
     def choose(self, logits: Tensor, position: int, after: Sequence[int] = ()) -> Tensor:
-        """The largest of ``logits`` float32 [V] and the token drawn at a position, float64 [2]; nothing is waited for.
+        """The largest of ``logits`` float32 [V] and the token drawn at a position, float64 [2]; a GPU is not waited for.
 
         ``after``: tokens since the last that was taken, if they are taken too.
         """
@@ -40,10 +42,11 @@ class Sampler:
             logits = torch.where(seen, penalized, logits)
         likeliest, token_of = logits.max(-1)
         if config.temperature > 0:  # the largest is subtracted first, so that no temperature makes an infinity of it
-            probabilities = filtered_probabilities((logits - likeliest) / max(config.temperature, 1e-30), config)
-            self._generator.manual_seed(seed_at(self._seed, position))
-            times = torch.empty_like(probabilities).exponential_(generator=self._generator).clamp_min_(1e-30)
-            token_of = (probabilities / times).argmax()  # as torch.multinomial, which waits for the device and checks
+            weights, tokens = candidates((logits - likeliest) / max(config.temperature, 1e-30), config)
+            sums = weights.cumsum(0, dtype=torch.float64)
+            drawn = torch.searchsorted(sums, sums[-1:] * uniform_at(self._seed, position))
+            drawn = drawn.clamp_max(len(sums) - 1)  # where logits are no numbers
+            token_of = (drawn if tokens is None else tokens[drawn])[0]
         return torch.stack((likeliest.double(), token_of.double()))
 
     def take(self, largest: float, number: float) -> int:
@@ -59,29 +62,47 @@ class Sampler:
         return token
 
 
-def seed_at(seed: int, position: int) -> int:
-    """The generator's seed for one draw."""
-    return int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint32)[0])
+def uniform_at(seed: int, position: int) -> float:
+    """A number between 0 and 1, neither included, for one draw: the same for every device."""
+    bits = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0]) >> 11
+    return (bits + 0.5) * 2.0**-53
 
 
-def filtered_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Probabilities [V] of ``logits`` [V] with the unlikely ones that top_k, top_p and min_p drop set to zero.
+def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
+    """What may be drawn of ``logits`` [V], the largest of which is 0: weights [C], zero for what top_k, top_p or min_p drop,
+    and the tokens [C] whose they are, the likeliest first; None for the tokens of the vocabulary.
 
     top_p keeps the fewest likeliest tokens whose probability sums to at least top_p (arXiv 1904.09751); min_p keeps tokens at
     least min_p as likely as the likeliest (arXiv 2407.01082).
     """
+    tokens: Tensor | None = None
     if 0 < config.top_k < len(logits):
-        threshold = logits.topk(config.top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    probabilities = logits.softmax(-1)
+        logits, tokens = logits.topk(config.top_k)
+    weights = logits.exp()
     if config.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        unlikely = ordered.cumsum(0) - ordered >= config.top_p
+        needed = weights.sum(dtype=torch.float64) * config.top_p
+        if tokens is None:
+            weights, tokens = likeliest_of(weights, needed)
+        sums = weights.cumsum(0, dtype=torch.float64)
+        unlikely = sums - weights >= needed
         unlikely[:1] = False  # a top_p below float32 is 0 here
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(unlikely, 0))
+        weights = weights.masked_fill(unlikely, 0)
     if config.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < config.min_p * probabilities.max(), 0)
-    return probabilities / probabilities.sum()
+        weights = weights.masked_fill(weights < config.min_p, 0)  # the likeliest weighs 1
+    return weights, tokens
+
+
+def likeliest_of(weights: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
+    """At least the likeliest tokens whose weights sum to ``needed``: their weights and ids, in order. On a CPU some are looked
+    for first, for to sort a vocabulary takes as long as a decode step; a GPU would be waited for to know that they suffice."""
+    if weights.device.type == "cpu":
+        for count in FEW_TOKENS:
+            if count < len(weights):
+                most, tokens = weights.topk(count)
+                if bool(most.sum(dtype=torch.float64) >= needed):
+                    return most, tokens
+    ordered = weights.sort(descending=True)
+    return ordered.values, ordered.indices
 
 
 class StopWatch:

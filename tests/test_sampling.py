@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import ModelError, OptionError, SkvqError
-from skvq.engine.sampling import Sampler, StopWatch, filtered_probabilities, seed_at
+from skvq.engine.sampling import Sampler, StopWatch, candidates, uniform_at
 from skvq.loaders.text import ByteTokenizer, TextStream
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0, 1.5, 0.0])
@@ -40,11 +40,14 @@ def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
     assert ((count - wanted).square() / wanted).sum() < 22.5
 
 
-def test_a_seed_draws_what_torch_draws() -> None:
+def test_a_seed_draws_by_the_sum_of_probabilities() -> None:
+    """The first token whose probability and those before it sum to a number of the seed and the position alone."""
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 3
-    generators = [torch.Generator().manual_seed(seed_at(5, position)) for position in range(50)]
-    wanted = [int(torch.multinomial(logits.softmax(0), 1, generator=generator)) for generator in generators]
+    sums = logits.double().softmax(0).cumsum(0)
+    wanted = [int((sums < uniform_at(5, position)).sum()) for position in range(50)]
     assert draws(50, logits, temperature=1.0, seed=5).tolist() == wanted and len(set(wanted)) > 10
+    found = [uniform_at(5, position) for position in range(2000)]
+    assert 0 < min(found) < 0.01 and 0.99 < max(found) < 1 and abs(sum(found) / 2000 - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -60,25 +63,44 @@ def test_logits_that_are_no_numbers_are_one_line(temperature: float, wrong: floa
         draws(1, torch.full((4,), -torch.inf), temperature=temperature)
 
 
+def kept_of(logits: Tensor, **options: object) -> Tensor:
+    """Which tokens may be drawn, bool [V]; the others weigh nothing."""
+    weights, tokens = candidates(logits - logits.max(), SamplingConfig(**options))
+    tokens = torch.arange(len(logits)) if tokens is None else tokens
+    assert len(set(tokens.tolist())) == len(tokens) == len(weights)
+    kept = torch.zeros(len(logits), dtype=torch.bool)
+    kept[tokens[weights > 0]] = True
+    likely = weights[weights > 0] / weights.sum()
+    assert torch.allclose(likely, logits.softmax(0)[tokens[weights > 0]] / logits.softmax(0)[kept].sum(), rtol=1e-5)
+    return kept
+
+
 @pytest.mark.parametrize("k", [1, 3, 7, 100])
 def test_top_k_keeps_the_k_likeliest(k: int) -> None:
-    kept = filtered_probabilities(LOGITS, SamplingConfig(top_k=k)).nonzero()[:, 0]
+    kept = kept_of(LOGITS, top_k=k).nonzero()[:, 0]
     assert sorted(kept.tolist()) == sorted(LOGITS.topk(min(k, 7)).indices.tolist())
 
 
+@pytest.mark.parametrize("size", [7, 300, 9000])
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.6, 0.9, 0.999])
-def test_top_p_keeps_the_fewest_tokens_that_sum_to_p(p: float) -> None:
-    full = LOGITS.softmax(0)
-    kept = filtered_probabilities(LOGITS, SamplingConfig(top_p=p)) > 0
-    assert full[kept].sum() >= p > full[kept].sum() - full[kept].min()
+def test_top_p_keeps_the_fewest_tokens_that_sum_to_p(p: float, size: int) -> None:
+    """Of few tokens and of many, of which the likeliest 256 or 4,096 suffice, or do not."""
+    logits = LOGITS if size == 7 else 1.5 * torch.randn(size, generator=torch.Generator().manual_seed(0))
+    full = logits.double().softmax(0)
+    kept = kept_of(logits, top_p=p)
+    assert full[kept].sum() >= p - 1e-6 and p > full[kept].sum() - full[kept].min() - 1e-6
     assert full[kept].min() >= full[~kept].max() if (~kept).any() else True
+
+
+def test_top_p_is_of_what_top_k_has_left() -> None:
+    two = LOGITS.topk(3).values.softmax(0)
+    assert kept_of(LOGITS, top_k=3, top_p=float(two[0]) + 0.01).sum() == 2
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_min_p_is_relative_to_the_likeliest(p: float) -> None:
     full = LOGITS.softmax(0)
-    kept = filtered_probabilities(LOGITS, SamplingConfig(min_p=p)) > 0
-    assert torch.equal(kept, full >= p * full.max())
+    assert torch.equal(kept_of(LOGITS, min_p=p), full >= p * full.max())
 
 
 @given(
