@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py [--model smollm2-135m] [--ctx 1000] [--rounds 5]
 
-The logits are those of an answer about N tokens of Python's bundled documentation. Each way of sampling draws from all of them in
-every round, by skvq and as written with torch (softmax, the whole vocabulary sorted for top-p, multinomial: what the library did
-before, and transformers does); the best round counts. Last line: JSON, also written to --output.
+The logits are those of an answer about N tokens of Python's bundled documentation. Each way of sampling draws from all of them
+in every round, by skvq and as written with torch (softmax, the whole vocabulary sorted for top-p, multinomial), as transformers
+does; the best round counts. Last line: JSON, also written to --output.
 """
 
 from __future__ import annotations
