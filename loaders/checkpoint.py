@@ -14,12 +14,14 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import read_json, reason
 from skvq.loaders.hf import read_config
+from skvq.loaders.int4 import KIND, Int4Matrices, int4_format
 from skvq.loaders.names import check_shapes, expected_shapes
 from skvq.loaders.source import QuantizedBlocks, fingerprint_of, first_bytes, unknown_weight
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STORED_TYPES = ("F32", "F16", "BF16")
+INT4_TYPES = ("I32",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +38,26 @@ class SafetensorsSource:
     """A folder with config.json and ``model.safetensors`` or the shards of ``model.safetensors.index.json``.
 
     Opening reads headers and a 4 KiB sample of each tensor. It raises ModelError, one line, for a missing or truncated
-    file, a bad header, a tensor in two shards or in none, a wrong shape, and a type that is not F32, F16 or BF16.
+    file, a bad header, a tensor in two shards or in none, a wrong shape, and a type that is not F32, F16 or BF16. Matrices of
+    4 bits (``int4``) are given out as blocks.
     """
 
     def __init__(self, folder: str | Path) -> None:
         root = Path(folder)
         self._where = str(root)
         self._config = read_config(root)
-        entries = _open_shards(root)
-        check_shapes({name: entry.shape for name, entry in entries.items()}, self._config, self._where)
-        self._entries = {name: entries[name] for name in expected_shapes(self._config)}
-        _check_types(self._entries)
+        self._entries = _open_shards(root)
+        self._shapes, found = expected_shapes(self._config), {name: entry.shape for name, entry in self._entries.items()}
+        form = int4_format(read_json(root / "config.json"))
+        self._int4 = None if form is None else Int4Matrices(form, self._shapes, found, self._where)
+        check_shapes(found if self._int4 is None else self._int4.whole(), self._config, self._where)
+        for name in self._shapes:
+            codes, *others = [name] if (int4 := self._int4_of(name)) is None else int4.parts(name)
+            self._check_types(codes, STORED_TYPES if int4 is None else INT4_TYPES)
+            for part, types in zip(others, (STORED_TYPES, INT4_TYPES), strict=False):
+                self._check_types(part, types)
+        if self._int4 is not None:
+            self._int4.check(self._tensor)
         self._fingerprint = fingerprint_of(self._config, self._samples())
 
     @property
@@ -65,23 +76,48 @@ class SafetensorsSource:
         return self._fingerprint
 
     def read(self, name: str) -> torch.Tensor:
-        """The weight in its stored type, a view of the memory map."""
-        if name not in self._entries:
-            raise unknown_weight(name, self._where)
-        return _read(self._entries[name], name)
+        """The weight in its stored type, a view of the memory map; one of 4 bits expanded to float32."""
+        int4 = self._int4_of(name)
+        return self._tensor(name) if int4 is None else int4.read(name, self._tensor)
 
     def stored(self, name: str) -> tuple[str, int]:
-        """Type and bytes of the weight."""
+        """Type and bytes of the weight, or of its blocks."""
+        if (int4 := self._int4_of(name)) is not None:
+            return KIND, int4.nbytes(name)
         tensor = self.read(name)  # a view: nothing is read
         return str(tensor.dtype), tensor.nbytes
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
-        """None: safetensors hold whole numbers of values, not blocks."""
-        return None
+        """A matrix of 4 bits as blocks, or None: others are whole numbers of values."""
+        int4 = self._int4_of(name)
+        return None if int4 is None else int4.blocks(name, self._tensor)
+
+    def _int4_of(self, name: str) -> Int4Matrices | None:
+        """What knows of the weight, if it is of 4 bits."""
+        if name not in self._shapes:
+            raise unknown_weight(name, self._where)
+        return self._int4 if self._int4 is not None and name in self._int4.shapes else None
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, a view."""
+        entry = self._entries[name]
+        tensor = entry.shard.get_tensor(name)
+        assert isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape
+        return tensor
+
+    def _check_types(self, name: str, types: tuple[str, ...]) -> None:
+        entry = self._entries[name]
+        if entry.kind not in types:
+            known = ", ".join(types)
+            raise ModelError(
+                f"{entry.file}: {name} is stored as {entry.kind}, this engine reads {known}: use the 16-bit checkpoint"
+            )
 
     def _samples(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
-        for name, entry in self._entries.items():
-            yield name, entry.shape, entry.kind, first_bytes(_read(entry, name))
+        for weight in self._shapes:
+            for name in (weight,) if (int4 := self._int4_of(weight)) is None else int4.parts(weight):
+                entry = self._entries[name]
+                yield name, entry.shape, entry.kind, first_bytes(self._tensor(name))
 
 
 def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
@@ -146,18 +182,3 @@ def _open_shard(path: Path) -> dict[str, _Entry]:
             f"{path} ({size} bytes) is not a whole safetensors file ({reason(error)}): download it again"
         ) from error
     return entries
-
-
-def _check_types(entries: dict[str, _Entry]) -> None:
-    for name, entry in entries.items():
-        if entry.kind not in STORED_TYPES:
-            raise ModelError(
-                f"{entry.file}: {name} is stored as {entry.kind}, this engine reads {', '.join(STORED_TYPES)}: "
-                "use the 16-bit checkpoint"
-            )
-
-
-def _read(entry: _Entry, name: str) -> torch.Tensor:
-    tensor = entry.shard.get_tensor(name)
-    assert isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape
-    return tensor

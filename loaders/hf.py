@@ -10,6 +10,7 @@ from typing import Any
 from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ModelConfig, RopeConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import Fields, model_config, read_json
+from skvq.loaders.int4 import int4_format
 from skvq.loaders.names import MAX_LAYERS
 
 
@@ -187,12 +188,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"{fields.where}: hidden_act is {activation!r}, this engine supports only 'silu'")
-    if fields.has("quantization_config"):
-        method = fields.section("quantization_config").data.get("quant_method")
-        raise ModelError(
-            f"{fields.where}: the weights are quantized with {method!r}, which this engine does not read: "
-            "use the 16-bit checkpoint of the same model, or its GGUF"
-        )
+    int4_format(fields)
 
 
 def _implied_factor(kind: str, context: int, original: int) -> float:
