@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
-from skvq.loaders.fields import reason
+from skvq.loaders.fields import Fields, reason
 from skvq.loaders.gguf_config import parse_gguf_config
 from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
 from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, layer_shapes
@@ -62,6 +62,7 @@ class GgufSource:
         data = map_file(Path(path))
         header = read_header(data, self._where)
         stored = _locate(header, data, self._where)
+        self.metadata = Fields(header.metadata, self._where)
         self._config = parse_gguf_config(header, self._where, _rope_freqs(stored))
         names = gguf_names(self._config)
         back = {theirs: ours for ours, theirs in names.items()}

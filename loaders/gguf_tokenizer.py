@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from skvq.engine.errors import ModelError, nearest
 from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer
 from skvq.loaders.fields import Fields, reason
 from skvq.loaders.file_tokenizer import TokenizerSettings
-from skvq.loaders.gguf_config import parse_gguf_config
-from skvq.loaders.gguf_header import map_file, read_header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -52,13 +49,6 @@ PRE_TOKENIZERS = {
     "gpt-2": _Rules(),
     "default": _Rules(),
 }
-
-
-def load_gguf_tokenizer(path: str | Path) -> FastTokenizer:
-    """The tokenizer of a GGUF file. ModelError if it has none, or one of a kind that is not known."""
-    header = read_header(map_file(Path(path)), str(path))
-    config = parse_gguf_config(header, str(path), rope_freqs=None)
-    return build_tokenizer(Fields(header.metadata, str(path)), config)
 
 
 def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:

@@ -9,7 +9,9 @@ from typing import Any
 from skvq.engine.config import ModelConfig
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
+from skvq.loaders.file_tokenizer import FileTokenizer
 from skvq.loaders.gguf_file import GgufSource
+from skvq.loaders.gguf_tokenizer import build_tokenizer
 from skvq.loaders.hub import config_of, dummy_kind, resolve
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.source import WeightSource
@@ -20,6 +22,14 @@ from skvq.loaders.tokenizer import load_tokenizer
 def open_source(files: ModelFiles) -> WeightSource:
     """The weights of a resolved model, checked but not read."""
     return GgufSource(files.path) if files.kind == "gguf" else SafetensorsSource(files.path)
+
+
+def open_files(files: ModelFiles) -> tuple[WeightSource, FileTokenizer]:
+    """Weights and tokenizer of a resolved model; a GGUF header, which has both, is read once."""
+    source = open_source(files)
+    if isinstance(source, GgufSource):
+        return source, build_tokenizer(source.metadata, source.config)
+    return source, load_tokenizer(files.path)
 
 
 def dummy_source(model: str, config: ModelConfig) -> DummySource:
@@ -44,6 +54,6 @@ def open_model(
         config = config_of(model, download=download)
         return dummy_source(model, config), dummy_tokenizer(config.vocab_size)
     files = resolve(model, download=download)
-    tokenizer = load_tokenizer(files)
+    source, tokenizer = open_files(files)
     tokenizer.template_kwargs = chat_template_kwargs
-    return open_source(files), tokenizer
+    return source, tokenizer

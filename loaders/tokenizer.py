@@ -1,4 +1,4 @@
-"""The tokenizer of a model's files, whichever of the three forms they have."""
+"""The tokenizer of a folder, in either of the two forms that it may have."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from skvq.engine.errors import ModelError
 from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields, read_json, reason
 from skvq.loaders.file_tokenizer import FileTokenizer, TokenizerSettings
-from skvq.loaders.gguf_tokenizer import load_gguf_tokenizer
 from skvq.loaders.hf import read_config
-from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.spm_tokenizer import AddedToken, SentencePieceTokenizer, open_sentencepiece
 from skvq.loaders.text import TextStream, Tokenizer
 
@@ -24,14 +22,11 @@ __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(files: ModelFiles) -> FileTokenizer:
-    """The tokenizer of a resolved model: tokenizer.json, else tokenizer.model, or the vocabulary inside a GGUF.
+def load_tokenizer(folder: Path) -> FileTokenizer:
+    """The tokenizer of a folder: tokenizer.json, else tokenizer.model.
 
     Raises ModelError, one line, if there is none or it is broken.
     """
-    if files.kind == "gguf":
-        return load_gguf_tokenizer(files.path)
-    folder = Path(files.path)
     config = read_config(folder)
     if (folder / "tokenizer.json").is_file():
         return _from_json(folder, config)

@@ -30,7 +30,7 @@ from skvq.loaders.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEF
 from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import resolve
 from skvq.loaders.model_files import ModelFiles
-from skvq.loaders.open import open_model
+from skvq.loaders.open import open_files, open_model
 from skvq.loaders.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 CHATML = (
@@ -82,7 +82,7 @@ def theirs_of(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Tokenizer:
-    return load_tokenizer(resolve("smollm2-135m"))
+    return open_files(resolve("smollm2-135m"))[1]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_smollm2_round_trip(smollm2: Tokenizer, text: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
 def test_tokenizer_json_equals_transformers(byte_folder: ModelFiles, text: str) -> None:
-    ours, theirs = load_tokenizer(byte_folder), theirs_of(byte_folder.path)
+    ours, theirs = load_tokenizer(byte_folder.path), theirs_of(byte_folder.path)
     assert ours.encode(text) == theirs.encode(text)
     assert ours.encode(text, bos=False) == theirs.encode(text, add_special_tokens=False)
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True) == text
@@ -202,7 +202,7 @@ def test_added_tokens_that_are_not_special_stay_in_the_text(tmp_path: Path) -> N
     pipeline.add_tokens(["<tool_call>", "two words", "día", "日"])
     pipeline.add_special_tokens(["<|hidden|>"])
     files = save_folder(tmp_path, pipeline)
-    ours, theirs = load_tokenizer(files), theirs_of(tmp_path)
+    ours, theirs = load_tokenizer(files.path), theirs_of(tmp_path)
     text = "a <tool_call>two words日<|hidden|> quick"
     ids = theirs.encode(text)
     assert ours.encode(text) == ids and {300, 301, 303, 304} < set(ids)
@@ -214,13 +214,13 @@ def test_added_tokens_that_are_not_special_stay_in_the_text(tmp_path: Path) -> N
 @pytest.mark.parametrize(("option", "expected"), [(None, True), (False, False), (True, True)])
 def test_the_first_token_follows_the_model_s_own_rule(tmp_path: Path, option: bool | None, expected: bool) -> None:
     options = {} if option is None else {"add_bos_token": option}
-    ours = load_tokenizer(save_folder(tmp_path, with_bos(byte_level_pipeline()), options))
+    ours = load_tokenizer(save_folder(tmp_path, with_bos(byte_level_pipeline()), options).path)
     assert (ours.encode("quick")[0] == ours.bos_token_id) == expected
     assert ours.encode("quick", bos=False)[0] != ours.bos_token_id
 
 
 def test_without_a_rule_nothing_is_added(tmp_path: Path) -> None:
-    ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline()))
+    ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline()).path)
     assert ours.encode("quick") == ours.encode("quick", bos=False)
 
 
@@ -228,7 +228,7 @@ def test_truncation_and_padding_saved_in_the_file_are_switched_off(tmp_path: Pat
     pipeline = byte_level_pipeline()
     pipeline.enable_truncation(4)
     pipeline.enable_padding(length=64)
-    ours = load_tokenizer(save_folder(tmp_path, pipeline))
+    ours = load_tokenizer(save_folder(tmp_path, pipeline).path)
     assert ours.decode(ours.encode(WORDS)) == WORDS and len(ours.encode("a")) == 1
 
 
@@ -242,7 +242,7 @@ def test_chat_equals_transformers(tmp_path: Path, template: str, prompt: bool, p
     if place == "jinja":
         (tmp_path / "chat_template.jinja").write_text(template)
     want = theirs_of(tmp_path).apply_chat_template(TURNS, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-    assert load_tokenizer(files).encode_chat(TURNS, add_generation_prompt=prompt) == want
+    assert load_tokenizer(files.path).encode_chat(TURNS, add_generation_prompt=prompt) == want
 
 
 LLAMA_3 = """{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>
@@ -320,7 +320,7 @@ def test_a_chat_that_cannot_be_rendered_is_one_line(
     tmp_path: Path, template: str | None, messages: Any, fragments: list[str]
 ) -> None:
     options = {} if template is None else {"chat_template": template}
-    ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline(), options))
+    ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline(), options).path)
     refused(lambda: ours.encode_chat(messages), *fragments)
     refused(lambda: ours.encode_turn(messages), *fragments)
 
@@ -332,7 +332,7 @@ def test_sentencepiece_files_and_gguf_vocabularies_equal_sentencepiece(
 ) -> None:
     sp = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
     want = sp.encode(text)
-    file = load_tokenizer(spm_folder)
+    file = load_tokenizer(spm_folder.path)
     assert file.encode(text) == [sp.bos_id(), *want] and file.encode(text, bos=False) == want
     assert file.decode(want) == sp.decode(want)
     built = build_tokenizer(spm_fields(spm_model), tiny_config())
@@ -341,7 +341,7 @@ def test_sentencepiece_files_and_gguf_vocabularies_equal_sentencepiece(
 
 
 def test_special_tokens_are_parsed_in_sentencepiece_chats(spm_folder: ModelFiles, spm_model: bytes) -> None:
-    file, built = load_tokenizer(spm_folder), build_tokenizer(spm_fields(spm_model), tiny_config())
+    file, built = load_tokenizer(spm_folder.path), build_tokenizer(spm_fields(spm_model), tiny_config())
     ids = file.encode_chat(TURNS)
     assert ids.count(1) == 4 and ids.count(2) == 3
     assert ids == built.encode_chat(TURNS)
@@ -355,7 +355,7 @@ def test_tokens_added_to_a_sentencepiece_model(spm_folder: ModelFiles, spm_model
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}))
     later = {str(size + 1): {"content": "<|im_end|>", "special": True}, str(size + 2): {"content": "<call>", "special": False}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": later, "eos_token": "<|im_end|>"}))
-    plain, ours = load_tokenizer(spm_folder), load_tokenizer(ModelFiles(folder, "safetensors"))
+    plain, ours = load_tokenizer(spm_folder.path), load_tokenizer(folder)
     found = ours.encode("<|im_start|>the quick<call><|im_end|>", bos=False)
     assert found == [size, *plain.encode("the quick", bos=False), size + 2, size + 1]
     assert ours.decode(found) == "the quick<call>" and ours.vocab_size == size + 3 and size + 1 in ours.eos_token_ids
@@ -364,7 +364,7 @@ def test_tokens_added_to_a_sentencepiece_model(spm_folder: ModelFiles, spm_model
     wrong = {"''": {"": 1}, "'1'": {"x": "1"}, "'-1'": {"x": -1}, "not valid Unicode": {"\ud800": 400}, "'[1]'": {"x": [1]}}
     for fragment, data in wrong.items():
         (folder / "added_tokens.json").write_text(json.dumps(data))
-        refused(lambda: load_tokenizer(ModelFiles(folder, "safetensors")), fragment)
+        refused(lambda: load_tokenizer(folder), fragment)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
@@ -375,7 +375,7 @@ def test_half_a_surrogate_pair_is_no_special_token(spm_folder: ModelFiles, tmp_p
     else:
         files = ModelFiles(Path(shutil.copytree(spm_folder.path, tmp_path / "m")), "safetensors")
         (files.path / "tokenizer_config.json").write_text(json.dumps(options))
-    refused(lambda: load_tokenizer(files), "bos_token", "not valid Unicode")
+    refused(lambda: load_tokenizer(files.path), "bos_token", "not valid Unicode")
 
 
 def test_no_space_is_added_where_the_file_says_so(spm_model: bytes) -> None:
@@ -466,9 +466,9 @@ def test_a_broken_vocabulary_is_one_line(changes: dict[str, Any], fragments: lis
 def test_a_broken_or_missing_file_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
     files = ModelFiles(tmp_path, "safetensors")
-    refused(lambda: load_tokenizer(files), "neither tokenizer.json nor tokenizer.model")
+    refused(lambda: load_tokenizer(files.path), "neither tokenizer.json nor tokenizer.model")
     (tmp_path / name).write_bytes(b"{\x00garbage\xff")
-    refused(lambda: load_tokenizer(files), name, "download it again")
+    refused(lambda: load_tokenizer(files.path), name, "download it again")
 
 
 def test_a_decoder_of_another_family_is_refused(tmp_path: Path) -> None:
@@ -477,12 +477,12 @@ def test_a_decoder_of_another_family_is_refused(tmp_path: Path) -> None:
     pipeline = byte_level_pipeline()
     pipeline.decoder = decoders.WordPiece()
     files = save_folder(tmp_path, pipeline)
-    refused(lambda: load_tokenizer(files), "WordPiece", "ByteLevel")
+    refused(lambda: load_tokenizer(files.path), "WordPiece", "ByteLevel")
 
 
 def test_a_token_without_a_row_in_the_embedding_is_refused(tmp_path: Path) -> None:
     files = save_folder(tmp_path, byte_level_pipeline(size=330))
-    ours = load_tokenizer(files)
+    ours = load_tokenizer(files.path)
     ids = {index for index in range(ours.vocab_size) if index >= 320}
     text = next(ours.token_bytes(index).decode() for index in sorted(ids))
     refused(lambda: ours.encode(text), "the model has 320")
@@ -500,8 +500,8 @@ def test_a_stream_is_the_whole_text_and_never_half_a_character(
 ) -> None:
     made: dict[str, Any] = {
         "smollm2": lambda: smollm2,
-        "bytes": lambda: load_tokenizer(byte_folder),
-        "spm": lambda: load_tokenizer(spm_folder),
+        "bytes": lambda: load_tokenizer(byte_folder.path),
+        "spm": lambda: load_tokenizer(spm_folder.path),
         "built": lambda: build_tokenizer(spm_fields(spm_model), tiny_config()),
         "dummy": lambda: dummy_tokenizer(300),
     }
@@ -542,7 +542,7 @@ def test_spoiled_tokenizer_files_raise_only_our_error(
         (folder / "config.json").write_bytes((files.path / "config.json").read_bytes())
         (folder / name).write_bytes(bytes(data[: len(data) - cut] if cut % 2 else data))
         try:
-            tokenizer = load_tokenizer(ModelFiles(folder, "safetensors"))
+            tokenizer = load_tokenizer(folder)
             tokenizer.decode(tokenizer.encode("quick brown 1"))
         except SkvqError as error:
             one_line(error)
