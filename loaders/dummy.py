@@ -33,15 +33,16 @@ class DummySource:
     normal distribution, the outermost at 2.9 deviations, picked by a random byte: a billion a second and thread, where
     drawing from the distribution itself gave a fifth of that. Matrices have deviation 1/sqrt(columns), so every layer adds
     values of order one to the residual stream, and activations stay finite at any depth. With ``kind``, a ggml type,
-    matrices whose rows are whole blocks of it are given as blocks: random codes under one scale, of the same deviation.
+    matrices whose rows are whole blocks of it are given as blocks, but for those of ``whole``: random codes under one scale, of
+    the same deviation.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, kind: str = "") -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, kind: str = "", whole: tuple[str, ...] = ()) -> None:
         self._config = config
         self._seed = seed
-        self._form = FORMATS[kind] if kind else None
+        self._form, self._whole = FORMATS[kind] if kind else None, whole
         self._shapes = expected_shapes(config)
-        self._fingerprint = hashlib.sha256(f"dummy quantiles {seed} {config!r}{kind}".encode()).hexdigest()
+        self._fingerprint = hashlib.sha256(f"dummy quantiles {seed} {config!r}{kind}{' '.join(whole)}".encode()).hexdigest()
 
     @property
     def config(self) -> ModelConfig:
@@ -100,7 +101,7 @@ class DummySource:
         if name not in self._shapes:
             raise unknown_weight(name, self.where)
         shape = self._shapes[name]
-        if self._form is None or len(shape) != 2 or shape[1] % (BLOCK * self._form.span):
+        if self._form is None or name in self._whole or len(shape) != 2 or shape[1] % (BLOCK * self._form.span):
             return None
         return shape[0], shape[1] // (BLOCK * self._form.span), self._form.file_bytes
 

@@ -12,9 +12,10 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.loaders.checkpoint import weight_files
-from skvq.loaders.fields import reason, shorten
+from skvq.loaders.fields import read_json, reason, shorten
 from skvq.loaders.gguf_file import gguf_config
 from skvq.loaders.hf import read_config
+from skvq.loaders.int4 import int4_format
 from skvq.loaders.model_files import ModelFiles, local_files
 from skvq.loaders.published import ALIASES, Alias
 
@@ -167,6 +168,13 @@ def dummy_kind(model: str) -> str:
         return ""
     require_blocks(tag)
     return tag
+
+
+def is_int4(model: str) -> bool:
+    """Whether the config.json of a folder or of a repository in the cache says that the weights have 4 bits."""
+    folder = _path(model) or (_cached(model) if _is_repo(model) else None)
+    file = None if folder is None else folder / "config.json"
+    return file is not None and file.is_file() and int4_format(read_json(file)) is not None
 
 
 def list_models() -> list[ModelRow]:

@@ -12,8 +12,10 @@ from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.file_tokenizer import FileTokenizer
 from skvq.loaders.gguf_file import GgufSource
 from skvq.loaders.gguf_tokenizer import build_tokenizer
-from skvq.loaders.hub import config_of, dummy_kind, resolve
+from skvq.loaders.hub import config_of, dummy_kind, is_int4, resolve
+from skvq.loaders.int4 import KIND
 from skvq.loaders.model_files import ModelFiles
+from skvq.loaders.names import EMBEDDING, HEAD
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
 from skvq.loaders.tokenizer import load_tokenizer
@@ -33,7 +35,9 @@ def open_files(files: ModelFiles) -> tuple[WeightSource, FileTokenizer]:
 
 
 def dummy_source(model: str, config: ModelConfig) -> DummySource:
-    """Random weights for a model of that name: in blocks where it names them."""
+    """Random weights for a model of that name: in blocks where it names them, or a checkpoint of 4 bits has them."""
+    if is_int4(model):
+        return DummySource(config, kind=KIND, whole=(EMBEDDING, HEAD))
     return DummySource(config, kind=dummy_kind(model))
 
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from skvq import CacheConfig, Engine
+from skvq.engine.plan_report import plan_report
 from skvq.engine.report import Quiet
+from skvq.engine.weight_forms import form_of
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.open import open_model
@@ -131,6 +133,26 @@ def test_an_engine_computes_with_them(tmp_path: Path, name: str) -> None:
     assert torch.equal(expanded.logits(ids), whole.logits(ids))
     assert held.parts.model.weights.nbytes == held.parts.plan.parts["weights"] < 0.5 * whole.parts.model.weights.nbytes
     assert float((held.logits(ids) - whole.logits(ids)).abs().max()) < 5e-3 * float(whole.logits(ids).std())
+
+
+def test_what_is_planned_without_the_weights_is_what_is_held(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "awq")
+    form = form_of("triton", torch.device("cuda", 0), torch.bfloat16)
+    planned = form.held_bytes(SafetensorsSource(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    dummy, _ = open_model(str(tmp_path), dummy_weights=True)
+    assert form.held_bytes(dummy) == planned < 2 * CONFIG.num_parameters
+    report = plan_report(
+        str(tmp_path),
+        CacheConfig(method="fp"),
+        context=128,
+        sequences=1,
+        memory=None,
+        device="a100",
+        dtype=None,
+        prefill="exact",
+    )
+    assert report.plan.parts["weights"] == planned
 
 
 @pytest.mark.parametrize(
