@@ -101,32 +101,35 @@ class GraphStep:
     def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup, graphs: Graphs) -> None:
         self.model, self.rope, self.graphs, self.batches = model, rope, graphs, Batches(setup)
         self._held: list[CapturedFor] = []  # the one used last is the last
-        self._failed = 0  # captures, one after another
+        self._failed: dict[tuple[int, int], int] = {}  # captures one after another, by sequences and tokens of each
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
-        batch = self.batches.of(len(sequences), len(token_ids) // len(sequences))
+        shape = len(sequences), len(token_ids) // len(sequences)
+        batch = self.batches.of(*shape)
         with batch.step(sequences, token_ids):
             bound = self.graphs.bound(batch.max_packed)
             if self._recall(batch, bound):
                 self._held[-1].captured.replay()
-            elif self._failed == MOST_FAILURES:
+            elif self._failed.get(shape) == MOST_FAILURES:
                 return self.model.head(hidden_states(self.model, self.rope, batch, batch.max_packed))
             else:
                 try:
                     captured = self.graphs.capture(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
                 except NotCaptured as failed:
-                    self._give_up(str(failed))
+                    self._give_up(shape, str(failed))
                     return failed.result
-                self._failed = 0
+                self._failed.pop(shape, None)
                 self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
 
-    def _give_up(self, why: str) -> None:
-        """Make room for the next try, or tell that there will be none: torch may be unable to capture after one has failed."""
-        self._held.clear()  # their memory may be what was missing
-        self._failed += 1
-        if self._failed == MOST_FAILURES:
-            notice(f"{why}; decode steps of this engine are launched kernel by kernel from now on, which is slower")
+    def _give_up(self, shape: tuple[int, int], why: str) -> None:
+        """Make room for the next try, or tell that there will be none for this shape: torch may be unable to capture after one
+        has failed."""
+        failed = self._failed[shape] = self._failed.get(shape, 0) + 1
+        if failed == 1:
+            self._held.clear()  # their memory may be what was missing
+        if failed == MOST_FAILURES:
+            notice(f"{why}; steps of this many sequences are launched kernel by kernel from now on, which is slower")
 
     def _recall(self, batch: DecodeBatch, bound: int) -> bool:
         """Make the graph of this step the last, if there is one.

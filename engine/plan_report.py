@@ -210,7 +210,7 @@ def plan_report(
         if card.memory < 2**20:
             raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
     device = "cuda" if card.name in CARDS else card.name
-    weight_bytes, expanded_bytes = _weight_bytes(model, config, torch.device(device), card.dtype)
+    weight_bytes, table_bytes, expanded_bytes = _weight_bytes(model, config, torch.device(device), card.dtype)
     if expanded_bytes:
         card = replace(card, weight_efficiency=min(card.weight_efficiency, OF_BLOCKS))
     room = Room(
@@ -231,7 +231,7 @@ def plan_report(
         plan=plan,
         largest=largest,
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
-        decode_ms=1e3 * predicted_decode(config, cache, card, context, room.weight_bytes),
+        decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - table_bytes),
         trained_context=source.trained_context,
         advice="" if plan.fits else planner.advice(),
     )
@@ -262,25 +262,23 @@ def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: Pr
     return (seconds + copied / card.host_bandwidth) * (SEGMENT_OVERHEAD if form.prefill == "streaming" else 1.0)
 
 
-def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, context: int, weight_bytes: int) -> float:
-    """Seconds per token: every weight (but the embedding table) and every packed byte in sight read once."""
-    table = config.vocab_size * config.hidden_size * (not config.tie_embeddings)
-    weights = weight_bytes * (1 - table / config.num_parameters)
+def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, context: int, weights: int) -> float:
+    """Seconds per token: ``weights``, the bytes of all but an embedding table, and every packed byte in sight are read once."""
     layers = max((layer_token_bytes(choice, config) for choice in fullest_choices(cache, config)), key=sum)
     packed = sum(min(context, n) * size for n, size in zip(config.attention_spans, layers, strict=True))
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 
 
-def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes held for the weights and expanded of them at a time: exactly where the files are here, or the name says what their
-    blocks are, else what to expect."""
+def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes held for the weights, for an embedding table of its own among them, and expanded of them at a time: exactly where
+    the files are here, or the name says what their blocks are, else what to expect."""
     form = form_of("numba" if device.type == "cpu" else "triton", device, dtype)
     source: WeightSource
     try:
         source = open_source(resolve(model, download=False))
     except ModelError:
         source = dummy_source(model, config)
-    return form.held_bytes(source), form.expanded_bytes(source)
+    return form.held_bytes(source), form.table_bytes(source), form.expanded_bytes(source)
 
 
 def parse_bytes(text: str) -> int:

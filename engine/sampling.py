@@ -64,8 +64,8 @@ class Sampler:
 
 def uniform_at(seed: int, position: int) -> float:
     """A number between 0 and 1, neither included, for one draw: the same for every device."""
-    bits = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0]) >> 11
-    return (bits + 0.5) * 2.0**-53
+    bits = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0]) >> 12
+    return (bits + 0.5) * 2.0**-52
 
 
 def candidates(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
@@ -99,8 +99,11 @@ def likeliest_of(weights: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
         for count in FEW_TOKENS:
             if count < len(weights):
                 most, tokens = weights.topk(count)
-                if bool(most.sum(dtype=torch.float64) >= needed):
+                found = most.sum(dtype=torch.float64)
+                if bool(found >= needed):
                     return most, tokens
+                if bool(found < needed / 4):  # so flat that more of them will not do
+                    break
     ordered = weights.sort(descending=True)
     return ordered.values, ordered.indices
 

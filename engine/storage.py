@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -16,7 +16,7 @@ from skvq.engine.report import Reporter
 from skvq.kernels.ggml.blocks import scales_of
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.linear import DenseLinear, FloatMatrix, Linear, StoredLinear, StoredMatrix
-from skvq.loaders.names import expected_shapes
+from skvq.loaders.names import EMBEDDING, expected_shapes
 from skvq.loaders.source import QuantizedBlocks, WeightSource, check_finite
 
 CPU = torch.device("cpu")
@@ -141,14 +141,20 @@ class Form:
 
     def held_bytes(self, source: WeightSource) -> int:
         """Bytes that all weights of a source will take; nothing is read."""
-        kept, total = self._kept(source), 0
-        for name, shape in expected_shapes(source.config).items():
-            total += self.kinds.nbytes(kept[name], *shape) if name in kept else prod(shape) * self.dtype.itemsize
-        return total
+        return sum(self._nbytes(source, expected_shapes(source.config)))
+
+    def table_bytes(self, source: WeightSource) -> int:
+        """Those of an embedding that is not the head too: a step reads a row of it."""
+        return 0 if source.config.tie_embeddings else sum(self._nbytes(source, [EMBEDDING]))
 
     def expanded_bytes(self, source: WeightSource) -> int:
         """Bytes that are expanded of them at a time."""
         return self.kinds.expanded_bytes if self._kept(source) else 0
+
+    def _nbytes(self, source: WeightSource, names: Iterable[str]) -> Iterator[int]:
+        kept, shapes = self._kept(source), expected_shapes(source.config)
+        for name in names:
+            yield self.kinds.nbytes(kept[name], *shapes[name]) if name in kept else prod(shapes[name]) * self.dtype.itemsize
 
     def _kept(self, source: WeightSource) -> dict[str, str]:
         """Names and kinds of matrices that will be held as they are stored."""

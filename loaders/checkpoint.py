@@ -117,7 +117,7 @@ class SafetensorsSource:
         for weight in self._shapes:
             for name in (weight,) if (int4 := self._int4_of(weight)) is None else int4.parts(weight):
                 entry = self._entries[name]
-                yield name, entry.shape, entry.kind, first_bytes(self._tensor(name))
+                yield name, entry.shape, f"{entry.kind}{'' if int4 is None else int4.name}", first_bytes(self._tensor(name))
 
 
 def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:

@@ -116,7 +116,8 @@ def named_by(tag: str, files: Iterable[str]) -> tuple[list[str], bool]:
     wanted = tag.lower().removesuffix(".gguf")
     stems = {file: file.lower().rpartition("/")[2].removesuffix(".gguf") for file in files if file.lower().endswith(".gguf")}
     ending = re.compile(rf"[^a-z0-9]{re.escape(wanted)}(-\d{{5}}-of-\d{{5}})?")
-    same = [file for file, stem in stems.items() if stem == wanted]
+    same = [file for file in stems if file.lower().removesuffix(".gguf") == wanted]
+    same = same or [file for file, stem in stems.items() if stem == wanted]
     ends = [file for file, stem in stems.items() if re.search(ending.pattern + "$", stem) and "mmproj" not in stem]
     return same or ends or [file for file, stem in stems.items() if wanted in stem and "mmproj" not in stem], bool(same or ends)
 
@@ -283,7 +284,7 @@ def _how_to_get(model: str, repo: str, why: str) -> str:
     _, tag = split_name(model)
     by_hand, fetched = "Put its config.json, tokenizer.json and *.safetensors into a folder and pass --model FOLDER", repo
     if tag:
-        by_hand, fetched = "Pass --model FILE.gguf", f'{repo} --include "*{shorten(tag)}*.gguf"'
+        by_hand, fetched = "Pass --model FILE.gguf", f'{repo} --include "*{shorten(tag.removesuffix(".gguf"))}*.gguf"'
     origin = "" if repo in model else f" ({repo})"
     return (
         f"model {model!r}{origin} is not on this machine and {why}. {by_hand}, or run 'hf download {fetched}' on a machine "

@@ -7,6 +7,8 @@ zeros are packed in words of eight, the first in the lowest bits; AWQ has output
     gptq                qweight [in/8, out]         qzeros [in/g, out/8], less 1, of 16         scales [in/g, out]
     compressed-tensors  weight_packed [out, in/8]   weight_zero_point [out/8, in/g], or all 8   weight_scale [out, in/g]
 
+Scales of 8-bit activations or of another engine's KV cache, where a checkpoint has them, are left alone.
+
 Sources: AutoAWQ's WQLinear_GEMM, AutoGPTQ's QuantLinear (``gptq_v2`` has zeros as they are), compressed-tensors'
 ``pack_quantized``.
 """
@@ -28,6 +30,9 @@ Read = Callable[[str], Tensor]
 """Gives a tensor of a checkpoint by its name."""
 KIND = "Q4_1"
 METHODS = ("awq", "gptq", "compressed-tensors")
+GPTQ_LESS = {"gptq": 1, "gptq_v2": 0, "gptq_p": 0}
+"""What zeros are stored less by in each form of GPTQ; of 4 bits they do not differ otherwise."""
+OTHER_SCALES, KV_SCALES = ("input_scale", "output_scale"), (".k_scale", ".v_scale")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -68,7 +73,10 @@ def int4_format(fields: Fields) -> Int4Format | None:
         raise _not_read(found, f"{method} of {bits} bits" if method in METHODS else method)
     group = _group(found, found.data.get("group_size", 128))
     if method == "gptq":
-        return Int4Format(method=method, group=group, less=0 if found.text("checkpoint_format", "gptq") == "gptq_v2" else 1)
+        layout = found.text("checkpoint_format", "gptq").lower()
+        if layout not in GPTQ_LESS:
+            raise _not_read(found, f"gptq, checkpoint_format {layout}")
+        return Int4Format(method=method, group=group, less=GPTQ_LESS[layout])
     version, has_zeros = found.text("version", "gemm"), found.flag("zero_point", True)
     if version.lower() != "gemm" or not has_zeros:
         raise _not_read(found, f"awq, version {version}, {'with' if has_zeros else 'without'} zero points")
@@ -128,12 +136,12 @@ class Int4Matrices:
             for part, shape in zip(self.parts(name), wanted, strict=True):
                 if whole.pop(part, None) != shape:
                     raise self._wrong(f"{part} is {list(self._found.get(part, ()))}, not {list(shape)}")
-            for other in ("g_idx", "weight_g_idx", "weight_shape"):
+            for other in ("g_idx", "weight_g_idx", "weight_shape", *OTHER_SCALES):
                 whole.pop(_prefix(name) + other, None)
             if (bias := f"{_prefix(name)}bias") not in self._biases:
                 whole.pop(bias, None)
             whole[name] = (outs, ins)
-        return whole
+        return {name: shape for name, shape in whole.items() if not name.endswith(KV_SCALES)}
 
     def check(self, read: Read) -> None:
         """Raise ModelError for what would change the model: channels in another order, biases that the config does not have."""
@@ -153,6 +161,11 @@ class Int4Matrices:
     def blocks(self, name: str, read: Read) -> QuantizedBlocks:
         """The same in blocks."""
         return QuantizedBlocks(data=to_blocks(*self._numbers(name, read)), kind=KIND, shape=self.shapes[name])
+
+    @property
+    def name(self) -> str:
+        """All that its numbers depend on besides the tensors."""
+        return repr(self._form)
 
     def nbytes(self, name: str) -> int:
         """Bytes of its blocks."""

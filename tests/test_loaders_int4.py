@@ -163,6 +163,7 @@ def test_what_is_planned_without_the_weights_is_what_is_held(tmp_path: Path) -> 
         ("awq", {"zero_point": False}, ["without zero points"]),
         ("gptq", {"group_size": 48}, ["group_size is 48", "multiples of 32"]),
         ("gptq", {"group_size": 32}, ["scales is [2, 128], not [4, 128]"]),
+        ("gptq", {"checkpoint_format": "marlin"}, ["checkpoint_format marlin"]),
         ("gptq", {"quant_method": "bitsandbytes"}, ["bitsandbytes"]),
         ("gptq", {"quant_method": 3}, ["quant_method must be a string"]),
         ("compressed", {"format": "marlin-24"}, ["marlin-24"]),
@@ -174,6 +175,25 @@ def test_what_is_planned_without_the_weights_is_what_is_held(tmp_path: Path) -> 
 def test_what_is_not_read_is_one_line(tmp_path: Path, name: str, changes: dict[str, Any], fragments: list[str]) -> None:
     checkpoint(tmp_path, name, **changes)
     refused(lambda: open_model(str(tmp_path)), *fragments)
+
+
+def test_zeros_of_another_form_are_other_weights(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "gptq_v2")
+    made, config = SafetensorsSource(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    for form, same in (("GPTQ_V2", True), ("gptq_p", True), ("gptq", False)):
+        config["quantization_config"]["checkpoint_format"] = form
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        other = SafetensorsSource(tmp_path)
+        assert (other.fingerprint == made.fingerprint) == same == torch.equal(other.read(name), made.read(name))
+
+
+def test_scales_of_another_cache_are_left_alone(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "compressed")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {f"model.layers.0.self_attn.{part}": torch.ones(1) for part in ("k_scale", "v_scale", "q_proj.input_scale")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert SafetensorsSource(tmp_path).config == CONFIG
 
 
 def test_what_would_change_the_model_is_refused(tmp_path: Path) -> None:

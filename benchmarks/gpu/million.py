@@ -36,6 +36,7 @@ from stamp import go_on, stamp, write
 
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.generate import Engine
+from skvq.engine.linear import nbytes_of
 from skvq.engine.machine import pick_device, pick_dtype
 from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine
 from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
@@ -170,10 +171,15 @@ def measure_prefill(task: Task) -> dict[str, Any]:
         "predicted_seconds_of_all_layers": predicted_prefill(whole, card, count, form),
         "card": {"bandwidth": card.bandwidth, "flops": card.flops},
         **steps,
-        "predicted_ms_per_token": 1e3
-        * predicted_decode(config, engine.parts.cache, card, task.context, engine.parts.plan.parts["weights"]),
+        "predicted_ms_per_token": 1e3 * predicted_decode(config, engine.parts.cache, card, task.context, weights_read(engine)),
         **memory.found(engine.parts.plan),
     }
+
+
+def weights_read(engine: Engine) -> int:
+    """Bytes of the weights that a step reads: all but an embedding table of its own."""
+    weights = engine.parts.model.weights
+    return weights.nbytes - nbytes_of(weights.embedding.tensors) * (not engine.parts.model.config.tie_embeddings)
 
 
 def measure_decode(task: Task, model: str, value_bits: float) -> dict[str, Any]:
@@ -191,9 +197,7 @@ def measure_decode(task: Task, model: str, value_bits: float) -> dict[str, Any]:
     found = memory.found(engine.parts.plan)
     if "peak" in found:
         found["below_80_gb"] = found["peak"] < LIMIT
-    predicted = 1e3 * predicted_decode(
-        engine.parts.model.config, engine.parts.cache, card, task.context, engine.parts.plan.parts["weights"]
-    )
+    predicted = 1e3 * predicted_decode(engine.parts.model.config, engine.parts.cache, card, task.context, weights_read(engine))
     return {
         "tokens": sequence.length,
         "load_seconds": loaded,
