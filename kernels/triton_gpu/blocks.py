@@ -249,7 +249,7 @@ class BlockMatrix:
             return
         step = max(1, EXPANDED_BYTES // (x.itemsize * self.shape[1]))
         for start in range(0, self.shape[0], step):
-            weight = self._expanded(start, min(step, self.shape[0] - start), x.dtype)
+            weight = self._expand(None, start, min(step, self.shape[0] - start), x.dtype)
             part = slice(start, start + step)
             if bias is None:
                 torch.mm(x, weight.T, out=out[:, part])
@@ -262,11 +262,8 @@ class BlockMatrix:
         assert ids.dtype == torch.int64 and ids.dim() == 1, (ids.dtype, ids.shape)
         return self._expand(ids.contiguous(), 0, len(ids), dtype)
 
-    def _expanded(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Rows ``first .. first+count-1``."""
-        return self._expand(None, first, count, dtype)
-
     def _expand(self, ids: Tensor | None, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``first .. first+count-1``, or those of ``ids`` [count]."""
         form, blocks = self.words.form, self.words.blocks
         out = torch.empty(count, self.shape[1], dtype=dtype, device=self.data.device)
         together = min(triton.next_power_of_2(max(blocks, 2)), EXPANDED_BLOCKS)  # of one block the compiler makes nothing
