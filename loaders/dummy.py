@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod, sqrt
 
@@ -70,9 +71,7 @@ class DummySource:
         count = prod(shape)
         held = torch.empty(count + count % 2, dtype=torch.bfloat16)
         pairs, table = held.view(torch.int32).numpy(), _pair_table(deviation)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            parts = [(start, pairs[start // 2 : (start + CHUNK) // 2]) for start in range(0, count, CHUNK)]
-            list(pool.map(lambda part: _fill(f"{self._seed} {name} {part[0]}", part[1], table), parts))
+        self._in_chunks(name, count, lambda key, start: _fill(key, pairs[start // 2 : (start + CHUNK) // 2], table))
         return held[:count].view(shape)
 
     def stored(self, name: str) -> tuple[str, int]:
@@ -89,12 +88,15 @@ class DummySource:
             return None
         rows, columns = self._shapes[name]
         held = np.empty(-(-prod(shape) // 8), dtype=np.uint64)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            parts = [(start, held[start : start + CHUNK]) for start in range(0, len(held), CHUNK)]
-            list(pool.map(lambda part: _draw(f"{self._seed} {name} {part[0]}", part[1]), parts))
+        self._in_chunks(name, len(held), lambda key, start: _draw(key, held[start : start + CHUNK]))
         data = torch.from_numpy(held.view(np.uint8)[: prod(shape)]).view(shape)
         _put_scales(data, self._form, 1 / sqrt(columns))
         return QuantizedBlocks(data=data.view(rows, -1), kind=self._form.kind, shape=(rows, columns))
+
+    def _in_chunks(self, name: str, count: int, fill: Callable[[str, int], None]) -> None:
+        """``fill(key, start)`` for each chunk of so many, by all threads."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(lambda start: fill(f"{self._seed} {name} {start}", start), range(0, count, CHUNK)))
 
     def _block_shape(self, name: str) -> tuple[int, int, int] | None:
         """Rows, blocks that share a scale, and bytes of these, of a matrix that has that form."""
@@ -115,10 +117,15 @@ def _pair_table(deviation: float) -> NDArray[np.int32]:
     return pairs.contiguous().view(torch.int32).flatten().numpy()
 
 
-def _draw(key: str, words: NDArray[np.uint64]) -> None:
-    """Random bits."""
+def _words(key: str, count: int) -> NDArray[np.uint64]:
+    """Random bits that depend on the key only."""
     generator = np.random.Generator(np.random.SFC64(list(hashlib.sha256(key.encode()).digest())))
-    words[:] = generator.integers(0, 2**64, size=len(words), dtype=np.uint64)
+    return generator.integers(0, 2**64, size=count, dtype=np.uint64)
+
+
+def _draw(key: str, words: NDArray[np.uint64]) -> None:
+    """Write random bits."""
+    words[:] = _words(key, len(words))
 
 
 def _put_scales(data: Tensor, form: BlockFormat, deviation: float) -> None:
@@ -136,9 +143,7 @@ def _put_scales(data: Tensor, form: BlockFormat, deviation: float) -> None:
 
 def _fill(key: str, pairs: NDArray[np.int32], table: NDArray[np.int32]) -> None:
     """Write random entries of ``table``. Numpy, for it lets other threads run while it draws and while it looks up."""
-    generator = np.random.Generator(np.random.SFC64(list(hashlib.sha256(key.encode()).digest())))
-    words = generator.integers(0, 2**64, size=-(-len(pairs) // 4), dtype=np.uint64)
-    np.take(table, words.view(np.uint16)[: len(pairs)], out=pairs, mode="clip")
+    np.take(table, _words(key, -(-len(pairs) // 4)).view(np.uint16)[: len(pairs)], out=pairs, mode="clip")
 
 
 def dummy_tokenizer(vocab_size: int) -> Tokenizer:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
@@ -257,27 +258,25 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _listed(model: str, repo: str) -> list[str]:
-    """The files of a repository. ModelError as of ``_download``."""
-    try:
-        from huggingface_hub import list_repo_files
-    except ImportError as error:
-        raise ModelError(_how_to_get(model, repo, "the huggingface_hub package is not installed")) from error
-    try:
-        return sorted(list_repo_files(repo))
-    except Exception as error:
-        raise ModelError(_how_to_get(model, repo, f"its files could not be listed: {reason(error)}")) from error
+    """The files of a repository. ModelError if there is no network, no such repository, or no permission."""
+    return sorted(_asked(model, repo, "list_repo_files", "its files could not be listed"))
 
 
 def _download(model: str, repo: str, patterns: tuple[str, ...]) -> Path:
-    """Fetch a repository into the hub cache. ModelError if there is no network, no such repository, or no permission."""
+    """Fetch a repository into the hub cache. ModelError as of ``_listed``."""
+    return Path(str(_asked(model, repo, "snapshot_download", "it could not be downloaded", allow_patterns=list(patterns))))
+
+
+def _asked(model: str, repo: str, function: str, failed: str, **options: Any) -> Any:
+    """What a function of huggingface_hub says of a repository. ModelError if it fails, or is not installed."""
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub
     except ImportError as error:
         raise ModelError(_how_to_get(model, repo, "the huggingface_hub package is not installed")) from error
     try:
-        return Path(str(snapshot_download(repo, allow_patterns=list(patterns))))
+        return getattr(huggingface_hub, function)(repo, **options)
     except Exception as error:
-        raise ModelError(_how_to_get(model, repo, f"it could not be downloaded: {reason(error)}")) from error
+        raise ModelError(_how_to_get(model, repo, f"{failed}: {reason(error)}")) from error
 
 
 def _how_to_get(model: str, repo: str, why: str) -> str:

@@ -97,6 +97,17 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["gate subnormals"] == {"good": True} and "decode step 300 graph" in found
 
 
+def keeping_step() -> tuple[dict[str, Any], Any]:
+    """A step of the script that does its work and keeps the result, and where."""
+    found: dict[str, Any] = {}
+
+    def step(name: str, work: Any) -> Any:
+        found[name] = work()
+        return found[name]
+
+    return found, step
+
+
 def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of product in small, what the product takes and a sweep; what is wrong is not timed."""
     module = script.matvec_sweep
@@ -106,12 +117,7 @@ def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pyte
     few = module.matvec.Tiling(rows=8, warps=1, depth=1)
     monkeypatch.setattr(module.matvec, "tiling_of", lambda vectors, outs, width, gated: few)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found: dict[str, Any] = {}
-
-    def step(name: str, work: Any) -> Any:
-        found[name] = work()
-        return found[name]
-
+    found, step = keeping_step()
     with card((9, 0)), emulated(90):
         module.measure(step, once, (1, 2))
         module.sweep(step, once, ("a",))
@@ -130,12 +136,7 @@ def test_quantized_blocks_are_measured_behind_their_gates(script: Any, monkeypat
     for name, value in {"SHAPES": shapes, "OUTGROWN": 1.0, "MANY": 30}.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found: dict[str, Any] = {}
-
-    def step(name: str, work: Any) -> Any:
-        found[name] = work()
-        return found[name]
-
+    found, step = keeping_step()
     with card((9, 0)), emulated(90):
         module.measure_blocks(step, once, ("a", "b"), ("Q4_0", "Q8_0"))
         module.measure_blocks(step, once, ("c",), ("Q4_K",))

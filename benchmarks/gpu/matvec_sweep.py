@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,23 +106,25 @@ def make_product(
 
 def check(product: Product, tiling: matvec.Tiling) -> dict[str, Any]:
     """Error against float32, and that of the operations one by one: the first may be twice the second."""
-    exact = product.exact()
-    off, torch_off = (
-        float((got.float() - exact).abs().max())
-        for got in (product.fused(product.weights[0], tiling), product.apart(TorchOps(), product.weights[0]))
-    )
+    return judged(product.exact(), product.fused(product.weights[0], tiling), product.apart(TorchOps(), product.weights[0]))
+
+
+def judged(exact: Tensor, ours: Tensor, by_torch: Tensor) -> dict[str, Any]:
+    """See ``check``."""
+    off, torch_off = (float((got.float() - exact).abs().max()) for got in (ours, by_torch))
     return {"off": off, "torch_off": torch_off, "good": off <= 2 * torch_off}
 
 
 def time_product(product: Product, tiling: matvec.Tiling, seconds_of: Seconds) -> dict[str, float]:
     """Milliseconds and GB/s of one launch."""
     taken, spread = seconds_of(lambda: [product.fused(weight, tiling) for weight in product.weights])
-    return numbers(product, taken, spread)
+    return numbers(product.weights, taken, spread)
 
 
-def numbers(product: Product, taken: float, spread: float) -> dict[str, float]:
-    taken /= len(product.weights)
-    return {"ms": taken * 1e3, "gbps": product.weights[0].nbytes / taken / 1e9, "spread": spread}
+def numbers(held: Sequence[Tensor], taken: float, spread: float) -> dict[str, float]:
+    """Of one launch, of as many as there are copies of a matrix."""
+    taken /= len(held)
+    return {"ms": taken * 1e3, "gbps": held[0].nbytes / taken / 1e9, "spread": spread}
 
 
 def beside_torch(product: Product, seconds_of: Seconds) -> dict[str, Any]:
@@ -131,7 +133,10 @@ def beside_torch(product: Product, seconds_of: Seconds) -> dict[str, Any]:
     bare, bare_spread = seconds_of(lambda: [F.linear(product.x, weight) for weight in product.weights])
     apart, apart_spread = seconds_of(lambda: [product.apart(ops, weight) for weight in product.weights])
     found: dict[str, Any] = time_product(product, product.tiling, seconds_of)
-    return found | {"linear": numbers(product, bare, bare_spread), "apart": numbers(product, apart, apart_spread)}
+    return found | {
+        "linear": numbers(product.weights, bare, bare_spread),
+        "apart": numbers(product.weights, apart, apart_spread),
+    }
 
 
 def measure(step: Step, seconds_of: Seconds, vectors: tuple[int, ...] = (1, 4)) -> None:
@@ -180,19 +185,15 @@ def make_blocks(name: str, kind: str, vectors: int, device: str = "cuda") -> Blo
 
 def check_blocks(product: BlockProduct) -> dict[str, Any]:
     """As ``check``; torch's weights are rounded to 16 bits."""
-    exact, dense = product.expanded(torch.float32).exact(), product.expanded(product.x.dtype)
-    off, torch_off = (
-        float((got.float() - exact).abs().max())
-        for got in (product.fused(product.matrices[0]), dense.apart(TorchOps(), dense.weights[0]))
-    )
-    return {"off": off, "torch_off": torch_off, "good": off <= 2 * torch_off}
+    dense = product.expanded(product.x.dtype)
+    by_torch = dense.apart(TorchOps(), dense.weights[0])
+    return judged(product.expanded(torch.float32).exact(), product.fused(product.matrices[0]), by_torch)
 
 
 def time_blocks(product: BlockProduct, seconds_of: Seconds) -> dict[str, float]:
     """Milliseconds and GB/s of one launch."""
     taken, spread = seconds_of(lambda: [product.fused(matrix) for matrix in product.matrices])
-    taken /= len(product.matrices)
-    return {"ms": taken * 1e3, "gbps": product.matrices[0].data.nbytes / taken / 1e9, "spread": spread}
+    return numbers([matrix.data for matrix in product.matrices], taken, spread)
 
 
 def time_many(product: BlockProduct, seconds_of: Seconds) -> dict[str, float]:
@@ -243,7 +244,9 @@ def sweep(step: Step, seconds_of: Seconds, names: tuple[str, ...] = tuple(MISTRA
         product = make_product(name, vectors)
         step(
             f"sweep matvec {name} x{vectors} linear",
-            lambda product=product: numbers(product, *seconds_of(lambda: [F.linear(product.x, w) for w in product.weights])),
+            lambda product=product: numbers(
+                product.weights, *seconds_of(lambda: [F.linear(product.x, w) for w in product.weights])
+            ),
         )
 
         def tried(tiling: matvec.Tiling, name: str = name, product: Product = product) -> tuple[float, str, matvec.Tiling]:
