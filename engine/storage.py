@@ -75,6 +75,10 @@ class WeightReader:
         """As stored, not checked and not counted yet: ``check`` its scales and ``advance`` if it is kept."""
         return self._source.blocks(name)
 
+    def expanded(self, name: str) -> str:
+        """How the weight is stored if there are no blocks of it, and ``read`` expands it."""
+        return self._source.expanded(name)
+
     def check(self, name: str, tensor: Tensor) -> None:
         check_finite(name, tensor, self._source.where)
 
@@ -115,20 +119,20 @@ class Storage:
 
     def _read(self, name: str) -> tuple[str, Tensor]:
         """Kind and data of a matrix: as it is stored if it is kept, else the numbers on the device."""
-        form, blocks = self._form, self._reader.blocks(name)
+        form, blocks, stored = self._form, self._reader.blocks(name), self._reader.expanded(name)
         if blocks is not None:
             if form.kinds.keeps(blocks.kind, blocks.shape[1]):
                 self._reader.check(name, scales_of(blocks.data, FORMATS[blocks.kind]))
                 self._reader.advance(prod(blocks.shape))
                 return blocks.kind, blocks.data
-            if blocks.kind not in self._told:
-                self._told.add(blocks.kind)
-                held = str(form.dtype).removeprefix("torch.")
-                self._report.message(f"weight blocks of type {blocks.kind} are held as {held}: more memory, slower decoding")
+            stored = blocks.kind
         data = self._reader.read(name, form.device)
-        if form.kinds.keeps(str(data.dtype), data.shape[1]):
-            return str(data.dtype), data.contiguous()
-        return EXPANDED, data.to(form.dtype)
+        keeps = form.kinds.keeps(str(data.dtype), data.shape[1])
+        if stored and stored not in self._told:
+            self._told.add(stored)
+            held = str(data.dtype if keeps else form.dtype).removeprefix("torch.")
+            self._report.message(f"weights stored as {stored} are held as {held}: more memory, slower decoding")
+        return (str(data.dtype), data.contiguous()) if keeps else (EXPANDED, data.to(form.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import read_json, reason
 from skvq.loaders.hf import read_config
-from skvq.loaders.int4 import KIND, Int4Matrices, int4_format
 from skvq.loaders.names import check_shapes, expected_shapes
+from skvq.loaders.quantized.choose import scheme_of
+from skvq.loaders.quantized.matrices import QuantizedMatrices
+from skvq.loaders.quantized.scheme import WHOLE_TYPES
 from skvq.loaders.source import QuantizedBlocks, fingerprint_of, first_bytes, unknown_weight
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STORED_TYPES = ("F32", "F16", "BF16")
-INT4_TYPES = ("I32",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,7 @@ class SafetensorsSource:
     """A folder with config.json and ``model.safetensors`` or the shards of ``model.safetensors.index.json``.
 
     Opening reads headers and a 4 KiB sample of each tensor. It raises ModelError, one line, for a missing or truncated
-    file, a bad header, a tensor in two shards or in none, a wrong shape, and a type that is not F32, F16 or BF16. Matrices of
-    4 bits (``int4``) are given out as blocks.
+    file, a bad header, a tensor in two shards or in none, a wrong shape or type. Matrices may be quantized (``quantized``).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -48,16 +47,15 @@ class SafetensorsSource:
         self._config = read_config(root)
         self._entries = _open_shards(root)
         self._shapes, found = expected_shapes(self._config), {name: entry.shape for name, entry in self._entries.items()}
-        form = int4_format(read_json(root / "config.json"))
-        self._int4 = None if form is None else Int4Matrices(form, self._shapes, found, self._where)
-        check_shapes(found if self._int4 is None else self._int4.whole(), self._config, self._where)
+        scheme = scheme_of(read_json(root / "config.json"))
+        self._quantized: QuantizedMatrices | None = None
+        if scheme is not None:
+            self._quantized = QuantizedMatrices(scheme, self._shapes, self._entries, self._tensor, self._where)
+            found = self._quantized.whole()
+        check_shapes(found, self._config, self._where)
         for name in self._shapes:
-            codes, *others = [name] if (int4 := self._int4_of(name)) is None else int4.parts(name)
-            self._check_types(codes, STORED_TYPES if int4 is None else INT4_TYPES)
-            for part, types in zip(others, (STORED_TYPES, INT4_TYPES), strict=False):
-                self._check_types(part, types)
-        if self._int4 is not None:
-            self._int4.check(self._tensor)
+            if self._quantized_of(name) is None:
+                self._require_whole(self._entries[name], name)
         self._fingerprint = fingerprint_of(self._config, self._samples())
 
     @property
@@ -76,27 +74,32 @@ class SafetensorsSource:
         return self._fingerprint
 
     def read(self, name: str) -> torch.Tensor:
-        """The weight in its stored type, a view of the memory map; one of 4 bits expanded to float32."""
-        int4 = self._int4_of(name)
-        return self._tensor(name) if int4 is None else int4.read(name, self._tensor)
+        """The weight in its stored type, a view of the memory map; a quantized one expanded."""
+        quantized = self._quantized_of(name)
+        return self._tensor(name) if quantized is None else quantized.read(name)
 
     def stored(self, name: str) -> tuple[str, int]:
         """Type and bytes of the weight, or of its blocks."""
-        if (int4 := self._int4_of(name)) is not None:
-            return KIND, int4.nbytes(name)
+        if (quantized := self._quantized_of(name)) is not None:
+            return quantized.stored(name)
         tensor = self.read(name)  # a view: nothing is read
         return str(tensor.dtype), tensor.nbytes
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
-        """A matrix of 4 bits as blocks, or None: others are whole numbers of values."""
-        int4 = self._int4_of(name)
-        return None if int4 is None else int4.blocks(name, self._tensor)
+        """A quantized matrix, if there are blocks that hold just that."""
+        quantized = self._quantized_of(name)
+        return None if quantized is None else quantized.blocks(name)
 
-    def _int4_of(self, name: str) -> Int4Matrices | None:
-        """What knows of the weight, if it is of 4 bits."""
+    def expanded(self, name: str) -> str:
+        """The scheme of a quantized matrix that no blocks hold."""
+        quantized = self._quantized_of(name)
+        return "" if quantized is None or quantized.scheme.kind else quantized.scheme.label
+
+    def _quantized_of(self, name: str) -> QuantizedMatrices | None:
+        """What knows of the weight, if it is quantized."""
         if name not in self._shapes:
             raise unknown_weight(name, self._where)
-        return self._int4 if self._int4 is not None and name in self._int4.shapes else None
+        return self._quantized if self._quantized is not None and name in self._quantized.shapes else None
 
     def _tensor(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, a view."""
@@ -105,19 +108,20 @@ class SafetensorsSource:
         assert isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape
         return tensor
 
-    def _check_types(self, name: str, types: tuple[str, ...]) -> None:
-        entry = self._entries[name]
-        if entry.kind not in types:
-            known = ", ".join(types)
+    def _require_whole(self, entry: _Entry, name: str) -> None:
+        if entry.kind not in WHOLE_TYPES:
             raise ModelError(
-                f"{entry.file}: {name} is stored as {entry.kind}, this engine reads {known}: use the 16-bit checkpoint"
+                f"{entry.file}: {name} is stored as {entry.kind}, and config.json does not say how it is quantized; otherwise "
+                f"this engine reads {', '.join(WHOLE_TYPES)}: use the 16-bit checkpoint"
             )
 
     def _samples(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
         for weight in self._shapes:
-            for name in (weight,) if (int4 := self._int4_of(weight)) is None else int4.parts(weight):
+            quantized = self._quantized_of(weight)
+            for name in (weight,) if quantized is None else quantized.parts(weight):
                 entry = self._entries[name]
-                yield name, entry.shape, f"{entry.kind}{'' if int4 is None else int4.name}", first_bytes(self._tensor(name))
+                kind = entry.kind if quantized is None else f"{entry.kind} {quantized.scheme}"
+                yield name, entry.shape, kind, first_bytes(self._tensor(name))
 
 
 def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:

@@ -93,6 +93,10 @@ class DummySource:
         _put_scales(data, self._form, 1 / sqrt(columns))
         return QuantizedBlocks(data=data.view(rows, -1), kind=self._form.kind, shape=(rows, columns))
 
+    def expanded(self, name: str) -> str:
+        """None is."""
+        return ""
+
     def _in_chunks(self, name: str, count: int, fill: Callable[[str, int], None]) -> None:
         """``fill(key, start)`` for each chunk of so many, by all threads."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

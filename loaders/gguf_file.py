@@ -113,6 +113,10 @@ class GgufSource:
         data = item.data.copy() if order is None else item.data[order]
         return QuantizedBlocks(data=torch.from_numpy(data), kind=item.kind.name, shape=(item.shape[0], item.shape[1]))
 
+    def expanded(self, name: str) -> str:
+        """None is."""
+        return ""
+
     def _item(self, name: str) -> _Stored:
         if name not in self._stored:
             raise unknown_weight(name, self._where)

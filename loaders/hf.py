@@ -10,8 +10,8 @@ from typing import Any
 from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ModelConfig, RopeConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import Fields, model_config, read_json
-from skvq.loaders.int4 import int4_format
 from skvq.loaders.names import MAX_LAYERS
+from skvq.loaders.quantized.choose import scheme_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +188,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"{fields.where}: hidden_act is {activation!r}, this engine supports only 'silu'")
-    int4_format(fields)
+    scheme_of(fields)
 
 
 def _implied_factor(kind: str, context: int, original: int) -> float:

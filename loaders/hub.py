@@ -16,9 +16,10 @@ from skvq.loaders.checkpoint import weight_files
 from skvq.loaders.fields import read_json, reason, shorten
 from skvq.loaders.gguf_file import gguf_config
 from skvq.loaders.hf import read_config
-from skvq.loaders.int4 import int4_format
 from skvq.loaders.model_files import ModelFiles, local_files
 from skvq.loaders.published import ALIASES, Alias
+from skvq.loaders.quantized.choose import scheme_of
+from skvq.loaders.quantized.scheme import Scheme
 
 __all__ = ["ALIASES", "ModelFiles", "ModelRow", "config_of", "list_models", "resolve"]
 
@@ -172,11 +173,11 @@ def dummy_kind(model: str) -> str:
     return tag
 
 
-def is_int4(model: str) -> bool:
-    """Whether the config.json of a folder or of a repository in the cache says that the weights have 4 bits."""
+def scheme_named(model: str) -> Scheme | None:
+    """How the config.json of a folder, or of a repository in the cache, says that matrices are quantized, if they are."""
     folder = _path(model) or (_cached(model) if _is_repo(model) else None)
     file = None if folder is None else folder / "config.json"
-    return file is not None and file.is_file() and int4_format(read_json(file)) is not None
+    return scheme_of(read_json(file)) if file is not None and file.is_file() else None
 
 
 def list_models() -> list[ModelRow]:

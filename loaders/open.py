@@ -12,8 +12,7 @@ from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.file_tokenizer import FileTokenizer
 from skvq.loaders.gguf_file import GgufSource
 from skvq.loaders.gguf_tokenizer import build_tokenizer
-from skvq.loaders.hub import config_of, dummy_kind, is_int4, resolve
-from skvq.loaders.int4 import KIND
+from skvq.loaders.hub import config_of, dummy_kind, resolve, scheme_named
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.names import EMBEDDING, HEAD
 from skvq.loaders.source import WeightSource
@@ -35,9 +34,10 @@ def open_files(files: ModelFiles) -> tuple[WeightSource, FileTokenizer]:
 
 
 def dummy_source(model: str, config: ModelConfig) -> DummySource:
-    """Random weights for a model of that name: in blocks where it names them, or a checkpoint of 4 bits has them."""
-    if is_int4(model):
-        return DummySource(config, kind=KIND, whole=(EMBEDDING, HEAD))
+    """Random weights for a model of that name: in blocks where it names them, or a quantized checkpoint has them."""
+    scheme = scheme_named(model)
+    if scheme is not None:
+        return DummySource(config, kind=scheme.kind, whole=() if scheme.embeds else (EMBEDDING, HEAD))
     return DummySource(config, kind=dummy_kind(model))
 
 

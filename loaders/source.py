@@ -55,6 +55,9 @@ class WeightSource(Protocol):
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """The weight unexpanded, or None where it is not stored in blocks."""
 
+    def expanded(self, name: str) -> str:
+        """How the file stores the weight, for people, where ``read`` gives more bytes and ``blocks`` none; else empty."""
+
 
 def fingerprint_of(config: ModelConfig, tensors: Iterable[tuple[str, tuple[int, ...], str, bytes]]) -> str:
     """SHA-256 over the config and (name, shape, stored type, first bytes) of every tensor, in the order of names."""

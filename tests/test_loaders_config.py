@@ -169,7 +169,7 @@ def test_dual_chunk_attention_counts_only_what_was_trained() -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"hidden_act": "gelu"}, ["gelu", "silu"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["fp8", "16-bit"]),
+        ({"quantization_config": {"quant_method": "hqq"}}, ["hqq", "16-bit"]),
         ({"hidden_size": "64"}, ["hidden_size", "'64'"]),
         ({"hidden_size": 66}, ["66", "4 heads"]),
         ({"vocab_size": None}, ["vocab_size is missing"]),

@@ -35,6 +35,9 @@ class Source:
             return None
         return QuantizedBlocks(data=found[1], kind=found[0], shape=tuple(found[2].shape))
 
+    def expanded(self, name: str) -> str:
+        return ""
+
 
 def storage_of(listener: Listener, **weights: Tensor | tuple[str, Tensor, Tensor]) -> Storage:
     reader = WeightReader(Source(**weights), lambda done: None)  # type: ignore[arg-type]
