@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -24,10 +23,8 @@ from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
 from skvq.engine.timing import Timing
+from skvq.engine.token_engine import TokenEngine
 from skvq.kernels.layout import PAGE_TOKENS
-
-if TYPE_CHECKING:
-    from skvq.engine.generate import Engine
 
 ALONE = 0.1
 """Seconds that a step reads for where nothing else is to be done: then it can be cancelled."""
@@ -81,7 +78,7 @@ class Batch:
     One thread takes the steps; others may add prompts and cancel them.
     """
 
-    def __init__(self, engine: Engine, *, interleaved: bool) -> None:
+    def __init__(self, engine: TokenEngine, *, interleaved: bool) -> None:
         self.interleaved = interleaved
         self.timing = Timing()
         """Of all requests that are over, and of all steps."""

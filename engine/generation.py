@@ -6,7 +6,6 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,18 +17,18 @@ from skvq.engine.guard import computing, own_settings
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.timing import Timing
-
-if TYPE_CHECKING:
-    from skvq.engine.generate import Engine
+from skvq.engine.token_engine import TokenEngine
 
 
-def begun(engine: Engine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, *, resumed: bool = False) -> Answer:
+def begun(
+    engine: TokenEngine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, *, resumed: bool = False
+) -> Answer:
     """An answer whose first token is drawn from ``logits`` [V]."""
     with own_settings(engine.device):
         return Answer(engine.parts.tokenizer, sequence, logits, config, resumed=resumed)
 
 
-def step(engine: Engine, answers: Sequence[Answer]) -> float:
+def step(engine: TokenEngine, answers: Sequence[Answer]) -> float:
     """Decode the token of each answer, with what it is guessed to go on with, and draw its next; seconds that took."""
     start = time.perf_counter()
     before = [answer.count for answer in answers]
@@ -48,7 +47,7 @@ def step(engine: Engine, answers: Sequence[Answer]) -> float:
     return seconds
 
 
-def end_of(engine: Engine, answer: Answer) -> None:
+def end_of(engine: TokenEngine, answer: Answer) -> None:
     """An answer is over: its pages may be of use to prompts that go on from it. Say so if the context ended it."""
     with computing(engine):
         engine.prefixes.keep(answer.sequence)
@@ -60,7 +59,7 @@ def end_of(engine: Engine, answer: Answer) -> None:
 
 
 def continued(
-    engine: Engine,
+    engine: TokenEngine,
     sequence: SequenceCache,
     ids: Sequence[int],
     config: SamplingConfig,
@@ -82,7 +81,7 @@ def continued(
 
 
 def continuing(
-    engine: Engine,
+    engine: TokenEngine,
     sequence: SequenceCache,
     ids: Sequence[int],
     config: SamplingConfig,
@@ -108,7 +107,7 @@ def continuing(
 
 
 def answered(
-    engine: Engine, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
+    engine: TokenEngine, ids: Sequence[int], config: SamplingConfig, checkpoint: str | Path | None
 ) -> Generator[str, None, None]:
     """``continued`` in a sequence that is there for this answer alone."""
     with engine.new_sequence() as sequence:
