@@ -141,7 +141,9 @@ machine_options = stack(
 )
 engine_options = stack(
     machine_options,
-    click.option("--rope-scaling", help="KIND:FACTOR, to exceed the trained length: linear:4, dynamic:4, yarn:4."),
+    click.option(
+        "--rope-scaling", help="KIND:FACTOR, to exceed the trained length: linear:4, dynamic:4, yarn:4, yarn:4:32768."
+    ),
     click.option(
         "--dummy-weights",
         is_flag=True,

@@ -53,6 +53,11 @@ class RopeConfig:
             raise ModelError(f"rope scaling factor must be positive, got {self.factor}")
 
 
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN multiplies cosines and sines by for a stretch of ``factor`` (arXiv 2309.00071, equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees;

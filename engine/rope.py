@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from skvq.engine.config import ModelConfig, RopeConfig
+from skvq.engine.config import ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError, OptionError
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.ops import apply_rope
@@ -31,14 +31,21 @@ class StepRope:
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
-    """The model with its RoPE stretched by ``kind:factor`` over the trained length. Raises OptionError if its own is stretched
-    already: two kinds cannot be combined.
+    """The model with its RoPE stretched by ``kind:factor`` over the trained length, or by ``yarn:factor:length`` over another
+    (32768 of Qwen3). Raises OptionError if its own is stretched already: two kinds cannot be combined.
 
     Stretched by a fixed factor (linear, yarn) it counts as trained for that much more; dynamic stretches with the context.
     """
     kind, _, factor = text.partition(":")
     if kind not in ("linear", "dynamic", "yarn"):
-        raise OptionError(f"rope scaling {text!r} is not of the form linear:FACTOR, dynamic:FACTOR or yarn:FACTOR")
+        raise OptionError(
+            f"rope scaling {text!r} is not of the form linear:FACTOR, dynamic:FACTOR, yarn:FACTOR or yarn:FACTOR:LENGTH"
+        )
+    factor, over, length = factor.partition(":") if kind == "yarn" else (factor, "", "")
+    if over and not (length.isdecimal() and 0 < int(length) <= config.trained_context):
+        raise OptionError(
+            f"rope scaling {text!r}: {length!r} is not a number of tokens up to {config.trained_context:,}, the trained length"
+        )
     try:
         stretch = float(factor)
     except ValueError:
@@ -47,8 +54,9 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
         raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
     if config.rope.kind != "default":
         raise OptionError(f"this model stretches its RoPE itself ({config.rope.kind}): leave --rope-scaling {text} out")
-    rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=config.trained_context)
-    trained = config.trained_context if kind == "dynamic" else int(stretch * config.trained_context)
+    original = int(length) if over else config.trained_context
+    rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=original)
+    trained = original if kind == "dynamic" else int(stretch * original)
     return replace(config, rope=rope, trained_context=trained)
 
 
@@ -114,10 +122,6 @@ def _llama3(rope: RopeConfig, trained: int, inv_freq: Tensor) -> Tensor:
     return torch.where(slow, inv_freq / rope.factor, torch.where(fast, inv_freq, blended))
 
 
-def _mscale(factor: float, mscale: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
 def _yarn(rope: RopeConfig, trained: int, size: int, inv_freq: Tensor) -> tuple[Tensor, float]:
     original = rope.original_context or trained
 
@@ -132,9 +136,9 @@ def _yarn(rope: RopeConfig, trained: int, size: int, inv_freq: Tensor) -> tuple[
     extrapolated = 1 - ramp.clamp(0, 1)
     scale = rope.attention_factor
     if scale is None and rope.mscale and rope.mscale_all_dim:
-        scale = _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+        scale = yarn_scale(rope.factor, rope.mscale) / yarn_scale(rope.factor, rope.mscale_all_dim)
     blended = inv_freq / rope.factor * (1 - extrapolated) + inv_freq * extrapolated
-    return blended, _mscale(rope.factor) if scale is None else scale
+    return blended, yarn_scale(rope.factor) if scale is None else scale
 
 
 def _longrope(rope: RopeConfig, trained: int, context: int, inv_freq: Tensor) -> tuple[Tensor, float]:

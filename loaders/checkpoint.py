@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import read_json, reason
 from skvq.loaders.hf import read_config
-from skvq.loaders.names import check_shapes, expected_shapes
+from skvq.loaders.names import EMBEDDING, HEAD, canonical_names, check_shapes, expected_shapes
 from skvq.loaders.quantized.choose import scheme_of
 from skvq.loaders.quantized.matrices import QuantizedMatrices
 from skvq.loaders.quantized.scheme import WHOLE_TYPES
@@ -30,6 +30,7 @@ class _Entry:
 
     shard: Any
     file: str
+    name: str
     shape: tuple[int, ...]
     kind: str
 
@@ -44,8 +45,8 @@ class SafetensorsSource:
     def __init__(self, folder: str | Path) -> None:
         root = Path(folder)
         self._where = str(root)
-        self._config = read_config(root)
-        self._entries = _open_shards(root)
+        self._entries = _canonical(_open_shards(root))
+        self._config = self._with_own_head(read_config(root))
         self._shapes, found = expected_shapes(self._config), {name: entry.shape for name, entry in self._entries.items()}
         scheme = scheme_of(read_json(root / "config.json"))
         self._quantized: QuantizedMatrices | None = None
@@ -104,9 +105,23 @@ class SafetensorsSource:
     def _tensor(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, a view."""
         entry = self._entries[name]
-        tensor = entry.shard.get_tensor(name)
+        tensor = entry.shard.get_tensor(entry.name)
         assert isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape
         return tensor
+
+    def _with_own_head(self, config: ModelConfig) -> ModelConfig:
+        """The config, untied where the checkpoint has a head of other numbers than the embedding, as merged adapters may.
+
+        Where it is tied it may lie under either name.
+        """
+        head = self._entries.get(HEAD)
+        if not config.tie_embeddings or head is None:
+            return config
+        embedding = self._entries.setdefault(EMBEDDING, head)
+        same = (head.shape, head.kind) == (embedding.shape, embedding.kind)
+        if same and torch.equal(self._tensor(HEAD), self._tensor(EMBEDDING)):
+            return config
+        return replace(config, tie_embeddings=False)
 
     def _require_whole(self, entry: _Entry, name: str) -> None:
         if entry.kind not in WHOLE_TYPES:
@@ -122,6 +137,11 @@ class SafetensorsSource:
                 entry = self._entries[name]
                 kind = entry.kind if quantized is None else f"{entry.kind} {quantized.scheme}"
                 yield name, entry.shape, kind, first_bytes(self._tensor(name))
+
+
+def _canonical(entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    """The same by canonical name."""
+    return {ours: entries[name] for name, ours in canonical_names(entries).items()}
 
 
 def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
@@ -179,7 +199,7 @@ def _open_shard(path: Path) -> dict[str, _Entry]:
         entries = {}
         for name in shard.keys():  # noqa: SIM118
             part = shard.get_slice(name)
-            entries[name] = _Entry(shard, path.name, tuple(part.get_shape()), str(part.get_dtype()))
+            entries[name] = _Entry(shard, path.name, name, tuple(part.get_shape()), str(part.get_dtype()))
     except Exception as error:
         size = path.stat().st_size if path.is_file() else 0
         raise ModelError(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig
+from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import Fields, model_config, shorten
 from skvq.loaders.gguf_header import GgufHeader
@@ -15,7 +15,7 @@ from skvq.loaders.names import MAX_LAYERS
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
-"""Control tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
+"""Tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
 
 LLAMA3_ORIGINAL_CONTEXT = 8192
 CONTROL = 3
@@ -95,7 +95,7 @@ def _rope(fields: Fields, arch: str, context: int, freqs: NDArray[np.float32] | 
         original_context=fields.integer(f"{arch}.rope.scaling.original_context_length", context),
         beta_fast=fields.positive(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=fields.positive(f"{arch}.rope.scaling.yarn_beta_slow", 1.0),
-        attention_factor=None if extra == 1.0 else extra * (0.1 * math.log(factor) + 1.0),
+        attention_factor=None if extra == 1.0 else extra * yarn_scale(factor),
     )
 
 
@@ -152,6 +152,14 @@ def _end_ids(fields: Fields, vocab: int) -> tuple[int, ...]:
     ids = _ids(fields, ("eos", "eot", "eom"), vocab)
     tokens, kinds = fields.data.get("tokenizer.ggml.tokens"), fields.data.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(kinds, np.ndarray) and len(kinds) == len(tokens):
-        control = np.flatnonzero(kinds == CONTROL).tolist()
-        ids += [index for index in control if tokens[index] in END_TOKENS and index < vocab]
+        ids += [index for index in end_tokens(tokens, kinds) if index < vocab]
     return tuple(dict.fromkeys(ids))
+
+
+def end_tokens(tokens: list[str], kinds: NDArray[np.int32]) -> list[int]:
+    """Ids of ``END_TOKENS``: control tokens, and such as only look like it, ``<|im_end|>``, of whatever kind."""
+    return [
+        index
+        for index, token in enumerate(tokens)
+        if token in END_TOKENS and (kinds[index] == CONTROL or token.startswith("<|"))
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from skvq.engine.errors import ModelError, nearest
 from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer
 from skvq.loaders.fields import Fields, reason
 from skvq.loaders.file_tokenizer import TokenizerSettings
+from skvq.loaders.gguf_config import CONTROL, end_tokens
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, USER_DEFINED, UNUSED, BYTE = 1, 2, 4, 5, 6
 
 MAX_PIECE = 512
 """Characters of the longest piece that is split in search of merges; real vocabularies end at a few dozen."""
@@ -28,26 +29,41 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rules:
-    """How a byte-level vocabulary cuts text. digits: split each digit off first; pattern: empty is GPT-2's own."""
+    """How a byte-level vocabulary cuts text: by one pattern after another, or, without, as GPT-2. digits: each digit first."""
 
-    pattern: str = ""
+    patterns: tuple[str, ...] = ()
     digits: bool = False
     compose: bool = False
     whole_words: bool = False
     adds_bos: bool = False
 
 
-_LLAMA3 = _Rules(pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", whole_words=True, adds_bos=True)
-_QWEN2 = _Rules(pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", compose=True)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+
+_LLAMA3 = _Rules(patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole_words=True, adds_bos=True)
+_QWEN2 = _Rules(patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",), compose=True)
+_TEKKEN = _Rules(
+    patterns=(rf"{_CASED_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
+    whole_words=True,
+    adds_bos=True,
+)
+_DEFAULT = _Rules(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
+"""What llama.cpp does where a file names no pre-tokenizer that it knows."""
 PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "smaug-bpe": replace(_LLAMA3, whole_words=False, adds_bos=False),
+    "tekken": _TEKKEN,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "smollm": _Rules(digits=True),
     "gpt-2": _Rules(),
-    "default": _Rules(),
+    "default": _DEFAULT,
 }
 
 
@@ -56,7 +72,7 @@ def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
     kind = fields.text("tokenizer.ggml.model")
     tokens, kinds = _tokens(fields)
     if kind == "gpt2":
-        rules = _rules(fields)
+        rules = _rules(fields, tokens)
         adds_bos, build = rules.adds_bos, partial(_byte_level, tokens, _merges(fields), rules)
     elif kind == "llama":
         scores = _scores(fields, len(tokens))
@@ -66,8 +82,10 @@ def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
         raise ModelError(f"{fields.where}: unknown tokenizer {kind[:80]!r}; known: gpt2, llama")
     try:
         pipeline = build()
-        special = [AddedToken(tokens[i], normalized=False, special=True) for i in np.flatnonzero(kinds == CONTROL)]
-        plain = [AddedToken(tokens[i], normalized=False, special=False) for i in np.flatnonzero(kinds == USER_DEFINED)]
+        control = {*np.flatnonzero(kinds == CONTROL).tolist(), *end_tokens(tokens, kinds)}
+        special = [AddedToken(tokens[i], normalized=False, special=True) for i in sorted(control)]
+        users = [index for index in np.flatnonzero(kinds == USER_DEFINED).tolist() if index not in control]
+        plain = [AddedToken(tokens[i], normalized=False, special=False) for i in users]
         pipeline.add_special_tokens([token for token in special if token.content])
         pipeline.add_tokens([token for token in plain if token.content])
     except Exception as error:
@@ -95,9 +113,8 @@ def _byte_level(tokens: list[str], merges: list[tuple[str, str]], rules: _Rules)
     vocab = {token: index for index, token in enumerate(tokens)}
     pipeline = Pipeline(models.BPE(vocab=vocab, merges=merges, ignore_merges=rules.whole_words))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if rules.digits else []
-    if rules.pattern:
-        steps.append(pre_tokenizers.Split(Regex(rules.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.pattern))
+    steps += [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rules.patterns]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.patterns))
     pipeline.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if rules.compose:
         pipeline.normalizer = normalizers.NFC()
@@ -140,8 +157,18 @@ def _settings(fields: Fields, config: ModelConfig, tokens: list[str], adds_bos: 
     )
 
 
-def _rules(fields: Fields) -> _Rules:
-    name = fields.text("tokenizer.ggml.pre", "default")
+def _rules(fields: Fields, tokens: list[str]) -> _Rules:
+    """What ``pre`` names. Files of before May 2024 name none, Llama 3's and Qwen2's among them. ModelError for any other."""
+    if fields.has("tokenizer.ggml.pre"):
+        name = fields.text("tokenizer.ggml.pre")
+    elif "<|begin_of_text|>" in tokens:
+        name = "llama-bpe"
+    elif fields.data.get("general.architecture") == "qwen2":
+        name = "qwen2"
+    else:
+        raise ModelError(
+            f"{fields.where}: tokenizer.ggml.pre is missing, so how its tokens cut a text is not known: download a newer file"
+        )
     if name not in PRE_TOKENIZERS:
         raise ModelError(f"{fields.where}: unknown pre-tokenizer {name[:80]!r}{nearest(name[:80], PRE_TOKENIZERS)}")
     return PRE_TOKENIZERS[name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ModelConfig, RopeConfig
+from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import Fields, model_config, read_json
 from skvq.loaders.names import MAX_LAYERS
@@ -35,7 +35,9 @@ _FAMILIES = {
     "Qwen2ForCausalLM": _Family(name="qwen2", kv_heads=32, context=32768, sliding_window=4096, bos=None, eos=()),
     "Qwen3ForCausalLM": _Family(name="qwen3", kv_heads=32, head_size=128, context=32768, sliding_window=4096, bos=None, eos=()),
 }
-ARCHITECTURES = tuple(_FAMILIES)
+WRAPPED = ("Mistral3ForConditionalGeneration",)
+"""Models of text and images whose ``text_config`` is one of these families: the text is read, the rest left alone."""
+ARCHITECTURES = (*_FAMILIES, *WRAPPED)
 QWENS = ("qwen2", "qwen3")
 
 
@@ -52,6 +54,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelConfig:
     """ModelConfig of a parsed config.json. ModelError for unknown architectures, RoPE types and malformed values."""
+    scheme_of(fields)  # raises for what is not read
+    fields = text_fields(fields)
     family = _family(fields)
     _refuse_unsupported(fields)
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
@@ -91,8 +95,8 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
 
 
 def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
-    """RopeConfig from ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before)."""
-    rope = fields.section("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
+    """RopeConfig from ``rope_parameters`` (transformers 5), or ``rope_scaling`` and ``rope_theta`` (before)."""
+    rope = _rope_section(fields)
     nested = [key for key, value in rope.data.items() if isinstance(value, dict)]
     if nested:
         raise ModelError(f"{rope.where}: separate RoPE settings per layer type ({', '.join(nested[:3])}) are not supported")
@@ -105,10 +109,11 @@ def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
     factors = ("short_factor", "long_factor") if kind == "longrope" else ()
     lists = {key: rope.numbers(key, head_size // 2) for key in factors}
     stretched = kind in ("linear", "dynamic", "llama3")
+    factor = rope.positive("factor", None if stretched else _implied_factor(kind, context, original))
     return RopeConfig(
         kind=kind,
         theta=rope.positive("rope_theta", fields.positive("rope_theta", 10_000.0)),
-        factor=rope.positive("factor", None if stretched else _implied_factor(kind, context, original)),
+        factor=factor,
         original_context=context if kind in ("default", "linear", "dynamic") else original,
         low_freq_factor=rope.positive("low_freq_factor", 1.0),
         high_freq_factor=rope.positive("high_freq_factor", 4.0),
@@ -116,10 +121,26 @@ def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
         beta_slow=rope.number("beta_slow", 1.0) or 1.0,
         mscale=rope.number("mscale", 0.0),
         mscale_all_dim=rope.number("mscale_all_dim", 0.0),
-        attention_factor=rope.positive("attention_factor") if rope.has("attention_factor") else None,
+        attention_factor=_attention_factor(rope, kind, factor),
         truncate=rope.flag("truncate", True),
         **lists,
     )
+
+
+def _rope_section(fields: Fields) -> Fields:
+    """``rope_parameters``, over which ``rope_scaling`` counts where a config has both: it was added by hand."""
+    parameters, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
+    added = {key: value for key, value in scaling.data.items() if value is not None}
+    if "type" in added:
+        added.setdefault("rope_type", added["type"])
+    return Fields({**parameters.data, **added}, scaling.where if added else parameters.where)
+
+
+def _attention_factor(rope: Fields, kind: str, factor: float) -> float | None:
+    """What attention is scaled by, if the config says so; ``attn_factor`` multiplies YaRN's own (vLLM, SGLang)."""
+    if kind == "yarn" and rope.has("attn_factor") and not rope.has("attention_factor"):
+        return rope.positive("attn_factor") * yarn_scale(factor)
+    return rope.positive("attention_factor") if rope.has("attention_factor") else None
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -171,6 +192,14 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     return data
 
 
+def text_fields(fields: Fields) -> Fields:
+    """The fields of the language model: all, or of a wrapped one its ``text_config``."""
+    names = fields.data.get("architectures")
+    if not isinstance(names, list) or names[:1] not in [[name] for name in WRAPPED]:
+        return fields
+    return Fields({**fields.section("text_config").data, "architectures": None}, f"{fields.where}: text_config")
+
+
 def _family(fields: Fields) -> _Family:
     names = fields.data.get("architectures")
     by_type = {family.name: family for family in _FAMILIES.values()}
@@ -188,7 +217,6 @@ def _refuse_unsupported(fields: Fields) -> None:
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"{fields.where}: hidden_act is {activation!r}, this engine supports only 'silu'")
-    scheme_of(fields)
 
 
 def _implied_factor(kind: str, context: int, original: int) -> float:
@@ -233,5 +261,6 @@ def _bos(fields: Fields, family: _Family, vocab: int) -> int | None:
 
 
 def _eos(fields: Fields, family: _Family, vocab: int, more: tuple[int, ...]) -> tuple[int, ...]:
-    ids = fields.token_ids("eos_token_id") if "eos_token_id" in fields.data else family.eos
+    assumed = () if more else family.eos
+    ids = fields.token_ids("eos_token_id") if "eos_token_id" in fields.data else assumed
     return tuple(dict.fromkeys(token for token in (*ids, *more) if 0 <= token < vocab))

@@ -13,8 +13,34 @@ HEAD = "lm_head.weight"
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
 """Buffers that older checkpoints saved along with the weights; the engine computes them itself."""
 
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "visual.")
+
 MAX_LAYERS = 1024
 """More layers than any model has: a corrupt count must not build a table of millions of names."""
+
+
+WRAPPERS = ("language_model.model.", "model.language_model.", "language_model.", "")
+"""What stands before the names of a decoder's weights in checkpoints of text and images, or where it was saved alone."""
+
+
+def canonical_names(found: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> canonical name, of a language model's weights; those of other parts are left out.
+
+    >>> canonical_names(["language_model.model.norm.weight", "language_model.lm_head.weight", "vision_tower.norm.weight"])
+    {'language_model.model.norm.weight': 'model.norm.weight', 'language_model.lm_head.weight': 'lm_head.weight'}
+    """
+    names = list(found)
+    before = next((prefix for prefix in ("model.", *WRAPPERS) if f"{prefix}norm.weight" in names), "model.")
+    if before == "model.":
+        return {name: name for name in names}
+    canonical = {}
+    for name in names:
+        inner = name.removeprefix("language_model.")
+        if inner.startswith("lm_head."):
+            canonical[name] = inner
+        elif name.startswith(before) and not name.startswith(OTHER_PARTS):
+            canonical[name] = f"model.{name.removeprefix(before)}"
+    return canonical
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

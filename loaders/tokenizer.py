@@ -10,16 +10,15 @@ from tokenizers import Tokenizer as Pipeline
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.loaders.added_tokens import declared_tokens, extra_tokens, listed_tokens, special_tokens, with_tokens
 from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields, read_json, reason
 from skvq.loaders.file_tokenizer import FileTokenizer, TokenizerSettings
 from skvq.loaders.hf import read_config
-from skvq.loaders.spm_tokenizer import AddedToken, SentencePieceTokenizer, open_sentencepiece
+from skvq.loaders.spm_tokenizer import SentencePieceTokenizer, open_sentencepiece
 from skvq.loaders.text import TextStream, Tokenizer
 
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
-
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(folder: Path) -> FileTokenizer:
@@ -36,13 +35,14 @@ def load_tokenizer(folder: Path) -> FileTokenizer:
 
 
 def _from_json(folder: Path, config: ModelConfig) -> FileTokenizer:
-    path = folder / "tokenizer.json"
+    path, options = folder / "tokenizer.json", _options(folder)
+    special = special_tokens(options)
     try:
         pipeline = Pipeline.from_file(str(path))
     except Exception as error:
         raise ModelError(f"{path} is not a tokenizer ({reason(error)}): download it again") from error
-    options = _options(folder)
-    special = _special_tokens(options)
+    names = [*special.values(), *extra_tokens(options)]
+    pipeline = with_tokens(pipeline, declared_tokens(options), listed_tokens(folder), names, options.where)
     bos = pipeline.token_to_id(special["bos_token"]) if "bos_token" in special else config.bos_token_id
     eos = pipeline.token_to_id(special["eos_token"]) if "eos_token" in special else None
     pipeline.no_padding()
@@ -53,18 +53,21 @@ def _from_json(folder: Path, config: ModelConfig) -> FileTokenizer:
 
 
 def _from_sentencepiece(folder: Path, config: ModelConfig) -> FileTokenizer:
-    processor, pieces = open_sentencepiece(folder / "tokenizer.model")
     options = _options(folder)
+    legacy = options.flag("legacy", True)
+    processor, pieces = open_sentencepiece(folder / "tokenizer.model", prefixes=legacy)
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-    added = _added_tokens(folder, options)
-    known = {piece: index for index, piece in enumerate(pieces)} | {token.text: index for index, token in added.items()}
-    named = _special_tokens(options)
+    added = listed_tokens(folder) | declared_tokens(options)
+    known = {piece: index for index, piece in enumerate(pieces)} | {token.content: index for index, token in added.items()}
+    named = special_tokens(options)
     ids |= {name: known[text] for name, text in named.items() if text in known}
     special = {name: pieces[index] for name, index in ids.items() if 0 <= index < len(pieces)} | named
     bos = ids["bos_token"] if ids["bos_token"] >= 0 else None
     eos = ids["eos_token"] if ids["eos_token"] >= 0 else None
     adds_bos = options.flag("add_bos_token", True)
-    return SentencePieceTokenizer(processor, pieces, added, _settings(folder, config, options, special, bos, eos, adds_bos))
+    settings = _settings(folder, config, options, special, bos, eos, adds_bos)
+    prefix = " " if not legacy and options.flag("add_prefix_space", True) else ""
+    return SentencePieceTokenizer(processor, pieces, added, settings, prefix=prefix)
 
 
 def _settings(
@@ -95,43 +98,6 @@ def _options(folder: Path) -> Fields:
         if (folder / name).is_file():
             merged |= {key: value for key, value in read_json(folder / name).data.items() if value is not None}
     return Fields(merged, str(folder / "tokenizer_config.json"))
-
-
-def _special_tokens(options: Fields) -> dict[str, str]:
-    """Name -> spelling; older files write a token as an object with ``content``."""
-    found = {}
-    for name in SPECIAL_NAMES:
-        value = options.data.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            found[name] = require_unicode(text, f"{name} of {options.where}")
-    return found
-
-
-def require_unicode(text: str, what: str) -> str:
-    """The text, or ModelError if it holds half a surrogate pair, which JSON can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ModelError(f"{what} is not valid Unicode: half of a surrogate pair") from None
-    return text
-
-
-def _added_tokens(folder: Path, options: Fields) -> dict[int, AddedToken]:
-    """Tokens by id that files beside a tokenizer.model add to its pieces."""
-    path, listed = folder / "added_tokens.json", list[tuple[Any, AddedToken]]()
-    for text, index in read_json(path).data.items() if path.is_file() else ():
-        listed.append((index, AddedToken(require_unicode(text, str(path)), special=True)))
-    for name, token in options.section("added_tokens_decoder").data.items():
-        fields = Fields(token if isinstance(token, dict) else {}, f"added token {name[:20]} of {options.where}")
-        text = require_unicode(fields.text("content"), fields.where)
-        index = int(name) if name.isdecimal() and len(name) < 10 else name
-        listed.append((index, AddedToken(text, special=fields.flag("special", False))))
-    for index, added in listed:
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < 2**31 or not added.text:
-            what = f"token {added.text[:40]!r} with id {str(index)[:40]!r}"
-            raise ModelError(f"{folder} adds the {what}: download it again")
-    return dict(listed)
 
 
 def _chat_template(folder: Path, options: Fields) -> str | None:

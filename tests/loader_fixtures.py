@@ -131,6 +131,7 @@ def gguf_model(path: Path, config: ModelConfig, kind: str) -> Path:
 
     def vocabulary(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(["a", "b", "ab", *(f"t{n}" for n in range(3, config.vocab_size))])
         writer.add_token_types([1] * config.vocab_size)
         writer.add_token_merges(["a b"])

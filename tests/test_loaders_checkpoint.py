@@ -70,9 +70,41 @@ def test_a_model_saved_by_transformers_opens(tmp_path: Path, model: Any, config:
 
 def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
     config = tiny_config(tie_embeddings=True)
-    extra = {"lm_head.weight": torch.zeros(320, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}
-    source = SafetensorsSource(write_checkpoint(tmp_path, config, random_weights(config) | extra))
+    weights = random_weights(config)
+    head = weights["model.embed_tokens.weight"].clone()
+    extra = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}
+    source = SafetensorsSource(write_checkpoint(tmp_path, config, weights | extra))
     refused(lambda: source.read("lm_head.weight"), "lm_head.weight")
+
+
+def test_a_head_of_its_own_is_read_whatever_the_config_says(tmp_path: Path) -> None:
+    config = tiny_config(tie_embeddings=True)
+    weights = random_weights(config)
+    head = torch.randn(320, 64)
+    source = SafetensorsSource(write_checkpoint(tmp_path / "own", config, weights | {"lm_head.weight": head}))
+    assert not source.config.tie_embeddings and torch.equal(source.read("lm_head.weight"), head)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    source = SafetensorsSource(write_checkpoint(tmp_path / "under the other name", config, weights))
+    assert source.config == config
+    assert torch.equal(source.read("model.embed_tokens.weight"), weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("before", "head"),
+    [
+        ("", "lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head.weight"),
+    ],
+)
+def test_names_of_a_decoder_inside_another_model(tmp_path: Path, before: str, head: str) -> None:
+    config = tiny_config()
+    weights = random_weights(config)
+    names = {name: head if name == "lm_head.weight" else before + name.removeprefix("model.") for name in weights}
+    stored = {names[name]: value for name, value in weights.items()} | {"vision_tower.norm.weight": torch.ones(3)}
+    source = SafetensorsSource(write_checkpoint(tmp_path, config, stored))
+    for name, value in weights.items():
+        assert torch.equal(source.read(name), value)
 
 
 def test_missing_unexpected_and_misshapen_are_all_named() -> None:

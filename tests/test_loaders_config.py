@@ -140,6 +140,38 @@ def test_generation_config_adds_end_tokens(tmp_path: Path) -> None:
     assert read_config(tmp_path).eos_token_ids == (7, 9)
 
 
+def test_end_tokens_of_generation_config_stand_for_those_that_a_family_assumes() -> None:
+    fields = Fields(SIZES | {"model_type": "llama"}, "config.json")
+    assert parse_config(fields).eos_token_ids == (2,)
+    assert parse_config(fields, (128, 129)).eos_token_ids == (128, 129)
+
+
+def test_attn_factor_multiplies_what_yarn_scales_by() -> None:
+    """DeepSeek-R1-0528-Qwen3-8B's config.json: together they are 1."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "attn_factor": 0.8782488562869419}
+    config = parse_config(Fields(SIZES | {"model_type": "qwen3", "rope_scaling": rope}, "config.json"))
+    assert frequencies(config, 4096, torch.device("cpu")).scale == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"rope_type": "default", "rope_theta": 1e6}])
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_a_scaling_that_was_added_by_hand_counts(parameters: dict[str, Any], spelling: str) -> None:
+    added = {spelling: "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    data = SIZES | {"model_type": "qwen3", "rope_parameters": parameters, "rope_scaling": added}
+    rope = parse_config(Fields(data, "config.json")).rope
+    assert (rope.kind, rope.factor, rope.original_context) == ("yarn", 4.0, 1024)
+    assert rope.theta == parameters.get("rope_theta", 10_000.0)
+
+
+def test_the_text_part_of_a_model_of_images_is_read() -> None:
+    text = SIZES | {"model_type": "mistral", "head_dim": 32, "sliding_window": None}
+    data = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "vision_config": {}}
+    config = parse_config(Fields(data | {"text_config": text}, "config.json"))
+    assert config == parse_config(Fields(text, "config.json")) and config.family == "mistral"
+    refused(lambda: parse_config(Fields(data, "config.json")), "text_config", "unknown architecture")
+    refused(lambda: parse_config(Fields(data | {"text_config": text | {"model_type": "ministral3"}}, "c")), "ministral3")
+
+
 def test_mistral_defaults_where_the_file_is_silent() -> None:
     data = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     config = parse_config(Fields(data | {"model_type": "mistral", "num_attention_heads": 16}, "x"))

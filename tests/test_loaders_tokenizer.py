@@ -26,7 +26,8 @@ from skvq.loaders.chat import render_chat, render_turn
 from skvq.loaders.dummy import dummy_tokenizer
 from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields
-from skvq.loaders.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer
+from skvq.loaders.gguf_config import CONTROL, end_tokens
+from skvq.loaders.gguf_tokenizer import BYTE, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer
 from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import resolve
 from skvq.loaders.model_files import ModelFiles
@@ -211,6 +212,45 @@ def test_added_tokens_that_are_not_special_stay_in_the_text(tmp_path: Path) -> N
     assert ours.decode(ours.encode("día")) == "día"
 
 
+IM_END = {"content": "<|im_end|>", "special": True, "rstrip": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_token": "<|im_end|>"},
+        {"added_tokens_decoder": {"320": IM_END}},
+        {"additional_special_tokens": ["<|im_end|>"]},
+        {"extra_special_tokens": {"image_token": "<|im_end|>"}},
+    ],
+)
+@pytest.mark.parametrize("known", ["no", "a piece", "added"])
+def test_tokens_that_only_the_config_names_are_found_as_by_transformers(
+    tmp_path: Path, options: dict[str, Any], known: str
+) -> None:
+    """Fine-tunes whose tokenizer.json was left as it was."""
+    pipeline = byte_level_pipeline(size=320)
+    if known == "a piece":
+        data = json.loads(pipeline.to_str())
+        data["model"]["vocab"]["<|im_end|>"] = 320
+        pipeline = type(pipeline).from_str(json.dumps(data))
+    elif known == "added":
+        pipeline.add_tokens(["<|im_end|>"])
+    files = save_folder(tmp_path, pipeline, options)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=321))))
+    ours, theirs, text = load_tokenizer(files.path), theirs_of(tmp_path), "Hello <|im_end|> x"
+    assert ours.encode(text) == theirs.encode(text) and ours.encode(text).count(320) == 1
+    assert (320 in ours.eos_token_ids) == (options.get("eos_token") == "<|im_end|>")
+    if known != "added" or "added_tokens_decoder" in options:
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+def test_a_token_with_an_id_of_its_own_is_refused(tmp_path: Path) -> None:
+    for index in ("400", "0"):
+        save_folder(tmp_path, byte_level_pipeline(), {"added_tokens_decoder": {index: IM_END}})
+        refused(lambda: load_tokenizer(tmp_path), "<|im_end|>", f"the id {index}", "download both again")
+
+
 @pytest.mark.parametrize(("option", "expected"), [(None, True), (False, False), (True, True)])
 def test_the_first_token_follows_the_model_s_own_rule(tmp_path: Path, option: bool | None, expected: bool) -> None:
     options = {} if option is None else {"add_bos_token": option}
@@ -367,6 +407,38 @@ def test_tokens_added_to_a_sentencepiece_model(spm_folder: ModelFiles, spm_model
         refused(lambda: load_tokenizer(folder), fragment)
 
 
+def test_only_legacy_files_have_a_space_after_special_tokens(spm_folder: ModelFiles, spm_model: bytes, tmp_path: Path) -> None:
+    """As LlamaTokenizer of transformers 4 (compared by hand): ``legacy: false`` puts a space only before the whole text."""
+    folder = Path(shutil.copytree(spm_folder.path, tmp_path / "m"))
+    bare = build_tokenizer(spm_fields(spm_model, **{"tokenizer.ggml.add_space_prefix": False}), tiny_config())
+    full = load_tokenizer(spm_folder.path)
+
+    def plain(text: str, before: str = "") -> list[int]:
+        return bare.encode(before + text, bos=False)
+
+    for legacy, prefix in ((False, True), (False, False), (True, True)):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "add_prefix_space": prefix}))
+        ours, before = load_tokenizer(folder), " " if prefix else ""
+        assert ours.encode("quick fox", bos=False) == plain("quick fox", before)
+        after = plain("the quick", " " if legacy else "")
+        assert ours.encode("<s>the quick</s> x", bos=False)[: len(after) + 1] == [1, *after]
+        assert ours.encode("a<unk>", bos=False) == [*plain("a", before), 0]
+        assert ours.decode(ours.encode("a b")) == "a b" and ours.strips_first_space == prefix
+    assert full.encode("quick fox", bos=False) == plain("quick fox", " ")
+
+
+def test_white_space_around_an_added_token_is_taken_in(spm_folder: ModelFiles, spm_model: bytes, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(spm_folder.path, tmp_path / "m"))
+    size = sentencepiece.SentencePieceProcessor(model_proto=spm_model).get_piece_size()
+    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=size + 1))))
+    plain = load_tokenizer(spm_folder.path)
+    for flag, text in (("lstrip", "fox  <|im_end|>lazy"), ("rstrip", "fox<|im_end|> \n lazy")):
+        token = {"content": "<|im_end|>", "special": True, flag: True}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {str(size): token}}))
+        want = [*plain.encode("fox", bos=False), size, *plain.encode("lazy", bos=False)]
+        assert load_tokenizer(folder).encode(text, bos=False) == want
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_half_a_surrogate_pair_is_no_special_token(spm_folder: ModelFiles, tmp_path: Path, name: str) -> None:
     options = {"bos_token": "\ud800"}
@@ -427,7 +499,9 @@ def test_qwen2_vocabularies_equal_transformers(text: str) -> None:
         ("qwen2", False, ["1", "2", "3", "4"], True),
         ("smollm", False, ["1", "2", "3", "4"], False),
         ("gpt-2", False, ["12", "34"], False),
-        ("default", False, ["12", "34"], False),
+        ("default", False, ["123", "4"], False),
+        ("tekken", True, ["1", "2", "3", "4"], True),
+        ("smaug-bpe", False, ["123", "4"], True),
     ],
 )
 def test_each_pre_tokenizer_draws_its_own_boundaries(pre: str, bos: bool, digits: list[str], contraction: bool) -> None:
@@ -438,7 +512,31 @@ def test_each_pre_tokenizer_draws_its_own_boundaries(pre: str, bos: bool, digits
     assert (b"'RE" in [ours.token_bytes(i) for i in ours.encode("we'RE", bos=False)]) == contraction
 
 
-@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("qwen2", False), ("smollm", False), ("gpt-2", False)])
+def test_files_that_name_no_pre_tokenizer_are_known_by_their_tokens() -> None:
+    fields = bpe_fields("llama-bpe")[0]
+    data = {key: value for key, value in fields.data.items() if key != "tokenizer.ggml.pre"}
+    refused(lambda: build_tokenizer(Fields(data, "m.gguf"), tiny_config(vocab_size=400)), "pre is missing", "newer file")
+    old = build_tokenizer(Fields(data | {"general.architecture": "qwen2"}, "m.gguf"), tiny_config(vocab_size=400))
+    assert old.encode("1234") == build("qwen2").encode("1234")
+    tokens = ["<|begin_of_text|>", *data["tokenizer.ggml.tokens"][1:]]
+    config = tiny_config(vocab_size=400, bos_token_id=0)
+    assert build_tokenizer(Fields(data | {"tokenizer.ggml.tokens": tokens}, "m.gguf"), config).encode("1234") == build(
+        "llama-bpe"
+    ).encode("1234")
+
+
+def test_an_end_that_is_no_control_token_is_an_end() -> None:
+    """ChatML fine-tunes of Mistral: ``<|im_end|>`` is typed as a user's token."""
+    fields = bpe_fields("llama-bpe")[0]
+    tokens = [*fields.data["tokenizer.ggml.tokens"], "<|im_end|>"]
+    kinds = np.append(fields.data["tokenizer.ggml.token_type"], np.int32(USER_DEFINED))
+    data = fields.data | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    assert end_tokens(tokens, kinds) == [1, len(tokens) - 1]
+    ours = build_tokenizer(Fields(data, "m.gguf"), tiny_config(vocab_size=400, bos_token_id=0))
+    assert ours.decode(ours.encode("Hi.<|im_end|>")) == "Hi."
+
+
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)])
 def test_llama3_takes_whole_words_from_its_vocabulary(pre: str, whole: bool) -> None:
     ours = build(pre)
     assert (b" bird" in [ours.token_bytes(i) for i in ours.encode("a bird")]) == whole

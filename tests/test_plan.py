@@ -289,6 +289,11 @@ def test_weights_in_blocks_are_planned_for_by_name() -> None:
 def test_rope_that_is_stretched_already_is_not_stretched_again() -> None:
     """Llama 3.1's own factors would silently be lost."""
     assert scaled(mistral(), "linear:4").trained_context == 4 * 32768
+    over = scaled(mistral(), "yarn:4:16384")
+    assert (over.rope.original_context, over.rope.factor, over.trained_context) == (16384, 4.0, 65536)
+    for text, why in (("yarn:4:99999", "up to 32,768"), ("yarn:4:x", "'x' is not"), ("linear:4:9", "'4:9' is not a number")):
+        with pytest.raises(OptionError, match=why):
+            scaled(mistral(), text)
     with pytest.raises(OptionError, match=r"stretches its RoPE itself \(llama3\)"):
         scaled(ALIASES["llama-3.1-8b"].config, "linear:4")
 
