@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from skvq.engine.errors import ModelError
 from skvq.loaders.fields import Fields, reason
 from skvq.loaders.gguf_config import parse_gguf_config
 from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
+from skvq.loaders.model_files import PART
 from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, layer_shapes
 from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
 
@@ -50,7 +51,7 @@ class _Stored:
 
 
 class GgufSource:
-    """A GGUF file of architecture ``llama``, ``qwen2`` or ``qwen3``.
+    """A GGUF file of architecture ``llama``, ``qwen2`` or ``qwen3``, or all its parts, one of which was given.
 
     Opening maps the file and reads its header; ModelError, one line, if it is not a whole GGUF file, of another
     architecture, of a type that cannot be expanded, or if the `gguf` package is not installed.
@@ -59,9 +60,7 @@ class GgufSource:
 
     def __init__(self, path: str | Path) -> None:
         self._where = str(path)
-        data = map_file(Path(path))
-        header = read_header(data, self._where)
-        stored = _locate(header, data, self._where)
+        header, stored = _open(Path(path))
         self.metadata = Fields(header.metadata, self._where)
         self._config = parse_gguf_config(header, self._where, _rope_freqs(stored))
         names = gguf_names(self._config)
@@ -137,9 +136,8 @@ class GgufSource:
 
 def gguf_config(path: str | Path) -> ModelConfig:
     """ModelConfig of a GGUF file from its header alone; the same checks as opening it, but for the weights' shapes."""
-    data = map_file(Path(path))
-    header = read_header(data, str(path))
-    return parse_gguf_config(header, str(path), _rope_freqs(_locate(header, data, str(path))))
+    header, stored = _open(Path(path))
+    return parse_gguf_config(header, str(path), _rope_freqs(stored))
 
 
 def gguf_names(config: ModelConfig) -> dict[str, str]:
@@ -172,6 +170,41 @@ def _quants() -> tuple[Any, Any]:
     except ImportError as error:
         raise ModelError('GGUF files need the gguf package: pip install "skvq[gguf]"') from error
     return gguf, quants
+
+
+def _open(path: Path) -> tuple[GgufHeader, dict[str, _Stored]]:
+    """Header and tensors of a file; of a part (``-00001-of-00003.gguf``) those of all, with what the first one says."""
+    data = map_file(path)
+    header = read_header(data, str(path))
+    count = header.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return header, _locate(header, data, str(path))
+    headers, stored, files = list[GgufHeader](), dict[str, _Stored](), _parts(path, count)
+    for number, file in enumerate(files):
+        data = map_file(file)
+        header = read_header(data, str(file))
+        if [header.metadata.get(key) for key in ("split.no", "split.count")] != [number, count]:
+            raise ModelError(f"{file} is not part {number + 1} of {len(files)}, as its name says: download it again")
+        found = _locate(header, data, str(file))
+        twice = next((name for name in found if name in stored), None)
+        if twice is not None:
+            raise ModelError(f"{file} holds {twice}, as another part does: download the parts again")
+        headers.append(header)
+        stored |= found
+    tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
+    return replace(headers[0], tensors=tensors), stored
+
+
+def _parts(path: Path, count: int) -> list[Path]:
+    """All parts of a file in order, one of which is given. ModelError if some are missing."""
+    name = PART.search(path.name)
+    if name is None or int(name[2]) != count:
+        raise ModelError(f"{path} is one of {count} parts, but not named so (...-00001-of-{count:05}.gguf): give it its name")
+    files = [path.with_name(f"{path.name[: name.start()]}-{number:05}-of-{name[2]}.gguf") for number in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{path.parent}: {len(missing)} of {count} parts are missing: {', '.join(missing[:3])}")
+    return files
 
 
 def _locate(header: GgufHeader, data: NDArray[np.uint8], where: str) -> dict[str, _Stored]:

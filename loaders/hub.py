@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from skvq.loaders.checkpoint import weight_files
 from skvq.loaders.fields import read_json, reason, shorten
 from skvq.loaders.gguf_file import gguf_config
 from skvq.loaders.hf import read_config
-from skvq.loaders.model_files import ModelFiles, local_files
+from skvq.loaders.model_files import PART, ModelFiles, local_files
 from skvq.loaders.published import ALIASES, Alias
 from skvq.loaders.quantized.choose import scheme_of
 from skvq.loaders.quantized.scheme import Scheme
@@ -27,7 +27,6 @@ PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "model*.safetensors")
 """What is fetched of a repository: no pickles, no code, no second copy of the weights in another format."""
 
 OFFLINE = "downloads are switched off"
-_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -77,10 +76,23 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
     repo = alias.repo if alias is not None else _as_repo(model)
     folder = _cached(repo)
     if folder is None or not _is_complete(folder):
-        folder = _download(model, repo, PATTERNS) if download else None
+        folder = _fetched(model, repo) if download else None
     if folder is None:
         raise ModelError(_how_to_get(model, repo, OFFLINE))
     return ModelFiles(folder, "safetensors")
+
+
+def _fetched(model: str, repo: str) -> Path:
+    """A repository with config.json and safetensors in the hub cache. ModelError if it has GGUF files instead."""
+    folder = _download(model, repo, PATTERNS)
+    if _is_complete(folder):
+        return folder
+    ggufs = [PART.sub("", file).removesuffix(".gguf") for file in _listed(model, repo) if file.lower().endswith(".gguf")]
+    if ggufs:
+        names = list(dict.fromkeys(ggufs))
+        tags = ", ".join(f"{repo}:{name.rpartition('/')[2]}" for name in names[:3])
+        raise ModelError(f"{repo} holds no safetensors but {len(names)} GGUF files: give one of them, as {tags}")
+    return folder
 
 
 def _is_repo(name: str) -> bool:
@@ -89,38 +101,43 @@ def _is_repo(name: str) -> bool:
 
 
 def _gguf_of(model: str, repo: str, tag: str, *, download: bool) -> Path:
-    """The GGUF file of a repository that ``tag`` names; of the cache, if there it is the end of one name."""
+    """The GGUF file of a repository that ``tag`` names, or its first part; of the cache, if there it is the end of one name."""
     folder = _cached(repo)
     here = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.gguf"))} if folder is not None else {}
     found, sure = named_by(tag, here)
-    if not sure and download:
+    if download and not (sure and _is_whole(found)):
         found, _ = named_by(tag, _listed(model, repo))
     if not found:
         why = f"{repo} has no GGUF file with {shorten(tag)!r} in its name" if download else OFFLINE
         raise ModelError(_how_to_get(model, repo, why))
-    if _PART.search(found[0]):
-        raise ModelError(
-            f"{found[0]} of {repo} is a part of a model: join its parts with `llama-gguf-split --merge`, give the whole"
-        )
-    if len(found) > 1:
-        names = ", ".join(map(shorten, found[:4]))
-        raise ModelError(f"model {shorten(model)!r} may be {len(found)} GGUF files ({names}): give more of one's name")
-    return here.get(found[0]) or _download(model, repo, (found[0],)) / found[0]
+    models = list(dict.fromkeys(PART.sub("", file) for file in found))
+    if len(models) > 1:
+        names = ", ".join(map(shorten, models[:4]))
+        raise ModelError(f"model {shorten(model)!r} may be {len(models)} GGUF files ({names}): give more of one's name")
+    if all(file in here for file in found):
+        return here[found[0]]
+    return _download(model, repo, tuple(found)) / found[0]
+
+
+def _is_whole(files: Sequence[str]) -> bool:
+    """Whether these are all parts of one file."""
+    part = PART.search(files[0])
+    return part is None or len(files) == int(part[2])
 
 
 def named_by(tag: str, files: Iterable[str]) -> tuple[list[str], bool]:
-    """GGUF files that a tag, in any case, is the name of, or the end of one's name, or is in: the first of these that any are;
-    and whether it is more than in.
+    """GGUF files, and parts of such in order, that a tag, in any case, is the name of, or the end of one's name, or is in: the
+    first of these that any are; and whether it is more than in.
 
     >>> named_by("q4_0", ["m-Q4_0.gguf", "m-Q4_0_L.gguf", "README.md"]), named_by("Q4", ["m-Q4_0.gguf"])
     ((['m-Q4_0.gguf'], True), (['m-Q4_0.gguf'], False))
     """
-    wanted = tag.lower().removesuffix(".gguf")
-    stems = {file: file.lower().rpartition("/")[2].removesuffix(".gguf") for file in files if file.lower().endswith(".gguf")}
-    ending = re.compile(rf"[^a-z0-9]{re.escape(wanted)}(-\d{{5}}-of-\d{{5}})?")
-    same = [file for file in stems if file.lower().removesuffix(".gguf") == wanted]
-    same = same or [file for file, stem in stems.items() if stem == wanted]
-    ends = [file for file, stem in stems.items() if re.search(ending.pattern + "$", stem) and "mmproj" not in stem]
+    wanted = PART.sub("", f"{tag.lower().removesuffix('.gguf')}.gguf").removesuffix(".gguf")
+    whole = {file: PART.sub("", file.lower()).removesuffix(".gguf") for file in sorted(files) if file.lower().endswith(".gguf")}
+    stems = {file: name.rpartition("/")[2] for file, name in whole.items()}
+    same = [file for file, name in whole.items() if name == wanted] or [file for file, stem in stems.items() if stem == wanted]
+    ending = re.compile(rf"[^a-z0-9]{re.escape(wanted)}$")
+    ends = [file for file, stem in stems.items() if ending.search(stem) and "mmproj" not in stem]
     return same or ends or [file for file, stem in stems.items() if wanted in stem and "mmproj" not in stem], bool(same or ends)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from skvq.engine.errors import ModelError
 
 KINDS = ("safetensors", "gguf")
+PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
+"""What the name of a part of a GGUF file ends in, before its suffix."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """path: a folder with config.json and safetensors, or one GGUF file; kind: ``safetensors`` or ``gguf``."""
+    """path: a folder with config.json and safetensors, or a GGUF file, or its first part; kind: ``safetensors`` or ``gguf``."""
 
     path: Path
     kind: str
@@ -30,9 +33,10 @@ def local_files(path: Path) -> ModelFiles:
     if not path.is_dir():
         raise ModelError(f"{path} does not exist: give a folder with config.json and *.safetensors, or a .gguf file")
     ggufs = sorted(path.glob("*.gguf"))
-    if (path / "config.json").is_file():
+    models = {PART.sub("", file.name) for file in ggufs}
+    if (path / "config.json").is_file() and not (len(models) == 1 and not any(path.glob("*.safetensors*"))):
         return ModelFiles(path, "safetensors")
-    if len(ggufs) == 1:
+    if len(models) == 1:
         return ModelFiles(ggufs[0], "gguf")
-    found = f"{len(ggufs)} GGUF files: name one of them" if ggufs else "no GGUF file: copy the model's files into it"
+    found = f"{len(models)} GGUF files: name one of them" if ggufs else "no GGUF file: copy the model's files into it"
     raise ModelError(f"{path} holds no config.json and {found}")

@@ -89,10 +89,14 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     quantize: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    part_tensors: int = 0,
 ) -> Path:
-    """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted for ``llama``."""
+    """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted for ``llama``.
+
+    part_tensors: parts of so many tensors each, next to ``path``, which is none of them.
+    """
     arch = config.family if config.family in QWENS else "llama"
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=part_tensors)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.trained_context)
     writer.add_embedding_length(config.hidden_size)

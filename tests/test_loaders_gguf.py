@@ -28,6 +28,7 @@ from skvq.loaders.gguf_file import GgufSource, gguf_config
 from skvq.loaders.gguf_header import GgufHeader, TensorEntry, map_file, read_header
 from skvq.loaders.gguf_tokenizer import build_tokenizer
 from skvq.loaders.hub import resolve
+from skvq.loaders.model_files import ModelFiles, local_files
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.published import ALIASES
 
@@ -53,6 +54,36 @@ def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[st
     for name, value in weights.items():
         assert torch.equal(source.read(name), value), name
         assert source.blocks(name) is None
+
+
+def test_a_file_in_parts_is_read_whole_whichever_part_is_given(tmp_path: Path) -> None:
+    config = tiny_config(bos_token_id=None, eos_token_ids=())
+    weights = random_weights(config)
+    (tmp_path / "whole").mkdir()
+    whole = GgufSource(write_gguf(tmp_path / "whole" / "m.gguf", config, weights))
+    write_gguf(tmp_path / "m.gguf", config, weights, part_tensors=6)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 4 and local_files(tmp_path).path == parts[0]
+    for part in parts:
+        source = GgufSource(part)
+        assert source.config == config == gguf_config(part) and source.fingerprint == whole.fingerprint
+        assert source.metadata.has("general.architecture")
+        assert all(torch.equal(source.read(name), value) for name, value in weights.items())
+    other = parts[1].rename(tmp_path / "aside")
+    refused(lambda: GgufSource(parts[0]), "1 of 4 parts are missing", parts[1].name)
+    parts[1].write_bytes(parts[2].read_bytes())
+    refused(lambda: GgufSource(parts[0]), "is not part 2 of 4")
+    parts[0].rename(tmp_path / "first.gguf")
+    refused(lambda: GgufSource(tmp_path / "first.gguf"), "one of 4 parts", "-00001-of-00004.gguf")
+    other.rename(parts[1])
+
+
+def test_a_folder_with_a_config_and_only_a_gguf_file_is_that(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_config(), random_weights(tiny_config()))
+    (tmp_path / "config.json").write_text("{}")
+    assert local_files(tmp_path) == ModelFiles(path, "gguf")
+    (tmp_path / "model.safetensors").touch()
+    assert local_files(tmp_path) == ModelFiles(tmp_path, "safetensors")
 
 
 @pytest.mark.parametrize("kind", [Types.Q4_0, Types.Q4_1, Types.Q8_0, Types.F16, Types.BF16])

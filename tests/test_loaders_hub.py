@@ -104,9 +104,14 @@ def test_a_gguf_file_of_a_repository_is_named_by_a_part_of_its_name(tmp_path: Pa
     assert hub.asked == [(repo, ["tiny-Q8_0.gguf"])] * 4, "nothing else is fetched"
     assert config_of(f"{repo}:q4_0").num_layers == 2
     refused(lambda: resolve(f"{repo}:4_0"), "may be 3 GGUF files", "give more of one")
-    refused(lambda: resolve(f"{repo}:F16"), "is a part of a model", "llama-gguf-split --merge")
+    parts = ["tiny-F16-00001-of-00002.gguf", "tiny-F16-00002-of-00002.gguf"]
+    for tag in ("F16", "tiny-F16", parts[1]):
+        assert resolve(f"{repo}:{tag}").path == tmp_path / parts[0]
+        assert hub.asked[-1] == (repo, parts)
+    asked = len(hub.asked)
     refused(lambda: resolve(f"{repo}:*"), "has no GGUF file with '*'")
-    assert len(hub.asked) == 5, "nothing is fetched to be refused"
+    assert len(hub.asked) == asked, "nothing is fetched to be refused"
+    refused(lambda: resolve(repo), "no safetensors but 6 GGUF files", f"{repo}:tiny-F16, {repo}:tiny-IQ4_0")
     hub.cached[repo], hub.remote = tmp_path, {}
     for tag, kind in (("Q4_0", "Q4_0"), ("q5_1", "Tower-of-Babel-Q5_1")):
         assert resolve(f"{repo}:{tag}", download=False).path == files[kind]
