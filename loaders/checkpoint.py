@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from skvq.loaders.source import QuantizedBlocks, fingerprint_of, first_bytes, un
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+STACKED = {".qkv_proj.": (".q_proj.", ".k_proj.", ".v_proj."), ".gate_up_proj.": (".gate_proj.", ".up_proj.")}
+"""Matrices that a checkpoint may hold as one, rows of the first above those of the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class _Entry:
     name: str
     shape: tuple[int, ...]
     kind: str
+    first_row: int = 0  # of it in the tensor, where that holds several weights
 
 
 class SafetensorsSource:
@@ -45,8 +49,9 @@ class SafetensorsSource:
     def __init__(self, folder: str | Path) -> None:
         root = Path(folder)
         self._where = str(root)
-        self._entries = _canonical(_open_shards(root))
-        self._config = self._with_own_head(read_config(root))
+        config = read_config(root)
+        self._entries = _apart(_canonical(_open_shards(root)), config)
+        self._config = self._with_own_head(config)
         self._shapes, found = expected_shapes(self._config), {name: entry.shape for name, entry in self._entries.items()}
         scheme = scheme_of(read_json(root / "config.json"))
         self._quantized: QuantizedMatrices | None = None
@@ -106,6 +111,8 @@ class SafetensorsSource:
         """A tensor of the checkpoint, a view."""
         entry = self._entries[name]
         tensor = entry.shard.get_tensor(entry.name)
+        if tensor.shape != entry.shape:
+            tensor = tensor[entry.first_row : entry.first_row + entry.shape[0]]
         assert isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == entry.shape
         return tensor
 
@@ -142,6 +149,20 @@ class SafetensorsSource:
 def _canonical(entries: dict[str, _Entry]) -> dict[str, _Entry]:
     """The same by canonical name."""
     return {ours: entries[name] for name, ours in canonical_names(entries).items()}
+
+
+def _apart(entries: dict[str, _Entry], config: ModelConfig) -> dict[str, _Entry]:
+    """The same with matrices that were stored one above the other (Phi-3) under the names of each."""
+    shapes, found = expected_shapes(config), dict[str, _Entry]()
+    for name, entry in entries.items():
+        inside = [name.replace(whole, part) for whole, parts in STACKED.items() if whole in name for part in parts]
+        rows = [shapes[part][0] for part in inside if part in shapes]
+        if not inside or len(rows) < len(inside) or sum(rows) != entry.shape[0] or inside[0] in entries:
+            found[name] = entry
+            continue
+        for part, first in zip(inside, accumulate(rows, initial=0), strict=False):
+            found[part] = replace(entry, shape=(shapes[part][0], *entry.shape[1:]), first_row=first)
+    return found
 
 
 def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:

@@ -27,18 +27,27 @@ class _Family:
     sliding_window: int
     bos: int | None
     eos: tuple[int, ...]
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
 
 
 _FAMILIES = {
     "LlamaForCausalLM": _Family(name="llama", kv_heads=0, context=2048, sliding_window=0, bos=1, eos=(2,)),
     "MistralForCausalLM": _Family(name="mistral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
     "Qwen2ForCausalLM": _Family(name="qwen2", kv_heads=32, context=32768, sliding_window=4096, bos=None, eos=()),
+    "MinistralForCausalLM": _Family(name="ministral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
+    "Phi3ForCausalLM": _Family(name="phi3", kv_heads=0, context=4096, sliding_window=0, bos=1, eos=(32000,), norm_eps=1e-5),
+    "SeedOssForCausalLM": _Family(
+        name="seed_oss", kv_heads=8, head_size=128, context=524288, sliding_window=0, bos=0, eos=(2,), qkv_bias=True
+    ),
     "Qwen3ForCausalLM": _Family(name="qwen3", kv_heads=32, head_size=128, context=32768, sliding_window=4096, bos=None, eos=()),
 }
 WRAPPED = ("Mistral3ForConditionalGeneration",)
 """Models of text and images whose ``text_config`` is one of these families: the text is read, the rest left alone."""
 ARCHITECTURES = (*_FAMILIES, *WRAPPED)
 QWENS = ("qwen2", "qwen3")
+BY_LAYER = (*QWENS, "ministral")
+"""Families whose config names the layers in which attention slides."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -66,7 +75,9 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     if layers > MAX_LAYERS:
         raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine supports at most {MAX_LAYERS}")
     vocab = fields.integer("vocab_size")
-    biased = family.name in ("llama", "qwen3") and fields.flag("attention_bias", False)
+    may_bias = family.name in ("llama", "qwen3", "seed_oss")
+    qkv_bias = may_bias and fields.flag("attention_bias", family.qkv_bias)
+    output_bias = fields.flag("attention_out_bias", False) if family.name == "seed_oss" else qkv_bias
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
     rope = parse_rope(fields, context, head_size)
@@ -80,14 +91,14 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", kv_default),
         head_size=head_size,
-        norm_eps=fields.positive("rms_norm_eps", 1e-6),
+        norm_eps=fields.positive("rms_norm_eps", family.norm_eps),
         rope=rope,
         trained_context=_trained_context(fields, rope, context),
         attention_spans=_attention_spans(fields, family, layers),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        qkv_bias=family.name == "qwen2" or biased,
-        output_bias=biased,
-        mlp_bias=family.name == "llama" and fields.flag("mlp_bias", False),
+        qkv_bias=family.name == "qwen2" or qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=family.name in ("llama", "seed_oss") and fields.flag("mlp_bias", False),
         qk_norm=family.name == "qwen3",
         bos_token_id=_bos(fields, family, vocab),
         eos_token_ids=_eos(fields, family, vocab, more_eos_ids),
@@ -103,6 +114,7 @@ def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
     if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
         raise ModelError(f"{rope.where}: partial_rotary_factor is not 1, but this engine applies RoPE to whole heads")
     kind = rope.text("rope_type", rope.text("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
     if kind not in ROPE_TYPES:
         raise ModelError(f"{rope.where}: unknown RoPE type {kind[:80]!r}; known: {', '.join(ROPE_TYPES)}")
     original = fields.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", context))
@@ -181,9 +193,10 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {key: value for key, value in rope.items() if value is not None},
         "sliding_window": window,
         "use_sliding_window": window is not None,
-        "layer_types": names if config.family in QWENS else None,
+        "layer_types": names if config.family in BY_LAYER else None,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.output_bias,
+        "attention_bias": config.qkv_bias if config.family == "seed_oss" else config.output_bias,
+        "attention_out_bias": config.output_bias,
         "mlp_bias": config.mlp_bias,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
@@ -235,15 +248,17 @@ def _trained_context(fields: Fields, rope: RopeConfig, context: int) -> int:
 
 
 def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int, ...]:
-    """Tokens each layer's queries see: Mistral slides in all layers, Qwen in those its config names, Llama in none."""
-    declared = fields.has("sliding_window") or "sliding_window" not in fields.data
-    slides = declared and (family.name == "mistral" or (family.name in QWENS and fields.flag("use_sliding_window", False)))
-    if not slides:
+    """Tokens each layer's queries see: Mistral and Phi-3 slide in all layers, Qwen and Ministral in those their config names,
+    Llama in none.
+    """
+    declared = fields.has("sliding_window") or (family.sliding_window and "sliding_window" not in fields.data)
+    able = family.name not in ("llama", "seed_oss") and (family.name not in QWENS or fields.flag("use_sliding_window", False))
+    if not (declared and able):
         return (FULL_SPAN,) * layers
-    window = fields.integer("sliding_window", family.sliding_window)
-    if family.name == "mistral":
+    window = fields.integer("sliding_window", family.sliding_window or None)
+    kinds = fields.data.get("layer_types") if family.name in BY_LAYER else None
+    if kinds is None and family.name not in QWENS:
         return (window,) * layers
-    kinds = fields.data.get("layer_types")
     if kinds is None:
         first = fields.data.get("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:

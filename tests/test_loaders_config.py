@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import one_line, refused, tiny_config
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+)
 
 from skvq.engine.config import FULL_SPAN, RopeConfig
 from skvq.engine.errors import SkvqError
@@ -67,6 +76,12 @@ def saved(config: PreTrainedConfig, folder: Path, architecture: str) -> Path:
         (MistralConfig, "MistralForCausalLM", {"sliding_window": None}),
         (Qwen2Config, "Qwen2ForCausalLM", {}),
         (Qwen2Config, "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
+        (Phi3Config, "Phi3ForCausalLM", {"pad_token_id": 0, "eos_token_id": 7, "head_dim": 16}),
+        (Phi3Config, "Phi3ForCausalLM", {"pad_token_id": 0, "eos_token_id": 7, "head_dim": 16, "sliding_window": 64}),
+        (MinistralConfig, "MinistralForCausalLM", {}),
+        (MinistralConfig, "MinistralForCausalLM", {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+        (SeedOssConfig, "SeedOssForCausalLM", {}),
+        (SeedOssConfig, "SeedOssForCausalLM", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
         (Qwen3Config, "Qwen3ForCausalLM", {}),
         (Qwen3Config, "Qwen3ForCausalLM", {"attention_bias": True, "head_dim": 32, "eos_token_id": 9}),
         (Qwen3Config, "Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
@@ -97,7 +112,7 @@ def test_every_family_agrees_with_transformers(
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     assert ours.qkv_bias == (kind is Qwen2Config or getattr(theirs, "attention_bias", False))
-    assert ours.output_bias == getattr(theirs, "attention_bias", False)
+    assert ours.output_bias == getattr(theirs, "attention_out_bias", getattr(theirs, "attention_bias", False))
     assert ours.qk_norm == (kind is Qwen3Config)
     assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
     window = getattr(theirs, "sliding_window", None)
@@ -276,7 +291,7 @@ VALUES = ATOMS | st.lists(ATOMS, max_size=4) | st.dictionaries(st.sampled_from(R
 
 @settings(max_examples=400, deadline=None)
 @given(
-    family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    family=st.sampled_from(["llama", "mistral", "ministral", "phi3", "qwen2", "qwen3", "seed_oss"]),
     changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
 )
 def test_no_config_raises_anything_but_our_error(family: str, changes: dict[str, Any]) -> None:

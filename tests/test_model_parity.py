@@ -48,6 +48,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
     "qwen3 with attention bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "phi3 with a window": ("Phi3", {"pad_token_id": 0, "sliding_window": 7}),
+    "ministral": ("Ministral", {"head_dim": 16, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]}),
+    "seed_oss": ("SeedOss", {"head_dim": 16}),
 }
 RISING = [1.0 + 0.4 * j for j in range(8)]
 STEEP = [1.0 + 2.5 * j for j in range(8)]
