@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.kernels.ggml.formats import FORMATS
 from skvq.loaders.fields import Fields, reason
+from skvq.loaders.gguf_blocks import RECODED, recoded, recoded_bytes
 from skvq.loaders.gguf_config import parse_gguf_config
 from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
 from skvq.loaders.model_files import PART
@@ -86,12 +88,14 @@ class GgufSource:
         return self._fingerprint
 
     def read(self, name: str) -> torch.Tensor:
-        """Single values as they are stored, blocks expanded to float32; owned by the caller."""
+        """Single values as they are stored, blocks expanded to float32, or to float16 where there are no such ``blocks``; owned
+        by the caller."""
         item, order = self._item(name), self._row_order(name)
         if item.kind.name in PLAIN_TYPES:
             values = torch.from_numpy(item.data.copy()).view(PLAIN_TYPES[item.kind.name]).view(item.shape)
         else:
             values = torch.from_numpy(_expand(item))
+        values = values.half() if self.expanded(name) else values
         return values if order is None else values[torch.from_numpy(order)]
 
     def stored(self, name: str) -> tuple[str, int]:
@@ -101,20 +105,29 @@ class GgufSource:
             return str(PLAIN_TYPES[item.kind.name]), item.data.nbytes
         if len(item.shape) != 2:
             return str(torch.float32), 4 * prod(item.shape)
-        return item.kind.name, item.data.nbytes
+        if self.expanded(name):
+            return str(torch.float16), 2 * prod(item.shape)
+        kind = item.kind.name
+        return (RECODED[kind], recoded_bytes(kind, item.data.nbytes)) if kind in RECODED else (kind, item.data.nbytes)
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
-        """The weight as stored, or None if it is stored as single values, or a vector. A copy: it outlives the source."""
+        """The weight as stored, or in other blocks that hold the same numbers (``gguf_blocks``); None if it is stored as single
+        values, or a vector, or of a type without such. A copy: it outlives the source."""
         item = self._item(name)
-        if item.kind.name in PLAIN_TYPES or len(item.shape) != 2:
+        kind = item.kind.name
+        if kind in PLAIN_TYPES or len(item.shape) != 2 or self.expanded(name):
             return None
         order = self._row_order(name)
-        data = item.data.copy() if order is None else item.data[order]
-        return QuantizedBlocks(data=torch.from_numpy(data), kind=item.kind.name, shape=(item.shape[0], item.shape[1]))
+        data = torch.from_numpy(item.data.copy() if order is None else item.data[order])
+        if kind in RECODED:
+            data, kind = recoded(data, kind), RECODED[kind]
+        return QuantizedBlocks(data=data, kind=kind, shape=(item.shape[0], item.shape[1]))
 
     def expanded(self, name: str) -> str:
-        """None is."""
-        return ""
+        """The type of a matrix in blocks that no kernel multiplies, nor could as others."""
+        item = self._item(name)
+        kind = item.kind.name
+        return "" if kind in PLAIN_TYPES or len(item.shape) != 2 or kind in FORMATS or kind in RECODED else kind
 
     def _item(self, name: str) -> _Stored:
         if name not in self._stored:

@@ -122,6 +122,53 @@ def test_blocks_that_share_a_scale(tmp_path: Path, kind: Types) -> None:
     assert float((got - want).abs().max()) < 1e-3 * float(want.std())
 
 
+def made_up(value: np.ndarray, kind: Types) -> np.ndarray:
+    """Random blocks of a type that the gguf package only reads, with scales that keep their weights small."""
+    columns, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    shape = (value.shape[0], value.shape[1] // columns, nbytes)
+    data = np.random.default_rng(value.size).integers(0, 256, shape, dtype=np.uint8)
+    at = {Types.Q3_K: 108, Types.Q2_K: 80}.get(kind, 0)
+    data[..., at : at + 2] = np.full((*shape[:2], 1), 3e-5, dtype=np.float16).view(np.uint8)
+    if kind is Types.Q2_K:
+        data[..., 82:84] = data[..., 80:82]
+    return data.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "error"), [(Types.Q3_K, "Q6_K", 0.0), (Types.IQ4_NL, "Q8_0", 0.0), (Types.IQ4_XS, "Q8_0", 5e-4)]
+)
+def test_types_that_no_kernel_multiplies_are_given_as_others_that_hold_the_same(
+    tmp_path: Path, kind: Types, given: str, error: float
+) -> None:
+    config = tiny_config(hidden_size=256, intermediate_size=512, num_heads=8)
+    source = GgufSource(write_gguf(tmp_path / "m.gguf", config, random_weights(config), kind=kind, quantize=made_up))
+    for name in (Q0, K1, "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        blocks, read = source.blocks(name), source.read(name)
+        assert blocks is not None and source.stored(name) == (given, blocks.data.nbytes) and not source.expanded(name)
+        same = torch.from_numpy(gguf.quants.dequantize(blocks.data.numpy(), Types[given]))
+        assert blocks.kind == given and float((same - read).abs().max()) <= error * float(read.abs().max())
+
+
+def test_types_that_no_blocks_hold_are_expanded_to_16_bits_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(hidden_size=256, intermediate_size=512, num_heads=8)
+
+    def words(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(["a", "b", "ab", *(f"t{n}" for n in range(3, config.vocab_size))])
+        writer.add_token_merges(["a b"])
+
+    path = write_gguf(tmp_path / "m.gguf", config, random_weights(config), kind=Types.Q2_K, quantize=made_up, extra=words)
+    source = GgufSource(path)
+    want = gguf.quants.dequantize(made_up(np.zeros((320, 256)), Types.Q2_K), Types.Q2_K)
+    read = source.read("model.embed_tokens.weight")
+    assert read.dtype == torch.float16 and np.array_equal(read.numpy(), want.astype(np.float16))
+    assert source.stored("model.embed_tokens.weight") == ("torch.float16", 2 * want.size)
+    engine = Engine.load(path, max_context=64, cache=CacheConfig(method="fp"), device="cpu")
+    assert engine.parts.model.weights.nbytes == engine.parts.plan.parts["weights"] < 2.1 * config.num_parameters
+    assert "weights stored as Q2_K are held as float16" in capsys.readouterr().err
+
+
 def test_linear_yarn_and_sliding_window_keys(tmp_path: Path) -> None:
     config, weights = tiny_config(), random_weights(tiny_config())
 

@@ -44,7 +44,7 @@ def _plain(blocks: Tensor, form: BlockFormat) -> Parts:
     if form.bits < 8:
         codes = torch.cat([codes & 15, codes >> 4], -1)
     if form.high_bits:
-        codes = codes | _fields(blocks[..., form.head_bytes : at], 1).flatten(-2) << 4
+        codes = codes | fields(blocks[..., form.head_bytes : at], 1).flatten(-2) << 4
     return Parts(codes[..., None, :], blocks[..., None, :0], heads_of(blocks, form))
 
 
@@ -57,7 +57,7 @@ def _with_minima(blocks: Tensor, form: BlockFormat) -> Parts:
     codes = split_last(blocks[..., at:], -1, BLOCK)  # [..., 4, 32]
     codes = torch.stack([codes & 15, codes >> 4], -2).flatten(-3, -2)  # [..., 8, 32]
     if form.high_bits:
-        codes = codes | _fields(blocks[..., 16:at], 1).transpose(-1, -2) << 4
+        codes = codes | fields(blocks[..., 16:at], 1).transpose(-1, -2) << 4
     heads = heads_of(blocks, form).clone()
     heads[..., 3] ^= 0x80
     return Parts(codes, _six_bit_factors(blocks[..., 4:16]), heads)
@@ -75,11 +75,11 @@ def _sixes(blocks: Tensor, form: BlockFormat) -> Parts:
     """Q6_K: for each half, 64 bytes of low fours (blocks 0 and 1, then 2 and 3); 32 bytes of high twos; factors; d."""
     low = split_last(blocks[..., :128], 2, 64)
     low = split_last(torch.stack([low & 15, low >> 4], -2).flatten(-3), 8, BLOCK)
-    high = _fields(split_last(blocks[..., 128:192], 2, BLOCK), 2).transpose(-1, -2).flatten(-3, -2)  # [..., 8, 32]
+    high = fields(split_last(blocks[..., 128:192], 2, BLOCK), 2).transpose(-1, -2).flatten(-3, -2)  # [..., 8, 32]
     return Parts(low | high << 4, split_last(blocks[..., 192:208], form.span, form.parts), heads_of(blocks, form))
 
 
-def _fields(packed: Tensor, bits: int) -> Tensor:
+def fields(packed: Tensor, bits: int) -> Tensor:
     """Bytes [..., n] as [..., n, 8 / bits] numbers, lowest first."""
     return packed[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device) & (1 << bits) - 1
 
