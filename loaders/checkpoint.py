@@ -15,16 +15,16 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import read_json, reason
 from skvq.loaders.hf import read_config
-from skvq.loaders.names import EMBEDDING, HEAD, canonical_names, check_shapes, expected_shapes
-from skvq.loaders.quantized.choose import scheme_of
+from skvq.loaders.names import EMBEDDING, HEAD, canonical_names, check_shapes, expected_shapes, stacks
+from skvq.loaders.quantized.choose import scheme_in
 from skvq.loaders.quantized.matrices import QuantizedMatrices
 from skvq.loaders.quantized.scheme import WHOLE_TYPES
 from skvq.loaders.source import QuantizedBlocks, fingerprint_of, first_bytes, unknown_weight
 
+CODES = (".qweight", ".weight_packed")
+"""Ends of names of quantized matrices."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STACKED = {".qkv_proj.": (".q_proj.", ".k_proj.", ".v_proj."), ".gate_up_proj.": (".gate_proj.", ".up_proj.")}
-"""Matrices that a checkpoint may hold as one, rows of the first above those of the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,9 @@ class _Entry:
 class SafetensorsSource:
     """A folder with config.json and ``model.safetensors`` or the shards of ``model.safetensors.index.json``.
 
-    Opening reads headers and a 4 KiB sample of each tensor. It raises ModelError, one line, for a missing or truncated
-    file, a bad header, a tensor in two shards or in none, a wrong shape or type. Matrices may be quantized (``quantized``).
+    Opening reads headers and a 4 KiB sample of each tensor; of a head beside a tied embedding, all. It raises ModelError, one
+    line, for a missing or truncated file, a bad header, a tensor in two shards or in none, a wrong shape or type. Matrices may
+    be quantized (``quantized``).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -53,15 +54,15 @@ class SafetensorsSource:
         self._entries = _apart(_canonical(_open_shards(root)), config)
         self._config = self._with_own_head(config)
         self._shapes, found = expected_shapes(self._config), {name: entry.shape for name, entry in self._entries.items()}
-        scheme = scheme_of(read_json(root / "config.json"))
+        scheme = scheme_in(root)
         self._quantized: QuantizedMatrices | None = None
         if scheme is not None:
             self._quantized = QuantizedMatrices(scheme, self._shapes, self._entries, self._tensor, self._where)
             found = self._quantized.whole()
+        for name, entry in self._entries.items():
+            if (name in self._shapes and self._quantized_of(name) is None) or (scheme is None and name.endswith(CODES)):
+                self._require_whole(entry, name)
         check_shapes(found, self._config, self._where)
-        for name in self._shapes:
-            if self._quantized_of(name) is None:
-                self._require_whole(self._entries[name], name)
         self._fingerprint = fingerprint_of(self._config, self._samples())
 
     @property
@@ -122,6 +123,9 @@ class SafetensorsSource:
         Where it is tied it may lie under either name.
         """
         head = self._entries.get(HEAD)
+        quantized = any(name.startswith(HEAD.removesuffix("weight")) and name != HEAD for name in self._entries)
+        if config.tie_embeddings and quantized:
+            return replace(config, tie_embeddings=False)
         if not config.tie_embeddings or head is None:
             return config
         embedding = self._entries.setdefault(EMBEDDING, head)
@@ -133,8 +137,8 @@ class SafetensorsSource:
     def _require_whole(self, entry: _Entry, name: str) -> None:
         if entry.kind not in WHOLE_TYPES:
             raise ModelError(
-                f"{entry.file}: {name} is stored as {entry.kind}, and config.json does not say how it is quantized; otherwise "
-                f"this engine reads {', '.join(WHOLE_TYPES)}: use the 16-bit checkpoint"
+                f"{entry.file}: {name} is stored as {entry.kind}, and config.json does not say how it is quantized "
+                f"(quantization_config); otherwise this engine reads {', '.join(WHOLE_TYPES)}: use the 16-bit checkpoint"
             )
 
     def _samples(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
@@ -152,15 +156,14 @@ def _canonical(entries: dict[str, _Entry]) -> dict[str, _Entry]:
 
 
 def _apart(entries: dict[str, _Entry], config: ModelConfig) -> dict[str, _Entry]:
-    """The same with matrices that were stored one above the other (Phi-3) under the names of each."""
-    shapes, found = expected_shapes(config), dict[str, _Entry]()
-    for name, entry in entries.items():
-        inside = [name.replace(whole, part) for whole, parts in STACKED.items() if whole in name for part in parts]
-        rows = [shapes[part][0] for part in inside if part in shapes]
-        if not inside or len(rows) < len(inside) or sum(rows) != entry.shape[0] or inside[0] in entries:
-            found[name] = entry
+    """The same with whole numbers that were stored one matrix above the other under the name of each matrix."""
+    shapes, found = expected_shapes(config), dict(entries)
+    for name, parts in stacks(shapes).items():
+        rows, entry = [shapes[part][0] for part in parts], entries.get(name)
+        if entry is None or entry.kind not in WHOLE_TYPES or sum(rows) != entry.shape[0] or parts[0] in entries:
             continue
-        for part, first in zip(inside, accumulate(rows, initial=0), strict=False):
+        del found[name]
+        for part, first in zip(parts, accumulate(rows, initial=0), strict=False):
             found[part] = replace(entry, shape=(shapes[part][0], *entry.shape[1:]), first_row=first)
     return found
 

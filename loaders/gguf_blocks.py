@@ -1,4 +1,4 @@
-"""Blocks of GGUF that no kernel multiplies, as blocks of more bits that one does: the same numbers, stored otherwise.
+"""Blocks of GGUF that no kernel multiplies, as blocks of more bits that one does, which hold the same numbers.
 
     Q3_K    d * scale * (code - 4), scales of 16 columns      Q6_K: d * scale * (code - 32)
     IQ4_NL  d * table[code]                                   Q8_0: d * code, the table's numbers are int8
@@ -18,6 +18,8 @@ from skvq.kernels.ggml.formats import BLOCK, FORMATS
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 RECODED = {"Q3_K": "Q6_K", "IQ4_NL": "Q8_0", "IQ4_XS": "Q8_0"}
 """Types that are given out as another."""
+ROWS_AT_A_TIME = 1024
+"""Which bounds temporary memory: about ten bytes a weight."""
 _FILE_BYTES = {"Q3_K": 110, "IQ4_NL": 18, "IQ4_XS": 136}
 
 
@@ -30,8 +32,12 @@ def recoded_bytes(kind: str, nbytes: int) -> int:
 
 def recoded(data: Tensor, kind: str) -> Tensor:
     """Rows of blocks uint8 [rows, bytes] as rows of blocks of ``RECODED[kind]``."""
-    blocks = split_last(data, -1, _FILE_BYTES[kind])
-    return {"Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs}[kind](blocks).reshape(len(data), -1)
+    recode = {"Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs}[kind]
+    out = torch.empty(len(data), recoded_bytes(kind, data.shape[1]), dtype=torch.uint8)
+    for start in range(0, len(data), ROWS_AT_A_TIME):
+        blocks = split_last(data[start : start + ROWS_AT_A_TIME], -1, _FILE_BYTES[kind])
+        out[start : start + ROWS_AT_A_TIME] = recode(blocks).flatten(1)
+    return out
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:

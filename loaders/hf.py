@@ -42,7 +42,7 @@ _FAMILIES = {
     ),
     "Qwen3ForCausalLM": _Family(name="qwen3", kv_heads=32, head_size=128, context=32768, sliding_window=4096, bos=None, eos=()),
 }
-WRAPPED = ("Mistral3ForConditionalGeneration",)
+WRAPPED = {"Mistral3ForConditionalGeneration": "mistral3"}
 """Models of text and images whose ``text_config`` is one of these families: the text is read, the rest left alone."""
 ARCHITECTURES = (*_FAMILIES, *WRAPPED)
 QWENS = ("qwen2", "qwen3")
@@ -207,10 +207,13 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 
 def text_fields(fields: Fields) -> Fields:
     """The fields of the language model: all, or of a wrapped one its ``text_config``."""
-    names = fields.data.get("architectures")
-    if not isinstance(names, list) or names[:1] not in [[name] for name in WRAPPED]:
+    names, kind = fields.data.get("architectures"), fields.data.get("model_type")
+    if kind not in WRAPPED.values() if not names else not isinstance(names, list) or names[0] not in WRAPPED:
         return fields
-    return Fields({**fields.section("text_config").data, "architectures": None}, f"{fields.where}: text_config")
+    text = {"model_type": "mistral", **fields.section("text_config").data, "architectures": None}
+    if fields.has("tie_word_embeddings"):
+        text["tie_word_embeddings"] = fields.flag("tie_word_embeddings", False)
+    return Fields(text, f"{fields.where}: text_config")
 
 
 def _family(fields: Fields) -> _Family:

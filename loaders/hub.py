@@ -13,12 +13,12 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.loaders.checkpoint import weight_files
-from skvq.loaders.fields import read_json, reason, shorten
+from skvq.loaders.fields import reason, shorten
 from skvq.loaders.gguf_file import gguf_config
 from skvq.loaders.hf import read_config
 from skvq.loaders.model_files import PART, ModelFiles, local_files
 from skvq.loaders.published import ALIASES, Alias
-from skvq.loaders.quantized.choose import scheme_of
+from skvq.loaders.quantized.choose import scheme_in
 from skvq.loaders.quantized.scheme import Scheme
 
 __all__ = ["ALIASES", "ModelFiles", "ModelRow", "config_of", "list_models", "resolve"]
@@ -87,12 +87,18 @@ def _fetched(model: str, repo: str) -> Path:
     folder = _download(model, repo, PATTERNS)
     if _is_complete(folder):
         return folder
+    _require_no_ggufs(model, repo)
+    return folder
+
+
+def _require_no_ggufs(model: str, repo: str) -> None:
+    """Raise ModelError that says how to name one, if a repository has GGUF files and no safetensors."""
+    files = [file.lower() for file in _listed(model, repo)]
     ggufs = [PART.sub("", file).removesuffix(".gguf") for file in _listed(model, repo) if file.lower().endswith(".gguf")]
-    if ggufs:
+    if ggufs and not any(file.endswith(".safetensors") for file in files):
         names = list(dict.fromkeys(ggufs))
         tags = ", ".join(f"{repo}:{name.rpartition('/')[2]}" for name in names[:3])
         raise ModelError(f"{repo} holds no safetensors but {len(names)} GGUF files: give one of them, as {tags}")
-    return folder
 
 
 def _is_repo(name: str) -> bool:
@@ -172,7 +178,12 @@ def config_of(model: str, *, download: bool = True) -> ModelConfig:
         folder = _download(model, repo, ("config.json", "generation_config.json")) if download else None
     if folder is None:
         raise ModelError(_how_to_get(model, repo, OFFLINE))
-    return read_config(folder)
+    try:
+        return read_config(folder)
+    except ModelError:
+        if download:
+            _require_no_ggufs(model, repo)
+        raise
 
 
 def require_blocks(kind: str) -> None:
@@ -193,8 +204,7 @@ def dummy_kind(model: str) -> str:
 def scheme_named(model: str) -> Scheme | None:
     """How the config.json of a folder, or of a repository in the cache, says that matrices are quantized, if they are."""
     folder = _path(model) or (_cached(model) if _is_repo(model) else None)
-    file = None if folder is None else folder / "config.json"
-    return scheme_of(read_json(file)) if file is not None and file.is_file() else None
+    return scheme_in(folder) if folder is not None and (folder / "config.json").is_file() else None
 
 
 def list_models() -> list[ModelRow]:

@@ -34,9 +34,10 @@ def local_files(path: Path) -> ModelFiles:
         raise ModelError(f"{path} does not exist: give a folder with config.json and *.safetensors, or a .gguf file")
     ggufs = sorted(path.glob("*.gguf"))
     models = {PART.sub("", file.name) for file in ggufs}
-    if (path / "config.json").is_file() and not (len(models) == 1 and not any(path.glob("*.safetensors*"))):
+    if (path / "config.json").is_file() and (not models or any(path.glob("*.safetensors*"))):
         return ModelFiles(path, "safetensors")
     if len(models) == 1:
         return ModelFiles(ggufs[0], "gguf")
-    found = f"{len(models)} GGUF files: name one of them" if ggufs else "no GGUF file: copy the model's files into it"
-    raise ModelError(f"{path} holds no config.json and {found}")
+    if ggufs:
+        raise ModelError(f"{path} holds no safetensors and {len(models)} GGUF files: name one of them")
+    raise ModelError(f"{path} holds no config.json and no GGUF file: copy the model's files into it")

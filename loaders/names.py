@@ -43,6 +43,26 @@ def canonical_names(found: Iterable[str]) -> dict[str, str]:
     return canonical
 
 
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Matrices that a checkpoint may hold as one, rows of the first above those of the next (Phi-3)."""
+
+
+def stacks(shapes: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Name of a stack -> the matrices in it, for each that some of these weights may be stored in.
+
+    >>> stacks(["a.mlp.gate_proj.weight", "a.mlp.up_proj.weight", "a.mlp.down_proj.weight"])
+    {'a.mlp.gate_up_proj.weight': ('a.mlp.gate_proj.weight', 'a.mlp.up_proj.weight')}
+    """
+    firsts = {parts[0]: whole for whole, parts in STACKED.items()}
+    found = {}
+    for name in shapes:
+        before, _, last = name.rpartition(".")
+        start, _, part = before.rpartition(".")
+        if last == "weight" and part in firsts:
+            found[f"{start}.{firsts[part]}.weight"] = tuple(f"{start}.{one}.weight" for one in STACKED[firsts[part]])
+    return found
+
+
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of one layer's weights by their name inside the layer, e.g. ``self_attn.q_proj.weight`` -> (H*D, d)."""
     d, f = config.hidden_size, config.intermediate_size

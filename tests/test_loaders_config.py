@@ -183,7 +183,10 @@ def test_the_text_part_of_a_model_of_images_is_read() -> None:
     data = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "vision_config": {}}
     config = parse_config(Fields(data | {"text_config": text}, "config.json"))
     assert config == parse_config(Fields(text, "config.json")) and config.family == "mistral"
-    refused(lambda: parse_config(Fields(data, "config.json")), "text_config", "unknown architecture")
+    untyped = {key: value for key, value in text.items() if key != "model_type"}
+    assert parse_config(Fields({"model_type": "mistral3", "text_config": untyped}, "x")).family == "mistral"
+    assert parse_config(Fields(data | {"text_config": text, "tie_word_embeddings": True}, "x")).tie_embeddings
+    refused(lambda: parse_config(Fields(data, "config.json")), "text_config", "num_attention_heads is missing")
     refused(lambda: parse_config(Fields(data | {"text_config": text | {"model_type": "ministral3"}}, "c")), "ministral3")
 
 

@@ -112,6 +112,7 @@ def test_a_gguf_file_of_a_repository_is_named_by_a_part_of_its_name(tmp_path: Pa
     refused(lambda: resolve(f"{repo}:*"), "has no GGUF file with '*'")
     assert len(hub.asked) == asked, "nothing is fetched to be refused"
     refused(lambda: resolve(repo), "no safetensors but 6 GGUF files", f"{repo}:tiny-F16, {repo}:tiny-IQ4_0")
+    refused(lambda: config_of(repo), "no safetensors but 6 GGUF files", f"{repo}:tiny-F16, {repo}:tiny-IQ4_0")
     hub.cached[repo], hub.remote = tmp_path, {}
     for tag, kind in (("Q4_0", "Q4_0"), ("q5_1", "Tower-of-Babel-Q5_1")):
         assert resolve(f"{repo}:{tag}", download=False).path == files[kind]

@@ -19,7 +19,7 @@ from skvq.engine.plan_report import plan_report
 from skvq.engine.report import Quiet
 from skvq.engine.weight_forms import form_of
 from skvq.loaders.checkpoint import SafetensorsSource
-from skvq.loaders.names import expected_shapes
+from skvq.loaders.names import expected_shapes, stacks
 from skvq.loaders.open import open_model
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -66,7 +66,9 @@ def gptq(
         index = torch.arange(ins, dtype=torch.int32) // (group or ins)
         if shuffled:
             index = index[torch.randperm(ins, generator=torch.Generator().manual_seed(ins))]
-            exact = ((codes - zeros[:, index.long()]) * scales[:, index.long()].float()).half().float()
+            exact = (codes - zeros[:, index.long()]) * scales[:, index.long()].float()
+        if shuffled or (bits == 8 and zero is None):  # expanded to 16 bits
+            exact = exact.half().float()
         stored = words(((zeros - less) % 2**bits).T, bits)
         return {"qweight": words(codes, bits).T, "qzeros": stored, "scales": scales.T, "g_idx": index}, exact
 
@@ -169,10 +171,14 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Packed], str]] = {
         ct("pack-quantized", num_bits=8, type="int", strategy="group", group_size=32, symmetric=True),
         compressed(8, 32, symmetric=True), "Q8_0",
     ),
+    "gptq 8 zeros": (GPTQ | {"bits": 8, "sym": False}, gptq(8, 64), ""),
     "int8": (ct("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True), int8(0), "Q8_0"),
     "int8 groups": (ct("int-quantized", num_bits=8, type="int", strategy="group", group_size=64), int8(64), "Q8_0"),
     "fp8 rows": (
         ct("float-quantized", num_bits=8, type="float", strategy="channel"), fp8(lambda n, m: (n, 1), "weight_scale"), "",
+    ),
+    "fp8 naive": (
+        ct("naive-quantized", num_bits=8, type="float", strategy="tensor"), fp8(lambda n, m: (1,), "weight_scale"), "",
     ),
     "fp8 tensor": (FP8 | {"activation_scheme": "static"}, fp8(lambda n, m: (), "weight_scale"), ""),
     "fp8 vectors": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8(lambda n, m: (n,), "weight_scale"), ""),
@@ -188,10 +194,15 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[[Tensor], Packed], str]] = {
 }  # fmt: skip
 
 
-def checkpoint(folder: Path, name: str, **changes: Any) -> dict[str, Tensor]:
-    """A checkpoint with its head in 16 bits (but for mlx), and the weights that it stands for."""
+def checkpoint(folder: Path, name: str, *, stacked: bool = False, **changes: Any) -> dict[str, Tensor]:
+    """A checkpoint with its head in 16 bits (but for mlx), and the weights that it stands for.
+
+    stacked: as Phi-3 has q, k and v, and gate and up.
+    """
     scheme, pack, _ = SCHEMES[name]
     weights = random_weights(CONFIG)
+    for whole, parts in stacks(weights).items() if stacked else ():
+        weights[whole] = torch.cat([weights.pop(part) for part in parts])
     write_checkpoint(folder, CONFIG, {})
     config = json.loads((folder / "config.json").read_text())
     section = "quantization" if name == "mlx" else "quantization_config"
@@ -206,6 +217,9 @@ def checkpoint(folder: Path, name: str, **changes: Any) -> dict[str, Tensor]:
             weights[weight] = value.half().float()
     save_file(tensors, folder / "model.safetensors")
     byte_level_pipeline().save(str(folder / "tokenizer.json"))
+    for whole, parts in stacks(expected_shapes(CONFIG)).items() if stacked else ():
+        rows = [expected_shapes(CONFIG)[part][0] for part in parts]
+        weights |= dict(zip(parts, weights.pop(whole).split(rows), strict=True))
     return weights
 
 
@@ -227,6 +241,19 @@ def test_weights_and_blocks_are_what_was_packed(tmp_path: Path, name: str) -> No
         assert float((expanded - weights[weight]).abs().max()) <= 0.03 / 128  # of a step
     other = SafetensorsSource(tmp_path)
     assert other.fingerprint == source.fingerprint
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_matrices_stacked_as_phi3_has_them(tmp_path: Path, name: str) -> None:
+    weights, kind = checkpoint(tmp_path, name, stacked=True), SCHEMES[name][2]
+    source = SafetensorsSource(tmp_path)
+    for weight in expected_shapes(CONFIG):
+        blocks, whole = source.blocks(weight), source.read(weight)
+        assert torch.equal(whole.float(), weights[weight]), weight
+        assert source.stored(weight)[1] == (whole.nbytes if blocks is None else blocks.data.nbytes)
+        if blocks is not None:
+            expanded = torch.from_numpy(gguf.quants.dequantize(blocks.data.numpy(), gguf.GGMLQuantizationType[kind]))
+            assert float((expanded - weights[weight]).abs().max()) <= 0.03 / 128
 
 
 class Told(Quiet):
@@ -295,10 +322,28 @@ def test_what_is_planned_without_the_weights_is_what_is_held(tmp_path: Path, nam
         ("gptq", {"bits": 3}, ["gptq of 3 bits"]),
         ("gptq", {"quant_method": "hqq"}, ["quantized with hqq"]),
         ("gptq", {"quant_method": 3}, ["quant_method must be a string"]),
-        ("gptq 8", {"sym": False}, ["sym: false"]),
         ("compressed", {"format": "marlin-24"}, ["marlin-24"]),
         ("compressed", {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "float"}}}}, ["float of 4 bits"]),
-        ("compressed", {"config_groups": {}}, ["0 groups of layers"]),
+        ("compressed", {"config_groups": {}}, ["weight_packed is stored as I32", "does not say how"]),
+        ("compressed", {"config_groups": {"a": {}, "b": {}}}, ["2 groups of layers"]),
+        ("compressed", {"sparsity_config": {"format": "sparse-24-bitmask"}}, ["sparse (sparse-24-bitmask)"]),
+        (
+            "int8 groups",
+            {
+                "config_groups": {
+                    "a": {
+                        "weights": {
+                            "num_bits": 8,
+                            "type": "int",
+                            "strategy": "block",
+                            "block_structure": "16x16",
+                        }
+                    }
+                }
+            },
+            ["int of 8 bits by block"],
+        ),
+        ("nf4", {"bnb_4bit_quant_storage": "bfloat16"}, ["nf4 in bfloat16"]),
         ("compressed", {"config_groups": {"a": 3}}, ["a must be an object"]),
         ("compressed", {"transform_config": {"config_groups": {"R4": {}}}}, ["online rotations"]),
         ("fp8 blocks", {"weight_block_size": [48]}, ["weight_block_size must be two numbers"]),
@@ -329,7 +374,7 @@ def test_zeros_of_another_form_are_other_weights(tmp_path: Path) -> None:
 def test_scales_of_another_cache_are_left_alone(tmp_path: Path) -> None:
     checkpoint(tmp_path, "compressed")
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors |= {f"model.layers.0.self_attn.{part}": torch.ones(1) for part in ("k_scale", "v_scale", "q_proj.input_scale")}
+    tensors |= {f"model.layers.0.self_attn.{part}": torch.ones(1) for part in ("k_scale", "kv_scale", "q_proj.input_scale")}
     save_file(tensors, tmp_path / "model.safetensors")
     assert SafetensorsSource(tmp_path).config == CONFIG
 
@@ -365,11 +410,40 @@ def test_channels_in_another_order_are_followed_whatever_the_config_says(tmp_pat
     assert SafetensorsSource(tmp_path).blocks(name) is not None  # in order after all
 
 
-def test_zeros_of_8_bits_are_refused_when_they_are_read(tmp_path: Path) -> None:
-    checkpoint(tmp_path, "gptq 8")
-    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.up_proj.qzeros"
-    save_file(tensors | {name: torch.zeros_like(tensors[name])}, tmp_path / "model.safetensors")
-    refused(lambda: SafetensorsSource(tmp_path).blocks("model.layers.0.mlp.up_proj.weight"), "up_proj", "zeros are not 128")
+@pytest.mark.parametrize(
+    ("name", "part", "value", "fragment"),
+    [
+        ("gptq 8", "qzeros", torch.zeros(2, 48, dtype=torch.int32), "zeros are not 128"),
+        ("bnb int8", "weight_format", torch.tensor(2, dtype=torch.uint8), "a GPU's order"),
+    ],
+)
+def test_what_is_not_as_the_config_says_is_refused(tmp_path: Path, name: str, part: str, value: Tensor, fragment: str) -> None:
+    checkpoint(tmp_path, name)
+    tensors, prefix = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.up_proj."
+    save_file(tensors | {prefix + part: value}, tmp_path / "model.safetensors")
+    refused(lambda: SafetensorsSource(tmp_path), "up_proj", fragment)
+
+
+def test_what_says_how_weights_are_quantized(tmp_path: Path) -> None:
+    """modelopt has a file of its own; bitsandbytes may leave its name out; a key of another meaning is none."""
+    weights = checkpoint(tmp_path, "fp8 vectors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    found = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization": "none"}))
+    refused(lambda: SafetensorsSource(tmp_path), "is stored as F8_E4M3", "does not say how it is quantized")
+    other = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": found["quant_algo"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(other))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(SafetensorsSource(tmp_path).read(name).float(), weights[name])
+    checkpoint(tmp_path / "bnb", "bnb int8", quant_method=None)
+    assert SafetensorsSource(tmp_path / "bnb").blocks(name) is not None
+
+
+def test_a_quantized_head_is_its_own(tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path, "mlx")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert torch.equal(SafetensorsSource(tmp_path).read("lm_head.weight"), weights["lm_head.weight"])
 
 
 def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
@@ -378,4 +452,4 @@ def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
     name = f"{weight}.quant_state.bitsandbytes__nf4"
     for text, fragment in ((b"\xff", "not what bitsandbytes writes"), (b'{"blocksize": 128}', "(128, 256)")):
         save_file(tensors | {name: torch.tensor(list(text), dtype=torch.uint8)}, tmp_path / "model.safetensors")
-        refused(lambda: SafetensorsSource(tmp_path).read(weight), weight, fragment)
+        refused(lambda: SafetensorsSource(tmp_path), weight, fragment)

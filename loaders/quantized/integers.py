@@ -8,7 +8,7 @@ those of AWQ are of outputs 0 2 4 6 1 3 5 7.
     compressed-tensors  weight_packed [out, in/n]   weight_zero_point [out/n, in/g], or half    weight_scale [out, in/g]
     mlx                 weight [out, in/n]          biases [out, in/g]                          scales [out, in/g]
 
-Of 8 bits only codes around 128 are read: those are Q8_0.
+Codes of 8 bits around 128 are Q8_0.
 
 Sources: AutoAWQ's WQLinear_GEMM, AutoGPTQ's QuantLinear (``gptq_v2`` has zeros as they are), compressed-tensors'
 ``pack_quantized``, mlx's ``affine_quantize``.
@@ -40,6 +40,7 @@ class Integers(Scheme):
     less: int = 0
     has_zeros: bool = True
     reordered: bool = False  # channels are not in order of groups (desc_act)
+    around_half: bool = False  # all zeros are half of the range
 
     @property
     def label(self) -> str:
@@ -47,7 +48,9 @@ class Integers(Scheme):
 
     @property
     def kind(self) -> str:
-        return "" if self.reordered else "Q4_1" if self.bits == 4 else "Q8_0"
+        if self.reordered or (self.bits == 8 and not self.around_half):
+            return ""
+        return "Q4_1" if self.bits == 4 else "Q8_0"
 
     @property
     def embeds(self) -> bool:
@@ -82,17 +85,19 @@ class Integers(Scheme):
         )
 
     def expand(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-        groups = tensors[-1].long() if self.reordered else torch.arange(shape[1]) // (self.group or shape[1])
         codes, scales, minima = self._numbers(tensors)
-        return scales[:, groups] * codes + minima[:, groups]
+        if self.reordered:
+            groups = tensors[-1].long()
+            return torch.addcmul(minima[:, groups], scales[:, groups], codes)
+        return torch.addcmul(minima[..., None], scales[..., None], codes.view(*scales.shape, -1)).reshape(shape)
 
     def blocks(self, tensors: Sequence[Tensor]) -> Tensor:
         codes, scales, minima = self._numbers(tensors)
-        if self.bits == 4:
-            return to_q4_1(codes, scales, minima)
-        if bool(((minima + 128 * scales).abs() > 0).any()):
-            raise ModelError("its zeros are not 128, and this engine reads 8-bit codes only around that")
-        return to_q8_0((codes ^ 128).view(torch.int8), scales)
+        return to_q4_1(codes, scales, minima) if self.bits == 4 else to_q8_0((codes ^ 128).view(torch.int8), scales)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        if self.kind == "Q8_0" and self.library == "gptq" and bool((self._zeros(tensors[2]) != 128).any()):
+            raise ModelError("its zeros are not 128, and config.json says that they are (sym)")
 
     def ordered_by(self, indices: Sequence[Tensor]) -> Integers:
         return replace(self, reordered=any(self._is_reordered(index) for index in indices)) if indices else self
@@ -112,8 +117,11 @@ class Integers(Scheme):
             zeros = self._codes(others[0].T).T if self.has_zeros else torch.full(scales.shape, 1 << self.bits - 1)
             return self._codes(packed), scales.float(), -scales.float() * zeros
         codes = self._codes(packed).T.contiguous() if self.library == "awq" else self._codes(packed.T)
-        zeros = self._codes(others[0]).T + self.less & (1 << self.bits) - 1
-        return codes, scales.T.float(), -scales.T.float() * zeros
+        return codes, scales.T.float(), -scales.T.float() * self._zeros(others[0])
+
+    def _zeros(self, words: Tensor) -> Tensor:
+        """Of AWQ and GPTQ, [out, groups]."""
+        return self._codes(words).T + self.less & (1 << self.bits) - 1
 
     def _codes(self, words: Tensor) -> Tensor:
         """The codes of each word [rows, n], uint8."""

@@ -26,7 +26,7 @@ class Rows(Scheme):
     """See the module. ``block``: rows and columns of a block that has a scale; () for a scale of a row or of all."""
 
     library: str
-    is_float: bool
+    is_float: bool  # else int8, whose blocks have multiples of 32 columns
     block: tuple[int, int] | tuple[()] = ()
 
     @property

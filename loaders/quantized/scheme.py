@@ -61,6 +61,10 @@ class Scheme(ABC):
         """The same as rows of blocks uint8 [out, bytes]."""
         raise AssertionError(f"{self.label} has no blocks")
 
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raise ModelError if a matrix's tensors, of which little is read, are not what the config says."""
+        return
+
     def ordered_by(self, indices: Sequence[Tensor]) -> Scheme:
         """The same where these, [in] each, say which group each channel of some matrices is of. ModelError for no group."""
         return self

@@ -53,6 +53,9 @@ class Tables(Scheme):
             *(again if self.nested else ()),
         )
 
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        _offset(tensors[2])
+
     def expand(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         packed, table, state, largest, *again = tensors
         offset = _offset(state)
