@@ -32,7 +32,7 @@ from skvq.engine.errors import OptionError
 
 if TYPE_CHECKING:
     from skvq.engine.cache_setup import CacheSetup
-    from skvq.engine.config import ModelConfig
+    from skvq.engine.config import CacheConfig, ModelConfig
     from skvq.engine.trials.bench import Bench
 
 
@@ -80,15 +80,16 @@ def _with_model(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "model": model or shape, "dummy_weights": options["dummy_weights"] or shape is not None}
 
 
-def _show_bench(measured: Bench, options: Mapping[str, Any]) -> None:
+def _show_bench(measured: Bench, options: Mapping[str, Any], cache: CacheConfig) -> None:
     as_json, shown = options["as_json"], []
     click.echo(measured.ceiling(), err=as_json)
     for row in measured.rows:
         click.echo(row.line(), err=as_json)
         shown.append(row)
     if as_json:
-        told = pick(options, ("model", "dummy_weights", *PACKING_NAMES))
-        click.echo(json.dumps({**told, "version": __version__, **measured.as_dict(shown)}))
+        told = pick(options, ("model", "dummy_weights"))
+        packing = {name: getattr(cache, name) for name in PACKING_NAMES} if cache.is_packed else {"method": cache.method}
+        click.echo(json.dumps({**told, **packing, "version": __version__, **measured.as_dict(shown)}))
 
 
 def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
@@ -125,12 +126,13 @@ def decode_command(**options: Any) -> None:
         if options["rope_scaling"] is not None:
             config = scaled(config, options["rope_scaling"])
         setup, config = _bare(config, options, max(contexts))
-        _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options)
+        cache = cache_config(options).fitted(config)
+        _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options, cache)
         return
     if options["layers"] is not None:
         raise OptionError("--layers needs --attention-only: a model's number of layers is fixed")
     engine = load_engine(options, cache_config(options), context=max(contexts) + SPARE, calibration=options["calibration"])
-    _show_bench(bench_decode(engine, contexts), options)
+    _show_bench(bench_decode(engine, contexts), options, engine.parts.cache)
 
 
 @bench.command("prefill", cls=OneLineCommand)
@@ -148,7 +150,7 @@ def prefill_command(**options: Any) -> None:
         calibration=options["calibration"],
         prefill=options["prefill"],
     )
-    _show_bench(bench_prefill(engine, contexts), options)
+    _show_bench(bench_prefill(engine, contexts), options, engine.parts.cache)
 
 
 @bench.command("planted", cls=OneLineCommand)

@@ -63,7 +63,8 @@ if TYPE_CHECKING:
 @click.option(
     "--session",
     type=click.Path(path_type=Path),
-    help="Resume from this file if it exists, with the cache it was saved with; write it at the end, and on Ctrl-C.",
+    help="Resume from this file if it exists, with the method, bits, group, window and sinks it was saved with; write it at "
+    "the end, and on Ctrl-C.",
 )
 @click.option(
     "--checkpoint",
@@ -75,7 +76,8 @@ if TYPE_CHECKING:
     type=click.Choice(ON_FULL),
     default="stop",
     show_default=True,
-    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from --ctx 2560 on).",
+    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from --ctx 2592 on; a "
+    "long window needs more).",
 )
 @click.option("--fill", type=TokenCount(0), default=0, help="Random tokens put into the cache before the text.")
 @ctx_option

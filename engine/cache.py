@@ -15,7 +15,7 @@ from skvq.engine.errors import OptionError
 from skvq.engine.guard import computes
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.methods import CacheMethod
-from skvq.engine.options import is_whole, path_of
+from skvq.engine.options import is_whole, names_options, path_of
 from skvq.engine.session import save_session
 from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
@@ -331,6 +331,7 @@ class SequenceCache:
         slots = self.put(layer, packed, keys[: length - packed], values[: length - packed])
         self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = 0
 
+    @names_options()
     @computes
     def save(self, file: str | Path) -> None:
         """Write the sequence to a file, whole or not at all; ``Engine.restore`` brings it back. Raises SkvqError."""

@@ -21,6 +21,8 @@ from skvq.engine.report import Reporter
 from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, load_header, require, save_artifact
 from skvq.loaders.files import cache_folder, require_writable
 
+RECIPE = 2
+"""Goes up when the same text would give another calibration: those kept from before are then made anew."""
 DEFAULT_TOKENS = 8192
 DUMMY_TOKENS = 256
 
@@ -141,7 +143,7 @@ def cached_or_made(loaded: LoadedModel, cache: CacheConfig, report: Reporter) ->
     """The artifact for this model, its RoPE and this cache: from the user's cache folder, else made now on the built-in corpus
     and kept."""
     header = header_for(cache, loaded.fingerprint, BUILT_IN, DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS)
-    key = {**asdict(header), "rope": rope_digest(loaded.rope)}  # keys are calibrated as they are turned
+    key = {**asdict(header), "rope": rope_digest(loaded.rope), "recipe": RECIPE}  # keys are calibrated as they are turned
     if cache.is_open:
         key["window"] = cache.window  # what is not packed counts for nothing when bits are chosen
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -247,7 +247,7 @@ class CacheConfig:
         if group not in GROUP_SIZES or model.head_size % group:
             fits = [str(size) for size in GROUP_SIZES if model.head_size % size == 0]
             advice = f"choose a group size of {' or '.join(fits)}" if fits else "no group size divides it, choose method 'fp'"
-            raise OptionError(f"head size {model.head_size} is not a multiple of group size {group}: {advice}")
+            raise OptionError(f"groups of {self.group_size} channels do not divide heads of {model.head_size}: {advice}")
         if len(self.layer_bits) not in (0, model.num_layers):
             raise OptionError(
                 f"layer_bits names {len(self.layer_bits)} layers, the model has {model.num_layers}: give one pair per layer"

@@ -14,6 +14,7 @@ import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from skvq.engine.errors import OptionError, nearest
@@ -235,7 +236,9 @@ def _find_rule(name: str) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise OptionError(f"filter rule {name!r} cannot be imported: {error}") from None
+        here = Path(f"{module.partition('.')[0]}.py").is_file()
+        advice = ": for a file in this folder put PYTHONPATH=. before the command" if here else ""
+        raise OptionError(f"filter rule {name!r} cannot be imported: {error}{advice}") from None
     return found
 
 

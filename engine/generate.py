@@ -119,7 +119,7 @@ class Engine(TokenEngine):
             return engine
 
     @computes
-    @names_options()
+    @names_options(cache=CacheConfig)
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         require_type("cache", cache, CacheConfig)
@@ -221,6 +221,7 @@ class Engine(TokenEngine):
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 
+    @names_options()
     @computes
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
@@ -229,6 +230,7 @@ class Engine(TokenEngine):
             raise CapacityError(f"{len(ids):,} tokens do not fit a context of {parts.setup.max_context:,}")
         return parts.model.head(scoring.dense_hidden(parts, parts.model.ids(ids)))
 
+    @names_options()
     @computes
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""

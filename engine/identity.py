@@ -41,8 +41,8 @@ class Identity:
     window: int
     filters: str
     dtype: str
-    calibration: str
     rope: str
+    calibration: str
 
     def as_dict(self) -> dict[str, object]:
         """For a file's header."""

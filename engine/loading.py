@@ -34,7 +34,7 @@ from skvq.engine.streams import streams_of
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.interface import Backend, RopeFrequencies
 from skvq.loaders.artifact import load_header
-from skvq.loaders.open import open_model
+from skvq.loaders.open import open_model, stand_in
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
 
@@ -89,6 +89,15 @@ def load_parts(
         torch.cuda.set_device(device)  # kernels are launched, and graphs captured, on the current device
     compute = pick_dtype(dtype, device)
     kernels = find_backend(backend, device)
+    form = form_of(kernels.name, device, compute)
+
+    def planner_for(source: WeightSource, config: ModelConfig, cache: CacheConfig) -> Planner:
+        room = room_on(device, form.held_bytes(source), form.expanded_bytes(source))
+        return Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)
+
+    ahead = None if dummy_weights else stand_in(name, download=download)
+    if ahead is not None:
+        planner_for(ahead, ahead.config, cache.fitted(ahead.config)).plan_that_fits(max_context)
     source, tokenizer = open_model(
         name, dummy_weights=dummy_weights, download=download, chat_template_kwargs=chat_template_kwargs
     )
@@ -100,9 +109,7 @@ def load_parts(
         if not cache.is_packed:
             raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
         require_made_for(calibration, load_header(calibration), cache, source.fingerprint)  # before weights are read
-    form = form_of(kernels.name, device, compute)
-    room = room_on(device, form.held_bytes(source), form.expanded_bytes(source))
-    planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)
+    planner = planner_for(source, config, cache)
     plan = planner.plan_that_fits(max_context)
     context = plan.context
     if plan.form != PrefillForm(prefill=prefill):
@@ -124,7 +131,14 @@ def load_parts(
     if was_open:
         plan = replace(planner, cache=cache).plan(context)
     return EngineParts(
-        loaded=loaded, cache=cache, setup=setup, room=room, plan=plan, prefill=prefill, on_full=on_full, cuda_graph=cuda_graph
+        loaded=loaded,
+        cache=cache,
+        setup=setup,
+        room=planner.room,
+        plan=plan,
+        prefill=prefill,
+        on_full=on_full,
+        cuda_graph=cuda_graph,
     )
 
 

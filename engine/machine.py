@@ -39,7 +39,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype of that name; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    require_known(name, DTYPES, "dtype")
+    require_known(name, ("auto", *DTYPES), "dtype")
     return DTYPES[name]
 
 

@@ -12,6 +12,7 @@ Tiles are not pages: a file can be restored into any arena of the same identity,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -66,9 +67,11 @@ def session_header(path: Path) -> dict[str, Any]:
 
 
 def saved_options(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The cache options that a session was made with, by their names in ``CacheConfig``: those that a header can tell."""
+    """The cache options that a session was made with, by their names on the command line: those that a header can tell."""
     names = ("method", "window") if header["method"] == "fp" else ("method", "window", "key_bits", "value_bits", "group_size")
-    return {name: header[name] for name in names}
+    told = {name: header[name] for name in names}
+    only_sinks = re.fullmatch(r"AttentionSinks\(n=(\d+)\)", str(header["filters"]))
+    return told | ({"sinks": int(only_sinks[1])} if only_sinks else {})
 
 
 def require_options(header: Mapping[str, Any], path: Path, cache: CacheConfig) -> None:

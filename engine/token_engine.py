@@ -147,6 +147,7 @@ class TokenEngine:
             self.read(sequence, [])
         fill_fast(sequence, count, seed=seed, vocab=self.parts.model.config.vocab_size, report=self.report)
 
+    @names_options()
     @computes
     def restore(self, file: str | Path) -> SequenceCache:
         """The sequence that ``SequenceCache.save`` wrote, of this process or another. Fork it to ask several questions.

@@ -71,12 +71,13 @@ def with_tokens(
     pipeline: Pipeline, declared: Mapping[int, AddedToken], listed: Mapping[int, AddedToken], names: Iterable[str], where: str
 ) -> Pipeline:
     """A pipeline that finds these tokens too, as `transformers` adds them: ``declared`` as it says, ``listed`` and ``names``,
-    which are special, unless the pipeline knows better. ModelError if one would get another id.
+    which are special, unless the pipeline knows better; what it has under another id stays there. ModelError if one that it
+    does not have would get another id.
     """
     known = {index: AddedToken(**_flags(token)) for index, token in pipeline.get_added_tokens_decoder().items()}
     spelled = {token.content for token in (*known.values(), *declared.values())}
     new = {**{index: token for index, token in listed.items() if token.content not in spelled}, **declared}
-    new = {index: token for index, token in new.items() if known.get(index) != token}
+    new = {i: token for i, token in new.items() if known.get(i) != token and pipeline.token_to_id(token.content) in (None, i)}
     if new:
         data = json.loads(pipeline.to_str())
         entries = {index: asdict(token) for index, token in (known | new).items()}

@@ -100,7 +100,7 @@ def load_header(path: Path) -> ArtifactHeader:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate -o {path}`")
+        raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate --model MODEL -o {path}`")
     try:
         with safe_open(str(path), "pt") as file:
             yield file

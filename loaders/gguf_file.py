@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.kernels.ggml.formats import FORMATS
+from skvq.kernels.ggml.recoded import RECODED, recoded, recoded_bytes
 from skvq.loaders.fields import Fields, reason
-from skvq.loaders.gguf_blocks import RECODED, recoded, recoded_bytes
 from skvq.loaders.gguf_config import parse_gguf_config
 from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
 from skvq.loaders.model_files import PART
@@ -111,8 +111,8 @@ class GgufSource:
         return (RECODED[kind], recoded_bytes(kind, item.data.nbytes)) if kind in RECODED else (kind, item.data.nbytes)
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
-        """The weight as stored, or in other blocks that hold the same numbers (``gguf_blocks``); None if it is stored as single
-        values, or a vector, or of a type without such. A copy: it outlives the source."""
+        """The weight as stored, or in other blocks that hold the same numbers (``ggml.recoded``); None for single values, a
+        vector, or a type without such. A copy: it outlives the source."""
         item = self._item(name)
         kind = item.kind.name
         if kind in PLAIN_TYPES or len(item.shape) != 2 or self.expanded(name):

@@ -7,12 +7,13 @@ from types import MappingProxyType
 from typing import Any
 
 from skvq.engine.config import ModelConfig
+from skvq.engine.errors import ModelError
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.file_tokenizer import FileTokenizer
 from skvq.loaders.gguf_file import GgufSource
 from skvq.loaders.gguf_tokenizer import build_tokenizer
-from skvq.loaders.hub import config_of, dummy_kind, resolve, scheme_named
+from skvq.loaders.hub import config_of, dummy_kind, resolve, scheme_named, split_name
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.names import EMBEDDING, HEAD
 from skvq.loaders.source import WeightSource
@@ -39,6 +40,17 @@ def dummy_source(model: str, config: ModelConfig) -> DummySource:
     if scheme is not None:
         return DummySource(config, kind=scheme.kind, whole=() if scheme.embeds else (EMBEDDING, HEAD))
     return DummySource(config, kind=dummy_kind(model))
+
+
+def stand_in(model: str, *, download: bool) -> WeightSource | None:
+    """Dummy weights of the shape of a model that has yet to be fetched, so that it is seen beforehand whether it fits; None if
+    its files are here, or only they can tell its shape."""
+    try:
+        resolve(model, download=False)
+    except ModelError:
+        name, tag = split_name(model)
+        return dummy_source(model, config_of(name, download=download)) if download and not tag else None
+    return None
 
 
 def open_model(

@@ -58,6 +58,13 @@ def test_json_holds_what_the_contract_says(tmp_path: Path, kind: str) -> None:
         assert all(row["sdpa_ms"] > 0 for row in rows)
 
 
+def test_json_says_what_was_measured(tmp_path: Path) -> None:
+    for more, wanted in (((), {"method": "rotate", "key_bits": 2.0, "group_size": 32}), (("--method", "fp"), {"method": "fp"})):
+        for alone in ((), ("--attention-only",)):
+            found = json.loads(bench("decode", "--shape", tiny_folder(tmp_path), "--ctx", 64, "--json", *more, *alone).stdout)
+            assert found.items() >= wanted.items() and ("key_bits" in found) == ("key_bits" in wanted)
+
+
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_the_peak_is_of_each_row_and_not_of_what_it_is_compared_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

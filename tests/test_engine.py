@@ -281,5 +281,11 @@ def test_device_and_dtype_may_be_those_of_torch(folder: Path) -> None:
 def test_loading_names_the_option_that_was_meant(folder: Path) -> None:
     with pytest.raises(OptionError, match="did you mean 'max_context'"):
         Engine.load(folder, max_contxt=5, report=Quiet())
+    engine = Engine.load(folder, max_context=64, report=Quiet(), cache=CacheConfig(method="fp"), dummy_weights=True)
+    for ask in (engine.logits, engine.nll, engine.restore, engine.new_sequence().save):
+        with pytest.raises(OptionError, match="unknown option 'pth'; known"):
+            ask([1, 2], pth=3)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match=r"CacheConfig\(key_bits"):
+        engine.with_cache(CacheConfig(), key_bits=3)  # type: ignore[call-arg]
     with pytest.raises(OptionError, match="did you mean 'streaming'"):
         Engine.load(folder, prefill="streamed", report=Quiet())

@@ -22,6 +22,7 @@ from loader_fixtures import (
     write_gguf,
 )
 
+from skvq import Engine, Quiet
 from skvq.engine.config import FULL_SPAN, CacheConfig
 from skvq.engine.plan_report import plan_report
 from skvq.kernels.ggml.formats import FORMATS
@@ -123,6 +124,16 @@ def test_a_gguf_file_of_a_repository_is_named_by_a_part_of_its_name(tmp_path: Pa
         prefill="exact",
     )  # fmt: skip
     assert report.plan.parts["weights"] == 2 * tiny_config().num_parameters  # float32 in the file
+
+
+def test_what_does_not_fit_is_not_fetched(tmp_path: Path, hub: Hub) -> None:
+    folder = checkpoint(tmp_path / "model")
+    hub.remote["org/model"] = folder
+    options: dict[str, Any] = {"cache": CacheConfig(method="fp"), "device": "cpu", "report": Quiet()}
+    refused(lambda: Engine.load("org/model", max_context=2**30, **options), "1,073,741,824 tokens needs", "largest context")
+    assert hub.asked == [("org/model", ["config.json", "generation_config.json"])]
+    assert Engine.load("org/model", max_context=64, **options).logits([5, 6]).shape == (2, 320)
+    assert hub.asked[-1] == ("org/model", list(PATTERNS))
 
 
 def test_names_with_colons_that_are_none_of_ours(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,11 @@ def test_tokens_that_only_the_config_names_are_found_as_by_transformers(
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
 
 
+def test_a_token_that_the_file_has_under_another_id_stays_there(tmp_path: Path) -> None:
+    files = save_folder(tmp_path, byte_level_pipeline(), {"added_tokens_decoder": {"9": IM_END | {"content": "</s>"}}})
+    assert load_tokenizer(files.path).encode("a</s>", bos=False)[-1] == byte_level_pipeline().token_to_id("</s>")
+
+
 def test_a_token_with_an_id_of_its_own_is_refused(tmp_path: Path) -> None:
     for index in ("400", "0"):
         save_folder(tmp_path, byte_level_pipeline(), {"added_tokens_decoder": {index: IM_END}})

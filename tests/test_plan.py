@@ -6,7 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,8 @@ def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
     many = CARD | {"weight_bytes": 2 * llama().num_parameters, "sequences": 10**7}
     assert "one sequence alone, of up to 1," in planner_of(llama(), cache, **many).advice()
     assert "not even the weights" in planner_of(llama(), cache, **many | {"memory": 2**30}).advice()
+    wide = planner_of(llama(), replace(cache, window=1_000_000), **options).advice()
+    assert "a window of 1,000,000 tokens takes 488" in wide and "--window" in wide
     assert planner_of(llama(), cache, **options).largest_context() < 2**20
     assert planner_of(llama(), cache, **options | CARD).largest_context() > 2**20
 

@@ -296,7 +296,9 @@ def test_run_keeps_a_session_from_one_call_to_the_next(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "options", [("--key-bits", 3, "--value-bits", 1.5), ("--method", "reorder"), ("--method", "fp")], ids=str
+    "options",
+    [("--key-bits", 3, "--value-bits", 1.5), ("--method", "reorder"), ("--method", "fp"), ("--sinks", 8), ("--sinks", 0)],
+    ids=str,
 )
 def test_a_session_remembers_its_cache_options(folder: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
     session = tmp_path / "talk.session"
