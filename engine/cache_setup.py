@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from threading import RLock
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class OnFull(Protocol):
     """What a sequence asks before tokens are added."""
 
-    advice: ClassVar[str]
-    """What else would help where they do not fit."""
+    @property
+    def advice(self) -> str:
+        """What else would help where they do not fit."""
 
     def room(self, left: int) -> int:
         """Tokens that can still be added, one step after another, where the context has room for ``left``."""

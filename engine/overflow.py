@@ -15,7 +15,6 @@ Either way no difference reaches ``max_context``, so every RoPE scaling is as ri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -35,9 +34,13 @@ ENDLESS = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A full sequence takes no more."""
+    """A full sequence takes no more; ``could_shift``: the context is long enough to drop pages of it."""
 
-    advice: ClassVar[str] = ", or with on_full 'shift' (--on-full)"
+    could_shift: bool = True
+
+    @property
+    def advice(self) -> str:
+        return ", or with on_full 'shift' (--on-full)" if self.could_shift else ""
 
     def room(self, left: int) -> int:
         return left
@@ -49,9 +52,11 @@ class Stop:
 class Shift:
     """A full sequence drops its oldest pages: ``share`` of them, or as many as are needed."""
 
-    advice: ClassVar[str] = ""
-
     share: float = 0.25
+
+    @property
+    def advice(self) -> str:
+        return ""
 
     def room(self, left: int) -> int:
         return ENDLESS
@@ -61,9 +66,6 @@ class Shift:
         whole = sequence.packed // PAGE_TOKENS
         if 0 < needed <= whole:
             drop_pages(sequence, max(needed, int(whole * self.share)))
-
-
-MODES: dict[str, OnFull] = {"stop": Stop(), "shift": Shift()}
 
 
 def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:
@@ -77,7 +79,7 @@ def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:
         )
     if name == "shift" and regions.sinks > PAGE_TOKENS:
         raise CapacityError(f"on_full 'shift' keeps at most {PAGE_TOKENS:,} attention sinks, got {regions.sinks:,}")
-    return MODES[name]
+    return Shift() if name == "shift" else Stop(could_shift=max_context >= least and regions.sinks <= PAGE_TOKENS)
 
 
 def drop_pages(sequence: SequenceCache, count: int) -> None:

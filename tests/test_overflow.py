@@ -295,6 +295,10 @@ def test_too_short_a_context_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     refused(lambda: tiny_engine(folder, tiny_cache(), max_context=2447, on_full="shift"), "2,447", "2,448", "'stop'")
     tiny_engine(folder, tiny_cache(), max_context=2448, on_full="shift")
+    for context, could in ((2447, False), (2448, True)):
+        engine = tiny_engine(folder, tiny_cache(), max_context=context)
+        said = refused(lambda engine=engine: engine.prefill([5] * 3000), f"do not fit a context of {context:,}")
+        assert ("on_full 'shift'" in said) == could
     refused(lambda: tiny_engine(folder, tiny_cache(), on_full="shft"), "did you mean 'shift'")
 
 
