@@ -33,7 +33,7 @@ class Answer:
         self._lookup = Lookup(sequence.token_ids, logits.shape[-1]) if config.prompt_lookup else None
         self.token = -1
         if config.max_new_tokens:
-            draw([self], [logits])
+            raise_first(draw([self], [logits]))
         else:
             self._end("length")
 
@@ -75,13 +75,16 @@ class Answer:
         The last one taken is the next to be decoded, unless it ends the answer.
         """
         right, length = 0, self.sequence.length - len(guessed)
-        for largest, number in chosen:
-            self._push(self._sampler.take(largest, number))
-            if self.finish or self.token not in guessed[right : right + 1]:
-                break
-            right += 1
+        try:
+            for largest, number in chosen:
+                self._push(self._sampler.take(largest, number))
+                if self.finish or self.token not in guessed[right : right + 1]:
+                    break
+                right += 1
+        finally:
+            if guessed:
+                self.sequence.truncate(length + right)
         if guessed:
-            self.sequence.truncate(length + right)
             self.timing.guessed_tokens += right
             if self._lookup is not None:
                 self._lookup.tell(right)
@@ -128,10 +131,12 @@ class Answer:
         self._ready += self._stop.push(unfinished) + self._stop.flush()
 
 
-def draw(answers: Sequence[Answer], logits: Sequence[Tensor] | Tensor, guesses: Sequence[Sequence[int]] | None = None) -> None:
+def draw(
+    answers: Sequence[Answer], logits: Sequence[Tensor] | Tensor, guesses: Sequence[Sequence[int]] | None = None
+) -> list[SkvqError]:
     """The next tokens of each answer, from the logits [V] that follow each token decoded last: its own, then its guesses.
 
-    A GPU is waited for once. Raises what the first answer raises that cannot take its own, after the others have taken theirs.
+    A GPU is waited for once. Returns what answers raise that cannot take their own; the others have taken theirs.
     """
     guesses = guesses or [()] * len(answers)
     rows = iter(logits)
@@ -146,6 +151,11 @@ def draw(answers: Sequence[Answer], logits: Sequence[Tensor] | Tensor, guesses: 
             answer.take(list(islice(numbers, 1 + len(guessed))), guessed)
         except SkvqError as error:  # of this answer alone, such as logits that are no numbers: the others have theirs
             errors.append(error)
+    return errors
+
+
+def raise_first(errors: Sequence[SkvqError]) -> None:
+    """Raise the first of what ``draw`` returns."""
     if errors:
         raise errors[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from skvq.engine.answer import Answer, draw, guesses_of
+from skvq.engine.answer import Answer, draw, guesses_of, raise_first
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
@@ -39,7 +39,8 @@ def step(engine: TokenEngine, answers: Sequence[Answer]) -> float:
         for answer in answers if any(guesses) else ():  # broken off, no guess is left in a sequence
             guarded.enter_context(all_or_nothing(answer.sequence, RING_MARKS))
         decoded = [token for answer, guessed in zip(answers, guesses, strict=True) for token in (answer.token, *guessed)]
-        draw(answers, engine.step.run([a.sequence for a in answers], decoded), guesses)
+        errors = draw(answers, engine.step.run([a.sequence for a in answers], decoded), guesses)
+    raise_first(errors)  # outside: what the other answers have taken stays
     seconds = time.perf_counter() - start
     for answer, count in zip(answers, before, strict=True):
         answer.timing.decoded_tokens += answer.count - count

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
+from skvq.engine.interrupts import uninterrupted
 from skvq.kernels.layout import PAGE_TOKENS
 
 
@@ -40,14 +41,17 @@ class Prefixes:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     page: int
+    before: int  # the page that it was written behind, -1 for the first
     retained: dict[str, Tensor]  # retained slots [L, ..., R, ...] when the page was kept, shared by the pages of a sequence
 
 
 class PagePrefixes(Prefixes):
     """Pages by the hash of their prefix, a lender to the arena: the least recently used are given back first.
 
-    Retained tokens are kept beside, on the host: a few per sequence. Nothing is kept where a rule looks at attention mass,
-    which tokens get from what follows the page, nor of a sequence that has dropped pages or was filled without the model.
+    Retained tokens are kept beside, on the host: a few per sequence. They belong to the pages they were kept with, whose copies
+    of them are flagged, so a page is only kept behind those that it was written behind. Nothing is kept where a rule looks at
+    attention mass, which tokens get from what follows the page, nor of a sequence that has dropped pages or was filled without
+    the model.
     """
 
     def __init__(self, setup: CacheSetup) -> None:
@@ -64,14 +68,16 @@ class PagePrefixes(Prefixes):
     def spare_pages(self) -> int:
         return sum(not self._setup.arena.is_shared(entry.page) for entry in self._entries.values())
 
+    @uninterrupted()
     def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
         """Whole pages only, and none that would lie in the window of a sequence of these ids; at least one token is left."""
         assert sequence.length == 0, "a prefix is reused by an empty sequence"
         found: list[tuple[bytes, _Entry]] = []
         for key in _chain(ids, min(self._setup.regions.packed(len(ids)), len(ids) - 1)):
-            if key not in self._entries:
+            entry = self._entries.get(key)
+            if entry is None or entry.before != (found[-1][1].page if found else -1):
                 break
-            found.append((key, self._entries[key]))
+            found.append((key, entry))
         if not found:
             return 0
         count = len(found) * PAGE_TOKENS
@@ -80,6 +86,7 @@ class PagePrefixes(Prefixes):
         self._restore(sequence, found[-1][1].retained, count)
         return count
 
+    @uninterrupted()
     def keep(self, sequence: SequenceCache) -> None:
         if self._setup.needs_mass or sequence.dropped or sequence.filled:  # what is left of a text is the beginning of none
             return
@@ -88,11 +95,13 @@ class PagePrefixes(Prefixes):
         rest = sequence.token_ids[len(known) * PAGE_TOKENS : sequence.packed]
         retained: dict[str, Tensor] | None = None
         for page, key in zip(sequence.pages[len(known) :], _chain(rest, len(rest), keys[-1] if keys else b""), strict=False):
+            if key in self._entries:
+                break  # read once more: what follows was written behind other pages than those that are kept
             keys.append(key)
-            if key not in self._entries:
-                retained = self._retained(sequence) if retained is None else retained
-                self._setup.arena.share(page)
-                self._entries[key], self._keys[page] = _Entry(page, retained), key
+            retained = self._retained(sequence) if retained is None else retained
+            self._setup.arena.share(page)
+            before = sequence.pages[len(keys) - 2] if len(keys) > 1 else -1
+            self._entries[key], self._keys[page] = _Entry(page, before, retained), key
         self._touch(keys)
 
     def give_back(self, count: int) -> None:

@@ -40,7 +40,13 @@ def read(
     parts.setup.require_room(sequence.length, len(ids))  # before any work
     tell_if_streamed_through(parts, len(ids), report)
     watch = Stopwatch()
-    reused = prefixes.reuse(sequence, ids) if sequence.length == 0 and not checkpoint.in_file else 0
+    reused = 0
+    if sequence.length == 0 and not checkpoint.in_file:
+        try:
+            reused = prefixes.reuse(sequence, ids)
+        except BaseException:
+            sequence.truncate(0)
+            raise
     try:
         pieces = _read_rest(parts, sequence, ids[reused:], checkpoint, report)
         how, logits = yield from _suspending(sequence, watch, pieces)

@@ -13,7 +13,7 @@ from skvq.engine.codecs import layouts_of, tensor_shapes
 from skvq.engine.config import BITS, CacheConfig, ModelConfig
 from skvq.engine.filters import AttentionSinks
 from skvq.engine.regions import Regions
-from skvq.kernels.layout import PlainLayout, stored_bits
+from skvq.kernels.layout import PlainLayout, pages_for, stored_bits
 
 SPARE_PAGES = 2
 """Pages for each sequence beyond the first: a fork copies its last page on write and grows into the next."""
@@ -95,7 +95,7 @@ def arena_shape(
         head_size=model.head_size,
         pages=per_sequence + SPARE_PAGES * (max_sequences - 1),
         sequences=max_sequences,
-        pages_per_sequence=per_sequence,
+        pages_per_sequence=max(1, pages_for(max_context)),  # one that was cut may have packed more than another of its length
         full_slots=regions.slots,
         dtype=half,
         layer_pages=pages,

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
+from torch import Tensor
 
 from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, SamplingConfig
-from skvq.engine.errors import OptionError
+from skvq.engine.decode import EagerStep
+from skvq.engine.errors import ModelError, OptionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
 from skvq.engine.lookup import MATCH, MOST_MISSES, Lookup
@@ -113,9 +116,10 @@ def test_an_answer_with_guesses_is_the_answer_without(engine: Engine, monkeypatc
         assert guessed > 0.4 * new or new < 12, (guessed, new)
 
 
-def test_answers_decoded_together_guess_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = [random_ids(n, seed=n) for n in (30, 60, 90, 45)]
-    config = SamplingConfig(max_new_tokens=150, temperature=0.8, ignore_eos=True)
+def written(
+    engine: Engine, prompts: list[list[int]], config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], list[list[int]]]:
+    """The answers to prompts, and all tokens of each sequence."""
     kept: list[list[int]] = []
     free = SequenceCache.free
 
@@ -125,10 +129,47 @@ def test_answers_decoded_together_guess_together(engine: Engine, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(SequenceCache, "free", freed)
-        wanted = engine.generate(prompts, config)
+        return engine.generate(prompts, config), kept
+
+
+def test_answers_decoded_together_guess_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [random_ids(n, seed=n) for n in (30, 60, 90, 45)]
+    config = SamplingConfig(max_new_tokens=150, temperature=0.8, ignore_eos=True)
+    wanted, kept = written(engine, prompts, config, monkeypatch)
     foretold(monkeypatch, kept, 0.2)
     assert engine.generate(prompts, replace(config, prompt_lookup=3)) == wanted
     assert engine.timing.guessed_tokens > 200
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_an_answer_that_fails_takes_no_other_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    """Its logits are no numbers, after its own token or after its first guess; the others keep what they have drawn."""
+    engine = engine_of(folder, CACHES["rotate"], max_sequences=3)
+    monkeypatch.setattr(engine, "step", EagerStep(engine.parts.model, engine.parts.rope, engine.parts.setup))
+    sampling = SamplingConfig(max_new_tokens=30, ignore_eos=True)
+    prompts = [random_ids(20, seed=seed) for seed in range(3)]
+    wanted, texts = written(engine, prompts, sampling, monkeypatch)
+    foretold(monkeypatch, texts, 0.0)
+    head = engine.parts.model.head
+
+    def broken(x: Tensor) -> Tensor:
+        logits = head(x).clone()
+        logits.view(-1, logits.shape[-1])[row] = torch.nan
+        return logits
+
+    with engine.batch() as batch:
+        requests = [batch.add(prompt, replace(sampling, prompt_lookup=3)) for prompt in prompts]
+        for _ in range(3):
+            batch.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.parts.model, "head", broken)
+            with pytest.raises(ModelError, match="logits is nan"):
+                batch.step()
+        while len(batch):
+            batch.step()
+    assert [request.finish for request in requests] == ["failed", "length", "length"]
+    assert [request.text for request in requests[1:]] == wanted[1:]
+    engine.parts.setup.arena.check({})
 
 
 def test_text_that_repeats_itself_takes_fewer_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
+from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError
-from skvq.engine.filters import AttentionSinks, HeavyHitters, TokenIds
+from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
+from skvq.kernels import reference
 
 RULES = (AttentionSinks(3), TokenIds(frozenset({5, 6}), 12))
 
@@ -248,3 +251,47 @@ def test_sixteen_bit_pages_give_the_same_answer(folder: Path) -> None:
     streamed = tiny_engine(folder, tiny_cache(method="fp"), **given, prefill="streaming")
     rounding = (streamed.read(streamed.new_sequence(), book) - wanted).abs().max()
     assert (logits - wanted).abs().max() <= 2 * rounding + 1e-6
+
+
+def test_pages_are_shared_only_behind_those_they_were_written_behind(folder: Path) -> None:
+    """Read in another way a text has other keys by rounding, and other tokens are kept: those of a reading go with its pages."""
+    rules = (AttentionSinks(3), KeyOutliers(threshold=2.5, budget=200))
+    engine = tiny_engine(folder, tiny_cache(filters=rules), max_context=4000, max_sequences=4, prefix_cache=True)
+    book, arena = random_ids(3200), engine.parts.setup.arena
+    engine.prefill(book[:1400]).free()  # read exactly: the first page
+    second = engine.new_sequence()  # the same text in two turns, streamed: its own first page, and a second
+    engine.read(second, book[:200])
+    engine.read(second, book[200:3000])
+    third = engine.prefill(book[:3000])
+    assert engine.timing.reused_tokens == 1280 and second.pages[0] != third.pages[0]
+    for layer in range(arena.shape.layers):
+        held = arena.full(layer).positions[third.slot, : engine.parts.setup.regions.retained]
+        run = engine.parts.setup.method._runs[layer][0]
+        flagged = reference.read_heads(run.pages, run.codec, third.page_row, 0, third.packed)[2].nonzero()[:, 0]
+        assert sorted(held[held >= 0].tolist()) == flagged.tolist()
+    check(engine, second, third)
+
+
+@pytest.mark.parametrize("where", ["reuse", "keep"])
+def test_ctrl_c_while_pages_are_taken_over_or_kept_loses_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine, book = engine_of(folder), random_ids(3000)
+    if where == "reuse":
+        engine.prefill(book).free()
+    sequence, share = engine.new_sequence(), Arena.share
+
+    def asked(arena: Arena, page: int) -> None:
+        share(arena, page)
+        monkeypatch.setattr(Arena, "share", share)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Arena, "share", asked)
+    with pytest.raises(KeyboardInterrupt):
+        engine.read(sequence, book)
+    assert sequence.length == (0 if where == "reuse" else 3000)
+    check(engine, sequence)
+    sequence.truncate(0)
+    assert engine.read(sequence, book).isfinite().all() and engine.timing.reused_tokens == 2560
+    sequence.free()
+    check(engine)

@@ -127,6 +127,21 @@ torch.save(steps(engine, [sequence], [random_ids(5, seed=2)]), sys.argv[4])
     assert torch.equal(torch.load(tmp_path / "save.pt"), torch.load(tmp_path / "restore.pt"))
 
 
+def test_a_cut_sequence_with_more_pages_than_its_length_needs_is_restored(folder: Path, tmp_path: Path) -> None:
+    """Cut in its packed part it has a window of 12 tokens: another of its length has packed a page less."""
+    whole = tiny_engine(folder, tiny_cache(window=128), max_context=4000)
+    sequence = whole.prefill(random_ids(3000))
+    sequence.truncate(1420)
+    sequence.save(tmp_path / "s")
+    for sequences, fits in ((1, False), (2, True)):
+        other = tiny_engine(folder, tiny_cache(window=128), max_context=1420, max_sequences=sequences)
+        if fits:
+            assert other.restore(tmp_path / "s").token_ids == sequence.token_ids
+        else:
+            refused(lambda other=other: other.restore(tmp_path / "s"), "2 more are needed")
+            other.parts.setup.arena.check({})
+
+
 def test_forks_of_a_restored_session_share_its_pages(engine: Engine, saved: Path) -> None:
     arena = engine.parts.setup.arena
     before = arena.free_pages
