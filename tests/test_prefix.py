@@ -254,7 +254,7 @@ def test_sixteen_bit_pages_give_the_same_answer(folder: Path) -> None:
 
 
 def test_pages_are_shared_only_behind_those_they_were_written_behind(folder: Path) -> None:
-    """Read in another way a text has other keys by rounding, and other tokens are kept: those of a reading go with its pages."""
+    """Read in another way a text has other keys by rounding, so other tokens are kept: those of a reading go with its pages."""
     rules = (AttentionSinks(3), KeyOutliers(threshold=2.5, budget=200))
     engine = tiny_engine(folder, tiny_cache(filters=rules), max_context=4000, max_sequences=4, prefix_cache=True)
     book, arena = random_ids(3200), engine.parts.setup.arena
