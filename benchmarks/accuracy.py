@@ -94,7 +94,8 @@ def packed_rows(
             engine.calibrate(cache, corpus.read_text(), artifact, corpus_name=corpus.name, tokens=CALIBRATION_TOKENS)
         for name, text in texts.items():
             for exact in (True, False):
-                options: dict[str, Any] = {"tokens": tokens, "stride": tokens, "calibration": artifact, "exact_window": exact}
+                options: dict[str, Any] = {"tokens": tokens, "stride": tokens, "exact_window": exact}
+                options |= {"calibration": artifact} if cache.is_packed else {}
                 (row,) = engine.evaluate(text, [cache], **options)
                 row.pop("by_position")
                 note(row | {"name": row_name(cache), "text": name, "window": "exact" if exact else "tiles"})
@@ -105,7 +106,7 @@ def row_name(cache: CacheConfig) -> str:
     if not cache.is_packed:
         return cache.method
     if cache.bits_budget is not None:
-        return f"{cache.method}, {cache.bits_budget:g} bits by layer"
+        return f"{cache.method}, {cache.bits_budget:g} bits on average"
     return f"{cache.method} K{cache.key_bits:g}V{cache.value_bits:g}"
 
 

@@ -22,8 +22,9 @@ CHUNK_TOKENS = 1024
 KEPT_ROPE_TOKENS = 1 << 15
 """First tokens of a prompt whose RoPE exact prefill keeps for all layers: 16 MB of it where heads have 128 channels."""
 
-SEGMENT_TOKENS = 8192
-"""Packed tokens whose keys and values streaming prefill unpacks at once, for all but one kernel by way of float32."""
+SEGMENT_TOKENS = 6 * PAGE_TOKENS
+"""Packed tokens whose keys and values streaming prefill unpacks at once, for all but one kernel by way of float32; tiles of
+either size are whole in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

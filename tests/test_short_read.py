@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
@@ -12,6 +13,7 @@ from skvq.engine import reading
 from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
+from skvq.engine.prefill_form import SEGMENT_TOKENS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CACHES = {
@@ -53,6 +55,22 @@ def test_it_says_what_streaming_says(engine: Engine, length: int, count: int, mo
     engine.parts.setup.arena.check(arena_of(first, second))
     first.free()
     second.free()
+
+
+@pytest.mark.parametrize("method", ["rotate", "reorder"])
+@pytest.mark.parametrize("bits", [2.0, 1.5])
+def test_streaming_behind_many_pages_says_what_a_step_says(backend: str, tmp_path: Path, method: str, bits: float) -> None:
+    """More than one segment is unpacked, of tiles of either size."""
+    folder = tiny_folder(tmp_path, num_layers=1, trained_context=20000)
+    cache = tiny_cache(method=method, value_bits=bits)
+    engine = tiny_engine(folder, cache, max_context=SEGMENT_TOKENS + 2000, max_sequences=2, backend=backend)
+    sequence = engine.new_sequence()
+    engine.fill(sequence, SEGMENT_TOKENS + 1400)
+    assert sequence.packed > SEGMENT_TOKENS
+    with sequence.fork() as fork:
+        wanted = engine.decode_step([fork], [7])[0]
+    found = streamed(engine, sequence, [7])
+    assert (found - wanted).norm() < 5e-3 * wanted.norm() and sequence.timing.prefill == "streaming"
 
 
 def test_it_is_what_single_steps_are(engine: Engine) -> None:
