@@ -35,7 +35,7 @@ from skvq.engine.errors import CapacityError, ModelError, OptionError
 from skvq.loaders.files import require_writable
 
 if TYPE_CHECKING:
-    from skvq.engine.cache import SequenceCache
+    from skvq.engine.cache import Mark, SequenceCache
     from skvq.engine.generate import Engine
     from skvq.engine.prompt import Prompt
     from skvq.engine.timing import Timing
@@ -163,7 +163,7 @@ def converse(
 class Turn:
     """Where a sequence was before a text was read, so that a text of which only half was read can be forgotten."""
 
-    mark: tuple[int, tuple[int, ...]]
+    mark: Mark
     timing: Timing
 
     @classmethod

@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from skvq.engine.cache import SequenceCache
+from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.lookup import Lookup
@@ -31,6 +31,7 @@ class Answer:
         self._ready = ""  # text that is complete and not given out yet
         self._room = sequence.setup.room(sequence.length)
         self._lookup = Lookup(sequence.token_ids, logits.shape[-1]) if config.prompt_lookup else None
+        self._mark: Mark | None = None  # the sequence's after the last draw
         self.token = -1
         if config.max_new_tokens:
             raise_first(draw([self], [logits]))
@@ -75,6 +76,7 @@ class Answer:
         The last one taken is the next to be decoded, unless it ends the answer.
         """
         right, length = 0, self.sequence.length - len(guessed)
+        self._mark = None  # an answer that has taken half of it cannot go on
         try:
             for largest, number in chosen:
                 self._push(self._sampler.take(largest, number))

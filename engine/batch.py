@@ -42,7 +42,7 @@ class Request:
     def __init__(self, ids: Sequence[int], config: SamplingConfig, sequence: SequenceCache | None, *, fork: bool) -> None:
         self.ids, self.config = ids, config
         self.text, self.timing = "", Timing()
-        self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else (0, ())
+        self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else (0, (), 0)
         self.answer: Answer | None = None  # from when the prompt has been read
         self.cancelled = False
 

@@ -21,6 +21,9 @@ from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
+Mark = tuple[int, tuple[int, ...], int]
+"""Tokens held, tokens pending, changes: see ``SequenceCache.mark``."""
+
 
 class SequenceCache:
     """Page table, length and window of one sequence; the engine moves them by reserve -> forward -> commit.
@@ -39,6 +42,7 @@ class SequenceCache:
         self.length = 0
         self.packed = 0
         self.dropped = 0
+        self.changes = 0  # of its tokens, but for those that are dropped
         self.token_ids: list[int] = []
         self.filled = False  # holds tokens that no model has read (``stress.fill``)
         self.suspended = False  # half read, between two pieces (``engine.pieces``)
@@ -98,13 +102,13 @@ class SequenceCache:
         return self.dropped + self.length
 
     @property
-    def mark(self) -> tuple[int, tuple[int, ...]]:
-        """Where it stands: its tokens and what is pending. Another one if it has been continued or cut."""
-        return self.total_tokens, tuple(self.pending)
+    def mark(self) -> Mark:
+        """Where it stands: its tokens and what is pending. Another one if it has been continued or cut, however that ended."""
+        return self.total_tokens, tuple(self.pending), self.changes
 
-    def rewind(self, mark: tuple[int, tuple[int, ...]]) -> bool:
+    def rewind(self, mark: Mark) -> bool:
         """Forget what came since it had that ``mark``; False, and nothing changes, where no token from before is left."""
-        total_tokens, pending = mark
+        total_tokens, pending, _ = mark
         length = total_tokens - self.dropped
         if length > 0:
             with uninterrupted():
@@ -162,6 +166,7 @@ class SequenceCache:
             self.grow(packed)
         self.length, self.packed, self.dropped = len(token_ids), packed, dropped
         self.token_ids, self.pending = list(token_ids), list(pending)
+        self.changes += 1
 
     def forget(self, pages: int) -> None:
         """The oldest whole pages are dropped; ``overflow.drop_pages`` sees to the full-precision slots."""
@@ -180,6 +185,7 @@ class SequenceCache:
         self.length += len(token_ids)
         self.token_ids.extend(token_ids)
         self.pending, self.logits = [], None
+        self.changes += 1
 
     def share(self, pages: Sequence[int], token_ids: Sequence[int]) -> None:
         """Make an empty sequence one of ``token_ids`` that fill ``pages``, others hold them; the caller sets retained slots."""
@@ -274,6 +280,7 @@ class SequenceCache:
             twin.pages.append(page)
         twin.length, twin.packed, twin.dropped, twin.filled = self.length, self.packed, self.dropped, self.filled
         twin.token_ids, twin.pending, twin.logits = list(self.token_ids), list(self.pending), self.logits
+        twin.changes = self.changes
         twin._write_row()
         self.setup.arena.copy_slot(self.slot, twin.slot)
         return twin
@@ -307,6 +314,7 @@ class SequenceCache:
         self.packed, self.length = packed, length
         del self.token_ids[length:]
         self.pending, self.logits = [], None
+        self.changes += 1
         while len(self.pages) > pages_for(packed):
             arena.release(self.pages.pop())
 

@@ -154,4 +154,6 @@ def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, *, gr
 
 def graphs_of(setup: CacheSetup) -> Graphs:
     """The backend's graphs for this arena: CUDA graphs on a GPU, tapes on a CPU."""
-    return setup.backend.graphs(setup.device, setup.regions.packed(setup.max_context))
+    tile = setup.regions.tile
+    most = setup.max_context // tile * tile  # a sequence that was cut may have packed more than another of its length
+    return setup.backend.graphs(setup.device, most)

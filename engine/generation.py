@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from skvq.engine.answer import Answer, draw, guesses_of, raise_first
-from skvq.engine.cache import SequenceCache
+from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.guard import computing, own_settings
@@ -37,7 +38,8 @@ def step(engine: TokenEngine, answers: Sequence[Answer]) -> float:
             answer.require_next()
         guesses = guesses_of(answers)
         for answer in answers if any(guesses) else ():  # broken off, no guess is left in a sequence
-            guarded.enter_context(all_or_nothing(answer.sequence, RING_MARKS))
+            drawn = partial(_has_drawn, answer, answer.count)
+            guarded.enter_context(all_or_nothing(answer.sequence, RING_MARKS, unless=drawn))
         decoded = [token for answer, guessed in zip(answers, guesses, strict=True) for token in (answer.token, *guessed)]
         errors = draw(answers, engine.step.run([a.sequence for a in answers], decoded), guesses)
     raise_first(errors)  # outside: what the other answers have taken stays
@@ -46,6 +48,11 @@ def step(engine: TokenEngine, answers: Sequence[Answer]) -> float:
         answer.timing.decoded_tokens += answer.count - count
         answer.timing.decode_seconds += seconds
     return seconds
+
+
+def _has_drawn(answer: Answer, count: int) -> bool:
+    """Whether an answer that had ``count`` tokens has taken all that it could of a step: it can go on."""
+    return answer.count > count and answer.is_next
 
 
 def end_of(engine: TokenEngine, answer: Answer) -> None:
@@ -66,7 +73,7 @@ def continued(
     config: SamplingConfig,
     checkpoint: str | Path | None,
     *,
-    after: tuple[int, tuple[int, ...]],
+    after: Mark,
 ) -> Generator[str, None, None]:
     """Pieces of the answer to ``ids`` in a sequence; arguments as for ``continuing``."""
     with computing(engine):
@@ -88,7 +95,7 @@ def continuing(
     config: SamplingConfig,
     checkpoint: str | Path | None = None,
     *,
-    after: tuple[int, tuple[int, ...]],
+    after: Mark,
 ) -> Pieces[Tensor]:
     """Read ``ids`` into a sequence: logits float32 [V] of what follows them; without ids, of what follows its last token.
 

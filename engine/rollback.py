@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from skvq.engine.arena import SLOT_TENSORS
@@ -14,8 +14,11 @@ RING_MARKS = ("full_positions", "full_mass")
 
 
 @contextmanager
-def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSORS) -> Iterator[None]:
-    """Around forward and commit of a step, after reserve: if it raises, window, retained tokens and lengths are as they were.
+def all_or_nothing(
+    sequence: SequenceCache, written: Sequence[str] = SLOT_TENSORS, unless: Callable[[], bool] = bool
+) -> Iterator[None]:
+    """Around forward and commit of a step, after reserve: if it raises, window, retained tokens and lengths are as they were,
+    ``unless`` it says that the sequence is past that.
 
     Costs a copy, in host memory, of what the step may write over in the sequence's full-precision slots: all of it in a chunk
     of a prompt, ``RING_MARKS`` in a decode step. The host does not wait for it. Pages are only appended to; those that were
@@ -23,12 +26,14 @@ def all_or_nothing(sequence: SequenceCache, written: Sequence[str] = SLOT_TENSOR
     """
     slots = sequence.setup.arena.slot(sequence.slot)
     kept = {name: on_host(slots[name]) for name in written}
-    length, packed, pending = sequence.length, sequence.packed, sequence.pending
+    length, packed, pending, changes = sequence.length, sequence.packed, sequence.pending, sequence.changes
     try:
         yield
     except BaseException:
+        if unless():
+            raise
         for name, was in kept.items():
             slots[name].copy_(was)
         del sequence.token_ids[length:]
-        sequence.length, sequence.packed, sequence.pending = length, packed, pending
+        sequence.length, sequence.packed, sequence.pending, sequence.changes = length, packed, pending, changes
         raise

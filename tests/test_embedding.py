@@ -497,16 +497,31 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_at_once(engine: Engine) 
         engine.prefill("a", checkpoint="/nowhere/file")
 
 
-@pytest.mark.parametrize("change", ["continued", "cut"])
+@pytest.mark.parametrize("change", ["continued", "cut", "replaced"])
 def test_an_answer_whose_sequence_is_another_by_now_ends(engine: Engine, change: str) -> None:
     with engine.prefill(TEXT) as sequence:
         answer = engine.stream("", SAMPLING, sequence=sequence)
         next(answer)
         if change == "cut":
             sequence.truncate(3)
+        elif change == "replaced":  # by as many other tokens, and the same one pending
+            mark = sequence.mark
+            sequence.truncate(mark[0] - 2)
+            engine.read(sequence, [9, 9, 9])
+            assert sequence.rewind(mark) and sequence.mark[:2] == mark[:2]
         else:
             "".join(engine.stream("x", SAMPLING, sequence=sequence))
         with pytest.raises(OptionError, match="was continued or cut while this answer was being written"):
+            "".join(answer)
+
+
+def test_a_question_about_a_text_that_is_another_by_now_is_refused(engine: Engine) -> None:
+    with engine.prefill(TEXT) as sequence:
+        answer = engine.stream("x", SAMPLING, sequence=sequence)  # nothing is read yet
+        length = sequence.length
+        sequence.truncate(2)
+        engine.read(sequence, [9] * (length - 2))
+        with pytest.raises(OptionError, match="since this answer was asked for"):
             "".join(answer)
 
 

@@ -172,6 +172,34 @@ def test_an_answer_that_fails_takes_no_other_with_it(folder: Path, monkeypatch: 
     engine.parts.setup.arena.check({})
 
 
+def test_an_answer_interrupted_in_the_middle_of_its_tokens_is_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after the second of the tokens of a step: what of it was shown cannot be told. The other answer goes on."""
+    engine = engine_of(folder, CACHES["rotate"])
+    sampling = SamplingConfig(max_new_tokens=30, ignore_eos=True)
+    prompts = [random_ids(20, seed=seed) for seed in range(2)]
+    wanted, texts = written(engine, prompts, sampling, monkeypatch)
+    foretold(monkeypatch, texts, 0.0)
+    push = Answer._push
+
+    def interrupted(self: Answer, token: int) -> None:
+        if self is requests[1].answer and self.count == 3:
+            monkeypatch.setattr(Answer, "_push", push)
+            signal.raise_signal(signal.SIGINT)
+        push(self, token)
+
+    with engine.batch() as batch:
+        requests = [batch.add(prompt, replace(sampling, prompt_lookup=3)) for prompt in prompts]
+        batch.step()
+        batch.step()
+        monkeypatch.setattr(Answer, "_push", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batch.step()
+        while len(batch):
+            batch.step()
+    assert [request.finish for request in requests] == ["length", "failed"] and requests[0].text == wanted[0]
+    engine.parts.setup.arena.check({})
+
+
 def test_text_that_repeats_itself_takes_fewer_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is foretold here: a greedy answer of a model of random weights falls into a loop."""
     engine = engine_of(folder, CACHES["fp"])
