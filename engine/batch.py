@@ -15,7 +15,7 @@ from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.generation import begun, continuing, end_of, step
+from skvq.engine.generation import continuing, end_of, step
 from skvq.engine.guard import computing
 from skvq.engine.measure import wait_for
 from skvq.engine.options import names_options, require_type
@@ -248,9 +248,10 @@ class Batch:
                         if time.perf_counter() >= end:
                             return
                 except StopIteration as last:
-                    logits: Tensor = last.value
+                    sequence, _ = self._going[request]
+                    resumed, tokenizer = not request.ids, engine.parts.tokenizer
+                    request.answer = Answer(tokenizer, sequence, last.value, request.config, resumed=resumed)
             del self._reading[request]
-            request.answer = begun(engine, self._going[request][0], logits, request.config, resumed=not request.ids)
             request.timing = request.answer.timing
         except BaseException:
             self._end(request, "failed")

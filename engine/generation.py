@@ -14,19 +14,11 @@ from skvq.engine.answer import Answer, draw, guesses_of, raise_first
 from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.guard import computing, own_settings
+from skvq.engine.guard import computing
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.timing import Timing
 from skvq.engine.token_engine import TokenEngine
-
-
-def begun(
-    engine: TokenEngine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, *, resumed: bool = False
-) -> Answer:
-    """An answer whose first token is drawn from ``logits`` [V]."""
-    with own_settings(engine.device):
-        return Answer(engine.parts.tokenizer, sequence, logits, config, resumed=resumed)
 
 
 def step(engine: TokenEngine, answers: Sequence[Answer]) -> float:
@@ -76,9 +68,9 @@ def continued(
     after: Mark,
 ) -> Generator[str, None, None]:
     """Pieces of the answer to ``ids`` in a sequence; arguments as for ``continuing``."""
-    with computing(engine):
+    with computing(engine):  # until its first token is pending, no other thread may change the sequence
         logits = finished(continuing(engine, sequence, ids, config, checkpoint, after=after))
-    answer = begun(engine, sequence, logits, config, resumed=not ids)
+        answer = Answer(engine.parts.tokenizer, sequence, logits, config, resumed=not ids)
     while True:
         if piece := answer.piece():
             yield piece
