@@ -15,7 +15,7 @@ from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.generation import continuing, end_of, step
+from skvq.engine.generation import begun, continuing, end_of, step
 from skvq.engine.guard import computing
 from skvq.engine.measure import wait_for
 from skvq.engine.options import names_options, require_type
@@ -249,8 +249,7 @@ class Batch:
                             return
                 except StopIteration as last:
                     sequence, _ = self._going[request]
-                    resumed, tokenizer = not request.ids, engine.parts.tokenizer
-                    request.answer = Answer(tokenizer, sequence, last.value, request.config, resumed=resumed)
+                    request.answer = begun(engine, sequence, last.value, request.config, resumed=not request.ids)
             del self._reading[request]
             request.timing = request.answer.timing
         except BaseException:
