@@ -41,7 +41,7 @@ class Prefixes:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     page: int
-    before: int  # the page that it was written behind, -1 for the first
+    before: _Entry | None  # what it was written behind
     retained: dict[str, Tensor]  # retained slots [L, ..., R, ...] when the page was kept, shared by the pages of a sequence
 
 
@@ -75,7 +75,7 @@ class PagePrefixes(Prefixes):
         found: list[tuple[bytes, _Entry]] = []
         for key in _chain(ids, min(self._setup.regions.packed(len(ids)), len(ids) - 1)):
             entry = self._entries.get(key)
-            if entry is None or entry.before != (found[-1][1].page if found else -1):
+            if entry is None or entry.before is not (found[-1][1] if found else None):
                 break
             found.append((key, entry))
         if not found:
@@ -97,10 +97,10 @@ class PagePrefixes(Prefixes):
         for page, key in zip(sequence.pages[len(known) :], _chain(rest, len(rest), keys[-1] if keys else b""), strict=False):
             if key in self._entries:
                 break  # read once more: what follows was written behind other pages than those that are kept
+            before = self._entries[keys[-1]] if keys else None
             keys.append(key)
             retained = self._retained(sequence) if retained is None else retained
             self._setup.arena.share(page)
-            before = sequence.pages[len(keys) - 2] if len(keys) > 1 else -1
             self._entries[key], self._keys[page] = _Entry(page, before, retained), key
         self._touch(keys)
 

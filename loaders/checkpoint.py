@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +157,12 @@ def _canonical(entries: dict[str, _Entry]) -> dict[str, _Entry]:
 def _apart(entries: dict[str, _Entry], config: ModelConfig) -> dict[str, _Entry]:
     """The same with whole numbers that were stored one matrix above the other under the name of each matrix."""
     shapes, found = expected_shapes(config), dict(entries)
-    for name, parts in stacks(shapes).items():
-        rows, entry = [shapes[part][0] for part in parts], entries.get(name)
-        if entry is None or entry.kind not in WHOLE_TYPES or sum(rows) != entry.shape[0] or parts[0] in entries:
+    for name, (shape, firsts) in stacks(shapes).items():
+        entry = entries.get(name)
+        if entry is None or entry.kind not in WHOLE_TYPES or entry.shape != shape or not firsts.keys().isdisjoint(entries):
             continue
         del found[name]
-        for part, first in zip(parts, accumulate(rows, initial=0), strict=False):
-            found[part] = replace(entry, shape=(shapes[part][0], *entry.shape[1:]), first_row=first)
+        found |= {part: replace(entry, shape=shapes[part], first_row=first) for part, first in firsts.items()}
     return found
 
 

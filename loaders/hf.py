@@ -207,8 +207,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 
 def text_fields(fields: Fields) -> Fields:
     """The fields of the language model: all, or of a wrapped one its ``text_config``."""
-    names, kind = fields.data.get("architectures"), fields.data.get("model_type")
-    if kind not in WRAPPED.values() if not names else not isinstance(names, list) or names[0] not in WRAPPED:
+    if _architecture(fields) not in WRAPPED:
         return fields
     text = {"model_type": "mistral", **fields.section("text_config").data, "architectures": None}
     if fields.has("tie_word_embeddings"):
@@ -216,15 +215,19 @@ def text_fields(fields: Fields) -> Fields:
     return Fields(text, f"{fields.where}: text_config")
 
 
+def _architecture(fields: Fields) -> str:
+    """The architecture that a config.json names; where it names none, that of its ``model_type``."""
+    names, kind = fields.data.get("architectures"), str(fields.data.get("model_type"))
+    if not names:
+        by_type = {family.name: name for name, family in _FAMILIES.items()} | {type_: name for name, type_ in WRAPPED.items()}
+        return by_type.get(kind, kind)
+    return str(names[0] if isinstance(names, list) else names)
+
+
 def _family(fields: Fields) -> _Family:
-    names = fields.data.get("architectures")
-    by_type = {family.name: family for family in _FAMILIES.values()}
-    kind = fields.data.get("model_type")
-    if not names and isinstance(kind, str) and kind in by_type:
-        return by_type[kind]
-    name = names[0] if isinstance(names, list) and names else names or kind
-    if not isinstance(name, str) or name not in _FAMILIES:
-        raise ModelError(f"{fields.where}: unknown architecture {str(name)[:80]!r}; known: {', '.join(ARCHITECTURES)}")
+    name = _architecture(fields)
+    if name not in _FAMILIES:
+        raise ModelError(f"{fields.where}: unknown architecture {name[:80]!r}; known: {', '.join(ARCHITECTURES)}")
     return _FAMILIES[name]
 
 

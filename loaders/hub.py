@@ -92,10 +92,14 @@ def _fetched(model: str, repo: str) -> Path:
 
 
 def _require_no_ggufs(model: str, repo: str) -> None:
-    """Raise ModelError that says how to name one, if a repository has GGUF files and no safetensors."""
-    files = [file.lower() for file in _listed(model, repo)]
-    ggufs = [PART.sub("", file).removesuffix(".gguf") for file in _listed(model, repo) if file.lower().endswith(".gguf")]
-    if ggufs and not any(file.endswith(".safetensors") for file in files):
+    """Raise ModelError that says how to name one, if a repository has GGUF files and no safetensors; nothing if it cannot be
+    asked: what was wrong before says more."""
+    try:
+        files = _listed(model, repo)
+    except ModelError:
+        return
+    ggufs = [PART.sub("", file).removesuffix(".gguf") for file in files if file.lower().endswith(".gguf")]
+    if ggufs and not any(file.lower().endswith(".safetensors") for file in files):
         names = list(dict.fromkeys(ggufs))
         tags = ", ".join(f"{repo}:{name.rpartition('/')[2]}" for name in names[:3])
         raise ModelError(f"{repo} holds no safetensors but {len(names)} GGUF files: give one of them, as {tags}")

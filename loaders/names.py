@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
@@ -47,19 +48,21 @@ STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pr
 """Matrices that a checkpoint may hold as one, rows of the first above those of the next (Phi-3)."""
 
 
-def stacks(shapes: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Name of a stack -> the matrices in it, for each that some of these weights may be stored in.
+def stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, int], dict[str, int]]]:
+    """Name of a stack -> its shape and the first row of each matrix in it, for all that these weights may be stored in.
 
-    >>> stacks(["a.mlp.gate_proj.weight", "a.mlp.up_proj.weight", "a.mlp.down_proj.weight"])
-    {'a.mlp.gate_up_proj.weight': ('a.mlp.gate_proj.weight', 'a.mlp.up_proj.weight')}
+    >>> stacks({"a.mlp.gate_proj.weight": (6, 4), "a.mlp.up_proj.weight": (6, 4), "a.mlp.down_proj.weight": (4, 6)})
+    {'a.mlp.gate_up_proj.weight': ((12, 4), {'a.mlp.gate_proj.weight': 0, 'a.mlp.up_proj.weight': 6})}
     """
-    firsts = {parts[0]: whole for whole, parts in STACKED.items()}
+    whole_of = {parts[0]: whole for whole, parts in STACKED.items()}
     found = {}
     for name in shapes:
         before, _, last = name.rpartition(".")
         start, _, part = before.rpartition(".")
-        if last == "weight" and part in firsts:
-            found[f"{start}.{firsts[part]}.weight"] = tuple(f"{start}.{one}.weight" for one in STACKED[firsts[part]])
+        if last == "weight" and part in whole_of:
+            names = [f"{start}.{one}.weight" for one in STACKED[whole_of[part]]]
+            *firsts, rows = accumulate((shapes[one][0] for one in names), initial=0)
+            found[f"{start}.{whole_of[part]}.weight"] = (rows, shapes[name][1]), dict(zip(names, firsts, strict=True))
     return found
 
 

@@ -220,6 +220,7 @@ def test_dual_chunk_attention_counts_only_what_was_trained() -> None:
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"hidden_act": "gelu"}, ["gelu", "silu"]),
         ({"quantization_config": {"quant_method": "hqq"}}, ["hqq", "16-bit"]),
+        ({"architectures": [["x"]]}, ["unknown architecture"]),
         ({"hidden_size": "64"}, ["hidden_size", "'64'"]),
         ({"hidden_size": 66}, ["66", "4 heads"]),
         ({"vocab_size": None}, ["vocab_size is missing"]),

@@ -126,6 +126,12 @@ def test_a_gguf_file_of_a_repository_is_named_by_a_part_of_its_name(tmp_path: Pa
     assert report.plan.parts["weights"] == 2 * tiny_config().num_parameters  # float32 in the file
 
 
+def test_without_a_network_the_error_of_a_config_is_its_own(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
+    hub.cached["org/gemma"] = tmp_path
+    refused(lambda: config_of("org/gemma"), "unknown architecture 'GemmaForCausalLM'")
+
+
 def test_what_does_not_fit_is_not_fetched(tmp_path: Path, hub: Hub) -> None:
     folder = checkpoint(tmp_path / "model")
     hub.remote["org/model"] = folder

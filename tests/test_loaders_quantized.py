@@ -201,7 +201,8 @@ def checkpoint(folder: Path, name: str, *, stacked: bool = False, **changes: Any
     """
     scheme, pack, _ = SCHEMES[name]
     weights = random_weights(CONFIG)
-    for whole, parts in stacks(weights).items() if stacked else ():
+    all_stacks = stacks(expected_shapes(CONFIG)) if stacked else {}
+    for whole, (_, parts) in all_stacks.items():
         weights[whole] = torch.cat([weights.pop(part) for part in parts])
     write_checkpoint(folder, CONFIG, {})
     config = json.loads((folder / "config.json").read_text())
@@ -217,7 +218,7 @@ def checkpoint(folder: Path, name: str, *, stacked: bool = False, **changes: Any
             weights[weight] = value.half().float()
     save_file(tensors, folder / "model.safetensors")
     byte_level_pipeline().save(str(folder / "tokenizer.json"))
-    for whole, parts in stacks(expected_shapes(CONFIG)).items() if stacked else ():
+    for whole, (_, parts) in all_stacks.items():
         rows = [expected_shapes(CONFIG)[part][0] for part in parts]
         weights |= dict(zip(parts, weights.pop(whole).split(rows), strict=True))
     return weights

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.errors import ModelError
+from skvq.kernels.ggml.formats import BLOCK
 from skvq.loaders.quantized.scheme import WHOLE_TYPES, Part, Scheme, to_q4_1, to_q8_0
 
 WORDS = ("I32", "U32")
@@ -58,7 +59,7 @@ class Integers(Scheme):
 
     @property
     def unit(self) -> int:
-        return self.group or 32
+        return self.group or BLOCK
 
     def parts(self, outs: int, ins: int) -> tuple[Part, ...]:
         groups, n = ins // (self.group or ins), 32 // self.bits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -50,11 +49,10 @@ class QuantizedMatrices:
         matrices = {name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2}
         self._places = {name: (name, 0) for name in matrices}  # of a matrix: what it is stored with, and its first row there
         stored = dict(matrices)
-        for whole, parts in stacks(matrices).items():
-            rows = [matrices[part][0] for part in parts]
-            stored[whole] = sum(rows), matrices[parts[0]][1]
-            if self._is_stored(whole, scheme.parts(*stored[whole])[0]):
-                self._places |= {part: (whole, first) for part, first in zip(parts, accumulate(rows, initial=0), strict=False)}
+        for whole, (shape, firsts) in stacks(matrices).items():
+            stored[whole] = shape
+            if self._is_stored(whole, scheme.parts(*shape)[0]):
+                self._places |= {part: (whole, first) for part, first in firsts.items()}
         self._shapes = {name: shape for name, shape in stored.items() if self._is_stored(name, scheme.parts(*shape)[0])}
         self.shapes = {name: matrices[name] for name, (whole, _) in self._places.items() if whole in self._shapes}
         self._last = "", torch.empty(0)
