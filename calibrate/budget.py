@@ -15,7 +15,8 @@ from skvq.calibrate.sensitivity import PROBE_TOKENS, Probe, Store
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import BITS, CacheConfig, LayerWidths, ModelConfig
 from skvq.engine.model import Model
-from skvq.kernels.interface import Backend, RopeFrequencies
+from skvq.engine.rope import ModelRope
+from skvq.kernels.interface import Backend
 
 FIT_WORK, HEAD_WORK = 4, 4
 """Cost of fitting a layer at one width, and of the answers of a probe, in passes of the probe through one layer."""
@@ -49,7 +50,7 @@ def _parts(model: ModelConfig, config: CacheConfig) -> list[slice]:
 
 def calibrate_budget(
     model: Model,
-    frequencies: RopeFrequencies,
+    model_rope: ModelRope,
     texts: Tensor,
     config: CacheConfig,
     backend: Backend,
@@ -65,14 +66,15 @@ def calibrate_budget(
     """
     assert config.is_open, "there is no budget to spend"
     widths = candidates(config.code_bits)
-    probe = Probe(model, frequencies, texts[-1][:PROBE_TOKENS].to(model.device), config.window)
+    probe = Probe(model, model_rope, texts[-1][:PROBE_TOKENS].to(model.device), config.window)
     fits: list[dict[float, dict[str, Tensor]]] = []
     losses: list[list[float]] = []  # keys and values of the first head (or layer), of the second, ...
     parts = _parts(model.config, config)
-    for stats in recorded(model, frequencies, texts, outliers):
-        fitted = {bits: fit_layer(stats, frequencies, config.with_bits(bits, bits), backend, seed) for bits in widths}
+    for stats in recorded(model, model_rope, texts, outliers):
+        rope = model_rope.alone(len(fits))
+        fitted = {bits: fit_layer(stats, rope.turned, config.with_bits(bits, bits), backend, seed) for bits in widths}
         del stats  # before the next layer's are made
-        stores = {b: _store(t, config.with_bits(b, b), model.config, frequencies, backend) for b, t in fitted.items()}
+        stores = {b: _store(t, config.with_bits(b, b), model.config, rope, backend) for b, t in fitted.items()}
         losses += probe.losses(stores, parts)
         probe.advance()
         progress(_layer_work(model.config, texts, len(widths), len(parts), len(fits)))
@@ -83,15 +85,13 @@ def calibrate_budget(
     return layer_bits, stacked(layers)
 
 
-def _store(
-    tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, frequencies: RopeFrequencies, backend: Backend
-) -> Store:
+def _store(tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, rope: ModelRope, backend: Backend) -> Store:
     """What pages of one layer hold, for tensors of that layer."""
-    one = replace(model, num_layers=1, attention_spans=())
-    rows, device = {name: t[None] for name, t in tensors.items()}, frequencies.inv_freq.device
+    one = replace(model, num_layers=1, attention_spans=(), unturned_layers=())
+    rows, device = {name: t[None] for name, t in tensors.items()}, rope.turned.inv_freq.device
     layout = layouts_of(config, one)[0][0]
     if config.method == "reorder":
-        labels = label_codecs(rows, one, frequencies, device)[0][0]
+        labels = label_codecs(rows, one, rope, device)[0][0]
         return lambda keys, values: through_pages(keys, values, layout, labels, backend.labels)
-    heads = head_codecs(rows, config, one, frequencies, device)[0][0]
+    heads = head_codecs(rows, config, one, rope, device)[0][0]
     return lambda keys, values: through_pages(keys, values, layout, heads, backend.heads)

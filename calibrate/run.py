@@ -16,7 +16,7 @@ from skvq.calibrate.threads import one_thread
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError
 from skvq.engine.model import Model
-from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.kernels.interface import Backend, RopeFrequencies
 
 TEXT_TOKENS = 2048
@@ -41,7 +41,7 @@ def texts_of(ids: Sequence[int], tokens: int) -> Tensor:
 
 def calibrate(
     model: Model,
-    frequencies: RopeFrequencies,
+    model_rope: ModelRope,
     texts: Tensor,
     config: CacheConfig,
     backend: Backend,
@@ -62,30 +62,30 @@ def calibrate(
     """
     layers: list[dict[str, Tensor]] = []
     bits = config.bits_of_heads(model.config)
-    for stats in recorded(model, frequencies, texts, outliers):
-        heads = bits[len(layers)]
-        fits = {pair: fit_layer(stats, frequencies, config.with_bits(*pair), backend, seed) for pair in sorted(set(heads))}
+    for stats in recorded(model, model_rope, texts, outliers):
+        heads, rope = bits[len(layers)], model_rope.of(len(layers))
+        fits = {pair: fit_layer(stats, rope, config.with_bits(*pair), backend, seed) for pair in sorted(set(heads))}
         layers.append(mixed([(fits[pair], fits[pair]) for pair in heads]))
         del stats  # before the next layer's are made
         progress(1.0)
     return stacked(layers)
 
 
-def rehearse(model: Model, frequencies: RopeFrequencies, texts: Tensor, config: CacheConfig, backend: Backend) -> None:
+def rehearse(model: Model, model_rope: ModelRope, texts: Tensor, config: CacheConfig, backend: Backend) -> None:
     """Calibrate one layer on a few tokens and forget it.
 
     Kernels are compiled here, a minute of it on a new machine, and not in the first of the layers that progress counts.
     """
     few = texts[:1, :REHEARSED]
-    stats = next(recorded(model, frequencies, few, OutlierTokens(few)))
-    fit_layer(stats, frequencies, config.with_bits(config.key_bits, config.value_bits), backend, seed=0)
+    stats = next(recorded(model, model_rope, few, OutlierTokens(few)))
+    fit_layer(stats, model_rope.of(0), config.with_bits(config.key_bits, config.value_bits), backend, seed=0)
 
 
-def recorded(model: Model, frequencies: RopeFrequencies, texts: Tensor, outliers: OutlierTokens) -> Iterator[LayerStats]:
+def recorded(model: Model, model_rope: ModelRope, texts: Tensor, outliers: OutlierTokens) -> Iterator[LayerStats]:
     """What each layer sees of texts int64 [S, T], one layer after another, text by text."""
     shape, device = model.config, model.device
     count, length = texts.shape
-    rope = at_positions(frequencies, torch.arange(length, device=device)[None])
+    rope = at_positions(model_rope, torch.arange(length, device=device)[None])
     with HiddenStates(count, length, shape.hidden_size, model.dtype, device) as hidden:
         for at in range(count):
             hidden[at] = model.embed(texts[at].to(device))
@@ -98,7 +98,9 @@ def _recorded_layer(
 ) -> LayerStats:
     """What one layer sees; ``hidden`` goes through it."""
     shape = model.config
-    recorder = Recorder(len(texts), rope, shape.num_heads, shape.num_kv_heads, shape.head_size, shape.attention_spans[index])
+    recorder = Recorder(
+        len(texts), rope.of(index), shape.num_heads, shape.num_kv_heads, shape.head_size, shape.attention_spans[index]
+    )
     for at, text in enumerate(texts):
         hidden[at] = model.layer(index, hidden[at][None], rope, recorder)[0]
         outliers.see(text, recorder.key_norms)
@@ -125,19 +127,15 @@ def mixed(heads: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[
     return found
 
 
-def fit_layer(
-    stats: LayerStats, frequencies: RopeFrequencies, config: CacheConfig, backend: Backend, seed: int
-) -> dict[str, Tensor]:
+def fit_layer(stats: LayerStats, rope: RopeFrequencies, config: CacheConfig, backend: Backend, seed: int) -> dict[str, Tensor]:
     """Tensors of one layer at the config's key and value bits, on the CPU."""
     with one_thread():
-        return {name: t.cpu() for name, t in _fit(stats, frequencies, config, backend, seed).items()}
+        return {name: t.cpu() for name, t in _fit(stats, rope, config, backend, seed).items()}
 
 
-def _fit(
-    stats: LayerStats, frequencies: RopeFrequencies, config: CacheConfig, backend: Backend, seed: int
-) -> dict[str, Tensor]:
+def _fit(stats: LayerStats, rope: RopeFrequencies, config: CacheConfig, backend: Backend, seed: int) -> dict[str, Tensor]:
     if config.method == "reorder":
         return fit_reorder(stats, config, seed)
     if config.method == "plain":
         return fit_plain(stats, config)
-    return fit_rotate(stats, frequencies, config, backend)
+    return fit_rotate(stats, rope, config, backend)

@@ -17,9 +17,8 @@ from torch import Tensor
 from skvq.calibrate.stats import SINKS
 from skvq.engine.evaluate import dense_layers, text_hidden
 from skvq.engine.model import Model
-from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.engine.steps import DenseLayer
-from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.reference import masked_attention, merge
 
 PROBE_TOKENS, PROBE_STEP = 1024, 2
@@ -65,16 +64,16 @@ class DisturbedLayer:
 class Probe:
     """One text on its way through the exact model; ``losses`` of a layer, then ``advance`` to the next."""
 
-    def __init__(self, model: Model, frequencies: RopeFrequencies, ids: Tensor, window: int) -> None:
+    def __init__(self, model: Model, model_rope: ModelRope, ids: Tensor, window: int) -> None:
         """``ids`` int64 [T]; the window is never more than a quarter of the text."""
         tokens = len(ids)
         self.window = min(window, tokens // 4)
         self._model = model
         self._dense = dense_layers(model, tokens)
-        self._rope = at_positions(frequencies, torch.arange(tokens, device=ids.device)[None])
+        self._rope = at_positions(model_rope, torch.arange(tokens, device=ids.device)[None])
         self._rows = torch.arange(min(2 * self.window, tokens - 1), tokens, PROBE_STEP, device=ids.device)
         self._layer, self._hidden = 0, model.embed(ids[None])  # [1, T, d], what the layer is given
-        self._answer = self._answers(text_hidden(model, frequencies, ids, self._dense))
+        self._answer = self._answers(text_hidden(model, model_rope, ids, self._dense))
 
     def advance(self) -> None:
         """Move to the next layer."""

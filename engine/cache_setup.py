@@ -14,8 +14,9 @@ from skvq.engine.filters import FilterRule
 from skvq.engine.identity import Identity
 from skvq.engine.methods import CacheMethod
 from skvq.engine.regions import Regions
+from skvq.engine.rope import ModelRope
 from skvq.engine.streams import Streams
-from skvq.kernels.interface import Backend, RopeFrequencies
+from skvq.kernels.interface import Backend
 
 if TYPE_CHECKING:
     from skvq.engine.cache import SequenceCache
@@ -43,7 +44,7 @@ class CacheSetup:
     method: CacheMethod
     regions: Regions
     rules: tuple[FilterRule, ...]
-    rope: RopeFrequencies
+    rope: ModelRope
     max_context: int
     on_full: OnFull
     packed_token_bytes: float  # of a packed token over all layers, codes and metadata

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from skvq.engine.config import CacheConfig, ModelConfig, Widths
 from skvq.engine.errors import CalibrationError
+from skvq.engine.rope import ModelRope
 from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies, Side
 from skvq.kernels.layout import LEVELS, PageLayout
 
@@ -89,12 +90,14 @@ def layouts_of(config: CacheConfig, model: ModelConfig) -> tuple[tuple[PageLayou
 
 
 def head_codecs(
-    tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, rope: RopeFrequencies, device: torch.device
+    tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, rope: ModelRope, device: torch.device
 ) -> tuple[tuple[HeadCodec, ...], ...]:
     """Codecs of ``rotate``, and of ``plain``, whose bases and metrics are the identity, for each run of each layer."""
     return tuple(
         tuple(
-            _head_codec({n: t[layer, run] for n, t in tensors.items()}, widths, config.method == "rotate", model, rope, device)
+            _head_codec(
+                {n: t[layer, run] for n, t in tensors.items()}, widths, config.method == "rotate", model, rope.of(layer), device
+            )
             for run, widths in runs_of(heads)
         )
         for layer, heads in enumerate(config.bits_of_heads(model))
@@ -145,7 +148,7 @@ def unit_factor(metric: Tensor) -> Tensor:
 
 
 def label_codecs(
-    tensors: Mapping[str, Tensor], model: ModelConfig, rope: RopeFrequencies, device: torch.device
+    tensors: Mapping[str, Tensor], model: ModelConfig, rope: ModelRope, device: torch.device
 ) -> tuple[tuple[LabelCodec, ...], ...]:
     """Codecs of ``reorder``: every layer is one run."""
     codecs = []
@@ -155,5 +158,6 @@ def label_codecs(
             for s in SIDES
         )
         labels = [tensors[f"{s}_labels"][layer].to(device) for s in SIDES]
-        codecs.append((LabelCodec(keys=keys, values=values, key_labels=labels[0], value_labels=labels[1], rope=rope),))
+        side_labels = {"key_labels": labels[0], "value_labels": labels[1]}
+        codecs.append((LabelCodec(keys=keys, values=values, **side_labels, rope=rope.of(layer)),))
     return tuple(codecs)

@@ -43,6 +43,7 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    query_beta: float = 0.0  # ``llama_4_scaling_beta``
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_TYPES:
@@ -61,7 +62,8 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees;
-    ``qk_norm``: heads of queries and keys are normed before RoPE (arXiv 2010.04245, Qwen3)."""
+    ``unturned_layers`` have no RoPE; ``qk_norm``: heads of queries and keys are normed before RoPE (arXiv 2010.04245, Qwen3).
+    """
 
     family: str
     vocab_size: int
@@ -75,6 +77,7 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     trained_context: int = 4096
     attention_spans: tuple[int, ...] = ()
+    unturned_layers: tuple[int, ...] = ()
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False

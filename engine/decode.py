@@ -18,14 +18,13 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.methods import CacheMethod
 from skvq.engine.model import Model
-from skvq.engine.rope import at_positions
+from skvq.engine.rope import ModelRope, at_positions
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.graphs import Captured, Graphs, NotCaptured
-from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.notices import notice
 
 
-def hidden_states(model: Model, rope: RopeFrequencies, batch: DecodeBatch, max_packed: int) -> Tensor:
+def hidden_states(model: Model, rope: ModelRope, batch: DecodeBatch, max_packed: int) -> Tensor:
     """Hidden states [B * N, d] of all tokens after all layers; ``batch.begin`` has said where they go."""
     batch.mark_slots()
     step_rope = at_positions(rope, batch.rope_positions)
@@ -60,7 +59,7 @@ class Batches:
 class EagerStep:
     """Every kernel launched by the host: any device, any backend, filters that need attention mass."""
 
-    def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup) -> None:
+    def __init__(self, model: Model, rope: ModelRope, setup: CacheSetup) -> None:
         self.model, self.rope, self.batches = model, rope, Batches(setup)
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
@@ -98,7 +97,7 @@ class GraphStep:
     captured anew.
     """
 
-    def __init__(self, model: Model, rope: RopeFrequencies, setup: CacheSetup, graphs: Graphs) -> None:
+    def __init__(self, model: Model, rope: ModelRope, setup: CacheSetup, graphs: Graphs) -> None:
         self.model, self.rope, self.graphs, self.batches = model, rope, graphs, Batches(setup)
         self._held: list[CapturedFor] = []  # the one used last is the last
         self._failed: dict[tuple[int, int], int] = {}  # captures one after another, by sequences and tokens of each
@@ -142,7 +141,7 @@ class GraphStep:
         return bool(known)
 
 
-def decode_step_of(model: Model, rope: RopeFrequencies, setup: CacheSetup, *, graph: bool) -> DecodeStep:
+def decode_step_of(model: Model, rope: ModelRope, setup: CacheSetup, *, graph: bool) -> DecodeStep:
     """A graph, if it is wanted and everything in the step can be captured; else kernel by kernel.
 
     Filters that need attention mass address their slots from the host: they keep the eager step.

@@ -17,11 +17,10 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.engine.mass import add_mass
 from skvq.engine.model import LayerCache, Model
-from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.engine.sizes import bits_per_element
 from skvq.engine.steps import DenseLayer
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
-from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.reference import masked_attention, merge
 
 ROWS = 256
@@ -94,13 +93,13 @@ class StrictWindowLayer(DecodeRegimeLayer):
 
 def text_hidden(
     model: Model,
-    frequencies: RopeFrequencies,
+    model_rope: ModelRope,
     ids: Tensor,
     cache: Callable[[int], LayerCache],
     advance: Callable[[float], None] = lambda done: None,
 ) -> Tensor:
     """Last hidden states [N, d] of a whole text, layer by layer against ``cache(layer)``; ``advance(1)`` after each."""
-    rope = at_positions(frequencies, torch.arange(len(ids), device=ids.device)[None])
+    rope = at_positions(model_rope, torch.arange(len(ids), device=ids.device)[None])
     x = model.embed(ids[None])
     for layer in range(model.config.num_layers):
         x = model.layer(layer, x, rope, cache(layer))

@@ -24,15 +24,14 @@ from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
 from skvq.engine.prefill_form import KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
-from skvq.engine.rope import StepRope, at_positions
+from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.engine.steps import ExactLayer
 from skvq.kernels.dense import kv_buffer
-from skvq.kernels.interface import RopeFrequencies
 
 
 def exact_prefill(
     model: Model,
-    rope: RopeFrequencies,
+    rope: ModelRope,
     sequence: SequenceCache,
     ids: Sequence[int],
     form: PrefillForm,
@@ -111,7 +110,7 @@ class AllHeads:
     It holds the layer's keys and values of all heads; a chunk's output replaces its input.
     """
 
-    def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
+    def __init__(self, model: Model, rope: ModelRope, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         self.model, self.rope, self.sequence, self.tokens, self.state = model, rope, sequence, tokens, state
         self._ropes: dict[tuple[int, int], StepRope] = {}  # of the chunks in the first KEPT_ROPE_TOKENS
 
@@ -147,22 +146,22 @@ class AllHeads:
         return ExactLayer(self.sequence.setup, state.layer, state.keys, state.values, state.mass, start)
 
     def _chunk(self, start: int, stop: int) -> tuple[Tensor, StepRope]:
-        """Hidden states [1, N, d] of a chunk on the device, and the RoPE of its positions."""
+        """Hidden states [1, N, d] of a chunk on the device, and the RoPE of its positions in this layer."""
         device = self.tokens.device
         x = self.state.hidden[None, start:stop].to(device, non_blocking=True)
         chunk = (start, stop)
         if chunk not in self._ropes:
             step_rope = at_positions(self.rope, torch.arange(start, stop, device=device)[None])
             if stop > KEPT_ROPE_TOKENS:
-                return x, step_rope
+                return x, step_rope.of(self.state.layer)
             self._ropes[chunk] = step_rope
-        return x, self._ropes[chunk]
+        return x, self._ropes[chunk].of(self.state.layer)
 
 
 class HeadGroups(AllHeads):
     """A layer's keys and values of some kv heads at a time. Its input stays until ``finish``, which packs all heads."""
 
-    def __init__(self, model: Model, rope: RopeFrequencies, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
+    def __init__(self, model: Model, rope: ModelRope, sequence: SequenceCache, tokens: Tensor, state: ExactState) -> None:
         super().__init__(model, rope, sequence, tokens, state)
         config, self.groups = model.config, len(state.attended)
         shape = (config.num_kv_heads, min(PIECE_TOKENS, len(tokens)), config.head_size)
@@ -171,7 +170,7 @@ class HeadGroups(AllHeads):
     def read(self, start: int, stop: int) -> None:
         x, step_rope = self._chunk(start, stop)
         group = self.state.group
-        q, k, v = (t.chunk(self.groups, dim=2)[group] for t in self.model.heads(self.state.layer, x))
+        q, k, v = (t.chunk(self.groups, dim=2)[group] for t in self.model.heads(self.state.layer, x, step_rope))
         attended = self._cache(start).attend(q, k, v, step_rope)[0].flatten(1)
         self.state.attended[group, start:stop].copy_(attended, non_blocking=True)
 
@@ -185,7 +184,7 @@ class HeadGroups(AllHeads):
         """Keys and values of a chunk again, to their place in the piece; then the chunk's output replaces its input."""
         layer, config = self.state.layer, self.model.config
         x, step_rope = self._chunk(start, stop)
-        q, k, v = self.model.heads(layer, x)
+        q, k, v = self.model.heads(layer, x, step_rope)
         ops = self.sequence.setup.backend.ops
         ops.rope_to_buffer(q[:, :, :0], k, v, step_rope.cos, step_rope.sin, self.keys, self.values, place)
         parts = [part[None, start:stop].to(x.device, non_blocking=True) for part in self.state.attended]

@@ -13,7 +13,7 @@ from torch import Tensor
 from skvq.engine.config import CacheConfig, LayerWidths, pairs_of
 from skvq.engine.errors import SessionError
 from skvq.engine.filters import FilterRule
-from skvq.kernels.interface import RopeFrequencies
+from skvq.engine.rope import ModelRope
 from skvq.loaders.artifact import digest_of
 
 WORDS = {
@@ -72,7 +72,7 @@ def identity_of(
     cache: CacheConfig,
     fingerprint: str,
     tensors: Mapping[str, Tensor],
-    rope: RopeFrequencies,
+    rope: ModelRope,
     dtype: torch.dtype,
 ) -> Identity:
     """The identity of a cache; ``tensors`` are its calibration, ``dtype`` that of its full-precision slots."""
@@ -122,6 +122,11 @@ def _rule_name(rule: FilterRule) -> str:
     return f"{type(rule).__module__}:{type(rule).__qualname__}" + (f"({parameters})" if told else "")
 
 
-def rope_digest(rope: RopeFrequencies) -> str:
-    """Digest of RoPE frequencies and their scale."""
-    return digest_of({"inv_freq": rope.inv_freq, "scale": torch.tensor(rope.scale, dtype=torch.float64)})
+def rope_digest(rope: ModelRope) -> str:
+    """Digest of all that turns queries and keys."""
+    tensors = {"inv_freq": rope.turned.inv_freq, "scale": torch.tensor(rope.turned.scale, dtype=torch.float64)}
+    if rope.unturned:
+        tensors["unturned"] = torch.tensor(sorted(rope.unturned))
+    if rope.query_beta:
+        tensors["query"] = torch.tensor([rope.query_beta, rope.query_period], dtype=torch.float64)
+    return digest_of(tensors)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from threading import RLock
 
 from skvq.engine.model import Model
-from skvq.kernels.interface import Backend, RopeFrequencies
+from skvq.engine.rope import ModelRope
+from skvq.kernels.interface import Backend
 from skvq.loaders.text import Tokenizer
 
 
@@ -16,7 +17,7 @@ class LoadedModel:
 
     model: Model
     tokenizer: Tokenizer
-    rope: RopeFrequencies
+    rope: ModelRope
     backend: Backend
     fingerprint: str
     context: int  # tokens of the longest sequence

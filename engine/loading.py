@@ -27,12 +27,12 @@ from skvq.engine.overflow import on_full_of
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
-from skvq.engine.rope import beyond_training, frequencies, scaled
+from skvq.engine.rope import ModelRope, beyond_training, model_rope, scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes, with_longest_tile
 from skvq.engine.storage import Form, WeightReader
 from skvq.engine.streams import streams_of
 from skvq.engine.weight_forms import form_of
-from skvq.kernels.interface import Backend, RopeFrequencies
+from skvq.kernels.interface import Backend
 from skvq.loaders.artifact import load_header
 from skvq.loaders.open import open_model, stand_in
 from skvq.loaders.source import WeightSource
@@ -61,7 +61,7 @@ class EngineParts:
         return self.loaded.tokenizer
 
     @property
-    def rope(self) -> RopeFrequencies:
+    def rope(self) -> ModelRope:
         return self.loaded.rope
 
 
@@ -120,7 +120,7 @@ def load_parts(
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
-        rope=frequencies(config, context, device),
+        rope=model_rope(config, context, device),
         backend=kernels,
         fingerprint=source.fingerprint,
         context=context,
@@ -193,7 +193,7 @@ def cache_setup(
     cache: CacheConfig,
     tensors: Mapping[str, Tensor],
     *,
-    rope: RopeFrequencies,
+    rope: ModelRope,
     backend: Backend,
     max_context: int,
     on_full: OnFull,
@@ -238,7 +238,7 @@ def bind_method(
     config: ModelConfig,
     cache: CacheConfig,
     tensors: Mapping[str, Tensor],
-    rope: RopeFrequencies,
+    rope: ModelRope,
     kernels: Backend,
 ) -> CacheMethod:
     """The cache method over an arena, with the codecs that calibration found."""

@@ -81,10 +81,11 @@ class Model:
 
     def layer(self, index: int, x: Tensor, rope: StepRope, cache: LayerCache) -> Tensor:
         """Layer ``index`` over hidden states ``x`` [B, N, d]; the cache takes their keys and values."""
-        return self.after_attention(index, x, cache.attend(*self.heads(index, x), rope))
+        rope = rope.of(index)
+        return self.after_attention(index, x, cache.attend(*self.heads(index, x, rope), rope))
 
-    def heads(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, N, H, D], keys and values [B, N, KH, D] of a layer, before RoPE."""
+    def heads(self, index: int, x: Tensor, rope: StepRope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, N, H, D], keys and values [B, N, KH, D] of a layer, before they are turned."""
         w = self.weights.layers[index]
         qkv = self.ops.norm_linear(x, w.input_norm, self.config.norm_eps, w.qkv)
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
@@ -92,7 +93,7 @@ class Model:
         q, k, v = parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
         if w.qk_norm is not None:
             q, k = self.ops.norm_heads(q, k, *w.qk_norm, self.config.norm_eps)
-        return q, k, v
+        return rope.lengthened(q), k, v
 
     def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""

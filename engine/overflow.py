@@ -113,7 +113,7 @@ def _move_slots(sequence: SequenceCache, layer: int, tokens: int) -> None:
     for part, by in ((slice(0, regions.sinks), forward), (slice(regions.sinks, None), forward - tokens)):
         if by:
             keys = full.keys[slot, :, part].transpose(0, 1)  # [F, KH, D]
-            full.keys[slot, :, part] = shifted(keys, by, setup.rope).transpose(0, 1)
+            full.keys[slot, :, part] = shifted(keys, by, setup.rope.of(layer)).transpose(0, 1)
     rest = full.positions[slot, regions.sinks : regions.retained]
     rest.copy_(torch.where(rest >= tokens, rest - tokens, -1))
     keys, values, mass = (t.clone() for t in sequence.window(layer, sequence.length))  # [T, KH, D]

@@ -19,10 +19,9 @@ from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
-from skvq.engine.rope import at_positions
+from skvq.engine.rope import ModelRope, at_positions
 from skvq.engine.steps import DecodeBatch, StreamingLayer
 from skvq.engine.streams import sent
-from skvq.kernels.interface import RopeFrequencies
 
 Work = npt.NDArray[np.float64]
 """Multiply-adds in matrices and in attention: a machine is not equally fast at both."""
@@ -48,7 +47,7 @@ def chunk_work(config: ModelConfig, start: int, stop: int) -> Work:
     return np.array([(stop - start) * linear, (stop - start) * q * (start + stop)], dtype=float)
 
 
-def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
+def short_prefill(model: Model, rope: ModelRope, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:
     """Append a few ``ids`` to a sequence as decode steps of several tokens; hidden state [d] of the last.
 
     The fused attention reads packed pages once for all of them, where streaming stages every page to 16 bits first.
@@ -66,7 +65,7 @@ def short_prefill(model: Model, rope: RopeFrequencies, sequence: SequenceCache, 
 
 def streaming_prefill(
     model: Model,
-    rope: RopeFrequencies,
+    rope: ModelRope,
     sequence: SequenceCache,
     ids: Sequence[int],
     report: Reporter,

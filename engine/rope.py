@@ -18,12 +18,45 @@ from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.ops import apply_rope
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRope:
+    """How a model's queries and keys are turned: in all layers but ``unturned`` (NoPE, arXiv 2305.19466) alike.
+
+    Queries at position t are longer by ``1 + query_beta log(1 + floor(t / query_period))`` (Llama 4, Ministral 3).
+    """
+
+    turned: RopeFrequencies
+    still: RopeFrequencies  # all zeros
+    unturned: frozenset[int] = frozenset()
+    query_beta: float = 0.0
+    query_period: int = 1
+
+    def of(self, layer: int) -> RopeFrequencies:
+        """Frequencies of a layer."""
+        return self.still if layer in self.unturned else self.turned
+
+    def alone(self, layer: int) -> ModelRope:
+        """That of a model of this layer alone."""
+        return replace(self, turned=self.of(layer), unturned=frozenset())
+
+
 @dataclass(frozen=True, slots=True)
 class StepRope:
-    """Cosines and sines of the positions of one step."""
+    """Cosines and sines of the positions of one step, and what queries there are multiplied by."""
 
     cos: Tensor  # float32 [B, N, 1, D/2]
     sin: Tensor  # as cos
+    gain: Tensor | None = None  # float32 [B, N, 1, 1]
+    unturned: frozenset[int] = frozenset()
+    still: StepRope | None = None  # of layers that are not turned
+
+    def of(self, layer: int) -> StepRope:
+        """That of a layer."""
+        return self.still if self.still and layer in self.unturned else self
+
+    def lengthened(self, q: Tensor) -> Tensor:
+        """Queries [B, N, H, D] times their gain, in their dtype."""
+        return q if self.gain is None else torch.mul(q, self.gain, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
 
     def apply(self, x: Tensor) -> Tensor:
         """RoPE of ``x`` [B, N, heads, D] at its positions, in x's dtype; channels pair as (j, D/2 + j)."""
@@ -65,20 +98,29 @@ def beyond_training(context: int, trained: int) -> str:
     return f"{context:,} tokens exceed the {trained:,} that this model was trained for: output beyond that is unreliable"
 
 
-def at_positions(rope: RopeFrequencies, positions: Tensor) -> StepRope:
+def at_positions(rope: ModelRope, positions: Tensor) -> StepRope:
     """The rotations of ``positions`` [B, N]."""
+    gain = None
+    if rope.query_beta:
+        periods = torch.div(positions, rope.query_period, rounding_mode="floor")[..., None, None]
+        gain = 1 + rope.query_beta * torch.log1p(periods.float())
+    still = StepRope(*_turns(rope.still, positions), gain) if rope.unturned else None
+    return StepRope(*_turns(rope.turned, positions), gain, rope.unturned, still)
+
+
+def _turns(rope: RopeFrequencies, positions: Tensor) -> tuple[Tensor, Tensor]:
     angle = positions.to(torch.float64)[..., None, None] * rope.inv_freq
-    return StepRope((angle.cos() * rope.scale).float(), (angle.sin() * rope.scale).float())
+    return (angle.cos() * rope.scale).float(), (angle.sin() * rope.scale).float()
 
 
 def shifted(x: Tensor, by: int, rope: RopeFrequencies) -> Tensor:
     """``x`` [T, heads, D], after RoPE, moved ``by`` positions on from where each is, in x's dtype; its scale stays."""
-    step = at_positions(RopeFrequencies(inv_freq=rope.inv_freq, scale=1.0), torch.tensor([[by]], device=x.device))
-    return step.apply(x[None])[0]
+    turns = _turns(RopeFrequencies(inv_freq=rope.inv_freq, scale=1.0), torch.tensor([[by]], device=x.device))
+    return StepRope(*turns).apply(x[None])[0]
 
 
-def frequencies(config: ModelConfig, context: int, device: torch.device) -> RopeFrequencies:
-    """Frequencies of a model for sequences of up to ``context`` tokens.
+def model_rope(config: ModelConfig, context: int, device: torch.device) -> ModelRope:
+    """The RoPE of a model for sequences of up to ``context`` tokens.
 
     Dynamic NTK and LongRoPE depend on the length: they are fixed for ``context``, so that cached keys stay comparable.
     """
@@ -88,7 +130,14 @@ def frequencies(config: ModelConfig, context: int, device: torch.device) -> Rope
         raise ModelError(f"no frequencies can be computed for this RoPE ({error}): {config.rope}") from None
     if not (found.inv_freq.isfinite().all() and math.isfinite(found.scale)):
         raise ModelError(f"the frequencies of this RoPE are not finite: {config.rope}")
-    return RopeFrequencies(inv_freq=found.inv_freq.to(device), scale=found.scale)
+    turned = RopeFrequencies(inv_freq=found.inv_freq.to(device), scale=found.scale)
+    return ModelRope(
+        turned=turned,
+        still=RopeFrequencies(inv_freq=torch.zeros_like(turned.inv_freq), scale=1.0),
+        unturned=frozenset(config.unturned_layers),
+        query_beta=config.rope.query_beta,
+        query_period=config.rope.original_context or config.trained_context,
+    )
 
 
 def _frequencies(config: ModelConfig, context: int) -> RopeFrequencies:

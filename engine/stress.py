@@ -22,7 +22,7 @@ from skvq.engine.overflow import on_full_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
-from skvq.engine.rope import frequencies
+from skvq.engine.rope import model_rope
 from skvq.engine.sizes import arena_shape, gib, regions_of, with_longest_tile
 from skvq.kernels.interface import Backend, Step
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
@@ -62,7 +62,7 @@ def bare_setup(
             f"the arena for {max_context:,} tokens needs {gib(shape.nbytes)}, only {gib(memory)} is available: "
             "choose a smaller --ctx, fewer --layers or fewer bits"
         )
-    rope = frequencies(config, max_context, device)
+    rope = model_rope(config, max_context, device)
     return cache_setup(
         Arena(shape, device),
         config,

@@ -1,4 +1,4 @@
-"""GGUF metadata -> ModelConfig, for the architectures `llama` (Mistral is one there), `qwen2` and `qwen3`."""
+"""GGUF metadata -> ModelConfig, of the architectures in ``ARCHITECTURES``; most of Mistral's models are `llama` there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from skvq.loaders.fields import Fields, model_config, shorten
 from skvq.loaders.gguf_header import GgufHeader
 from skvq.loaders.names import MAX_LAYERS
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = {"llama": "llama", "mistral3": "ministral3", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+"""Name in a file -> family of the model."""
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 """Tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
 
@@ -42,7 +43,7 @@ def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.flo
     window = fields.integer(f"{arch}.attention.sliding_window", FULL_SPAN)
     return model_config(
         where,
-        family=arch,
+        family=ARCHITECTURES[arch],
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=_uniform(fields, f"{arch}.feed_forward_length", None),
@@ -54,6 +55,7 @@ def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.flo
         rope=rope,
         trained_context=context,
         attention_spans=(window,) * layers,
+        unturned_layers=tuple(range(3, layers, 4)) if arch == "smollm3" else (),
         tie_embeddings="output.weight" not in header.tensors,
         qkv_bias="blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
@@ -88,6 +90,7 @@ def _rope(fields: Fields, arch: str, context: int, freqs: NDArray[np.float32] | 
     if kind == "linear":
         return RopeConfig(kind=kind, theta=theta, factor=factor, original_context=context)
     extra = fields.positive(f"{arch}.rope.scaling.attn_factor", 1.0)
+    log_multiplier = fields.number(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)
     return RopeConfig(
         kind=kind,
         theta=theta,
@@ -95,7 +98,10 @@ def _rope(fields: Fields, arch: str, context: int, freqs: NDArray[np.float32] | 
         original_context=fields.integer(f"{arch}.rope.scaling.original_context_length", context),
         beta_fast=fields.positive(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=fields.positive(f"{arch}.rope.scaling.yarn_beta_slow", 1.0),
+        mscale=1.0 if log_multiplier else 0.0,
+        mscale_all_dim=log_multiplier,
         attention_factor=None if extra == 1.0 else extra * yarn_scale(factor),
+        query_beta=fields.number(f"{arch}.attention.temperature_scale", 0.0),
     )
 
 

@@ -24,6 +24,8 @@ from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expect
 from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
 
 ROPE_FREQS = "rope_freqs.weight"
+PERMUTED = ("llama", "ministral3", "smollm3")
+"""Families whose queries and keys llama.cpp turns as neighbouring channels."""
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are single values, not blocks."""
 
@@ -136,7 +138,7 @@ class GgufSource:
 
     def _row_order(self, name: str) -> NDArray[np.int64] | None:
         """Stored row of each canonical row, or None where they are the same."""
-        if self._config.family != "llama":
+        if self._config.family not in PERMUTED:
             return None
         heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}
         part = name.split(".")[-2]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class _Family:
     eos: tuple[int, ...]
     norm_eps: float = 1e-6
     qkv_bias: bool = False
+    tie_embeddings: bool = False
+    rope: Mapping[str, Any] = field(default_factory=dict)  # as ``rope_parameters``
 
 
 _FAMILIES = {
@@ -41,12 +44,33 @@ _FAMILIES = {
         name="seed_oss", kv_heads=8, head_size=128, context=524288, sliding_window=0, bos=0, eos=(2,), qkv_bias=True
     ),
     "Qwen3ForCausalLM": _Family(name="qwen3", kv_heads=32, head_size=128, context=32768, sliding_window=4096, bos=None, eos=()),
-}
+    "Ministral3ForCausalLM": _Family(
+        name="ministral3", kv_heads=8, head_size=128, context=262144, sliding_window=0, bos=1, eos=(2,), norm_eps=1e-5,
+        rope={
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "SmolLM3ForCausalLM": _Family(
+        name="smollm3", kv_heads=4, context=32768, sliding_window=0, bos=128000, eos=(128001,), tie_embeddings=True,
+        rope={"rope_theta": 2e6},
+    ),
+    "CwmForCausalLM": _Family(
+        name="cwm", kv_heads=8, head_size=128, context=131072, sliding_window=8192, bos=128000, eos=(128001, 128008, 128009),
+        norm_eps=1e-5,
+        rope={
+            "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+}  # fmt: skip
 WRAPPED = {"Mistral3ForConditionalGeneration": "mistral3"}
 """Models of text and images whose ``text_config`` is one of these families: the text is read, the rest left alone."""
 ARCHITECTURES = (*_FAMILIES, *WRAPPED)
 QWENS = ("qwen2", "qwen3")
-BY_LAYER = (*QWENS, "ministral")
+WINDOW_IF_USED = (*QWENS, "smollm3")
+"""Families whose window counts only with ``use_sliding_window``."""
+BY_LAYER = (*WINDOW_IF_USED, "ministral", "cwm")
 """Families whose config names the layers in which attention slides."""
 
 
@@ -75,12 +99,12 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     if layers > MAX_LAYERS:
         raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine supports at most {MAX_LAYERS}")
     vocab = fields.integer("vocab_size")
-    may_bias = family.name in ("llama", "qwen3", "seed_oss")
+    may_bias = family.name in ("llama", "qwen3", "seed_oss", "smollm3")
     qkv_bias = may_bias and fields.flag("attention_bias", family.qkv_bias)
     output_bias = fields.flag("attention_out_bias", False) if family.name == "seed_oss" else qkv_bias
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
-    rope = parse_rope(fields, context, head_size)
+    rope = parse_rope(fields, context, head_size, family.rope)
     return model_config(
         fields.where,
         family=family.name,
@@ -95,19 +119,23 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
         rope=rope,
         trained_context=_trained_context(fields, rope, context),
         attention_spans=_attention_spans(fields, family, layers),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        unturned_layers=_unturned_layers(fields, layers) if family.name == "smollm3" else (),
+        tie_embeddings=fields.flag("tie_word_embeddings", family.tie_embeddings),
         qkv_bias=family.name == "qwen2" or qkv_bias,
         output_bias=output_bias,
-        mlp_bias=family.name in ("llama", "seed_oss") and fields.flag("mlp_bias", False),
+        mlp_bias=family.name in ("llama", "seed_oss", "smollm3") and fields.flag("mlp_bias", False),
         qk_norm=family.name == "qwen3",
         bos_token_id=_bos(fields, family, vocab),
         eos_token_ids=_eos(fields, family, vocab, more_eos_ids),
     )
 
 
-def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
-    """RopeConfig from ``rope_parameters`` (transformers 5), or ``rope_scaling`` and ``rope_theta`` (before)."""
+def parse_rope(fields: Fields, context: int, head_size: int, assumed: Mapping[str, Any]) -> RopeConfig:
+    """RopeConfig from ``rope_parameters`` (transformers 5), or ``rope_scaling`` and ``rope_theta`` (before); ``assumed`` where
+    there is none of these."""
     rope = _rope_section(fields)
+    if not rope.data and not fields.has("rope_theta"):
+        rope = Fields(assumed, rope.where)
     nested = [key for key, value in rope.data.items() if isinstance(value, dict)]
     if nested:
         raise ModelError(f"{rope.where}: separate RoPE settings per layer type ({', '.join(nested[:3])}) are not supported")
@@ -135,6 +163,7 @@ def parse_rope(fields: Fields, context: int, head_size: int) -> RopeConfig:
         mscale_all_dim=rope.number("mscale_all_dim", 0.0),
         attention_factor=_attention_factor(rope, kind, factor),
         truncate=rope.flag("truncate", True),
+        query_beta=rope.number("llama_4_scaling_beta", 0.0),
         **lists,
     )
 
@@ -174,6 +203,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "mscale_all_dim": config.rope.mscale_all_dim,
         "attention_factor": config.rope.attention_factor,
         "truncate": config.rope.truncate,
+        "llama_4_scaling_beta": config.rope.query_beta or None,
         "short_factor": list(config.rope.short_factor) or None,
         "long_factor": list(config.rope.long_factor) or None,
     }
@@ -194,6 +224,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": window,
         "use_sliding_window": window is not None,
         "layer_types": names if config.family in BY_LAYER else None,
+        "no_rope_layers": [int(layer not in config.unturned_layers) for layer in range(config.num_layers)],
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.qkv_bias if config.family == "seed_oss" else config.output_bias,
         "attention_out_bias": config.output_bias,
@@ -254,18 +285,18 @@ def _trained_context(fields: Fields, rope: RopeConfig, context: int) -> int:
 
 
 def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int, ...]:
-    """Tokens each layer's queries see: Mistral and Phi-3 slide in all layers, Qwen and Ministral in those their config names,
-    Llama in none.
+    """Tokens each layer's queries see: Mistral and Phi-3 slide in all layers, Llama in none, others in those that their config
+    names.
     """
     declared = fields.has("sliding_window") or (family.sliding_window and "sliding_window" not in fields.data)
-    able = family.name not in ("llama", "seed_oss") and (family.name not in QWENS or fields.flag("use_sliding_window", False))
-    if not (declared and able):
+    used = family.name not in WINDOW_IF_USED or fields.flag("use_sliding_window", False)
+    if not (declared and used) or family.name in ("llama", "seed_oss"):
         return (FULL_SPAN,) * layers
     window = fields.integer("sliding_window", family.sliding_window or None)
     kinds = fields.data.get("layer_types") if family.name in BY_LAYER else None
-    if kinds is None and family.name not in QWENS:
+    if kinds is None and family.name in ("mistral", "ministral", "ministral3", "phi3"):
         return (window,) * layers
-    if kinds is None:
+    if kinds is None and family.name in QWENS:
         first = fields.data.get("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise ModelError(f"{fields.where}: max_window_layers must be a number of layers, got {first!r}")
@@ -274,6 +305,17 @@ def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int,
     if not isinstance(kinds, list) or len(kinds) != layers or any(not isinstance(k, str) or k not in spans for k in kinds):
         raise ModelError(f"{fields.where}: layer_types must list {layers} entries, each one of {', '.join(spans)}")
     return tuple(spans[kind] for kind in kinds)
+
+
+def _unturned_layers(fields: Fields, layers: int) -> tuple[int, ...]:
+    """Layers without RoPE: those that ``no_rope_layers`` has a 0 for, else the last of every ``no_rope_layer_interval``."""
+    turned = fields.data.get("no_rope_layers")
+    if turned is None:
+        every = fields.integer("no_rope_layer_interval", 4)
+        return tuple(range(every - 1, layers, every))
+    if not isinstance(turned, list) or len(turned) < layers or any(one not in (0, 1) for one in turned):
+        raise ModelError(f"{fields.where}: no_rope_layers must list {layers} entries, each 0 or 1")
+    return tuple(layer for layer in range(layers) if not turned[layer])
 
 
 def _bos(fields: Fields, family: _Family, vocab: int) -> int | None:

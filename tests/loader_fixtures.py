@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import xllamacpp
 from ggml_fixtures import SPANNING, random_blocks
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Pipeline
@@ -19,8 +20,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from skvq.engine.config import ModelConfig, RopeConfig
 from skvq.engine.errors import SkvqError
-from skvq.loaders.gguf_file import gguf_names
-from skvq.loaders.hf import QWENS, config_to_json
+from skvq.loaders.gguf_config import ARCHITECTURES
+from skvq.loaders.gguf_file import PERMUTED, gguf_names
+from skvq.loaders.hf import config_to_json
 from skvq.loaders.names import expected_shapes
 
 WORDS = "the quick brown fox jumps over 12345 lazy dogs; it's naïve — déjà vu! def f(x):\n\treturn x ** 2\n 日本 😀 "
@@ -91,11 +93,11 @@ def write_gguf(
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     part_tensors: int = 0,
 ) -> Path:
-    """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted for ``llama``.
+    """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted where llama.cpp wants it.
 
     part_tensors: parts of so many tensors each, next to ``path``, which is none of them.
     """
-    arch = config.family if config.family in QWENS else "llama"
+    arch = next((name for name, family in ARCHITECTURES.items() if family == config.family), "llama")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=part_tensors)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.trained_context)
@@ -107,12 +109,18 @@ def write_gguf(
     writer.add_value_length(config.head_size)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
+    if config.rope.kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope.original_context)
+        writer.add_rope_scaling_yarn_log_mul(config.rope.mscale_all_dim)
+        writer.add_attn_temperature_scale(config.rope.query_beta)
     extra(writer)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     for name, theirs in gguf_names(config).items():
         value = weights[name].numpy()
         part = name.split(".")[-2]
-        if arch == "llama" and part in heads:
+        if ARCHITECTURES[arch] in PERMUTED and part in heads:
             value = permuted(value, heads[part])
         if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(theirs, value)
@@ -133,15 +141,31 @@ def gguf_model(path: Path, config: ModelConfig, kind: str) -> Path:
             return np.asarray(gguf.quants.quantize(value, kind))
         return random_blocks(kind.name, *value.shape, seed=value.shape[0], scale=1e-4).numpy()
 
-    def vocabulary(writer: gguf.GGUFWriter) -> None:
+    kinds = gguf.GGMLQuantizationType
+    return write_gguf(path, config, random_weights(config), kind=kinds[kind], quantize=quantize, extra=few_words(config))
+
+
+def few_words(config: ModelConfig) -> Callable[[gguf.GGUFWriter], None]:
+    """A vocabulary of ``a``, ``b``, ``ab``, ``t3`` ..."""
+
+    def write(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(["a", "b", "ab", *(f"t{n}" for n in range(3, config.vocab_size))])
         writer.add_token_types([1] * config.vocab_size)
         writer.add_token_merges(["a b"])
+        writer.add_add_bos_token(False)
 
-    kinds = gguf.GGMLQuantizationType
-    return write_gguf(path, config, random_weights(config), kind=kinds[kind], quantize=quantize, extra=vocabulary)
+    return write
+
+
+def llama_cpp(model: Path) -> xllamacpp.Server:
+    """llama.cpp in this process, for texts of up to 256 tokens."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = 256, 1, False, -1, 0
+    params.cpuparams.n_threads = torch.get_num_threads()
+    return xllamacpp.Server(params)
 
 
 def byte_level_pipeline(specials: tuple[str, ...] = ("<s>", "</s>"), size: int = 320) -> Pipeline:

@@ -55,7 +55,7 @@ def tensors_of(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     yield from (("embedding", t) for t in (*weights.embedding.tensors, *weights.head.tensors, weights.norm))
     yield from parts.setup.arena.tensors.items()
     yield from parts.setup.arena.layer(0).items()
-    yield "frequencies", parts.rope.inv_freq
+    yield "frequencies", parts.rope.turned.inv_freq
 
 
 def attend_without_waiting(engine: Engine) -> None:

@@ -177,7 +177,7 @@ def test_attention_mass_is_the_same_whichever_way_tokens_came(tmp_path: Path) ->
     the 16-bit rounding of keys, of which a decode step sees its own, sets the ways apart."""
     engine = engine_with(tmp_path, HeavyHitters(), window=40)
     text = trace(engine, 40 + 127)
-    config, rope = engine.parts.model.config, engine.parts.rope
+    config, rope = engine.parts.model.config, engine.parts.rope.turned
     turn = torch.arange(len(text)).double()[:, None, None] * rope.inv_freq
     (q1, q2), (k1, k2) = text.q[0].double().chunk(2, -1), text.k[0].double().chunk(2, -1)
     q = torch.cat([q1 * turn.cos() - q2 * turn.sin(), q2 * turn.cos() + q1 * turn.sin()], -1)

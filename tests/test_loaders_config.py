@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import one_line, refused, tiny_config
 from transformers import (
+    CwmConfig,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
     Phi3Config,
@@ -20,14 +22,16 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SeedOssConfig,
+    SmolLM3Config,
 )
 
 from skvq.engine.config import FULL_SPAN, RopeConfig
 from skvq.engine.errors import SkvqError
-from skvq.engine.rope import frequencies
+from skvq.engine.rope import model_rope
 from skvq.loaders.fields import Fields
 from skvq.loaders.hf import config_to_json, parse_config, read_config
 
+SMOL: dict[str, Any] = {"pad_token_id": 0, "vocab_size": 128256}
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -82,6 +86,25 @@ def saved(config: PreTrainedConfig, folder: Path, architecture: str) -> Path:
         (MinistralConfig, "MinistralForCausalLM", {"layer_types": ["sliding_attention", "full_attention"] * 2}),
         (SeedOssConfig, "SeedOssForCausalLM", {}),
         (SeedOssConfig, "SeedOssForCausalLM", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+        (Ministral3Config, "Ministral3ForCausalLM", {"max_position_embeddings": 262144}),
+        (Ministral3Config, "Ministral3ForCausalLM", {"max_position_embeddings": 262144, "sliding_window": 64, "head_dim": 32}),
+        (SmolLM3Config, "SmolLM3ForCausalLM", {**SMOL}),
+        (
+            SmolLM3Config,
+            "SmolLM3ForCausalLM",
+            {**SMOL, "attention_bias": True, "mlp_bias": True},
+        ),
+        (
+            SmolLM3Config,
+            "SmolLM3ForCausalLM",
+            {**SMOL, "no_rope_layers": [0, 1, 1, 0], "rms_norm_eps": 1e-5},
+        ),
+        (CwmConfig, "CwmForCausalLM", {"vocab_size": 128256, "max_position_embeddings": 131072}),
+        (
+            CwmConfig,
+            "CwmForCausalLM",
+            {"layer_types": ["sliding_attention", "full_attention"] * 2, "eos_token_id": 9, "bos_token_id": 7},
+        ),
         (Qwen3Config, "Qwen3ForCausalLM", {}),
         (Qwen3Config, "Qwen3ForCausalLM", {"attention_bias": True, "head_dim": 32, "eos_token_id": 9}),
         (Qwen3Config, "Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
@@ -108,6 +131,8 @@ def test_every_family_agrees_with_transformers(
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.trained_context == theirs.max_position_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.query_beta == theirs.rope_parameters.get("llama_4_scaling_beta", 0.0)
+    assert ours.unturned_layers == tuple(n for n, turned in enumerate(getattr(theirs, "no_rope_layers", [1])) if not turned)
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -165,7 +190,7 @@ def test_attn_factor_multiplies_what_yarn_scales_by() -> None:
     """DeepSeek-R1-0528-Qwen3-8B's config.json: together they are 1."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "attn_factor": 0.8782488562869419}
     config = parse_config(Fields(SIZES | {"model_type": "qwen3", "rope_scaling": rope}, "config.json"))
-    assert frequencies(config, 4096, torch.device("cpu")).scale == pytest.approx(1.0, abs=1e-6)
+    assert model_rope(config, 4096, torch.device("cpu")).turned.scale == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("parameters", [{}, {"rope_type": "default", "rope_theta": 1e6}])
@@ -187,7 +212,8 @@ def test_the_text_part_of_a_model_of_images_is_read() -> None:
     assert parse_config(Fields({"model_type": "mistral3", "text_config": untyped}, "x")).family == "mistral"
     assert parse_config(Fields(data | {"text_config": text, "tie_word_embeddings": True}, "x")).tie_embeddings
     refused(lambda: parse_config(Fields(data, "config.json")), "text_config", "num_attention_heads is missing")
-    refused(lambda: parse_config(Fields(data | {"text_config": text | {"model_type": "ministral3"}}, "c")), "ministral3")
+    assert parse_config(Fields(data | {"text_config": text | {"model_type": "ministral3"}}, "c")).family == "ministral3"
+    refused(lambda: parse_config(Fields(data | {"text_config": text | {"model_type": "mistral4"}}, "c")), "mistral4")
 
 
 def test_mistral_defaults_where_the_file_is_silent() -> None:
@@ -250,7 +276,7 @@ def test_a_config_that_cannot_be_right_is_one_line(tmp_path: Path, change: dict[
     ids=str,
 )
 def test_a_rope_that_has_no_frequencies_is_one_line(rope: RopeConfig) -> None:
-    refused(lambda: frequencies(tiny_config(rope=rope), 2048, torch.device("cpu")), "RoPE", f"kind='{rope.kind}'")
+    refused(lambda: model_rope(tiny_config(rope=rope), 2048, torch.device("cpu")), "RoPE", f"kind='{rope.kind}'")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "\xff\xfe", "[" * 100_000, "9" * 10_000])

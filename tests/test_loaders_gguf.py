@@ -13,7 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_fixtures import gguf_model, one_line, random_weights, refused, spoiled, tiny_config, write_gguf
+from loader_fixtures import (
+    few_words,
+    gguf_model,
+    llama_cpp,
+    one_line,
+    random_weights,
+    refused,
+    spoiled,
+    tiny_config,
+    write_gguf,
+)
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -33,6 +43,8 @@ from skvq.loaders.names import expected_shapes
 from skvq.loaders.published import ALIASES
 
 Types = gguf.GGMLQuantizationType
+GROWING = RopeConfig(kind="yarn", theta=1e4, factor=16.0, original_context=8, mscale=1.0, mscale_all_dim=1.0, query_beta=0.5)
+"""Of Ministral 3: queries of the ninth token on are longer than they were."""
 Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
 
 
@@ -44,6 +56,8 @@ Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_p
         {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
         {"family": "qwen2", "qkv_bias": True},
         {"family": "qwen3", "qk_norm": True},
+        {"family": "ministral3", "rope": GROWING, "trained_context": 128},
+        {"family": "smollm3", "num_layers": 5, "unturned_layers": (3,)},
     ],
 )
 def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -54,6 +68,34 @@ def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[st
     for name, value in weights.items():
         assert torch.equal(source.read(name), value), name
         assert source.blocks(name) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "ministral3", "smollm3"])
+def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
+    """To what its 16-bit cache does: the most likely tokens, in their order, after more tokens than are alike without what sets
+    the family apart."""
+    own = {
+        "llama": {},
+        "ministral3": {"rope": GROWING, "trained_context": 128},
+        "smollm3": {"num_layers": 4, "unturned_layers": (3,), "tie_embeddings": True},
+    }
+    config = tiny_config(family=family, **own[family], bos_token_id=None, eos_token_ids=())
+    weights = {name: 1 + 0.3 * t if t.ndim == 1 else 1.5 * t / t.shape[1] ** 0.5 for name, t in random_weights(config).items()}
+    file = write_gguf(tmp_path / "m.gguf", config, weights, extra=few_words(config))
+    ids = torch.randint(3, 320, (50,), generator=torch.Generator().manual_seed(1)).tolist()
+    options = {
+        "cache": CacheConfig(method="fp"),
+        "max_context": 64,
+        "backend": "reference",
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    found = Engine.load(file, **options, report=Quiet()).logits(ids)[-1].log_softmax(-1)
+    asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": 8, "cache_prompt": False}
+    answer = llama_cpp(file).handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    theirs = {token["id"]: token["logprob"] for token in answer}
+    assert list(theirs)[:4] == found.topk(4).indices.tolist()
+    assert max(abs(float(found[token]) - logprob) for token, logprob in theirs.items()) < 0.02
 
 
 def test_a_file_in_parts_is_read_whole_whichever_part_is_given(tmp_path: Path) -> None:
@@ -272,7 +314,7 @@ NESTED = struct.pack("<IQ", 9, 1) * 50
         (header_bytes(KEY + struct.pack("<I", 9) + NESTED, keys=1), ["depth"]),
         (header_bytes(KEY + struct.pack("<I", 77), keys=1), ["type 77"]),
         (header_bytes((KEY + struct.pack("<I", 8) + string("llama")) * 2, keys=2), ["twice"]),
-        (header_bytes(KEY + struct.pack("<I", 8) + string("mamba"), keys=1), ["mamba", "llama, qwen2, qwen3"]),
+        (header_bytes(KEY + struct.pack("<I", 8) + string("mamba"), keys=1), ["mamba", "llama, mistral3, qwen2, qwen3, smollm3"]),
         (header_bytes(), ["general.architecture is missing"]),
         (header_bytes(string("t") + struct.pack("<I", 9) + bytes(40), tensors=1), ["9 dimensions"]),
         (header_bytes(string("t") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0), tensors=1), ["shape"]),

@@ -12,10 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
-import xllamacpp
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from loader_fixtures import WORDS, byte_level_pipeline, one_line, random_weights, refused, tiny_config, write_checkpoint
+from loader_fixtures import (
+    WORDS,
+    byte_level_pipeline,
+    llama_cpp,
+    one_line,
+    random_weights,
+    refused,
+    tiny_config,
+    write_checkpoint,
+)
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
@@ -163,10 +171,7 @@ def test_smollm2_gives_the_ids_of_llama_cpp(smollm2: Tokenizer) -> None:
 
 
 def test_smollm2_equals_llama_cpp_on_a_book(smollm2: Tokenizer) -> None:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(resolve("smollm2-135m", download=False).path)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = 256, 1, False, -1, 0
-    server, text = xllamacpp.Server(params), built_in_corpus()[:100_000]
+    server, text = llama_cpp(resolve("smollm2-135m", download=False).path), built_in_corpus()[:100_000]
     asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
     request = urllib.request.Request(f"{server.listening_address}/tokenize", asked, {"Content-Type": "application/json"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:

@@ -30,6 +30,16 @@ BASE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
+"""Of Ministral 3, whose queries grow with their position: by a half, three quarters, ... at every eighth token."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with as many kv heads as heads": ("Llama", {"num_key_value_heads": 4}),
     "llama with grouped heads": ("Llama", {}),
@@ -52,6 +62,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 with a window": ("Phi3", {"pad_token_id": 0, "sliding_window": 7}),
     "ministral": ("Ministral", {"head_dim": 16, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]}),
     "seed_oss": ("SeedOss", {"head_dim": 16}),
+    "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": GROWING}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "smollm3 with a window": (
+        "SmolLM3",
+        {"pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 7, "attention_bias": True},
+    ),
+    "cwm": ("Cwm", {"head_dim": 16, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]}),
 }
 RISING = [1.0 + 0.4 * j for j in range(8)]
 STEEP = [1.0 + 2.5 * j for j in range(8)]
@@ -162,7 +179,15 @@ def test_shards_equal_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefill", ["exact", "streaming"])
 @pytest.mark.parametrize(
-    "name", ["llama with grouped heads", "mistral with a window", "qwen2 with a window in its second layer", "qwen3"]
+    "name",
+    [
+        "llama with grouped heads",
+        "mistral with a window",
+        "qwen2 with a window in its second layer",
+        "qwen3",
+        "ministral3",
+        "smollm3",
+    ],
 )
 def test_prefill_in_chunks_equals_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, prefill: str

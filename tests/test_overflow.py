@@ -92,9 +92,10 @@ def oracle(
         k, v = k.half().float(), v.half().float()
     keys, values = torch.cat([*keys, k]), torch.cat([*values, v])
     if own is not None and len(own[0]):
-        keys[dropped : sequence.packed], values[dropped : sequence.packed] = shifted(own[0], dropped, engine.parts.rope), own[1]
+        keys[dropped : sequence.packed] = shifted(own[0], dropped, engine.parts.rope.turned)
+        values[dropped : sequence.packed] = own[1]
     if moved:
-        keys[:SINKS] = shifted(keys[:SINKS], moved, engine.parts.rope)
+        keys[:SINKS] = shifted(keys[:SINKS], moved, engine.parts.rope.turned)
     at, t = torch.arange(len(keys))[None], torch.arange(first, first + count)[:, None]
     return masked_attention(q, keys, values, (at <= t) & ((at < SINKS) | (at >= dropped)))[0]
 
@@ -265,7 +266,7 @@ def test_a_hundred_shifts_leave_the_sinks_in_place(tmp_path: Path, dtype: torch.
         sequence.length, sequence.packed = sequence.length + 1280, sequence.packed + 1280
         sequence.pages.append(sequence.setup.arena.new_page())
     after = full.keys[sequence.slot, :, :SINKS].transpose(0, 1).float()
-    wanted = shifted(before, sequence.origin, engine.parts.rope)
+    wanted = shifted(before, sequence.origin, engine.parts.rope.turned)
     assert (after - wanted).norm() / wanted.norm() < 10 * torch.finfo(dtype).eps
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import gguf
 import pytest
-import torch
 import xllamacpp
+from loader_fixtures import llama_cpp
 
 from skvq.calibrate.corpus import built_in_corpus
 from skvq.engine.config import CacheConfig, SamplingConfig
@@ -33,13 +33,8 @@ def rotate(fp: Engine, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return fp.with_cache(CacheConfig(), calibration=file, max_sequences=2)
 
 
-def llama_cpp(model: Path, ids: list[list[int]], count: int) -> list[str]:
-    """Greedy texts of llama.cpp, in this process."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(model)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = 256, 1, False, -1, 0
-    params.cpuparams.n_threads = torch.get_num_threads()
-    server = xllamacpp.Server(params)
+def greedy(server: xllamacpp.Server, ids: list[list[int]], count: int) -> list[str]:
+    """Greedy texts of llama.cpp."""
     request = {"n_predict": count, "temperature": 0.0, "cache_prompt": False}
     return [str(server.handle_completions(request | {"prompt": row})["choices"][0]["text"]) for row in ids]
 
@@ -89,7 +84,7 @@ def test_turns_make_the_conversation_that_the_template_would(fp: Engine, count: 
 def test_greedy_text_is_that_of_llama_cpp_on_the_same_weights(fp: Engine, tmp_path: Path) -> None:
     """Token for token: 32 tokens, or fewer where the answer ends."""
     copy = in_float32(resolve(MODEL, download=False).path, tmp_path / "f32.gguf")
-    theirs = llama_cpp(copy, [fp.encode(p) for p in PROMPTS], 32)
+    theirs = greedy(llama_cpp(copy), [fp.encode(p) for p in PROMPTS], 32)
     copy.unlink()  # half a gigabyte
     assert theirs == [fp.generate(p, SamplingConfig(max_new_tokens=32)) for p in PROMPTS]
 
@@ -98,7 +93,7 @@ def test_greedy_text_is_that_of_llama_cpp_on_the_same_file_up_to_a_near_tie(fp: 
     """Three of seven prompts, of eleven tried, for which it holds. The others part at gaps of up to 0.25 nat: on the 4-bit file
     llama.cpp's logits are off by that much, which the test above, on the same weights without that rounding, shows."""
     prompts = ["def fibonacci(n):\n    ", "The three primary colors are", "The mitochondria is"]
-    found = llama_cpp(resolve(MODEL, download=False).path, [fp.encode(p) for p in prompts], 32)
+    found = greedy(llama_cpp(resolve(MODEL, download=False).path), [fp.encode(p) for p in prompts], 32)
     for prompt, theirs in zip(prompts, found, strict=True):
         ids, sequence = fp.encode(prompt), fp.new_sequence()
         ours = "".join(fp.stream(ids, SamplingConfig(max_new_tokens=32), sequence=sequence))
