@@ -108,6 +108,22 @@ _QWEN_3_4B_2507 = ModelConfig(
     bos_token_id=151643,
     eos_token_ids=(151645, 151643),
 )
+_MINISTRAL_3_8B = ModelConfig(
+    family="ministral3",
+    vocab_size=131072,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=34,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    rope=RopeConfig(
+        kind="yarn", theta=1_000_000.0, factor=16.0, original_context=16384, mscale=1.0, mscale_all_dim=1.0, query_beta=0.1
+    ),
+    trained_context=262144,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
 _SMOLLM2_135M = ModelConfig(
     family="llama",
     vocab_size=49152,
@@ -138,6 +154,7 @@ ALIASES: Mapping[str, Alias] = MappingProxyType(
         "llama-3.1-8b": Alias(repo="meta-llama/Llama-3.1-8B-Instruct", config=_LLAMA_3_1_8B),
         "qwen2.5-7b-1m": Alias(repo="Qwen/Qwen2.5-7B-Instruct-1M", config=_QWEN_2_5_7B_1M),
         "qwen3-4b": Alias(repo="Qwen/Qwen3-4B-Instruct-2507", config=_QWEN_3_4B_2507),
+        "ministral-3-8b": Alias(repo="mistralai/Ministral-3-8B-Instruct-2512-BF16", config=_MINISTRAL_3_8B),
         "llama-3-8b-1048k": Alias(repo="gradientai/Llama-3-8B-Instruct-Gradient-1048k", config=_LLAMA_3_8B_1048K),
         "nemotron-8b-1m": Alias(repo="nvidia/Llama-3.1-Nemotron-8B-UltraLong-1M-Instruct", config=_ultra_long(128.0)),
         "nemotron-8b-4m": Alias(repo="nvidia/Llama-3.1-Nemotron-8B-UltraLong-4M-Instruct", config=_ultra_long(512.0)),

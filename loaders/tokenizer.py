@@ -1,8 +1,9 @@
-"""The tokenizer of a folder, in either of the two forms that it may have."""
+"""The tokenizer of a folder, in whichever form it has it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from skvq.loaders.fields import Fields, read_json, reason
 from skvq.loaders.file_tokenizer import FileTokenizer, TokenizerSettings
 from skvq.loaders.hf import read_config
 from skvq.loaders.spm_tokenizer import SentencePieceTokenizer, open_sentencepiece
+from skvq.loaders.tekken import read_tekken
 from skvq.loaders.text import TextStream, Tokenizer
 
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
 
 
 def load_tokenizer(folder: Path) -> FileTokenizer:
-    """The tokenizer of a folder: tokenizer.json, else tokenizer.model.
+    """The tokenizer of a folder: tokenizer.json, else tokenizer.model, else tekken.json.
 
     Raises ModelError, one line, if there is none or it is broken.
     """
@@ -31,7 +33,9 @@ def load_tokenizer(folder: Path) -> FileTokenizer:
         return _from_json(folder, config)
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder, config)
-    raise ModelError(f"{folder} holds neither tokenizer.json nor tokenizer.model: copy one from the model's repository")
+    if (folder / "tekken.json").is_file():
+        return _from_tekken(folder, config)
+    raise ModelError(f"{folder} holds no tokenizer.json, tokenizer.model or tekken.json: copy one from the model's repository")
 
 
 def _from_json(folder: Path, config: ModelConfig) -> FileTokenizer:
@@ -68,6 +72,14 @@ def _from_sentencepiece(folder: Path, config: ModelConfig) -> FileTokenizer:
     settings = _settings(folder, config, options, special, bos, eos, adds_bos)
     prefix = " " if not legacy and options.flag("add_prefix_space", True) else ""
     return SentencePieceTokenizer(processor, pieces, added, settings, prefix=prefix)
+
+
+def _from_tekken(folder: Path, config: ModelConfig) -> FileTokenizer:
+    pipeline, template = read_tekken(folder / "tekken.json")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    bos, eos = (pipeline.token_to_id(special[name]) for name in ("bos_token", "eos_token"))
+    settings = _settings(folder, config, _options(folder), special, bos, eos, adds_bos=True)
+    return FastTokenizer(pipeline, replace(settings, chat_template=settings.chat_template or template))
 
 
 def _settings(

@@ -574,7 +574,7 @@ def test_a_broken_vocabulary_is_one_line(changes: dict[str, Any], fragments: lis
 def test_a_broken_or_missing_file_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
     files = ModelFiles(tmp_path, "safetensors")
-    refused(lambda: load_tokenizer(files.path), "neither tokenizer.json nor tokenizer.model")
+    refused(lambda: load_tokenizer(files.path), "no tokenizer.json, tokenizer.model or tekken.json")
     (tmp_path / name).write_bytes(b"{\x00garbage\xff")
     refused(lambda: load_tokenizer(files.path), name, "download it again")
 
