@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from skvq.loaders.model_files import PART, ModelFiles, local_files
 from skvq.loaders.published import ALIASES, Alias
 from skvq.loaders.quantized.choose import scheme_in
 from skvq.loaders.quantized.scheme import Scheme
+from skvq.loaders.rounded import ROUNDED
 
 __all__ = ["ALIASES", "ModelFiles", "ModelRow", "config_of", "list_models", "resolve"]
 
@@ -54,18 +55,21 @@ def split_name(model: str) -> tuple[str, str]:
 
 def resolve(model: str, *, download: bool = True) -> ModelFiles:
     """Find a model's files: an alias, a folder, a .gguf file, or of the hub, the local cache first, ``org/name`` or
-    ``org/name:Q4_K_M``, its one GGUF file of such a name.
+    ``org/name:Q4_K_M``, its one GGUF file of such a name. ``NAME:Q8_0``, where that is no file, is to be rounded.
 
     With ``download`` a model that is not whole in the cache is fetched. ModelError, one line, says what to put where.
     """
     _require_name(model)
     name, tag = split_name(model)
+    if rounds(name, tag, download=download):
+        return replace(resolve(name, download=download), rounded=True)
     if tag and _is_repo(name):
         return ModelFiles(_gguf_of(model, name, tag, download=download), "gguf")
     if tag:
         raise ModelError(
-            f"model {shorten(model)!r}: weights in blocks come from a GGUF file: give its path, or org/name:{shorten(tag)} of "
-            "a repository on the hub that has one; other names of this form are for `skvq plan` and --dummy-weights"
+            f"model {shorten(model)!r}: such blocks come from a GGUF file: give its path, or org/name:{shorten(tag)} of a "
+            f"repository on the hub that has one, or round weights to 8 bits with {shorten(name)}:{ROUNDED}; other names of "
+            "this form are for `skvq plan` and --dummy-weights"
         )
     alias = ALIASES.get(model)
     if alias is not None and alias.package:
@@ -80,6 +84,19 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
     if folder is None:
         raise ModelError(_how_to_get(model, repo, OFFLINE))
     return ModelFiles(folder, "safetensors")
+
+
+def rounds(name: str, tag: str, *, download: bool) -> bool:
+    """Whether ``NAME:TAG`` asks for weights to be rounded: it does not if a repository has a GGUF file that is named so."""
+    if tag != ROUNDED or not _is_repo(name):
+        return tag == ROUNDED
+    folder = _cached(name)
+    here = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")] if folder is not None else []
+    if named_by(tag, here)[0]:
+        return False
+    if folder is not None and _is_complete(folder):
+        return True
+    return download and not named_by(tag, _listed(name, name))[0]
 
 
 def _fetched(model: str, repo: str) -> Path:
@@ -163,7 +180,7 @@ def config_of(model: str, *, download: bool = True) -> ModelConfig:
     """
     _require_name(model)
     name, tag = split_name(model)
-    if tag and _is_repo(name):
+    if tag and _is_repo(name) and not rounds(name, tag, download=download):
         return gguf_config(_gguf_of(model, name, tag, download=download))
     if tag:
         require_blocks(tag)

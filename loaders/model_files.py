@@ -15,10 +15,12 @@ PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """path: a folder with config.json and safetensors, or a GGUF file, or its first part; kind: ``safetensors`` or ``gguf``."""
+    """path: a folder with config.json and safetensors, or a GGUF file, or its first part; kind: ``safetensors`` or ``gguf``;
+    rounded: whether matrices are to be rounded to 8 bits (``loaders.rounded``)."""
 
     path: Path
     kind: str
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS

@@ -13,9 +13,10 @@ from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.file_tokenizer import FileTokenizer
 from skvq.loaders.gguf_file import GgufSource
 from skvq.loaders.gguf_tokenizer import build_tokenizer
-from skvq.loaders.hub import config_of, dummy_kind, resolve, scheme_named, split_name
+from skvq.loaders.hub import config_of, dummy_kind, resolve, rounds, scheme_named, split_name
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.names import EMBEDDING, HEAD
+from skvq.loaders.rounded import RoundedSource
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
 from skvq.loaders.tokenizer import load_tokenizer
@@ -23,15 +24,23 @@ from skvq.loaders.tokenizer import load_tokenizer
 
 def open_source(files: ModelFiles) -> WeightSource:
     """The weights of a resolved model, checked but not read."""
-    return GgufSource(files.path) if files.kind == "gguf" else SafetensorsSource(files.path)
+    return _rounded(_stored(files), files)
 
 
 def open_files(files: ModelFiles) -> tuple[WeightSource, FileTokenizer]:
     """Weights and tokenizer of a resolved model; a GGUF header, which has both, is read once."""
-    source = open_source(files)
+    source = _stored(files)
     if isinstance(source, GgufSource):
-        return source, build_tokenizer(source.metadata, source.config)
-    return source, load_tokenizer(files.path)
+        return _rounded(source, files), build_tokenizer(source.metadata, source.config)
+    return _rounded(source, files), load_tokenizer(files.path)
+
+
+def _stored(files: ModelFiles) -> GgufSource | SafetensorsSource:
+    return GgufSource(files.path) if files.kind == "gguf" else SafetensorsSource(files.path)
+
+
+def _rounded(source: WeightSource, files: ModelFiles) -> WeightSource:
+    return RoundedSource(source) if files.rounded else source
 
 
 def dummy_source(model: str, config: ModelConfig) -> DummySource:
@@ -49,7 +58,8 @@ def stand_in(model: str, *, download: bool) -> WeightSource | None:
         resolve(model, download=False)
     except ModelError:
         name, tag = split_name(model)
-        return dummy_source(model, config_of(name, download=download)) if download and not tag else None
+        known = not tag or rounds(name, tag, download=download)
+        return dummy_source(model, config_of(name, download=download)) if download and known else None
     return None
 
 
@@ -60,7 +70,7 @@ def open_model(
     download: bool = True,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[WeightSource, Tokenizer]:
-    """Weights and tokenizer of an alias, folder, GGUF file or hub repository.
+    """Weights and tokenizer of an alias, folder, GGUF file or hub repository; of ``NAME:Q8_0`` rounded to 8 bits.
 
     ``dummy_weights``: random weights of that model's shape and a tokenizer of bytes; only its config is needed. Behind a colon
     the type of their blocks may follow (``mistral-7b:Q4_K``). ``chat_template_kwargs``: ``FileTokenizer.template_kwargs``.

@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_not_fetched(tmp_path: Path, hub: Hub) -> None:
 
 def test_names_with_colons_that_are_none_of_ours(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(lambda: resolve("mistral-7b:Q4_K"), "come from a GGUF file", "--dummy-weights")
+    refused(lambda: resolve("mistral-7b:Q4_K"), "come from a GGUF file", "mistral-7b:Q8_0", "--dummy-weights")
     path = write_gguf(tmp_path / "a:b.gguf", tiny_config(), random_weights(tiny_config()))
     assert resolve(str(path)).path == path
     checkpoint(tmp_path / "org" / "name")
