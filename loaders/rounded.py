@@ -72,7 +72,7 @@ class RoundedSource:
         if name not in self._shapes:
             return self._source.blocks(name)
         weight = self._source.read(name)
-        pieces = weight.split(max(1, PIECE // weight.shape[1]))
+        pieces = torch.split(weight, max(1, PIECE // weight.shape[1]))
         return QuantizedBlocks(data=torch.cat([rounded(rows) for rows in pieces]), kind=ROUNDED, shape=self._shapes[name])
 
     def expanded(self, name: str) -> str:
