@@ -99,8 +99,8 @@ model_option = click.option(
     "--model",
     "-m",
     required=True,
-    help="Alias (see `skvq models`), folder, .gguf file, or on the hub org/name or org/name:Q4_K_M. NAME:Q8_0 rounds weights to "
-    "8 bits.",
+    help="Alias (see `skvq models`), folder, .gguf file, or on the hub org/name or org/name:Q4_K_M; "
+    "NAME:Q8_0 rounds weights to 8 bits.",
 )
 ctx_option = click.option(
     "--ctx",
