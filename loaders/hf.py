@@ -149,12 +149,13 @@ def parse_rope(fields: Fields, context: int, head_size: int, assumed: Mapping[st
     factors = ("short_factor", "long_factor") if kind == "longrope" else ()
     lists = {key: rope.numbers(key, head_size // 2) for key in factors}
     stretched = kind in ("linear", "dynamic", "llama3")
+    beta = rope.number("llama_4_scaling_beta", 0.0)
     factor = rope.positive("factor", None if stretched else _implied_factor(kind, context, original))
     return RopeConfig(
         kind=kind,
         theta=rope.positive("rope_theta", fields.positive("rope_theta", 10_000.0)),
         factor=factor,
-        original_context=context if kind in ("default", "linear", "dynamic") else original,
+        original_context=context if kind in ("default", "linear", "dynamic") and not beta else original,
         low_freq_factor=rope.positive("low_freq_factor", 1.0),
         high_freq_factor=rope.positive("high_freq_factor", 4.0),
         beta_fast=rope.number("beta_fast", 32.0) or 32.0,
@@ -163,7 +164,7 @@ def parse_rope(fields: Fields, context: int, head_size: int, assumed: Mapping[st
         mscale_all_dim=rope.number("mscale_all_dim", 0.0),
         attention_factor=_attention_factor(rope, kind, factor),
         truncate=rope.flag("truncate", True),
-        query_beta=rope.number("llama_4_scaling_beta", 0.0),
+        query_beta=beta,
         **lists,
     )
 

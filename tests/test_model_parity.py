@@ -63,6 +63,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("Ministral", {"head_dim": 16, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]}),
     "seed_oss": ("SeedOss", {"head_dim": 16}),
     "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": GROWING}),
+    "ministral3 without yarn": ("Ministral3", {"head_dim": 16, "rope_parameters": GROWING | {"rope_type": "default"}}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": 0}),
     "smollm3 with a window": (
         "SmolLM3",

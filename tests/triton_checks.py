@@ -498,10 +498,12 @@ def blocks() -> None:
 
 
 def decode_steps() -> None:
-    """The engine on these kernels, step by step and as a graph with the grid of the longest context, over a packed tile."""
+    """The engine on these kernels, step by step and as a graph with the grid of the longest context, over a packed tile; and of
+    models with a layer that is not turned, and with growing queries, on every kind of codec."""
     from test_graph import Calls
     from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
+    from skvq.engine.config import RopeConfig
     from skvq.engine.decode import EagerStep, GraphStep
 
     found = []
@@ -521,6 +523,17 @@ def decode_steps() -> None:
     assert torch.equal(found[0], found[1])
     for rows in found[2:]:
         assert float((rows - found[0]).abs().max()) < 5e-3 * float(found[0].abs().max())
+    own = {"num_layers": 2, "unturned_layers": (1,), "rope": RopeConfig(original_context=64, query_beta=0.5)}
+    for method in ("rotate", "reorder"):
+        found = []
+        with tempfile.TemporaryDirectory() as name, torch.no_grad():
+            folder = tiny_folder(Path(name), family="smollm3", head_size=64, **own)
+            for backend in ("reference", "triton"):
+                engine = tiny_engine(folder, tiny_cache(method=method), backend=backend, max_context=300)
+                with engine.prefill(random_ids(142)) as sequence:
+                    found.append(torch.stack([engine.decode_step([sequence], [token]) for token in (3, 4)]))
+                    assert sequence.packed == 128
+        assert float((found[1] - found[0]).abs().max()) < 5e-3 * float(found[0].abs().max()), method
 
 
 def on_a_card() -> None:
