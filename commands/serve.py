@@ -1,0 +1,83 @@
+"""``skvq serve``: answer clients of OpenAI's API."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import click
+
+from skvq.commands.errors import OneLineCommand
+from skvq.commands.options import (
+    SAMPLING_NAMES,
+    cache_config,
+    cache_options,
+    calibration_option,
+    ctx_option,
+    engine_options,
+    is_given,
+    load_engine,
+    model_option,
+    object_of,
+    pick,
+    prefill_option,
+    sampling_options,
+)
+from skvq.engine.config import SamplingConfig
+
+MAX_NEW_TOKENS = 2048
+"""Of an answer whose length neither the request nor the command says: a place is kept for as many."""
+
+
+@click.command(cls=OneLineCommand)
+@model_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of this machine's.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--sequences", type=click.IntRange(1, 256), default=8, show_default=True, help="Most answers written together.")
+@click.option("--api-key", envvar="SKVQ_API_KEY", help="What clients must send as their key. Default: $SKVQ_API_KEY, or none.")
+@click.option(
+    "--chat-template-kwargs",
+    callback=object_of,
+    help="JSON object for the model's chat template: Qwen3 answers at once with '{\"enable_thinking\": false}'.",
+)
+@ctx_option
+@calibration_option
+@prefill_option
+@engine_options
+@cache_options
+@sampling_options
+def serve(**options: Any) -> None:
+    """Serve a model over HTTP, with OpenAI's API (completions and chat completions, streamed too). Sampling options hold where
+    a request says nothing."""
+    defaults = SamplingConfig(**pick(options, SAMPLING_NAMES))
+    if not is_given("max_new_tokens"):
+        defaults = replace(defaults, max_new_tokens=MAX_NEW_TOKENS)
+    if not is_given("seed"):
+        defaults = replace(defaults, seed=None)
+    cache = cache_config(options)
+    from skvq.server.handler import Server, Settings
+    from skvq.server.service import Service
+
+    calibration: Path | None = options["calibration"]
+    with Server(options["host"], options["port"]) as server:
+        engine = load_engine(
+            options,
+            cache,
+            context=options["ctx"],
+            calibration=calibration,
+            prefill=options["prefill"],
+            max_sequences=options["sequences"],
+            prefix_cache=True,
+            chat_template_kwargs=options["chat_template_kwargs"],
+        )
+        server.service = Service(engine)
+        server.settings = Settings(model=options["model"], defaults=defaults, key=options["api_key"], report=engine.report)
+        Thread(target=server.serve_forever, daemon=True).start()
+        context = engine.parts.setup.max_context
+        click.echo(f"skvq: {options['model']}, context {context:,}, at {server.address}; Ctrl-C ends it", err=True)
+        try:
+            server.service.run()
+        finally:
+            server.shutdown()

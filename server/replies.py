@@ -1,0 +1,72 @@
+"""What a client of OpenAI's API is answered with: JSON objects, whole or in pieces."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from skvq.engine.batch import Request
+
+FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
+
+
+class Replies:
+    """The objects of one answer, which share an id."""
+
+    def __init__(self, model: str, *, is_chat: bool) -> None:
+        self.is_chat = is_chat
+        name = "chatcmpl" if is_chat else "cmpl"
+        self._common = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """All choices at once."""
+        choices = []
+        for index, request in enumerate(requests):
+            said = {"message": {"role": "assistant", "content": request.text}} if self.is_chat else {"text": request.text}
+            choices.append({"index": index, **said, "logprobs": None, "finish_reason": FINISH[request.finish]})
+        name = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._common, "object": name, "choices": choices, "usage": usage_of(requests)}
+
+    def first(self, count: int) -> Iterable[dict[str, Any]]:
+        """What a stream of a chat begins with: who speaks."""
+        return [self._piece(index, {"role": "assistant", "content": ""}, None) for index in range(count) if self.is_chat]
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """What a choice went on by."""
+        return self._piece(index, {"content": text}, None)
+
+    def last(self, index: int, finish: str) -> dict[str, Any]:
+        """That a choice is over, and why."""
+        return self._piece(index, {}, FINISH[finish])
+
+    def usage(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """The counts of all choices, as a piece without any."""
+        return {**self._common, "object": self._name, "choices": [], "usage": usage_of(requests)}
+
+    @property
+    def _name(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
+
+    def _piece(self, index: int, delta: dict[str, str], finish: str | None) -> dict[str, Any]:
+        said: dict[str, Any] = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+        return {**self._common, "object": self._name, "choices": [choice]}
+
+
+def usage_of(requests: Sequence[Request]) -> dict[str, Any]:
+    """Tokens read and written, and how many of those read were there already (whole pages of a common beginning)."""
+    read, written = sum(len(request.ids) for request in requests), sum(request.timing.new_tokens for request in requests)
+    reused = sum(request.timing.reused_tokens for request in requests)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": reused},
+    }
+
+
+def error_of(message: str, *, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """The object of an error."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

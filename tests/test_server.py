@@ -1,0 +1,362 @@
+"""The HTTP server: what clients of OpenAI's API send and get, from a tiny engine and from the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from interpreter import import_paths
+from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
+from tiny import Listener, tiny_cache
+
+from skvq import Engine, SamplingConfig
+from skvq.engine.batch import Batch
+from skvq.engine.errors import OptionError
+from skvq.server import handler
+from skvq.server.asked import asked_for
+from skvq.server.handler import Server, Settings
+from skvq.server.service import Service
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+TEXT = "the quick brown fox"
+DEFAULTS = SamplingConfig(max_new_tokens=12, ignore_eos=True)
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    write_checkpoint(folder, tiny_config(num_layers=1), random_weights(tiny_config(num_layers=1)))
+    byte_level_pipeline().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return Engine.load(
+        folder, cache=tiny_cache(method="plain"), max_context=700, max_sequences=4, device="cpu", report=Listener()
+    )
+
+
+class Client:
+    """A server of its own, and what it is asked."""
+
+    def __init__(self, engine: Engine, key: str | None = None) -> None:
+        self.report = Listener()
+        self.server = Server("127.0.0.1", 0)
+        self.server.service = self.service = Service(engine)
+        self.server.settings = Settings(model="tiny", defaults=DEFAULTS, key=key, report=self.report)
+        self.port = int(self.server.server_address[1])
+        self._threads = [Thread(target=self.server.serve_forever), Thread(target=self.service.run)]
+        for thread in self._threads:
+            thread.start()
+        while self.service._batch is None:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.service.stop()
+        self.server.shutdown()
+        self.server.server_close()
+        for thread in self._threads:
+            thread.join()
+
+    def ask(self, path: str, body: object = None, **headers: str) -> tuple[int, Any]:
+        """Status and JSON; ``body``: an object, or bytes as they are; none: a GET."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        connection.request("GET" if data is None else "POST", path, data, headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def events(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """The objects of a stream, which must end as it should."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, json.dumps(body | {"stream": True}).encode())
+        answer = connection.getresponse()
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        *events, end = [event for event in answer.read().decode().split("\n\n") if event and not event.startswith(":")]
+        assert end == "data: [DONE]"
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    def error(self, path: str, body: object) -> str:
+        """The message of a request that is refused."""
+        status, found = self.ask(path, body)
+        assert status == 400, found
+        assert "\n" not in found["error"]["message"]
+        return str(found["error"]["message"])
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[Client]:
+    found = Client(engine)
+    yield found
+    found.close()
+    assert engine.parts.setup.arena.free_sequences == 4
+
+
+def wanted(engine: Engine, prompt: Any, **changes: Any) -> str:
+    """What the engine itself answers."""
+    return engine.generate(prompt, SamplingConfig(**({"max_new_tokens": 12, "ignore_eos": True} | changes)))
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_is_what_the_engine_answers(engine: Engine, client: Client) -> None:
+    status, found = client.ask(COMPLETIONS, {"model": "any", "prompt": TEXT, "user": "somebody"})
+    text = wanted(engine, TEXT)
+    assert status == 200 and found["choices"] == [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}]
+    count = len(engine.encode(TEXT))
+    assert found["usage"] == {
+        "prompt_tokens": count,
+        "completion_tokens": 12,
+        "total_tokens": count + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert (found["object"], found["model"]) == ("text_completion", "tiny") and found["id"].startswith("cmpl-")
+    assert client.ask(COMPLETIONS, {"prompt": engine.encode(TEXT), "max_tokens": 5})[1]["choices"][0]["text"] == wanted(
+        engine, TEXT, max_new_tokens=5
+    )
+
+
+def test_a_chat_is_written_by_the_template(engine: Engine, client: Client) -> None:
+    parts = [{"type": "text", "text": "lazy "}, {"type": "text", "text": "dogs"}]
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": parts}]
+    status, found = client.ask(CHAT, {"messages": messages, "temperature": 0, "max_completion_tokens": 7})
+    text = wanted(engine, [messages[0], {"role": "user", "content": "lazy dogs"}], max_new_tokens=7)
+    assert status == 200 and found["object"] == "chat.completion"
+    assert found["choices"][0] == {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+
+
+def test_streams_say_the_same(engine: Engine, client: Client) -> None:
+    *pieces, last, usage = client.events(COMPLETIONS, {"prompt": TEXT, "stream_options": {"include_usage": True}})
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == wanted(engine, TEXT) and len(pieces) > 3
+    assert {piece["choices"][0]["finish_reason"] for piece in pieces} == {None}
+    assert last["choices"][0]["finish_reason"] == "length" and usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 12
+    first, *pieces, last = client.events(CHAT, {"messages": [{"role": "user", "content": "hi"}]})
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = wanted(engine, [{"role": "user", "content": "hi"}])
+    assert "".join(piece["choices"][0]["delta"]["content"] for piece in pieces) == text
+    assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    assert len({event["id"] for event in (first, *pieces, last)}) == 1
+
+
+def test_several_prompts_and_several_answers(engine: Engine, client: Client) -> None:
+    """Prompt by prompt; answers to one prompt have seeds of their own."""
+    body = {"prompt": [TEXT, "jumps over"], "n": 2, "temperature": 1.5, "seed": 5}
+    choices = client.ask(COMPLETIONS, body)[1]["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    expected = [wanted(engine, p, temperature=1.5, seed=s) for p in (TEXT, "jumps over") for s in (5, 6)]
+    assert [choice["text"] for choice in choices] == expected and len(set(expected)) > 2
+    texts = ["", "", "", ""]
+    for event in client.events(COMPLETIONS, body):
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == expected
+
+
+def test_stop_strings_and_the_end_of_the_context(engine: Engine, client: Client) -> None:
+    text = wanted(engine, TEXT)
+    stop = text[3:5]
+    choice = client.ask(COMPLETIONS, {"prompt": TEXT, "stop": [stop, "nowhere"]})[1]["choices"][0]
+    assert choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
+    choice = client.ask(COMPLETIONS, {"prompt": [7] * 690, "max_tokens": 600})[1]["choices"][0]
+    assert choice["finish_reason"] == "length"
+
+
+def test_clients_are_answered_together_and_a_long_prompt_waits_for_its_place(engine: Engine, client: Client) -> None:
+    prompts = [f"{TEXT} {n}" for n in range(9)] + ["dogs " * 120]
+    with ThreadPoolExecutor(10) as pool:
+        found = [*pool.map(lambda p: client.ask(COMPLETIONS, {"prompt": p})[1]["choices"][0]["text"], prompts)]
+    assert found == [wanted(engine, prompt) for prompt in prompts]
+    assert len(client.report.messages) == 10 and all("12 written" in line for line in client.report.messages)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (COMPLETIONS, b"{", "not JSON"),
+        (COMPLETIONS, b"[" * 100_000, "not JSON"),
+        (COMPLETIONS, [1], "JSON object"),
+        (COMPLETIONS, {}, "prompt is missing"),
+        (COMPLETIONS, {"prompt": ""}, "prompt is missing"),
+        (COMPLETIONS, {"prompt": {"a": 1}}, "prompt is missing"),
+        (COMPLETIONS, {"prompt": [1.5]}, "must be a text, token ids"),
+        (COMPLETIONS, {"prompt": [5, 1.5]}, "whole numbers"),
+        (COMPLETIONS, {"prompt": [5, 320]}, "token id 320"),
+        (COMPLETIONS, {"prompt": TEXT, "n": 0}, "1 to 128 answers"),
+        (COMPLETIONS, {"prompt": [TEXT] * 70, "n": 2}, "1 to 128 answers"),
+        (COMPLETIONS, {"prompt": TEXT, "temperature": "hot"}, "temperature must be"),
+        (COMPLETIONS, {"prompt": TEXT, "max_tokens": -1}, "max_new_tokens must be"),
+        (COMPLETIONS, {"prompt": TEXT, "logprobs": 0}, "logprobs is not supported"),
+        (COMPLETIONS, {"prompt": TEXT, "echo": True}, "echo is not supported"),
+        (COMPLETIONS, {"prompt": [7] * 701}, "701 tokens do not fit a context of 700"),
+        (COMPLETIONS, {"prompt": "\ud800"}, "surrogate"),
+        (CHAT, {"prompt": TEXT}, "messages is missing"),
+        (CHAT, {"messages": [TEXT]}, "each message must be an object"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type 'image_url'"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools is not supported"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_line(client: Client, path: str, body: object, words: str) -> None:
+    assert words in client.error(path, body)
+    assert client.ask(COMPLETIONS, {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def test_what_asks_for_nothing_is_no_error(client: Client) -> None:
+    body = {
+        "prompt": TEXT,
+        "logprobs": None,
+        "echo": False,
+        "presence_penalty": 0.0,
+        "best_of": 1,
+        "top_k": -1,
+        "logit_bias": {},
+    }
+    assert client.ask(COMPLETIONS, body)[0] == 200
+    assert asked_for(json.dumps(body).encode(), DEFAULTS, is_chat=False).sampling == (DEFAULTS,)
+
+
+def test_places_that_there_are_and_others(client: Client) -> None:
+    assert client.ask("/health") == (200, {"status": "ok"})
+    assert [model["id"] for model in client.ask("/v1/models?x=1")[1]["data"]] == ["tiny"]
+    assert client.ask("/v1/nothing")[0] == client.ask("/v1/embeddings", {})[0] == 404
+    with socket.create_connection(("127.0.0.1", client.port)) as plain:
+        plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        assert b"413" in plain.recv(100)
+    with socket.create_connection(("127.0.0.1", client.port)) as plain:
+        plain.sendall(b"PUT / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"501" in (answer := plain.recv(1000)) and b'{"error"' in answer
+
+
+def test_a_key_is_asked_for(engine: Engine) -> None:
+    client = Client(engine, key="sécret")
+    try:
+        for headers in ({}, {"Authorization": "Bearer other"}):
+            assert client.ask("/v1/models", **headers)[0] == client.ask(COMPLETIONS, {"prompt": "a"}, **headers)[0] == 401
+        right = {"Authorization": "Bearer sécret".encode().decode("latin-1")}
+        assert client.ask(COMPLETIONS, {"prompt": "a"}, **right)[0] == 200 and client.ask("/health")[0] == 200
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_gives_its_place_back(
+    engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Long before its answer is over, which takes until the context is full."""
+    monkeypatch.setattr(handler, "PULSE", 0.05)
+    begun = Event()
+    step = Batch.step
+
+    def slow(self: Batch) -> Any:
+        begun.set()
+        time.sleep(0.05)
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", slow)
+    body = json.dumps({"prompt": TEXT, "max_tokens": 650, "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", client.port)) as plain:
+        plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        begun.wait(10)
+        time.sleep(0.2)
+    end = time.monotonic() + 20
+    while engine.parts.setup.arena.free_sequences < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert engine.parts.setup.arena.free_sequences == 4
+    while not client.report.messages:
+        time.sleep(0.01)
+    assert client.report.messages[0].endswith("the client has gone")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_the_engine_is_told_and_others_go_on(
+    client: Client, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stream: bool
+) -> None:
+    step, failed = Batch.step, []
+
+    def failing(self: Batch) -> Any:
+        if not failed:
+            failed.append(1)
+            for request in self._all():
+                self._end(request, "failed")
+            raise RuntimeError("a bug")
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", failing)
+    connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
+    connection.request("POST", COMPLETIONS, json.dumps({"prompt": TEXT, "stream": stream}).encode())
+    answer = connection.getresponse()
+    said = answer.read().decode()
+    assert answer.status == (200 if stream else 500) and "an internal error" in said and "[DONE]" not in said
+    assert "RuntimeError: a bug" in capfd.readouterr().err
+    assert client.ask(COMPLETIONS, {"prompt": "a"})[0] == 200
+
+
+def test_what_is_being_answered_when_the_server_ends_is_told(engine: Engine) -> None:
+    client = Client(engine)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.ask, COMPLETIONS, {"prompt": TEXT, "max_tokens": 650})
+        while not len(client.service._batch or ()):
+            time.sleep(0.01)
+        client.service.stop()
+        status, found = asked.result()
+    assert status == 500 and "has been stopped" in found["error"]["message"]
+    status, found = client.ask(COMPLETIONS, {"prompt": TEXT})
+    assert status == 400 and "not running" in found["error"]["message"]
+    client.close()
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_taken_is_one_line(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OptionError, match=rf"cannot listen on 127.0.0.1, port {port} .*--port"):
+            Server("127.0.0.1", port)
+
+
+def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
+    command = [sys.executable, "-m", "skvq.cli", "serve", "--model", str(folder), "--port", "0", "--ctx", "300", "-n", "5"]
+    options = ["--method", "fp", "--device", "cpu", "--backend", "reference", "--threads", "1", "--ignore-eos"]
+    environment = {**os.environ, "PYTHONPATH": import_paths()}
+    process = subprocess.Popen([*command, *options], cwd=ROOT.parent, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        lines = iter(process.stderr.readline, "")
+        at = next(line for line in lines if " at http://" in line)
+        port = int(at.partition("127.0.0.1:")[2].partition("/v1")[0])
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", COMPLETIONS, json.dumps({"prompt": TEXT}).encode())
+        found = json.loads(connection.getresponse().read())
+        assert found["usage"]["completion_tokens"] == 5 and found["model"] == str(folder)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
