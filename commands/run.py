@@ -32,6 +32,7 @@ from skvq.commands.options import (
 from skvq.commands.text import joined, questions, read_text
 from skvq.engine.config import ON_FULL, CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, ModelError, OptionError
+from skvq.engine.interrupts import uninterrupted
 from skvq.loaders.files import require_writable
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def run(**options: Any) -> None:
         text = joined(text, question)
     written = converse(engine, sequence, text, asked, sampling, options)
     if session is not None:
-        sequence.save(session)
+        save_whole(sequence, session)
     summary = engine.summary(sequence)
     click.echo(f"skvq: {summary.line()}", err=True)
     if options["as_json"]:
@@ -151,12 +152,18 @@ def converse(
     except BaseException as error:
         whole = turn.is_read(sequence) or (turn is not first and sequence.rewind(turn.mark))
         if options["session"] is not None and whole:
-            sequence.save(options["session"])
+            save_whole(sequence, options["session"])
             engine.report.message(f"what has been read and written is saved in {options['session']}")
         elif isinstance(error, KeyboardInterrupt) and options["checkpoint"] is None and not whole:
             engine.report.message("the text was being read, and none of that is kept: --checkpoint FILE would keep it")
         raise
     return written
+
+
+def save_whole(sequence: SequenceCache, path: Path) -> None:
+    """Save a session though Ctrl-C is pressed meanwhile, which comes after it: a large one takes seconds."""
+    with uninterrupted():
+        sequence.save(path)
 
 
 @dataclass(frozen=True, slots=True)

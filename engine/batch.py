@@ -24,7 +24,7 @@ from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
 from skvq.engine.timing import Timing
 from skvq.engine.token_engine import TokenEngine
-from skvq.kernels.layout import PAGE_TOKENS
+from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 ALONE = 0.1
 """Seconds that a step reads for where nothing else is to be done: then it can be cancelled."""
@@ -209,14 +209,24 @@ class Batch:
         setup = self._engine.parts.setup
         return setup.regions.pages(min(request.held + len(request.ids) + request.config.max_new_tokens, setup.max_context))
 
+    def _outgrows(self, request: Request) -> bool:
+        """Whether its answer may drop pages, for the context is full before it is over."""
+        setup = self._engine.parts.setup
+        most = request.held + len(request.ids) + request.config.max_new_tokens
+        return most > setup.max_context and setup.room(0) > setup.max_context
+
     def _has_room(self, request: Request) -> bool:
-        """Whether it can be answered to its end beside the others, which have yet to take their pages."""
+        """Whether it can be answered to its end beside the others, which have yet to take their pages.
+
+        Pages that others hold too are kept, but for a last one that is partly filled; by an answer that outgrows the context
+        none: it drops them, which frees none, and takes as many of its own.
+        """
         arena, given = self._engine.parts.setup.arena, request.given
-        needed = self._pages(request) - (given.packed // PAGE_TOKENS if given else 0)
-        for sequence, most in self._going.values():
-            last = sequence.packed // PAGE_TOKENS
-            shares_part = sequence.alive and sequence.packed % PAGE_TOKENS and arena.is_shared(sequence.pages[last])
-            needed += most - len(sequence.pages) + bool(shares_part)
+        needed = self._pages(request) - (given.packed // PAGE_TOKENS if given and not self._outgrows(request) else 0)
+        for going, (sequence, most) in self._going.items():
+            kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
+            shared = sum(map(arena.is_shared, sequence.pages[kept : pages_for(sequence.packed)])) if sequence.alive else 0
+            needed += most - len(sequence.pages) + shared
         with self._engine.lock:
             return arena.free_pages >= needed and (arena.free_sequences > 0 or bool(given and not request.fork))
 
@@ -262,8 +272,10 @@ class Batch:
         piece = request.answer.piece()
         request.text += piece
         if request.finish:
-            end_of(self._engine, request.answer)
-            self._end(request, request.finish)
+            try:
+                end_of(self._engine, request.answer)
+            finally:
+                self._end(request, request.finish)
         return piece
 
     def _end(self, request: Request, finish: str) -> None:

@@ -303,8 +303,7 @@ class SequenceCache:
         setup, arena = self.setup, self.setup.arena
         packed = min(self.packed, length // setup.regions.tile * setup.regions.tile)
         if length < self.packed:
-            for layer in range(arena.shape.layers):
-                self._reopen(layer, packed, length)
+            self._reopen(packed, length)
         if not length:
             self.dropped, self.filled = 0, False  # nothing is left, orphans neither
         positions = arena.slot(self.slot)["full_positions"]
@@ -327,17 +326,20 @@ class SequenceCache:
         self.truncate(self.length - 1)
         self.pending = [last]
 
-    def _reopen(self, layer: int, packed: int, length: int) -> None:
-        """Bring tokens ``packed .. length-1`` back from their tile into the ring; retained ones leave their slots for it."""
-        regions, full = self.setup.regions, self.setup.arena.full(layer)
-        full.positions[self.slot, regions.retained :] = -1
-        if length == packed:
-            return
-        keys, values = self.stage(layer, packed, regions.tile, full.keys.dtype)
-        held = full.positions[self.slot, self.orphans : regions.retained]
-        held[(held >= packed) & (held < length)] = -1
-        slots = self.put(layer, packed, keys[: length - packed], values[: length - packed])
-        self.setup.arena.tensors["full_mass"][layer, self.slot, slots] = 0
+    def _reopen(self, packed: int, length: int) -> None:
+        """Bring tokens ``packed .. length-1`` back from their tile into the ring; retained ones leave their slots for it.
+
+        What needs memory comes first, in all layers: if there is none, nothing has changed.
+        """
+        regions, arena = self.setup.regions, self.setup.arena
+        layers, dtype = range(arena.shape.layers), arena.full(0).keys.dtype
+        tiles = [self.stage(layer, packed, regions.tile, dtype) for layer in layers] if length > packed else []
+        arena.slot(self.slot)["full_positions"][:, regions.retained :] = -1
+        for layer, (keys, values) in enumerate(tiles):
+            held = arena.full(layer).positions[self.slot, self.orphans : regions.retained]
+            held[(held >= packed) & (held < length)] = -1
+            slots = self.put(layer, packed, keys[: length - packed], values[: length - packed])
+            arena.tensors["full_mass"][layer, self.slot, slots] = 0
 
     @names_options()
     @computes

@@ -175,7 +175,7 @@ class FileCheckpoint(Checkpoint):
 
     def resume_streaming(self, sequence: SequenceCache, ids: Sequence[int]) -> None:
         whole_text = [*sequence.token_ids, *ids]
-        self._text = _digest(whole_text)
+        self._text = _digest([sequence.dropped, *whole_text] if sequence.dropped else whole_text)
         if not self.path.exists():
             return
         file = self._open(sequence, "streaming")

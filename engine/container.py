@@ -90,9 +90,8 @@ def write_container(path: Path, kind: str, header: Mapping[str, object], entries
         for entry in ordered:
             _write_entry(file, entry)
         file.flush()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as written, memoryview(written) as view:
-            digest = _checksum(view)
-        file.write(digest)
+        # the map is closed with its last view: after Ctrl-C threads may still hold some
+        file.write(_checksum(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))))
 
 
 def _write_entry(file: BinaryIO, entry: Entry) -> None:

@@ -26,6 +26,7 @@ from skvq.engine.config import CacheConfig
 from skvq.engine.container import Container, Entry, open_container, read_header, whole, write_container
 from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.identity import SAME_BITS, Identity, options_of, require_same
+from skvq.engine.interrupts import uninterrupted
 from skvq.engine.options import is_whole
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
@@ -111,9 +112,9 @@ def _require_schema(header: Mapping[str, Any], path: Path, kind: str) -> None:
 
 
 def fill_from(sequence: SequenceCache, file: Container) -> None:
-    """Make a sequence, whatever it holds, that of a verified file, in time proportional to its bytes.
+    """Make a sequence, whatever it holds, that of a verified file, in time proportional to its bytes; Ctrl-C comes after it.
 
-    It is as it was if the file is of other shapes (SessionError) or does not fit (CapacityError).
+    It is as it was if the file is of other shapes (SessionError) or does not fit (CapacityError), empty after any other error.
     """
     length, packed, dropped, pending = (file.header[name] for name in ("length", "packed", "dropped", "pending"))
     layers = range(sequence.setup.arena.shape.layers)
@@ -123,11 +124,16 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
     arena = sequence.setup.arena
     require_fits(length, sequence.setup.max_context)
     arena.require_pages(max(0, pages_for(packed) - sum(not arena.is_shared(page) for page in sequence.pages)))
-    sequence.truncate(0)
-    sequence.adopt(ids, packed, dropped, pending)
-    sequence.filled = bool(file.header.get("filled"))
-    write_tiles(sequence, tiles, layers)
-    write_slots(sequence, slots)
+    with uninterrupted():
+        sequence.truncate(0)
+        try:
+            sequence.adopt(ids, packed, dropped, pending)
+            sequence.filled = bool(file.header.get("filled"))
+            write_tiles(sequence, tiles, layers)
+            write_slots(sequence, slots)
+        except BaseException:
+            sequence.truncate(0)
+            raise
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise SkvqError unless a file can be written at ``path``: checked before long work."""
-    probe = _temporary(_target(path))
+    """Raise SkvqError unless a file can be written at ``path``: checked before long work. What killed processes have left of
+    it is removed."""
+    target = _target(path)
+    probe = _temporary(target)
     try:
+        _remove_leftovers(target)
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -64,7 +67,10 @@ def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
 
 def _target(path: Path) -> Path:
     """Where a file at ``path`` would lie, links followed. Raises SkvqError if that is no place for one."""
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+    except ValueError as error:
+        raise SkvqError(f"cannot write {str(path)!r}: {error}") from None
     if not path.name or target.is_dir():
         raise SkvqError(f"cannot write {path}: {os.strerror(EISDIR)}")
     if target.exists() and not target.is_file():

@@ -493,3 +493,39 @@ def test_short_answers_do_not_hold_up_others(engine: Engine) -> None:
             batch.add(TEXT, SamplingConfig(max_new_tokens=1))
             batch.step()
         assert answer.timing.new_tokens == 11
+
+
+@pytest.mark.parametrize("shared_by", ["a book", "prefixes"])
+def test_answers_that_drop_shared_pages_wait_for_pages_of_their_own(tmp_path: Path, shared_by: str) -> None:
+    """Dropping a page that others read frees none: answers that outgrow the context are not begun as if they kept theirs."""
+    options = {"max_context": 5200, "on_full": "shift", "backend": "numba", "prefill": "streaming"}
+    engine = tiny_engine(tiny_folder(tmp_path, num_layers=1), tiny_cache(), **options, prefix_cache=shared_by == "prefixes")
+    text, questions = random_ids(5000), [random_ids(20, seed=n) for n in range(3)]
+    config = SamplingConfig(max_new_tokens=700, ignore_eos=True)
+    if shared_by == "a book":
+        with engine.prefill(text) as book:
+            found = engine.generate(questions, config, sequence=book)
+    else:
+        engine.prefill(text).free()
+        found = engine.generate([[*text, *question] for question in questions], config)
+    assert engine.timing.new_tokens == 2100 and all(found)
+    assert engine.parts.setup.arena.free_sequences == 4
+
+
+def test_a_reporter_that_raises_ends_the_request_it_was_told_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(text: str) -> None:
+        raise BrokenPipeError("stderr is gone")
+
+    monkeypatch.setattr(engine.report, "message", gone)
+    pieces: dict[Request, str] = {}
+    with engine.batch() as batch:
+        full, other = batch.add(random_ids(690), SamplingConfig(max_new_tokens=50, ignore_eos=True)), batch.add(TEXT, SAMPLING)
+        errors = 0
+        while len(batch):
+            try:
+                for request, piece in batch.step():
+                    pieces[request] = pieces.get(request, "") + piece
+            except BrokenPipeError:
+                errors += 1
+                assert errors < 3
+    assert (full.finish, other.finish) == ("context", "length") and pieces[other] == other.text

@@ -185,3 +185,23 @@ def test_a_decode_step_can_be_taken_again(engine: Engine, monkeypatch: pytest.Mo
     assert torch.equal(steps(engine, [sequence], [[7, 8, 9]]), steps(engine, [twin], [[7, 8, 9]]))
     assert same(state(sequence), state(twin))
     free(sequence, twin)
+
+
+def test_a_cut_for_which_there_is_no_memory_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = engine.prefill(random_ids(700))
+    before, method = state(sequence), engine.parts.setup.method
+    unpack = method.unpack
+
+    def short(layer: int, *args: Any) -> Any:
+        if layer == 1:
+            raise torch.OutOfMemoryError("no memory left")
+        return unpack(layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "unpack", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            sequence.truncate(300)
+    assert same(before, state(sequence))
+    sequence.truncate(300)
+    assert sequence.length == 300
+    free(sequence)

@@ -15,7 +15,7 @@ import torch
 from loader_fixtures import refused
 from tiny import Listener, arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine import checkpoint
+from skvq.engine import checkpoint, session
 from skvq.engine import prefill as prefill_module
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import FileCheckpoint
@@ -189,6 +189,51 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_sequence(folder: Path) -> Non
         assert sequence.length == 300 and sequence.logits is logits and file.exists()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_checkpoint_that_is_half_copied_is_no_sequence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """Ctrl-C comes after the copy, of which all is there; any other error leaves nothing that claims to be a text."""
+    engine = tiny_engine(folder, MASS, max_context=3000, prefill="streaming")
+    with engine.prefill(random_ids(450)) as sequence, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.model, "layer", _failing(engine, 8))
+        with pytest.raises(RuntimeError):
+            engine.read(sequence, random_ids(900, seed=5), checkpoint=folder / "ck", checkpoint_seconds=0)
+        wanted = engine.restore(_session_of(sequence, folder / "s"))
+    write = session.write_tiles
+
+    def broken(*args: Any) -> None:
+        if error is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+            return write(*args)
+        raise error
+
+    monkeypatch.setattr(session, "write_tiles", broken)
+    with engine.prefill(random_ids(450)) as sequence:
+        with pytest.raises(error):
+            engine.read(sequence, random_ids(900, seed=5), checkpoint=folder / "ck")
+        if error is KeyboardInterrupt:
+            assert _session_of(sequence, folder / "a").read_bytes() == _session_of(wanted, folder / "b").read_bytes()
+        else:
+            assert sequence.length == sequence.packed == 0 and not sequence.pages
+            engine.read(sequence, random_ids(20))
+    wanted.free()
+    engine.parts.setup.arena.check({})
+
+
+def test_a_checkpoint_knows_what_was_dropped_before_its_text(folder: Path) -> None:
+    """The same tokens held, of a text that has shifted and of one that has not: places in the file are of another text."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=2700, on_full="shift", prefill="streaming")
+    with engine.prefill(random_ids(3500)) as sequence, pytest.MonkeyPatch.context() as patch:
+        held = list(sequence.token_ids)
+        assert sequence.dropped
+        patch.setattr(engine.parts.model, "layer", _failing(engine, 9))
+        with pytest.raises(RuntimeError):
+            engine.read(sequence, random_ids(900, seed=1), checkpoint=folder / "ck", checkpoint_seconds=0)
+    with engine.prefill(held) as other:
+        refused(lambda: engine.read(other, random_ids(900, seed=1), checkpoint=folder / "ck"), "of another text")
+
+
 def test_reading_goes_on_where_the_disk_is_full_or_the_file_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Listener()
     engine = tiny_engine(folder, MASS, max_context=3000)
@@ -315,6 +360,11 @@ def test_a_session_is_no_checkpoint(folder: Path) -> None:
     engine.prefill(random_ids(300)).save(folder / "s")
     with pytest.raises(SessionError, match="not an skvq checkpoint"):
         reading(engine, folder / "s", 60)
+
+
+def _session_of(sequence: Any, path: Path) -> Path:
+    sequence.save(path)
+    return path
 
 
 def _none_left(count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tiny import tiny_folder
 from skvq.cli import main, run
 from skvq.commands.errors import output_error
 from skvq.commands.text import argument_text, file_text
-from skvq.engine import decode, reading, sampling
+from skvq.engine import decode, reading, sampling, session
 from skvq.engine.config import RopeConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
@@ -232,6 +233,23 @@ def test_ctrl_c_in_an_answer_keeps_the_session(
         half = call(*options, *text, "--session", tmp_path / "half")
     assert half.exit_code == 130 and ("--checkpoint FILE would keep it" in half.stderr) != checkpoint
     assert not (tmp_path / "half").exists()
+
+
+def test_ctrl_c_while_the_session_is_written_comes_after_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = session.write_container
+
+    def slow(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write(*args)
+
+    options = ("run", "--model", model, "--method", "fp", "--ignore-eos", "-p", "the quick brown fox", "-n", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "write_container", slow)
+        result = call(*options, "--session", tmp_path / "s")
+    assert result.exit_code == 130 and (tmp_path / "s").exists()
+    assert call("run", "--model", model, "--session", tmp_path / "s", "-n", 2).exit_code == 0
 
 
 def test_ctrl_c_in_a_later_question_keeps_the_answers_before_it(

@@ -43,6 +43,9 @@ def test_what_dead_processes_left_is_removed_and_what_others_write_is_not(tmp_pa
     elsewhere = tmp_path / ".a.another-machine.999999999-1.partial"
     for left in (dead, alive, elsewhere):
         left.write_bytes(b"x")
+    require_writable(tmp_path / "a")
+    assert not dead.exists(), "a run that writes nothing leaves no more than it found"
+    dead.write_bytes(b"x")
     write_atomically(tmp_path / "a", b"y")
     assert not dead.exists() and alive.exists() and elsewhere.exists() and (tmp_path / "a").read_bytes() == b"y"
 
@@ -63,6 +66,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         refused(lambda path=path: require_writable(path), "cannot write", told)  # type: ignore[misc]
         refused(lambda path=path: write_atomically(path, b"x"), "cannot write", told)  # type: ignore[misc]
     assert pipe.is_fifo()
+    refused(lambda: require_writable(Path("a\0b")), "cannot write 'a\\x00b'", "null")
 
 
 @pytest.mark.parametrize("kept, same", [(50, True), (7, False)])
