@@ -5,8 +5,9 @@
 Some answers to short prompts are under way in a batch when a prompt of N tokens of Python's bundled documentation is added. In
 turns, batches that read it in pieces between their steps (``Engine.batch()``), and such that read it whole first
 (``interleaved=False``). Reported, of the round whose whole time is the median: the longest pause of an answer, seconds until
-the long prompt's first token, tokens that the others wrote meanwhile, and seconds until all is written. The texts must be the
-same. Last line: JSON, also written to --output.
+the long prompt's first token, tokens that the others wrote meanwhile, and seconds until all is written. On a CPU the texts must
+be the same; on a GPU, where a step of two sequences rounds otherwise than one of one, it is reported how many are. Last line:
+JSON, also written to --output.
 """
 
 from __future__ import annotations
@@ -49,14 +50,17 @@ def measured(engine: Engine, ids: list[int], answers: int, *, interleaved: bool)
     return row, [request.text for request in (*others, long)]
 
 
+RESULTS = Path(__file__).parent / "results"
+
+
 @click.command()
 @click.option("--model", default="smollm2-135m", show_default=True)
 @click.option("--ctx", default=6000, show_default=True)
 @click.option("--answers", default=2, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--dummy-weights", is_flag=True, help="Random weights of the model's shape.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "batch.json")
-def main(model: str, ctx: int, answers: int, rounds: int, dummy_weights: bool, output: Path) -> None:
+@click.option("--output", type=click.Path(path_type=Path), help="Default: results/batch.json, on a GPU batch-gpu.json.")
+def main(model: str, ctx: int, answers: int, rounds: int, dummy_weights: bool, output: Path | None) -> None:
     engine = Engine.load(
         model, max_context=ctx + 500, max_sequences=answers + 1, report=Quiet(), prefix_cache=False, dummy_weights=dummy_weights
     )
@@ -69,7 +73,8 @@ def main(model: str, ctx: int, answers: int, rounds: int, dummy_weights: bool, o
             row, text = measured(engine, ids, answers, interleaved=interleaved)
             rows[name].append(row)
             texts.append(text)
-    assert all(text == texts[0] for text in texts), "an answer hangs on what is beside it"
+    same = sum(one == first for text in texts for one, first in zip(text, texts[0], strict=True)) / (len(texts) * len(texts[0]))
+    assert same == 1 or engine.device.type == "cuda", "an answer hangs on what is beside it"
     results = [{"read": n} | sorted(found, key=lambda r: r["all_s"])[len(found) // 2] for n, found in rows.items()]
     for row in results:
         print(
@@ -78,7 +83,8 @@ def main(model: str, ctx: int, answers: int, rounds: int, dummy_weights: bool, o
             file=sys.stderr,
         )
     found = stamp(device_name(engine.device), "torch", "numba") | {"model": model, "ctx": ctx, "answers": answers}
-    write(output, found | {"results": results})
+    found |= {"same_texts": same}
+    write(output or RESULTS / ("batch.json" if engine.device.type == "cpu" else "batch-gpu.json"), found | {"results": results})
     print(json.dumps(found | {"results": results}))
 
 

@@ -25,10 +25,11 @@ from skvq.kernels.graphs import Captured
 
 CARD = torch.device("cuda:0")
 READS = {  # of tensors of the card: the host waits
-    "item", "tolist", "numpy", "nonzero", "masked_select", "unique", "argwhere", "equal", "allclose", "is_nonzero", "bincount",
+    "item", "tolist", "nonzero", "masked_select", "unique", "argwhere", "equal", "allclose", "is_nonzero", "bincount",
     "__bool__", "__int__", "__float__", "__index__", "__contains__", "isin", "multinomial",
 }  # fmt: skip
 MOVES = {"to", "copy_", "cpu", "tolist", "__repr__", "__format__"}
+"""Between card and host; a tensor of the host is assigned one of the card too, which is waited for."""
 INNER = {"data_ptr", "untyped_storage", "as_subclass", "__reduce_ex__"}
 
 
@@ -128,13 +129,15 @@ class Card(TorchFunctionMode):
             return func(*tree_map(plain, args), **kwargs)
         theirs = [v for v in values if isinstance(v, Tensor) and not isinstance(v, OnCard)]
         to_card, to_host = any(map(_is_cuda, values)), any(map(_is_cpu, values)) or name == "cpu"
-        if ours and any(t.dim() for t in theirs) and name not in MOVES:
+        moves = name in MOVES or (name == "__setitem__" and not isinstance(args[0], OnCard))
+        assert not (ours and name == "numpy"), "numpy has no tensors of a card"
+        if ours and any(t.dim() for t in theirs) and not moves:
             raise AssertionError(f"{name} mixes card and host: {[tuple(t.shape) for t in theirs]} on the host")
         if ours:
             index = tree_flatten(args[1:2])[0] if name in ("__getitem__", "__setitem__") else []
             if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index):
                 self.wait(f"{name} by a mask")
-            if name in READS or to_host or (name == "repeat_interleave" and len(ours) > 1):
+            if name in READS or (moves and name == "__setitem__") or to_host or (name == "repeat_interleave" and len(ours) > 1):
                 self.wait(name)
         if name == "__setitem__" and isinstance(args[0], OnCard) and not isinstance(args[2], Tensor):
             self.set_number(args[0], args[1])

@@ -21,6 +21,8 @@ from skvq.engine.generate import Engine
 from skvq.engine.generation import begun, step
 from skvq.engine.lookup import Lookup
 from skvq.engine.methods import CacheMethod
+from skvq.engine.planner import Plan
+from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.sampling import Sampler
 from skvq.engine.trials.bench import bench_decode, bench_prefill
@@ -87,6 +89,23 @@ def test_load_read_and_decode(folder: Path, gpu: Card, method: str) -> None:
     on_cpu = tiny_engine(folder, tiny_cache(method=method), dtype="bfloat16", **options)
     wanted = steps(on_cpu, [on_cpu.prefill(random_ids(400))], [random_ids(3, seed=1)])
     assert float((got - wanted).norm() / wanted.norm()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "form", [PrefillForm(host_states=True), PrefillForm(head_groups=2), PrefillForm(head_groups=2, host_states=True)], ids=str
+)
+def test_every_form_of_exact_prefill(
+    folder: Path, gpu: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: PrefillForm
+) -> None:
+    """Hidden states in host memory, heads in groups, a checkpoint at every point: the logits of the plain form."""
+    engine = tiny_engine(folder, tiny_cache(method="plain"), device="cuda", dtype="auto", max_context=700, cuda_graph=False)
+    with engine.prefill(random_ids(400)) as plain_form:
+        wanted = plain_form.logits
+    monkeypatch.setattr("skvq.engine.prefill.CHUNK_TOKENS", 150)
+    monkeypatch.setattr(Plan, "form_of", lambda *args: form)
+    with engine.prefill(random_ids(400), checkpoint=tmp_path / "part", checkpoint_seconds=0) as sequence:
+        assert wanted is not None and sequence.logits is not None and sequence.packed == 384
+        assert float((sequence.logits - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path, gpu: Card) -> None:

@@ -576,13 +576,15 @@ def on_a_card() -> None:
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
         caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]
         caches += [tiny_cache(method="plain", value_bits=1.5), tiny_cache(method="plain", layer_bits=(((2, 3), (4, 2)),))]
-        for model, cache in [*((folder, cache) for cache in caches), (file, tiny_cache(method="plain"))]:
+        odd = tiny_folder(Path(name) / "odd", head_size=96, num_layers=1)
+        models = [*((folder, cache) for cache in caches), (file, caches[0]), (odd, caches[0]), (odd, caches[2])]
+        for model, cache in models:
             found = []
             for place, backend in (("cpu", "reference"), ("cuda", "triton")):
                 with card() as gpu:
                     options = {"backend": backend, "device": place, "dtype": "float16", "max_context": 600}
-                    engine = tiny_engine(model, cache, dummy_weights=model == folder, **options)
-                    assert isinstance(engine.step, GraphStep) == (place == "cuda")
+                    engine = tiny_engine(model, cache, dummy_weights=model != file, **options)
+                    assert isinstance(engine.step, GraphStep) == (place == "cuda" and model != odd)
                     sequences = [engine.prefill(random_ids(count)) for count in (cache.window + 158, 30)]
                     found.append(steps(engine, sequences, [[3, 4, 5, 6], [7, 8, 9, 10]]).cpu())
                     engine.read(sequences[0], random_ids(3))

@@ -478,10 +478,10 @@ class Decoder:
         parts = self.load().parts
         texts = texts_of([i % 1000 for i in range(tokens)], tokens)
         start, found = time.perf_counter(), {}
-        for _, stats in zip(range(2), recorded(parts.model, parts.rope, texts, OutlierTokens(texts)), strict=False):
+        for index, stats in zip(range(2), recorded(parts.model, parts.rope, texts, OutlierTokens(texts)), strict=False):
             torch.cuda.synchronize()
             recorded_at = time.perf_counter()
-            fit_layer(stats, parts.rope, parts.cache.with_bits(2.0, 2.0), parts.setup.backend, 0)
+            fit_layer(stats, parts.rope.of(index), parts.cache.with_bits(2.0, 2.0), parts.setup.backend, 0)
             now = time.perf_counter()
             found = {"record_s": recorded_at - start, "fit_s": now - recorded_at}
             start = now

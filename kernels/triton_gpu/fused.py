@@ -177,6 +177,8 @@ class TritonOps(TorchOps):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
     ) -> Tensor:
         rows, queries, _, size = q.shape
+        if not is_whole_block(size):
+            return super().rope_to_slots(q, k, v, cos, sin, full, slots, ring_slots)
         kv_heads, keys, values = k.shape[2], full.keys, full.values
         assert queries == 1 and k.shape == v.shape == (rows, 1, kv_heads, size), (q.shape, k.shape, v.shape)
         assert slots.dtype == ring_slots.dtype == torch.int64 and slots.shape == ring_slots.shape == (rows,), slots.shape
@@ -186,11 +188,18 @@ class TritonOps(TorchOps):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
     ) -> Tensor:
         _, count, _, size = q.shape
+        if not is_whole_block(size):
+            return super().rope_to_buffer(q, k, v, cos, sin, keys, values, first)
         assert q.shape[0] == 1 and k.shape == v.shape == (1, count, len(keys), size), (q.shape, k.shape, v.shape)
         assert keys.dtype == values.dtype == k.dtype and keys.stride() == values.stride() and keys.stride(2) == 1, keys.stride()
         at = torch.arange(first, first + count, device=q.device)
         q, k, v, cos, sin = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
         return _turn(q, k, v, cos, sin, at, at, keys[None], values[None]).transpose(0, 1)
+
+
+def is_whole_block(size: int) -> bool:
+    """Whether ``turn_kernel`` turns heads of this size: it has no masks. Attention on others is torch's too."""
+    return size & (size - 1) == 0
 
 
 def is_matvec(linear: Linear, x: Tensor) -> TypeGuard[DenseLinear]:
