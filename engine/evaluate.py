@@ -188,6 +188,29 @@ def error_by_position(found: Sequence[Comparison]) -> list[dict[str, float]]:
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likelihoods:
+    """Log probabilities float32 after each token of a text: of the one that follows it [N - 1], and of the K likeliest [N, K],
+    whose ids are int64 [N, K]."""
+
+    following: Tensor
+    likeliest: Tensor
+    ids: Tensor
+
+
+def likelihoods_of(model: Model, hidden: Tensor, ids: Tensor, count: int) -> Likelihoods:
+    """Those of a text from its last hidden states [N, d]; ``count`` likeliest."""
+    following, values, indices = [], [], []
+    for start in range(0, len(ids), ROWS):
+        target = ids[start + 1 : start + ROWS + 1, None]
+        rows = model.head(hidden[start : start + ROWS]).log_softmax(-1)
+        following.append(rows[: len(target)].gather(1, target)[:, 0])
+        top = rows.topk(count)
+        values.append(top.values)
+        indices.append(top.indices)
+    return Likelihoods(following=torch.cat(following), likeliest=torch.cat(values), ids=torch.cat(indices))
+
+
 def nll_of(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
     """Negative log-likelihood float32 [N - 1] of each next token."""
     parts = []

@@ -17,6 +17,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import calibrate_to
 from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, require_known
+from skvq.engine.evaluate import Likelihoods
 from skvq.engine.generation import answered, continued
 from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
@@ -235,6 +236,12 @@ class Engine(TokenEngine):
     def nll(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)
+
+    @names_options()
+    @computes
+    def likelihoods(self, token_ids: Sequence[int], count: int = 1) -> Likelihoods:
+        """Log probabilities after each token, of the next and of the ``count`` likeliest, positions seeing what decode sees."""
+        return scoring.likelihoods(self.parts, self.encode(token_ids), count, self.report)
 
     @names_options()
     @computes

@@ -14,10 +14,12 @@ from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.evaluate import (
     DecodeRegimeLayer,
+    Likelihoods,
     StrictWindowLayer,
     compare,
     dense_layers,
     evaluation_row,
+    likelihoods_of,
     nll_of,
     text_hidden,
 )
@@ -48,6 +50,15 @@ def nll(parts: EngineParts, token_ids: Sequence[int], report: Reporter) -> Tenso
     """See ``Engine.nll``."""
     ids = parts.model.ids(token_ids)
     return nll_of(parts.model, regime_hidden(parts, ids, report), ids)
+
+
+def likelihoods(parts: EngineParts, token_ids: Sequence[int], count: int, report: Reporter) -> Likelihoods:
+    """See ``Engine.likelihoods``."""
+    vocab = parts.model.config.vocab_size
+    if not is_whole(count) or not 1 <= count <= vocab:
+        raise OptionError(f"count must be from 1 to the vocabulary's {vocab:,}, got {count!r}")
+    ids = parts.model.ids(token_ids)
+    return likelihoods_of(parts.model, regime_hidden(parts, ids, report), ids, int(count))
 
 
 def evaluate(

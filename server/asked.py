@@ -14,9 +14,12 @@ from typing import Any
 
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
+from skvq.engine.options import is_whole
 from skvq.engine.prompt import Prompt, is_several
 
 MOST_ANSWERS = 128
+MOST_LIKELY = 20
+"""Of the likeliest tokens that a scored prompt tells."""
 SETTINGS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -34,7 +37,6 @@ SETTINGS = {
 """Names in a request and in ``SamplingConfig``; null is absent."""
 WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "functions": ([],),
     "logit_bias": ({},),
@@ -51,10 +53,13 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One request. prompts and sampling: of each choice in the answer; tells_usage: whether a stream ends with its counts."""
+    """One request. prompts and sampling: of each choice in the answer; likeliest: 0, or how many tokens are told for each of a
+    prompt that is to be scored, not answered; tells_usage: whether a stream ends with its counts.
+    """
 
     prompts: tuple[Prompt, ...]
     sampling: tuple[SamplingConfig, ...]
+    likeliest: int
     is_chat: bool
     is_stream: bool
     tells_usage: bool
@@ -69,7 +74,10 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     if not isinstance(fields, dict):
         raise OptionError("the request must be a JSON object")
     fields = {name: value for name, value in fields.items() if value is not None}
-    for name, ignored in WITHOUT_EFFECT.items():
+    likeliest = _likeliest(fields) if fields.get("echo", False) is not False and not is_chat else 0
+    if likeliest:
+        del fields["logprobs"], fields["echo"]
+    for name, ignored in {**WITHOUT_EFFECT, "echo": (False,)}.items():
         if name in fields and not any(_is_same(fields[name], value) for value in ignored):
             raise OptionError(f"{name} is not supported by this server: leave it out")
     prompts = [_messages(fields.get("messages"))] if is_chat else _prompts(fields.get("prompt"))
@@ -81,10 +89,22 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     return Asked(
         prompts=tuple(prompt for prompt in prompts for _ in range(count)),
         sampling=tuple(_nth(sampling, at) for _ in prompts for at in range(count)),
+        likeliest=likeliest,
         is_chat=is_chat,
         is_stream=bool(fields.get("stream", False)),
         tells_usage=isinstance(options, dict) and bool(options.get("include_usage", False)),
     )
+
+
+def _likeliest(fields: Mapping[str, Any]) -> int:
+    """How many tokens ``logprobs`` asks for beside each of the prompt, which ``echo`` asks for. Raises OptionError if more than
+    the prompt is to be scored."""
+    count = fields.get("logprobs")
+    if not is_whole(count) or not 1 <= count <= MOST_LIKELY:
+        raise OptionError(f"echo goes with logprobs, from 1 to {MOST_LIKELY}: it scores the prompt")
+    if fields.get("max_tokens") not in (0, 1) or fields.get("n", 1) != 1 or fields.get("stream", False):
+        raise OptionError("echo scores the prompt: give max_tokens 0 or 1, one answer, and no stream")
+    return int(count)
 
 
 def _is_same(one: object, other: object) -> bool:

@@ -101,10 +101,14 @@ class Handler(BaseHTTPRequestHandler):
         settings = self.server.settings
         try:
             asked = asked_for(body, settings.defaults, is_chat=POSTS[self._place])
+            if asked.likeliest:
+                return self._score(asked)
             call = self.server.service.add(asked.prompts, asked.sampling)
         except SkvqError as error:
             kind = "context_length_exceeded" if isinstance(error, CapacityError) else "invalid_request_error"
             return self._send(400, error_of(str(error), kind=kind))
+        except RuntimeError as error:  # of a score
+            return self._send(500, error_of(str(error), kind="server_error"))
         replies = Replies(settings.model, is_chat=asked.is_chat)
         gone = ""
         try:
@@ -114,6 +118,16 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             call.cancel()
         return settings.report.message(_line(self._place, call, gone))
+
+    def _score(self, asked: Asked) -> None:
+        """Prompts scored, one after another."""
+        engine, settings = self.server.service.engine, self.server.settings
+        texts = [engine.encode(prompt) for prompt in asked.prompts]
+        waiting = [self.server.service.score(ids, asked.likeliest) for ids in texts]
+        found = [(ids, one.result()) for ids, one in zip(texts, waiting, strict=True)]
+        drawn = bool(asked.sampling[0].max_new_tokens)
+        self._send(200, Replies(settings.model, is_chat=False).scored(found, engine.parts.tokenizer, drawn=drawn))
+        settings.report.message(f"{self._place}: {sum(map(len, texts)):,} tokens scored")
 
     def _answer(self, asked: Asked, call: Call, replies: Replies) -> None:
         left = len(call.requests)

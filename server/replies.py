@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from skvq.engine.batch import Request
+from skvq.engine.evaluate import Likelihoods
+from skvq.loaders.text import Tokenizer
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -28,6 +30,24 @@ class Replies:
             choices.append({"index": index, **said, "logprobs": None, "finish_reason": FINISH[request.finish]})
         name = "chat.completion" if self.is_chat else "text_completion"
         return {**self._common, "object": name, "choices": choices, "usage": usage_of(requests)}
+
+    def scored(self, texts: Sequence[tuple[list[int], Likelihoods]], tokenizer: Tokenizer, *, drawn: bool) -> dict[str, Any]:
+        """Prompts as choices, with the log probabilities of their tokens; ``drawn``: the likeliest next one is told as well."""
+        choices, written = [], int(drawn)
+        for index, (ids, found) in enumerate(texts):
+            following, likeliest, others = found.following.tolist(), found.likeliest.tolist(), found.ids.tolist()
+            shown = [*ids, others[-1][0]][: len(ids) + written]
+            tokens = [spelling(tokenizer, token) for token in shown]
+            chosen = [*following, likeliest[-1][0]][: len(shown) - 1]
+            top = []
+            for row, values, token, value in zip(others, likeliest, tokens[1:], chosen, strict=False):
+                told = dict(zip([spelling(tokenizer, one) for one in reversed(row)], reversed(values), strict=True))
+                top.append({**told, token: max(value, told.get(token, value))})  # two tokens may have one spelling
+            scores = {"tokens": tokens, "token_logprobs": [None, *chosen], "top_logprobs": [None, *top]}
+            choices.append({"index": index, "text": tokenizer.decode(shown), "logprobs": scores, "finish_reason": "length"})
+        read = sum(len(ids) for ids, _ in texts)
+        usage = {"prompt_tokens": read, "completion_tokens": written * len(texts), "total_tokens": read + written * len(texts)}
+        return {**self._common, "object": self._name, "choices": choices, "usage": usage}
 
     def first(self, count: int) -> Iterable[dict[str, Any]]:
         """What a stream of a chat begins with: who speaks."""
@@ -53,6 +73,12 @@ class Replies:
         said: dict[str, Any] = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
         choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
         return {**self._common, "object": self._name, "choices": [choice]}
+
+
+def spelling(tokenizer: Tokenizer, token: int) -> str:
+    """A token's own text, or, as vLLM writes it, its id if it has none that is whole characters."""
+    text = tokenizer.decode([token])
+    return text if text and "\ufffd" not in text else f"token_id:{token}"
 
 
 def usage_of(requests: Sequence[Request]) -> dict[str, Any]:

@@ -289,3 +289,22 @@ def test_loading_names_the_option_that_was_meant(folder: Path) -> None:
         engine.with_cache(CacheConfig(), key_bits=3)  # type: ignore[call-arg]
     with pytest.raises(OptionError, match="did you mean 'streaming'"):
         Engine.load(folder, prefill="streamed", report=Quiet())
+
+
+def test_likelihoods_are_those_of_the_packed_cache(engine: Engine) -> None:
+    """Of the next token as ``nll``; of the likeliest by definition, which at 16 bits is that of the model."""
+    ids = random_ids(16 + 2 * 160 + 21, seed=6)
+    found = engine.likelihoods(ids, 4)
+    assert torch.equal(found.following, -engine.nll(ids))
+    assert found.likeliest.shape == found.ids.shape == (len(ids), 4)
+    assert bool((found.likeliest[:, 0] >= found.likeliest[:, 1]).all()) and bool(
+        (found.likeliest[:-1, 0] >= found.following).all()
+    )
+    at_16_bits = engine.with_cache(tiny_cache(method="fp"))
+    exact = engine.logits(ids).log_softmax(-1)
+    found = at_16_bits.likelihoods(ids, 4)
+    assert (found.likeliest - exact.topk(4).values).abs().max() < 5e-3
+    assert (found.likeliest - exact.gather(1, found.ids)).abs().max() < 5e-3
+    for count in (0, 321, 1.5):
+        with pytest.raises(OptionError, match="count must be from 1 to the vocabulary's 320"):
+            engine.likelihoods(ids, count)  # type: ignore[arg-type]

@@ -192,6 +192,30 @@ def test_clients_are_answered_together_and_a_long_prompt_waits_for_its_place(eng
     assert len(client.report.messages) == 10 and all("12 written" in line for line in client.report.messages)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_prompt_is_scored_as_lm_eval_asks(engine: Engine, client: Client, beside: bool) -> None:
+    """Log probabilities through the packed cache, and what would have been likeliest; beside answers under way too."""
+    ids = [*engine.encode(TEXT), *range(30, 200)]
+    nll, exact = engine.nll(ids), engine.likelihoods(ids, 3)
+    body = {"prompt": [ids, ids[:9]], "temperature": 0, "max_tokens": 1, "logprobs": 3, "seed": 1234, "echo": True}
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(client.ask, COMPLETIONS, {"prompt": TEXT, "max_tokens": 60}) for _ in range(4 * beside)]
+        status, found = client.ask(COMPLETIONS, body)
+        assert all(other.result()[0] == 200 for other in others)
+    assert status == 200 and [choice["index"] for choice in found["choices"]] == [0, 1]
+    told = found["choices"][0]["logprobs"]
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == len(ids) + 1
+    assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+    assert told["token_logprobs"][1:-1] == pytest.approx((-nll).tolist(), abs=1e-4)
+    best = exact.likeliest[:, 0].tolist()
+    assert [max(top.values()) for top in told["top_logprobs"][1:]] == pytest.approx(best, abs=1e-4)
+    assert told["token_logprobs"][-1] == pytest.approx(best[-1], abs=1e-4)
+    assert found["usage"]["prompt_tokens"] == len(ids) + 9
+    body = {"prompt": ids, "max_tokens": 0, "logprobs": 1, "echo": True}
+    choice = client.ask(COMPLETIONS, body)[1]["choices"][0]
+    assert choice["text"] == engine.decode(ids) and len(choice["logprobs"]["tokens"]) == len(ids)
+
+
 # --- what goes wrong ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +236,11 @@ def test_clients_are_answered_together_and_a_long_prompt_waits_for_its_place(eng
         (COMPLETIONS, {"prompt": TEXT, "temperature": "hot"}, "temperature must be"),
         (COMPLETIONS, {"prompt": TEXT, "max_tokens": -1}, "max_new_tokens must be"),
         (COMPLETIONS, {"prompt": TEXT, "logprobs": 0}, "logprobs is not supported"),
-        (COMPLETIONS, {"prompt": TEXT, "echo": True}, "echo is not supported"),
+        (COMPLETIONS, {"prompt": TEXT, "echo": True}, "echo goes with logprobs"),
+        (COMPLETIONS, {"prompt": TEXT, "echo": True, "logprobs": 1}, "max_tokens 0 or 1"),
+        (COMPLETIONS, {"prompt": TEXT, "echo": True, "logprobs": 21, "max_tokens": 0}, "from 1 to 20"),
+        (COMPLETIONS, {"prompt": [7] * 701, "echo": True, "logprobs": 1, "max_tokens": 0}, "701 tokens"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "echo": True}, "echo is not supported"),
         (COMPLETIONS, {"prompt": [7] * 701}, "701 tokens do not fit a context of 700"),
         (COMPLETIONS, {"prompt": "\ud800"}, "surrogate"),
         (CHAT, {"prompt": TEXT}, "messages is missing"),
