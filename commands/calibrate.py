@@ -28,7 +28,7 @@ from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=OneLineCommand, short_help="Make a calibration file.")
 @model_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration file to write.")
 @click.option("--text", help="Text file to calibrate on; default: Python's bundled documentation.")

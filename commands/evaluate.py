@@ -27,7 +27,7 @@ from skvq.engine.errors import OptionError
 from skvq.engine.trials.plots import depth_plot, require_plot
 
 
-@click.command("eval", cls=OneLineCommand)
+@click.command("eval", cls=OneLineCommand, short_help="Measure a cache against the 16-bit one.")
 @model_option
 @click.option("--text", help="Text file to score; default: Python's bundled documentation.")
 @click.option("--tokens", type=TokenCount(2), default=2048, show_default=True, help="Tokens of the text to score.")
@@ -49,7 +49,10 @@ def evaluate(**options: Any) -> None:
     cache = cache_config(options)
     caches = [cache] if options["methods"] is None else [_variant(cache, part) for part in options["methods"].split(",")]
     text = corpus_text(options["text"])
-    stride = min(options["stride"] or options["tokens"], options["tokens"])
+    if not text.strip():
+        raise OptionError(f"{options['text']} holds no text to score")
+    most = min(options["tokens"], len(text.encode()) + 1)  # a token is a byte or more
+    stride = min(options["stride"] or most, most)
     engine = load_engine(options, replace(cache, method="fp"), context=stride)
     rows = engine.evaluate(
         text,
@@ -78,10 +81,10 @@ def _variant(cache: CacheConfig, text: str) -> CacheConfig:
     name, *bits = text.strip().split(":")
     try:
         widths = [float(b) for b in bits]
+        if len(widths) not in (0, 2):
+            raise ValueError(text)
     except ValueError:
-        raise OptionError(f"--methods: {text!r} is not method or method:key_bits:value_bits") from None
-    if len(widths) not in (0, 2):
-        raise OptionError(f"--methods: {text!r} is not method or method:key_bits:value_bits")
+        raise OptionError(f"--methods: {text!r} is not METHOD or METHOD:KEY_BITS:VALUE_BITS, such as rotate:2:1.5") from None
     chosen = replace(cache, method=name)
     return chosen if not widths else chosen.with_bits(*widths)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from skvq.engine.trials.needle import Needle
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=OneLineCommand, short_help="Hide facts in long texts and ask for them.")
 @model_option
 @click.option("--haystack", help="Text file to hide the needle in; default: Python's bundled documentation.")
 @click.option("--depths", callback=depths_of, default="0,25,50,75,100", show_default=True, help="Per cent of text before it.")
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @json_option
 def needle(**options: Any) -> None:
     """Hide a fact at several depths of texts of several lengths and ask for it through the packed cache."""
-    from skvq.engine.trials.needle import needles, reference_of, summary
+    from skvq.engine.trials.needle import needles, reference_of, summary, total
 
     contexts, plot = options["ctx"], options["plot"]
     if plot is not None:
@@ -63,6 +63,7 @@ def needle(**options: Any) -> None:
         click.echo(one.line(), err=options["as_json"])
 
     found = needles(engine, references, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
+    click.echo(total(found), err=options["as_json"])
     if plot is not None:
         heat_map([n.as_dict() for n in found], f"{options['model']}, {engine.parts.cache.name}", plot)
         click.echo(f"skvq: wrote {plot}", err=True)

@@ -89,10 +89,25 @@ class TokenCount(click.ParamType):  # type: ignore[type-arg]
         try:
             count = value if isinstance(value, int) else count_of(value)
         except ValueError:
-            self.fail(f"{value!r} is not a number of tokens such as 131072, 1e6, 128K (131072) or 128k (128000)")
+            self.fail(f"{value!r} is not a number of tokens below 2**31 such as 131072, 1e6, 128K (131072), 128k (128000)")
         if count < self.least:
-            self.fail(f"{count} is not {self.least} tokens or more")
+            self.fail(f"{count} is too few tokens: give {self.least} or more")
         return count
+
+
+class Seed(click.ParamType):  # type: ignore[type-arg]
+    """Click type: a whole number, or ``random``, which is None."""
+
+    name = "seed"
+
+    def convert(self, value: str | int, parameter: click.Parameter | None, context: click.Context | None) -> int | None:
+        """The number, if it is one."""
+        if value == "random":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor random")
 
 
 model_option = click.option(
@@ -185,7 +200,7 @@ sampling_options = stack(
     click.option("--top-k", type=int, default=0, show_default=True),
     click.option("--min-p", type=float, default=0.0, show_default=True),
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--seed", type=Seed(), default=0, show_default=True, help="A whole number, or random: another one each time."),
     click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
     click.option("--ignore-eos", is_flag=True, help="Keep writing past end-of-text tokens, up to the limit."),
     click.option(

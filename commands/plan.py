@@ -13,7 +13,7 @@ from skvq.commands.options import cache_config, cache_options, ctx_option, json_
 from skvq.engine.errors import OptionError
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=OneLineCommand, short_help="Show memory, the largest context, and times.")
 @model_option
 @ctx_option
 @click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences alive at once.")

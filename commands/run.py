@@ -227,7 +227,10 @@ def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:
     Raises SessionError where they contradict it.
     """
     if session is None or not session.exists():
-        return cache_config(options)
+        cache = cache_config(options)
+        if options["checkpoint"] is not None and options["checkpoint"].exists():
+            require_checkpoint(options["checkpoint"], cache)
+        return cache
     from skvq.engine.session import require_fits, require_options, saved_options, session_header
 
     header = session_header(session)
@@ -237,6 +240,15 @@ def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:
     cache = cache_config({**options, **saved})
     require_options(header, session, cache)
     return cache
+
+
+def require_checkpoint(path: Path, cache: CacheConfig) -> None:
+    """Raise SessionError if a checkpoint is of other cache options: before a model is loaded and calibrated."""
+    from skvq.engine.checkpoint import KIND
+    from skvq.engine.container import read_header
+    from skvq.engine.session import require_options
+
+    require_options(read_header(path, KIND), path, cache, KIND)
 
 
 def run_prompt(text: str, options: dict[str, Any]) -> Prompt:

@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 2048
 """Of an answer whose length neither the request nor the command says: a place is kept for as many."""
 
 
-@click.command(cls=OneLineCommand)
+@click.command(cls=OneLineCommand, short_help="Serve a model with OpenAI's API.")
 @model_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of this machine's.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")

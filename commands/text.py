@@ -41,15 +41,16 @@ def questions() -> Iterator[str]:
         except UnicodeDecodeError:
             raise OptionError("standard input is not UTF-8 text: convert it first") from None
         if line.strip():
-            yield line
+            yield argument_text(line, "standard input")
 
 
-def argument_text(argument: str) -> str:
-    """The text of an argument. In a locale without UTF-8 Python holds its bytes as surrogates: they are decoded here."""
+def argument_text(argument: str, name: str = "the text of -p") -> str:
+    """The text of an argument, or of a line. In a locale without UTF-8 Python holds its bytes as surrogates: they are decoded
+    here."""
     try:
         return argument.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
-        raise OptionError("the text of -p is not UTF-8: pass it in a file with -f") from None
+        raise OptionError(f"{name} is not UTF-8: pass it in a file with -f") from None
 
 
 def corpus_text(file: str | None) -> str:
@@ -62,8 +63,10 @@ def file_text(file: str) -> str:
     if file == "-" and sys.stdin is None:
         raise OptionError("-f -: standard input is closed")
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise OptionError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise OptionError(f"{file} is not UTF-8 text (byte {error.start:,}): convert it first") from None
+        name = "standard input" if file == "-" else file
+        raise OptionError(f"{name} is not UTF-8 text (byte {error.start:,}): convert it first") from None

@@ -79,5 +79,5 @@ class CacheSetup:
             tokens = f"{held:,} cached and {count:,} more" if held else f"{count:,}"
             raise CapacityError(
                 f"{tokens} tokens do not fit a context of {self.max_context:,}: shorten the text, or load with a "
-                f"max_context (--ctx) of at least {held + count + answer}{self.on_full.advice}"
+                f"max_context (--ctx) of at least {held + count + answer:,}{self.on_full.advice}"
             )

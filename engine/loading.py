@@ -104,6 +104,8 @@ def load_parts(
     config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
     if calibration is not None:
         cache = with_chosen_bits(cache, calibration, config, fingerprint=source.fingerprint)
+    if cache.is_packed and CacheConfig().group_size != cache.group_size > config.head_size:
+        report.message(f"groups of {cache.group_size} channels are cut to the heads, of {config.head_size}")
     cache = cache.fitted(config)
     if calibration is not None:
         if not cache.is_packed:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from skvq.engine.control_groups import memory_left
 from skvq.engine.errors import OptionError, require_known
 from skvq.kernels.interface import Backend, BackendUnavailable
 from skvq.kernels.registry import get_backend
@@ -75,35 +76,4 @@ def available_memory(device: torch.device) -> int:
         raise OptionError(f"skvq runs on Linux: there is no {MEMINFO} here to tell how much memory is free")
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([free, *left_by_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-
-
-GROUP_FILES = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-"""Files of a control group, v2 and v1: limit, usage and, in memory.stat, cached pages of files that it would give up."""
-
-
-def left_by_groups(groups: Path, root: Path) -> list[int]:
-    """Bytes that a process may still take by each of its control groups with a limit (containers, Slurm jobs, systemd slices).
-
-    groups: the process's /proc/PID/cgroup, with lines ``0::/path`` or ``9:memory:/path``; root: where they are mounted.
-    """
-    left = []
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        _, kind, path = line.split(":", 2)
-        if kind in GROUP_FILES:
-            top = root / kind
-            inner = top / path.strip("/")
-            outer = [folder for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
-            left += [room for folder in outer if (room := left_by_group(folder, *GROUP_FILES[kind])) is not None]
-    return left
-
-
-def left_by_group(folder: Path, limit: str, usage: str, cached: str) -> int | None:
-    """Bytes that may still be taken in one control group; None if it has no limit."""
-    if not (folder / limit).is_file() or (most := (folder / limit).read_text().strip()) == "max":
-        return None
-    kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int(most) - int((folder / usage).read_text()) + int(kinds[cached])
+    return min([free, *memory_left()])

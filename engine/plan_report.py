@@ -173,7 +173,7 @@ class PlanReport:
         lines += [
             "",
             f"predicted, at {card.weight_efficiency:.0%} / {card.cache_efficiency:.0%} of {card.bandwidth / 1e9:,.0f} GB/s for "
-            f"weights / cache and {card.matrix_efficiency:.0%} of {card.flops / 1e12:,.1f} TFLOP/s:",
+            f"weights / cache and {card.matrix_efficiency:.0%} of {_flops(card.flops)}:",
             f"  {'prefill of the whole context':32} {_duration(self.prefill_seconds):>12}",
             f"  {'per token, at full context':32} {self.decode_ms:>9,.1f} ms",
         ]
@@ -315,8 +315,14 @@ def _name(cache: CacheConfig) -> str:
     return f"{cache.method} K{cache.key_bits:g} V{cache.value_bits:g} g{cache.group_size}"
 
 
+def _flops(each_second: float) -> str:
+    return f"{each_second / 1e12:,.1f} TFLOP/s" if each_second >= 1e12 else f"{each_second / 1e9:,.0f} GFLOP/s"
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
+    if minutes >= 48 * 60:
+        return f"{minutes / 60 / 24:.1f} days"
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"

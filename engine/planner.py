@@ -154,7 +154,8 @@ class Planner:
             return f"one sequence alone, of up to {most:,} tokens, would fit"
         alone = self.room.weight_bytes + self.room.cuda_bytes > self.room.memory
         window = self._arena(self.cache, 1).nbytes
-        if not alone and window > self.room.memory - self.room.weight_bytes - self.room.cuda_bytes:
+        without = replace(self, cache=replace(self.cache, window=min(self.cache.window, 128)))
+        if not alone and without.largest_context():
             return f"a window of {self.cache.window:,} tokens takes {gib(window)} of it: use a smaller one (--window)"
         return f"not even {'the weights fit' if alone else 'a short context fits beside the weights'}: use a smaller model"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from time import perf_counter
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from tqdm import tqdm
 
@@ -58,6 +58,20 @@ class _Tqdm:
         self._bar.update(max(0.0, self._pace.share(elapsed) - self._bar.n))
 
 
+class _Lines:
+    """A stream that nobody watches: each state of a bar is a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 class _Nothing:
     def advance(self, *work: float) -> None:
         pass
@@ -75,12 +89,16 @@ class StderrReporter:
         if (stream := stderr()) is None:
             yield _Nothing()
             return
-        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} to go"
-        every = 0.1 if getattr(stream, "isatty", bool)() else LOGGED
-        with tqdm(
-            total=1.0, desc=label, bar_format=form, smoothing=0, delay=0.5, mininterval=every, file=stream, leave=False
-        ) as bar:
-            yield _Tqdm(bar, Pace(total))
+        watched = getattr(stream, "isatty", bool)()
+        form = "{desc}: {percentage:3.0f}%, {remaining} to go"  # what a narrow terminal cuts off comes after it
+        shown: dict[str, Any] = {"bar_format": form + "|{bar}| {elapsed} elapsed", "mininterval": 0.1, "file": stream}
+        if not watched:
+            shown = {"bar_format": form + ", {elapsed} elapsed", "mininterval": LOGGED, "file": _Lines(stream)}
+        with tqdm(total=1.0, desc=label, smoothing=0, delay=0.5, leave=False, **shown) as bar:
+            try:
+                yield _Tqdm(bar, Pace(total))
+            finally:
+                bar.clear()  # a message may have drawn it before its delay was over
 
 
 class Quiet:

@@ -79,6 +79,8 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
         raise OptionError(
             f"rope scaling {text!r}: {length!r} is not a number of tokens up to {config.trained_context:,}, the trained length"
         )
+    if not factor:
+        raise OptionError(f"rope scaling {text!r} lacks its factor: give {kind}:4, or what it should be stretched by")
     try:
         stretch = float(factor)
     except ValueError:

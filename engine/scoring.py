@@ -26,6 +26,7 @@ from skvq.engine.evaluate import (
 from skvq.engine.loading import EngineParts, with_cache
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.report import Reporter
+from skvq.engine.sizes import regions_of, with_longest_tile
 
 
 def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
@@ -86,6 +87,14 @@ def evaluate(
     stretches = [s for s in torch.split(parts.model.ids(token_ids[:tokens]), stride) if len(s) > 1]
     if not stretches:
         raise OptionError(f"the text has {len(token_ids)} tokens: at least 2 are needed to score it")
+    longest = max(map(len, stretches))
+    for cache in caches:
+        regions = regions_of(with_longest_tile(cache.fitted(parts.model.config), parts.model.config), parts.model.config)
+        if cache.is_packed and not exact_window and not regions.packed(longest - 1):
+            raise OptionError(
+                f"in {longest:,} tokens nothing is packed before the last is read, for window and tile hold "
+                f"{regions.window + regions.tile:,}: score longer stretches (--stride, --tokens)"
+            )
     references = [dense_hidden(parts, s) for s in stretches]
     layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
     rows = []

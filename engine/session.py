@@ -75,13 +75,13 @@ def saved_options(header: Mapping[str, Any]) -> dict[str, Any]:
     return told | ({"sinks": int(only_sinks[1])} if only_sinks else {})
 
 
-def require_options(header: Mapping[str, Any], path: Path, cache: CacheConfig) -> None:
-    """Raise SessionError if the session at ``path`` is of other cache options."""
-    require_same(options_of(cache), header, f"{KIND} {path}")
-    if cache.is_packed and (header["layer_bits"] == SAME_BITS) != (cache.bits_budget is None):
-        made = "without" if header["layer_bits"] == SAME_BITS else "with"
+def require_options(header: Mapping[str, Any], path: Path, cache: CacheConfig, kind: str = KIND) -> None:
+    """Raise SessionError if the session (or checkpoint) at ``path`` is of other cache options."""
+    require_same(options_of(cache), header, f"{kind} {path}")
+    if cache.is_packed and (header.get("layer_bits") == SAME_BITS) != (cache.bits_budget is None):
+        made = "without" if header.get("layer_bits") == SAME_BITS else "with"
         raise SessionError(
-            f"{KIND} {path} was made {made} a budget of bits (--bits-budget): use the same options, or another file"
+            f"{kind} {path} was made {made} a budget of bits (--bits-budget): use the same options, or another file"
         )
 
 

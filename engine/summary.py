@@ -46,7 +46,7 @@ class Summary:
         """For people."""
         dropped = f" after {self.dropped_tokens:,} that were dropped" if self.dropped_tokens else ""
         reused = f"reused {self.reused_tokens:,} tokens, " if self.reused_tokens else ""
-        cut = " (as many as were asked for)" if self.finish == "length" else ""
+        cut = " (as many as were asked for)" if self.finish == "length" and self.new_tokens else ""
         speed = f" at {self.decode_tokens_per_s:,.1f} tokens/s" if self.decoded_tokens else ""
         guessed = f", {self.guessed_tokens:,} of them guessed" if self.guessed_tokens else ""
         bits = f"{self.bits_per_element:.2f} bits per element with its 16-bit window ({self.method})"

@@ -100,6 +100,8 @@ def load_header(path: Path) -> ArtifactHeader:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
+        if Path(path).is_dir():
+            raise CalibrationError(f"calibration {path} is a folder: give the file in it")
         raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate --model MODEL -o {path}`")
     try:
         with safe_open(str(path), "pt") as file:

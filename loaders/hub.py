@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -322,6 +323,7 @@ def _asked(model: str, repo: str, function: str, failed: str, **options: Any) ->
         import huggingface_hub
     except ImportError as error:
         raise ModelError(_how_to_get(model, repo, "the huggingface_hub package is not installed")) from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of tries that fail: what does in the end is told below
     try:
         return getattr(huggingface_hub, function)(repo, **options)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 import signal
@@ -25,10 +26,12 @@ from skvq.cli import main, run
 from skvq.commands.errors import output_error
 from skvq.commands.text import argument_text, file_text
 from skvq.engine import decode, reading, sampling, session
-from skvq.engine.config import RopeConfig
+from skvq.engine.config import CacheConfig, RopeConfig
+from skvq.engine.container import write_container
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
 from skvq.engine.pieces import finished
+from skvq.engine.report import Quiet
 from skvq.loaders.artifact import load_artifact, save_artifact
 from skvq.loaders.files import cache_folder
 
@@ -357,7 +360,7 @@ def test_eval_prints_the_figures_that_were_promised(model: Path) -> None:
     assert {"ppl_fp", "ppl", "kl", "top1", "bits_per_element", "key_bits", "value_bits", "tokens"} <= set(found)
     assert found["tokens"] == 333 and found["kl"] > 0 and 0 <= found["top1"] <= 1
     several = json.loads(
-        call("eval", "--model", model, "--tokens", 99, "--methods", "fp,rotate:4:4", "--json").stdout.splitlines()[-1]
+        call("eval", "--model", model, "--tokens", 299, "--methods", "fp,rotate:4:4", "--json").stdout.splitlines()[-1]
     )
     assert [r["method"] for r in several["results"]] == ["fp", "rotate"] and several["results"][1]["value_bits"] == 4
 
@@ -585,7 +588,12 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("calibrate", "-o", "never", "--method", "fp"), "fp"),
         (("calibrate", "-o", "never", "--seed", -1, "--method", "reorder"), "seed"),
         (("calibrate", "-o", "never", "--text", "/dev/null"), "tokens"),
-        (("eval", "--text", "/dev/null", "--method", "fp"), "empty"),
+        (("eval", "--text", "/dev/null", "--method", "fp"), "/dev/null holds no text"),
+        (("eval", "--tokens", 99), "nothing is packed before the last is read"),
+        (("eval", "--methods", "rotate:2"), "such as rotate:2:1.5"),
+        (("run", "-p", "the", "--seed", "dice"), "neither a whole number nor random"),
+        (("run", "-p", "the", "--rope-scaling", "yarn"), "lacks its factor"),
+        (("run", "-p", "the", "--calibration", "."), "is a folder"),
         (("eval", "--methods", "rotate:2", "--tokens", 9), "rotate:2"),
         (("eval", "--methods", "rotat", "--tokens", 9), "did you mean 'rotate'"),
         (("calibrate", "-o", "x.safetensors", "--ctx", "1G"), "such as 131072, 1e6, 128K"),
@@ -595,8 +603,8 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("plan", "--ctx", "nan"), "such as 131072, 1e6, 128K"),
         (("plan", "--ctx", "1.0001k"), "such as 131072, 1e6, 128K"),
         (("plan", "--ctx", "4G"), "such as 131072, 1e6, 128K"),
-        (("plan", "--ctx", 0), "0 is not 1 tokens or more"),
-        (("eval", "--tokens", 1), "1 is not 2 tokens or more"),
+        (("plan", "--ctx", 0), "0 is too few tokens: give 1 or more"),
+        (("eval", "--tokens", 1), "1 is too few tokens: give 2 or more"),
         (("needle", "--ctx", "4K,0"), "list of numbers of tokens"),
         (("needle", "--ctx", "4096,inf"), "list of numbers of tokens"),
         (("run", "-p", "the", "--session", "s", "--checkpoint", "s"), "a name of its own"),
@@ -745,3 +753,33 @@ def test_standard_input_or_output_that_is_not_there_is_one_line(monkeypatch: pyt
     line = output_error(OSError(errno.ENOSPC, "full"))
     assert line is not None and "No space left" in line
     assert output_error(OSError(errno.ENOSPC, "full", "a file")) is None and output_error(ValueError()) is None
+
+
+def test_standard_input_is_read_as_a_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without its byte order mark, lines ended one way, and refused in one line where it is not UTF-8."""
+    for data in (b"\xef\xbb\xbfone\r\ntwo\rthree", b"caf\xe9"):
+        (tmp_path / "text").write_bytes(data)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+        if data[-1] < 128:
+            assert file_text("-") == file_text(str(tmp_path / "text")) == "one\ntwo\nthree"
+            continue
+        with pytest.raises(OptionError, match=r"standard input is not UTF-8 text \(byte 3\)"):
+            file_text("-")
+
+
+def test_a_random_seed_is_another_each_time(model: Path) -> None:
+    options = ("run", "--model", model, "--method", "fp", "--ignore-eos", "-p", "the quick", "-n", 30, "--temperature", 1.5)
+    assert len({call(*options, "--seed", "random").stdout for _ in range(3)}) > 1
+    assert len({call(*options).stdout for _ in range(2)}) == 1
+
+
+def test_a_checkpoint_of_other_options_is_refused_before_a_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    file, options = tmp_path / "c", ("run", "--model", model, "--method", "fp", "-p", "the quick brown fox")
+    engine = Engine.load(model, cache=CacheConfig(method="fp"), max_context=300, device="cpu", report=Quiet())
+    with engine.prefill([5] * 200) as sequence:
+        sequence.save(tmp_path / "s")
+    (file).write_bytes((tmp_path / "s").read_bytes())
+    refused(call(*options, "--checkpoint", file), "not an skvq checkpoint")
+    header = {"method": "fp", "key_bits": 16.0, "value_bits": 16.0, "window": 9, "filters": "AttentionSinks(n=5)"}
+    write_container(file, "checkpoint", header, [])
+    refused(call(*options[:2], tmp_path / "nowhere", *options[3:], "--checkpoint", file), "checkpoint", "window 9", "128")

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from loader_fixtures import tiny_config
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine import loading, machine
+from skvq.commands import cores
+from skvq.engine import control_groups, loading, machine
 from skvq.engine.arena import Arena
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
@@ -263,15 +264,47 @@ def test_control_groups_limit_memory_and_cached_files_do_not(tmp_path: Path) -> 
         for name, text in zip(names, (most, str(used), f"anon 7\n{names[2]} {cached}\n"), strict=True):
             (tmp_path / folder / ("memory.stat" if name == names[2] else name)).write_text(text)
 
-    two, one = machine.GROUP_FILES[""], machine.GROUP_FILES["memory"]
+    two, one = control_groups.MEMORY_FILES[""], control_groups.MEMORY_FILES["memory"]
     group("", "max", 900, 0, two)
     group("slurm", "1000\n", 700, 200, two)
     group("slurm/job", "800\n", 700, 50, two)
     group("memory/box", "600\n", 500, 20, one)
     groups = tmp_path / "cgroup"
     groups.write_text("9:memory:/box/gone\n3:cpuset:/\n0::/slurm/job\n")
-    assert machine.left_by_groups(groups, tmp_path) == [120, 150, 500]
-    assert machine.left_by_groups(tmp_path / "none", tmp_path) == []
+    assert sorted(control_groups.memory_left(groups, tmp_path)) == [120, 150, 500]
+    assert control_groups.memory_left(tmp_path / "none", tmp_path) == []
+
+
+@pytest.mark.parametrize("files", ["v2", "v1"])
+def test_processors_are_those_that_the_tightest_group_allows(tmp_path: Path, files: str) -> None:
+    """A container of 1.5 processors in a slice of 8; -1 and max are no limit."""
+    root, groups = tmp_path / "fs", tmp_path / "cgroup"
+    top = root if files == "v2" else root / "cpu,cpuacct"
+    inner = top / "slice" / "box"
+    inner.mkdir(parents=True)
+    groups.write_text("0::/slice/box\n" if files == "v2" else "4:cpu,cpuacct:/slice/box\n")
+    for folder, quota in ((top, -1), (top / "slice", 800_000), (inner, 150_000)):
+        if files == "v2":
+            (folder / "cpu.max").write_text(f"{quota if quota > 0 else 'max'} 100000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert control_groups.processors(groups, root) == 1.5
+    groups.write_text("0::/\n" if files == "v2" else "4:cpu,cpuacct:/\n")
+    assert control_groups.processors(groups, root) is None
+
+
+def test_threads_are_settled_before_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, quota, wanted in (
+        ({}, None, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, 0.2, {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "1"}),
+        ({"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "7"}, 0.5, {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "7"}),
+        ({"GOMP_SPINCOUNT": "5"}, 9999.0, {"GOMP_SPINCOUNT": "5"}),
+    ):
+        monkeypatch.setattr(cores, "processors", lambda quota=quota: quota)
+        monkeypatch.setattr(cores.os, "environ", environment := dict(found))
+        cores.settle_threads()
+        assert environment == wanted
 
 
 def test_weights_in_blocks_are_planned_for_by_name() -> None:

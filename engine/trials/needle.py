@@ -186,6 +186,13 @@ def reference_of(engine: Engine) -> list[Engine]:
         return []
 
 
+def total(found: Sequence[Needle]) -> str:
+    """How many were found, for people."""
+    exact = [n.reference.retrieved_fp for n in found if isinstance(n.reference, Measured)]
+    beside = f", by the 16-bit cache {sum(exact)} of {len(exact)}" if exact else ""
+    return f"found {sum(n.retrieved for n in found)} of {len(found)}{beside}"
+
+
 def summary(found: Sequence[Needle]) -> dict[str, Any]:
     """Shares and means over the map, and every point of it."""
     rows = [n.as_dict() for n in found]

@@ -9,6 +9,8 @@ from typing import Any
 from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
 
+WIDE = 20.0
+"""Ratio of errors from which on a plot shows them by their logarithm."""
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -26,7 +28,7 @@ def require_plot(path: Path) -> None:
 def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Write a PNG: log-probability of the answer by context and depth, and against the 16-bit cache where that was measured.
 
-    ``rows`` as ``Needle.as_dict`` gives them; a cross marks places where the answer was not retrieved. Raises OptionError.
+    ``rows`` as ``Needle.as_dict`` gives them; places are marked where the answer was not retrieved. Raises OptionError.
     """
     require_plot(path)
     from matplotlib.figure import Figure
@@ -35,7 +37,9 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     compared = all("logprob_fp" in row for row in rows)
     panels = [("log-probability of the answer, nats per token", "viridis", [float(row["logprob"]) for row in rows])]
     if compared:
-        panels.append(("minus that of the 16-bit cache", "RdBu", [row["logprob"] - row["logprob_fp"] for row in rows]))
+        panels.append(
+            ("minus that of the 16-bit cache, nats per token", "RdBu", [row["logprob"] - row["logprob_fp"] for row in rows])
+        )
     figure = Figure(
         figsize=(2.4 + (1.6 + 0.5 * len(contexts)) * 1.6 * len(panels), 1.6 + 0.5 * len(depths)), layout="constrained"
     )
@@ -48,8 +52,12 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         most = max(0.1, *map(abs, values))
         limits = {"vmin": -most, "vmax": most} if colours == "RdBu" else {"vmin": -max(5.0, most), "vmax": 0.0}
         image = axis.imshow(grid, cmap=colours, aspect="auto", **limits)
-        for row in (r for r in rows if not r["retrieved"]):
-            axis.text(contexts.index(row["context"]), depths.index(row["depth"]), "×", ha="center", va="center", color="white")
+        for row, value in zip(rows, values, strict=True):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            shown = f"{value:.2f}" + ("" if row["retrieved"] else "\n× lost")
+            place = contexts.index(row["context"]), depths.index(row["depth"])
+            axis.text(*place, shown, ha="center", va="center", fontsize="x-small", color="white" if dark else "black")
         axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts])
         axis.set_yticks(range(len(depths)), [f"{d:g} %" for d in depths])
         axis.set_xlabel("tokens of context")
@@ -70,7 +78,11 @@ def depth_plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str,
         parts = row["by_position"]
         axes.plot([(p["first"] + p["last"]) / 2 for p in parts], [p["kl"] for p in parts], "o-", label=name)
     axes.set(title=title, xlabel="position in the text, tokens", ylabel="KL from the 16-bit cache, nats per token")
-    axes.set_ylim(bottom=0)
+    errors = [part["kl"] for row in rows for part in row["by_position"] if part["kl"] > 0]
+    if errors and max(errors) > WIDE * min(errors):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     _write(figure, path)
