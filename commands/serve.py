@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -72,12 +73,13 @@ def serve(**options: Any) -> None:
             prefix_cache=True,
             chat_template_kwargs=options["chat_template_kwargs"],
         )
-        server.service = Service(engine)
-        server.settings = Settings(model=options["model"], defaults=defaults, key=options["api_key"], report=engine.report)
-        Thread(target=server.serve_forever, daemon=True).start()
+        service = Service(engine)
+        settings = Settings(model=options["model"], defaults=defaults, key=options["api_key"] or None, report=engine.report)
+        signal.signal(signal.SIGTERM, lambda number, frame: service.stop())
+        Thread(target=server.serve, args=(service, settings), daemon=True).start()
         context = engine.parts.setup.max_context
         click.echo(f"skvq: {options['model']}, context {context:,}, at {server.address}; Ctrl-C ends it", err=True)
         try:
-            server.service.run()
+            service.run()
         finally:
             server.shutdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakSet
@@ -115,6 +115,10 @@ class Lender(Protocol):
         """Release pages until ``count`` are free, or all that are held."""
 
     @property
+    def pages(self) -> Sequence[int]:
+        """Those that it holds."""
+
+    @property
     def spare_pages(self) -> int:
         """Pages that ``give_back`` would free: nobody else reads them."""
 
@@ -215,6 +219,11 @@ class Arena:
         """One more sequence reads this page."""
         assert self._references[page] > 0, page
         self._references[page] += 1
+
+    def shared_by_sequences(self, pages: Iterable[int]) -> int:
+        """How many of a sequence's pages another one holds too: what only a lender has besides can be had once it lets go."""
+        lent = {page for lender in self._lenders for page in lender.pages}
+        return sum(self._references[page] - (page in lent) > 1 for page in pages)
 
     def is_shared(self, page: int) -> bool:
         """Whether more than one sequence reads this page, so that it must be copied before it is written."""

@@ -88,6 +88,7 @@ class Batch:
         self._going: dict[Request, tuple[SequenceCache, int]] = {}  # and the pages that it may come to have
         self._reading: dict[Request, Pieces[Tensor]] = {}  # of those going: one long prompt at most, and a short one
         self._last_step = 0.0  # seconds of decoding
+        self._told: list[tuple[Request, str]] = []  # what this step gives
         self._closed = False
 
     def __len__(self) -> int:
@@ -141,7 +142,17 @@ class Batch:
             self._read(request, WHOLE if whole else self._last_step if answers else ALONE)
         if answers and (self.interleaved or following is None):
             self._decode(answers)
-        return [(request, self._piece(request)) for request in [*self._going] if request.answer]
+        errors = []
+        for request in [*self._going]:
+            if request.answer:
+                try:
+                    self._tell(request)
+                except BaseException as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]  # what has been told by then comes with the next step
+        told, self._told = self._told, []
+        return told
 
     def close(self) -> None:
         """Cancel what is not over. The batch takes no more."""
@@ -225,8 +236,8 @@ class Batch:
         needed = self._pages(request) - (given.packed // PAGE_TOKENS if given and not self._outgrows(request) else 0)
         for going, (sequence, most) in self._going.items():
             kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
-            shared = sum(map(arena.is_shared, sequence.pages[kept : pages_for(sequence.packed)])) if sequence.alive else 0
-            needed += most - len(sequence.pages) + shared
+            pages = sequence.pages[kept : pages_for(sequence.packed)] if sequence.alive else []
+            needed += most - len(sequence.pages) + arena.shared_by_sequences(pages)
         with self._engine.lock:
             return arena.free_pages >= needed and (arena.free_sequences > 0 or bool(given and not request.fork))
 
@@ -266,17 +277,17 @@ class Batch:
             self._end(request, "failed")
             raise
 
-    def _piece(self, request: Request) -> str:
+    def _tell(self, request: Request) -> None:
         """What the answer went on by; if it is over, its place is free."""
         assert request.answer is not None
         piece = request.answer.piece()
         request.text += piece
+        self._told.append((request, piece))
         if request.finish:
             try:
                 end_of(self._engine, request.answer)
             finally:
                 self._end(request, request.finish)
-        return piece
 
     def _end(self, request: Request, finish: str) -> None:
         """It is over, whether or not it had begun."""

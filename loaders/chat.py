@@ -85,6 +85,8 @@ def _plain(index: int, message: object) -> dict[str, Any]:
         raise OptionError(f"chat message {index} must have 'role' and 'content', got {str(message)[:80]!r}")
     content = message["content"]
     if not isinstance(content, (list, tuple)):
+        if content is None and message["role"] in ("system", "user"):
+            raise OptionError(f"chat message {index} has no content: give a text")
         return dict(message)
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
     for part, text in zip(content, texts, strict=True):

@@ -49,7 +49,8 @@ class FastTokenizer(FileTokenizer):
         return self._strip
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._pipeline.encode(text, add_special_tokens=False).ids
+        [found] = self._pipeline.encode_batch([text], add_special_tokens=False)  # other threads go on: ``encode`` stops them
+        ids: list[int] = found.ids
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -35,26 +35,37 @@ SETTINGS = {
     "prompt_lookup": "prompt_lookup",
 }
 """Names in a request and in ``SamplingConfig``; null is absent."""
-WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "chat_template_kwargs": ({},),
+WITHOUT_EFFECT: Mapping[str, Any] = {
+    "best_of": 1,
+    "chat_template_kwargs": {},
+    "continue_final_message": False,
+    "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
+    "grammar": "",
+    "guided_json": {},
+    "logit_bias": {},
+    "logprobs": False,
+    "min_tokens": 0,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "stop_token_ids": [],
+    "suffix": "",
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+    "typical_p": 1,
 }
-"""Names that this server does not know what to do with, and the values that ask for nothing."""
+"""Names that this server can do nothing about, and the value of each that asks for nothing."""
+KNOWN = {*SETTINGS, *WITHOUT_EFFECT, "echo", "messages", "model", "n", "prompt", "stream", "stream_options"}
+HARMLESS = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+"""Names that change no answer of text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One request. prompts and sampling: of each choice in the answer; likeliest: 0, or how many tokens are told for each of a
-    prompt that is to be scored, not answered; tells_usage: whether a stream ends with its counts.
+    """One request. sampling: of each answer to each prompt; likeliest: 0, or how many tokens are told for each of a prompt that
+    is to be scored, not answered; tells_usage: whether a stream ends with its counts; unknown: names that were left alone.
     """
 
     prompts: tuple[Prompt, ...]
@@ -63,6 +74,7 @@ class Asked:
     is_chat: bool
     is_stream: bool
     tells_usage: bool
+    unknown: tuple[str, ...]
 
 
 def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
@@ -77,22 +89,25 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     likeliest = _likeliest(fields) if fields.get("echo", False) is not False and not is_chat else 0
     if likeliest:
         del fields["logprobs"], fields["echo"]
-    for name, ignored in {**WITHOUT_EFFECT, "echo": (False,)}.items():
-        if name in fields and not any(_is_same(fields[name], value) for value in ignored):
+    for name, nothing in {**WITHOUT_EFFECT, "echo": False}.items():
+        if name in fields and not _is_same(fields[name], nothing):
             raise OptionError(f"{name} is not supported by this server: leave it out")
     prompts = [_messages(fields.get("messages"))] if is_chat else _prompts(fields.get("prompt"))
     count = fields.get("n", 1)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count * len(prompts) <= MOST_ANSWERS:
         raise OptionError(f"a request has 1 to {MOST_ANSWERS} answers, got n={count!r} for {len(prompts)} prompts")
     sampling = _sampling(fields, defaults)
-    options = fields.get("stream_options", {})
+    stream, options = fields.get("stream", False), fields.get("stream_options", {})
+    if not isinstance(stream, bool) or not isinstance(options, dict):
+        raise OptionError(f"stream must be true or false, stream_options an object, got {stream!r} and {str(options)[:40]!r}")
     return Asked(
-        prompts=tuple(prompt for prompt in prompts for _ in range(count)),
-        sampling=tuple(_nth(sampling, at) for _ in prompts for at in range(count)),
+        prompts=tuple(prompts),
+        sampling=tuple(_nth(sampling, at) for at in range(count)),
         likeliest=likeliest,
         is_chat=is_chat,
-        is_stream=bool(fields.get("stream", False)),
-        tells_usage=isinstance(options, dict) and bool(options.get("include_usage", False)),
+        is_stream=stream,
+        tells_usage=bool(options.get("include_usage", False)),
+        unknown=tuple(sorted(fields.keys() - KNOWN - HARMLESS)),
     )
 
 
@@ -132,19 +147,7 @@ def _prompts(prompt: Any) -> list[Prompt]:
 
 
 def _messages(messages: Any) -> Prompt:
-    """Chat messages whose content is text: that of several parts joined."""
-    if not isinstance(messages, list) or not messages:
+    """Chat messages, which the engine looks at."""
+    if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
         raise OptionError("messages is missing: give a list of objects with role and content")
-    found = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise OptionError(f"each message must be an object with role and content, got {str(message)[:40]!r}")
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content]
-            other = next((part.get("type") for part in parts if part.get("type") not in ("text", "input_text")), None)
-            if other is not None:
-                raise OptionError(f"a part of a message is of type {str(other)[:40]!r}: this server reads text")
-            content = "".join(str(part.get("text", "")) for part in parts)
-        found.append({**message, "content": content})
-    return found
+    return messages

@@ -13,6 +13,7 @@ import json
 import re
 import select
 import socket
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,10 +25,10 @@ from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.report import Reporter
 from skvq.server.asked import Asked, asked_for
 from skvq.server.replies import Replies, error_of
-from skvq.server.service import Call, Service
+from skvq.server.service import Answers, Call, NotRunning, Scores, Service
 
-MOST_BYTES = 1 << 28
-"""Of a request: several times a text of ten million tokens."""
+MOST_BYTES = 1 << 20
+"""Of a request, beside 64 for each token that the context has room for."""
 PATIENCE = 120
 """Seconds that a client may take for sending or taking the next bytes."""
 PULSE = 10.0
@@ -46,7 +47,7 @@ class Settings:
 
 
 class Server(ThreadingHTTPServer):
-    """Listens from the start; ``service`` and ``settings`` are there before it serves. Raises OptionError where it cannot."""
+    """Listens from the start, and answers once it ``serves`` something. Raises OptionError where it cannot listen."""
 
     daemon_threads = True
     block_on_close = False
@@ -56,11 +57,17 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.told: set[str] = set()  # names in requests that are not known
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise OptionError(f"cannot listen on {host}, port {port} ({why}): choose another --host or --port") from None
+
+    def serve(self, service: Service, settings: Settings) -> None:
+        """Answer clients until ``shutdown``, in this thread; ``service`` runs in another."""
+        self.service, self.settings = service, settings
+        self.serve_forever()
 
     @property
     def address(self) -> str:
@@ -69,7 +76,15 @@ class Server(ThreadingHTTPServer):
         return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is nobody's error."""
+        """A connection that broke is nobody's error; anything else is a bug, and is printed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+    def tell_unknown(self, names: Iterable[str]) -> None:
+        """Say once of each name that it means nothing here."""
+        for name in sorted(set(names) - self.told):
+            self.told.add(name)
+            self.settings.report.message(f"requests say {name[:40]!r}, which means nothing to this server and is left alone")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = f"skvq/{__version__}"
     timeout = PATIENCE
+    disable_nagle_algorithm = True  # else what follows the headers waits for 40 ms
     server: Server
 
     def do_GET(self) -> None:
@@ -86,9 +102,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, {"status": "ok"})
         if not self._is_known():
             return None
-        if self._place == "/v1/models":
+        if self._place == "/v1/models" or self._place.startswith("/v1/models/"):
             model = {"id": self.server.settings.model, "object": "model", "created": 0, "owned_by": "skvq"}
-            return self._send(200, {"object": "list", "data": [model]})
+            return self._send(200, {"object": "list", "data": [model]} if self._place == "/v1/models" else model)
         return self._not_here()
 
     def do_POST(self) -> None:
@@ -98,48 +114,52 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if self._place not in POSTS:
             return self._not_here()
-        settings = self.server.settings
+        service, settings = self.server.service, self.server.settings
         try:
             asked = asked_for(body, settings.defaults, is_chat=POSTS[self._place])
             if asked.likeliest:
-                return self._score(asked)
-            call = self.server.service.add(asked.prompts, asked.sampling)
+                call: Call = service.score(asked.prompts, asked.likeliest)
+            else:
+                call = service.answer(asked.prompts, asked.sampling)
         except SkvqError as error:
-            kind = "context_length_exceeded" if isinstance(error, CapacityError) else "invalid_request_error"
-            return self._send(400, error_of(str(error), kind=kind))
-        except RuntimeError as error:  # of a score
-            return self._send(500, error_of(str(error), kind="server_error"))
-        replies = Replies(settings.model, is_chat=asked.is_chat)
+            return self._refuse(error)
+        self.server.tell_unknown(asked.unknown)
         gone = ""
         try:
-            (self._stream if asked.is_stream else self._answer)(asked, call, replies)
+            self._wait(asked, call)
         except OSError:
             gone, self.close_connection = "the client has gone", True
         finally:
             call.cancel()
         return settings.report.message(_line(self._place, call, gone))
 
-    def _score(self, asked: Asked) -> None:
-        """Prompts scored, one after another."""
-        engine, settings = self.server.service.engine, self.server.settings
-        texts = [engine.encode(prompt) for prompt in asked.prompts]
-        waiting = [self.server.service.score(ids, asked.likeliest) for ids in texts]
-        found = [(ids, one.result()) for ids, one in zip(texts, waiting, strict=True)]
-        drawn = bool(asked.sampling[0].max_new_tokens)
-        self._send(200, Replies(settings.model, is_chat=False).scored(found, engine.parts.tokenizer, drawn=drawn))
-        settings.report.message(f"{self._place}: {sum(map(len, texts)):,} tokens scored")
-
-    def _answer(self, asked: Asked, call: Call, replies: Replies) -> None:
-        left = len(call.requests)
-        while left:
+    def _wait(self, asked: Asked, call: Call) -> None:
+        """Send what is asked for, as it comes or when it is there."""
+        replies = Replies(self.server.settings.model, is_chat=asked.is_chat)
+        if asked.is_stream and isinstance(call, Answers):
+            return self._stream(asked, call, replies)
+        left = len(asked.prompts) * (len(asked.sampling) if isinstance(call, Answers) else 1)
+        while left and not call.error:
             news = call.next(PULSE)
             self._require_there()
             left -= news is not None and news[1] is None
         if call.error:
-            return self._send(500, error_of(call.error, kind="server_error"))
-        return self._send(200, replies.whole(call.requests))
+            return self._refuse(call.error, status=500)
+        if isinstance(call, Scores):
+            tokenizer, drawn = self.server.service.engine.parts.tokenizer, bool(asked.sampling[0].max_new_tokens)
+            return self._send(200, replies.scored(call, tokenizer, drawn=drawn))
+        assert isinstance(call, Answers)
+        return self._send(200, replies.whole(call))
 
-    def _stream(self, asked: Asked, call: Call, replies: Replies) -> None:
+    def _refuse(self, error: SkvqError, status: int = 400) -> None:
+        """Answer with an error; ``status``: unless the error says more."""
+        if isinstance(error, CapacityError):
+            return self._send(400, error_of(str(error), code="context_length_exceeded"))
+        if isinstance(error, NotRunning):
+            return self._send(503, error_of(str(error), kind="server_error"))
+        return self._send(status, error_of(str(error), kind="invalid_request_error" if status == 400 else "server_error"))
+
+    def _stream(self, asked: Asked, call: Answers, replies: Replies) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Cache-Control", "no-cache")
@@ -159,14 +179,14 @@ class Handler(BaseHTTPRequestHandler):
                 if not call.error:
                     self._events([replies.last(news[0], call.requests[news[0]].finish)])
         if call.error:
-            return self._events([error_of(call.error, kind="server_error")])
+            return self._events([error_of(str(call.error), kind="server_error")])
         if asked.tells_usage:
-            self._events([replies.usage(call.requests)])
+            self._events([replies.usage(call)])
         return self._write(b"data: [DONE]\n\n")
 
     def _events(self, found: Iterable[dict[str, Any]]) -> None:
         for one in found:
-            self._write(b"data: " + json.dumps(one, ensure_ascii=False).encode() + b"\n\n")
+            self._write(b"data: " + json.dumps(one).encode() + b"\n\n")
 
     def _write(self, data: bytes) -> None:
         self.wfile.write(data)
@@ -174,18 +194,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def _require_there(self) -> None:
         """Raise ConnectionError if the client has closed its side."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+        readable = select.poll()  # unlike ``select.select`` of any file descriptor
+        readable.register(self.connection, select.POLLIN)
+        if readable.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionError("the client has gone")
 
     def _body(self) -> bytes | None:
-        """What was sent, or None if an error was answered."""
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"[0-9]{1,12}", length) or int(length) > MOST_BYTES:
-            self.close_connection = True
-            self._send(413 if length else 411, error_of(f"a request says its length, of up to {MOST_BYTES:,} bytes"))
-            return None
-        return self.rfile.read(int(length))
+        """What was sent, or None if an error was answered. Only a body of one stated length is taken."""
+        lengths = self.headers.get_all("Content-Length", [])
+        most = MOST_BYTES + 64 * self.server.service.engine.parts.setup.max_context
+        one = len(lengths) == 1 and "Transfer-Encoding" not in self.headers and re.fullmatch(r"[0-9]{1,12}", lengths[0])
+        if one and int(lengths[0]) <= most:
+            return self.rfile.read(int(lengths[0]))
+        self.close_connection = True
+        self._send(413 if lengths else 411, error_of(f"a request says its length, once, and has up to {most:,} bytes"))
+        return None
 
     def _not_here(self) -> None:
         self._send(404, error_of(f"there is nothing at {self.path[:80]}: GET /v1/models, or POST to {' or '.join(POSTS)}"))
@@ -196,15 +219,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _is_known(self) -> bool:
         """Whether the client has the key, if there is one; else that is answered."""
-        key, sent = self.server.settings.key, self.headers.get("Authorization", "")
-        if key is None or hmac.compare_digest(sent.encode("latin-1"), f"Bearer {key}".encode()):
+        key, (scheme, _, sent) = self.server.settings.key, self.headers.get("Authorization", "").partition(" ")
+        if key is None or (scheme.lower() == "bearer" and hmac.compare_digest(sent.encode("latin-1"), key.encode())):
             return True
         self.close_connection = True  # what it sends is not read
         self._send(401, error_of("this server wants its key: Authorization: Bearer KEY", kind="authentication_error"))
         return False
 
     def _send(self, status: int, found: dict[str, Any]) -> None:
-        data = json.dumps(found, ensure_ascii=False).encode()
+        data = json.dumps(found).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -223,10 +246,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _line(path: str, call: Call, gone: str) -> str:
-    """An answer that is over, for people; ``gone``: why it is, if nobody waits for it."""
-    read, written = sum(len(r.ids) for r in call.requests), sum(r.timing.new_tokens for r in call.requests)
-    reused = sum(r.timing.reused_tokens for r in call.requests)
-    seconds = max(r.timing.prefill_seconds for r in call.requests), max(r.timing.decode_seconds for r in call.requests)
+    """What was done for a client, for people; ``gone``: why it is over, if nobody waits for it."""
+    read, why = sum(map(len, call.prompts)), gone or (str(call.error) if call.error else "")
+    if not isinstance(call, Answers):
+        return f"{path}: {read:,} tokens {why or 'scored'}"
+    timings = [request.timing for request in call.requests]
+    reused, written = sum(t.reused_tokens for t in timings), sum(t.new_tokens for t in timings)
     again = f", {reused:,} of them reused" if reused else ""
-    finish = gone or call.error or ", ".join(dict.fromkeys(r.finish for r in call.requests))
-    return f"{path}: {read:,} tokens read{again} in {seconds[0]:.1f} s, {written:,} written in {seconds[1]:.1f} s, {finish}"
+    seconds = max(t.prefill_seconds for t in timings), max(t.decode_seconds for t in timings)
+    finish = why or ", ".join(dict.fromkeys(t.finish for t in timings))
+    begun = f" read{again} in {seconds[0]:.1f} s, {written:,} written in {seconds[1]:.1f} s" if seconds[0] else ""
+    return f"{path}: {read:,} tokens{begun}, {finish}"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from skvq.engine.batch import Request
-from skvq.engine.evaluate import Likelihoods
 from skvq.loaders.text import Tokenizer
+from skvq.server.service import Answers, Scores
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -22,19 +21,19 @@ class Replies:
         name = "chatcmpl" if is_chat else "cmpl"
         self._common = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
+    def whole(self, call: Answers) -> dict[str, Any]:
         """All choices at once."""
         choices = []
-        for index, request in enumerate(requests):
+        for index, request in enumerate(call.requests):
             said = {"message": {"role": "assistant", "content": request.text}} if self.is_chat else {"text": request.text}
             choices.append({"index": index, **said, "logprobs": None, "finish_reason": FINISH[request.finish]})
         name = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._common, "object": name, "choices": choices, "usage": usage_of(requests)}
+        return {**self._common, "object": name, "choices": choices, "usage": usage_of(call)}
 
-    def scored(self, texts: Sequence[tuple[list[int], Likelihoods]], tokenizer: Tokenizer, *, drawn: bool) -> dict[str, Any]:
+    def scored(self, call: Scores, tokenizer: Tokenizer, *, drawn: bool) -> dict[str, Any]:
         """Prompts as choices, with the log probabilities of their tokens; ``drawn``: the likeliest next one is told as well."""
         choices, written = [], int(drawn)
-        for index, (ids, found) in enumerate(texts):
+        for index, (ids, found) in enumerate(zip(call.prompts, call.found, strict=True)):
             following, likeliest, others = found.following.tolist(), found.likeliest.tolist(), found.ids.tolist()
             shown = [*ids, others[-1][0]][: len(ids) + written]
             tokens = [spelling(tokenizer, token) for token in shown]
@@ -45,8 +44,8 @@ class Replies:
                 top.append({**told, token: max(value, told.get(token, value))})  # two tokens may have one spelling
             scores = {"tokens": tokens, "token_logprobs": [None, *chosen], "top_logprobs": [None, *top]}
             choices.append({"index": index, "text": tokenizer.decode(shown), "logprobs": scores, "finish_reason": "length"})
-        read = sum(len(ids) for ids, _ in texts)
-        usage = {"prompt_tokens": read, "completion_tokens": written * len(texts), "total_tokens": read + written * len(texts)}
+        read, more = sum(map(len, call.prompts)), written * len(call.prompts)
+        usage = {"prompt_tokens": read, "completion_tokens": more, "total_tokens": read + more}
         return {**self._common, "object": self._name, "choices": choices, "usage": usage}
 
     def first(self, count: int) -> Iterable[dict[str, Any]]:
@@ -61,9 +60,9 @@ class Replies:
         """That a choice is over, and why."""
         return self._piece(index, {}, FINISH[finish])
 
-    def usage(self, requests: Sequence[Request]) -> dict[str, Any]:
+    def usage(self, call: Answers) -> dict[str, Any]:
         """The counts of all choices, as a piece without any."""
-        return {**self._common, "object": self._name, "choices": [], "usage": usage_of(requests)}
+        return {**self._common, "object": self._name, "choices": [], "usage": usage_of(call)}
 
     @property
     def _name(self) -> str:
@@ -81,10 +80,12 @@ def spelling(tokenizer: Tokenizer, token: int) -> str:
     return text if text and "\ufffd" not in text else f"token_id:{token}"
 
 
-def usage_of(requests: Sequence[Request]) -> dict[str, Any]:
-    """Tokens read and written, and how many of those read were there already (whole pages of a common beginning)."""
-    read, written = sum(len(request.ids) for request in requests), sum(request.timing.new_tokens for request in requests)
-    reused = sum(request.timing.reused_tokens for request in requests)
+def usage_of(call: Answers) -> dict[str, Any]:
+    """Tokens of the prompts, each counted once, and of the answers; and how many of the prompts' were there already, in whole
+    pages of a common beginning."""
+    read, each = sum(map(len, call.prompts)), len(call.requests) // len(call.prompts)
+    written = sum(request.timing.new_tokens for request in call.requests)
+    reused = sum(request.timing.reused_tokens for request in call.requests[::each])
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
@@ -93,6 +94,6 @@ def usage_of(requests: Sequence[Request]) -> dict[str, Any]:
     }
 
 
-def error_of(message: str, *, kind: str = "invalid_request_error") -> dict[str, Any]:
+def error_of(message: str, *, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
     """The object of an error."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,11 +1,12 @@
-"""Prompts of many threads answered in one batch, whose steps one thread takes."""
+"""Prompts of many threads answered in one batch, and texts scored beside it; one thread does all of it."""
 
 from __future__ import annotations
 
 import sys
 import traceback
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Condition
 
@@ -16,23 +17,26 @@ from skvq.engine.evaluate import Likelihoods
 from skvq.engine.generate import Engine
 from skvq.engine.prompt import Prompt
 
-STOPPED = "the server has been stopped"
 INTERNAL = "an internal error, which the server has printed: please report it"
 IDLE = 0.5
 """Seconds between two looks at whether the server is to end, where nothing is asked."""
 
 
-class Call:
-    """Requests of one client, answered together. News of them come in order: an index and a piece of text, None at its end."""
+class NotRunning(SkvqError):
+    """The server has been stopped, or has not begun: a client may try again."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = tuple(requests)
-        self.error = ""  # of the first request that failed
+
+class Call:
+    """What one client waits for, in some parts. News come in order: an index and a piece of text, None at the part's end."""
+
+    def __init__(self, prompts: Sequence[list[int]]) -> None:
+        self.prompts = prompts
+        self.error: SkvqError | None = None  # of the first part that failed
         self._news: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
 
-    def tell(self, request: Request, piece: str | None) -> None:
-        """For the thread that takes the steps."""
-        self._news.put((self.requests.index(request), piece))
+    def tell(self, index: int, piece: str | None) -> None:
+        """For the thread that does the work."""
+        self._news.put((index, piece))
 
     def next(self, seconds: float) -> tuple[int, str | None] | None:
         """The next of the news, or None if there are none for so long."""
@@ -42,61 +46,104 @@ class Call:
             return None
 
     def cancel(self) -> None:
-        """The client has gone."""
+        """The client has gone, or has all that it wanted."""
+
+
+class Answers(Call):
+    """Requests of a batch, ``count`` for each prompt."""
+
+    def __init__(self, prompts: Sequence[list[int]], requests: Sequence[Request]) -> None:
+        super().__init__(prompts)
+        self.requests = tuple(requests)
+        self._told = [0] * len(requests)  # characters
+
+    def cancel(self) -> None:
         for request in self.requests:
             request.cancel()
 
+    def go_on(self, request: Request) -> None:
+        """Tell what the request's text has grown by."""
+        index = self.requests.index(request)
+        piece = request.text[self._told[index] :]
+        self._told[index] += len(piece)
+        if piece:
+            self.tell(index, piece)
+
+    def end(self, request: Request, error: SkvqError) -> None:
+        """The request is over; ``error``: why, if it could not be answered."""
+        self.go_on(request)
+        if request.finish in ("", "failed", "cancelled"):
+            self.error = self.error or error
+        self.tell(self.requests.index(request), None)
+
+
+class Scores(Call):
+    """Texts to be scored, with the ``count`` likeliest tokens at each place."""
+
+    def __init__(self, prompts: Sequence[list[int]], count: int) -> None:
+        super().__init__(prompts)
+        self.count = count
+        self.found: list[Likelihoods] = []
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
 
 class Service:
-    """An engine that answers. ``run`` takes the steps; any thread may ``add`` prompts meanwhile."""
+    """An engine that answers. ``run`` does the work; any thread may ask for some meanwhile."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._changed = Condition()
         self._batch: Batch | None = None
-        self._calls: dict[Request, Call] = {}
-        self._scores: list[tuple[Future[Likelihoods], list[int], int]] = []  # texts to be scored
+        self._answers: dict[Request, Answers] = {}
+        self._scores: deque[Scores] = deque()
+        self._full_beside = 0  # requests beside which there was no room for the next score
         self._stopping = False
 
-    def add(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingConfig]) -> Call:
-        """Have prompts answered, all or none. Raises SkvqError for one that is wrong or does not fit."""
+    def answer(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingConfig]) -> Answers:
+        """Have each prompt answered once with each of ``sampling``, all or none. Raises SkvqError for one that is wrong or does
+        not fit."""
         texts = [self.engine.encode(prompt) for prompt in prompts]  # of long ones it takes a while: steps go on
         with self._changed:
-            batch, requests = self._require_running(), list[Request]()
+            batch, requests = self._running(), list[Request]()
             try:
-                for ids, config in zip(texts, sampling, strict=True):
-                    requests.append(batch.add(ids, config))
+                for ids in texts:
+                    requests += [batch.add(ids, config) for config in sampling]
             except BaseException:
                 for request in requests:
                     request.cancel()
                 raise
-            call = Call(requests)
-            self._calls |= dict.fromkeys(requests, call)
+            call = Answers(texts, requests)
+            self._answers |= dict.fromkeys(requests, call)
             self._changed.notify_all()
         return call
 
-    def score(self, ids: list[int], count: int) -> Future[Likelihoods]:
-        """Have a text scored, as ``Engine.likelihoods``, when there is a place for it."""
-        found: Future[Likelihoods] = Future()
+    def score(self, prompts: Sequence[Prompt], count: int) -> Scores:
+        """Have prompts scored, one after another, when there is a place for each. Raises SkvqError as ``answer``."""
+        call = Scores([self.engine.encode(prompt) for prompt in prompts], count)
+        for ids in call.prompts:
+            self.engine.parts.setup.require(0, len(ids))
         with self._changed:
-            self._require_running()
-            self._scores.append((found, ids, count))
+            self._running()
+            self._scores.append(call)
             self._changed.notify_all()
-        return found
+        return call
 
-    def _require_running(self) -> Batch:
-        if self._batch is None:
-            raise SkvqError("the server is not running")
+    def _running(self) -> Batch:
+        if self._batch is None or self._stopping:
+            raise NotRunning("the server is not running")
         return self._batch
 
     def stop(self) -> None:
-        """Let ``run`` end; may be called from any thread."""
+        """Let ``run`` end; may be called from any thread, and by a signal."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Take steps until ``stop``, or an interrupt; what is not over is cancelled then."""
+        """Do what is asked for until ``stop``, or an interrupt; what is not over is cancelled then."""
         try:
             with self.engine.batch() as batch:
                 self._batch = batch
@@ -104,53 +151,63 @@ class Service:
                     with self._changed:
                         self._changed.wait_for(lambda: self._stopping or len(batch) or self._scores, timeout=IDLE)
                     if self._scores and not self._stopping:
-                        self._score_next(alone=not len(batch))
+                        self._score_next(len(batch))
                     if len(batch) and not self._stopping:
                         self._step(batch)
         finally:
+            stopped = NotRunning("the server has been stopped")
             with self._changed:
                 self._batch = None
-                for request in [*self._calls]:
-                    self._end(request, STOPPED)
-                for found, _, _ in self._scores:
-                    found.set_exception(SkvqError(STOPPED))
+                for request, call in self._answers.items():
+                    call.end(request, stopped)
+                self._answers.clear()
+                for scores in self._scores:
+                    _fail(scores, stopped)
                 self._scores.clear()
 
-    def _score_next(self, *, alone: bool) -> None:
-        """The text that waits longest; if there is no room for it beside answers, not before one of them is over."""
-        found, ids, count = self._scores[0]
+    def _score_next(self, beside: int) -> None:
+        """The text that waits longest; if there is no room for it beside so many requests, not before one of them is over."""
+        call = self._scores[0]
+        if not call.cancelled and beside and beside == self._full_beside:
+            return
+        self._full_beside = 0
         try:
-            found.set_result(self.engine.likelihoods(ids, count))
+            if not call.cancelled:
+                call.found.append(self.engine.likelihoods(call.prompts[len(call.found)], call.count))
+                call.tell(len(call.found) - 1, None)
         except SkvqError as error:
-            if isinstance(error, CapacityError) and not alone:
+            if isinstance(error, CapacityError) and beside:
+                self._full_beside = beside
                 return
-            found.set_exception(error)
+            _fail(call, error)
         except Exception:
-            traceback.print_exc(file=sys.stderr)
-            found.set_exception(RuntimeError(INTERNAL))
+            _fail(call, _internal())
         with self._changed:
-            self._scores.pop(0)
+            if call.cancelled or call.error or len(call.found) == len(call.prompts):
+                self._scores.popleft()
 
     def _step(self, batch: Batch) -> None:
         """One step, told to those who wait for it. An error is of one request: the others go on."""
-        went_on: list[tuple[Request, str]] = []
-        error = ""
+        error = SkvqError("the request has been cancelled")
         try:
-            went_on = batch.step()
+            batch.step()
         except SkvqError as failed:
-            error = str(failed)
+            error = failed
         except Exception:
-            traceback.print_exc(file=sys.stderr)
-            error = INTERNAL
+            error = _internal()
         with self._changed:
-            for request, piece in went_on:
-                if piece and request in self._calls:
-                    self._calls[request].tell(request, piece)
-            for request in [request for request in self._calls if request.finish]:
-                self._end(request, error)
+            for request, call in self._answers.items():
+                (call.go_on(request) if not request.finish else call.end(request, error))
+            self._answers = {request: call for request, call in self._answers.items() if not request.finish}
 
-    def _end(self, request: Request, error: str) -> None:
-        call = self._calls.pop(request)
-        if request.finish in ("", "failed", "cancelled") and not call.error:
-            call.error = error or "the request has been cancelled"
-        call.tell(request, None)
+
+def _fail(call: Scores, error: SkvqError) -> None:
+    call.error = error
+    call.tell(len(call.found), None)
+
+
+def _internal() -> SkvqError:
+    """The error of a bug, which is printed if there is anywhere to."""
+    with suppress(OSError, ValueError):
+        traceback.print_exc(file=sys.stderr)
+    return SkvqError(INTERNAL)

@@ -529,3 +529,18 @@ def test_a_reporter_that_raises_ends_the_request_it_was_told_of(engine: Engine, 
                 errors += 1
                 assert errors < 3
     assert (full.finish, other.finish) == ("context", "length") and pieces[other] == other.text
+
+
+def test_pages_that_only_the_prefix_store_keeps_are_room(tmp_path: Path) -> None:
+    """Beside an answer that outgrows its context a short prompt is begun while pages are left, whatever prefixes are kept."""
+    options: dict[str, Any] = {"max_context": 5200, "on_full": "shift", "backend": "numba", "prefill": "streaming"}
+    engine = tiny_engine(tiny_folder(tmp_path, num_layers=1), tiny_cache(), **options, prefix_cache=True)
+    outgrowing = SamplingConfig(max_new_tokens=2500, ignore_eos=True)
+    with engine.batch() as batch:
+        batch.add(random_ids(2800), outgrowing)
+        while not any(piece for _, piece in batch.step()):
+            pass
+        short = batch.add(random_ids(200, seed=1), SAMPLING)
+        for _ in range(40):
+            batch.step()
+        assert short.finish == "length"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -11,7 +12,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+from contextlib import ExitStack
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -59,10 +61,11 @@ class Client:
     def __init__(self, engine: Engine, key: str | None = None) -> None:
         self.report = Listener()
         self.server = Server("127.0.0.1", 0)
-        self.server.service = self.service = Service(engine)
-        self.server.settings = Settings(model="tiny", defaults=DEFAULTS, key=key, report=self.report)
+        self.service = Service(engine)
+        settings = Settings(model="tiny", defaults=DEFAULTS, key=key, report=self.report)
         self.port = int(self.server.server_address[1])
-        self._threads = [Thread(target=self.server.serve_forever), Thread(target=self.service.run)]
+        serving = Thread(target=self.server.serve, args=(self.service, settings))
+        self._threads = [serving, Thread(target=self.service.run)]
         for thread in self._threads:
             thread.start()
         while self.service._batch is None:
@@ -168,6 +171,8 @@ def test_several_prompts_and_several_answers(engine: Engine, client: Client) -> 
     choices = client.ask(COMPLETIONS, body)[1]["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
     expected = [wanted(engine, p, temperature=1.5, seed=s) for p in (TEXT, "jumps over") for s in (5, 6)]
+    read = sum(len(engine.encode(prompt)) for prompt in (TEXT, "jumps over"))
+    assert client.ask(COMPLETIONS, body)[1]["usage"]["prompt_tokens"] == read, "each prompt is counted once"
     assert [choice["text"] for choice in choices] == expected and len(set(expected)) > 2
     texts = ["", "", "", ""]
     for event in client.events(COMPLETIONS, body):
@@ -244,8 +249,14 @@ def test_a_prompt_is_scored_as_lm_eval_asks(engine: Engine, client: Client, besi
         (COMPLETIONS, {"prompt": [7] * 701}, "701 tokens do not fit a context of 700"),
         (COMPLETIONS, {"prompt": "\ud800"}, "surrogate"),
         (CHAT, {"prompt": TEXT}, "messages is missing"),
-        (CHAT, {"messages": [TEXT]}, "each message must be an object"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type 'image_url'"),
+        (CHAT, {"messages": [TEXT]}, "messages is missing"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}, TEXT]}, "chat message 1 must have"),
+        (CHAT, {"messages": [{"role": "user"}]}, "must have 'role' and 'content'"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "chat message 0 has no content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "this engine reads text"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "this engine reads text"),
+        (COMPLETIONS, {"prompt": TEXT, "stream": "false"}, "stream must be true or false"),
+        (COMPLETIONS, {"prompt": TEXT, "min_tokens": 4}, "min_tokens is not supported"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools is not supported"),
     ],
 )
@@ -271,6 +282,7 @@ def test_what_asks_for_nothing_is_no_error(client: Client) -> None:
 def test_places_that_there_are_and_others(client: Client) -> None:
     assert client.ask("/health") == (200, {"status": "ok"})
     assert [model["id"] for model in client.ask("/v1/models?x=1")[1]["data"]] == ["tiny"]
+    assert client.ask("/v1/models/tiny")[1]["id"] == "tiny"
     assert client.ask("/v1/nothing")[0] == client.ask("/v1/embeddings", {})[0] == 404
     with socket.create_connection(("127.0.0.1", client.port)) as plain:
         plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
@@ -352,10 +364,99 @@ def test_what_is_being_answered_when_the_server_ends_is_told(engine: Engine) -> 
             time.sleep(0.01)
         client.service.stop()
         status, found = asked.result()
-    assert status == 500 and "has been stopped" in found["error"]["message"]
+    assert status == 503 and "has been stopped" in found["error"]["message"]
     status, found = client.ask(COMPLETIONS, {"prompt": TEXT})
-    assert status == 400 and "not running" in found["error"]["message"]
+    assert status == 503 and "not running" in found["error"]["message"]
     client.close()
+
+
+def test_a_text_that_cannot_be_scored_is_refused_beside_an_answer(client: Client) -> None:
+    """At once, and the next score does not wait behind it."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.ask, COMPLETIONS, {"prompt": TEXT, "max_tokens": 600})
+        while not len(client.service._batch or ()):
+            time.sleep(0.01)
+        body = {"prompt": [7] * 701, "echo": True, "logprobs": 1, "max_tokens": 0}
+        status, found = client.ask(COMPLETIONS, body)
+        assert (status, found["error"]["code"]) == (400, "context_length_exceeded") and not answer.done()
+        assert client.ask(COMPLETIONS, body | {"prompt": [7] * 9})[0] == 200 and not answer.done()
+        assert answer.result()[0] == 200
+
+
+def test_scores_that_nobody_waits_for_are_not_made(engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handler, "PULSE", 0.02)
+    likelihoods, made = Engine.likelihoods, []
+
+    def slow(self: Engine, *args: Any) -> Any:
+        made.append(args)
+        time.sleep(0.1)
+        return likelihoods(self, *args)
+
+    monkeypatch.setattr(Engine, "likelihoods", slow)
+    body = json.dumps({"prompt": [[7] * 9] * 100, "echo": True, "logprobs": 1, "max_tokens": 0}).encode()
+    with socket.create_connection(("127.0.0.1", client.port)) as plain:
+        plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        end = time.monotonic() + 20
+        while not made and time.monotonic() < end:
+            time.sleep(0.01)
+    assert client.ask(COMPLETIONS, {"prompt": TEXT})[0] == 200
+    assert 0 < len(made) < 20 and client.report.messages[0].endswith("the client has gone")
+
+
+def test_an_answer_on_an_open_connection_does_not_wait_for_the_network(client: Client) -> None:
+    """Nagle's algorithm would hold back what follows the headers, for 40 ms each time."""
+    connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
+    taken = []
+    for _ in range(15):
+        begun = time.perf_counter()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        taken.append(time.perf_counter() - begun)
+    connection.close()
+    assert min(taken[1:]) < 0.02
+
+
+def test_many_open_files_and_a_bug_in_a_handler(
+    client: Client, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """File descriptors beyond 1,024 are as good as others; a bug is printed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    with ExitStack() as held:
+        for _ in range(1100):
+            held.enter_context(open(os.devnull))
+        assert client.ask(COMPLETIONS, {"prompt": TEXT})[0] == 200
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr(handler, "asked_for", lambda *args, **options: 1 / 0)
+    with pytest.raises((ConnectionError, HTTPException)):
+        client.ask(COMPLETIONS, {"prompt": TEXT})
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_only_bodies_of_one_stated_length_are_taken(client: Client) -> None:
+    for headers in (b"Transfer-Encoding: chunked", b"Content-Length: 3\r\nContent-Length: 4", b"X: y"):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as plain:
+            plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\n{}")
+            assert plain.recv(100).split()[1] in (b"411", b"413")
+
+
+def test_an_unknown_name_is_told_once(client: Client) -> None:
+    for _ in range(2):
+        assert client.ask(COMPLETIONS, {"prompt": TEXT, "temprature": 1, "user": "me"})[0] == 200
+    assert sum("'temprature'" in line and "left alone" in line for line in client.report.messages) == 1
+
+
+def test_turns_of_a_conversation_share_pages(folder: Path) -> None:
+    options: dict[str, Any] = {"max_context": 3000, "max_sequences": 2, "device": "cpu", "report": Listener()}
+    client = Client(Engine.load(folder, cache=tiny_cache(method="plain"), **options))
+    try:
+        said = [{"role": "user", "content": "lazy dogs " * 500}]
+        first = client.ask(CHAT, {"messages": said})[1]
+        said += [first["choices"][0]["message"], {"role": "user", "content": "and"}]
+        usage = client.ask(CHAT, {"messages": said})[1]["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 1280
+    finally:
+        client.close()
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------
@@ -368,7 +469,8 @@ def test_a_port_that_is_taken_is_one_line(folder: Path) -> None:
             Server("127.0.0.1", port)
 
 
-def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_interrupted(folder: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "skvq.cli", "serve", "--model", str(folder), "--port", "0", "--ctx", "300", "-n", "5"]
     options = ["--method", "fp", "--device", "cpu", "--backend", "reference", "--threads", "1", "--ignore-eos"]
     environment = {**os.environ, "PYTHONPATH": import_paths()}
@@ -382,8 +484,8 @@ def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
         connection.request("POST", COMPLETIONS, json.dumps({"prompt": TEXT}).encode())
         found = json.loads(connection.getresponse().read())
         assert found["usage"]["completion_tokens"] == 5 and found["model"] == str(folder)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        process.send_signal(number)
+        assert process.wait(30) == (130 if number == signal.SIGINT else 0)
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
