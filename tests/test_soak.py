@@ -51,7 +51,7 @@ BREAKS: dict[str, tuple[type, str, Any]] = {
     "a shared page is written": (Arena, "is_shared", _never),
     "pages are lost": (Arena, "release", _leak),
     "slots are not copied": (Arena, "copy_slot", lambda self, source, target: None),
-    "a cut forgets its tile": (SequenceCache, "_reopen", lambda self, layer, packed, length: None),
+    "a cut forgets its tile": (SequenceCache, "_reopen", lambda self, packed, length: None),
 }
 
 
