@@ -157,7 +157,6 @@ def label_codecs(
             Side(unit=tensors[f"{s}_unit"][layer].flatten().to(device), clip=tensors[f"{s}_clip"][layer].flatten().to(device))
             for s in SIDES
         )
-        labels = [tensors[f"{s}_labels"][layer].to(device) for s in SIDES]
-        side_labels = {"key_labels": labels[0], "value_labels": labels[1]}
-        codecs.append((LabelCodec(keys=keys, values=values, **side_labels, rope=rope.of(layer)),))
+        labels = {f"{s}_labels": tensors[f"{s}_labels"][layer].to(device) for s in SIDES}
+        codecs.append((LabelCodec(keys=keys, values=values, **labels, rope=rope.of(layer)),))
     return tuple(codecs)

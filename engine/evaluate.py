@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -145,11 +145,8 @@ def perplexity(nll: Tensor) -> float:
 def compare(model: Model, reference: Tensor, other: Tensor, ids: Tensor) -> Comparison:
     """Compare last hidden states [N, d] of two caches over the same ids [N], some rows of logits at a time."""
     parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(ids), ROWS):
-        p, q = (model.head(x[start : start + ROWS]).log_softmax(-1) for x in (reference, other))
-        target = ids[start + 1 : start + ROWS + 1, None]
-        nlls = tuple(-t[: len(target)].gather(1, target)[:, 0] for t in (p, q))
-        parts.append((*nlls, (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)))
+    for (p, chosen), (q, chosen_q) in zip(*(_scored(model, x, ids) for x in (reference, other)), strict=True):
+        parts.append((-chosen, -chosen_q, (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)))
     nll_fp, nll, kl, same = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same)
 
@@ -200,21 +197,20 @@ class Likelihoods:
 
 def likelihoods_of(model: Model, hidden: Tensor, ids: Tensor, count: int) -> Likelihoods:
     """Those of a text from its last hidden states [N, d]; ``count`` likeliest."""
-    following, values, indices = [], [], []
-    for start in range(0, len(ids), ROWS):
-        target = ids[start + 1 : start + ROWS + 1, None]
-        rows = model.head(hidden[start : start + ROWS]).log_softmax(-1)
-        following.append(rows[: len(target)].gather(1, target)[:, 0])
-        top = rows.topk(count)
-        values.append(top.values)
-        indices.append(top.indices)
-    return Likelihoods(following=torch.cat(following), likeliest=torch.cat(values), ids=torch.cat(indices))
+    found = [(following, *rows.topk(count)) for rows, following in _scored(model, hidden, ids)]
+    following, values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Likelihoods(following=following, likeliest=values, ids=indices)
 
 
 def nll_of(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
     """Negative log-likelihood float32 [N - 1] of each next token."""
-    parts = []
-    for start in range(0, len(ids) - 1, ROWS):
-        target = ids[start + 1 : start + ROWS + 1, None]
-        parts.append(-model.head(hidden[start : start + len(target)]).log_softmax(-1).gather(1, target)[:, 0])
+    parts = [-following for _, following in _scored(model, hidden[:-1], ids)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _scored(model: Model, hidden: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every ROWS hidden states of a text: log probabilities [ROWS, V] of what follows, and of what does, where one does."""
+    for start in range(0, len(hidden), ROWS):
+        rows = model.head(hidden[start : start + ROWS]).log_softmax(-1)
+        target = ids[start + 1 : start + len(rows) + 1, None]
+        yield rows, rows[: len(target)].gather(1, target)[:, 0]

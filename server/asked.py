@@ -2,7 +2,7 @@
 
 Source: https://platform.openai.com/docs/api-reference, of completions and chat completions; ``top_k``, ``min_p``,
 ``repetition_penalty``, ``ignore_eos`` and ``prompt_lookup`` are additions, the first four named as by vLLM. What would change
-an answer and is not known here is refused; anything else that clients send (``user``, ``store``) is left alone.
+an answer and cannot be done here is refused; other names are left alone, which is told of those that nobody knows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from skvq.engine.options import is_whole
 from skvq.engine.prompt import Prompt, is_several
 
 MOST_ANSWERS = 128
+"""To all prompts of a request."""
 MOST_LIKELY = 20
 """Of the likeliest tokens that a scored prompt tells."""
 SETTINGS = {

@@ -34,6 +34,7 @@ PATIENCE = 120
 PULSE = 10.0
 """Seconds between signs of life in a stream whose prompt is still being read, and looks at whether a client is still there."""
 POSTS = {"/v1/completions": False, "/v1/chat/completions": True}
+"""Where prompts are sent to, and whether they are chats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import product
 from queue import Empty, SimpleQueue
 from threading import Condition
 
@@ -18,8 +19,6 @@ from skvq.engine.generate import Engine
 from skvq.engine.prompt import Prompt
 
 INTERNAL = "an internal error, which the server has printed: please report it"
-IDLE = 0.5
-"""Seconds between two looks at whether the server is to end, where nothing is asked."""
 
 
 class NotRunning(SkvqError):
@@ -109,8 +108,8 @@ class Service:
         with self._changed:
             batch, requests = self._running(), list[Request]()
             try:
-                for ids in texts:
-                    requests += [batch.add(ids, config) for config in sampling]
+                for ids, config in product(texts, sampling):
+                    requests.append(batch.add(ids, config))
             except BaseException:
                 for request in requests:
                     request.cancel()
@@ -149,7 +148,7 @@ class Service:
                 self._batch = batch
                 while not self._stopping:
                     with self._changed:
-                        self._changed.wait_for(lambda: self._stopping or len(batch) or self._scores, timeout=IDLE)
+                        self._changed.wait_for(lambda: self._stopping or len(batch) or self._scores)
                     if self._scores and not self._stopping:
                         self._score_next(len(batch))
                     if len(batch) and not self._stopping:
