@@ -13,7 +13,9 @@ from skvq.engine.report import Bar, Quiet, Reporter
 if TYPE_CHECKING:
     from skvq.engine.batch import Batch, Request
     from skvq.engine.cache import SequenceCache
+    from skvq.engine.evaluate import Likelihoods
     from skvq.engine.generate import Engine
+    from skvq.engine.sampling import TokenLogprob
     from skvq.engine.summary import Summary
 
 __version__ = "0.1.0"
@@ -30,6 +32,7 @@ __all__ = [
     "HeavyHitters",
     "KeyOutliers",
     "LeavingTokens",
+    "Likelihoods",
     "ModelError",
     "OptionError",
     "Quiet",
@@ -41,15 +44,18 @@ __all__ = [
     "SkvqError",
     "Summary",
     "TokenIds",
+    "TokenLogprob",
     "__version__",
 ]
 
 _NEED_TORCH = {
     "Batch": "batch",
     "Engine": "generate",
+    "Likelihoods": "evaluate",
     "Request": "batch",
     "SequenceCache": "cache",
     "Summary": "summary",
+    "TokenLogprob": "sampling",
 }
 """Names that are imported when they are asked for, and their modules: ``skvq --help`` does not wait for torch."""
 

@@ -214,7 +214,7 @@ sampling_options = stack(
 json_option = click.option("--json", "as_json", is_flag=True, help="Make the last line of stdout one JSON object.")
 
 PACKING_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size")
-SAMPLING_NAMES = tuple(field.name for field in fields(SamplingConfig))
+SAMPLING_NAMES = tuple(field.name for field in fields(SamplingConfig) if field.name != "logprobs")  # for programs
 
 
 def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.lookup import Lookup
-from skvq.engine.sampling import Sampler, StopWatch
+from skvq.engine.sampling import Sampler, StopWatch, TokenLogprob, as_logprob
 from skvq.loaders.text import CHARACTER_BYTES, TextStream, Tokenizer
 
 
@@ -32,6 +32,8 @@ class Answer:
         self._room = sequence.setup.room(sequence.length)
         self._lookup = Lookup(sequence.token_ids, logits.shape[-1]) if config.prompt_lookup else None
         self._mark: Mark | None = None  # the sequence's after the last draw
+        self.logprobs: list[TokenLogprob] = []  # of each token drawn, if the configuration asks for them
+        sequence.logprobs = self.logprobs
         self.token = -1
         if config.max_new_tokens:
             raise_first(draw([self], [logits]))
@@ -78,8 +80,11 @@ class Answer:
         right, length = 0, self.sequence.length - len(guessed)
         self._mark = None  # an answer that has taken half of it cannot go on
         try:
-            for largest, number in chosen:
-                self._push(self._sampler.take(largest, number))
+            for largest, number, *told in chosen:
+                token = self._sampler.take(largest, number)
+                if told:
+                    self.logprobs.append(as_logprob(token, told))
+                self._push(token)
                 if self.finish or self.token not in guessed[right : right + 1]:
                     break
                 right += 1
@@ -147,10 +152,11 @@ def draw(
         for answer, guessed in zip(answers, guesses, strict=True)
         for choice in answer.choose(islice(rows, 1 + len(guessed)), guessed)
     ]
-    numbers, errors = iter(torch.stack(chosen).tolist()), []
+    rows = torch.split(torch.cat(chosen).cpu(), [len(choice) for choice in chosen])
+    told, errors = (row.tolist() for row in rows), []
     for answer, guessed in zip(answers, guesses, strict=True):
         try:
-            answer.take(list(islice(numbers, 1 + len(guessed))), guessed)
+            answer.take(list(islice(told, 1 + len(guessed))), guessed)
         except SkvqError as error:  # of this answer alone, such as logits that are no numbers: the others have theirs
             errors.append(error)
     return errors

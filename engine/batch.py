@@ -22,6 +22,7 @@ from skvq.engine.options import names_options, require_type
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
+from skvq.engine.sampling import TokenLogprob
 from skvq.engine.timing import Timing
 from skvq.engine.token_engine import TokenEngine
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
@@ -36,6 +37,7 @@ class Request:
     """A prompt of a batch and its answer.
 
     text: what has been answered so far.
+    logprobs: of each token of that, if ``SamplingConfig.logprobs`` asks for them.
     timing: what that took; of a step of several answers each counts all of it.
     """
 
@@ -43,6 +45,7 @@ class Request:
         self.ids, self.config = ids, config
         self.text, self.timing = "", Timing()
         self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else (0, (), 0)
+        self.twins: Sequence[Request] = ()  # to the same prompt, this one among them
         self.answer: Answer | None = None  # from when the prompt has been read
         self.cancelled = False
 
@@ -55,6 +58,11 @@ class Request:
         while it waits or is being answered.
         """
         return self.timing.finish
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """See the class."""
+        return self.answer.logprobs if self.answer else []
 
     @property
     def is_long(self) -> bool:
@@ -117,10 +125,27 @@ class Batch:
         engine, config = self._engine, self._engine.sampling_of(sampling)
         request = Request(engine.encode_after(prompt, sequence), config, sequence, fork=fork)
         engine.parts.setup.require_room(request.held, len(request.ids), config.max_new_tokens)
+        return self._add([request])[0]
+
+    def add_each(self, prompt: Prompt, samplings: Sequence[SamplingConfig]) -> list[Request]:
+        """One prompt answered once with each of ``samplings``. It is read once for as many of the answers as there is room for
+        when it has been read; they share its pages. For the others it is read again when their turn comes. Raises as ``add``.
+        """
+        require_type("samplings", samplings, list, tuple)
+        configs = [self._engine.sampling_of(sampling) for sampling in samplings]
+        ids = self._engine.encode_after(prompt, None)
+        for config in configs:
+            self._engine.parts.setup.require_room(0, len(ids), config.max_new_tokens)
+        requests = [Request(ids, config, None, fork=False) for config in configs]
+        for request in requests:
+            request.twins = requests
+        return self._add(requests)
+
+    def _add(self, requests: list[Request]) -> list[Request]:
         with self._adding:
             self._require_open()
-            self._waiting.append(request)
-        return request
+            self._waiting.extend(requests)
+        return requests
 
     def step(self) -> list[tuple[Request, str]]:
         """Read the next prompt that there is room for, or some of it if it is long: a piece, or for about as long as decoding
@@ -226,20 +251,22 @@ class Batch:
         most = request.held + len(request.ids) + request.config.max_new_tokens
         return most > setup.max_context and setup.room(0) > setup.max_context
 
-    def _has_room(self, request: Request) -> bool:
-        """Whether it can be answered to its end beside the others, which have yet to take their pages.
+    def _has_room(self, request: Request, read: SequenceCache | None = None) -> bool:
+        """Whether it can be answered to its end beside the others, which have yet to take their pages; in a fork of ``read``,
+        if there is a sequence that holds its prompt.
 
         Pages that others hold too are kept, but for a last one that is partly filled; by an answer that outgrows the context
         none: it drops them, which frees none, and takes as many of its own.
         """
-        arena, given = self._engine.parts.setup.arena, request.given
+        arena, given = self._engine.parts.setup.arena, read or request.given
+        in_place = read is None and given is not None and not request.fork
         needed = self._pages(request) - (given.packed // PAGE_TOKENS if given and not self._outgrows(request) else 0)
         for going, (sequence, most) in self._going.items():
             kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
             pages = sequence.pages[kept : pages_for(sequence.packed)] if sequence.alive else []
             needed += most - len(sequence.pages) + arena.shared_by_sequences(pages)
         with self._engine.lock:
-            return arena.free_pages >= needed and (arena.free_sequences > 0 or bool(given and not request.fork))
+            return arena.free_pages >= needed and (arena.free_sequences > 0 or in_place)
 
     def _begin(self, request: Request) -> None:
         """Give a prompt its sequence, to be read into."""
@@ -270,12 +297,29 @@ class Batch:
                             return
                 except StopIteration as last:
                     sequence, _ = self._going[request]
+                    self._begin_twins(request, sequence, last.value)
                     request.answer = begun(engine, sequence, last.value, request.config, resumed=not request.ids)
             del self._reading[request]
             request.timing = request.answer.timing
         except BaseException:
             self._end(request, "failed")
             raise
+
+    def _begin_twins(self, request: Request, sequence: SequenceCache, logits: Tensor) -> None:
+        """Begin the answers that wait for the prompt which has just been read, in forks of it, while there is room."""
+        for twin in request.twins:
+            if twin.cancelled or twin.finish or twin in self._going or not self._has_room(twin, sequence):
+                continue
+            try:
+                fork = sequence.fork()
+                self._going[twin] = fork, self._pages(twin)
+                with self._adding:
+                    self._waiting.remove(twin)
+                twin.answer = begun(self._engine, fork, logits, twin.config)
+                twin.timing = twin.answer.timing
+            except BaseException:
+                self._end(twin, "failed")
+                raise
 
     def _tell(self, request: Request) -> None:
         """What the answer went on by; if it is over, its place is free."""

@@ -16,6 +16,7 @@ from skvq.engine.guard import computes
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.methods import CacheMethod
 from skvq.engine.options import is_whole, names_options, path_of
+from skvq.engine.sampling import TokenLogprob
 from skvq.engine.session import save_session
 from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
@@ -49,6 +50,7 @@ class SequenceCache:
         self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
         self.logits: Tensor | None = None  # [V] that reading gave, of what follows the last token, until anything changes
         self.timing = Timing()  # of the last generation, or of reading if nothing was written since
+        self.logprobs: list[TokenLogprob] = []  # of the tokens of the last answer, where ``SamplingConfig.logprobs`` asked
         self.alive = True
 
     def __repr__(self) -> str:

@@ -17,6 +17,8 @@ FULL_SPAN = 2**31 - 1
 METHODS = ("rotate", "reorder", "plain", "fp")
 BITS = (1.5, 2.0, 3.0, 4.0, 8.0)
 GROUP_SIZES = (32, 64, 128)
+MOST_LIKELY = 20
+"""Of the likeliest tokens that are told with one that is drawn."""
 PREFILLS = ("exact", "streaming")
 ON_FULL = ("stop", "shift")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -284,6 +286,8 @@ class SamplingConfig:
     stop: texts that end the generation and are not returned.
     prompt_lookup: tokens guessed at a time from what followed before, 0 to 15, and checked in one step (``engine.lookup``):
         faster where an answer quotes its text. The answer is the same but for near ties of the logits.
+    logprobs: None, or how many of the likeliest tokens, 0 to 20, are told beside each that is drawn, with their log
+        probabilities before any of the above (``Request.logprobs``, ``SequenceCache.logprobs``).
     """
 
     max_new_tokens: int = 256
@@ -296,6 +300,7 @@ class SamplingConfig:
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
     prompt_lookup: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = self.stops if isinstance(self.stop, (str, tuple, list)) else None
@@ -312,6 +317,10 @@ class SamplingConfig:
             ),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
             "prompt_lookup": (is_whole(self.prompt_lookup) and 0 <= self.prompt_lookup <= 15, "a whole number from 0 to 15"),
+            "logprobs": (
+                self.logprobs is None or (is_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LIKELY),
+                f"a whole number from 0 to {MOST_LIKELY}, or None",
+            ),
             "stop": (stop is not None and all(isinstance(s, str) and s for s in stop), "non-empty texts"),
         }
         for name, (good, valid) in checks.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,15 @@ from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import ModelError
 
 FEW_TOKENS = (256, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that was drawn, its natural log probability, and those of the likeliest tokens at its place, likeliest first."""
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -29,11 +39,12 @@ class Sampler:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
 
     def choose(self, logits: Tensor, position: int, after: Sequence[int] = ()) -> Tensor:
-        """The largest of ``logits`` float32 [V] and the token drawn at a position, float64 [2]; a GPU is not waited for.
+        """The largest of ``logits`` float32 [V] and the token drawn at a position, float64 [2], then what ``told_of`` tells,
+        if the configuration asks for it; a GPU is not waited for.
 
         ``after``: tokens since the last that was taken, if they are taken too.
         """
-        config = self.config
+        config, given = self.config, logits
         if self._penalizes:
             penalized = torch.where(logits > 0, logits / config.repeat_penalty, logits * config.repeat_penalty)
             seen = self._seen.clone() if after else self._seen
@@ -47,7 +58,8 @@ class Sampler:
             drawn = torch.searchsorted(sums, sums[-1:] * uniform_at(self._seed, position))
             drawn = drawn.clamp_max(len(sums) - 1)  # where logits are no numbers
             token_of = (drawn if tokens is None else tokens[drawn])[0]
-        return torch.stack((likeliest.double(), token_of.double()))
+        choice = torch.stack((likeliest.double(), token_of.double()))
+        return choice if config.logprobs is None else torch.cat((choice, told_of(given, token_of, config.logprobs)))
 
     def take(self, largest: float, number: float) -> int:
         """The token that ``choose`` has chosen. Raises ModelError if the logits are not numbers."""
@@ -60,6 +72,20 @@ class Sampler:
         if self._penalizes:
             self._seen[token : token + 1] = True
         return token
+
+
+def told_of(logits: Tensor, token: Tensor, count: int) -> Tensor:
+    """Log probability of a token among ``logits`` [V], then the ids of the ``count`` likeliest and theirs, float64 [1 + 2
+    count]."""
+    scores = logits.log_softmax(-1)
+    likeliest = scores.topk(min(count, len(scores)))
+    return torch.cat((scores.gather(0, token.view(1)).double(), likeliest.indices.double(), likeliest.values.double()))
+
+
+def as_logprob(token: int, told: Sequence[float]) -> TokenLogprob:
+    """What ``told_of`` tells of a token, on the host."""
+    count = len(told) // 2
+    return TokenLogprob(token, told[0], tuple(zip(map(int, told[1 : 1 + count]), told[1 + count :], strict=True)))
 
 
 def uniform_at(seed: int, position: int) -> float:

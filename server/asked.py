@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skvq.engine.config import SamplingConfig
+from skvq.engine.config import MOST_LIKELY, SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.options import is_whole
 from skvq.engine.prompt import Prompt, is_several
 
 MOST_ANSWERS = 128
 """To all prompts of a request."""
-MOST_LIKELY = 20
-"""Of the likeliest tokens that a scored prompt tells."""
 SETTINGS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -46,7 +44,6 @@ WITHOUT_EFFECT: Mapping[str, Any] = {
     "grammar": "",
     "guided_json": {},
     "logit_bias": {},
-    "logprobs": False,
     "min_tokens": 0,
     "presence_penalty": 0,
     "response_format": {"type": "text"},
@@ -54,11 +51,10 @@ WITHOUT_EFFECT: Mapping[str, Any] = {
     "suffix": "",
     "tool_choice": "none",
     "tools": [],
-    "top_logprobs": 0,
     "typical_p": 1,
 }
 """Names that this server can do nothing about, and the value of each that asks for nothing."""
-KNOWN = {*SETTINGS, *WITHOUT_EFFECT, "echo", "messages", "model", "n", "prompt", "stream", "stream_options"}
+KNOWN = {"echo", "logprobs", "messages", "model", "n", "prompt", "stream", "stream_options", "top_logprobs"}
 HARMLESS = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 """Names that change no answer of text."""
 
@@ -97,7 +93,7 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     count = fields.get("n", 1)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count * len(prompts) <= MOST_ANSWERS:
         raise OptionError(f"a request has 1 to {MOST_ANSWERS} answers, got n={count!r} for {len(prompts)} prompts")
-    sampling = _sampling(fields, defaults)
+    sampling = _sampling(fields, defaults, _told(fields, is_chat=is_chat))
     stream, options = fields.get("stream", False), fields.get("stream_options", {})
     if not isinstance(stream, bool) or not isinstance(options, dict):
         raise OptionError(f"stream must be true or false, stream_options an object, got {stream!r} and {str(options)[:40]!r}")
@@ -108,7 +104,7 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
         is_chat=is_chat,
         is_stream=stream,
         tells_usage=bool(options.get("include_usage", False)),
-        unknown=tuple(sorted(fields.keys() - KNOWN - HARMLESS)),
+        unknown=tuple(sorted(fields.keys() - SETTINGS.keys() - WITHOUT_EFFECT.keys() - KNOWN - HARMLESS)),
     )
 
 
@@ -128,8 +124,21 @@ def _is_same(one: object, other: object) -> bool:
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
-def _sampling(fields: Mapping[str, Any], defaults: SamplingConfig) -> SamplingConfig:
-    given = {ours: fields[theirs] for theirs, ours in SETTINGS.items() if theirs in fields}
+def _told(fields: Mapping[str, Any], *, is_chat: bool) -> int | None:
+    """How many of the likeliest tokens are told beside each that is written, or None if not even its own log probability is. A
+    completion says it by ``logprobs`` alone; in a chat that is true or false, and ``top_logprobs`` the number."""
+    said, most = fields.get("logprobs", False), fields.get("top_logprobs", 0)
+    if not is_chat and "top_logprobs" not in fields:
+        return None if said is False else said
+    if not isinstance(said, bool) or not is_chat:
+        raise OptionError("a chat says logprobs as true or false, and their number as top_logprobs; a completion as logprobs")
+    if most and not said:
+        raise OptionError("top_logprobs goes with logprobs as true")
+    return most if said else None
+
+
+def _sampling(fields: Mapping[str, Any], defaults: SamplingConfig, told: int | None) -> SamplingConfig:
+    given = {ours: fields[theirs] for theirs, ours in SETTINGS.items() if theirs in fields} | {"logprobs": told}
     if given.get("top_k") == -1:  # all, as vLLM says it
         given["top_k"] = 0
     return replace(defaults, **given)

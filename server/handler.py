@@ -136,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _wait(self, asked: Asked, call: Call) -> None:
         """Send what is asked for, as it comes or when it is there."""
-        replies = Replies(self.server.settings.model, is_chat=asked.is_chat)
+        tokenizer = self.server.service.engine.parts.tokenizer
+        replies = Replies(self.server.settings.model, tokenizer, is_chat=asked.is_chat)
         if asked.is_stream and isinstance(call, Answers):
             return self._stream(asked, call, replies)
         left = len(asked.prompts) * (len(asked.sampling) if isinstance(call, Answers) else 1)
@@ -147,8 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         if call.error:
             return self._refuse(call.error, status=500)
         if isinstance(call, Scores):
-            tokenizer, drawn = self.server.service.engine.parts.tokenizer, bool(asked.sampling[0].max_new_tokens)
-            return self._send(200, replies.scored(call, tokenizer, drawn=drawn))
+            return self._send(200, replies.scored(call, drawn=bool(asked.sampling[0].max_new_tokens)))
         assert isinstance(call, Answers)
         return self._send(200, replies.whole(call))
 

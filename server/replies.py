@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from skvq.engine.sampling import TokenLogprob
 from skvq.loaders.text import Tokenizer
-from skvq.server.service import Answers, Scores
+from skvq.server.service import Answers, Piece, Scores
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -16,8 +17,8 @@ FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"
 class Replies:
     """The objects of one answer, which share an id."""
 
-    def __init__(self, model: str, *, is_chat: bool) -> None:
-        self.is_chat = is_chat
+    def __init__(self, model: str, tokenizer: Tokenizer, *, is_chat: bool) -> None:
+        self.tokenizer, self.is_chat = tokenizer, is_chat
         name = "chatcmpl" if is_chat else "cmpl"
         self._common = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -26,24 +27,24 @@ class Replies:
         choices = []
         for index, request in enumerate(call.requests):
             said = {"message": {"role": "assistant", "content": request.text}} if self.is_chat else {"text": request.text}
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": FINISH[request.finish]})
+            logprobs = self._logprobs(request.logprobs)
+            choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": FINISH[request.finish]})
         name = "chat.completion" if self.is_chat else "text_completion"
         return {**self._common, "object": name, "choices": choices, "usage": usage_of(call)}
 
-    def scored(self, call: Scores, tokenizer: Tokenizer, *, drawn: bool) -> dict[str, Any]:
+    def scored(self, call: Scores, *, drawn: bool) -> dict[str, Any]:
         """Prompts as choices, with the log probabilities of their tokens; ``drawn``: the likeliest next one is told as well."""
         choices, written = [], int(drawn)
         for index, (ids, found) in enumerate(zip(call.prompts, call.found, strict=True)):
-            following, likeliest, others = found.following.tolist(), found.likeliest.tolist(), found.ids.tolist()
-            shown = [*ids, others[-1][0]][: len(ids) + written]
-            tokens = [spelling(tokenizer, token) for token in shown]
-            chosen = [*following, likeliest[-1][0]][: len(shown) - 1]
-            top = []
-            for row, values, token, value in zip(others, likeliest, tokens[1:], chosen, strict=False):
-                told = dict(zip([spelling(tokenizer, one) for one in reversed(row)], reversed(values), strict=True))
-                top.append({**told, token: max(value, told.get(token, value))})  # two tokens may have one spelling
-            scores = {"tokens": tokens, "token_logprobs": [None, *chosen], "top_logprobs": [None, *top]}
-            choices.append({"index": index, "text": tokenizer.decode(shown), "logprobs": scores, "finish_reason": "length"})
+            likeliest = [
+                tuple(zip(*row, strict=True)) for row in zip(found.ids.tolist(), found.likeliest.tolist(), strict=True)
+            ]
+            following = [*zip(ids[1:], found.following.tolist(), strict=True), likeliest[-1][0]][: len(ids) - 1 + written]
+            told = [TokenLogprob(*one, row) for one, row in zip(following, likeliest, strict=False)]
+            scores = {name: [None, *column] for name, column in self._columns(told).items()}  # nothing precedes the first
+            scores["tokens"][0] = self._spelling(ids[0])
+            text = self.tokenizer.decode([ids[0], *(one.token for one in told)])
+            choices.append({"index": index, "text": text, "logprobs": scores, "finish_reason": "length"})
         read, more = sum(map(len, call.prompts)), written * len(call.prompts)
         usage = {"prompt_tokens": read, "completion_tokens": more, "total_tokens": read + more}
         return {**self._common, "object": self._name, "choices": choices, "usage": usage}
@@ -52,9 +53,9 @@ class Replies:
         """What a stream of a chat begins with: who speaks."""
         return [self._piece(index, {"role": "assistant", "content": ""}, None) for index in range(count) if self.is_chat]
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         """What a choice went on by."""
-        return self._piece(index, {"content": text}, None)
+        return self._piece(index, {"content": piece.text}, None, self._logprobs(piece.logprobs))
 
     def last(self, index: int, finish: str) -> dict[str, Any]:
         """That a choice is over, and why."""
@@ -64,20 +65,48 @@ class Replies:
         """The counts of all choices, as a piece without any."""
         return {**self._common, "object": self._name, "choices": [], "usage": usage_of(call)}
 
+    def _logprobs(self, told: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """Of tokens of an answer; None if there are none to tell."""
+        if not told or not self.is_chat:
+            return self._columns(told) if told else None
+        content = [
+            {**self._spelt(one.token, one.logprob), "top_logprobs": [self._spelt(*other) for other in one.likeliest]}
+            for one in told
+        ]
+        return {"content": content, "refusal": None}
+
+    def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._spelling(token), "logprob": logprob, "bytes": [*self.tokenizer.token_bytes(token)]}
+
+    def _columns(self, told: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """As completions tell them. Of tokens that are spelt alike the likeliest is told."""
+        top = [
+            {self._spelling(token): value for token, value in ((one.token, one.logprob), *reversed(one.likeliest))}
+            for one in told
+        ]
+        return {
+            "tokens": [self._spelling(one.token) for one in told],
+            "token_logprobs": [one.logprob for one in told],
+            "top_logprobs": top,
+        }
+
+    def _spelling(self, token: int) -> str:
+        """A token's own text, or, as vLLM writes it, its id if it has none that is whole characters."""
+        try:
+            return self.tokenizer.token_bytes(token).decode() or f"token_id:{token}"
+        except UnicodeDecodeError:
+            return f"token_id:{token}"
+
     @property
     def _name(self) -> str:
         return "chat.completion.chunk" if self.is_chat else "text_completion"
 
-    def _piece(self, index: int, delta: dict[str, str], finish: str | None) -> dict[str, Any]:
+    def _piece(
+        self, index: int, delta: dict[str, str], finish: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         said: dict[str, Any] = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
         return {**self._common, "object": self._name, "choices": [choice]}
-
-
-def spelling(tokenizer: Tokenizer, token: int) -> str:
-    """A token's own text, or, as vLLM writes it, its id if it has none that is whole characters."""
-    text = tokenizer.decode([token])
-    return text if text and "\ufffd" not in text else f"token_id:{token}"
 
 
 def usage_of(call: Answers) -> dict[str, Any]:

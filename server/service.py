@@ -7,7 +7,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import product
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Condition
 
@@ -17,6 +17,7 @@ from skvq.engine.errors import CapacityError, SkvqError
 from skvq.engine.evaluate import Likelihoods
 from skvq.engine.generate import Engine
 from skvq.engine.prompt import Prompt
+from skvq.engine.sampling import TokenLogprob
 
 INTERNAL = "an internal error, which the server has printed: please report it"
 
@@ -25,19 +26,27 @@ class NotRunning(SkvqError):
     """The server has been stopped, or has not begun: a client may try again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What an answer went on by: text, which may be empty, and the tokens drawn since the last piece, if they are told."""
+
+    text: str
+    logprobs: Sequence[TokenLogprob]
+
+
 class Call:
-    """What one client waits for, in some parts. News come in order: an index and a piece of text, None at the part's end."""
+    """What one client waits for, in some parts. News come in order: an index and a piece of it, None at the part's end."""
 
     def __init__(self, prompts: Sequence[list[int]]) -> None:
         self.prompts = prompts
         self.error: SkvqError | None = None  # of the first part that failed
-        self._news: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
+        self._news: SimpleQueue[tuple[int, Piece | None]] = SimpleQueue()
 
-    def tell(self, index: int, piece: str | None) -> None:
+    def tell(self, index: int, piece: Piece | None) -> None:
         """For the thread that does the work."""
         self._news.put((index, piece))
 
-    def next(self, seconds: float) -> tuple[int, str | None] | None:
+    def next(self, seconds: float) -> tuple[int, Piece | None] | None:
         """The next of the news, or None if there are none for so long."""
         try:
             return self._news.get(timeout=seconds)
@@ -54,18 +63,19 @@ class Answers(Call):
     def __init__(self, prompts: Sequence[list[int]], requests: Sequence[Request]) -> None:
         super().__init__(prompts)
         self.requests = tuple(requests)
-        self._told = [0] * len(requests)  # characters
+        self._told = [(0, 0)] * len(requests)  # characters, and tokens with their log probabilities
 
     def cancel(self) -> None:
         for request in self.requests:
             request.cancel()
 
     def go_on(self, request: Request) -> None:
-        """Tell what the request's text has grown by."""
+        """Tell what the request's answer has grown by."""
         index = self.requests.index(request)
-        piece = request.text[self._told[index] :]
-        self._told[index] += len(piece)
-        if piece:
+        characters, tokens = self._told[index]
+        piece = Piece(request.text[characters:], request.logprobs[tokens:])
+        self._told[index] = len(request.text), len(request.logprobs)
+        if piece.text or piece.logprobs:
             self.tell(index, piece)
 
     def end(self, request: Request, error: SkvqError) -> None:
@@ -108,8 +118,8 @@ class Service:
         with self._changed:
             batch, requests = self._running(), list[Request]()
             try:
-                for ids, config in product(texts, sampling):
-                    requests.append(batch.add(ids, config))
+                for ids in texts:
+                    requests.extend(batch.add_each(ids, sampling))
             except BaseException:
                 for request in requests:
                     request.cancel()

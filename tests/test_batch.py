@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from queue import SimpleQueue
@@ -85,6 +86,60 @@ def test_pieces_make_up_the_text(engine: Engine) -> None:
         requests = [batch.add(TEXT * 2, SAMPLING), batch.add(TEXT, SAMPLING)]
         pieces = finished(batch)
     assert pieces == {request: request.text for request in requests}
+
+
+def test_one_prompt_is_read_once_for_all_the_answers_there_is_room_for(folder: Path) -> None:
+    """Five answers for three places, one of them not wanted any more: each as if it were alone."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=3000, max_sequences=3, prefix_cache=False)
+    prompt = random_ids(1500)
+    samplings = [SamplingConfig(max_new_tokens=n, ignore_eos=True, temperature=1.0, seed=n) for n in (9, 12, 9, 10, 11)]
+    wanted = [engine.generate(prompt, sampling) for sampling in samplings]
+    arena = engine.parts.setup.arena
+    before = arena.free_pages
+    with engine.batch() as batch:
+        requests = batch.add_each(prompt, samplings)
+        requests[1].cancel()
+        while not requests[0].answer:
+            batch.step()
+        assert [bool(r.answer) for r in requests] == [True, False, True, True, False]
+        pages = engine.parts.setup.regions.pages(1500)
+        assert before - arena.free_pages <= pages + 2, "a fork copies the last page if it writes to it, and no other"
+        finished(batch)
+    assert [r.text for r in requests] == [wanted[0], "", *wanted[2:]] and requests[1].finish == "cancelled"
+    assert [r.timing.prompt_tokens for r in requests] == [1500, 0, 0, 0, 1500], "the last is read when its turn comes"
+    assert arena.free_pages == before and arena.free_sequences == 3
+
+
+def test_several_answers_that_do_not_fit_are_refused_together(engine: Engine) -> None:
+    with engine.batch() as batch:
+        with pytest.raises(CapacityError, match="701"):
+            batch.add_each([7] * 701, [SAMPLING, SAMPLING])
+        with pytest.raises(OptionError, match="samplings must be"):
+            batch.add_each(TEXT, SAMPLING)  # type: ignore[arg-type]
+        assert batch.add_each(TEXT, []) == [] and not len(batch)
+
+
+@pytest.mark.parametrize("others", [{}, {"temperature": 1.5, "seed": 3, "repeat_penalty": 1.3, "top_k": 4}])
+def test_log_probabilities_are_those_of_the_model(engine: Engine, others: dict[str, Any]) -> None:
+    """Of every token drawn, before temperature and filters, beside answers that ask for none, with guesses or without."""
+    sampling = replace(SAMPLING, logprobs=3, max_new_tokens=20, **others)
+    with engine.batch() as batch:
+        plain, told, none = (
+            batch.add(TEXT, replace(sampling, logprobs=None)),
+            batch.add(TEXT, sampling),
+            batch.add("a", SAMPLING),
+        )
+        finished(batch)
+    assert plain.text == told.text and plain.logprobs == none.logprobs == [] and len(told.logprobs) == 20
+    with engine.new_sequence() as sequence:
+        list(engine.stream(TEXT, replace(sampling, prompt_lookup=3), sequence=sequence))
+        ids, again = [*sequence.token_ids, *sequence.pending], sequence.logprobs
+    assert [one.token for one in told.logprobs] == ids[-20:] == [one.token for one in again]
+    rows = engine.logits(ids).log_softmax(-1)[-21:-1]
+    for one, other, row in zip(told.logprobs, again, rows, strict=True):
+        assert one.logprob == pytest.approx(float(row[one.token]), abs=4e-3) == pytest.approx(other.logprob, abs=4e-3)
+        assert [value for _, value in one.likeliest] == pytest.approx(row.topk(3).values.tolist(), abs=4e-3)
+        assert [float(row[token]) for token, _ in one.likeliest] == pytest.approx(row.topk(3).values.tolist(), abs=4e-3)
 
 
 def test_questions_about_one_text_share_its_pages(folder: Path) -> None:

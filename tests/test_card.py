@@ -193,7 +193,7 @@ def test_a_guessing_step_waits_once(folder: Path, gpu: Card, monkeypatch: pytest
     for _ in range(2):
         gpu.waits.clear()
         step(engine, [answer])
-        assert gpu.waits == {"tolist": 1}
+        assert gpu.waits == {"cpu": 1}
     assert {tokens for _, tokens in engine.step.batches._made} == {4, 1}  # type: ignore[attr-defined]
     assert len(sequence.token_ids) == 39 + answer.count
 
@@ -229,13 +229,13 @@ def test_drawing_a_token_waits_once(gpu: Card, options: dict[str, Any]) -> None:
 def test_drawing_for_several_answers_waits_once(folder: Path, gpu: Card) -> None:
     cache = tiny_cache(method="plain")
     engine = tiny_engine(folder, cache, device="cuda", dtype="auto", max_context=900, max_sequences=3, cuda_graph=False)
-    sampling = SamplingConfig(max_new_tokens=4, temperature=0.5)
+    sampling = SamplingConfig(max_new_tokens=4, temperature=0.5, logprobs=2)
     sequences = [engine.prefill([token]) for token in (1, 2, 3)]
     logits = [sequence.logits for sequence in sequences if sequence.logits is not None]
     answers = [begun(engine, *pair, sampling) for pair in zip(sequences, logits, strict=True)]
     gpu.waits.clear()
     draw(answers, logits)
-    assert [a.count for a in answers] == [2, 2, 2] and gpu.waits == {"tolist": 1}
+    assert [a.count for a in answers] == [2, 2, 2] and gpu.waits == {"cpu": 1}
 
 
 def test_text_sessions_and_batches(folder: Path, gpu: Card, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from threading import Event, Thread
@@ -180,6 +181,37 @@ def test_several_prompts_and_several_answers(engine: Engine, client: Client) -> 
     assert texts == expected
 
 
+def test_log_probabilities_of_what_is_written(engine: Engine, client: Client) -> None:
+    """As completions and as chats tell them, whole and in pieces; a token that is no whole character has bytes and an id."""
+    body = {"prompt": TEXT, "logprobs": 2, "temperature": 1.0, "seed": 1}
+    with engine.new_sequence() as sequence:
+        list(engine.stream(TEXT, replace(DEFAULTS, temperature=1.0, seed=1, logprobs=2), sequence=sequence))
+        told = sequence.logprobs
+    found = client.ask(COMPLETIONS, body)[1]["choices"][0]["logprobs"]
+    assert len(told) == 12 and found["token_logprobs"] == [one.logprob for one in told]
+    assert [max(top.values()) for top in found["top_logprobs"]] == [one.likeliest[0][1] for one in told]
+    assert all(token in top and 1 <= len(top) <= 3 for token, top in zip(found["tokens"], found["top_logprobs"], strict=True))
+    pieces = [e["choices"][0]["logprobs"] for e in client.events(COMPLETIONS, body) if e["choices"][0]["logprobs"]]
+    assert {name: [one for piece in pieces for one in piece[name]] for name in found} == found and len(pieces) > 3
+
+    chat = {"messages": [{"role": "user", "content": "hi"}], "temperature": 1.0, "seed": 1, "logprobs": True}
+    choice = client.ask(CHAT, chat | {"top_logprobs": 2})[1]["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert [len(one["top_logprobs"]) for one in content] == [2] * 12
+    text = b"".join(bytes(one["bytes"]) for one in content).decode(errors="replace")
+    assert text.startswith(choice["message"]["content"].rstrip("\ufffd")) and len({one["logprob"] for one in content}) > 3
+    for one in content:
+        assert one["token"] == bytes(one["bytes"]).decode(errors="replace") or one["token"].startswith("token_id:")
+    pieces = [
+        e["choices"][0]["logprobs"] for e in client.events(CHAT, chat | {"top_logprobs": 2}) if e["choices"][0]["logprobs"]
+    ]
+    assert [one for piece in pieces for one in piece["content"]] == content
+    found = client.ask(CHAT, chat)[1]["choices"][0]["logprobs"]["content"]
+    assert [one["top_logprobs"] for one in found] == [[]] * 12 and [one["logprob"] for one in found] == [
+        o["logprob"] for o in content
+    ]
+
+
 def test_stop_strings_and_the_end_of_the_context(engine: Engine, client: Client) -> None:
     text = wanted(engine, TEXT)
     stop = text[3:5]
@@ -240,7 +272,11 @@ def test_a_prompt_is_scored_as_lm_eval_asks(engine: Engine, client: Client, besi
         (COMPLETIONS, {"prompt": [TEXT] * 70, "n": 2}, "1 to 128 answers"),
         (COMPLETIONS, {"prompt": TEXT, "temperature": "hot"}, "temperature must be"),
         (COMPLETIONS, {"prompt": TEXT, "max_tokens": -1}, "max_new_tokens must be"),
-        (COMPLETIONS, {"prompt": TEXT, "logprobs": 0}, "logprobs is not supported"),
+        (COMPLETIONS, {"prompt": TEXT, "logprobs": 21}, "logprobs must be a whole number from 0 to 20"),
+        (COMPLETIONS, {"prompt": TEXT, "logprobs": True}, "logprobs must be a whole number from 0 to 20"),
+        (COMPLETIONS, {"prompt": TEXT, "top_logprobs": 2}, "a completion as logprobs"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "logprobs": 2}, "as true or false"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "goes with logprobs"),
         (COMPLETIONS, {"prompt": TEXT, "echo": True}, "echo goes with logprobs"),
         (COMPLETIONS, {"prompt": TEXT, "echo": True, "logprobs": 1}, "max_tokens 0 or 1"),
         (COMPLETIONS, {"prompt": TEXT, "echo": True, "logprobs": 21, "max_tokens": 0}, "from 1 to 20"),
