@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -32,8 +33,10 @@ class Answer:
         self._room = sequence.setup.room(sequence.length)
         self._lookup = Lookup(sequence.token_ids, logits.shape[-1]) if config.prompt_lookup else None
         self._mark: Mark | None = None  # the sequence's after the last draw
-        self.logprobs: list[TokenLogprob] = []  # of each token drawn, if the configuration asks for them
+        self.logprobs: list[TokenLogprob] = []  # of the tokens whose text is complete, if the configuration asks for them
         sequence.logprobs = self.logprobs
+        self._drawn: deque[tuple[int, TokenLogprob]] = deque()  # those to come, and where in the text each begins
+        self._length = self._shown = 0  # of the text: in characters, and how many of these may be shown
         self.token = -1
         if config.max_new_tokens:
             raise_first(draw([self], [logits]))
@@ -83,7 +86,7 @@ class Answer:
             for largest, number, *told in chosen:
                 token = self._sampler.take(largest, number)
                 if told:
-                    self.logprobs.append(as_logprob(token, told))
+                    self._drawn.append((self._length, as_logprob(token, told)))
                 self._push(token)
                 if self.finish or self.token not in guessed[right : right + 1]:
                     break
@@ -107,7 +110,9 @@ class Answer:
         if token in self._ends:
             self._end("end")
             return
-        self._ready += self._stop.push(self._text.push(token))
+        text = self._text.push(token)
+        self._length += len(text)
+        self._show(self._stop.push(text))
         if self._stop.stopped:
             self._end("stop")
         elif self.left <= 0:
@@ -134,8 +139,18 @@ class Answer:
     def _end(self, finish: str) -> None:
         """The answer is over: what was held back follows. What there is of a character that may go on is for the next one."""
         self.timing.finish = finish
-        unfinished = "" if finish in ("length", "context") else self._text.flush()
-        self._ready += self._stop.push(unfinished) + self._stop.flush()
+        goes_on = finish in ("length", "context")
+        unfinished = "" if goes_on else self._text.flush()
+        self._show(self._stop.push(unfinished) + self._stop.flush())
+        if goes_on:
+            self.logprobs.extend(one for _, one in self._drawn)
+
+    def _show(self, text: str) -> None:
+        """Text that is complete, and the tokens that begin in it: not one that ends the answer or begins a stop string."""
+        self._ready += text
+        self._shown += len(text)
+        while self._drawn and self._drawn[0][0] < self._shown:
+            self.logprobs.append(self._drawn.popleft()[1])
 
 
 def draw(

@@ -91,7 +91,7 @@ class Batch:
         self.timing = Timing()
         """Of all requests that are over, and of all steps."""
         self._engine = engine
-        self._adding = Lock()
+        self._adding = Lock()  # of those who add and close; a step needs none: it alone takes from a list that others append to
         self._waiting: list[Request] = []
         self._going: dict[Request, tuple[SequenceCache, int]] = {}  # and the pages that it may come to have
         self._reading: dict[Request, Pieces[Tensor]] = {}  # of those going: one long prompt at most, and a short one
@@ -102,6 +102,11 @@ class Batch:
     def __len__(self) -> int:
         """Requests that are not over."""
         return len(self._waiting) + len(self._going)
+
+    @property
+    def begun(self) -> int:
+        """Requests that have begun and are not over."""
+        return len(self._going)
 
     @names_options(sampling=SamplingConfig)
     def add(
@@ -147,9 +152,10 @@ class Batch:
             self._waiting.extend(requests)
         return requests
 
-    def step(self) -> list[tuple[Request, str]]:
+    def step(self, *, begin: bool = True) -> list[tuple[Request, str]]:
         """Read the next prompt that there is room for, or some of it if it is long: a piece, or for about as long as decoding
         takes. Then decode a token of every answer. Without ``interleaved`` prompts are read whole, before anything is decoded.
+        Without ``begin`` those that wait go on waiting: to make room for something else.
 
         The requests that went on, and the text by which they did, which may be empty; none while only a part of a prompt has
         been read. Raises what went wrong with a request, which has ``failed`` then; the others go on with the next step.
@@ -159,7 +165,7 @@ class Batch:
             if request.cancelled:
                 self._end(request, "cancelled")
         answers = self._ready()
-        following = self._next()
+        following = self._next() if begin else None
         if following is not None:
             self._begin(following)
         for request in [*self._reading]:
@@ -197,8 +203,7 @@ class Batch:
             raise OptionError("the batch has been closed: open another one")
 
     def _all(self) -> list[Request]:
-        with self._adding:
-            return [*self._waiting, *self._going]
+        return [*self._waiting, *self._going]
 
     def _ready(self) -> dict[Request, Answer]:
         """Answers that go on, each with room for its next token. Raises what one of them has, whose request has failed then."""
@@ -275,8 +280,7 @@ class Batch:
             sequence = engine.new_sequence() if given is None else given.fork() if request.fork else given
             self._going[request] = sequence, pages
             self._reading[request] = continuing(engine, sequence, request.ids, request.config, after=request.after)
-            with self._adding:
-                self._waiting.remove(request)
+            self._waiting.remove(request)
         except BaseException:
             self._end(request, "failed")
             raise
@@ -296,25 +300,25 @@ class Batch:
                         if time.perf_counter() >= end:
                             return
                 except StopIteration as last:
-                    sequence, _ = self._going[request]
-                    self._begin_twins(request, sequence, last.value)
-                    request.answer = begun(engine, sequence, last.value, request.config, resumed=not request.ids)
+                    logits = last.value
+                    request.answer = begun(engine, self._going[request][0], logits, request.config, resumed=not request.ids)
             del self._reading[request]
             request.timing = request.answer.timing
         except BaseException:
             self._end(request, "failed")
             raise
+        self._begin_twins(request, logits)
 
-    def _begin_twins(self, request: Request, sequence: SequenceCache, logits: Tensor) -> None:
+    def _begin_twins(self, request: Request, logits: Tensor) -> None:
         """Begin the answers that wait for the prompt which has just been read, in forks of it, while there is room."""
+        sequence, _ = self._going[request]
         for twin in request.twins:
             if twin.cancelled or twin.finish or twin in self._going or not self._has_room(twin, sequence):
                 continue
             try:
                 fork = sequence.fork()
                 self._going[twin] = fork, self._pages(twin)
-                with self._adding:
-                    self._waiting.remove(twin)
+                self._waiting.remove(twin)
                 twin.answer = begun(self._engine, fork, logits, twin.config)
                 twin.timing = twin.answer.timing
             except BaseException:
@@ -335,9 +339,8 @@ class Batch:
 
     def _end(self, request: Request, finish: str) -> None:
         """It is over, whether or not it had begun."""
-        with self._adding:
-            if request in self._waiting:
-                self._waiting.remove(request)
+        if request in self._waiting:
+            self._waiting.remove(request)
         request.timing = replace(request.timing, finish=finish)
         if request.answer is not None:
             self.timing.add(replace(request.timing, decode_seconds=0.0))

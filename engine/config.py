@@ -287,7 +287,8 @@ class SamplingConfig:
     prompt_lookup: tokens guessed at a time from what followed before, 0 to 15, and checked in one step (``engine.lookup``):
         faster where an answer quotes its text. The answer is the same but for near ties of the logits.
     logprobs: None, or how many of the likeliest tokens, 0 to 20, are told beside each that is drawn, with their log
-        probabilities before any of the above (``Request.logprobs``, ``SequenceCache.logprobs``).
+        probabilities before any of the above (``Request.logprobs``, ``SequenceCache.logprobs``). Not of an end token, nor of
+        those that spell a stop string.
     """
 
     max_new_tokens: int = 256
@@ -305,7 +306,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         stop = self.stops if isinstance(self.stop, (str, tuple, list)) else None
         checks = {
-            "max_new_tokens": (is_whole(self.max_new_tokens) and self.max_new_tokens >= 0, "a whole number, 0 or more"),
+            "max_new_tokens": (
+                is_whole(self.max_new_tokens) and 0 <= self.max_new_tokens < 2**62,
+                "a whole number, 0 or more, and below 2^62",
+            ),
             "repeat_penalty": (is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100, "from 0.01 to 100"),
             "temperature": (is_number(self.temperature) and 0 <= self.temperature <= 1e6, "from 0 (greedy) to 1e6"),
             "top_k": (is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (all) or more"),

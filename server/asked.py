@@ -35,25 +35,34 @@ SETTINGS = {
 }
 """Names in a request and in ``SamplingConfig``; null is absent."""
 WITHOUT_EFFECT: Mapping[str, Any] = {
+    "bad_words": [],
     "best_of": 1,
+    "chat_template": "",
     "chat_template_kwargs": {},
     "continue_final_message": False,
     "frequency_penalty": 0,
     "function_call": "none",
     "functions": [],
     "grammar": "",
+    "guided_choice": [],
     "guided_json": {},
+    "guided_regex": "",
+    "include_stop_str_in_output": False,
     "logit_bias": {},
     "min_tokens": 0,
     "presence_penalty": 0,
     "response_format": {"type": "text"},
+    "skip_special_tokens": True,
     "stop_token_ids": [],
+    "structured_outputs": {},
     "suffix": "",
     "tool_choice": "none",
     "tools": [],
+    "truncate_prompt_tokens": -1,
     "typical_p": 1,
 }
 """Names that this server can do nothing about, and the value of each that asks for nothing."""
+MOST_STOPS = 16
 KNOWN = {"echo", "logprobs", "messages", "model", "n", "prompt", "stream", "stream_options", "top_logprobs"}
 HARMLESS = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 """Names that change no answer of text."""
@@ -83,7 +92,9 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     if not isinstance(fields, dict):
         raise OptionError("the request must be a JSON object")
     fields = {name: value for name, value in fields.items() if value is not None}
-    likeliest = _likeliest(fields) if fields.get("echo", False) is not False and not is_chat else 0
+    if fields.get("tool_choice") == "auto" and not fields.get("tools"):
+        del fields["tool_choice"]
+    likeliest = _likeliest(fields) if fields.get("echo") and not is_chat else 0
     if likeliest:
         del fields["logprobs"], fields["echo"]
     for name, nothing in {**WITHOUT_EFFECT, "echo": False}.items():
@@ -94,6 +105,8 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count * len(prompts) <= MOST_ANSWERS:
         raise OptionError(f"a request has 1 to {MOST_ANSWERS} answers, got n={count!r} for {len(prompts)} prompts")
     sampling = _sampling(fields, defaults, _told(fields, is_chat=is_chat))
+    if len(sampling.stops) > MOST_STOPS:
+        raise OptionError(f"a request has up to {MOST_STOPS} stop strings, got {len(sampling.stops):,}")
     stream, options = fields.get("stream", False), fields.get("stream_options", {})
     if not isinstance(stream, bool) or not isinstance(options, dict):
         raise OptionError(f"stream must be true or false, stream_options an object, got {stream!r} and {str(options)[:40]!r}")

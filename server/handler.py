@@ -14,7 +14,9 @@ import re
 import select
 import socket
 import sys
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,6 +35,12 @@ PATIENCE = 120
 """Seconds that a client may take for sending or taking the next bytes."""
 PULSE = 10.0
 """Seconds between signs of life in a stream whose prompt is still being read, and looks at whether a client is still there."""
+LINGER = 5.0
+"""Seconds for which the rest of a body that is too long is read and thrown away."""
+MOST_TOLD = 100
+"""Unknown names that are told of."""
+SLICE = 1 << 16
+"""Bytes that are sent at a time, each within ``PATIENCE``."""
 POSTS = {"/v1/completions": False, "/v1/chat/completions": True}
 """Where prompts are sent to, and whether they are chats."""
 
@@ -83,7 +91,7 @@ class Server(ThreadingHTTPServer):
 
     def tell_unknown(self, names: Iterable[str]) -> None:
         """Say once of each name that it means nothing here."""
-        for name in sorted(set(names) - self.told):
+        for name in sorted(set(names) - self.told)[: MOST_TOLD - len(self.told)]:
             self.told.add(name)
             self.settings.report.message(f"requests say {name[:40]!r}, which means nothing to this server and is left alone")
 
@@ -98,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        """See the module."""
+        """See the module. A body would be taken for the next request: the connection is closed after it."""
+        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
+            self.close_connection = True
         if self._place == "/health":
             return self._send(200, {"status": "ok"})
         if not self._is_known():
@@ -118,13 +128,13 @@ class Handler(BaseHTTPRequestHandler):
         service, settings = self.server.service, self.server.settings
         try:
             asked = asked_for(body, settings.defaults, is_chat=POSTS[self._place])
+            self.server.tell_unknown(asked.unknown)
             if asked.likeliest:
                 call: Call = service.score(asked.prompts, asked.likeliest)
             else:
                 call = service.answer(asked.prompts, asked.sampling)
         except SkvqError as error:
             return self._refuse(error)
-        self.server.tell_unknown(asked.unknown)
         gone = ""
         try:
             self._wait(asked, call)
@@ -190,7 +200,8 @@ class Handler(BaseHTTPRequestHandler):
             self._write(b"data: " + json.dumps(one).encode() + b"\n\n")
 
     def _write(self, data: bytes) -> None:
-        self.wfile.write(data)
+        for at in range(0, len(data), SLICE):
+            self.wfile.write(data[at : at + SLICE])
         self.wfile.flush()
 
     def _require_there(self) -> None:
@@ -208,8 +219,20 @@ class Handler(BaseHTTPRequestHandler):
         if one and int(lengths[0]) <= most:
             return self.rfile.read(int(lengths[0]))
         self.close_connection = True
-        self._send(413 if lengths else 411, error_of(f"a request says its length, once, and has up to {most:,} bytes"))
+        status = 413 if one else 400 if lengths else 411
+        self._send(status, error_of(f"a request says its length, once, and has up to {most:,} bytes"))
+        if status == 413:
+            self._ignore(int(lengths[0]))
         return None
+
+    def _ignore(self, count: int) -> None:
+        """Read what a client is still sending, for some seconds, lest it see a broken connection in place of the answer."""
+        self.connection.settimeout(1)
+        end = time.monotonic() + LINGER
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while count > 0 and time.monotonic() < end and (data := self.rfile.read1(SLICE)):
+                count -= len(data)
 
     def _not_here(self) -> None:
         self._send(404, error_of(f"there is nothing at {self.path[:80]}: GET /v1/models, or POST to {' or '.join(POSTS)}"))
@@ -239,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses, as JSON."""
-        self.close_connection = True
+        self.close_connection, self.request_version = True, self.protocol_version  # of a broken request line none is known
         self._send(code, error_of(message or explain or "the request cannot be answered"))
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -13,12 +13,14 @@ from threading import Condition
 
 from skvq.engine.batch import Batch, Request
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import CapacityError, SkvqError
+from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import Likelihoods
 from skvq.engine.generate import Engine
 from skvq.engine.prompt import Prompt
 from skvq.engine.sampling import TokenLogprob
 
+MOST_SCORES = 1 << 20
+"""Log probabilities of one request: they are held at once."""
 INTERNAL = "an internal error, which the server has printed: please report it"
 
 
@@ -108,7 +110,7 @@ class Service:
         self._batch: Batch | None = None
         self._answers: dict[Request, Answers] = {}
         self._scores: deque[Scores] = deque()
-        self._full_beside = 0  # requests beside which there was no room for the next score
+        self._full_beside = 0  # answers beside which there was no room for the next score: none begins until there is
         self._stopping = False
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingConfig]) -> Answers:
@@ -134,6 +136,10 @@ class Service:
         call = Scores([self.engine.encode(prompt) for prompt in prompts], count)
         for ids in call.prompts:
             self.engine.parts.setup.require(0, len(ids))
+        if (told := count * sum(map(len, call.prompts))) > MOST_SCORES:
+            raise OptionError(
+                f"{told:,} log probabilities are more than the {MOST_SCORES:,} of one request: score fewer prompts"
+            )
         with self._changed:
             self._running()
             self._scores.append(call)
@@ -158,9 +164,10 @@ class Service:
                 self._batch = batch
                 while not self._stopping:
                     with self._changed:
-                        self._changed.wait_for(lambda: self._stopping or len(batch) or self._scores)
+                        # a signal that comes just before the wait does not end it: hence the timeout
+                        self._changed.wait_for(lambda: self._stopping or len(batch) or self._scores, timeout=1)
                     if self._scores and not self._stopping:
-                        self._score_next(len(batch))
+                        self._score_next(batch.begun)
                     if len(batch) and not self._stopping:
                         self._step(batch)
         finally:
@@ -175,7 +182,7 @@ class Service:
                 self._scores.clear()
 
     def _score_next(self, beside: int) -> None:
-        """The text that waits longest; if there is no room for it beside so many requests, not before one of them is over."""
+        """The text that waits longest; if there is no room for it beside so many answers, not before one of them is over."""
         call = self._scores[0]
         if not call.cancelled and beside and beside == self._full_beside:
             return
@@ -199,7 +206,7 @@ class Service:
         """One step, told to those who wait for it. An error is of one request: the others go on."""
         error = SkvqError("the request has been cancelled")
         try:
-            batch.step()
+            batch.step(begin=not self._full_beside)
         except SkvqError as failed:
             error = failed
         except Exception:

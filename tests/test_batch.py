@@ -110,6 +110,18 @@ def test_one_prompt_is_read_once_for_all_the_answers_there_is_room_for(folder: P
     assert arena.free_pages == before and arena.free_sequences == 3
 
 
+def test_those_that_wait_go_on_waiting_if_they_are_told_to(engine: Engine) -> None:
+    with engine.batch() as batch:
+        first = batch.add(TEXT, SAMPLING)
+        batch.step()
+        second = batch.add(TEXT, SAMPLING)
+        while not first.finish:
+            batch.step(begin=False)
+        assert (len(batch), batch.begun, second.text) == (1, 0, "") and batch.step(begin=False) == []
+        finished(batch)
+    assert first.text == second.text
+
+
 def test_several_answers_that_do_not_fit_are_refused_together(engine: Engine) -> None:
     with engine.batch() as batch:
         with pytest.raises(CapacityError, match="701"):

@@ -202,6 +202,13 @@ def test_log_probabilities_of_what_is_written(engine: Engine, client: Client) ->
     assert text.startswith(choice["message"]["content"].rstrip("\ufffd")) and len({one["logprob"] for one in content}) > 3
     for one in content:
         assert one["token"] == bytes(one["bytes"]).decode(errors="replace") or one["token"].startswith("token_id:")
+    text = choice["message"]["content"]
+    stopped = client.ask(CHAT, chat | {"stop": text[5:8]})[1]["choices"][0]
+    told = "".join(bytes(one["bytes"]).decode(errors="replace") for one in stopped["logprobs"]["content"])
+    assert stopped["message"]["content"] == text[: text.index(text[5:8])] != "" and told.startswith(
+        text[: text.index(text[5:8])]
+    )
+    assert len(told) < 8, "nothing of what begins with the stop string or comes after it"
     pieces = [
         e["choices"][0]["logprobs"] for e in client.events(CHAT, chat | {"top_logprobs": 2}) if e["choices"][0]["logprobs"]
     ]
@@ -293,6 +300,9 @@ def test_a_prompt_is_scored_as_lm_eval_asks(engine: Engine, client: Client, besi
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "this engine reads text"),
         (COMPLETIONS, {"prompt": TEXT, "stream": "false"}, "stream must be true or false"),
         (COMPLETIONS, {"prompt": TEXT, "min_tokens": 4}, "min_tokens is not supported"),
+        (COMPLETIONS, {"prompt": TEXT, "stop": ["x"] * 17}, "up to 16 stop strings"),
+        (COMPLETIONS, {"prompt": [7] * 9000, "max_tokens": int("9" * 4300)}, "below 2^62"),
+        (COMPLETIONS, {"prompt": [[7] * 690] * 100, "echo": True, "logprobs": 20, "max_tokens": 0}, "score fewer prompts"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools is not supported"),
     ],
 )
@@ -349,10 +359,10 @@ def test_a_client_that_goes_away_gives_its_place_back(
     begun = Event()
     step = Batch.step
 
-    def slow(self: Batch) -> Any:
+    def slow(self: Batch, **options: Any) -> Any:
         begun.set()
         time.sleep(0.05)
-        return step(self)
+        return step(self, **options)
 
     monkeypatch.setattr(Batch, "step", slow)
     body = json.dumps({"prompt": TEXT, "max_tokens": 650, "stream": stream}).encode()
@@ -375,13 +385,13 @@ def test_an_error_of_the_engine_is_told_and_others_go_on(
 ) -> None:
     step, failed = Batch.step, []
 
-    def failing(self: Batch) -> Any:
+    def failing(self: Batch, **options: Any) -> Any:
         if not failed:
             failed.append(1)
             for request in self._all():
                 self._end(request, "failed")
             raise RuntimeError("a bug")
-        return step(self)
+        return step(self, **options)
 
     monkeypatch.setattr(Batch, "step", failing)
     connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
@@ -418,6 +428,27 @@ def test_a_text_that_cannot_be_scored_is_refused_beside_an_answer(client: Client
         assert (status, found["error"]["code"]) == (400, "context_length_exceeded") and not answer.done()
         assert client.ask(COMPLETIONS, body | {"prompt": [7] * 9})[0] == 200 and not answer.done()
         assert answer.result()[0] == 200
+
+
+def test_a_score_gets_its_place_however_many_answers_are_asked_for(engine: Engine, client: Client) -> None:
+    """Twelve clients who ask again at once for four places: none begins before the score that came first."""
+    done, over = [], Event()
+
+    def asks_again() -> None:
+        while not over.is_set():
+            done.append(client.ask(COMPLETIONS, {"prompt": TEXT, "max_tokens": 40})[0])
+
+    with ThreadPoolExecutor(12) as pool:
+        loops = [pool.submit(asks_again) for _ in range(12)]
+        while not done:
+            time.sleep(0.01)
+        before = len(done)
+        status, _ = client.ask(COMPLETIONS, {"prompt": [7] * 600, "echo": True, "logprobs": 1, "max_tokens": 0})
+        over.set()
+        assert status == 200 and len(done) - before <= 8, "those under way, and those whose end the score's request overlapped"
+        for loop in loops:
+            loop.result()
+    assert set(done) == {200}
 
 
 def test_scores_that_nobody_waits_for_are_not_made(engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,10 +502,40 @@ def test_many_open_files_and_a_bug_in_a_handler(
 
 
 def test_only_bodies_of_one_stated_length_are_taken(client: Client) -> None:
-    for headers in (b"Transfer-Encoding: chunked", b"Content-Length: 3\r\nContent-Length: 4", b"X: y"):
-        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as plain:
-            plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\n{}")
-            assert plain.recv(100).split()[1] in (b"411", b"413")
+    wrong = {b"Transfer-Encoding: chunked": b"411", b"X: y": b"411", b"Content-Length: -1": b"400"}
+    wrong |= {b"Content-Length: 3\r\nContent-Length: 4": b"400", b"Content-Length: 99999999": b"413"}
+    for headers, status in wrong.items():
+        request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\n{}"
+        assert answers_of(client, request, more=False).split()[1] == status
+    status, found = client.ask(COMPLETIONS, b"x" * (2 << 20))
+    assert status == 413 and "up to" in found["error"]["message"]
+
+
+def answers_of(client: Client, sent: bytes, *, more: bool) -> bytes:
+    """All that comes back for these bytes; ``more``: a client that may send more."""
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as plain:
+        plain.sendall(sent)
+        if not more:
+            plain.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: plain.recv(1 << 16), b""))
+
+
+def test_a_body_of_a_get_is_not_the_next_request(client: Client) -> None:
+    inner = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
+    for header in (b"Content-Length: %d" % len(inner), b"Transfer-Encoding: chunked"):
+        found = answers_of(client, b"GET /health HTTP/1.1\r\n" + header + b"\r\n\r\n" + inner, more=True)
+        assert found.count(b"HTTP/1.1 ") == 1 and found.endswith(b'{"status": "ok"}')
+
+
+@pytest.mark.parametrize("line", [b"GARBAGE", b"GET /health HTTP/9.9"])
+def test_a_broken_request_line_is_answered_as_http(client: Client, line: bytes) -> None:
+    found = answers_of(client, line + b"\r\n\r\n", more=True)
+    assert found.startswith(b"HTTP/1.1 ") and b'{"error": ' in found
+
+
+def test_replies_in_slices_are_whole(engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handler, "SLICE", 7)
+    assert client.ask(COMPLETIONS, {"prompt": TEXT})[1]["choices"][0]["text"] == wanted(engine, TEXT)
 
 
 def test_an_unknown_name_is_told_once(client: Client) -> None:
