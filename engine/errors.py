@@ -33,6 +33,13 @@ class SessionError(SkvqError):
     """A session file is broken or belongs to another model, calibration or other options."""
 
 
+def broken_model(found: str) -> ModelError:
+    """The error of a model that computes what is no number; ``found``: where that was seen."""
+    return ModelError(
+        f"{found}: the model's weights are damaged, or its activations do not fit this dtype; try --dtype bfloat16 or float32"
+    )
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the valid name closest to ``name``, else the list of all.
 

@@ -10,12 +10,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from skvq.engine.arena import PACKED_TENSORS, Arena, run_name
+from skvq.engine.errors import broken_model
 from skvq.engine.rope import shifted
 from skvq.kernels.interface import Backend, FullSlots, HeadCodec, LabelCodec, PackedKernels, PackedPages, PlainPages, Step
 from skvq.kernels.layout import PAGE_TOKENS, PageLayout
@@ -68,6 +70,10 @@ class PackedMethod(Generic[Codec]):
         self._kernels = kernels
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None:
+        """See ``CacheMethod``. What is no number, which codes would hide, raises ModelError on a CPU; a GPU packs it as NaN,
+        and the logits that follow tell."""
+        if keys.device.type == "cpu" and not all(isfinite(float(x.sum(dtype=torch.float32))) for x in (keys, values)):
+            raise broken_model(f"keys or values of layer {layer} are not all finite numbers")
         for run in self._runs[layer]:
             self._kernels.pack(run.pages, run.codec, page_row, first, keys[:, run.heads], values[:, run.heads], retained)
 

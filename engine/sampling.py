@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import ModelError
+from skvq.engine.errors import broken_model
 
 FEW_TOKENS = (256, 4096)
 
@@ -64,10 +64,7 @@ class Sampler:
     def take(self, largest: float, number: float) -> int:
         """The token that ``choose`` has chosen. Raises ModelError if the logits are not numbers."""
         if not math.isfinite(largest):
-            raise ModelError(
-                f"the largest of the model's logits is {largest}: its weights are damaged, or its activations do not fit "
-                "this dtype; try --dtype bfloat16 or float32"
-            )
+            raise broken_model(f"the largest of the model's logits is {largest}")
         token = int(number)
         if self._penalizes:
             self._seen[token : token + 1] = True

@@ -51,6 +51,19 @@ def test_every_sharing_of_heads(heads: int, kv_heads: int, size: int) -> None:
     check(*inputs(45, heads, kv_heads, size, 150), -FAR, 150 - 45 + 1)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_no_number_is_not_hidden(wrong: float) -> None:
+    """A broken query breaks its own sums, a broken key those of all that see it, and nothing else."""
+    q, k, v = inputs(70, 4, 2, 64, 300)
+    q[3, 1, 5] = wrong
+    k[1, 260, 7] = wrong
+    out = flash(q, k, v, -FAR, 231)[0].isfinite().all(-1)
+    expected = torch.ones(70, 4, dtype=torch.bool)
+    expected[3, 1] = False
+    expected[30:, 2:] = False
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("tokens", [1, KEYS - 1, KEYS, KEYS + 1, 3 * KEYS + 5])
 @pytest.mark.parametrize("count", [1, LANES // 2 - 1, LANES // 2, LANES // 2 + 1, LANES + 3])
 def test_the_edges_of_tasks_and_blocks(count: int, tokens: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -65,6 +67,41 @@ def test_whole_bits_in_tiles_of_160(method: str, key_bits: float, value_bits: fl
 def test_query_heads_and_several_queries(method: str, repeat: int, kv_heads: int, queries: int) -> None:
     case = make_case(size=64, group_size=32, repeat=repeat, kv_heads=kv_heads, queries=queries, packed=(9, 2))
     assert_accurate(method, case)
+
+
+@pytest.mark.parametrize("method", ["heads", "labels"])
+def test_threads_that_come_first_together(method: str) -> None:
+    """Each makes the tables that it finds missing; all must use those that stay."""
+    case = make_case(size=64, group_size=32, packed=(9, 2), has_key_mean=method == "heads")
+    expected = attend(BACKEND, case, method)[0]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(40):
+                backend = NumbaCpu()
+                found = [pool.submit(attend, backend, case, method) for _ in range(3)]
+                assert all(torch.equal(one.result()[0], expected) for one in found)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [64, 40])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_number_is_not_hidden(method: str, size: int, wrong: float) -> None:
+    """A key or value of the window that is broken breaks the heads that see it, and no others; an infinite key those too in
+    whose sums it would weigh nothing."""
+    for name in ("keys", "values"):
+        case = make_case(size=size, group_size=size // 2, repeat=2, kv_heads=2, packed=(9, 2))
+        broken = getattr(case.full, name).clone()
+        where = tuple((case.full.positions >= 0).nonzero()[-1].tolist())  # a slot, and a place in it that is seen
+        broken[where[0], 1, where[1], size - 1] = wrong
+        case = replace(case, full=replace(case.full, **{name: broken}))
+        out, _, exact, _ = compare(BACKEND, case, method)
+        whole = out.isfinite().all(-1)
+        assert whole[:, :, :2].all() and not whole.all() and not (whole & ~exact.isfinite().all(-1)).any()
+        assert torch.equal(whole, exact.isfinite().all(-1)) or wrong == torch.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -62,12 +62,16 @@ def check_dots() -> None:
 
 
 def check_halves() -> None:
-    """All finite float16, denormals included, to float32."""
+    """Every float16, denormals, infinities and NaN included, to float32: sixteen at a time, and one by one."""
     numbers = np.arange(65536, dtype=np.uint16).view(np.float16)
-    numbers = np.ascontiguousarray(numbers[np.isfinite(numbers)])
     out = np.empty(len(numbers), np.float32)
     numeric.row_to_float(numbers.ctypes.data, out.ctypes.data, len(numbers), numeric.FLOAT16)
-    assert np.array_equal(out, numbers.astype(np.float32))
+    assert np.array_equal(out, numbers.astype(np.float32), equal_nan=True)
+    for start in range(0, len(numbers), 15):
+        numeric.row_to_float(
+            numbers[start:].ctypes.data, out.ctypes.data, len(row := numbers[start : start + 15]), numeric.FLOAT16
+        )
+        assert np.array_equal(out[: len(row)], row.astype(np.float32), equal_nan=True)
 
 
 def check_dense_products() -> None:
@@ -128,7 +132,7 @@ def test_every_cpu_computes_the_same(cpu: str) -> None:
     subprocess.run([sys.executable, "-c", script], env={**os.environ, **CPUS[cpu], "PYTHONPATH": path}, check=True)
 
 
-@pytest.mark.parametrize("size", [40, 64, 72, 96, 128, 256])
+@pytest.mark.parametrize("size", [32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256])
 def test_tile_loaders(size: int) -> None:
     gen = np.random.default_rng(size)
     lanes = -(-size // 32) * 32

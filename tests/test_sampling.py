@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine.config import CacheConfig, SamplingConfig
@@ -61,6 +63,27 @@ def test_logits_that_are_no_numbers_are_one_line(temperature: float, wrong: floa
     assert draws(20, logits, temperature=temperature).max() < 7
     with pytest.raises(ModelError, match="-inf"):
         draws(1, torch.full((4,), -torch.inf), temperature=temperature)
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize(
+    "method, size, part, value",
+    [
+        ("fp", 32, 0, torch.nan), ("fp", 40, 0, 1e7), ("fp", 40, 1, torch.nan), ("fp", 32, 0, 1e7),
+        ("rotate", 32, 0, torch.nan), ("rotate", 32, 1, torch.nan), ("rotate", 32, 1, 1e7), ("reorder", 32, 0, torch.nan),
+    ],
+)  # fmt: skip
+def test_weights_that_are_no_numbers_are_one_line(
+    tmp_path: Path, backend: str, method: str, size: int, part: int, value: float
+) -> None:
+    """A row of keys (part 0) or values (1) is NaN, or so large that its keys are beyond 16 bits: nothing is answered."""
+    folder = tiny_folder(tmp_path, num_layers=2, head_size=size)
+    engine = tiny_engine(folder, tiny_cache(method=method), backend=backend)
+    config, (weight, *_) = engine.parts.model.config, engine.parts.model.weights.layers[0].qkv.tensors
+    row = (config.num_heads + part * config.num_kv_heads) * size + size - 1
+    weight[row] = weight[row] * value
+    with pytest.raises(ModelError, match="weights are damaged"):
+        engine.generate(list(range(40)), SamplingConfig(max_new_tokens=3))
 
 
 def kept_of(logits: Tensor, **options: object) -> Tensor:

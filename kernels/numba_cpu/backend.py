@@ -86,14 +86,13 @@ class Launcher:
         del kept  # the job holds addresses only
 
     def derive(self, owner: Tensor, key: object, make: Callable[[], Found]) -> Found:
-        """``make()``, cached under ``key`` until the tensor ``owner`` dies or is written to."""
-        version, derived = self._derived.get(owner, (owner._version, {}))  # type: ignore[no-untyped-call]
+        """``make()``, cached under ``key`` until the tensor ``owner`` dies or is written to. All threads are given the same
+        one: kernels know it by its address."""
+        version, derived = self._derived.setdefault(owner, (owner._version, {}))  # type: ignore[no-untyped-call]
         if version != owner._version:
             derived = {}
-        if key not in derived:
-            derived[key] = make()
             self._derived[owner] = (owner._version, derived)
-        found: Found = derived[key]
+        found: Found = derived[key] if key in derived else derived.setdefault(key, make())
         return found
 
 

@@ -110,7 +110,8 @@ def _exp2(builder, x):
 def soften(typingctx, scores, count, tops, totals, acc, size):
     """Turn ``count`` rows of scores, in units of log2, into weights, in place; rescale ``size`` rows of ``acc``.
 
-    ``tops`` and ``totals``, 32 numbers each: running maxima and sums of weights.
+    ``tops`` and ``totals``, 32 numbers each: running maxima and sums of weights. The sums of a query with a score that is no
+    number, or infinite, become NaN (``softmax.take``).
     """
 
     def codegen(context, builder, signature, args):
@@ -119,10 +120,16 @@ def soften(typingctx, scores, count, tops, totals, acc, size):
             top, total = (_at(builder, address, v, FLOATS) for address in (tops, totals))
             before = builder.load(top, align=4)
             best = cgutils.alloca_once_value(builder, before)
+            most = cgutils.alloca_once_value(builder, ir.Constant(WORDS, None))  # bits of the largest magnitude
             with cgutils.for_range(builder, count) as loop:
                 row = builder.add(scores, builder.mul(loop.index, ir.Constant(I64, STEP)))
                 score, held = builder.load(_at(builder, row, v, FLOATS), align=4), builder.load(best)
                 builder.store(builder.select(builder.fcmp_ordered(">", score, held), score, held), best)
+                bits = builder.and_(builder.load(_at(builder, row, v, WORDS), align=4), _all(0x7FFFFFFF))
+                builder.store(
+                    builder.select(builder.icmp_unsigned(">", bits, builder.load(most)), bits, builder.load(most)), most
+                )
+            broken = builder.icmp_unsigned(">", builder.load(most), _all(0x7F7FFFFF))
             m_i = builder.load(best)
             alpha = _exp2(builder, builder.fsub(before, m_i))
             builder.store(m_i, top, align=4)
@@ -133,11 +140,13 @@ def soften(typingctx, scores, count, tops, totals, acc, size):
                 p = _exp2(builder, builder.fsub(builder.load(place, align=4), m_i))
                 builder.store(p, place, align=4)
                 builder.store(builder.fadd(builder.load(l_i), p), l_i)
-            builder.store(builder.load(l_i), total, align=4)
+            builder.store(builder.select(broken, ir.Constant(FLOATS, [1.0] * LANES), builder.load(l_i)), total, align=4)
             with cgutils.for_range(builder, size) as loop:
                 row = builder.add(acc, builder.mul(loop.index, ir.Constant(I64, STEP)))
                 place = _at(builder, row, v, FLOATS)
-                builder.store(builder.fmul(builder.load(place, align=4), alpha), place, align=4)
+                scaled = builder.bitcast(builder.fmul(builder.load(place, align=4), alpha), WORDS)
+                to = _at(builder, row, v, WORDS)
+                builder.store(builder.select(broken, _all(0x7FC00000), scaled), to, align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen

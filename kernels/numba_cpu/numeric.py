@@ -124,5 +124,7 @@ def row_to_float(source, target, count, kind):
         bits = u16(source)
         for i in range(whole, count):
             word = np.int32(bits[i])
-            size = as_float((word & 0x7FFF) << 13) * np.float32(2.0**112)
-            out[i] = as_float(as_bits(size) | ((word & 0x8000) << 16))
+            size = as_bits(as_float((word & 0x7FFF) << 13) * np.float32(2.0**112))
+            if word & 0x7C00 == 0x7C00:  # infinite or NaN
+                size |= 0x7F800000
+            out[i] = as_float(size | ((word & 0x8000) << 16))

@@ -159,8 +159,10 @@ def _load_halves(context, builder, address):
     halves = builder.zext(builder.load(_at(builder, address, 0, ir.VectorType(I16, LANES)), align=2), WORDS)
     sign = builder.shl(builder.and_(halves, _all(0x8000)), _all(16))
     size = builder.bitcast(builder.shl(builder.and_(halves, _all(0x7FFF)), _all(13)), FLOATS)
-    size = builder.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))
-    return builder.bitcast(builder.or_(builder.bitcast(size, WORDS), sign), FLOATS)
+    size = builder.bitcast(builder.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES)), WORDS)
+    endless = builder.icmp_unsigned("==", builder.and_(halves, _all(0x7C00)), _all(0x7C00))  # infinite or NaN
+    size = builder.select(endless, builder.or_(size, _all(0x7F800000)), size)
+    return builder.bitcast(builder.or_(size, sign), FLOATS)
 
 
 @intrinsic

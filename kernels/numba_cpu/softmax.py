@@ -15,6 +15,7 @@ from skvq.kernels.numba_cpu.simd import f32, i32, largest
 from skvq.kernels.numba_cpu.tiles import FAST
 
 LN2 = np.float32(0.6931471805599453)
+LARGEST_BITS, NOT_A_NUMBER = np.int32(0x7F7FFFFF), np.int32(0x7FC00000)
 MINUS_INFINITY = np.int32(-8388608)  # bits of float32 -inf; fast-math code must not name the number
 
 
@@ -31,10 +32,21 @@ def start(tops, totals, acc, rows, width):
 
 @njit(**FAST)
 def take(scores, stride, count, rows, tops, totals, acc, width):
-    """Turn ``count`` scores of each row into weights, in place; update ``top`` and ``total``, rescale ``acc``."""
+    """Turn ``count`` scores of each row into weights, in place; update ``top`` and ``total``, rescale ``acc``.
+
+    A row with a score that is no number, or infinite, comes to NaN, as by the reference: weights would hide it.
+    """
     top, total = f32(tops), f32(totals)
     for m in range(rows):
         s = f32(scores + 4 * m * stride)
+        if has_no_number(scores + 4 * m * stride, count):
+            broken = i32(acc + 4 * m * width)
+            for i in range(width):
+                broken[i] = NOT_A_NUMBER
+            for t in range(count):
+                s[t] = np.float32(0)
+            total[m] = max(total[m], np.float32(1))
+            continue
         best = largest(scores + 4 * m * stride, count)
         if best > top[m]:
             alpha = exp2(top[m] - best)
@@ -50,6 +62,15 @@ def take(scores, stride, count, rows, tops, totals, acc, width):
             s[t] = p
             l_i += p
         total[m] += l_i
+
+
+@njit(**FAST)
+def has_no_number(address, count):
+    """Whether one of ``count`` float32 is NaN or infinite: by their bits, for fast-math code knows no such numbers."""
+    words, most = i32(address), np.int32(0)
+    for i in range(count):
+        most = max(most, words[i] & np.int32(0x7FFFFFFF))
+    return most > LARGEST_BITS
 
 
 @njit(**FAST)

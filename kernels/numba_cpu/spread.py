@@ -85,6 +85,7 @@ spread_1x2, spread_1x4, spread_2x4, spread_2x8, spread_4x8 = (
 spread_1_rows, spread_2_rows, spread_4_rows, spread_8_rows = (
     _make_spread(f"spread_{width}_rows", width, 8, 16) for width in (1, 2, 4, 8)
 )
+spread_1_four, spread_2_four, spread_4_four = (_make_spread(f"spread_{width}_four", width, 4, 16) for width in (1, 2, 4))
 spread_1_half = _make_spread("spread_1_half", 1, 8, 8)
 
 

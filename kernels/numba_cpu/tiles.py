@@ -2,7 +2,8 @@
 
 Four codes that a dot product contracts make a word: keys ``[D / 4][token][4 channels]``, values ``[tile / 4][lane][4 tokens]``
 with D rounded up to 32 lanes. So one dot product serves all widths, and what is unpacked once serves all queries of a kv head.
-``levels`` (3, 4, 8, 16, 256) stands for the width. Common head sizes go through shuffles, 16 rows at a time; others by bytes.
+``levels`` (3, 4, 8, 16, 256) stands for the width. Head sizes of 48 and more go through shuffles, 16 rows at a time, if 16
+divides them (32 for single bits); others by words or bytes.
 """
 
 # mypy: ignore-errors
@@ -12,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from skvq.kernels.numba_cpu import spread
-from skvq.kernels.numba_cpu.simd import i8, u8
+from skvq.kernels.numba_cpu.simd import i8, i32, u8
 
 SLOTS, TRITS = 32, 5  # layout.TRIT_SLOTS, layout.TRIT_PLANES; copied (``compiled.source_stamp``)
 RETAINED = 128  # layout.RETAINED_FLAG, likewise
@@ -67,19 +68,7 @@ def _key_planes(source, target, width, place, size, tile):
     row = size * width // 8  # bytes of a token in this plane set
     words, step = row // 4, tile * 4
     plane = words * step
-    if row % 32 == 0 and not (row == 32 and width >= 2):
-        for token in range(0, tile, 16):
-            for word in range(0, words, 8):
-                at, to = source + token * row + word * 4, target + word * step + token * 4
-                if width == 1:
-                    spread.spread_1_rows(at, row, to, plane, step)
-                elif width == 2:
-                    spread.spread_2_rows(at, row, to, plane, step)
-                elif width == 4:
-                    spread.spread_4_rows(at, row, to, plane, step)
-                else:
-                    spread.spread_8_rows(at, row, to, plane, step)
-    elif (row == 32 and width != 8) or (row == 16 and width <= 2) or (row == 8 and width == 1):
+    if (row == 32 and 1 < width < 8) or (row == 16 and width <= 2) or (row == 8 and width == 1):
         for token in range(0, tile, 16):
             at, to = source + token * row, target + token * 4
             if width == 4:
@@ -92,22 +81,49 @@ def _key_planes(source, target, width, place, size, tile):
                 spread.spread_1x4(at, row, to, plane, step)
             else:
                 spread.spread_1x2(at, row, to, plane, step)
+    elif row % 4 == 0 and words >= 4:
+        block = 8 if words >= 8 else 4
+        for token in range(0, tile, 16):
+            for start in range(0, words, block):
+                word = min(start, words - block)  # the last block may repeat some of the one before
+                at, to = source + token * row + word * 4, target + word * step + token * 4
+                if block == 4:
+                    if width == 1:
+                        spread.spread_1_four(at, row, to, plane, step)
+                    elif width == 2:
+                        spread.spread_2_four(at, row, to, plane, step)
+                    else:
+                        spread.spread_4_four(at, row, to, plane, step)
+                elif width == 1:
+                    spread.spread_1_rows(at, row, to, plane, step)
+                elif width == 2:
+                    spread.spread_2_rows(at, row, to, plane, step)
+                elif width == 4:
+                    spread.spread_4_rows(at, row, to, plane, step)
+                else:
+                    spread.spread_8_rows(at, row, to, plane, step)
+    elif row % 4 == 0:
+        for word in range(words):
+            for p in range(8 // width):
+                to = target + (p * words + word) * step
+                _spread_words(source + word * 4, words, to, tile, p * width, width, place)
     else:
         packed, codes, mask = u8(source), i8(target), (1 << width) - 1
-        for token in range(tile):
-            for channel in range(size):
-                byte = packed[token * row + channel % row]
-                to = (channel // 4) * step + token * 4 + channel % 4
-                kept = 0 if place == 0 else codes[to]
-                codes[to] = kept | ((byte >> (channel // row * width)) & mask) << place
+        for p in range(8 // width):
+            for b in range(row):
+                to = ((p * row + b) // 4) * step + (p * row + b) % 4
+                for token in range(tile):
+                    kept = 0 if place == 0 else codes[to + token * 4]
+                    codes[to + token * 4] = kept | ((packed[token * row + b] >> (p * width)) & mask) << place
 
 
 @njit(**FAST)
 def _value_planes(source, target, width, place, size, tile):
     rows = size * width // 8  # byte rows of this plane set
     step = round_up(size, LANE_BLOCK) * 4
-    if rows % 16 == 0:
-        for row in range(0, rows, 16):
+    if rows >= 16:
+        for start in range(0, rows, 16):
+            row = min(start, rows - 16)
             for word in range(0, tile // 4, 8):
                 at, to = source + row * tile + word * 4, target + word * step + row * 4
                 if width == 1:
@@ -122,13 +138,20 @@ def _value_planes(source, target, width, place, size, tile):
         for word in range(0, tile // 4, 8):
             spread.spread_1_half(source + word * 4, tile, target + word * step, 64, step)
     else:
-        packed, codes, mask = u8(source), i8(target), (1 << width) - 1
-        for channel in range(size):
-            for token in range(tile):
-                byte = packed[channel % rows * tile + token]
-                to = (token // 4) * step + channel * 4 + token % 4
-                kept = 0 if place == 0 else codes[to]
-                codes[to] = kept | ((byte >> (channel // rows * width)) & mask) << place
+        for word in range(tile // 4):
+            for p in range(8 // width):
+                to = target + word * step + p * rows * 4
+                _spread_words(source + word * 4, tile // 4, to, rows, p * width, width, place)
+
+
+@njit(**FAST)
+def _spread_words(source, step, target, count, shift, width, place):
+    """Four codes of each of ``count`` words, ``step`` words apart: ``width`` bits from ``shift`` on in every byte, moved up by
+    ``place``; a place above 0 adds to what lies at the target."""
+    packed, codes, mask = i32(source), i32(target), np.int32((1 << width) - 1) * np.int32(0x01010101)
+    for i in range(count):
+        found = ((packed[i * step] >> shift) & mask) << place
+        codes[i] = found if place == 0 else codes[i] | found
 
 
 @njit(**FAST)
