@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from ggml_fixtures import blocks_of, random
-from tiny import Listener
+from tiny import Listener, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq.engine.storage import Storage, WeightReader
@@ -87,3 +89,11 @@ def test_a_broken_scale_of_eight_blocks_is_refused(kind: str, at: int) -> None:
 @pytest.mark.parametrize("rows", [7, 16, 33])
 def test_what_a_matrix_takes_is_known_before(kind: str, rows: int) -> None:
     assert BlockMatrix(blocks_of(kind, rows, 256)[0], kind).data.nbytes == BlockMatrix.bytes_of(kind, rows, 256)
+
+
+def test_a_dtype_that_no_kernel_computes_in_is_told(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, num_layers=1)
+    for dtype, told in (("bfloat16", True), ("float32", False)):
+        listener = Listener()
+        tiny_engine(folder, tiny_cache(method="fp"), dtype=dtype, backend="numba", report=listener)
+        assert any("bfloat16 on a CPU is slower" in line for line in listener.messages) == told

@@ -1,4 +1,5 @@
-"""Blocks of GGUF that no kernel multiplies, as blocks of more bits that one does, which hold the same numbers.
+"""Blocks of GGUF that no kernel multiplies, as blocks of more bits that one does, which hold the same numbers; those of IQ4_XS
+within 1/2048, up to 65,504.
 
     Q3_K    d * scale * (code - 4), scales of 16 columns      Q6_K: d * scale * (code - 32)
     IQ4_NL  d * table[code]                                   Q8_0: d * code, the table's numbers are int8
