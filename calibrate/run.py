@@ -105,7 +105,7 @@ def _recorded_layer(
         hidden[at] = model.layer(index, hidden[at][None], rope, recorder)[0]
         outliers.see(text, recorder.key_norms)
     outliers.advance()
-    return recorder.stats(model.weights.layers[index].output.dense())
+    return recorder.stats(model.output_matrix(index))
 
 
 def stacked(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

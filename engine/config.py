@@ -65,6 +65,7 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
 class ModelConfig:
     """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees;
     ``unturned_layers`` have no RoPE; ``qk_norm``: heads of queries and keys are normed before RoPE (arXiv 2010.04245, Qwen3).
+    ``weights_head_size``: of heads as weights make them, if they are cached with more channels (``with_heads_of``).
     """
 
     family: str
@@ -75,6 +76,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_size: int
+    weights_head_size: int = 0
     norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
     trained_context: int = 4096
@@ -106,6 +108,15 @@ class ModelConfig:
             raise ModelError(f"model config: {len(self.attention_spans)} attention spans for {self.num_layers} layers")
 
     @property
+    def own_head_size(self) -> int:
+        """Channels of a head that weights make: all, but for those that ``with_heads_of`` has added."""
+        return self.weights_head_size or self.head_size
+
+    def with_heads_of(self, size: int) -> ModelConfig:
+        """The same model with channels of zeros added to its heads, for kernels that take no others."""
+        return self if size == self.head_size else replace(self, head_size=size, weights_head_size=self.own_head_size)
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Cached numbers per token, keys and values of all layers: 2*L*KH*D."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_size
@@ -113,11 +124,11 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        d, f, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.head_size
-        q = self.num_heads * self.head_size
+        d, f, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.own_head_size
+        q = self.num_heads * self.own_head_size
         layer = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
         layer += (q + 2 * kv) * self.qkv_bias + d * self.output_bias + (2 * f + d) * self.mlp_bias
-        layer += 2 * self.head_size * self.qk_norm
+        layer += 2 * self.own_head_size * self.qk_norm
         return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
 

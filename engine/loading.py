@@ -99,13 +99,17 @@ def load_parts(
         room = room_on(device, form.held_bytes(source), form.expanded_bytes(source))
         return Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)
 
+    def as_taken(config: ModelConfig) -> ModelConfig:
+        return config.with_heads_of(kernels.head_size_for(config.head_size))
+
     ahead = None if dummy_weights else stand_in(name, download=download)
     if ahead is not None:
-        planner_for(ahead, ahead.config, cache.fitted(ahead.config)).plan_that_fits(max_context)
+        shape = as_taken(ahead.config)
+        planner_for(ahead, shape, cache.fitted(shape)).plan_that_fits(max_context)
     source, tokenizer = open_model(
         name, dummy_weights=dummy_weights, download=download, chat_template_kwargs=chat_template_kwargs
     )
-    config = source.config if rope_scaling is None else scaled(source.config, rope_scaling)
+    config = as_taken(source.config if rope_scaling is None else scaled(source.config, rope_scaling))
     if calibration is not None:
         cache = with_chosen_bits(cache, calibration, config, fingerprint=source.fingerprint)
     if cache.is_packed and CacheConfig().group_size != cache.group_size > config.head_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.linear import Embedding, nbytes_of
-from skvq.engine.rope import StepRope
+from skvq.engine.rope import StepRope, narrowed, widened
 from skvq.engine.storage import Storage
 from skvq.kernels.interface import Ops
 from skvq.kernels.linear import Linear
@@ -88,17 +89,29 @@ class Model:
         """Queries [B, N, H, D], keys and values [B, N, KH, D] of a layer, before they are turned."""
         w = self.weights.layers[index]
         qkv = self.ops.norm_linear(x, w.input_norm, self.config.norm_eps, w.qkv)
-        heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
+        heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.own_head_size
         parts = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, size)  # [B, N, H + 2 KH, D]
         q, k, v = parts[:, :, :heads], parts[:, :, heads : heads + kv_heads], parts[:, :, heads + kv_heads :]
         if w.qk_norm is not None:
             q, k = self.ops.norm_heads(q, k, *w.qk_norm, self.config.norm_eps)
+        if size != self.config.head_size:  # attention divides by the square root of the size that it sees
+            longer = math.sqrt(self.config.head_size / size)
+            q, k, v = (widened(x, self.config.head_size) for x in (q * longer, k, v))
         return rope.lengthened(q), k, v
 
     def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""
-        w, eps = self.weights.layers[index], self.config.norm_eps
+        w, eps, size = self.weights.layers[index], self.config.norm_eps, self.config.own_head_size
+        if size != self.config.head_size:
+            attended = narrowed(attended, size)
         return self.ops.after_attention(x, attended.flatten(2), w.output, w.mlp_norm, eps, w.gate_up, w.down)
+
+    def output_matrix(self, index: int) -> Tensor:
+        """What a layer multiplies by what its heads have read, [d, H D]."""
+        matrix, size = self.weights.layers[index].output.dense(), self.config.own_head_size
+        if size == self.config.head_size:
+            return matrix
+        return widened(matrix.view(len(matrix), -1, size), self.config.head_size).flatten(1)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., d]."""

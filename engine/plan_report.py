@@ -21,6 +21,7 @@ from skvq.engine.rope import beyond_training, scaled
 from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.dense import attend_all
+from skvq.kernels.layout import gpu_head_size
 from skvq.loaders.hub import config_of, resolve
 from skvq.loaders.open import dummy_source, open_source
 from skvq.loaders.source import WeightSource
@@ -203,8 +204,10 @@ def plan_report(
         context = config.trained_context
     if context >= 2**31:
         raise OptionError(f"a context has at most {2**31 - 1:,} tokens, got {context:,}")
-    cache = (cache if calibration is None else with_chosen_bits(cache, calibration, config)).fitted(config)
     card = _card(device, dtype)
+    if card.name != "cpu":
+        config = config.with_heads_of(gpu_head_size(config.head_size))
+    cache = (cache if calibration is None else with_chosen_bits(cache, calibration, config)).fitted(config)
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:

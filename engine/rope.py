@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.engine.config import ModelConfig, RopeConfig, yarn_scale
@@ -61,6 +62,21 @@ class StepRope:
     def apply(self, x: Tensor) -> Tensor:
         """RoPE of ``x`` [B, N, heads, D] at its positions, in x's dtype; channels pair as (j, D/2 + j)."""
         return apply_rope(x, self.cos, self.sin)
+
+
+def widened(x: Tensor, size: int) -> Tensor:
+    """Heads [..., D] with ``size`` channels: zeros behind each half, for RoPE pairs the channels of one with the other's.
+
+    >>> widened(torch.tensor([1, 2, 3, 4]), 6).tolist()
+    [1, 2, 0, 3, 4, 0]
+    """
+    half = x.shape[-1] // 2
+    return F.pad(x.reshape(*x.shape[:-1], 2, half), (0, size // 2 - half)).flatten(-2)
+
+
+def narrowed(x: Tensor, size: int) -> Tensor:
+    """The first ``size`` channels that ``widened`` was given."""
+    return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)[..., : size // 2].flatten(-2)
 
 
 def scaled(config: ModelConfig, text: str) -> ModelConfig:
@@ -132,7 +148,8 @@ def model_rope(config: ModelConfig, context: int, device: torch.device) -> Model
         raise ModelError(f"no frequencies can be computed for this RoPE ({error}): {config.rope}") from None
     if not (found.inv_freq.isfinite().all() and math.isfinite(found.scale)):
         raise ModelError(f"the frequencies of this RoPE are not finite: {config.rope}")
-    turned = RopeFrequencies(inv_freq=found.inv_freq.to(device), scale=found.scale)
+    added = (config.head_size - config.own_head_size) // 2
+    turned = RopeFrequencies(inv_freq=F.pad(found.inv_freq, (0, added)).to(device), scale=found.scale)
     return ModelRope(
         turned=turned,
         still=RopeFrequencies(inv_freq=torch.zeros_like(turned.inv_freq), scale=1.0),
@@ -143,7 +160,7 @@ def model_rope(config: ModelConfig, context: int, device: torch.device) -> Model
 
 
 def _frequencies(config: ModelConfig, context: int) -> RopeFrequencies:
-    rope, size = config.rope, config.head_size
+    rope, size = config.rope, config.own_head_size
     base = rope.theta
     steps = torch.arange(0, size, 2, dtype=torch.float64) / size
     scale = 1.0

@@ -209,6 +209,9 @@ class Backend(Protocol):
     heads: PackedKernels[HeadCodec]
     labels: PackedKernels[LabelCodec]
 
+    def head_size_for(self, head_size: int) -> int:
+        """How many channels a model's heads of this size should be given, zeros in those that are more, to be computed fast."""
+
     def captures(self, head_size: int) -> bool:
         """Whether a decode step of a model with heads of this size is launches only, so that a graph can hold it: the host
         waits for nothing and reads no number."""

@@ -40,11 +40,22 @@ E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9
 E4M3_LARGEST = 0x7E  # the byte of E4M3_MAX
 
+GPU_HEAD_SIZES = (64, 128)
+"""That kernels for GPUs take."""
 LEVELS = {1.5: 3, 2.0: 4, 3.0: 8, 4.0: 16, 8.0: 256}
 """Levels of a code by its nominal bits."""
 
 BIT_PLANES = {2.0: (2,), 3.0: (2, 1), 4.0: (4,), 8.0: (8,)}
 """Widths in bits of the planes that a code is split into, lowest bits first. Trits are laid out by token instead."""
+
+
+def gpu_head_size(size: int) -> int:
+    """The head size that a model's own is widened to on a GPU; one larger than all stays, and is computed slowly.
+
+    >>> gpu_head_size(96), gpu_head_size(64), gpu_head_size(192)
+    (128, 64, 192)
+    """
+    return next((taken for taken in GPU_HEAD_SIZES if size <= taken), size)
 
 
 def stored_bits(bits: float) -> float:

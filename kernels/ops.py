@@ -76,6 +76,9 @@ class Unfused:
 
     ops: Ops = TorchOps()
 
+    def head_size_for(self, head_size: int) -> int:
+        return head_size
+
     def captures(self, head_size: int) -> bool:
         return False
 

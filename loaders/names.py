@@ -69,7 +69,7 @@ def stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of one layer's weights by their name inside the layer, e.g. ``self_attn.q_proj.weight`` -> (H*D, d)."""
     d, f = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    q, kv = config.num_heads * config.own_head_size, config.num_kv_heads * config.own_head_size
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (d,),
         "self_attn.q_proj.weight": (q, d),
@@ -84,7 +84,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.qkv_bias:
         shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
     if config.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (config.head_size,), "self_attn.k_norm.weight": (config.head_size,)}
+        shapes |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (config.own_head_size,))
     if config.output_bias:
         shapes |= {"self_attn.o_proj.bias": (d,)}
     if config.mlp_bias:

@@ -546,6 +546,8 @@ def on_a_card() -> None:
 
     from skvq.engine.decode import GraphStep
     from skvq.kernels import ops
+    from skvq.kernels.layout import gpu_head_size
+    from skvq.kernels.reference import Reference
 
     seen: set[tuple[object, ...]] = set()
 
@@ -576,8 +578,10 @@ def on_a_card() -> None:
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)
         caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]
         caches += [tiny_cache(method="plain", value_bits=1.5), tiny_cache(method="plain", layer_bits=(((2, 3), (4, 2)),))]
-        odd = tiny_folder(Path(name) / "odd", head_size=96, num_layers=1)
-        models = [*((folder, cache) for cache in caches), (file, caches[0]), (odd, caches[0]), (odd, caches[2])]
+        odd, wide = (tiny_folder(Path(name) / f"{size}", head_size=size, num_layers=1) for size in (160, 96))
+        models = [*((folder, cache) for cache in caches), (file, caches[0])]
+        models += [(model, caches[i]) for model in (odd, wide) for i in (0, 2)]
+        Reference.head_size_for = lambda self, size: gpu_head_size(size)  # type: ignore[method-assign]
         for model, cache in models:
             found = []
             for place, backend in (("cpu", "reference"), ("cuda", "triton")):
@@ -585,6 +589,7 @@ def on_a_card() -> None:
                     options = {"backend": backend, "device": place, "dtype": "float16", "max_context": 600}
                     engine = tiny_engine(model, cache, dummy_weights=model != file, **options)
                     assert isinstance(engine.step, GraphStep) == (place == "cuda" and model != odd)
+                    assert engine.parts.setup.arena.shape.head_size == {odd: 160, wide: 128}.get(model, 64)
                     sequences = [engine.prefill(random_ids(count)) for count in (cache.window + 158, 30)]
                     found.append(steps(engine, sequences, [[3, 4, 5, 6], [7, 8, 9, 10]]).cpu())
                     engine.read(sequences[0], random_ids(3))

@@ -168,6 +168,9 @@ class NumbaCpu:
         self.heads: PackedKernels[HeadCodec] = NumbaHeads(self._launcher)
         self.labels: PackedKernels[LabelCodec] = NumbaLabels(self._launcher)
 
+    def head_size_for(self, head_size: int) -> int:
+        return head_size
+
     def captures(self, head_size: int) -> bool:
         return True
 

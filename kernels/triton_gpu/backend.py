@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.interface import FullSlots, HeadCodec, HeadSide, LabelCodec, Ops, PackedKernels, PackedPages, PlainPages, Step
-from skvq.kernels.layout import LEVELS, PAGE_TOKENS
+from skvq.kernels.layout import LEVELS, PAGE_TOKENS, gpu_head_size
 from skvq.kernels.notices import notice
 from skvq.kernels.ops import Unfused
 from skvq.kernels.triton_gpu.card import Card, Tuning
@@ -226,6 +226,9 @@ class TritonGpu(Unfused):
         self.ops: Ops = TritonOps()
         self.heads: PackedKernels[HeadCodec] = TritonHeads(self.shared)
         self.labels: PackedKernels[LabelCodec] = TritonLabels(self.shared)
+
+    def head_size_for(self, head_size: int) -> int:
+        return gpu_head_size(head_size)
 
     def captures(self, head_size: int) -> bool:
         return head_size in HEAD_SIZES and self.shared.scratch.device.type == "cuda"

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from skvq.kernels.interface import FullSlots, Step
-from skvq.kernels.layout import PageLayout
+from skvq.kernels.layout import GPU_HEAD_SIZES, PageLayout
 
 VARYING = {
     "do_not_specialize": ["splits", "full_splits", "first_tile", "first", "tokens", "queries", "chunks", "columns"],
@@ -17,7 +17,7 @@ VARYING = {
 }
 """Options of kernels: arguments that vary between calls, layers or sequences and are used outside of inner loops. One
 compilation serves all their values, where each that is 1 or a multiple of 16 would stop a conversation for seconds."""
-HEAD_SIZES, GROUP_SIZES = (64, 128), (32, 64, 128)  # for others the specification computes, which waits for the device
+HEAD_SIZES, GROUP_SIZES = GPU_HEAD_SIZES, (32, 64, 128)  # for others the specification computes, which waits for the device
 WARPS_PER_SM = 12  # one warp a program at up to 168 registers
 MAX_SPLITS = 512
 SLOT_BLOCK = 16  # of 16-bit slots a program of one warp takes at a time
