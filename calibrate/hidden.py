@@ -59,5 +59,7 @@ class HiddenStates:
             raise self._no_room(error) from error
 
     def _no_room(self, error: OSError) -> CalibrationError:
-        where = f"{self._total:,} bytes of hidden states in {tempfile.gettempdir()}"
-        return CalibrationError(f"cannot write {where}: {error.strerror}; free some space, set TMPDIR or use fewer --tokens")
+        return CalibrationError(
+            f"cannot write {self._total:,} bytes of hidden states to the folder for temporary files ({error.strerror}): free "
+            "some space, set TMPDIR, or calibrate on fewer tokens"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from skvq.calibrate.rotate import fit_rotate
 from skvq.calibrate.stats import LayerStats, Recorder
 from skvq.calibrate.threads import one_thread
 from skvq.engine.config import CacheConfig
-from skvq.engine.errors import CalibrationError
+from skvq.engine.errors import CalibrationError, broken_model
 from skvq.engine.model import Model
 from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.kernels.interface import Backend, RopeFrequencies
@@ -104,6 +105,8 @@ def _recorded_layer(
     for at, text in enumerate(texts):
         hidden[at] = model.layer(index, hidden[at][None], rope, recorder)[0]
         outliers.see(text, recorder.key_norms)
+        if not isfinite(float(recorder.key_norms.sum() + hidden[at].sum(dtype=torch.float32))):
+            raise broken_model(f"what layer {index} computes is not all finite numbers")
     outliers.advance()
     return recorder.stats(model.output_matrix(index))
 

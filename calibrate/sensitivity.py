@@ -65,7 +65,7 @@ class Probe:
     """One text on its way through the exact model; ``losses`` of a layer, then ``advance`` to the next."""
 
     def __init__(self, model: Model, model_rope: ModelRope, ids: Tensor, window: int) -> None:
-        """``ids`` int64 [T]; the window is never more than a quarter of the text."""
+        """``ids`` int64 [T], up to PROBE_TOKENS; the window is never more than a quarter of them."""
         tokens = len(ids)
         self.window = min(window, tokens // 4)
         self._model = model

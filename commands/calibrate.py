@@ -25,7 +25,7 @@ from skvq.commands.options import (
 from skvq.commands.text import corpus_text
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
-from skvq.loaders.files import require_writable
+from skvq.loaders.artifact import require_replaceable
 
 
 @click.command(cls=OneLineCommand, short_help="Make a calibration file.")
@@ -35,7 +35,7 @@ from skvq.loaders.files import require_writable
 @click.option("--tokens", type=TokenCount(32), default=16384, show_default=True, help="Tokens of the text to use.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--ctx", type=TokenCount(), default=2048, show_default=True, help="Intended context, if RoPE depends on it.")
-@click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the window the cache will use.")
+@click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the cache's window; 256 is most.")
 @engine_options
 @packing_options
 @json_option
@@ -46,7 +46,7 @@ def calibrate(**options: Any) -> None:
         raise OptionError("--window needs --bits-budget: a calibration for given bits works with every window")
     cache = CacheConfig(**pick(options, PACKING_NAMES), window=options["window"])
     corpus = corpus_text(text)
-    require_writable(output)
+    require_replaceable(output)
     engine = load_engine(options, CacheConfig(method="fp"), context=options["ctx"])
     header = engine.calibrate(
         cache, corpus, output, corpus_name=BUILT_IN if text is None else text, tokens=options["tokens"], seed=options["seed"]

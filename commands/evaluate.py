@@ -68,12 +68,12 @@ def evaluate(**options: Any) -> None:
             for part in row["by_position"]:
                 line = f"    {part['first']:>7,} - {part['last']:>7,}   KL {part['kl']:.4f}   top-1 {part['top1']:.3f}"
                 click.echo(line, err=options["as_json"])
-    if options["plot"] is not None:
-        depth_plot(rows, [row["name"] for row in rows], f"{options['model']}, {rows[0]['tokens']:,} tokens", options["plot"])
-        click.echo(f"skvq: wrote {options['plot']}", err=True)
     if options["as_json"]:
         shown = [{k: v for k, v in r.items() if options["by_position"] or k != "by_position"} for r in rows]
         click.echo(json.dumps(shown[0] if options["methods"] is None else {"results": shown}))
+    if options["plot"] is not None:
+        depth_plot(rows, [row["name"] for row in rows], f"{options['model']}, {rows[0]['tokens']:,} tokens", options["plot"])
+        click.echo(f"skvq: wrote {options['plot']}", err=True)
 
 
 def _variant(cache: CacheConfig, text: str) -> CacheConfig:

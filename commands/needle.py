@@ -64,8 +64,8 @@ def needle(**options: Any) -> None:
 
     found = needles(engine, references, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
     click.echo(total(found), err=options["as_json"])
+    if options["as_json"]:
+        click.echo(json.dumps({"model": options["model"], **summary(found)}))
     if plot is not None:
         heat_map([n.as_dict() for n in found], f"{options['model']}, {engine.parts.cache.name}", plot)
         click.echo(f"skvq: wrote {plot}", err=True)
-    if options["as_json"]:
-        click.echo(json.dumps({"model": options["model"], **summary(found)}))

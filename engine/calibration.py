@@ -11,20 +11,31 @@ from skvq.calibrate.budget import budget_work, calibrate_budget
 from skvq.calibrate.corpus import BUILT_IN, built_in_corpus
 from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.run import calibrate, rehearse, texts_of
+from skvq.calibrate.sensitivity import PROBE_TOKENS
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import CalibrationError, OptionError, SkvqError
+from skvq.engine.errors import CalibrationError, OptionError, SkvqError, counted
 from skvq.engine.identity import rope_digest
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.options import is_whole
 from skvq.engine.report import Reporter
-from skvq.loaders.artifact import Artifact, ArtifactHeader, load_artifact, load_header, require, save_artifact
-from skvq.loaders.files import cache_folder, require_writable
+from skvq.loaders.artifact import (
+    Artifact,
+    ArtifactHeader,
+    load_artifact,
+    load_header,
+    require,
+    require_replaceable,
+    save_artifact,
+)
+from skvq.loaders.files import cache_folder
 
 RECIPE = 2
 """Goes up when the same text would give another calibration: those kept from before are then made anew."""
 DEFAULT_TOKENS = 8192
 DUMMY_TOKENS = 256
+LEAST_TOKENS = 256
+"""Of a corpus, unless fewer are asked for."""
 
 
 def make_artifact(
@@ -75,12 +86,16 @@ def calibrate_to(
     for what, number, least in (("tokens", tokens, 1), ("seed", seed, 0)):
         if not is_whole(number) or number < least:
             raise OptionError(f"{what} must be a whole number from {least} on, got {number!r}")
-    require_writable(path)
+    require_replaceable(path)
     ids = ids[:tokens]
-    if len(ids) < min(tokens, 256):
-        raise OptionError(f"the corpus has {len(ids):,} tokens: give at least 256 to calibrate on")
+    if len(ids) < min(tokens, LEAST_TOKENS):
+        raise OptionError(
+            f"the corpus, {corpus_name}, has {counted(len(ids), 'token')}: give a text of at least {LEAST_TOKENS}"
+        )
     if len(ids) < tokens:
-        report.message(f"the corpus has {len(ids):,} of the {tokens:,} tokens asked for: the cache will be less accurate")
+        report.message(
+            f"the corpus has {len(ids):,} of the {counted(tokens, 'token')} asked for: the cache will be less accurate"
+        )
     header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
     artifact = make_artifact(loaded, cache, ids, header, report)
     save_artifact(artifact, path)
@@ -145,17 +160,25 @@ def cached_or_made(loaded: LoadedModel, cache: CacheConfig, report: Reporter) ->
     header = header_for(cache, loaded.fingerprint, BUILT_IN, DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS)
     key = {**asdict(header), "rope": rope_digest(loaded.rope), "recipe": RECIPE}  # keys are calibrated as they are turned
     if cache.is_open:
-        key["window"] = cache.window  # what is not packed counts for nothing when bits are chosen
+        key["window"] = min(cache.window, PROBE_TOKENS // 4)  # what is not packed counts for nothing when bits are chosen
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
-    if path.is_file():
-        return load_for(path, loaded, cache)
-    report.message(f"no calibration for this model and these options yet: making one from {BUILT_IN}, to keep in {path.parent}")
+    why = "no calibration for this model and these options yet"
+    try:
+        path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
+        if path.is_file():
+            return load_for(path, loaded, cache)
+        where = f", to keep in {path.parent}"
+    except CalibrationError as error:
+        why, where = f"a calibration that was kept cannot be used ({error})", ", in its place"
+    except (SkvqError, OSError) as error:
+        path, where = None, f", for this run only ({error})"
+    report.message(f"{why}: making one from {BUILT_IN}{where}")
     ids = loaded.tokenizer.encode(built_in_corpus(), bos=False)
     artifact = make_artifact(loaded, cache, ids, header, report)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_artifact(artifact, path)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_artifact(artifact, path)
     except (SkvqError, OSError) as error:
         report.message(f"the calibration could not be kept and is used for this run only: {error}")
     return artifact

@@ -44,7 +44,8 @@ def tensor_shapes(config: CacheConfig, model: ModelConfig) -> dict[str, tuple[in
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, where: str) -> None:
-    """Raise CalibrationError unless the tensors are those of ``tensor_shapes`` and labels name groups that exist."""
+    """Raise CalibrationError unless the tensors are those of ``tensor_shapes``, of finite numbers, and labels name groups that
+    exist."""
     wanted = tensor_shapes(config, model)
     if set(tensors) != set(wanted):
         odd = sorted(set(tensors) ^ set(wanted))
@@ -52,6 +53,8 @@ def check_tensors(tensors: Mapping[str, Tensor], config: CacheConfig, model: Mod
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise CalibrationError(f"calibration {where}: {name} has shape {tuple(tensors[name].shape)}, not {shape}")
+        if not tensors[name].isfinite().all():
+            raise CalibrationError(f"calibration {where}: {name} is not all finite numbers: calibrate again")
     for name in (n for n in wanted if n.endswith("labels")):
         groups = model.num_kv_heads * model.head_size // config.group_size
         if any(sorted(set(row.tolist())) != list(range(groups)) for row in tensors[name]):

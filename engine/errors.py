@@ -40,6 +40,15 @@ def broken_model(found: str) -> ModelError:
     )
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things, for people.
+
+    >>> counted(1, "token"), counted(2048, "token")
+    ('1 token', '2,048 tokens')
+    """
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the valid name closest to ``name``, else the list of all.
 

@@ -18,6 +18,7 @@ from skvq.engine.absorb import absorb_piece
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.config import ModelConfig
+from skvq.engine.errors import counted
 from skvq.engine.model import Model
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
@@ -51,9 +52,7 @@ def exact_prefill(
         for start, stop in pieces:
             state.hidden[start:stop] = model.embed(tokens[start:stop])
         checkpoint.resume_exact(sequence, ids, state)
-        with report.bar(
-            f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *work_left(model.config, form, state, reader)
-        ) as bar:
+        with report.bar(f"reading {counted(len(ids), 'token')}", *work_left(model.config, form, state, reader)) as bar:
             while state.layer < model.config.num_layers:
                 for start, stop in pieces[state.chunk :]:
                     reader.read(start, stop)

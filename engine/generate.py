@@ -261,6 +261,8 @@ class Engine(TokenEngine):
         window, bits_per_element, ppl_fp, ppl, kl (nats per token), top1, tokens, by_position. ``exact_window`` holds exactly W
         recent tokens, as papers simulate.
         """
+        require_type("text", text, str)
+        require_type("exact_window", exact_window, bool)
         return scoring.evaluate(
             self.parts,
             self.encode(text),
@@ -278,6 +280,9 @@ class Engine(TokenEngine):
         self, cache: CacheConfig, corpus: str, output: str | Path, *, corpus_name: str, tokens: int, seed: int = 0
     ) -> ArtifactHeader:
         """Make a calibration for ``cache`` from a text and write it to ``output``; the header says what it is for."""
+        require_type("cache", cache, CacheConfig)
+        require_type("corpus", corpus, str)
+        require_type("corpus_name", corpus_name, str)
         loaded = self.parts.loaded
         ids = loaded.tokenizer.encode(corpus, bos=False)
         return calibrate_to(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from skvq.engine.errors import counted
 from skvq.engine.machine import available_memory
 
 
@@ -72,4 +73,4 @@ def device_name(device: torch.device) -> str:
     except OSError:
         return platform.processor()
     found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(found, platform.processor())}, {torch.get_num_threads()} threads"
+    return f"{next(found, platform.processor())}, {counted(torch.get_num_threads(), 'thread')}"

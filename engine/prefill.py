@@ -14,6 +14,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.config import ModelConfig
 from skvq.engine.decode import hidden_states
+from skvq.engine.errors import counted
 from skvq.engine.model import Model
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
@@ -83,7 +84,7 @@ def streaming_prefill(
     pieces = chunks(last - sequence.total_tokens, sequence.total_tokens)
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
     x = model.weights.norm  # replaced: there is at least one token
-    with report.bar(f"reading {len(ids):,} token{'s' * (len(ids) > 1)}", *total) as bar, checkpoint.watch():
+    with report.bar(f"reading {counted(len(ids), 'token')}", *total) as bar, checkpoint.watch():
         for start, stop in pieces:
             piece = ids[start - begin : stop - begin]
             sequence.reserve(len(piece))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.calibration import require_made_for, with_chosen_bits
 from skvq.engine.config import CacheConfig
-from skvq.engine.errors import OptionError
+from skvq.engine.errors import OptionError, counted
 from skvq.engine.evaluate import (
     DecodeRegimeLayer,
     Likelihoods,
@@ -27,6 +28,7 @@ from skvq.engine.loading import EngineParts, with_cache
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.report import Reporter
 from skvq.engine.sizes import regions_of, with_longest_tile
+from skvq.loaders.artifact import load_header
 
 
 def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
@@ -84,9 +86,10 @@ def evaluate(
         raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
     if len(token_ids) < tokens:
         report.message(f"the text has {len(token_ids):,} of the {tokens:,} tokens asked for")
-    stretches = [s for s in torch.split(parts.model.ids(token_ids[:tokens]), stride) if len(s) > 1]
+    ids = parts.model.ids(token_ids[:tokens])
+    stretches = [s for s in torch.split(ids, min(stride, tokens)) if len(s) > 1]
     if not stretches:
-        raise OptionError(f"the text has {len(token_ids)} tokens: at least 2 are needed to score it")
+        raise OptionError(f"the text has {counted(len(token_ids), 'token')}: at least 2 are needed to score it")
     longest = max(map(len, stretches))
     for cache in caches:
         regions = regions_of(with_longest_tile(cache.fitted(parts.model.config), parts.model.config), parts.model.config)
@@ -95,6 +98,11 @@ def evaluate(
                 f"in {longest:,} tokens nothing is packed before the last is read, for window and tile hold "
                 f"{regions.window + regions.tile:,}: score longer stretches (--stride, --tokens)"
             )
+    if calibration is not None:
+        header = load_header(calibration)
+        for cache in (one.fitted(parts.model.config) for one in caches if one.is_packed):
+            chosen = with_chosen_bits(cache, calibration, parts.model.config, fingerprint=parts.loaded.fingerprint)
+            require_made_for(calibration, header, chosen, parts.loaded.fingerprint)
     references = [dense_hidden(parts, s) for s in stretches]
     layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
     rows = []

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skvq.engine.cache import SequenceCache
+from skvq.engine.errors import counted
 from skvq.engine.loading import EngineParts
 
 
@@ -52,11 +53,11 @@ class Summary:
         bits = f"{self.bits_per_element:.2f} bits per element with its 16-bit window ({self.method})"
         smaller = f"{self.times_smaller:.1f} times smaller than 16-bit"
         packed = f"{bits}, {smaller}" if self.packed_tokens else f"all in the 16-bit window ({self.method})"
-        count = f"{self.prompt_tokens:,} token{'s' * (self.prompt_tokens != 1)}"
+        count = counted(self.prompt_tokens, "token")
         read = f"read {count} at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), " if self.prompt_tokens else ""
         return (
             f"{reused}{read}wrote {self.new_tokens:,}{cut}{speed}{guessed} ({self.backend}, {self.device}); "
-            f"cache of {self.cached_tokens:,} tokens{dropped}: {self.cache_bytes / 1e6:,.2f} MB, {packed}"
+            f"cache of {counted(self.cached_tokens, 'token')}{dropped}: {self.cache_bytes / 1e6:,.2f} MB, {packed}"
         )
 
     def as_dict(self) -> dict[str, Any]:

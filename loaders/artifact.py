@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skvq.engine.config import LayerWidths
 from skvq.engine.errors import CalibrationError
-from skvq.loaders.files import write_atomically
+from skvq.loaders.files import require_writable, write_atomically
 
 SCHEMA = 3
 HEADER_KEY = "skvq.calibration"
@@ -97,15 +97,27 @@ def load_header(path: Path) -> ArtifactHeader:
         return _header(file.metadata(), path)[0]
 
 
+def require_replaceable(path: Path) -> None:
+    """Raise SkvqError unless a calibration can be written at ``path``, where nothing else may be: a model, a text."""
+    require_writable(path)
+    try:
+        if path.exists():
+            load_header(path)
+    except CalibrationError:
+        raise CalibrationError(f"{path} is there already and is not a calibration of this skvq: give another name") from None
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        if Path(path).is_dir():
-            raise CalibrationError(f"calibration {path} is a folder: give the file in it")
-        raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate --model MODEL -o {path}`")
     try:
-        with safe_open(str(path), "pt") as file:
+        if path.is_dir():
+            raise CalibrationError(f"calibration {path} is a folder: give the file in it")
+        with path.open("rb") as opened, safe_open(f"/proc/self/fd/{opened.fileno()}", "pt") as file:  # whatever its name
             yield file
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"no calibration file at {path}: make one with `skvq calibrate --model MODEL -o {path}`"
+        ) from None
     except (SafetensorError, ValueError, OSError, TypeError) as error:
         raise CalibrationError(f"{path} is not an skvq calibration, or is damaged ({error}): give another file") from None
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from skvq.engine.errors import ModelError, OptionError
+from skvq.engine.errors import ModelError, OptionError, counted
 from skvq.loaders.fields import reason
 
 ALWAYS_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
@@ -60,7 +60,7 @@ def render_chat(
             **given,
         )
     except Exception as error:
-        raise ModelError(f"the chat template failed on these {len(messages)} messages ({reason(error)})") from error
+        raise ModelError(f"the chat template failed on {counted(len(messages), 'message')} ({reason(error)})") from error
 
 
 def render_turn(template: str | None, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> str:

@@ -25,9 +25,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 def require_writable(path: Path) -> None:
     """Raise SkvqError unless a file can be written at ``path``: checked before long work. What killed processes have left of
     it is removed."""
-    target = _target(path)
-    probe = _temporary(target)
     try:
+        target = _target(path)
+        probe = _temporary(target)
         _remove_leftovers(target)
         probe.touch()
         probe.unlink()
@@ -43,9 +43,10 @@ def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
     Readable too. What killed processes have left behind is removed; symbolic links are followed. Raises SkvqError, with nothing
     written, if the place takes no file or there is not enough room.
     """
-    target = _target(path)
-    temporary = _temporary(target)
+    temporary: Path | None = None
     try:
+        target = _target(path)
+        temporary = _temporary(target)
         _remove_leftovers(target)
         free = shutil.disk_usage(target.parent).free
         if free < count:
@@ -61,8 +62,9 @@ def atomic_file(path: Path, count: int) -> Iterator[BinaryIO]:
     except OSError as error:
         raise SkvqError(f"cannot write {path} ({count:,} bytes): {error.strerror or error}") from None
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _target(path: Path) -> Path:
@@ -95,8 +97,12 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """This user's folder for calibrations: ``$SKVQ_CACHE``, else ``$XDG_CACHE_HOME/skvq``, else ``~/.cache/skvq``."""
+    """This user's folder for calibrations: ``$SKVQ_CACHE``, else ``$XDG_CACHE_HOME/skvq``, else ``~/.cache/skvq``. Raises
+    SkvqError for a user without a home."""
     if own := os.environ.get("SKVQ_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "skvq"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "skvq"
+    except RuntimeError:
+        raise SkvqError("this user has no home folder to keep anything in: set SKVQ_CACHE or HOME") from None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_cache, tiny_engine, tiny_folder
+from tiny import Listener, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.calibrate.rotate import query_metric, spread_matrix, synthesis
 from skvq.engine.codecs import unit_factor
-from skvq.engine.errors import SkvqError
+from skvq.engine.errors import CalibrationError, ModelError, OptionError, SkvqError
 from skvq.kernels import reference
 from skvq.kernels.interface import HeadSide
+from skvq.loaders.artifact import Artifact, load_artifact, save_artifact
 from skvq.loaders.files import write_atomically
 
 CORPUS = "In the beginning there was a text, of no great length but long enough to be cut in pieces. " * 40
@@ -75,3 +77,68 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SkvqError, match="cannot write"):
         write_atomically(tmp_path / "taken", b"data")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_nothing_but_a_calibration_is_replaced(tmp_path: Path) -> None:
+    engine = tiny_engine(tiny_folder(tmp_path / "model"), tiny_cache(method="fp"))
+    text, made = tmp_path / "text.txt", tmp_path / os.fsdecode(b"c\xff.st")  # whose name is not UTF-8
+    text.write_text(CORPUS)
+    with pytest.raises(CalibrationError, match="is there already"):
+        engine.calibrate(tiny_cache(), CORPUS, text, corpus_name="x", tokens=300)
+    assert text.read_text() == CORPUS
+    for _ in range(2):
+        engine.calibrate(tiny_cache(method="plain"), CORPUS, made, corpus_name="x", tokens=300)
+    engine.with_cache(tiny_cache(method="plain"), calibration=made)
+
+
+def test_what_is_no_number_is_not_calibrated_on(tmp_path: Path) -> None:
+    """Neither kept for the next run, nor read from a file."""
+    folder = tiny_folder(tmp_path / "model", num_layers=2)
+    engine = tiny_engine(folder, tiny_cache(method="fp"))
+    engine.calibrate(tiny_cache(method="plain"), CORPUS, tmp_path / "c", corpus_name="x", tokens=300)
+    good = load_artifact(tmp_path / "c")
+    save_artifact(Artifact(good.header, {**good.tensors, "key_unit": good.tensors["key_unit"] / 0}), tmp_path / "broken")
+    with pytest.raises(CalibrationError, match="key_unit is not all finite"):
+        engine.with_cache(tiny_cache(method="plain"), calibration=tmp_path / "broken")
+    engine.parts.model.weights.layers[1].mlp_norm.fill_(torch.inf)
+    for method in ("rotate", "reorder", "plain"):
+        with pytest.raises(ModelError, match="what layer 1 computes"):
+            engine.calibrate(tiny_cache(method=method), CORPUS, tmp_path / "d", corpus_name="x", tokens=300)
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "no home", "closed"])
+def test_a_kept_calibration_that_cannot_be_used_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("SKVQ_CACHE", str(tmp_path / "cache"))
+    folder, cache = tiny_folder(tmp_path / "model"), tiny_cache(method="plain")
+    tiny_engine(folder, cache)
+    (kept,) = (tmp_path / "cache" / "calibration").iterdir()
+    whole, listener = kept.read_bytes(), Listener()
+    if damage == "cut":
+        kept.write_bytes(whole[:-100])
+    elif damage == "no home":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        for name in ("SKVQ_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+    else:
+        is_file = Path.is_file
+
+        def closed(path: Path) -> bool:
+            if path == kept:
+                raise PermissionError(13, "Permission denied")
+            return is_file(path)
+
+        monkeypatch.setattr(Path, "is_file", closed)
+    engine = tiny_engine(folder, cache, report=listener)
+    assert any("making one" in line for line in listener.messages)
+    assert kept.read_bytes() == whole and engine.generate("a")
+
+
+@pytest.mark.parametrize("wrong", [{"cache": None}, {"corpus": b"x"}, {"corpus_name": b"x"}])
+def test_wrong_arguments_are_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
+    engine = tiny_engine(tiny_folder(tmp_path / "model"), tiny_cache(method="fp"))
+    given = {"cache": tiny_cache(), "corpus": CORPUS, "output": tmp_path / "c", "corpus_name": "x", "tokens": 300} | wrong
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        engine.calibrate(**given)

@@ -112,7 +112,7 @@ def test_hidden_states_come_back_from_their_file() -> None:
 
 def test_no_room_for_hidden_states_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: open("/dev/full", "r+b", **options))  # noqa: SIM115
-    told = pytest.raises(CalibrationError, match=r"420 bytes .* No space left .* TMPDIR")
+    told = pytest.raises(CalibrationError, match=r"420 bytes .*No space left.* TMPDIR")
     with HiddenStates(3, 5, 7, torch.float32, torch.device("cpu")) as hidden, told:
         hidden[0] = torch.zeros(5, 7)
 

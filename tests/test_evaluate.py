@@ -11,7 +11,7 @@ from simulated import SimulatedLayer, schedule
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import scoring
-from skvq.engine.errors import CapacityError, OptionError, SkvqError
+from skvq.engine.errors import CalibrationError, CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.generate import Engine
 from skvq.engine.trials.plots import depth_plot
@@ -117,3 +117,15 @@ def test_a_text_too_short_to_score_is_refused(engine: Engine, text: str) -> None
 def test_a_text_longer_than_the_context_is_refused(engine: Engine) -> None:
     with pytest.raises(CapacityError, match="context of 600"):
         engine.evaluate(TEXT * 2, [tiny_cache()], tokens=700, stride=700)
+
+
+def test_a_calibration_of_other_options_is_refused_before_the_work(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [tiny_cache(method="plain"), tiny_cache(method="reorder")]
+    engine.calibrate(caches[0], "some words " * 50, tmp_path / "c", corpus_name="x", tokens=300)
+    monkeypatch.setattr(scoring, "dense_hidden", lambda *_: pytest.fail("the text was read"))
+    with pytest.raises(CalibrationError, match="made for method 'plain'"):
+        engine.evaluate("abc " * 200, caches, tokens=400, stride=10**30, calibration=tmp_path / "c")
+    with pytest.raises(OptionError, match="exact_window"):
+        engine.evaluate("abc", caches, tokens=400, stride=400, exact_window=1)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from loader_fixtures import refused
 
+from skvq.engine.errors import SkvqError
 from skvq.engine.filters import AttentionSinks
 from skvq.engine.identity import _rule_name
 from skvq.loaders.files import atomic_file, require_writable, write_atomically
@@ -57,6 +58,12 @@ def test_links_are_followed(tmp_path: Path) -> None:
     require_writable(link)
     write_atomically(link, b"y")
     assert link.is_symlink() and target.read_bytes() == b"y"
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    for write in (require_writable, lambda path: write_atomically(path, b"x")):
+        with pytest.raises(SkvqError, match=r"cannot write .* name too long"):
+            write(tmp_path / ("x" * 300))
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_a_known_answer_is_retrieved(engine: Engine, monkeypatch: pytest.MonkeyP
 
 def test_too_short_a_context_is_refused(engine: Engine) -> None:
     refused(lambda: ask(engine, [1], 100, 50, 12345), "100 tokens has no room", "at least")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skvq.engine.trials.needle.answer_logits", lambda *_: pytest.fail("a text was read"))
+        refused(lambda: needles(engine, [], HAY, [500, 60], [50], seed=0, seen=lambda one: None), "60 tokens has no room")
     refused(lambda: needles(engine, [], HAY, [500], [120], seed=0, seen=lambda one: None), "0 to 100", "120")
     refused(lambda: needles(engine, [], "", [500], [50], seed=0, seen=lambda one: None), "haystack is empty")
 

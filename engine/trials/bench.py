@@ -93,13 +93,15 @@ class DecodeRow(BenchRow):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillRow(BenchRow):
-    """A prompt: ``attention_ms`` is dense attention's share of ``ms_per_token``, ``gbps`` the cache written over the time."""
+    """A prompt: ``attention_ms`` is dense attention's share of ``ms_per_token``, of exact prefill only; ``gbps`` the cache
+    written over the time."""
 
     def line(self) -> str:
         """For people."""
+        attended = "" if math.isnan(self.attention_ms) else f", of which attention {self.attention_ms:.3f}"
         return (
-            f"{self.ctx:>9,} tokens: {self.ms_per_token:8.3f} ms a token ({self.tokens_per_s:,.1f}/s), of which attention "
-            f"{self.attention_ms:.3f}; peak {self.peak_bytes / 1e9:.2f} GB"
+            f"{self.ctx:>9,} tokens: {self.ms_per_token:8.3f} ms a token ({self.tokens_per_s:,.1f}/s){attended}; "
+            f"peak {self.peak_bytes / 1e9:.2f} GB"
         )
 
 
@@ -307,7 +309,8 @@ def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
     with engine.new_sequence() as sequence:
         (seconds,) = timed(lambda: engine.read(sequence, ids), device, 1)
         written, peak = sequence.nbytes, peak_bytes(device)
-    attended = dense_seconds(config, context, engine.parts.model.dtype, device)
+    is_dense = engine.parts.prefill == "exact"
+    attended = dense_seconds(config, context, engine.parts.model.dtype, device) if is_dense else math.nan
     return PrefillRow(
         ctx=context,
         ms_per_token=1e3 * seconds / context,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.errors import CapacityError, OptionError, counted
 from skvq.engine.generate import Engine
 from skvq.engine.stress import seeded
 
@@ -99,7 +100,9 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
     room = context - len(first) - len(needle) - len(question) - len(answer) - EXTRA_TOKENS
     if room < 16 or not answer:
         least = context - room + 16
-        raise OptionError(f"a context of {context} tokens has no room for the needle and its question: use at least {least}")
+        raise OptionError(
+            f"a context of {counted(context, 'token')} has no room for the needle and its question: use at least {least}"
+        )
     hay = [haystack[i % len(haystack)] for i in range(room)]
     at = round(depth / 100 * room)
     return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer)
@@ -142,30 +145,31 @@ def needles(
     hay = engine.parts.tokenizer.encode(haystack, bos=False)
     if not hay:
         raise OptionError("the haystack is empty: give a text file with some words in it")
-    generator = seeded(seed)
+    places = list(product(contexts, depths))
+    numbers = torch.randint(10_000, 100_000, (len(places),), generator=seeded(seed)).tolist()
+    for (context, depth), number in zip(places, numbers, strict=True):
+        ask(engine, hay, context, depth, number)  # what has no room is refused before anything is read
     found = []
-    for context in contexts:
-        for depth in depths:
-            number = int(torch.randint(10_000, 100_000, (1,), generator=generator))
-            question = ask(engine, hay, context, depth, number)
-            text, logits = answer_logits(engine, question)
-            logprob, rank = score(logits, question.answer)
-            reference: Reference = Reference()
-            for other in references:
-                reference = _measured(other, question, logits, str(number))
-            found.append(
-                Needle(
-                    context=context,
-                    depth=depth,
-                    answer=str(number),
-                    text=text,
-                    retrieved=str(number) in text,
-                    logprob=logprob,
-                    rank=rank,
-                    reference=reference,
-                )
+    for (context, depth), number in zip(places, numbers, strict=True):
+        question = ask(engine, hay, context, depth, number)
+        text, logits = answer_logits(engine, question)
+        logprob, rank = score(logits, question.answer)
+        reference: Reference = Reference()
+        for other in references:
+            reference = _measured(other, question, logits, str(number))
+        found.append(
+            Needle(
+                context=context,
+                depth=depth,
+                answer=str(number),
+                text=text,
+                retrieved=str(number) in text,
+                logprob=logprob,
+                rank=rank,
+                reference=reference,
             )
-            seen(found[-1])
+        )
+        seen(found[-1])
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.errors import OptionError, SkvqError, counted
 from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
 from skvq.engine.stress import Plant, fill, last_token_step, seeded
@@ -70,7 +70,9 @@ def plants_at(depths: Sequence[float], context: int, kv_heads: int, size: int, s
         query, value = (torch.randint(2, (kv_heads, size), generator=generator).float() * 2 - 1 for _ in range(2))
         plants.append(Plant(position=round(depth / 100 * (context - 1)), key=query * SCORE / math.sqrt(size), value=2 * value))
     if len({p.position for p in plants}) < len(plants):
-        raise OptionError(f"{len(plants)} depths do not fit in {context} tokens separately: give fewer, or a longer --ctx")
+        raise OptionError(
+            f"{len(plants)} depths are not as many places in {counted(context, 'token')}: give others, or a longer --ctx"
+        )
     return plants
 
 

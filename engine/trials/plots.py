@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from skvq.engine.errors import OptionError
-from skvq.loaders.files import require_writable
+from skvq.loaders.files import require_writable, write_atomically
 
 WIDE = 20.0
 """Ratio of errors from which on a plot shows them by their logarithm."""
@@ -43,7 +45,7 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure = Figure(
         figsize=(2.4 + (1.6 + 0.5 * len(contexts)) * 1.6 * len(panels), 1.6 + 0.5 * len(depths)), layout="constrained"
     )
-    figure.suptitle(title)
+    figure.suptitle(_printable(title))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (label, colours, values) in zip(axes, panels, strict=True):
         grid = [[float("nan")] * len(contexts) for _ in depths]
@@ -77,7 +79,7 @@ def depth_plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str,
     for row, name in zip(rows, names, strict=True):
         parts = row["by_position"]
         axes.plot([(p["first"] + p["last"]) / 2 for p in parts], [p["kl"] for p in parts], "o-", label=name)
-    axes.set(title=title, xlabel="position in the text, tokens", ylabel="KL from the 16-bit cache, nats per token")
+    axes.set(title=_printable(title), xlabel="position in the text, tokens", ylabel="KL from the 16-bit cache, nats per token")
     errors = [part["kl"] for row in rows for part in row["by_position"] if part["kl"] > 0]
     if errors and max(errors) > WIDE * min(errors):
         axes.set_yscale("log")
@@ -88,8 +90,14 @@ def depth_plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str,
     _write(figure, path)
 
 
+def _printable(text: str) -> str:
+    """What of a path is not UTF-8 is no letter."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _write(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot write {path}: {error}") from None
+    drawn = BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name with letters that the font lacks
+        figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=150)
+    write_atomically(path, drawn.getvalue())
