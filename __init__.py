@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CalibrationError, CapacityError, ModelError, OptionError, SessionError, SkvqError
 from skvq.engine.filters import AttentionSinks, FilterRule, HeavyHitters, KeyOutliers, LeavingTokens, TokenIds
-from skvq.engine.report import Bar, Quiet, Reporter
+from skvq.engine.report import Bar, Quiet, Reporter, StderrReporter
+from skvq.engine.timing import Timing
 
 if TYPE_CHECKING:
     from skvq.engine.batch import Batch, Request
@@ -42,7 +43,9 @@ __all__ = [
     "SequenceCache",
     "SessionError",
     "SkvqError",
+    "StderrReporter",
     "Summary",
+    "Timing",
     "TokenIds",
     "TokenLogprob",
     "__version__",

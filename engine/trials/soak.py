@@ -230,7 +230,11 @@ def soak(steps: int, seed: int, backend: Backend, report: Reporter) -> dict[str,
         on_full="shift",
     )
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="skvq-soak-") as folder:
+    try:
+        kept = tempfile.TemporaryDirectory(prefix="skvq-soak-")
+    except OSError as error:
+        raise SkvqError(f"no folder for temporary files can be written ({error.strerror}): set TMPDIR") from None
+    with kept as folder:
         state = Soak(setup, seed, Path(folder))
         _run(state, steps, seed, report)
     return {
