@@ -25,7 +25,6 @@ from skvq.commands.options import (
 from skvq.commands.text import corpus_text
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
-from skvq.loaders.artifact import require_replaceable
 
 
 @click.command(cls=OneLineCommand, short_help="Make a calibration file.")
@@ -46,6 +45,8 @@ def calibrate(**options: Any) -> None:
         raise OptionError("--window needs --bits-budget: a calibration for given bits works with every window")
     cache = CacheConfig(**pick(options, PACKING_NAMES), window=options["window"])
     corpus = corpus_text(text)
+    from skvq.loaders.artifact import require_replaceable
+
     require_replaceable(output)
     engine = load_engine(options, CacheConfig(method="fp"), context=options["ctx"])
     header = engine.calibrate(

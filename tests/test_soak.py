@@ -109,7 +109,7 @@ def test_a_wrong_page_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_depths_that_do_not_fit_are_refused() -> None:
     setup = setup_of(tiny_cache(), 100)
     refused(lambda: planted(setup, 4, 100, [101], seed=0, report=Quiet()), "0 to 100", "101")
-    refused(lambda: planted(setup, 4, 100, [50, 50.1], seed=0, report=Quiet()), "2 depths do not fit in 100 tokens")
+    refused(lambda: planted(setup, 4, 100, [50, 50.1], seed=0, report=Quiet()), "2 depths are not as many places in 100 tokens")
 
 
 def test_an_arena_larger_than_memory_is_refused_before_it_is_allocated() -> None:
