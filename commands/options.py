@@ -69,11 +69,11 @@ def counts_of(context: click.Context, parameter: click.Parameter, value: str) ->
     """Click callback: comma-separated token counts."""
     try:
         counts = [count_of(part) for part in value.split(",")]
-        if 0 in counts:
-            raise ValueError(value)
-        return counts
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of numbers of tokens such as 4096,32768 or 4K,32K") from None
+    if 0 in counts:
+        raise click.BadParameter(f"{value!r} holds a context of no tokens: from 1 on there is something to do")
+    return counts
 
 
 class TokenCount(click.ParamType):  # type: ignore[type-arg]

@@ -285,16 +285,16 @@ def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: 
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from ``80GiB``, ``80GB``, ``512MiB`` or a plain number.
+    """Bytes from ``80GiB``, ``80GB``, ``512MiB``, however written, or a plain number.
 
     >>> parse_bytes("1.5GiB")
     1610612736
     """
-    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMGT]i?B|B|)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMGT]I?B|B|)\s*", text.upper())
     if not match:
         raise OptionError(f"memory {text!r} is not a size such as 80GiB, 80GB or 512MiB")
     number, unit = match.groups()
-    base = 1024 if "i" in unit else 1000
+    base = 1024 if "I" in unit else 1000
     return int(float(number) * base ** ("BKMGT".index(unit[0]) if unit else 0))
 
 

@@ -53,6 +53,11 @@ def require(header: ArtifactHeader, where: str, **wanted: object) -> None:
     """Raise CalibrationError naming both values unless every header field in ``wanted`` matches."""
     for name, value in wanted.items():
         found = getattr(header, name)
+        if found != value and name == "fingerprint":
+            raise CalibrationError(
+                f"calibration {where} was made for another model (its fingerprint begins with {found[:8]}, this one's with "
+                f"{str(value)[:8]}): calibrate again (skvq calibrate), or give this model's own"
+            )
         if found != value:
             raise CalibrationError(
                 f"calibration {where} was made for {name} {_shown(found)}, this run has {_shown(value)}: calibrate again "
@@ -104,7 +109,9 @@ def require_replaceable(path: Path) -> None:
         if path.exists():
             load_header(path)
     except CalibrationError:
-        raise CalibrationError(f"{path} is there already and is not a calibration of this skvq: give another name") from None
+        raise CalibrationError(
+            f"{path} is there already and is no whole calibration of this skvq: remove it, or give another name"
+        ) from None
 
 
 @contextmanager

@@ -87,6 +87,8 @@ def _plain(index: int, message: object) -> dict[str, Any]:
     if not isinstance(content, (list, tuple)):
         if content is None and message["role"] in ("system", "user"):
             raise OptionError(f"chat message {index} has no content: give a text")
+        if content is not None and not isinstance(content, str):
+            raise OptionError(f"chat message {index}: content must be a text, got {str(content)[:80]!r}")
         return dict(message)
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
     for part, text in zip(content, texts, strict=True):
