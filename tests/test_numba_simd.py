@@ -132,7 +132,7 @@ def test_every_cpu_computes_the_same(cpu: str) -> None:
     subprocess.run([sys.executable, "-c", script], env={**os.environ, **CPUS[cpu], "PYTHONPATH": path}, check=True)
 
 
-@pytest.mark.parametrize("size", [32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256])
+@pytest.mark.parametrize("size", [8, 16, 24, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256])
 def test_tile_loaders(size: int) -> None:
     gen = np.random.default_rng(size)
     lanes = -(-size // 32) * 32

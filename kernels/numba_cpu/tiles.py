@@ -81,27 +81,16 @@ def _key_planes(source, target, width, place, size, tile):
                 spread.spread_1x4(at, row, to, plane, step)
             else:
                 spread.spread_1x2(at, row, to, plane, step)
-    elif row % 4 == 0 and words >= 4:
+    elif row % 4 == 0 and words >= (8 if width == 8 else 4):
         block = 8 if words >= 8 else 4
         for token in range(0, tile, 16):
             for start in range(0, words, block):
                 word = min(start, words - block)  # the last block may repeat some of the one before
                 at, to = source + token * row + word * 4, target + word * step + token * 4
-                if block == 4:
-                    if width == 1:
-                        spread.spread_1_four(at, row, to, plane, step)
-                    elif width == 2:
-                        spread.spread_2_four(at, row, to, plane, step)
-                    else:
-                        spread.spread_4_four(at, row, to, plane, step)
-                elif width == 1:
-                    spread.spread_1_rows(at, row, to, plane, step)
-                elif width == 2:
-                    spread.spread_2_rows(at, row, to, plane, step)
-                elif width == 4:
-                    spread.spread_4_rows(at, row, to, plane, step)
+                if block == 8:
+                    _spread_eight(width, at, row, to, plane, step)
                 else:
-                    spread.spread_8_rows(at, row, to, plane, step)
+                    _spread_four(width, at, row, to, plane, step)
     elif row % 4 == 0:
         for word in range(words):
             for p in range(8 // width):
@@ -126,14 +115,7 @@ def _value_planes(source, target, width, place, size, tile):
             row = min(start, rows - 16)
             for word in range(0, tile // 4, 8):
                 at, to = source + row * tile + word * 4, target + word * step + row * 4
-                if width == 1:
-                    spread.spread_1_rows(at, tile, to, rows * 4, step)
-                elif width == 2:
-                    spread.spread_2_rows(at, tile, to, rows * 4, step)
-                elif width == 4:
-                    spread.spread_4_rows(at, tile, to, rows * 4, step)
-                else:
-                    spread.spread_8_rows(at, tile, to, rows * 4, step)
+                _spread_eight(width, at, tile, to, rows * 4, step)
     elif rows == 8 and width == 1:
         for word in range(0, tile // 4, 8):
             spread.spread_1_half(source + word * 4, tile, target + word * step, 64, step)
@@ -142,6 +124,30 @@ def _value_planes(source, target, width, place, size, tile):
             for p in range(8 // width):
                 to = target + word * step + p * rows * 4
                 _spread_words(source + word * 4, tile // 4, to, rows, p * width, width, place)
+
+
+@njit(**FAST)
+def _spread_eight(width, source, stride, target, plane, step):
+    """Sixteen rows of eight words to one byte a code, by the shuffles of that width."""
+    if width == 1:
+        spread.spread_1_rows(source, stride, target, plane, step)
+    elif width == 2:
+        spread.spread_2_rows(source, stride, target, plane, step)
+    elif width == 4:
+        spread.spread_4_rows(source, stride, target, plane, step)
+    else:
+        spread.spread_8_rows(source, stride, target, plane, step)
+
+
+@njit(**FAST)
+def _spread_four(width, source, stride, target, plane, step):
+    """The same of four words, but for codes of 8 bits."""
+    if width == 1:
+        spread.spread_1_four(source, stride, target, plane, step)
+    elif width == 2:
+        spread.spread_2_four(source, stride, target, plane, step)
+    else:
+        spread.spread_4_four(source, stride, target, plane, step)
 
 
 @njit(**FAST)
