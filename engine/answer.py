@@ -25,6 +25,7 @@ class Answer:
     ) -> None:
         """Draws the first token from ``logits`` [V]. ``resumed``: it goes on from an answer, not from a text."""
         self.sequence, self.config, self.timing = sequence, config, sequence.timing
+        self._tokenizer = tokenizer
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
         self._text = TextStream(tokenizer, after=sequence.token_ids[-CHARACTER_BYTES:] if resumed else ())
@@ -85,9 +86,7 @@ class Answer:
         try:
             for largest, number, *told in chosen:
                 token = self._sampler.take(largest, number)
-                if told:
-                    self._drawn.append((self._length, as_logprob(token, told)))
-                self._push(token)
+                self._push(token, told)
                 if self.finish or self.token not in guessed[right : right + 1]:
                     break
                 right += 1
@@ -101,8 +100,8 @@ class Answer:
         self.sequence.pending = [self.token]
         self._mark = self.sequence.mark
 
-    def _push(self, token: int) -> None:
-        """The answer goes on with a token."""
+    def _push(self, token: int, told: Sequence[float]) -> None:
+        """The answer goes on with a token, and what ``Sampler.choose`` told of it."""
         self.token = token
         self.timing.new_tokens += 1
         if self._lookup is not None:
@@ -111,6 +110,9 @@ class Answer:
             self._end("end")
             return
         text = self._text.push(token)
+        if told:  # it begins behind what it may have ended, a character that came to nothing
+            own = len(self._tokenizer.token_bytes(token).decode(errors="replace"))
+            self._drawn.append((self._length + max(0, len(text) - own), as_logprob(token, told)))
         self._length += len(text)
         self._show(self._stop.push(text))
         if self._stop.stopped:

@@ -14,7 +14,7 @@ from torch import Tensor
 from skvq.engine.answer import Answer
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import OptionError
+from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generation import begun, continuing, end_of, step
 from skvq.engine.guard import computing
 from skvq.engine.measure import wait_for
@@ -45,7 +45,7 @@ class Request:
         self.ids, self.config = ids, config
         self.text, self.timing = "", Timing()
         self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else (0, (), 0)
-        self.twins: Sequence[Request] = ()  # to the same prompt, this one among them
+        self.twins: Sequence[Request] = ()  # to the same prompt, this one among them, until it is over
         self.answer: Answer | None = None  # from when the prompt has been read
         self.cancelled = False
 
@@ -170,7 +170,7 @@ class Batch:
             self._begin(following)
         for request in [*self._reading]:
             whole = not (self.interleaved and request.is_long)
-            self._read(request, WHOLE if whole else self._last_step if answers else ALONE)
+            self._read(request, WHOLE if whole else self._last_step if answers else ALONE, twins=begin)
         if answers and (self.interleaved or following is None):
             self._decode(answers)
         errors = []
@@ -285,8 +285,9 @@ class Batch:
             self._end(request, "failed")
             raise
 
-    def _read(self, request: Request, seconds: float) -> None:
-        """Read of a prompt for so long, at least one piece; after the last draw the first token of its answer."""
+    def _read(self, request: Request, seconds: float, *, twins: bool) -> None:
+        """Read of a prompt for so long, at least one piece; after the last draw the first token of its answer, and with ``twins``
+        begin others to it."""
         engine, pieces = self._engine, self._reading[request]
         end = time.perf_counter() + seconds
         try:
@@ -307,7 +308,8 @@ class Batch:
         except BaseException:
             self._end(request, "failed")
             raise
-        self._begin_twins(request, logits)
+        if twins:
+            self._begin_twins(request, logits)
 
     def _begin_twins(self, request: Request, logits: Tensor) -> None:
         """Begin the answers that wait for the prompt which has just been read, in forks of it, while there is room."""
@@ -316,7 +318,10 @@ class Batch:
             if twin.cancelled or twin.finish or twin in self._going or not self._has_room(twin, sequence):
                 continue
             try:
-                fork = sequence.fork()
+                try:
+                    fork = sequence.fork()
+                except CapacityError:  # another thread has taken the last place
+                    return
                 self._going[twin] = fork, self._pages(twin)
                 self._waiting.remove(twin)
                 twin.answer = begun(self._engine, fork, logits, twin.config)
@@ -341,7 +346,7 @@ class Batch:
         """It is over, whether or not it had begun."""
         if request in self._waiting:
             self._waiting.remove(request)
-        request.timing = replace(request.timing, finish=finish)
+        request.timing, request.twins = replace(request.timing, finish=finish), ()
         if request.answer is not None:
             self.timing.add(replace(request.timing, decode_seconds=0.0))
         if request in self._reading:

@@ -374,7 +374,5 @@ class SequenceCache:
 
     @property
     def bits_per_element(self) -> float:
-        """Average bits per cached number, everything counted."""
-        shape = self.setup.arena.shape
-        elements = 2 * shape.layers * shape.kv_heads * shape.head_size * max(1, self.length)
-        return 8 * self.nbytes / elements
+        """Average bits per cached number of the model's own, everything counted."""
+        return 8 * self.nbytes / (self.setup.token_elements * max(1, self.length))

@@ -48,6 +48,7 @@ class CacheSetup:
     max_context: int
     on_full: OnFull
     packed_token_bytes: float  # of a packed token over all layers, codes and metadata
+    token_elements: int  # numbers of a token that are the model's own, over all layers
     identity: Identity
     backend: Backend
     streams: Streams

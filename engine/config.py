@@ -118,8 +118,8 @@ class ModelConfig:
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Cached numbers per token, keys and values of all layers: 2*L*KH*D."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size
+        """The model's own numbers that are cached per token, keys and values of all layers: 2*L*KH*D."""
+        return 2 * self.num_layers * self.num_kv_heads * self.own_head_size
 
     @property
     def num_parameters(self) -> int:

@@ -198,5 +198,5 @@ class HeadGroups(AllHeads):
 
     def _projections(self, count: int) -> Work:
         config = self.model.config
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.own_head_size
         return np.array([count * config.hidden_size * width, 0.0])

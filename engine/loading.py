@@ -220,6 +220,7 @@ def cache_setup(
         max_context=max_context,
         on_full=on_full,
         packed_token_bytes=token_bytes(cache, config),
+        token_elements=config.kv_elements_per_token,
         identity=identity_of(cache, fingerprint, tensors, rope, arena.shape.dtype),
         backend=backend,
         streams=streams_of(arena.page_table.device),

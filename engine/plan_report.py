@@ -255,10 +255,11 @@ def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: Pr
     linear = (
         2 * (config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)) * context
     )
-    q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    q = config.num_heads * config.head_size
     attention = sum(4 * q * min(context / 2, span) * context for span in config.attention_spans)
     groups = form.head_groups
-    again = 2 * config.hidden_size * (q + 2 * kv) * context * config.num_layers * (groups if groups > 1 else 0)
+    projected = (config.num_heads + 2 * config.num_kv_heads) * config.own_head_size
+    again = 2 * config.hidden_size * projected * context * config.num_layers * (groups if groups > 1 else 0)
     seconds = (linear + attention + again) / (card.flops * card.matrix_efficiency)
     passes = config.hidden_size * (groups + (2 if groups > 1 else 1)) + (2 * q if groups > 1 else 0)  # numbers a token
     copied = passes * context * config.num_layers * card.dtype.itemsize * form.host_states

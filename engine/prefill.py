@@ -42,10 +42,10 @@ def chunks(count: int, first: int = 0) -> list[tuple[int, int]]:
 
 def chunk_work(config: ModelConfig, start: int, stop: int) -> Work:
     """Multiply-adds of one layer over tokens ``start .. stop-1``: in its matrices, and in attention over all before them."""
-    kv = config.num_kv_heads * config.head_size
-    q = config.num_heads * config.head_size
-    linear = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
-    return np.array([(stop - start) * linear, (stop - start) * q * (start + stop)], dtype=float)
+    projected = (2 * config.num_heads + 2 * config.num_kv_heads) * config.own_head_size
+    linear = config.hidden_size * (projected + 3 * config.intermediate_size)
+    attention = config.num_heads * config.head_size * (start + stop)
+    return np.array([(stop - start) * linear, (stop - start) * attention], dtype=float)
 
 
 def short_prefill(model: Model, rope: ModelRope, sequence: SequenceCache, ids: Sequence[int]) -> Tensor:

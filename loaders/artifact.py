@@ -106,7 +106,7 @@ def require_replaceable(path: Path) -> None:
     """Raise SkvqError unless a calibration can be written at ``path``, where nothing else may be: a model, a text."""
     require_writable(path)
     try:
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             load_header(path)
     except CalibrationError:
         raise CalibrationError(
@@ -119,14 +119,21 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         if path.is_dir():
             raise CalibrationError(f"calibration {path} is a folder: give the file in it")
-        with path.open("rb") as opened, safe_open(f"/proc/self/fd/{opened.fileno()}", "pt") as file:  # whatever its name
+        if not path.is_file():
+            raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate --model MODEL -o {path}`")
+        with path.open("rb") as opened, safe_open(_name_of(path, opened.fileno()), "pt") as file:
             yield file
-    except FileNotFoundError:
-        raise CalibrationError(
-            f"no calibration file at {path}: make one with `skvq calibrate --model MODEL -o {path}`"
-        ) from None
     except (SafetensorError, ValueError, OSError, TypeError) as error:
         raise CalibrationError(f"{path} is not an skvq calibration, or is damaged ({error}): give another file") from None
+
+
+def _name_of(path: Path, opened: int) -> str:
+    """A name that safetensors takes: of a file whose own is not UTF-8, that of its open descriptor."""
+    try:
+        str(path).encode()
+        return str(path)
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{opened}"
 
 
 def _header(metadata: Mapping[str, str] | None, path: Path) -> tuple[ArtifactHeader, str]:

@@ -141,7 +141,7 @@ def _told(fields: Mapping[str, Any], *, is_chat: bool) -> int | None:
     """How many of the likeliest tokens are told beside each that is written, or None if not even its own log probability is. A
     completion says it by ``logprobs`` alone; in a chat that is true or false, and ``top_logprobs`` the number."""
     said, most = fields.get("logprobs", False), fields.get("top_logprobs", 0)
-    if not is_chat and "top_logprobs" not in fields:
+    if not is_chat and not most:
         return None if said is False else said
     if not isinstance(said, bool) or not is_chat:
         raise OptionError("a chat says logprobs as true or false, and their number as top_logprobs; a completion as logprobs")

@@ -91,7 +91,9 @@ class Server(ThreadingHTTPServer):
 
     def tell_unknown(self, names: Iterable[str]) -> None:
         """Say once of each name that it means nothing here."""
-        for name in sorted(set(names) - self.told)[: MOST_TOLD - len(self.told)]:
+        for name in sorted(set(names) - self.told):
+            if len(self.told) >= MOST_TOLD:
+                return
             self.told.add(name)
             self.settings.report.message(f"requests say {name[:40]!r}, which means nothing to this server and is left alone")
 

@@ -108,6 +108,28 @@ def test_one_prompt_is_read_once_for_all_the_answers_there_is_room_for(folder: P
     assert [r.text for r in requests] == [wanted[0], "", *wanted[2:]] and requests[1].finish == "cancelled"
     assert [r.timing.prompt_tokens for r in requests] == [1500, 0, 0, 0, 1500], "the last is read when its turn comes"
     assert arena.free_pages == before and arena.free_sequences == 3
+    assert not any(r.twins for r in requests), "or they would keep each other alive"
+
+
+def test_twins_wait_where_others_may_not_begin_or_the_last_place_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=700, max_sequences=2)
+    with engine.batch() as batch:
+        first, second = batch.add_each(TEXT, [SAMPLING, SAMPLING])
+        batch._begin(first)
+        while not first.finish:
+            batch.step(begin=False)
+        assert (batch.begun, second.text, second.finish) == (0, "", "")
+        third, fourth = batch.add_each(TEXT, [SAMPLING, SAMPLING])
+        with engine.new_sequence(), monkeypatch.context() as patch:
+            patch.setattr(batch, "_has_room", lambda *_: True)
+            while not third.answer:
+                second.cancel()
+                batch.step()
+            assert not fourth.answer and not fourth.finish
+        finished(batch)
+    assert first.text == third.text == fourth.text != ""
 
 
 def test_those_that_wait_go_on_waiting_if_they_are_told_to(engine: Engine) -> None:

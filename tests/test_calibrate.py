@@ -86,6 +86,10 @@ def test_nothing_but_a_calibration_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="is there already"):
         engine.calibrate(tiny_cache(), CORPUS, text, corpus_name="x", tokens=300)
     assert text.read_text() == CORPUS
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CalibrationError, match="no calibration file"):
+        engine.with_cache(tiny_cache(method="plain"), calibration=tmp_path / "pipe")
+    made.touch()  # as mktemp leaves it
     for _ in range(2):
         engine.calibrate(tiny_cache(method="plain"), CORPUS, made, corpus_name="x", tokens=300)
     engine.with_cache(tiny_cache(method="plain"), calibration=made)

@@ -181,11 +181,11 @@ def test_an_answer_interrupted_in_the_middle_of_its_tokens_is_over(folder: Path,
     foretold(monkeypatch, texts, 0.0)
     push = Answer._push
 
-    def interrupted(self: Answer, token: int) -> None:
+    def interrupted(self: Answer, token: int, told: list[float]) -> None:
         if self is requests[1].answer and self.count == 3:
             monkeypatch.setattr(Answer, "_push", push)
             signal.raise_signal(signal.SIGINT)
-        push(self, token)
+        push(self, token, told)
 
     with engine.batch() as batch:
         requests = [batch.add(prompt, replace(sampling, prompt_lookup=3)) for prompt in prompts]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
+from skvq.engine.answer import Answer
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import ModelError, OptionError, SkvqError
 from skvq.engine.sampling import Sampler, StopWatch, candidates, uniform_at
@@ -84,6 +85,46 @@ def test_weights_that_are_no_numbers_are_one_line(
     weight[row] = weight[row] * value
     with pytest.raises(ModelError, match="weights are damaged"):
         engine.generate(list(range(40)), SamplingConfig(max_new_tokens=3))
+
+
+class Spelt(ByteTokenizer):
+    """Bytes, but that 257 is ``hello``, and 300 ends an answer."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return (300,)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return {257: b"hello", 300: b""}.get(token_id, bytes([token_id % 256]))
+
+
+@pytest.mark.parametrize(
+    "tokens, stop, text, told",
+    [
+        ([257, 0xC3, 300], (), "hello\ufffd", [257, 0xC3]),  # not the end token, whatever is flushed before it
+        ([0xC3, 257, 65], "hello", "\ufffd", [0xC3]),  # not what spells the stop string, behind a broken character
+        ([0xC3, 0xA9, 65, 66], "AB", "\u00e9", [0xC3, 0xA9]),
+        ([65, 257, 66], "loB", "Ahel", [65, 257]),
+        ([65, 0xC3], (), "A", [65, 0xC3]),
+    ],
+)
+def test_log_probabilities_are_told_of_the_tokens_of_the_text(
+    tmp_path: Path, tokens: list[int], stop: str, text: str, told: list[int]
+) -> None:
+    engine = tiny_engine(tiny_folder(tmp_path, num_layers=1), tiny_cache(method="fp"))
+    config = SamplingConfig(max_new_tokens=len(tokens), stop=stop, logprobs=0)
+    with engine.prefill([1]) as sequence:
+
+        def logits(token: int) -> Tensor:
+            return torch.zeros(320).index_fill_(0, torch.tensor([token]), 9.0)
+
+        answer = Answer(Spelt(320), sequence, logits(tokens[0]), config, resumed=False)
+        seen = answer.piece()
+        for token in tokens[1:]:
+            answer.take([answer.choose([logits(token)], [])[0].tolist()], [])
+            seen += answer.piece()
+        assert answer.finish and seen == text
+        assert [one.token for one in answer.logprobs] == told == [one.token for one in sequence.logprobs]
 
 
 def kept_of(logits: Tensor, **options: object) -> Tensor:

@@ -320,6 +320,8 @@ def test_what_asks_for_nothing_is_no_error(client: Client) -> None:
         "best_of": 1,
         "top_k": -1,
         "logit_bias": {},
+        "top_logprobs": 0,
+        "tool_choice": "auto",
     }
     assert client.ask(COMPLETIONS, body)[0] == 200
     assert asked_for(json.dumps(body).encode(), DEFAULTS, is_chat=False).sampling == (DEFAULTS,)
@@ -542,6 +544,9 @@ def test_an_unknown_name_is_told_once(client: Client) -> None:
     for _ in range(2):
         assert client.ask(COMPLETIONS, {"prompt": TEXT, "temprature": 1, "user": "me"})[0] == 200
     assert sum("'temprature'" in line and "left alone" in line for line in client.report.messages) == 1
+    for names in (range(90), range(500, 700), range(1000, 1200)):
+        assert client.ask(COMPLETIONS, {"prompt": "a", "max_tokens": 1} | {f"x{n}": 1 for n in names})[0] == 200
+    assert sum("left alone" in line for line in client.report.messages) == handler.MOST_TOLD
 
 
 def test_turns_of_a_conversation_share_pages(folder: Path) -> None:
