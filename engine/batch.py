@@ -286,8 +286,8 @@ class Batch:
             raise
 
     def _read(self, request: Request, seconds: float, *, twins: bool) -> None:
-        """Read of a prompt for so long, at least one piece; after the last draw the first token of its answer, and with ``twins``
-        begin others to it."""
+        """Read of a prompt for so long, at least one piece; after the last draw the first token of its answer. With ``twins``
+        others to it begin then."""
         engine, pieces = self._engine, self._reading[request]
         end = time.perf_counter() + seconds
         try:

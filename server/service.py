@@ -138,7 +138,7 @@ class Service:
             self.engine.parts.setup.require(0, len(ids))
         if (told := count * sum(map(len, call.prompts))) > MOST_SCORES:
             raise OptionError(
-                f"{told:,} log probabilities are more than the {MOST_SCORES:,} of one request: score fewer prompts, or tell fewer"
+                f"{told:,} log probabilities are more than the {MOST_SCORES:,} of one request: score fewer prompts"
             )
         with self._changed:
             self._running()
