@@ -57,12 +57,12 @@ def needle(**options: Any) -> None:
         prefill=options["prefill"],
         max_sequences=2,
     )
-    references = [] if options["no_reference"] else reference_of(engine)
+    reference = None if options["no_reference"] else reference_of(engine)
 
     def seen(one: Needle) -> None:
         click.echo(one.line(), err=options["as_json"])
 
-    found = needles(engine, references, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
+    found = needles(engine, reference, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
     click.echo(total(found), err=options["as_json"])
     if options["as_json"]:
         click.echo(json.dumps({"model": options["model"], **summary(found)}))

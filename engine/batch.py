@@ -12,7 +12,7 @@ from threading import Lock
 from torch import Tensor
 
 from skvq.engine.answer import Answer
-from skvq.engine.cache import SequenceCache
+from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generation import begun, continuing, end_of, step
@@ -44,7 +44,7 @@ class Request:
     def __init__(self, ids: Sequence[int], config: SamplingConfig, sequence: SequenceCache | None, *, fork: bool) -> None:
         self.ids, self.config = ids, config
         self.text, self.timing = "", Timing()
-        self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else (0, (), 0)
+        self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else Mark()
         self.twins: Sequence[Request] = ()  # to the same prompt, this one among them, until it is over
         self.answer: Answer | None = None  # from when the prompt has been read
         self.cancelled = False

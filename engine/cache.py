@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,8 +22,13 @@ from skvq.engine.streams import sent
 from skvq.engine.timing import Timing
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
-Mark = tuple[int, tuple[int, ...], int]
-"""Tokens held, tokens pending, changes: see ``SequenceCache.mark``."""
+
+class Mark(NamedTuple):
+    """Where a sequence stands (``SequenceCache.mark``); as it is here, a new one's."""
+
+    total_tokens: int = 0
+    pending: tuple[int, ...] = ()
+    changes: int = 0
 
 
 class SequenceCache:
@@ -106,16 +111,15 @@ class SequenceCache:
     @property
     def mark(self) -> Mark:
         """Where it stands: its tokens and what is pending. Another one if it has been continued or cut, however that ended."""
-        return self.total_tokens, tuple(self.pending), self.changes
+        return Mark(self.total_tokens, tuple(self.pending), self.changes)
 
     def rewind(self, mark: Mark) -> bool:
         """Forget what came since it had that ``mark``; False, and nothing changes, where no token from before is left."""
-        total_tokens, pending, _ = mark
-        length = total_tokens - self.dropped
+        length = mark.total_tokens - self.dropped
         if length > 0:
             with uninterrupted():
                 self.truncate(length)
-                self.pending = list(pending)
+                self.pending = list(mark.pending)
         return length > 0
 
     # --- lengths ---------------------------------------------------------------------------------------------------------

@@ -124,6 +124,16 @@ class Comparison:
     kl: Tensor
     same_top: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Comparison]) -> Comparison:
+        """Those of several stretches as one."""
+        return cls(
+            nll_fp=torch.cat([part.nll_fp for part in parts]),
+            nll=torch.cat([part.nll for part in parts]),
+            kl=torch.cat([part.kl for part in parts]),
+            same_top=torch.cat([part.same_top for part in parts]),
+        )
+
     def summary(self) -> dict[str, float]:
         """Perplexities, mean KL and top-1 agreement."""
         return {
@@ -153,7 +163,7 @@ def compare(model: Model, reference: Tensor, other: Tensor, ids: Tensor) -> Comp
 
 def evaluation_row(cache: CacheConfig, model: ModelConfig, found: Sequence[Comparison]) -> dict[str, Any]:
     """One cache's figures over several stretches of text; key_bits and value_bits are means over layers and heads."""
-    nll_fp, nll, kl, same = (torch.cat([getattr(c, n) for c in found]) for n in ("nll_fp", "nll", "kl", "same_top"))
+    whole = Comparison.joined(found)
     pairs = [(16.0, 16.0)] if not cache.is_packed else [pair for heads in cache.bits_of_heads(model) for pair in heads]
     key_bits, value_bits = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
     return {
@@ -166,8 +176,8 @@ def evaluation_row(cache: CacheConfig, model: ModelConfig, found: Sequence[Compa
         "group_size": cache.group_size,
         "window": cache.window,
         "bits_per_element": bits_per_element(cache, model),
-        **Comparison(nll_fp=nll_fp, nll=nll, kl=kl, same_top=same).summary(),
-        "tokens": len(kl),
+        **whole.summary(),
+        "tokens": len(whole.kl),
         "by_position": error_by_position(found),
     }
 

@@ -89,7 +89,7 @@ def test_a_known_answer_is_retrieved(engine: Engine, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(engine.parts.model, "head", lambda x: torch.nn.functional.one_hot(torch.tensor(answer[0]), 320) * 9.0)
     monkeypatch.setattr("skvq.engine.trials.needle.ask", lambda *rest: question)
     monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor([12345]))
-    found = needles(engine, [], HAY, [400], [50], seed=0, seen=lambda one: None)[0]
+    found = needles(engine, None, HAY, [400], [50], seed=0, seen=lambda one: None)[0]
     assert "1234" in found.text
     assert found.rank == 0
 
@@ -98,9 +98,9 @@ def test_too_short_a_context_is_refused(engine: Engine) -> None:
     refused(lambda: ask(engine, [1], 100, 50, 12345), "100 tokens has no room", "at least")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("skvq.engine.trials.needle.answer_logits", lambda *_: pytest.fail("a text was read"))
-        refused(lambda: needles(engine, [], HAY, [500, 60], [50], seed=0, seen=lambda one: None), "60 tokens has no room")
-    refused(lambda: needles(engine, [], HAY, [500], [120], seed=0, seen=lambda one: None), "0 to 100", "120")
-    refused(lambda: needles(engine, [], "", [500], [50], seed=0, seen=lambda one: None), "haystack is empty")
+        refused(lambda: needles(engine, None, HAY, [500, 60], [50], seed=0, seen=lambda one: None), "60 tokens has no room")
+    refused(lambda: needles(engine, None, HAY, [500], [120], seed=0, seen=lambda one: None), "0 to 100", "120")
+    refused(lambda: needles(engine, None, "", [500], [50], seed=0, seen=lambda one: None), "haystack is empty")
 
 
 def test_the_command_prints_json_and_draws_the_map(folder: Path, tmp_path: Path) -> None:

@@ -37,35 +37,23 @@ class Needle:
     retrieved: bool
     logprob: float
     rank: int
-    reference: Reference
+    beside: Beside | None  # where a 16-bit cache was asked too
 
     def line(self) -> str:
         """For people."""
         return (
             f"{self.context:>9,} tokens  depth {self.depth:5.1f} %  {'found' if self.retrieved else 'lost '}  "
-            f"log-probability {self.logprob:7.3f}, worst rank {self.rank}{self.reference.line()}"
+            f"log-probability {self.logprob:7.3f}, worst rank {self.rank}{self.beside.line() if self.beside else ''}"
         )
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
         found = asdict(self)
-        return {**{k: v for k, v in found.items() if k != "reference"}, **self.reference.as_dict()}
-
-
-class Reference:
-    """What a 16-bit cache gave: nothing, where it was not asked."""
-
-    def line(self) -> str:
-        """Added to a needle's line."""
-        return ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Added to a needle's JSON."""
-        return {}
+        return found | (found.pop("beside") or {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured(Reference):
+class Beside:
     """The same question over a 16-bit cache; KL is the mean over the answer's tokens, in nats."""
 
     logprob_fp: float
@@ -74,12 +62,10 @@ class Measured(Reference):
     kl: float
 
     def line(self) -> str:
+        """Added to a needle's."""
         return (
             f"   16-bit: {'found' if self.retrieved_fp else 'lost '} {self.logprob_fp:7.3f}, {self.rank_fp}   KL {self.kl:.4f}"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +117,7 @@ def score(logits: Tensor, answer: Sequence[int]) -> tuple[float, int]:
 
 def needles(
     engine: Engine,
-    references: Sequence[Engine],
+    reference: Engine | None,
     haystack: str,
     contexts: Sequence[int],
     depths: Sequence[float],
@@ -139,7 +125,7 @@ def needles(
     seed: int,
     seen: Callable[[Needle], None],
 ) -> list[Needle]:
-    """Ask at every context and depth, of ``references`` (none, or one over a 16-bit cache) too; ``seen`` gets each at once."""
+    """Ask at every context and depth, of ``reference``, over a 16-bit cache, too; ``seen`` gets each at once."""
     if not all(0 <= d <= 100 for d in depths):
         raise OptionError(f"depths are percentages from 0 to 100, got {', '.join(f'{d:g}' for d in depths)}")
     hay = engine.parts.tokenizer.encode(haystack, bos=False)
@@ -154,9 +140,6 @@ def needles(
         question = ask(engine, hay, context, depth, number)
         text, logits = answer_logits(engine, question)
         logprob, rank = score(logits, question.answer)
-        reference: Reference = Reference()
-        for other in references:
-            reference = _measured(other, question, logits, str(number))
         found.append(
             Needle(
                 context=context,
@@ -166,33 +149,33 @@ def needles(
                 retrieved=str(number) in text,
                 logprob=logprob,
                 rank=rank,
-                reference=reference,
+                beside=None if reference is None else _beside(reference, question, logits, str(number)),
             )
         )
         seen(found[-1])
     return found
 
 
-def _measured(engine: Engine, question: Question, packed: Tensor, answer: str) -> Measured:
+def _beside(engine: Engine, question: Question, packed: Tensor, answer: str) -> Beside:
     text, logits = answer_logits(engine, question)
     logprob, rank = score(logits, question.answer)
     p, q = (t.log_softmax(-1) for t in (logits, packed))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    return Measured(logprob_fp=logprob, rank_fp=rank, retrieved_fp=answer in text, kl=kl)
+    return Beside(logprob_fp=logprob, rank_fp=rank, retrieved_fp=answer in text, kl=kl)
 
 
-def reference_of(engine: Engine) -> list[Engine]:
-    """A second engine, over a 16-bit cache; none, with a message that says so, if memory is too small for it."""
+def reference_of(engine: Engine) -> Engine | None:
+    """A second engine, over a 16-bit cache; None, with a message that says so, if memory is too small for it."""
     try:
-        return [engine.with_cache(replace(engine.parts.cache, method="fp"), max_sequences=2)]
+        return engine.with_cache(replace(engine.parts.cache, method="fp"), max_sequences=2)
     except CapacityError as error:
         engine.report.message(f"no comparison with a 16-bit cache: {error}")
-        return []
+        return None
 
 
 def total(found: Sequence[Needle]) -> str:
     """How many were found, for people."""
-    exact = [n.reference.retrieved_fp for n in found if isinstance(n.reference, Measured)]
+    exact = [n.beside.retrieved_fp for n in found if n.beside]
     beside = f", by the 16-bit cache {sum(exact)} of {len(exact)}" if exact else ""
     return f"found {sum(n.retrieved for n in found)} of {len(found)}{beside}"
 
