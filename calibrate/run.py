@@ -103,10 +103,11 @@ def _recorded_layer(
         len(texts), rope.of(index), shape.num_heads, shape.num_kv_heads, shape.head_size, shape.attention_spans[index]
     )
     for at, text in enumerate(texts):
-        hidden[at] = model.layer(index, hidden[at][None], rope, recorder)[0]
-        outliers.see(text, recorder.key_norms)
-        if not isfinite(float(recorder.key_norms.sum() + hidden[at].sum(dtype=torch.float32))):
+        x = model.layer(index, hidden[at][None], rope, recorder)[0]
+        if not isfinite(float(recorder.key_norms.sum() + x.sum(dtype=torch.float32))):
             raise broken_model(f"what layer {index} computes is not all finite numbers")
+        hidden[at] = x
+        outliers.see(text, recorder.key_norms)
     outliers.advance()
     return recorder.stats(model.output_matrix(index))
 

@@ -91,9 +91,7 @@ def load_parts(
     kernels = find_backend(backend, device)
     form = form_of(kernels.name, device, compute)
     if kernels.name == "numba" and compute != torch.float32:
-        report.message(
-            f"{str(compute).removeprefix('torch.')} on a CPU is slower than float32, the default, which kernels are for"
-        )
+        report.message(f"{str(compute).removeprefix('torch.')} on a CPU is slower than float32, the default")
 
     def planner_for(source: WeightSource, config: ModelConfig, cache: CacheConfig) -> Planner:
         room = room_on(device, form.held_bytes(source), form.expanded_bytes(source))

@@ -101,17 +101,15 @@ class Model:
 
     def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""
-        w, eps, size = self.weights.layers[index], self.config.norm_eps, self.config.own_head_size
-        if size != self.config.head_size:
-            attended = narrowed(attended, size)
-        return self.ops.after_attention(x, attended.flatten(2), w.output, w.mlp_norm, eps, w.gate_up, w.down)
+        w, eps = self.weights.layers[index], self.config.norm_eps
+        attended = narrowed(attended, self.config.own_head_size).flatten(2)
+        return self.ops.after_attention(x, attended, w.output, w.mlp_norm, eps, w.gate_up, w.down)
 
     def output_matrix(self, index: int) -> Tensor:
         """What a layer multiplies by what its heads have read, [d, H D]."""
-        matrix, size = self.weights.layers[index].output.dense(), self.config.own_head_size
-        if size == self.config.head_size:
-            return matrix
-        return widened(matrix.view(len(matrix), -1, size), self.config.head_size).flatten(1)
+        matrix = self.weights.layers[index].output.dense()
+        heads = matrix.view(len(matrix), self.config.num_heads, self.config.own_head_size)
+        return widened(heads, self.config.head_size).flatten(1)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., d]."""

@@ -65,17 +65,22 @@ class StepRope:
 
 
 def widened(x: Tensor, size: int) -> Tensor:
-    """Heads [..., D] with ``size`` channels: zeros behind each half, for RoPE pairs the channels of one with the other's.
+    """Heads [..., D] with ``size`` channels: zeros behind each half, for RoPE pairs the channels of one with the other's. Heads
+    that have them stay as they are.
 
     >>> widened(torch.tensor([1, 2, 3, 4]), 6).tolist()
     [1, 2, 0, 3, 4, 0]
     """
+    if x.shape[-1] == size:
+        return x
     half = x.shape[-1] // 2
     return F.pad(x.reshape(*x.shape[:-1], 2, half), (0, size // 2 - half)).flatten(-2)
 
 
 def narrowed(x: Tensor, size: int) -> Tensor:
-    """The first ``size`` channels that ``widened`` was given."""
+    """What ``widened`` was given, heads with ``size`` channels."""
+    if x.shape[-1] == size:
+        return x
     return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)[..., : size // 2].flatten(-2)
 
 

@@ -60,7 +60,7 @@ class Call:
 
 
 class Answers(Call):
-    """Requests of a batch, ``count`` for each prompt."""
+    """Requests of a batch, as many for each prompt."""
 
     def __init__(self, prompts: Sequence[list[int]], requests: Sequence[Request]) -> None:
         super().__init__(prompts)

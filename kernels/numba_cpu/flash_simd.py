@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from skvq.kernels.numba_cpu.numeric import EXP2, HIDDEN
+from skvq.kernels.numba_cpu.numeric import EXP2, HIDDEN, LARGEST_BITS, NOT_A_NUMBER
 from skvq.kernels.numba_cpu.simd import FLOATS, I32, I64, LANES, WORDS, _all, _at, _intrinsic, _splat, host_features
 from skvq.kernels.numba_cpu.tiles import CALLED
 
@@ -129,7 +129,7 @@ def soften(typingctx, scores, count, tops, totals, acc, size):
                 builder.store(
                     builder.select(builder.icmp_unsigned(">", bits, builder.load(most)), bits, builder.load(most)), most
                 )
-            broken = builder.icmp_unsigned(">", builder.load(most), _all(0x7F7FFFFF))
+            broken = builder.icmp_unsigned(">", builder.load(most), _all(int(LARGEST_BITS)))
             m_i = builder.load(best)
             alpha = _exp2(builder, builder.fsub(before, m_i))
             builder.store(m_i, top, align=4)
@@ -146,7 +146,7 @@ def soften(typingctx, scores, count, tops, totals, acc, size):
                 place = _at(builder, row, v, FLOATS)
                 scaled = builder.bitcast(builder.fmul(builder.load(place, align=4), alpha), WORDS)
                 to = _at(builder, row, v, WORDS)
-                builder.store(builder.select(broken, _all(0x7FC00000), scaled), to, align=4)
+                builder.store(builder.select(broken, _all(int(NOT_A_NUMBER)), scaled), to, align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen

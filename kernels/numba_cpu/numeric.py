@@ -11,6 +11,7 @@ from skvq.kernels.numba_cpu.tiles import FAST, RETAINED
 
 HIDDEN = np.float32(-1e30)  # added to the score of a token that must not be seen
 NOTHING = np.float32(-1e20)  # running maximum before anything is seen: far above HIDDEN, far below any score
+LARGEST_BITS, NOT_A_NUMBER = np.int32(0x7F7FFFFF), np.int32(0x7FC00000)  # bits of float32, which fast-math code may compare
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 E4M3_NORMAL, E4M3_SMALL = np.int32(120 << 23), np.int32(121 << 23)
 SMALLEST_NORMAL = np.float32(2.0**-6)

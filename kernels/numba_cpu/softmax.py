@@ -10,12 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.numeric import NOTHING, exp2
+from skvq.kernels.numba_cpu.numeric import LARGEST_BITS, NOT_A_NUMBER, NOTHING, exp2
 from skvq.kernels.numba_cpu.simd import f32, i32, largest
 from skvq.kernels.numba_cpu.tiles import FAST
 
 LN2 = np.float32(0.6931471805599453)
-LARGEST_BITS, NOT_A_NUMBER = np.int32(0x7F7FFFFF), np.int32(0x7FC00000)
 MINUS_INFINITY = np.int32(-8388608)  # bits of float32 -inf; fast-math code must not name the number
 
 
