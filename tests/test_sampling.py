@@ -22,7 +22,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0, 1.5, 0.0])
 
 
 def drawn(sampler: Sampler, logits: Tensor, position: int) -> int:
-    return sampler.take(*sampler.choose(logits, position).tolist())
+    return sampler.take(*sampler.choose(logits, position)[:2].tolist())
 
 
 def draws(count: int, logits: Tensor = LOGITS, **options: object) -> Tensor:
