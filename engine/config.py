@@ -66,6 +66,8 @@ class ModelConfig:
     """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees;
     ``unturned_layers`` have no RoPE; ``qk_norm``: heads of queries and keys are normed before RoPE (arXiv 2010.04245, Qwen3).
     ``weights_head_size``: of heads as weights make them, if they are cached with more channels (``with_heads_of``).
+    ``rotary_size``: channels of a head that RoPE turns, if not all of them (Phi-4-mini); pairs that it leaves lie behind the
+    others, in both halves of a head.
     """
 
     family: str
@@ -77,6 +79,7 @@ class ModelConfig:
     num_kv_heads: int
     head_size: int
     weights_head_size: int = 0
+    rotary_size: int = 0
     norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
     trained_context: int = 4096
@@ -102,6 +105,8 @@ class ModelConfig:
             raise ModelError(f"model config: {self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads")
         if self.head_size % 2:
             raise ModelError(f"model config: head size {self.head_size} is odd, but RoPE needs pairs of channels")
+        if self.rotary_size % 2 or not 0 <= self.rotary_size < self.head_size:
+            raise ModelError(f"model config: RoPE turns {self.rotary_size} channels, not an even number below {self.head_size}")
         if not self.attention_spans:
             object.__setattr__(self, "attention_spans", (FULL_SPAN,) * self.num_layers)
         if len(self.attention_spans) != self.num_layers or min(self.attention_spans) < 1:
@@ -111,6 +116,11 @@ class ModelConfig:
     def own_head_size(self) -> int:
         """Channels of a head that weights make: all, but for those that ``with_heads_of`` has added."""
         return self.weights_head_size or self.head_size
+
+    @property
+    def turned_size(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return self.rotary_size or self.own_head_size
 
     def with_heads_of(self, size: int) -> ModelConfig:
         """The same model with channels of zeros added to its heads, for kernels that take no others."""

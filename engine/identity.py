@@ -129,4 +129,6 @@ def rope_digest(rope: ModelRope) -> str:
         tensors["unturned"] = torch.tensor(sorted(rope.unturned))
     if rope.query_beta:
         tensors["query"] = torch.tensor([rope.query_beta, rope.query_period], dtype=torch.float64)
+    if rope.lengths is not None:
+        tensors["lengths"] = rope.lengths
     return digest_of(tensors)

@@ -23,7 +23,8 @@ from skvq.kernels.ops import apply_rope
 class ModelRope:
     """How a model's queries and keys are turned: in all layers but ``unturned`` (NoPE, arXiv 2305.19466) alike.
 
-    Queries at position t are longer by ``1 + query_beta log(1 + floor(t / query_period))`` (Llama 4, Ministral 3).
+    Queries at position t are longer by ``1 + query_beta log(1 + floor(t / query_period))`` (Llama 4, Ministral 3). Where only
+    some channels are turned, frequencies have no scale: ``lengths``, squares of it, lengthen these channels of queries alone.
     """
 
     turned: RopeFrequencies
@@ -31,6 +32,7 @@ class ModelRope:
     unturned: frozenset[int] = frozenset()
     query_beta: float = 0.0
     query_period: int = 1
+    lengths: Tensor | None = None  # float32 [D]
 
     def of(self, layer: int) -> RopeFrequencies:
         """Frequencies of a layer."""
@@ -47,7 +49,7 @@ class StepRope:
 
     cos: Tensor  # float32 [B, N, 1, D/2]
     sin: Tensor  # as cos
-    gain: Tensor | None = None  # float32 [B, N, 1, 1]
+    gain: Tensor | None = None  # float32 [B, N, 1, 1 or D]
     unturned: frozenset[int] = frozenset()
     still: StepRope | None = None  # of layers that are not turned
 
@@ -127,6 +129,8 @@ def at_positions(rope: ModelRope, positions: Tensor) -> StepRope:
     if rope.query_beta:
         periods = torch.div(positions, rope.query_period, rounding_mode="floor")[..., None, None]
         gain = 1 + rope.query_beta * torch.log1p(periods.float())
+    if rope.lengths is not None:
+        gain = rope.lengths.expand(*positions.shape, 1, -1) if gain is None else gain * rope.lengths
     still = StepRope(*_turns(rope.still, positions), gain) if rope.unturned else None
     return StepRope(*_turns(rope.turned, positions), gain, rope.unturned, still)
 
@@ -153,19 +157,23 @@ def model_rope(config: ModelConfig, context: int, device: torch.device) -> Model
         raise ModelError(f"no frequencies can be computed for this RoPE ({error}): {config.rope}") from None
     if not (found.inv_freq.isfinite().all() and math.isfinite(found.scale)):
         raise ModelError(f"the frequencies of this RoPE are not finite: {config.rope}")
-    added = (config.head_size - config.own_head_size) // 2
-    turned = RopeFrequencies(inv_freq=F.pad(found.inv_freq, (0, added)).to(device), scale=found.scale)
+    pairs, half = len(found.inv_freq), config.head_size // 2
+    inv_freq, lengths = F.pad(found.inv_freq, (0, half - pairs)).to(device), None
+    if config.rotary_size and found.scale != 1:
+        lengths = F.pad(torch.full((2, pairs), found.scale**2), (0, half - pairs), value=1.0).flatten().to(device)
+    turned = RopeFrequencies(inv_freq=inv_freq, scale=found.scale if lengths is None else 1.0)
     return ModelRope(
         turned=turned,
         still=RopeFrequencies(inv_freq=torch.zeros_like(turned.inv_freq), scale=1.0),
         unturned=frozenset(config.unturned_layers),
         query_beta=config.rope.query_beta,
         query_period=config.rope.original_context or config.trained_context,
+        lengths=lengths,
     )
 
 
 def _frequencies(config: ModelConfig, context: int) -> RopeFrequencies:
-    rope, size = config.rope, config.own_head_size
+    rope, size = config.rope, config.turned_size
     base = rope.theta
     steps = torch.arange(0, size, 2, dtype=torch.float64) / size
     scale = 1.0

@@ -104,7 +104,8 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     output_bias = fields.flag("attention_out_bias", False) if family.name == "seed_oss" else qkv_bias
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
-    rope = parse_rope(fields, context, head_size, family.rope)
+    rotary_size = _rotary_size(fields, family, head_size)
+    rope = parse_rope(fields, context, rotary_size or head_size, family.rope)
     return model_config(
         fields.where,
         family=family.name,
@@ -115,6 +116,7 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", kv_default),
         head_size=head_size,
+        rotary_size=rotary_size,
         norm_eps=fields.positive("rms_norm_eps", family.norm_eps),
         rope=rope,
         trained_context=_trained_context(fields, rope, context),
@@ -130,24 +132,37 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     )
 
 
-def parse_rope(fields: Fields, context: int, head_size: int, assumed: Mapping[str, Any]) -> RopeConfig:
+def _rotary_size(fields: Fields, family: _Family, head_size: int) -> int:
+    """Channels of a head that RoPE turns, the first of them; 0 for all."""
+    rope = _rope_section(fields)
+    part = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if part == 1:
+        return 0
+    size = int(head_size * part)
+    if family.name != "phi3" or size % 2 or not 0 < size < head_size:
+        raise ModelError(
+            f"{rope.where}: partial_rotary_factor is {part:g}: this engine turns whole heads, and of Phi-3's family an even "
+            "number of channels"
+        )
+    return size
+
+
+def parse_rope(fields: Fields, context: int, turned: int, assumed: Mapping[str, Any]) -> RopeConfig:
     """RopeConfig from ``rope_parameters`` (transformers 5), or ``rope_scaling`` and ``rope_theta`` (before); ``assumed`` where
-    there is none of these."""
+    there is none of these. ``turned``: channels of a head that it turns."""
     rope = _rope_section(fields)
     if not rope.data and not fields.has("rope_theta"):
         rope = Fields(assumed, rope.where)
     nested = [key for key, value in rope.data.items() if isinstance(value, dict)]
     if nested:
         raise ModelError(f"{rope.where}: separate RoPE settings per layer type ({', '.join(nested[:3])}) are not supported")
-    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError(f"{rope.where}: partial_rotary_factor is not 1, but this engine applies RoPE to whole heads")
     kind = rope.text("rope_type", rope.text("type", "default"))
     kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
     if kind not in ROPE_TYPES:
         raise ModelError(f"{rope.where}: unknown RoPE type {kind[:80]!r}; known: {', '.join(ROPE_TYPES)}")
     original = fields.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", context))
     factors = ("short_factor", "long_factor") if kind == "longrope" else ()
-    lists = {key: rope.numbers(key, head_size // 2) for key in factors}
+    lists = {key: rope.numbers(key, turned // 2) for key in factors}
     stretched = kind in ("linear", "dynamic", "llama3")
     beta = rope.number("llama_4_scaling_beta", 0.0)
     factor = rope.positive("factor", None if stretched else _implied_factor(kind, context, original))
@@ -194,6 +209,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     rope = {
         "rope_type": config.rope.kind,
         "rope_theta": config.rope.theta,
+        "partial_rotary_factor": config.turned_size / config.own_head_size,
         "factor": config.rope.factor,
         "original_max_position_embeddings": config.rope.original_context or config.trained_context,
         "low_freq_factor": config.rope.low_freq_factor,

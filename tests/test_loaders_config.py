@@ -82,6 +82,7 @@ def saved(config: PreTrainedConfig, folder: Path, architecture: str) -> Path:
         (Qwen2Config, "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
         (Phi3Config, "Phi3ForCausalLM", {"pad_token_id": 0, "eos_token_id": 7, "head_dim": 16}),
         (Phi3Config, "Phi3ForCausalLM", {"pad_token_id": 0, "eos_token_id": 7, "head_dim": 16, "sliding_window": 64}),
+        (Phi3Config, "Phi3ForCausalLM", {"pad_token_id": 0, "eos_token_id": 7, "head_dim": 16, "partial_rotary_factor": 0.75}),
         (MinistralConfig, "MinistralForCausalLM", {}),
         (MinistralConfig, "MinistralForCausalLM", {"layer_types": ["sliding_attention", "full_attention"] * 2}),
         (SeedOssConfig, "SeedOssForCausalLM", {}),
@@ -131,6 +132,7 @@ def test_every_family_agrees_with_transformers(
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.trained_context == theirs.max_position_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rotary_size == (12 if "partial_rotary_factor" in options else 0)
     assert ours.rope.query_beta == theirs.rope_parameters.get("llama_4_scaling_beta", 0.0)
     assert ours.unturned_layers == tuple(n for n, turned in enumerate(getattr(theirs, "no_rope_layers", [1])) if not turned)
     assert ours.bos_token_id == theirs.bos_token_id
@@ -243,7 +245,9 @@ def test_dual_chunk_attention_counts_only_what_was_trained() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor is missing"]),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, ["8 numbers"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention"]),
-        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 1.5}, ["partial_rotary_factor", "1.5"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, ["partial_rotary_factor", "0.2", "even"]),
         ({"hidden_act": "gelu"}, ["gelu", "silu"]),
         ({"quantization_config": {"quant_method": "hqq"}}, ["hqq", "16-bit"]),
         ({"architectures": [["x"]]}, ["unknown architecture"]),
@@ -298,6 +302,7 @@ def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
         {"family": "qwen3", "qk_norm": True, "attention_spans": (64, FULL_SPAN)},
         {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "tie_embeddings": True},
         {"rope": RopeConfig(kind="longrope", original_context=256, short_factor=(1.0,) * 16, long_factor=(2.0,) * 16)},
+        {"family": "phi3", "head_size": 96, "rotary_size": 66},
     ],
 )
 def test_writing_and_reading_gives_the_same_config(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -308,7 +313,7 @@ def test_writing_and_reading_gives_the_same_config(tmp_path: Path, changes: dict
 
 KEYS = [
     *SIZES, "architectures", "model_type", "rope_scaling", "rope_parameters", "rope_theta", "head_dim",
-    "sliding_window",
+    "sliding_window", "partial_rotary_factor",
     "use_sliding_window", "layer_types", "max_window_layers", "eos_token_id", "bos_token_id", "rms_norm_eps",
     "quantization_config", "dual_chunk_attention_config", "original_max_position_embeddings", "hidden_act",
 ]  # fmt: skip

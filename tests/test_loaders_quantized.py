@@ -257,6 +257,28 @@ def test_matrices_stacked_as_phi3_has_them(tmp_path: Path, name: str) -> None:
             assert float((expanded - weights[weight]).abs().max()) <= 0.03 / 128
 
 
+@pytest.mark.parametrize("name", ["awq", "int8", "mlx", "nf4"])
+def test_rows_of_heads_turned_in_part_change_places(tmp_path: Path, name: str) -> None:
+    """Of what makes queries and keys, in blocks or expanded, and of nothing else."""
+    weights = checkpoint(tmp_path, name, stacked=True)
+    path, rotary = tmp_path / "config.json", CONFIG.head_size // 2
+    data = json.loads(path.read_text()) | {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5}
+    path.write_text(json.dumps(data | {"rope_parameters": data["rope_parameters"] | {"partial_rotary_factor": 0.5}}))
+    source = SafetensorsSource(tmp_path)
+    assert source.config.rotary_size == rotary
+    first, second = torch.arange(rotary).chunk(2), torch.arange(rotary, CONFIG.head_size).chunk(2)
+    order = torch.cat([first[0], second[0], first[1], second[1]])
+    for weight in expected_shapes(CONFIG):
+        whole, blocks = weights[weight], source.blocks(weight)
+        if ".q_proj" in weight or ".k_proj" in weight:
+            whole = whole.unflatten(0, (-1, CONFIG.head_size))[:, order].flatten(0, 1)
+        assert torch.equal(source.read(weight).float(), whole), weight
+        if blocks is not None:
+            kind = gguf.GGMLQuantizationType[blocks.kind]
+            expanded = torch.from_numpy(gguf.quants.dequantize(blocks.data.numpy(), kind))
+            assert float((expanded - whole).abs().max()) <= 0.03 / 128
+
+
 class Told(Quiet):
     """Keeps what is said."""
 

@@ -60,6 +60,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with attention bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
     "phi3 with a window": ("Phi3", {"pad_token_id": 0, "sliding_window": 7}),
+    "phi3 that turns three quarters of a head": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.75}),
     "ministral": ("Ministral", {"head_dim": 16, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]}),
     "seed_oss": ("SeedOss", {"head_dim": 16}),
     "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": GROWING}),
@@ -163,6 +164,18 @@ def test_rope_scaling_equals_transformers(tmp_path: Path, name: str) -> None:
     assert (load(model, tmp_path, count).logits(ids) - wanted).abs().max() <= MAX_DIFFERENCE
 
 
+@pytest.mark.parametrize("count", [53, 149])
+@pytest.mark.parametrize("turned", [16, 12])
+def test_longrope_of_phi3_equals_transformers(tmp_path: Path, turned: int, count: int) -> None:
+    """Of the short factors and of the long ones; what is not turned is not scaled either."""
+    factors = {key: LONGROPE[key][: turned // 2] for key in ("short_factor", "long_factor")}
+    rope = LONGROPE | factors | {"rope_theta": 10_000.0, "partial_rotary_factor": turned / 16}
+    changes = {"pad_token_id": 0, "max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    model, ids = oracle("Phi3", rope_parameters=rope, **changes), random_ids(count)
+    wanted = expected(model, ids)
+    assert (load(model, tmp_path, count).logits(ids) - wanted).abs().max() <= MAX_DIFFERENCE
+
+
 def test_dynamic_rope_within_the_trained_length_is_no_scaling(tmp_path: Path) -> None:
     rope = {"rope_theta": 10_000.0, "rope_type": "dynamic", "factor": 2.0}
     model, ids = oracle("Llama", max_position_embeddings=128, rope_parameters=rope), random_ids(53)
@@ -187,6 +200,7 @@ def test_shards_equal_one_file(tmp_path: Path) -> None:
         "qwen2 with a window in its second layer",
         "qwen3",
         "ministral3",
+        "phi3 that turns three quarters of a head",
         "smollm3",
     ],
 )

@@ -1,10 +1,11 @@
-"""Layers without RoPE (SmolLM3), and queries that grow with their position (Ministral 3).
+"""Layers without RoPE (SmolLM3), heads turned in part (Phi-4-mini), and queries that grow with their position (Ministral 3).
 
 ``test_model_parity`` compares the model itself with `transformers`; here it meets the packed cache.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from skvq.kernels.layout import PAGE_TOKENS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GROWING = RopeConfig(kind="yarn", factor=8.0, original_context=64, query_beta=0.4)
+PARTIAL = RopeConfig(kind="longrope", factor=8.0, original_context=64, short_factor=(1.0,) * 12, long_factor=(2.0,) * 12)
 MODELS = {
     "a layer without RoPE": {"family": "smollm3", "unturned_layers": (1,)},
     "growing queries": {"family": "ministral3", "rope": GROWING},
+    "heads turned in part": {"family": "phi3", "rotary_size": 24, "rope": PARTIAL},
 }
 
 
@@ -64,5 +67,6 @@ def test_keys_that_were_not_turned_are_not_moved(tmp_path: Path) -> None:
 def test_identities_tell_them_apart(tmp_path: Path) -> None:
     """A session of one cannot be restored into another that has the same frequencies."""
     changes = [{}, MODELS["a layer without RoPE"], {"rope": RopeConfig(original_context=512, query_beta=0.4)}]
+    changes += [MODELS["heads turned in part"], MODELS["heads turned in part"] | {"rope": replace(PARTIAL, factor=7.0)}]
     engines = [tiny_engine(tiny_folder(tmp_path / str(n), **c), tiny_cache(method="fp")) for n, c in enumerate(changes)]
-    assert len({engine.parts.setup.identity.rope for engine in engines}) == 3
+    assert len({engine.parts.setup.identity.rope for engine in engines}) == len(changes)

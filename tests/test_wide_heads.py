@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,12 @@ LONGROPE = RopeConfig(
     short_factor=(1.0,) * 24,
     long_factor=tuple(1 + 0.2 * i for i in range(24)),
 )
+PARTIAL = replace(LONGROPE, short_factor=LONGROPE.short_factor[:18], long_factor=LONGROPE.long_factor[:18])
 MODELS = {
     "llama": {},
     "qwen3": {"family": "qwen3", "qk_norm": True},
     "longrope": {"rope": LONGROPE},
+    "turned in part": {"family": "phi3", "rotary_size": 36, "rope": PARTIAL},
     "growing": {"family": "ministral3", "rope": RopeConfig(original_context=64, query_beta=0.5)},
 }
 
