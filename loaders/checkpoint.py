@@ -18,6 +18,7 @@ from skvq.loaders.names import EMBEDDING, HEAD, canonical_names, check_shapes, e
 from skvq.loaders.quantized.choose import scheme_in
 from skvq.loaders.quantized.matrices import QuantizedMatrices
 from skvq.loaders.quantized.scheme import WHOLE_TYPES
+from skvq.loaders.rows import stored_rows
 from skvq.loaders.source import QuantizedBlocks, fingerprint_of, first_bytes, unknown_weight
 
 CODES = (".qweight", ".weight_packed")
@@ -81,9 +82,9 @@ class SafetensorsSource:
 
     def read(self, name: str) -> torch.Tensor:
         """The weight in its stored type, a view of the memory map; a quantized one expanded."""
-        quantized, order = self._quantized_of(name), self._row_order(name)
+        quantized, order = self._quantized_of(name), stored_rows(name, self._config)
         found = self._tensor(name) if quantized is None else quantized.read(name)
-        return found if order is None else found[order]
+        return found if order is None else found[torch.from_numpy(order)]
 
     def stored(self, name: str) -> tuple[str, int]:
         """Type and bytes of the weight, or of its blocks."""
@@ -94,9 +95,9 @@ class SafetensorsSource:
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """A quantized matrix, if there are blocks that hold just that."""
-        quantized, order = self._quantized_of(name), self._row_order(name)
+        quantized, order = self._quantized_of(name), stored_rows(name, self._config)
         found = None if quantized is None else quantized.blocks(name)
-        return found if found is None or order is None else replace(found, data=found.data[order])
+        return found if found is None or order is None else replace(found, data=found.data[torch.from_numpy(order)])
 
     def expanded(self, name: str) -> str:
         """The scheme of a quantized matrix that no blocks hold."""
@@ -108,14 +109,6 @@ class SafetensorsSource:
         if name not in self._shapes:
             raise unknown_weight(name, self._where)
         return self._quantized if self._quantized is not None and name in self._quantized.shapes else None
-
-    def _row_order(self, name: str) -> torch.Tensor | None:
-        """Stored row of each canonical row of what makes heads that RoPE turns in part; None where they are the same."""
-        heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}
-        part = name.split(".")[-2]
-        if not self._config.rotary_size or part not in heads:
-            return None
-        return halved_rows(heads[part], self._config.own_head_size, self._config.rotary_size)
 
     def _tensor(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, a view."""
@@ -157,18 +150,6 @@ class SafetensorsSource:
                 entry = self._entries[name]
                 kind = entry.kind if quantized is None else f"{entry.kind} {quantized.scheme}"
                 yield name, entry.shape, kind, first_bytes(self._tensor(name))
-
-
-def halved_rows(heads: int, head_size: int, turned: int) -> torch.Tensor:
-    """Stored row of each canonical row, int64 [heads * head_size]. Of a head's stored rows the first ``turned`` pair among
-    themselves and RoPE leaves the others; canonical ones pair as ``(j, head_size/2 + j)``.
-
-    >>> halved_rows(1, 8, 4).tolist()
-    [0, 1, 4, 5, 2, 3, 6, 7]
-    """
-    rows = torch.arange(head_size)
-    head = torch.cat([rows[:turned].view(2, -1), rows[turned:].view(2, -1)], dim=1)
-    return (torch.arange(heads)[:, None] * head_size + head.flatten()).flatten()
 
 
 def _canonical(entries: dict[str, _Entry]) -> dict[str, _Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +14,27 @@ from skvq.loaders.fields import Fields, model_config, shorten
 from skvq.loaders.gguf_header import GgufHeader
 from skvq.loaders.names import MAX_LAYERS
 
-ARCHITECTURES = {"llama": "llama", "mistral3": "ministral3", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral3": "ministral3",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
 """Name in a file -> family of the model."""
-END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
+END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 """Tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
 
+FREQS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+ROPE_TABLES = (FREQS, SHORT, LONG)
+"""What divides RoPE's frequencies: one table of Llama 3, two of Phi-3."""
 LLAMA3_ORIGINAL_CONTEXT = 8192
 CONTROL = 3
 
 
-def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.float32] | None) -> ModelConfig:
-    """ModelConfig of a header; ``rope_freqs`` is the tensor of that name, [D/2], if the file has one."""
+def parse_gguf_config(header: GgufHeader, where: str, tables: Mapping[str, NDArray[np.float32]]) -> ModelConfig:
+    """ModelConfig of a header; ``tables`` are the file's ``ROPE_TABLES`` by name, [D/2] each."""
     fields = Fields(header.metadata, where)
     arch = fields.text("general.architecture")
     if arch not in ARCHITECTURES:
@@ -34,13 +45,17 @@ def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.flo
     if layers > MAX_LAYERS:
         raise ModelError(f"{where}: block_count is {layers}, this engine supports at most {MAX_LAYERS}")
     head_size = fields.integer(f"{arch}.attention.key_length", max(1, hidden // heads))
-    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
-        if fields.integer(key, head_size) != head_size:
-            raise ModelError(f"{where}: {key} is {fields.integer(key)}, but the head size is {head_size}: not supported")
+    turned = fields.integer(f"{arch}.rope.dimension_count", head_size)
+    rotary_size = turned if arch == "phi3" and turned < head_size else 0
+    values = fields.integer(f"{arch}.attention.value_length", head_size)
+    for key, size in (("attention.value_length", values), ("rope.dimension_count", head_size if rotary_size else turned)):
+        if size != head_size:
+            raise ModelError(f"{where}: {arch}.{key} is {size}, but the head size is {head_size}: not supported")
     vocab = _vocab_size(header, where)
     context = fields.integer(f"{arch}.context_length")
-    rope = _rope(fields, arch, context, rope_freqs)
-    window = fields.integer(f"{arch}.attention.sliding_window", FULL_SPAN)
+    rope = _rope(fields, arch, context, tables)
+    window = f"{arch}.attention.sliding_window"
+    span = fields.integer(window) if fields.has(window) and fields.number(window) else FULL_SPAN
     return model_config(
         where,
         family=ARCHITECTURES[arch],
@@ -51,10 +66,11 @@ def parse_gguf_config(header: GgufHeader, where: str, rope_freqs: NDArray[np.flo
         num_heads=heads,
         num_kv_heads=_uniform(fields, f"{arch}.attention.head_count_kv", heads),
         head_size=head_size,
+        rotary_size=rotary_size,
         norm_eps=fields.positive(f"{arch}.attention.layer_norm_rms_epsilon"),
         rope=rope,
         trained_context=context,
-        attention_spans=(window,) * layers,
+        attention_spans=(span,) * layers,
         unturned_layers=tuple(range(3, layers, 4)) if arch == "smollm3" else (),
         tie_embeddings="output.weight" not in header.tensors,
         qkv_bias="blk.0.attn_q.bias" in header.tensors,
@@ -75,15 +91,21 @@ def llama3_factors(head_size: int, rope: RopeConfig) -> NDArray[np.float64]:
     return np.where(turns < rope.low_freq_factor, rope.factor, np.where(turns > rope.high_freq_factor, 1.0, blend))
 
 
-def _rope(fields: Fields, arch: str, context: int, freqs: NDArray[np.float32] | None) -> RopeConfig:
+def _rope(fields: Fields, arch: str, context: int, tables: Mapping[str, NDArray[np.float32]]) -> RopeConfig:
     theta = fields.positive(f"{arch}.rope.freq_base", 10_000.0)
     kind = fields.text(f"{arch}.rope.scaling.type", "linear" if fields.has(f"{arch}.rope.scale_linear") else "none")
+    for name, table in tables.items():
+        if not (np.isfinite(table).all() and (table > 0).all()):
+            raise ModelError(f"{fields.where}: {name} holds values that are not positive finite numbers: download it again")
+        if kind not in ("none", "longrope") and not np.allclose(table, 1.0):
+            raise ModelError(f"{fields.where}: {name} together with {kind[:80]} scaling is not supported")
+    if LONG in tables and SHORT in tables:
+        return _longrope(fields, arch, theta, context, tables)
     if kind not in ("none", "linear", "yarn"):
-        raise ModelError(f"{fields.where}: unknown RoPE scaling {kind[:80]!r}; known: none, linear, yarn, llama3")
+        raise ModelError(f"{fields.where}: unknown RoPE scaling {kind[:80]!r}; known: none, linear, yarn, llama3, longrope")
+    freqs = tables.get(FREQS)
     if freqs is not None and not np.allclose(freqs, 1.0):
-        if kind != "none":
-            raise ModelError(f"{fields.where}: rope_freqs.weight together with {kind} scaling is not supported")
-        return _rope_of_factors(freqs, theta, context, fields.where)
+        return _rope_of_factors(freqs, theta, context)
     factor = fields.number(f"{arch}.rope.scaling.factor", fields.number(f"{arch}.rope.scale_linear", 1.0)) or 1.0
     if kind == "none" or factor == 1.0:
         return RopeConfig(theta=theta, original_context=context)
@@ -105,10 +127,19 @@ def _rope(fields: Fields, arch: str, context: int, freqs: NDArray[np.float32] | 
     )
 
 
-def _rope_of_factors(freqs: NDArray[np.float32], theta: float, context: int, where: str) -> RopeConfig:
+def _longrope(fields: Fields, arch: str, theta: float, context: int, tables: Mapping[str, NDArray[np.float32]]) -> RopeConfig:
+    return RopeConfig(
+        kind="longrope",
+        theta=theta,
+        original_context=fields.integer(f"{arch}.rope.scaling.original_context_length", context),
+        attention_factor=fields.positive(f"{arch}.rope.scaling.attn_factor", 1.0),
+        short_factor=tuple(map(float, tables[SHORT])),
+        long_factor=tuple(map(float, tables[LONG])),
+    )
+
+
+def _rope_of_factors(freqs: NDArray[np.float32], theta: float, context: int) -> RopeConfig:
     """The llama3 config that gives these factors, else the factors themselves as a longrope that never switches."""
-    if not (np.isfinite(freqs).all() and (freqs > 0).all()):
-        raise ModelError(f"{where}: rope_freqs.weight holds values that are not positive finite numbers: download it again")
     llama3 = RopeConfig(kind="llama3", theta=theta, factor=float(freqs.max()), original_context=LLAMA3_ORIGINAL_CONTEXT)
     if np.allclose(llama3_factors(2 * len(freqs), llama3), freqs, rtol=1e-4):
         return llama3

@@ -17,13 +17,13 @@ from skvq.engine.errors import ModelError
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.ggml.recoded import RECODED, recoded, recoded_bytes
 from skvq.loaders.fields import Fields, reason
-from skvq.loaders.gguf_config import parse_gguf_config
+from skvq.loaders.gguf_config import ROPE_TABLES, parse_gguf_config
 from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
 from skvq.loaders.model_files import PART
-from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, layer_shapes
+from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, stacks
+from skvq.loaders.rows import stored_rows
 from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
 
-ROPE_FREQS = "rope_freqs.weight"
 PERMUTED = ("llama", "ministral3", "smollm3")
 """Families whose queries and keys llama.cpp turns as neighbouring channels."""
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,12 +35,14 @@ _PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 
@@ -55,21 +57,21 @@ class _Stored:
 
 
 class GgufSource:
-    """A GGUF file of architecture ``llama``, ``qwen2`` or ``qwen3``, or all its parts, one of which was given.
+    """A GGUF file of one of ``gguf_config.ARCHITECTURES``, or all its parts, one of which was given.
 
     Opening maps the file and reads its header; ModelError, one line, if it is not a whole GGUF file, of another
     architecture, of a type that cannot be expanded, or if the `gguf` package is not installed.
-    Files of architecture ``llama`` hold the rows of Q and K in another order; both ``read`` and ``blocks`` undo it.
+    Files of some hold the rows of Q and K in another order (``rows``); both ``read`` and ``blocks`` undo it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._where = str(path)
         header, stored = _open(Path(path))
         self.metadata = Fields(header.metadata, self._where)
-        self._config = parse_gguf_config(header, self._where, _rope_freqs(stored))
-        names = gguf_names(self._config)
+        self._config = parse_gguf_config(header, self._where, _rope_tables(stored))
+        names, stored = gguf_names(self._config), _apart(stored, self._config)
         back = {theirs: ours for ours, theirs in names.items()}
-        shapes = {back.get(name, name): item.shape for name, item in stored.items() if name != ROPE_FREQS}
+        shapes = {back.get(name, name): item.shape for name, item in stored.items() if name not in ROPE_TABLES}
         check_shapes(shapes, self._config, self._where)
         self._stored = {ours: stored[theirs] for ours, theirs in names.items()}
         self._fingerprint = fingerprint_of(self._config, self._samples())
@@ -138,11 +140,7 @@ class GgufSource:
 
     def _row_order(self, name: str) -> NDArray[np.int64] | None:
         """Stored row of each canonical row, or None where they are the same."""
-        if self._config.family not in PERMUTED:
-            return None
-        heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}
-        part = name.split(".")[-2]
-        return unpermuted_rows(heads[part], self._config.head_size) if part in heads else None
+        return stored_rows(name, self._config, interleaved=self._config.family in PERMUTED)
 
     def _samples(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
         for name, item in self._stored.items():
@@ -152,29 +150,37 @@ class GgufSource:
 def gguf_config(path: str | Path) -> ModelConfig:
     """ModelConfig of a GGUF file from its header alone; the same checks as opening it, but for the weights' shapes."""
     header, stored = _open(Path(path))
-    return parse_gguf_config(header, str(path), _rope_freqs(stored))
+    return parse_gguf_config(header, str(path), _rope_tables(stored))
 
 
 def gguf_names(config: ModelConfig) -> dict[str, str]:
     """Canonical name -> name in a GGUF file, for every weight of the model."""
-    names = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
-    for index in range(config.num_layers):
-        for inner in layer_shapes(config):
-            part, kind = inner.rsplit(".", 1)
-            names[f"model.layers.{index}.{inner}"] = f"blk.{index}.{_PARTS[part]}.{kind}"
-    return {name: names[name] for name in expected_shapes(config)}
+    outside = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
+    return {name: outside.get(name) or layer_name(name) for name in expected_shapes(config)}
 
 
-def unpermuted_rows(heads: int, head_size: int) -> NDArray[np.int64]:
-    """Stored row of each canonical row of Q or K in a ``llama`` file, [heads * head_size].
+def layer_name(name: str) -> str:
+    """Name in a GGUF file of a layer's weight, or of several stacked.
 
-    llama.cpp turns neighbouring channels (2i, 2i+1), Hugging Face (i, i + d/2); the converter interleaves each head.
-
-    >>> unpermuted_rows(1, 6).tolist()
-    [0, 2, 4, 1, 3, 5]
+    >>> layer_name("model.layers.3.self_attn.qkv_proj.weight")
+    'blk.3.attn_qkv.weight'
     """
-    rows = np.arange(heads * head_size, dtype=np.int64)
-    return np.ascontiguousarray(rows.reshape(heads, head_size // 2, 2).swapaxes(1, 2)).reshape(-1)
+    _, _, index, inner = name.split(".", 3)
+    part, kind = inner.rsplit(".", 1)
+    return f"blk.{index}.{_PARTS[part]}.{kind}"
+
+
+def _apart(stored: dict[str, _Stored], config: ModelConfig) -> dict[str, _Stored]:
+    """The same with matrices that were stored one above the other (Phi-3) under the name of each."""
+    shapes, found = expected_shapes(config), dict(stored)
+    for name, (shape, firsts) in stacks(shapes).items():
+        whole = stored.get(layer_name(name))
+        if whole is not None and whole.shape == shape:
+            del found[layer_name(name)]
+            for part, first in firsts.items():
+                rows = whole.data[first : first + shapes[part][0]]
+                found[layer_name(part)] = replace(whole, data=rows, shape=shapes[part])
+    return found
 
 
 def _quants() -> tuple[Any, Any]:
@@ -264,6 +270,6 @@ def _expand(item: _Stored) -> NDArray[np.float32]:
     return out.reshape(item.shape)
 
 
-def _rope_freqs(stored: dict[str, _Stored]) -> NDArray[np.float32] | None:
-    item = stored.get(ROPE_FREQS)
-    return None if item is None else _expand(item).reshape(-1)
+def _rope_tables(stored: dict[str, _Stored]) -> dict[str, NDArray[np.float32]]:
+    """Those of ``ROPE_TABLES`` that a file has, by name."""
+    return {name: _expand(stored[name]).reshape(-1) for name in ROPE_TABLES if name in stored}

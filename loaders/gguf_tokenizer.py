@@ -39,16 +39,14 @@ class _Rules:
 
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_CASED_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
 _LLAMA3 = _Rules(patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole_words=True, adds_bos=True)
 _QWEN2 = _Rules(patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",), compose=True)
-_TEKKEN = _Rules(
-    patterns=(rf"{_CASED_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
-    whole_words=True,
-    adds_bos=True,
-)
+_TEKKEN = _Rules(patterns=("|".join([*_CASED_WORDS, r"\p{N}", _CASED_REST]),), whole_words=True, adds_bos=True)
+_O200K = _Rules(patterns=("|".join([*(f"{word}{_CONTRACTIONS}?" for word in _CASED_WORDS), r"\p{N}{1,3}", _CASED_REST]),))
 _DEFAULT = _Rules(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
 """What llama.cpp does where a file names no pre-tokenizer that it knows."""
 PRE_TOKENIZERS = {
@@ -58,13 +56,17 @@ PRE_TOKENIZERS = {
     "falcon3": _LLAMA3,
     "pixtral": _LLAMA3,
     "smaug-bpe": replace(_LLAMA3, whole_words=False, adds_bos=False),
+    "dbrx": replace(_LLAMA3, whole_words=False, adds_bos=False),
     "tekken": _TEKKEN,
+    "gpt-4o": _O200K,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "smollm": _Rules(digits=True),
     "gpt-2": _Rules(),
     "default": _DEFAULT,
 }
+KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+"""Added tokens of Phi-3 that do not take in the white space behind them, as its others do; files do not tell."""
 
 
 def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
@@ -83,11 +85,15 @@ def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
     try:
         pipeline = build()
         control = {*np.flatnonzero(kinds == CONTROL).tolist(), *end_tokens(tokens, kinds)}
-        special = [AddedToken(tokens[i], normalized=False, special=True) for i in sorted(control)]
         users = [index for index in np.flatnonzero(kinds == USER_DEFINED).tolist() if index not in control]
-        plain = [AddedToken(tokens[i], normalized=False, special=False) for i in users]
-        pipeline.add_special_tokens([token for token in special if token.content])
-        pipeline.add_tokens([token for token in plain if token.content])
+        of_phi3 = kind == "llama" and fields.data.get("general.architecture") == "phi3"
+
+        def added(index: int, special: bool) -> AddedToken:
+            text = tokens[index]
+            return AddedToken(text, normalized=False, special=special, rstrip=of_phi3 and text not in KEEP_SPACE)
+
+        pipeline.add_special_tokens([added(i, True) for i in sorted(control) if tokens[i]])
+        pipeline.add_tokens([added(i, False) for i in users if tokens[i]])
     except Exception as error:
         raise ModelError(f"{fields.where}: its {len(tokens)} tokens do not form a vocabulary ({reason(error)})") from error
     adds_bos = fields.flag("tokenizer.ggml.add_bos_token", adds_bos)

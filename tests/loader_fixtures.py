@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as Pipeline
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from skvq.engine.config import ModelConfig, RopeConfig
+from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.loaders.gguf_config import ARCHITECTURES
-from skvq.loaders.gguf_file import PERMUTED, gguf_names
+from skvq.loaders.gguf_file import PERMUTED, gguf_names, layer_name
 from skvq.loaders.hf import config_to_json
-from skvq.loaders.names import expected_shapes
+from skvq.loaders.names import expected_shapes, stacks
+from skvq.loaders.rows import stored_rows
 
 WORDS = "the quick brown fox jumps over 12345 lazy dogs; it's naïve — déjà vu! def f(x):\n\treturn x ** 2\n 日本 😀 "
 
@@ -78,11 +79,6 @@ def write_checkpoint(folder: Path, config: ModelConfig, weights: Mapping[str, to
     return folder
 
 
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of Q or K as llama.cpp's converter writes them."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-
-
 def write_gguf(
     path: Path,
     config: ModelConfig,
@@ -93,7 +89,8 @@ def write_gguf(
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     part_tensors: int = 0,
 ) -> Path:
-    """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted where llama.cpp wants it.
+    """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted where llama.cpp wants it, and
+    stacked where it has them so.
 
     part_tensors: parts of so many tensors each, next to ``path``, which is none of them.
     """
@@ -115,13 +112,25 @@ def write_gguf(
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_context)
         writer.add_rope_scaling_yarn_log_mul(config.rope.mscale_all_dim)
         writer.add_attn_temperature_scale(config.rope.query_beta)
+    if config.family == "phi3":
+        writer.add_rope_dimension_count(config.turned_size)
+        writer.add_sliding_window(0 if config.attention_spans[0] == FULL_SPAN else config.attention_spans[0])
+    if config.rope.kind == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(config.rope.original_context)
+        writer.add_rope_scaling_attn_factors(config.rope.attention_factor or 1.0)
+        for name, factors in (("short", config.rope.short_factor), ("long", config.rope.long_factor)):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors, dtype=np.float32))
     extra(writer)
-    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    for name, theirs in gguf_names(config).items():
-        value = weights[name].numpy()
-        part = name.split(".")[-2]
-        if ARCHITECTURES[arch] in PERMUTED and part in heads:
-            value = permuted(value, heads[part])
+    interleaved = ARCHITECTURES[arch] in PERMUTED
+    names, values = gguf_names(config), {name: weight.numpy() for name, weight in weights.items()}
+    for name, value in values.items():
+        if (rows := stored_rows(name, config, interleaved=interleaved)) is not None:
+            values[name] = value[np.argsort(rows)]
+    for whole, (_, parts) in stacks(expected_shapes(config)).items() if config.family == "phi3" else ():
+        values[whole] = np.concatenate([values[part] for part in parts])
+        names = {name: theirs for name, theirs in names.items() if name not in parts} | {whole: layer_name(whole)}
+    for name, theirs in names.items():
+        value = values[name]
         if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(theirs, value)
         else:

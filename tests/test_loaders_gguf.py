@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ from skvq.loaders.published import ALIASES
 Types = gguf.GGMLQuantizationType
 GROWING = RopeConfig(kind="yarn", theta=1e4, factor=16.0, original_context=8, mscale=1.0, mscale_all_dim=1.0, query_beta=0.5)
 """Of Ministral 3: queries of the ninth token on are longer than they were."""
+LONGROPE = RopeConfig(
+    kind="longrope",
+    original_context=32,
+    attention_factor=1.25,
+    short_factor=tuple(1 + 0.25 * i for i in range(16)),
+    long_factor=tuple(1 + 2.5 * i for i in range(16)),
+)
+IN_PART = replace(LONGROPE, short_factor=LONGROPE.short_factor[:12], long_factor=LONGROPE.long_factor[:12])
+"""Of a head of 32 channels that turns in three quarters (Phi-4-mini)."""
 Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
 
 
@@ -58,6 +68,9 @@ Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_p
         {"family": "qwen3", "qk_norm": True},
         {"family": "ministral3", "rope": GROWING, "trained_context": 128},
         {"family": "smollm3", "num_layers": 5, "unturned_layers": (3,)},
+        {"family": "phi3", "rope": LONGROPE},
+        {"family": "phi3", "rotary_size": 24, "rope": IN_PART},
+        {"family": "phi3", "attention_spans": (17, 17)},
     ],
 )
 def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -70,7 +83,7 @@ def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[st
         assert source.blocks(name) is None
 
 
-@pytest.mark.parametrize("family", ["llama", "ministral3", "smollm3"])
+@pytest.mark.parametrize("family", ["llama", "ministral3", "smollm3", "phi3", "phi3 in part"])
 def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
     """To what its 16-bit cache does: the most likely tokens, in their order, after more tokens than are alike without what sets
     the family apart."""
@@ -78,8 +91,10 @@ def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
         "llama": {},
         "ministral3": {"rope": GROWING, "trained_context": 128},
         "smollm3": {"num_layers": 4, "unturned_layers": (3,), "tie_embeddings": True},
+        "phi3": {"rope": LONGROPE, "hidden_size": 128},
+        "phi3 in part": {"rope": IN_PART, "rotary_size": 24, "tie_embeddings": True, "hidden_size": 128},
     }
-    config = tiny_config(family=family, **own[family], bos_token_id=None, eos_token_ids=())
+    config = tiny_config(family=family.split()[0], **own[family], bos_token_id=None, eos_token_ids=())
     weights = {name: 1 + 0.3 * t if t.ndim == 1 else 1.5 * t / t.shape[1] ** 0.5 for name, t in random_weights(config).items()}
     file = write_gguf(tmp_path / "m.gguf", config, weights, extra=few_words(config))
     ids = torch.randint(3, 320, (50,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -316,7 +331,7 @@ NESTED = struct.pack("<IQ", 9, 1) * 50
         (header_bytes((KEY + struct.pack("<I", 8) + string("llama")) * 2, keys=2), ["twice"]),
         (
             header_bytes(KEY + struct.pack("<I", 8) + string("mamba"), keys=1),
-            ["mamba", "llama, mistral3, qwen2, qwen3"],
+            ["mamba", "llama, mistral3, phi3, qwen2"],
         ),
         (header_bytes(), ["general.architecture is missing"]),
         (header_bytes(string("t") + struct.pack("<I", 9) + bytes(40), tensors=1), ["9 dimensions"]),
@@ -376,7 +391,7 @@ def test_no_metadata_raise_anything_but_our_error(changes: dict[str, Any], spm: 
     tensors = {"token_embd.weight": TensorEntry(shape=(8, 8), kind=0, offset=0)}
     header = GgufHeader(metadata=data | changes, tensors=tensors, data_start=0)
     try:
-        config = parse_gguf_config(header, "m.gguf", None)
+        config = parse_gguf_config(header, "m.gguf", {})
         tokenizer = build_tokenizer(Fields(header.metadata, "m.gguf"), config)
         tokenizer.decode(tokenizer.encode("ab a"))
     except SkvqError as error:

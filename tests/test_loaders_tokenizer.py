@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import regex  # type: ignore[import-untyped]
 import sentencepiece
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from loader_fixtures import (
     tiny_config,
     write_checkpoint,
 )
-from tokenizers import processors
+from tokenizers import Regex, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
@@ -35,7 +36,7 @@ from skvq.loaders.dummy import dummy_tokenizer
 from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields
 from skvq.loaders.gguf_config import CONTROL, end_tokens
-from skvq.loaders.gguf_tokenizer import BYTE, NORMAL, UNKNOWN, USER_DEFINED, build_tokenizer
+from skvq.loaders.gguf_tokenizer import BYTE, NORMAL, PRE_TOKENIZERS, UNKNOWN, USER_DEFINED, build_tokenizer
 from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import resolve
 from skvq.loaders.model_files import ModelFiles
@@ -460,6 +461,16 @@ def test_half_a_surrogate_pair_is_no_special_token(spm_folder: ModelFiles, tmp_p
     refused(lambda: load_tokenizer(files.path), "bos_token", "not valid Unicode")
 
 
+def test_white_space_after_the_added_tokens_of_phi3_is_taken_in(spm_model: bytes) -> None:
+    """As its tokenizer.json says and its GGUF files do not: behind all but ``<s>``, ``<unk>`` and ``<|endoftext|>``."""
+    fields = spm_fields(spm_model, **{"general.architecture": "phi3"})
+    plain, ours = (build_tokenizer(Fields(data, "m.gguf"), tiny_config()) for data in (spm_fields(spm_model).data, fields.data))
+    for token, takes in (("</s>", True), ("[TOOL]", True), ("<s>", False)):
+        text = f"fox{token} \n lazy"
+        want = plain.encode(text.replace(" \n ", "") if takes else text, bos=False)
+        assert ours.encode(text, bos=False) == want, token
+
+
 def test_no_space_is_added_where_the_file_says_so(spm_model: bytes) -> None:
     built = build_tokenizer(spm_fields(spm_model, **{"tokenizer.ggml.add_space_prefix": False}), tiny_config())
     assert not built.strips_first_space
@@ -512,6 +523,8 @@ def test_qwen2_vocabularies_equal_transformers(text: str) -> None:
         ("default", False, ["123", "4"], False),
         ("tekken", True, ["1", "2", "3", "4"], True),
         ("smaug-bpe", False, ["123", "4"], True),
+        ("dbrx", False, ["123", "4"], True),
+        ("gpt-4o", False, ["123", "4"], True),
     ],
 )
 def test_each_pre_tokenizer_draws_its_own_boundaries(pre: str, bos: bool, digits: list[str], contraction: bool) -> None:
@@ -520,6 +533,29 @@ def test_each_pre_tokenizer_draws_its_own_boundaries(pre: str, bos: bool, digits
     assert (ours.encode("x")[0] == 0) == bos
     assert [ours.token_bytes(i).decode() for i in ours.encode("1234", bos=False)] == digits
     assert (b"'RE" in [ours.token_bytes(i) for i in ours.encode("we'RE", bos=False)]) == contraction
+
+
+O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+"""Of OpenAI's tiktoken 0.14."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("aZéÉǅʰあ\u0301१½39'sLrevm \n\r\t/.,!日한😀_-")))
+@example(text="We'RE at HTTPServer2024's  \n//x ǅ don't")
+def test_gpt_4o_cuts_a_text_as_tiktoken_does(text: str) -> None:
+    [pattern] = PRE_TOKENIZERS["gpt-4o"].patterns
+    cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated").pre_tokenize_str(text)
+    assert [piece for piece, _ in cut] == regex.findall(O200K, text)
 
 
 def test_files_that_name_no_pre_tokenizer_are_known_by_their_tokens() -> None:
