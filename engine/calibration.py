@@ -136,6 +136,21 @@ def with_chosen_bits(cache: CacheConfig, path: Path, model: ModelConfig, **wante
     return chosen
 
 
+def as_calibrated(cache: CacheConfig, path: Path, model: ModelConfig, fingerprint: str) -> CacheConfig:
+    """The cache fitted to a model, with the bits of each layer that the artifact at ``path`` chose, if they are open.
+
+    Raises CalibrationError unless the artifact is for this model and these options; its tensors are not read.
+    """
+    cache = with_chosen_bits(cache, path, model, fingerprint=fingerprint).fitted(model)
+    require_made_for(path, load_header(path), cache, fingerprint)
+    return cache
+
+
+def needs_none(path: Path) -> OptionError:
+    """The error of a calibration given to caches of 16 bits alone."""
+    return OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {path} out")
+
+
 def require_made_for(path: Path, header: ArtifactHeader, cache: CacheConfig, fingerprint: str) -> None:
     """Raise CalibrationError unless the artifact at ``path`` was made for this model and these options."""
     require(header, str(path), fingerprint=fingerprint, method=cache.method, bits_budget=cache.bits_budget)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from skvq.engine.arena import Arena
 from skvq.engine.cache_setup import CacheSetup, OnFull
-from skvq.engine.calibration import cached_or_made, load_for, require_made_for, with_chosen_bits
+from skvq.engine.calibration import as_calibrated, cached_or_made, load_for, needs_none
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
@@ -33,7 +32,6 @@ from skvq.engine.storage import Form, WeightReader
 from skvq.engine.streams import streams_of
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.interface import Backend
-from skvq.loaders.artifact import load_header
 from skvq.loaders.open import open_model, stand_in
 from skvq.loaders.source import WeightSource
 from skvq.loaders.text import Tokenizer
@@ -108,15 +106,11 @@ def load_parts(
         name, dummy_weights=dummy_weights, download=download, chat_template_kwargs=chat_template_kwargs
     )
     config = as_taken(source.config if rope_scaling is None else scaled(source.config, rope_scaling))
-    if calibration is not None:
-        cache = with_chosen_bits(cache, calibration, config, fingerprint=source.fingerprint)
     if cache.is_packed and CacheConfig().group_size != cache.group_size > config.head_size:
         report.message(f"groups of {cache.group_size} channels are cut to the heads, of {config.head_size}")
-    cache = cache.fitted(config)
-    if calibration is not None:
-        if not cache.is_packed:
-            raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
-        require_made_for(calibration, load_header(calibration), cache, source.fingerprint)  # before weights are read
+    if calibration is not None and not cache.is_packed:
+        raise needs_none(calibration)
+    cache = cache.fitted(config) if calibration is None else as_calibrated(cache, calibration, config, source.fingerprint)
     planner = planner_for(source, config, cache)
     plan = planner.plan_that_fits(max_context)
     context = plan.context

@@ -22,6 +22,7 @@ from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.dense import attend_all
 from skvq.kernels.layout import gpu_head_size
+from skvq.loaders.dummy import DummySource
 from skvq.loaders.hub import config_of, resolve
 from skvq.loaders.open import dummy_source, open_source
 from skvq.loaders.source import WeightSource
@@ -207,13 +208,18 @@ def plan_report(
     card = _card(device, dtype)
     if card.name != "cpu":
         config = config.with_heads_of(gpu_head_size(config.head_size))
-    cache = (cache if calibration is None else with_chosen_bits(cache, calibration, config)).fitted(config)
+    weights = _weights_of(model, config)
+    if calibration is not None:
+        known = {} if isinstance(weights, DummySource) else {"fingerprint": weights.fingerprint}
+        cache = with_chosen_bits(cache, calibration, config, **known)
+    cache = cache.fitted(config)
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:
             raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
     device = "cuda" if card.name in CARDS else card.name
-    weight_bytes, table_bytes, expanded_bytes = _weight_bytes(model, config, torch.device(device), card.dtype)
+    form = form_of("numba" if card.name == "cpu" else "triton", torch.device(device), card.dtype)
+    weight_bytes, expanded_bytes = form.held_bytes(weights), form.expanded_bytes(weights)
     if expanded_bytes:
         card = replace(card, weight_efficiency=min(card.weight_efficiency, OF_BLOCKS))
     room = Room(
@@ -234,7 +240,7 @@ def plan_report(
         plan=plan,
         largest=largest,
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
-        decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - table_bytes),
+        decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - form.table_bytes(weights)),
         trained_context=source.trained_context,
         advice="" if plan.fits else planner.advice(),
     )
@@ -273,16 +279,12 @@ def predicted_decode(config: ModelConfig, cache: CacheConfig, card: Machine, con
     return float(weights / (card.bandwidth * card.weight_efficiency) + packed / (card.bandwidth * card.cache_efficiency))
 
 
-def _weight_bytes(model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes held for the weights, for an embedding table of its own among them, and expanded of them at a time: exactly where
-    the files are here, or the name says what their blocks are, else what to expect."""
-    form = form_of("numba" if device.type == "cpu" else "triton", device, dtype)
-    source: WeightSource
+def _weights_of(model: str, config: ModelConfig) -> WeightSource:
+    """The weights if their files are here, else dummy ones: in blocks where the name says so."""
     try:
-        source = open_source(resolve(model, download=False))
+        return open_source(resolve(model, download=False))
     except ModelError:
-        source = dummy_source(model, config)
-    return form.held_bytes(source), form.table_bytes(source), form.expanded_bytes(source)
+        return dummy_source(model, config)
 
 
 def parse_bytes(text: str) -> int:

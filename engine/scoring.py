@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.calibration import require_made_for, with_chosen_bits
+from skvq.engine.calibration import as_calibrated, needs_none
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError, counted
 from skvq.engine.evaluate import (
@@ -28,7 +28,6 @@ from skvq.engine.loading import EngineParts, with_cache
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.report import Reporter
 from skvq.engine.sizes import regions_of, with_longest_tile
-from skvq.loaders.artifact import load_header
 
 
 def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ def evaluate(
     for cache in caches:
         require_type("each of caches", cache, CacheConfig)
     if calibration is not None and caches and not any(cache.is_packed for cache in caches):
-        raise OptionError(f"method 'fp' keeps 16 bits and needs no calibration: leave {calibration} out")
+        raise needs_none(calibration)
     if len(token_ids) < tokens:
         report.message(f"the text has {len(token_ids):,} of the {tokens:,} tokens asked for")
     ids = parts.model.ids(token_ids[:tokens])
@@ -99,10 +98,8 @@ def evaluate(
                 f"{regions.window + regions.tile:,}: score longer stretches (--stride, --tokens)"
             )
     if calibration is not None:
-        header = load_header(calibration)
-        for cache in (one.fitted(parts.model.config) for one in caches if one.is_packed):
-            chosen = with_chosen_bits(cache, calibration, parts.model.config, fingerprint=parts.loaded.fingerprint)
-            require_made_for(calibration, header, chosen, parts.loaded.fingerprint)
+        for cache in (one for one in caches if one.is_packed):
+            as_calibrated(cache, calibration, parts.model.config, parts.loaded.fingerprint)
     references = [dense_hidden(parts, s) for s in stretches]
     layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
     rows = []

@@ -547,7 +547,8 @@ def test_a_budget_of_bits_from_calibration_to_answer(model: Path, tmp_path: Path
     refused(call("run", *use, "--key-bits", 3, "-p", "the"), "bits_budget 2.7", "key_bits 3", "one or the other")
     refused(call("plan", "--model", model, "--ctx", 10, "--bits-budget", 1.5), "1.5", "larger budget")
     refused(call("plan", *use, "--method", "reorder"), "'rotate'", "'reorder'")
-    refused(call("plan", "--model", "smollm2-135m", *budget, "--calibration", made), "not for this model", "30")
+    refused(call("plan", "--model", "smollm2-135m", *budget, "--calibration", made), "made for another model")
+    refused(call("plan", "--model", "mistral-7b", *budget, "--calibration", made), "not for this model", "32")  # no files here
 
 
 def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path) -> None:
