@@ -213,7 +213,7 @@ def _yarn(rope: RopeConfig, trained: int, size: int, inv_freq: Tensor) -> tuple[
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    ramp = (torch.arange(size // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(size // 2, dtype=torch.float64) - low) / (high - low or 0.001)
     extrapolated = 1 - ramp.clamp(0, 1)
     scale = rope.attention_factor
     if scale is None and rope.mscale and rope.mscale_all_dim:

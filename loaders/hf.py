@@ -10,7 +10,7 @@ from typing import Any
 
 from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
-from skvq.loaders.fields import Fields, model_config, read_json
+from skvq.loaders.fields import Fields, model_config, read_json, shorten
 from skvq.loaders.names import MAX_LAYERS
 from skvq.loaders.quantized.choose import scheme_of
 
@@ -31,7 +31,9 @@ class _Family:
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     tie_embeddings: bool = False
-    rope: Mapping[str, Any] = field(default_factory=dict)  # as ``rope_parameters``
+    theta: float = 10_000.0
+    rope: Mapping[str, Any] = field(default_factory=dict)  # as ``rope_parameters``, where a config has none
+    original_context: int = 0  # before it was stretched, if that is not in ``rope_parameters``
 
 
 _FAMILIES = {
@@ -39,7 +41,9 @@ _FAMILIES = {
     "MistralForCausalLM": _Family(name="mistral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
     "Qwen2ForCausalLM": _Family(name="qwen2", kv_heads=32, context=32768, sliding_window=4096, bos=None, eos=()),
     "MinistralForCausalLM": _Family(name="ministral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
-    "Phi3ForCausalLM": _Family(name="phi3", kv_heads=0, context=4096, sliding_window=0, bos=1, eos=(32000,), norm_eps=1e-5),
+    "Phi3ForCausalLM": _Family(
+        name="phi3", kv_heads=0, context=4096, sliding_window=0, bos=1, eos=(32000,), norm_eps=1e-5, original_context=4096
+    ),
     "SeedOssForCausalLM": _Family(
         name="seed_oss", kv_heads=8, head_size=128, context=524288, sliding_window=0, bos=0, eos=(2,), qkv_bias=True
     ),
@@ -53,11 +57,11 @@ _FAMILIES = {
     ),
     "SmolLM3ForCausalLM": _Family(
         name="smollm3", kv_heads=4, context=32768, sliding_window=0, bos=128000, eos=(128001,), tie_embeddings=True,
-        rope={"rope_theta": 2e6},
+        theta=2e6,
     ),
     "CwmForCausalLM": _Family(
         name="cwm", kv_heads=8, head_size=128, context=131072, sliding_window=8192, bos=128000, eos=(128001, 128008, 128009),
-        norm_eps=1e-5,
+        norm_eps=1e-5, theta=1e6,
         rope={
             "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
@@ -105,7 +109,7 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
     rotary_size = _rotary_size(fields, family, head_size)
-    rope = parse_rope(fields, context, rotary_size or head_size, family.rope)
+    rope = _rope(fields, context, rotary_size or head_size, family)
     return model_config(
         fields.where,
         family=family.name,
@@ -147,20 +151,25 @@ def _rotary_size(fields: Fields, family: _Family, head_size: int) -> int:
     return size
 
 
-def parse_rope(fields: Fields, context: int, turned: int, assumed: Mapping[str, Any]) -> RopeConfig:
-    """RopeConfig from ``rope_parameters`` (transformers 5), or ``rope_scaling`` and ``rope_theta`` (before); ``assumed`` where
-    there is none of these. ``turned``: channels of a head that it turns."""
+def _rope(fields: Fields, context: int, turned: int, family: _Family) -> RopeConfig:
+    """RopeConfig from ``rope_parameters`` (transformers 5), or ``rope_scaling`` and ``rope_theta`` (before).
+
+    turned: channels of a head that it turns.
+    """
     rope = _rope_section(fields)
-    if not rope.data and not fields.has("rope_theta"):
-        rope = Fields(assumed, rope.where)
+    if not rope.data:
+        rope = Fields(family.rope, rope.where)
     nested = [key for key, value in rope.data.items() if isinstance(value, dict)]
     if nested:
         raise ModelError(f"{rope.where}: separate RoPE settings per layer type ({', '.join(nested[:3])}) are not supported")
     kind = rope.text("rope_type", rope.text("type", "default"))
-    kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
+    if kind == "su" or (kind == "yarn" and family.name == "phi3"):  # its names in the first files of Phi-3
+        kind = "longrope"
     if kind not in ROPE_TYPES:
         raise ModelError(f"{rope.where}: unknown RoPE type {kind[:80]!r}; known: {', '.join(ROPE_TYPES)}")
-    original = fields.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", context))
+    original = rope.integer("original_max_position_embeddings", context)
+    if kind in ("llama3", "yarn", "longrope"):
+        original = fields.integer("original_max_position_embeddings", family.original_context or original)
     factors = ("short_factor", "long_factor") if kind == "longrope" else ()
     lists = {key: rope.numbers(key, turned // 2) for key in factors}
     stretched = kind in ("linear", "dynamic", "llama3")
@@ -168,7 +177,7 @@ def parse_rope(fields: Fields, context: int, turned: int, assumed: Mapping[str, 
     factor = rope.positive("factor", None if stretched else _implied_factor(kind, context, original))
     return RopeConfig(
         kind=kind,
-        theta=rope.positive("rope_theta", fields.positive("rope_theta", 10_000.0)),
+        theta=rope.positive("rope_theta", fields.positive("rope_theta", family.theta)),
         factor=factor,
         original_context=context if kind in ("default", "linear", "dynamic") and not beta else original,
         low_freq_factor=rope.positive("low_freq_factor", 1.0),
@@ -185,12 +194,15 @@ def parse_rope(fields: Fields, context: int, turned: int, assumed: Mapping[str, 
 
 
 def _rope_section(fields: Fields) -> Fields:
-    """``rope_parameters``, over which ``rope_scaling`` counts where a config has both: it was added by hand."""
+    """``rope_parameters``, or ``rope_scaling`` where a config has both: it was added by hand, to stretch what is there."""
     parameters, scaling = fields.section("rope_parameters"), fields.section("rope_scaling")
     added = {key: value for key, value in scaling.data.items() if value is not None}
     if "type" in added:
         added.setdefault("rope_type", added["type"])
-    return Fields({**parameters.data, **added}, scaling.where if added else parameters.where)
+    if not added:
+        return parameters
+    kept = {key: parameters.data[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters.data}
+    return Fields(kept | added, scaling.where)
 
 
 def _attention_factor(rope: Fields, kind: str, factor: float) -> float | None:
@@ -283,7 +295,7 @@ def _refuse_unsupported(fields: Fields) -> None:
     """What would load and then compute something else than the model."""
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ModelError(f"{fields.where}: hidden_act is {activation!r}, this engine supports only 'silu'")
+        raise ModelError(f"{fields.where}: hidden_act is {shorten(repr(activation))}, this engine supports only 'silu'")
 
 
 def _implied_factor(kind: str, context: int, original: int) -> float:

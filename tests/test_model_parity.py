@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,10 @@ SCALINGS: dict[str, tuple[dict[str, Any], int]] = {
 
 def oracle(family: str, **changes: Any) -> Any:
     """A `transformers` model whose logits depend on everything: wide weights, biases and norms off their defaults."""
-    config = getattr(transformers, f"{family}Config")(**(BASE | changes), attn_implementation="eager")
+    return random_model(family, getattr(transformers, f"{family}Config")(**(BASE | changes), attn_implementation="eager"))
+
+
+def random_model(family: str, config: Any) -> Any:
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -122,8 +126,10 @@ def expected(model: Any, ids: list[int]) -> Tensor:
     return model(torch.tensor([ids])).logits[0].float()
 
 
-def load(model: Any, folder: Path, context: int, **options: Any) -> Engine:
+def load(model: Any, folder: Path, context: int, config: str = "", **options: Any) -> Engine:
     model.save_pretrained(folder, **options)
+    if config:
+        (folder / "config.json").write_text(config)
     byte_level_pipeline(size=VOCAB).save(str(folder / "tokenizer.json"))
     return Engine.load(
         folder,
@@ -174,6 +180,45 @@ def test_longrope_of_phi3_equals_transformers(tmp_path: Path, turned: int, count
     model, ids = oracle("Phi3", rope_parameters=rope, **changes), random_ids(count)
     wanted = expected(model, ids)
     assert (load(model, tmp_path, count).logits(ids) - wanted).abs().max() <= MAX_DIFFERENCE
+
+
+FACTORS = {"short_factor": RISING, "long_factor": STEEP}
+STATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM3's theta where only a stretch is stated": ("SmolLM3", {"rope_scaling": YARN}),
+    "SmolLM3's theta where only a type is stated": ("SmolLM3", {"rope_parameters": {"rope_type": "default"}}),
+    "CWM's theta where only a stretch is stated": ("Cwm", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "CWM's stretch where only a theta is stated": ("Cwm", {"rope_theta": 5e5}),
+    "Ministral 3's stretch where only a theta is stated": ("Ministral3", {"head_dim": 16, "rope_theta": 5e5}),
+    "Ministral 3 without yarn, with another trained length": (
+        "Ministral3",
+        {"head_dim": 16, "rope_parameters": GROWING | {"rope_type": "default"}, "original_max_position_embeddings": 128},
+    ),
+    "Phi-3's own trained length": ("Phi3", {"rope_scaling": {"type": "longrope", **FACTORS}, "max_position_embeddings": 8192}),
+    "Phi-3's own trained length, whatever its RoPE says": ("Phi3", {"rope_scaling": LONGROPE, "max_position_embeddings": 8192}),
+    "Phi-3's longrope by the name of yarn": (
+        "Phi3",
+        {"rope_scaling": {"type": "yarn", **FACTORS}, "original_max_position_embeddings": 64},
+    ),
+    "a stretch added to another": (
+        "Llama",
+        {"rope_parameters": YARN | {"attention_factor": 1.7, "rope_theta": 1e4}, "rope_scaling": YARN | {"factor": 2.0}},
+    ),
+    "yarn whose betas are in the wrong order": ("Llama", {"rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 2.0, "truncate": False}}),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(tmp_path: Path, name: str) -> None:
+    family, stated = STATED[name]
+    layers = {"layer_types": ["full_attention"] * 2, "head_dim": 16} if family == "Cwm" else {}
+    kind = getattr(transformers, f"{family}Config").model_type
+    data = {"architectures": [f"{family}ForCausalLM"], "model_type": kind, "pad_token_id": 0}
+    text = json.dumps(BASE | data | layers | stated)
+    (tmp_path / "config.json").write_text(text)
+    config = transformers.AutoConfig.from_pretrained(tmp_path, attn_implementation="eager")
+    model, ids = random_model(family, config), random_ids(101)
+    wanted = expected(model, ids)
+    assert (load(model, tmp_path, 101, config=text).logits(ids) - wanted).abs().max() <= MAX_DIFFERENCE
 
 
 def test_dynamic_rope_within_the_trained_length_is_no_scaling(tmp_path: Path) -> None:
