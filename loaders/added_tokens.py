@@ -14,8 +14,9 @@ from tokenizers import Tokenizer as Pipeline
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import Fields, read_json, reason
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA_NAMES = ("additional_special_tokens", "extra_special_tokens")
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +31,21 @@ class AddedToken:
     single_word: bool = False
 
 
-def special_tokens(options: Fields) -> dict[str, str]:
-    """Name -> spelling, such as ``bos_token``; older files write a token as an object with ``content``."""
-    found = {name: _spelling(options.data.get(name), name, options) for name in SPECIAL_NAMES}
-    return {name: text for name, text in found.items() if text is not None}
-
-
-def extra_tokens(options: Fields) -> list[str]:
-    """Spellings of special tokens that have no name of their own."""
-    found = []
+def special_tokens(options: Fields) -> dict[str, AddedToken]:
+    """Special tokens by name, such as ``bos_token``, or such as a file makes up; it may write one as an object."""
+    named = {name: options.data[name] for name in SPECIAL_NAMES if name in options.data}
     for name in EXTRA_NAMES:
-        value = options.data.get(name)
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        found += [text for item in items if (text := _spelling(item, name, options))]
-    return found
+        if isinstance(own := options.data.get(name), dict):
+            named |= {key: value for key, value in own.items() if key not in named}
+    found = {name: _special(value, name, options) for name, value in named.items()}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def nameless_tokens(options: Fields) -> list[AddedToken]:
+    """Special tokens that have no name."""
+    listed = [(name, value) for name in EXTRA_NAMES if isinstance(value := options.data.get(name), list)]
+    found = [_special(item, name, options) for name, value in listed for item in value]
+    return [token for token in found if token is not None]
 
 
 def declared_tokens(options: Fields) -> dict[int, AddedToken]:
@@ -52,7 +54,7 @@ def declared_tokens(options: Fields) -> dict[int, AddedToken]:
     for name, token in options.section("added_tokens_decoder").data.items():
         fields = Fields(token if isinstance(token, dict) else {}, f"added token {name[:20]} of {options.where}")
         text = require_unicode(fields.text("content"), fields.where)
-        flags = {flag: fields.flag(flag, False) for flag in ("special", "lstrip", "rstrip", "normalized", "single_word")}
+        flags = {flag: fields.flag(flag, False) for flag in ("special", *FLAGS)}
         index = int(name) if name.isdecimal() and len(name) < 10 else name
         found[require_id(index, text, options.where)] = AddedToken(text, **flags)
     return found
@@ -68,11 +70,15 @@ def listed_tokens(folder: Path) -> dict[int, AddedToken]:
 
 
 def with_tokens(
-    pipeline: Pipeline, declared: Mapping[int, AddedToken], listed: Mapping[int, AddedToken], names: Iterable[str], where: str
+    pipeline: Pipeline,
+    declared: Mapping[int, AddedToken],
+    listed: Mapping[int, AddedToken],
+    special: Iterable[AddedToken],
+    where: str,
 ) -> Pipeline:
-    """A pipeline that finds these tokens too, as `transformers` adds them: ``declared`` as it says, ``listed`` and ``names``,
-    which are special, unless the pipeline knows better; what it has under another id stays there. ModelError if one that it
-    does not have would get another id.
+    """A pipeline that finds these tokens too, as `transformers` adds them: ``declared`` as it says, ``listed`` and ``special``
+    unless the pipeline knows better; what it has under another id stays there. ModelError if one that it does not have would
+    get another id.
     """
     known = {index: AddedToken(**_flags(token)) for index, token in pipeline.get_added_tokens_decoder().items()}
     spelled = {token.content for token in (*known.values(), *declared.values())}
@@ -87,8 +93,8 @@ def with_tokens(
         except Exception as error:
             raise ModelError(f"{where} adds tokens that do not go with tokenizer.json ({reason(error)})") from error
     spelled = {token.content for token in pipeline.get_added_tokens_decoder().values()}
-    names = [text for text in dict.fromkeys(names) if text and text not in spelled]
-    pipeline.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in names])
+    others = {token.content: token for token in special if token.content not in spelled}
+    pipeline.add_special_tokens([tokenizers.AddedToken(**asdict(token)) for token in others.values()])
     for index, token in new.items():
         text, found = token.content[:40], pipeline.token_to_id(token.content)
         if found != index:
@@ -112,9 +118,14 @@ def require_id(index: object, text: str, where: str) -> int:
     return index
 
 
-def _spelling(value: Any, name: str, options: Fields) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return require_unicode(text, f"{name} of {options.where}") if isinstance(text, str) else None
+def _special(value: Any, name: str, options: Fields) -> AddedToken | None:
+    """The token that a file spells, or describes in an object; None if it is neither, or empty."""
+    data = value if isinstance(value, dict) else {"content": value}
+    text = data.get("content")
+    if not isinstance(text, str) or not text:
+        return None
+    flags = {flag: data.get(flag) is True for flag in FLAGS}
+    return AddedToken(require_unicode(text, f"{name} of {options.where}"), special=True, **flags)
 
 
 def _flags(token: Any) -> dict[str, Any]:

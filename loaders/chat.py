@@ -12,6 +12,8 @@ from skvq.loaders.fields import reason
 
 ALWAYS_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 """Names that every template gets."""
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Names that what an assistant thought goes by."""
 LAST_WORD = "last-word-of-the-assistant"
 """What an assistant says in a conversation rendered for what comes after it: no template changes it."""
 
@@ -80,16 +82,23 @@ def render_turn(template: str | None, messages: Sequence[Mapping[str, Any]], giv
 
 
 def _plain(index: int, message: object) -> dict[str, Any]:
-    """The message; content in OpenAI's parts, ``[{"type": "text", "text": ...}, ...]``, is joined: templates expect a text."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+    """The message as templates expect it: what is null left out, OpenAI's parts, ``[{"type": "text", "text": ...}, ...]``,
+    joined, and what was thought under the name of ``reasoning_content`` too."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise OptionError(f"chat message {index} must have 'role' and 'content', got {str(message)[:80]!r}")
-    content = message["content"]
-    if not isinstance(content, (list, tuple)):
-        if content is None and message["role"] in ("system", "user"):
+    message = {key: value for key, value in message.items() if value is not None}
+    thought = next((message[key] for key in THOUGHTS if key in message), None)
+    if thought is not None:
+        message = {"thinking": thought, **message, "reasoning_content": thought}
+    content = message.get("content")
+    if content is None:
+        if message["role"] in ("system", "user"):
             raise OptionError(f"chat message {index} has no content: give a text")
-        if content is not None and not isinstance(content, str):
-            raise OptionError(f"chat message {index}: content must be a text, got {str(content)[:80]!r}")
-        return dict(message)
+        return message
+    if isinstance(content, str):
+        return message
+    if not isinstance(content, (list, tuple)):
+        raise OptionError(f"chat message {index}: content must be a text, got {str(content)[:80]!r}")
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
     for part, text in zip(content, texts, strict=True):
         if not isinstance(text, str):

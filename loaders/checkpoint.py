@@ -170,11 +170,14 @@ def _apart(entries: dict[str, _Entry], config: ModelConfig) -> dict[str, _Entry]
 
 
 def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Shard file name -> names of the tensors that the index puts there; none for a single file: whatever it holds."""
-    if (folder / INDEX).is_file():
-        return _indexed_shards(folder / INDEX)
+    """Shard file name -> names of the tensors that the index puts there; none for a single file: whatever it holds.
+
+    Of both, the single file counts: an index is what saving in one file leaves of an earlier save in shards.
+    """
     if (folder / SINGLE).is_file():
         return {SINGLE: ()}
+    if (folder / INDEX).is_file():
+        return _indexed_shards(folder / INDEX)
     pickled = sorted(folder.glob("pytorch_model*.bin")) + sorted(folder.glob("*.pth"))
     hint = (
         f"{pickled[0].name} is a pickle, which this engine never opens: convert it to safetensors"

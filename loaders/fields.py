@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,22 @@ def reason(error: BaseException) -> str:
     """Type and first line of an exception, short enough for a one-line message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shorten(lines[0], 160)}" if lines else type(error).__name__
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether it says that something failed: a panic of a library in Rust does, though it is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def read_by_library(what: str) -> Iterator[None]:
+    """Around a library's work on a file: whatever fails is a ModelError that begins with ``what``."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ModelError(f"{what} ({reason(error)}): download it again") from error
 
 
 def read_json(path: Path) -> Fields:

@@ -9,7 +9,7 @@ from typing import Any
 
 from skvq.engine.errors import ModelError
 from skvq.loaders.chat import render_chat, render_turn
-from skvq.loaders.fields import reason
+from skvq.loaders.fields import is_failure, reason
 from skvq.loaders.text import Message, decode_ids
 
 
@@ -76,7 +76,9 @@ class FileTokenizer(ABC):
         settings = self._settings
         try:
             ids = self._ids(text)
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise self._not_encoded(text, error) from error
         if bos and settings.adds_bos and settings.bos_token_id is not None:
             ids = [settings.bos_token_id, *ids]
@@ -106,7 +108,7 @@ class FileTokenizer(ABC):
         """Names that the template may use."""
         return {**self._settings.special_tokens, **self.template_kwargs}
 
-    def _not_encoded(self, text: str, error: Exception) -> ModelError:
+    def _not_encoded(self, text: str, error: BaseException) -> ModelError:
         """The error of a text that the vocabulary refuses, such as one with half a surrogate pair."""
         try:
             text.encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,9 @@ from tokenizers import Tokenizer as Pipeline
 
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
-from skvq.loaders.added_tokens import declared_tokens, extra_tokens, listed_tokens, special_tokens, with_tokens
+from skvq.loaders.added_tokens import declared_tokens, listed_tokens, nameless_tokens, special_tokens, with_tokens
 from skvq.loaders.fast_tokenizer import FastTokenizer
-from skvq.loaders.fields import Fields, read_json, reason
+from skvq.loaders.fields import Fields, read_by_library, read_json, reason
 from skvq.loaders.file_tokenizer import FileTokenizer, TokenizerSettings
 from skvq.loaders.hf import read_config
 from skvq.loaders.spm_tokenizer import SentencePieceTokenizer, open_sentencepiece
@@ -21,6 +22,8 @@ from skvq.loaders.tekken import read_tekken
 from skvq.loaders.text import TextStream, Tokenizer
 
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
+
+PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 
 def load_tokenizer(folder: Path) -> FileTokenizer:
@@ -40,20 +43,28 @@ def load_tokenizer(folder: Path) -> FileTokenizer:
 
 def _from_json(folder: Path, config: ModelConfig) -> FileTokenizer:
     path, options = folder / "tokenizer.json", _options(folder)
-    special = special_tokens(options)
-    try:
-        pipeline = Pipeline.from_file(str(path))
-    except Exception as error:
-        raise ModelError(f"{path} is not a tokenizer ({reason(error)}): download it again") from error
-    names = [*special.values(), *extra_tokens(options)]
-    pipeline = with_tokens(pipeline, declared_tokens(options), listed_tokens(folder), names, options.where)
+    named = special_tokens(options)
+    special = {name: token.content for name, token in named.items()}
+    pipeline = read_pipeline(path)
+    more = [*named.values(), *nameless_tokens(options)]
+    pipeline = with_tokens(pipeline, declared_tokens(options), listed_tokens(folder), more, options.where)
     bos = pipeline.token_to_id(special["bos_token"]) if "bos_token" in special else config.bos_token_id
     eos = pipeline.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    pipeline.no_padding()
-    pipeline.no_truncation()
     first = pipeline.encode("", add_special_tokens=True).ids[:1]
     adds_bos = options.flag("add_bos_token", bool(first) and first[0] == bos)
     return FastTokenizer(pipeline, _settings(folder, config, options, special, bos, eos, adds_bos))
+
+
+def read_pipeline(path: Path) -> Pipeline:
+    """The pipeline of a tokenizer.json, without truncation and padding. ModelError if it is broken."""
+    with read_by_library(f"{path} is not a tokenizer"):
+        if PREFIXED.search(path.read_bytes()):  # of which the library makes an end to this process
+            raise ValueError("pieces that begin with a prefix (continuing_subword_prefix) are not supported")
+        pipeline = Pipeline.from_file(str(path))
+        pipeline.no_padding()
+        pipeline.no_truncation()
+        pipeline.encode("", add_special_tokens=True)
+    return pipeline
 
 
 def _from_sentencepiece(folder: Path, config: ModelConfig) -> FileTokenizer:
@@ -63,7 +74,7 @@ def _from_sentencepiece(folder: Path, config: ModelConfig) -> FileTokenizer:
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
     added = listed_tokens(folder) | declared_tokens(options)
     known = {piece: index for index, piece in enumerate(pieces)} | {token.content: index for index, token in added.items()}
-    named = special_tokens(options)
+    named = {name: token.content for name, token in special_tokens(options).items()}
     ids |= {name: known[text] for name, text in named.items() if text in known}
     special = {name: pieces[index] for name, index in ids.items() if 0 <= index < len(pieces)} | named
     bos = ids["bos_token"] if ids["bos_token"] >= 0 else None
@@ -124,6 +135,5 @@ def _chat_template(folder: Path, options: Fields) -> str | None:
         options = read_json(folder / "chat_template.json")
     value = options.data.get("chat_template")
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
+        value = next((one.get("template") for one in value if isinstance(one, dict) and one.get("name") == "default"), None)
     return value if isinstance(value, str) else None

@@ -107,6 +107,17 @@ def test_names_of_a_decoder_inside_another_model(tmp_path: Path, before: str, he
         assert torch.equal(source.read(name), value)
 
 
+def test_a_single_file_beside_shards_of_an_earlier_save_counts(tmp_path: Path) -> None:
+    """As in `transformers`, whose save in one file leaves an old index, and may leave its shards."""
+    config, old, new = tiny_config(), random_weights(tiny_config(), 1), random_weights(tiny_config(), 2)
+    write_checkpoint(tmp_path, config, old, shards=2)
+    write_checkpoint(tmp_path, config, new)
+    assert torch.equal(SafetensorsSource(tmp_path).read(Q0), new[Q0])
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    assert torch.equal(SafetensorsSource(tmp_path).read(Q0), new[Q0])
+
+
 def test_missing_unexpected_and_misshapen_are_all_named() -> None:
     config = tiny_config()
     found = expected_shapes(config)

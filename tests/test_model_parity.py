@@ -203,7 +203,10 @@ STATED: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": YARN | {"attention_factor": 1.7, "rope_theta": 1e4}, "rope_scaling": YARN | {"factor": 2.0}},
     ),
-    "yarn whose betas are in the wrong order": ("Llama", {"rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 2.0, "truncate": False}}),
+    "yarn whose betas are in the wrong order": (
+        "Llama",
+        {"rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 2.0, "truncate": False}},
+    ),
 }
 
 
