@@ -102,6 +102,7 @@ def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tupl
     spans = islice(cycle(config.attention_spans), layers)
     config = replace(config, num_layers=layers, attention_spans=tuple(spans))
     backend, dtype = find_backend(options["backend"], device), pick_dtype(options["dtype"], device)
+    config = config.with_heads_of(backend.head_size_for(config.head_size))
     cache = cache_config(options)
     setup = bare_setup(config, cache, max_context=context, max_sequences=1, backend=backend, dtype=dtype, device=device)
     return setup, config

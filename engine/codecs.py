@@ -96,43 +96,44 @@ def head_codecs(
     tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, rope: ModelRope, device: torch.device
 ) -> tuple[tuple[HeadCodec, ...], ...]:
     """Codecs of ``rotate``, and of ``plain``, whose bases and metrics are the identity, for each run of each layer."""
+    rotates = config.method == "rotate"
+    identity = torch.eye(model.head_size, dtype=torch.float32, device=device)
+
+    def codec(layer: int, run: slice, widths: Widths) -> HeadCodec:
+        own = {name: tensor[layer, run].to(device) for name, tensor in tensors.items()}
+        if not rotates:  # one matrix for all, which no kernel reads
+            shape = len(own["key_unit"]), *identity.shape
+            own |= dict.fromkeys(MATRICES, identity.expand(shape))
+            own |= dict.fromkeys(("key_mean", "value_mean"), identity.new_zeros(shape[:2]))
+        return _head_codec(own, widths, rotates, rope.of(layer))
+
     return tuple(
-        tuple(
-            _head_codec(
-                {n: t[layer, run] for n, t in tensors.items()}, widths, config.method == "rotate", model, rope.of(layer), device
-            )
-            for run, widths in runs_of(heads)
-        )
+        tuple(codec(layer, run, widths) for run, widths in runs_of(heads))
         for layer, heads in enumerate(config.bits_of_heads(model))
     )
 
 
-def _head_codec(
-    tensors: Mapping[str, Tensor],
-    widths: Widths,
-    rotate: bool,
-    model: ModelConfig,
-    rope: RopeFrequencies,
-    device: torch.device,
-) -> HeadCodec:
+def _head_codec(tensors: Mapping[str, Tensor], widths: Widths, rotates: bool, rope: RopeFrequencies) -> HeadCodec:
     """Codec of some heads that have the same bits, from their tensors."""
-    size = model.head_size
-    eye = torch.eye(size, dtype=torch.float32).expand(len(tensors["key_unit"]), -1, -1)
-    zero = eye.new_zeros(eye.shape[:2])
-    matrices = {name: (tensors[name] if rotate else eye).float().contiguous().to(device) for name in MATRICES}
-    means = {f"{s}_mean": (tensors[f"{s}_mean"] if rotate else zero).to(device) for s in SIDES}
-    metrics = {side: matrices.pop(f"{side}_metric") for side in SIDES}
+    names = (*(name for name in MATRICES if not name.endswith("metric")), *(f"{side}_mean" for side in SIDES))
     keys, values = (
-        _head_side(tensors, side, metrics[side], rotate and are_chosen_together(bits))
+        _head_side(tensors, side, rotates, rotates and are_chosen_together(bits))
         for side, bits in zip(SIDES, widths, strict=True)
     )
-    has_key_mean = bool(means["key_mean"].any())
-    return HeadCodec(keys=keys, values=values, **matrices, **means, rope=rope, has_key_mean=has_key_mean, has_basis=rotate)
+    given = {name: tensors[name].float() for name in names}
+    has_key_mean = bool(given["key_mean"].any())
+    return HeadCodec(keys=keys, values=values, **given, rope=rope, has_key_mean=has_key_mean, has_basis=rotates)
 
 
-def _head_side(tensors: Mapping[str, Tensor], side: str, metric: Tensor, has_metric: bool) -> HeadSide:
-    unit, clip = (tensors[f"{side}_{what}"].to(metric.device) for what in ("unit", "clip"))
-    return HeadSide(unit=unit, clip=clip, metric=metric, factor=unit_factor(metric), has_metric=has_metric)
+def _head_side(tensors: Mapping[str, Tensor], side: str, rotates: bool, has_metric: bool) -> HeadSide:
+    metric = tensors[f"{side}_metric"].float()
+    return HeadSide(
+        unit=tensors[f"{side}_unit"],
+        clip=tensors[f"{side}_clip"],
+        metric=metric,
+        factor=unit_factor(metric) if rotates else metric,  # of the identity: itself
+        has_metric=has_metric,
+    )
 
 
 def are_chosen_together(bits: float) -> bool:

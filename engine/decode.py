@@ -7,11 +7,12 @@ tensors hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
@@ -113,13 +114,23 @@ class GraphStep:
                 return self.model.head(hidden_states(self.model, self.rope, batch, batch.max_packed))
             else:
                 try:
-                    captured = self.graphs.capture(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
+                    captured = self._captured(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
                 except NotCaptured as failed:
                     self._give_up(shape, str(failed))
                     return failed.result
                 self._failed.pop(shape, None)
                 self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
+
+    def _captured(self, work: Callable[[], Tensor]) -> Captured:
+        """The graph of a step, which is taken. Where memory is short, that of the other graphs may be what is missing."""
+        try:
+            return self.graphs.capture(work)
+        except torch.OutOfMemoryError:
+            if not self._held:
+                raise
+            self._held.clear()
+        return self.graphs.capture(work)
 
     def _give_up(self, shape: tuple[int, int], why: str) -> None:
         """Make room for the next try, or tell that there will be none for this shape: torch may be unable to capture after one

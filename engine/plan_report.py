@@ -81,6 +81,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second); on a CPU in
     float32 dense attention, for its kernels are ours and torch's products are slower on some (the first time it is compiled).
     """
+    memory = available_memory(device)
     with own_settings(device):
         size = 1 << (28 if device.type == "cuda" else 27)  # more than caches hold
         a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -96,7 +97,7 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
             flops = 2 * side**3 / min(timed(lambda: m @ m, device, 5))
     return Machine(
         name=str(device),
-        memory=available_memory(device),
+        memory=memory,
         bandwidth=2 * size / copy_seconds,
         flops=flops,
         dtype=dtype,

@@ -15,6 +15,9 @@ from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKEN
 from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, fullest_choices, gib
 from skvq.kernels.layout import PAGE_TOKENS
 
+LOGITS_BYTES = 10
+"""Of each number of a step's logits: in 16 and in 32 bits where they are computed, and the caller's own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -182,4 +185,5 @@ class Planner:
         if any(rule.needs_attention_mass for rule in self.cache.rules):
             window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
         computed = chunk * width * max(self.dtype.itemsize, 4) + self.room.expanded_bytes
-        return computed + packing + 6 * model.vocab_size * 4 + window
+        logits = model.vocab_size * max(6 * 4, LOGITS_BYTES * self.sequences)
+        return computed + packing + logits + window

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from skvq.engine.arena import SLOT_TENSORS
 from skvq.engine.cache import SequenceCache
-from skvq.engine.streams import on_host
+from skvq.engine.streams import copy_parts, on_host
 
 RING_MARKS = ("full_positions", "full_mass")
 """All that decode steps write over: their tokens go to slots of the ring that hold nothing."""
@@ -32,8 +32,8 @@ def all_or_nothing(
     except BaseException:
         if unless():
             raise
-        for name, was in kept.items():
-            slots[name].copy_(was)
         del sequence.token_ids[length:]
         sequence.length, sequence.packed, sequence.pending, sequence.changes = length, packed, pending, changes
+        for name, was in kept.items():
+            copy_parts(slots[name], was)
         raise

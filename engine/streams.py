@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LITTLE = 1 << 20
+"""Bytes that any device has to spare."""
 SIDE_STREAMS = 4
 """Streams beside the current one. Each keeps memory of its own that it has once allocated."""
 
@@ -27,7 +29,16 @@ def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
 def on_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, made when the device comes to it: whatever follows on this stream may write over the original."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    return copy.copy_(tensor, non_blocking=True)
+    copy_parts(copy, tensor)
+    return copy
+
+
+def copy_parts(to: Tensor, tensor: Tensor) -> None:
+    """Copy between pinned memory and device, waiting for nothing; of much that is not contiguous part by part, which are: torch
+    would first copy all of it on the device, where there may be no memory for that."""
+    whole = to.nbytes <= LITTLE or (to.is_contiguous() and tensor.is_contiguous())
+    for to_part, part in [(to, tensor)] if whole else zip(to, tensor, strict=True):
+        to_part.copy_(part, non_blocking=True)
 
 
 @functools.cache

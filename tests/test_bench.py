@@ -91,6 +91,15 @@ def test_a_cache_without_weights_has_the_spans_of_the_models_layers() -> None:
         assert _bare(config, {**options, "layers": layers}, 300)[1].attention_spans == spans
 
 
+def test_a_cache_without_weights_has_the_heads_that_the_engine_would_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reference, "head_size_for", lambda self, own: 64)
+    place = {"device": "cpu", "backend": "reference", "dtype": "auto", "layers": 1}
+    cache = {"method": "plain", "key_bits": 2.0, "value_bits": 2.0, "bits_budget": None, "group_size": 64}
+    options = {**place, **cache, "window": 16, "sinks": 5, "filters": ()}
+    setup, config = _bare(replace(SHAPE, head_size=48), options, 300)
+    assert setup.arena.shape.head_size == config.head_size == 64 and config.own_head_size == 48
+
+
 def test_bench_does_not_download_where_it_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name of the hub is asked for at the hub, but with --no-download."""
     asked: list[str] = []

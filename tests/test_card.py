@@ -13,6 +13,7 @@ from card import CARD, Card, CheckedGraphs, OnCard, Stream, card
 from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
+from skvq.engine import streams
 from skvq.engine.answer import draw
 from skvq.engine.config import SamplingConfig
 from skvq.engine.decode import EagerStep, GraphStep, decode_step_of, hidden_states
@@ -159,6 +160,27 @@ def test_what_a_chunk_may_write_over_is_kept_without_waiting(folder: Path, gpu: 
     with pytest.raises(KeyboardInterrupt):
         broken_off()
     assert torch.equal(keys.cpu().view(torch.int16), before.view(torch.int16))
+
+
+def test_much_is_copied_in_parts_that_need_no_memory_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is not contiguous torch would first make a copy there."""
+    seen: list[bool] = []
+
+    class Watched(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.copy_:
+                seen.append(args[0].is_contiguous() and args[1].is_contiguous())
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    slot = torch.arange(120).view(3, 2, 4, 5).as_subclass(Watched)[:, 1]  # type: ignore[arg-type]
+    monkeypatch.setattr(streams, "LITTLE", 0)
+    copy = streams.on_host(slot)
+    assert torch.equal(copy, slot) and seen == [True] * 3
+    streams.copy_parts(slot, copy + 1)
+    assert torch.equal(copy + 1, slot) and seen == [True] * 6
+    monkeypatch.setattr(streams, "LITTLE", slot.nbytes)
+    assert torch.equal(streams.on_host(slot), slot) and seen == [True] * 6 + [False]
 
 
 def test_a_graph_holds_the_step(folder: Path, gpu: Card) -> None:

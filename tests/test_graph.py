@@ -288,6 +288,27 @@ def test_torch_is_left_on_the_stream_it_was_on(monkeypatch: pytest.MonkeyPatch) 
 
 
 @torch.no_grad()
+def test_a_step_that_finds_no_memory_takes_that_of_the_other_graphs(folder: Path) -> None:
+    engine, failing = tiny_engine(folder, tiny_cache(), max_context=600), [False, True, False, True, True]
+
+    class Full(Calls):
+        def capture(self, work: Callable[[], Tensor]) -> Captured:
+            if failing.pop(0):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().capture(work)
+
+    step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, Full(600))
+    first, second = (engine.prefill(random_ids(30)) for _ in range(2))
+    alone = step.run([first], [3])
+    both = step.run([first, second], [4, 3])
+    assert len(step._held) == 1 and torch.allclose(both[1], alone[0], atol=1e-5)
+    step._held.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        step.run([first], [3])
+    assert failing == [True] and first.length == second.length + 1 == 32
+
+
+@torch.no_grad()
 def test_the_oldest_graph_is_given_up_before_there_are_too_many(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     graphs: list[ref[Any]] = []

@@ -30,6 +30,7 @@ from skvq.engine.prefill_form import PrefillForm, prefill_forms
 from skvq.engine.rope import scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes
 from skvq.kernels.ggml.words import EXPANDED_BYTES
+from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.loaders.published import ALIASES
 
@@ -377,3 +378,19 @@ def test_a_report_says_how_a_prompt_is_held_and_what_of_it_on_the_host(tmp_path:
     assert tight.plan.form.host_states and tight.plan.form.head_groups > 1 and tight.prefill_seconds > ample.prefill_seconds
     assert f"prefill: {tight.plan.form}\n" in tight.table() and "hidden states of the prompt, host" in tight.table()
     assert tight.as_dict()["prefill"] == str(tight.plan.form) and sum(tight.as_dict()["host_parts"].values()) > 0
+
+
+@pytest.mark.parametrize("method", ["plain", "rotate", "reorder"])
+def test_what_codecs_hold_is_what_is_planned(tmp_path: Path, method: str) -> None:
+    """But for the identity of ``plain``, which all layers share, and its means."""
+    engine = tiny_engine(tiny_folder(tmp_path, num_layers=6, head_size=64), tiny_cache(method=method))
+    held: dict[int, int] = {}
+    codecs: list[Any] = [run.codec for runs in engine.parts.setup.method._runs for run in runs]  # type: ignore[attr-defined]
+    while codecs:
+        one = codecs.pop()
+        if isinstance(one, torch.Tensor):
+            held[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif hasattr(one, "__dataclass_fields__") and not isinstance(one, RopeFrequencies):
+            codecs += [getattr(one, name) for name in one.__dataclass_fields__]
+    planned = engine.parts.plan.parts["calibration"]
+    assert planned <= sum(held.values()) <= planned + 4 * 64 * 64 + 6 * 2 * 2 * 4 * 64

@@ -86,12 +86,13 @@ def plain_fields(pages: PlainPages) -> Fields:
 
 
 def head_fields(codec: HeadCodec) -> Fields:
-    tensors = (codec.keys.unit, codec.values.unit, codec.query_basis, codec.output_basis, codec.value_mean, codec.key_mean)
+    basis = (codec.query_basis, codec.output_basis, codec.value_mean, codec.key_mean) if codec.has_basis else ()
+    tensors = (codec.keys.unit, codec.values.unit, *basis)
     for t in tensors:
         assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
-    mean = codec.has_basis and codec.has_key_mean
-    addresses = [t.data_ptr() for t in tensors]
-    return (*addresses[:2], int(codec.has_basis), *addresses[2:5], addresses[5] if mean else 0, 0, 0)
+    keys, values, *addresses = (t.data_ptr() for t in tensors)
+    query, output, value_mean, key_mean = addresses or (0, 0, 0, 0)
+    return keys, values, int(codec.has_basis), query, output, value_mean, key_mean if codec.has_key_mean else 0, 0, 0
 
 
 def label_fields(codec: LabelCodec) -> Fields:

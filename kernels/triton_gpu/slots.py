@@ -68,7 +68,7 @@ def attend_slots(
     for start in range(split * BLOCK, count, splits * BLOCK):
         at = start + b
         held = tl.load(held_ptr + slot * stride_held + at, mask=at < count, other=-1)
-        place = slot * stride_slot + head * stride_head + at[:, None].to(tl.int64) * stride_token + d[None, :]
+        place = slot * stride_slot + head.to(tl.int64) * stride_head + at[:, None].to(tl.int64) * stride_token + d[None, :]
         k = tl.load(key_ptr + place, mask=(held >= 0)[:, None], other=0.0)
         v = tl.load(value_ptr + place, mask=(held >= 0)[:, None], other=0.0)
         age = now[None, :] - held[:, None]
