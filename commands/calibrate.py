@@ -32,7 +32,13 @@ from skvq.engine.errors import OptionError
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration file to write.")
 @click.option("--text", help="Text file to calibrate on; default: Python's bundled documentation.")
 @click.option("--tokens", type=TokenCount(32), default=16384, show_default=True, help="Tokens of the text to use.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of --method reorder; others draw nothing.",
+)
 @click.option("--ctx", type=TokenCount(), default=2048, show_default=True, help="Intended context, if RoPE depends on it.")
 @click.option("--window", type=int, default=128, show_default=True, help="With --bits-budget: the cache's window; 256 is most.")
 @engine_options

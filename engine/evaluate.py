@@ -17,94 +17,154 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.engine.mass import add_mass
 from skvq.engine.model import LayerCache, Model
+from skvq.engine.prefill import chunks
 from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.engine.sizes import bits_per_element
 from skvq.engine.steps import DenseLayer
 from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
 from skvq.kernels.reference import masked_attention, merge
 
-ROWS = 256
-"""Positions whose logits are held at once."""
+ROWS, LOGITS_BYTES = 256, 16 << 20
+"""Positions whose logits are held at once, at most, and bytes of these."""
 DEPTHS = 8
 
 
 class DecodeRegimeLayer:
-    """One whole text of one sequence, each query seeing exactly what decode would: retained, packed and window.
+    """One layer of a whole text of one sequence, each query seeing exactly what decode would: retained, packed and window.
 
-    The layer's tokens are really packed and read back; a query at position i sees ``packed(i)`` of them from the pages, the
-    rest in the cache's 16 bits. Queries that share ``packed(i)`` are one dense call.
+    ``take`` all of the text, chunk by chunk: its tokens are really packed and read back. Then ``attend``, chunk by chunk in any
+    order: a query at position i sees ``packed(i)`` of them from the pages, the rest in the cache's 16 bits. Queries that share
+    ``packed(i)`` are one dense call.
     """
 
     def __init__(self, sequence: SequenceCache, layer: int, ids: Tensor) -> None:
-        self.sequence, self.layer, self.ids = sequence, layer, ids
-        self.span = sequence.setup.spans[layer]
+        setup, device = sequence.setup, ids.device
+        shape = len(ids), setup.arena.shape.kv_heads, setup.arena.shape.head_size
+        self.sequence, self.layer, self.ids, self.span = sequence, layer, ids, setup.spans[layer]
+        self.keys, self.values = (torch.empty(shape, dtype=setup.arena.shape.dtype, device=device) for _ in range(2))
+        self.mass = torch.zeros(len(ids), dtype=torch.float32, device=device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
-        setup = self.sequence.setup
-        half = setup.arena.shape.dtype
-        q, k, v = rope.apply(q)[0], rope.apply(k)[0].to(half), v[0].to(half)
-        mass = torch.zeros(len(k), dtype=torch.float32, device=k.device)
-        if setup.needs_mass:
-            _, lse = attend_causal(q, k.transpose(0, 1), v.transpose(0, 1), self.span)
-            add_mass(mass, q, lse, k.transpose(0, 1), setup.regions.window)
-        absorb(self.sequence, self.layer, k, v, mass, self.ids)
-        packed = setup.regions.packed(len(k))
-        stored_k, stored_v = self.sequence.stage(self.layer, 0, packed, q.dtype) if packed else (k[:0].to(q.dtype), v[:0])
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        outs = [self._attend_stretch(q, k, v, stored_k, stored_v, *s) for s in self._stretches(len(k))]
+    def take(self, start: int, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> None:
+        """Queries [1, N, H, D], keys and values [1, N, KH, D] of the tokens from ``start`` on, before RoPE."""
+        stop = start + k.shape[1]
+        self.keys[start:stop], self.values[start:stop] = rope.apply(k)[0], v[0]
+        regions = self.sequence.setup.regions
+        if self.sequence.setup.needs_mass:
+            q = rope.apply(q)[0]
+            keys, values = (t[:stop].transpose(0, 1) for t in (self.keys, self.values))
+            _, lse = attend_causal(q, keys, values, self.span)
+            add_mass(self.mass[:stop], q, lse, keys, regions.window)
+        if stop < len(self.ids):
+            return
+        absorb(self.sequence, self.layer, self.keys, self.values, self.mass, self.ids)
+        packed = regions.packed(stop)
+        nothing = k[0, :0]
+        self.stored_keys, self.stored_values = (
+            self.sequence.stage(self.layer, 0, packed, k.dtype) if packed else (nothing, nothing)
+        )
+
+    def attend(self, start: int, q: Tensor, rope: StepRope) -> Tensor:
+        """What the queries [1, N, H, D] of the tokens from ``start`` on read, [1, N, H, D]."""
+        q = rope.apply(q)[0]
+        outs = [self._attend_stretch(q[a - start : b - start], a, b) for a, b in self._stretches(start, start + len(q))]
         return torch.cat(outs)[None]
 
-    def _stretches(self, count: int) -> list[tuple[int, int]]:
+    def _stretches(self, first: int, last: int) -> list[tuple[int, int]]:
         """Runs of positions whose queries see the same packed tokens."""
         regions = self.sequence.setup.regions
-        cuts = [0, *range(regions.window + regions.tile, count, regions.tile), count]
-        return list(pairwise(cuts))
+        cuts = (at for at in range(regions.window + regions.tile, last, regions.tile) if at > first)
+        return list(pairwise([first, *cuts, last]))
 
-    def _attend_stretch(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, a: int, b: int) -> Tensor:
+    def _attend_stretch(self, q: Tensor, a: int, b: int) -> Tensor:
+        """What queries at positions ``a .. b-1`` read, [N, H, D]."""
         packed = self.sequence.setup.regions.packed(a)
         if b > self.span:
-            keys = torch.cat([stored_k[:packed], k[packed:b]])
-            values = torch.cat([stored_v[:packed], v[packed:b]])
-            return attend_causal(q[a:b], keys.transpose(0, 1), values.transpose(0, 1), self.span)[0]
-        out, lse = attend_causal(q[a:b], k[packed:b].transpose(0, 1), v[packed:b].transpose(0, 1), self.span)
+            first = max(0, a + 1 - self.span)
+            keys = torch.cat([self.stored_keys[first:packed], self.keys[max(first, packed) : b].to(q.dtype)])
+            values = torch.cat([self.stored_values[first:packed], self.values[max(first, packed) : b].to(q.dtype)])
+            return attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span)[0]
+        keys, values = (t[packed:b].transpose(0, 1).to(q.dtype) for t in (self.keys, self.values))
+        out, lse = attend_causal(q, keys, values, self.span)
         if not packed:
             return out
-        before = attend_all(q[a:b], stored_k[:packed].transpose(0, 1), stored_v[:packed].transpose(0, 1))
+        before = attend_all(q, *(t[:packed].transpose(0, 1) for t in (self.stored_keys, self.stored_values)))
         return merge([out.float(), before[0].float()], [lse, before[1]])[0].to(q.dtype)
 
 
 class StrictWindowLayer(DecodeRegimeLayer):
     """The same with a window of exactly W tokens, the query's own included: what papers simulate, never what decode does."""
 
-    def _stretches(self, count: int) -> list[tuple[int, int]]:
-        return [(a, min(a + ROWS, count)) for a in range(0, count, ROWS)]
+    def _stretches(self, first: int, last: int) -> list[tuple[int, int]]:
+        return [(a, min(a + ROWS, last)) for a in range(first, last, ROWS)]
 
-    def _attend_stretch(self, q: Tensor, k: Tensor, v: Tensor, stored_k: Tensor, stored_v: Tensor, a: int, b: int) -> Tensor:
+    def _attend_stretch(self, q: Tensor, a: int, b: int) -> Tensor:
         t = torch.arange(a, b, device=q.device)[:, None]
         at = torch.arange(b, device=q.device)[None]
-        near = (t - at < self.sequence.setup.regions.window) | (at >= len(stored_k))
+        near = (t - at < self.sequence.setup.regions.window) | (at >= len(self.stored_keys))
         visible = (at <= t) & (t - at < self.span)
-        stored = min(b, len(stored_k))
-        parts = [masked_attention(q[a:b], k[:b], v[:b], visible & near)]
+        stored = min(b, len(self.stored_keys))
+        parts = [masked_attention(q, self.keys[:b].to(q.dtype), self.values[:b].to(q.dtype), visible & near)]
         if stored:
-            parts.append(masked_attention(q[a:b], stored_k[:stored], stored_v[:stored], (visible & ~near)[:, :stored]))
+            far = (visible & ~near)[:, :stored]
+            parts.append(masked_attention(q, self.stored_keys[:stored], self.stored_values[:stored], far))
         return merge([p[0] for p in parts], [p[1] for p in parts])[0].to(q.dtype)
 
 
-def text_hidden(
-    model: Model,
-    model_rope: ModelRope,
-    ids: Tensor,
-    cache: Callable[[int], LayerCache],
-    advance: Callable[[float], None] = lambda done: None,
-) -> Tensor:
-    """Last hidden states [N, d] of a whole text, layer by layer against ``cache(layer)``; ``advance(1)`` after each."""
+def text_hidden(model: Model, model_rope: ModelRope, ids: Tensor, cache: Callable[[int], LayerCache]) -> Tensor:
+    """Last hidden states [N, d] of a short text, layer by layer against ``cache(layer)``, which attends all of it at once."""
     rope = at_positions(model_rope, torch.arange(len(ids), device=ids.device)[None])
     x = model.embed(ids[None])
     for layer in range(model.config.num_layers):
         x = model.layer(layer, x, rope, cache(layer))
-        advance(1)
     return x[0]
+
+
+Steps = list[tuple[int, int, StepRope]]
+"""Start, stop and RoPE of the chunks of a text."""
+
+
+def _steps(model_rope: ModelRope, ids: Tensor) -> Steps:
+    pieces = chunks(len(ids))
+    return [(a, b, at_positions(model_rope, torch.arange(a, b, device=ids.device)[None])) for a, b in pieces]
+
+
+def text_in_full(model: Model, model_rope: ModelRope, ids: Tensor) -> Tensor:
+    """Last hidden states [N, d] of a text in full precision. Memory holds them and one layer's keys and values of all of it."""
+    steps, x, config = _steps(model_rope, ids), model.embed(ids), model.config
+    shape = (config.num_kv_heads, len(ids), config.head_size, model.dtype, model.device)
+    keys, values = kv_buffer(*shape), kv_buffer(*shape)
+    for layer in range(config.num_layers):
+        for start, stop, rope in steps:
+            cache = DenseLayer(keys, values, config.attention_spans[layer], start)
+            x[start:stop] = model.layer(layer, x[None, start:stop], rope, cache)[0]
+    return x
+
+
+def text_as_decoded(
+    model: Model,
+    model_rope: ModelRope,
+    ids: Tensor,
+    layers: Callable[[int], DecodeRegimeLayer],
+    advance: Callable[[float], None],
+) -> Tensor:
+    """Last hidden states [N, d] of a text whose every position sees what ``layers(layer)`` says; ``advance(1)`` after each.
+
+    Memory holds them and one layer's keys and values of all of it, as they are and as they are read back. Queries of all would
+    take as much again: they are computed once more when the layer has been packed, but for the last chunk's.
+    """
+    steps, x = _steps(model_rope, ids), model.embed(ids)
+    for layer in range(model.config.num_layers):
+        cache = layers(layer)
+        for start, stop, rope in steps:
+            q, k, v = model.heads(layer, x[None, start:stop], rope.of(layer))
+            cache.take(start, q, k, v, rope.of(layer))
+        for start, stop, rope in reversed(steps):
+            part = x[None, start:stop]
+            if stop < len(ids):
+                q = model.heads(layer, part, rope.of(layer))[0]
+            x[start:stop] = model.after_attention(layer, part, cache.attend(start, q, rope.of(layer)))[0]
+        advance(1)
+    return x
 
 
 def dense_layers(model: Model, count: int) -> Callable[[int], LayerCache]:
@@ -219,8 +279,9 @@ def nll_of(model: Model, hidden: Tensor, ids: Tensor) -> Tensor:
 
 
 def _scored(model: Model, hidden: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of every ROWS hidden states of a text: log probabilities [ROWS, V] of what follows, and of what does, where one does."""
-    for start in range(0, len(hidden), ROWS):
-        rows = model.head(hidden[start : start + ROWS]).log_softmax(-1)
+    """Of some rows of a text's hidden states after others: log probabilities [R, V] of what follows, and of what did."""
+    count = max(1, min(ROWS, LOGITS_BYTES // (4 * model.config.vocab_size)))
+    for start in range(0, len(hidden), count):
+        rows = model.head(hidden[start : start + count]).log_softmax(-1)
         target = ids[start + 1 : start + len(rows) + 1, None]
         yield rows, rows[: len(target)].gather(1, target)[:, 0]

@@ -11,10 +11,11 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.mass import mass_bytes
 from skvq.engine.options import is_whole
-from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form
+from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, STAGED, PrefillForm, cheapest_form
 from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, fullest_choices, gib
 from skvq.kernels.layout import PAGE_TOKENS
 
+STREAMING = PrefillForm(prefill="streaming")
 LOGITS_BYTES = 10
 """Of each number of a step's logits: in 16 and in 32 bits where they are computed, and the caller's own."""
 
@@ -114,6 +115,8 @@ class Planner:
         left = room.memory - sum(held.values()) - workspace
         form = cheapest_form(model, self.prefill, context, size, device_room=left, host_room=room.host_memory)
         reading = form.device_parts(model, context, size)
+        if (later := self._later_text(shape, context) - sum(reading.values())) > 0:
+            held["window of a later text"] = later
         return Plan(
             context=context,
             parts=held | reading | {"workspace": workspace},
@@ -165,6 +168,18 @@ class Planner:
     def _arena(self, cache: CacheConfig, context: int) -> ArenaShape:
         return arena_shape(self.model, cache, max_context=context, max_sequences=self.sequences, dtype=self.dtype)
 
+    def _window_copy(self, shape: ArenaShape, context: int) -> int:
+        """Of a layer's window before a streamed chunk, in 16 bits and in the compute dtype."""
+        kv = self.model.num_kv_heads * self.model.head_size
+        return 2 * kv * min(context, shape.full_slots) * (2 + self.dtype.itemsize)
+
+    def _later_text(self, shape: ArenaShape, context: int) -> int:
+        """What a text after the first takes that the form of exact prefill may not have: it is streamed."""
+        if self.prefill != "exact":
+            return 0
+        staged = STREAMING.device_parts(self.model, context, self.dtype.itemsize)[STAGED]
+        return self._window_copy(shape, context) + staged - min(context, KEPT_ROPE_TOKENS) * self.model.head_size * 4
+
     def _workspace(self, context: int, shape: ArenaShape) -> int:
         """What a chunk's layer computes and expands, what packing converts, logits, and what a long window adds.
 
@@ -181,7 +196,7 @@ class Planner:
         if self.prefill == "exact":
             window += min(context, KEPT_ROPE_TOKENS) * model.head_size * 4
         else:
-            window += 2 * kv * (min(context, shape.full_slots) + chunk) * (2 + self.dtype.itemsize)
+            window += self._window_copy(shape, context) + 2 * kv * chunk * (2 + self.dtype.itemsize)
         if any(rule.needs_attention_mass for rule in self.cache.rules):
             window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
         computed = chunk * width * max(self.dtype.itemsize, 4) + self.room.expanded_bytes

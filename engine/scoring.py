@@ -12,40 +12,56 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import as_calibrated, needs_none
 from skvq.engine.config import CacheConfig
-from skvq.engine.errors import OptionError, counted
+from skvq.engine.errors import CapacityError, OptionError, counted
 from skvq.engine.evaluate import (
     DecodeRegimeLayer,
     Likelihoods,
     StrictWindowLayer,
     compare,
-    dense_layers,
     evaluation_row,
     likelihoods_of,
     nll_of,
-    text_hidden,
+    text_as_decoded,
+    text_in_full,
 )
 from skvq.engine.loading import EngineParts, with_cache
+from skvq.engine.machine import available_memory
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.report import Reporter
-from skvq.engine.sizes import regions_of, with_longest_tile
+from skvq.engine.sizes import gib, regions_of, with_longest_tile
 
 
 def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
     """Last hidden states [N, d] of a text in full precision: what a cache is measured against."""
-    return text_hidden(parts.model, parts.rope, ids, dense_layers(parts.model, len(ids)))
+    _require_memory(parts, len(ids), parts.model.dtype.itemsize)
+    return text_in_full(parts.model, parts.rope, ids)
 
 
 def regime_hidden(
     parts: EngineParts, ids: Tensor, report: Reporter, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer
 ) -> Tensor:
     """Last hidden states [N, d] of a text whose every position sees what decode would see."""
-    sequence = SequenceCache(parts.setup)
+    model, sequence = parts.model, SequenceCache(parts.setup)
     try:
         sequence.reserve(len(ids))
-        with report.bar(f"scoring {len(ids):,} tokens", parts.model.config.num_layers) as bar:
-            return text_hidden(parts.model, parts.rope, ids, lambda layer: layer_class(sequence, layer, ids), bar.advance)
+        _require_memory(parts, len(ids), model.dtype.itemsize + sequence.setup.arena.shape.dtype.itemsize)
+        with report.bar(f"scoring {len(ids):,} tokens", model.config.num_layers) as bar:
+            return text_as_decoded(model, parts.rope, ids, lambda layer: layer_class(sequence, layer, ids), bar.advance)
     finally:
         sequence.free()
+
+
+def _require_memory(parts: EngineParts, count: int, size: int) -> None:
+    """Raise CapacityError unless there is memory for the hidden states of ``count`` tokens and a layer's keys and values, of
+    ``size`` bytes a number."""
+    config, dtype = parts.model.config, parts.model.dtype
+    each = config.hidden_size * dtype.itemsize + 2 * config.num_kv_heads * config.head_size * size
+    needed, left = count * each + parts.plan.parts["workspace"], available_memory(parts.model.device)
+    if needed > left:
+        raise CapacityError(
+            f"scoring {count:,} tokens at once needs {gib(needed)} beside what is held, only {gib(left)} is available: score a "
+            "shorter text, or stretches of it"
+        )
 
 
 def nll(parts: EngineParts, token_ids: Sequence[int], report: Reporter) -> Tensor:

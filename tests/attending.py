@@ -126,7 +126,9 @@ def scored(engine: Engine, text: Trace) -> Tensor:
     sequence = engine.new_sequence()
     sequence.reserve(len(text))
     layer = DecodeRegimeLayer(sequence, 0, torch.tensor(text.ids))
-    out = layer.attend(text.q, text.k, text.v, _rope(engine, 0, len(text)))[0]
+    rope = _rope(engine, 0, len(text))
+    layer.take(0, text.q, text.k, text.v, rope)
+    out = layer.attend(0, text.q, rope)[0]
     sequence.free()
     return out
 

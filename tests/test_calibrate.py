@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import Listener, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.calibrate.rotate import query_metric, spread_matrix, synthesis
+from skvq.engine.calibration import work_bytes
 from skvq.engine.codecs import unit_factor
-from skvq.engine.errors import CalibrationError, ModelError, OptionError, SkvqError
+from skvq.engine.errors import CalibrationError, CapacityError, ModelError, OptionError, SkvqError
 from skvq.kernels import reference
 from skvq.kernels.interface import HeadSide
 from skvq.loaders.artifact import Artifact, load_artifact, save_artifact
@@ -93,6 +95,26 @@ def test_nothing_but_a_calibration_is_replaced(tmp_path: Path) -> None:
     for _ in range(2):
         engine.calibrate(tiny_cache(method="plain"), CORPUS, made, corpus_name="x", tokens=300)
     engine.with_cache(tiny_cache(method="plain"), calibration=made)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits_budget": 3.0}])
+def test_a_calibration_that_there_is_no_memory_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    cache, folder = tiny_cache(**changes), tiny_folder(tmp_path / "model")
+    engine = tiny_engine(folder, tiny_cache(method="fp"))
+    needed = work_bytes(engine.parts.model.config, cache, 1, 256, 4)
+    assert needed > work_bytes(engine.parts.model.config, cache, 1, 128, 4)
+    left = [needed - 1]
+    monkeypatch.setattr("skvq.engine.calibration.available_memory", lambda device: left[0])
+    monkeypatch.setattr("skvq.engine.calibration.rehearse", lambda *_: left.append(0))
+    options: dict[str, Any] = {"corpus_name": "x", "tokens": 256}
+    with pytest.raises(CapacityError, match=r"a calibration takes about .* \(skvq calibrate\) and pass its file"):
+        engine.calibrate(cache, CORPUS, tmp_path / "made", **options)
+    assert len(left) == 1 and not (tmp_path / "made").exists()
+    left[0] = needed
+    engine.calibrate(cache, CORPUS, tmp_path / "made", **options)
+    assert len(left) == 2
 
 
 def test_what_is_no_number_is_not_calibrated_on(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from attending import SAME, SINKS, WINDOW, trace
 from simulated import SimulatedLayer, schedule
-from tiny import tiny_cache, tiny_engine, tiny_folder
+from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import scoring
+from skvq.engine.config import FULL_SPAN
 from skvq.engine.errors import CalibrationError, CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import StrictWindowLayer, compare
+from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
 from skvq.engine.trials.plots import depth_plot
 from skvq.kernels.reference import masked_attention
@@ -85,13 +89,56 @@ def test_comparing_in_pieces_is_comparing(engine: Engine, monkeypatch: pytest.Mo
         assert (getattr(whole, name) - getattr(pieces, name)).abs().max() <= 100 * SAME
 
 
+@pytest.mark.parametrize("changes", [{}, {"filters": (AttentionSinks(3), HeavyHitters(8))}, {"method": "reorder"}])
+def test_a_text_is_scored_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """As at once, whether a layer's span is longer than a chunk or not; nothing but keys and values is there of all of it."""
+    spans = {"family": "qwen2", "qkv_bias": True, "attention_spans": (50, FULL_SPAN)}
+    engine, ids = tiny_engine(tiny_folder(tmp_path, **spans), tiny_cache(**changes), max_context=600), random_ids(500)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for size in (1024, 64):
+        monkeypatch.setattr("skvq.engine.prefill.CHUNK_TOKENS", size)
+        seen = list[int]()
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(engine.parts.model, "heads", watched(engine.parts.model.heads, seen))
+            found.append((scored_strictly(engine, ids), engine.nll(ids), engine.logits(ids)))
+        assert max(seen) == min(size, 500)
+    for whole, pieces in zip(*found, strict=True):
+        assert (whole - pieces).abs().max() <= 100 * SAME
+
+
+def watched(heads: Callable[..., Any], seen: list[int]) -> Callable[..., Any]:
+    """``Model.heads`` that notes how many tokens it is given."""
+
+    def noted(index: int, x: torch.Tensor, rope: Any) -> Any:
+        seen.append(x.shape[1])
+        return heads(index, x, rope)
+
+    return noted
+
+
+def scored_strictly(engine: Engine, ids: list[int]) -> torch.Tensor:
+    return scoring.regime_hidden(engine.parts, torch.tensor(ids), engine.report, StrictWindowLayer)
+
+
+def test_what_there_is_no_memory_for_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = engine.parts.plan.parts["workspace"]
+    monkeypatch.setattr(scoring, "available_memory", lambda device: planned + 1000)
+    for score in (engine.nll, engine.likelihoods, engine.logits):
+        with pytest.raises(CapacityError, match="scoring 200 tokens at once needs"):
+            score(random_ids(200))
+    monkeypatch.setattr(scoring, "available_memory", lambda device: planned + 10**6)
+    engine.nll(random_ids(200))
+
+
 def test_an_exact_window_is_what_papers_simulate(engine: Engine) -> None:
     """Each query sees exactly WINDOW recent tokens, its own included, and what is never packed; the rest as packed."""
     text = trace(engine, WINDOW + 2 * 128 + 37)
     rope = engine_rope(engine, len(text))
     sequence = engine.new_sequence()
     sequence.reserve(len(text))
-    found = StrictWindowLayer(sequence, 0, torch.tensor(text.ids)).attend(text.q, text.k, text.v, rope)[0]
+    layer = StrictWindowLayer(sequence, 0, torch.tensor(text.ids))
+    layer.take(0, text.q, text.k, text.v, rope)
+    found = layer.attend(0, text.q, rope)[0]
     sequence.free()
     q, k, v = rope.apply(text.q)[0], rope.apply(text.k)[0].half(), text.v[0].half()
     far_k, far_v = SimulatedLayer(engine, 0, SINKS, *schedule(len(text), []))._rounded(k, v)

@@ -128,6 +128,25 @@ def test_a_long_window_is_planned_for(prefill: str) -> None:
     assert looking > long
 
 
+def test_a_later_text_is_planned_for() -> None:
+    """It is streamed, which a long window makes dearer than exact prefill of a context as long."""
+    options: dict[str, Any] = {"memory": 2**40, "weight_bytes": 0, "sequences": 1, "dtype": torch.float32}
+    model, context = mistral(num_kv_heads=32, num_layers=1, hidden_size=512), 40_960
+    exact, streaming = (
+        planner_of(model, CacheConfig(window=38_000), **options, prefill=prefill).plan(context)
+        for prefill in ("exact", "streaming")
+    )
+    assert exact.parts["window of a later text"] > 0 and exact.total >= 0.9 * streaming.total
+    assert "window of a later text" not in planner_of(model, CacheConfig(), **options).plan(context).parts
+
+
+def test_logits_of_all_sequences_are_planned_for() -> None:
+    """Graphs of many batch shapes hold them."""
+    options: dict[str, Any] = {"memory": 2**40, "weight_bytes": 0, "dtype": torch.float32}
+    one, many = (planner_of(mistral(), CacheConfig(), **options, sequences=n).plan(4096).parts["workspace"] for n in (1, 64))
+    assert many - one >= 50 * 4 * 32000
+
+
 @pytest.mark.parametrize(
     "model, key_bits, value_bits, gigabytes",
     [
