@@ -21,7 +21,7 @@ from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory
 from skvq.engine.options import is_whole
 from skvq.engine.report import Reporter
-from skvq.engine.sizes import gib
+from skvq.engine.sizes import computed_numbers, gib
 from skvq.loaders.artifact import (
     Artifact,
     ArtifactHeader,
@@ -87,10 +87,9 @@ def work_bytes(model: ModelConfig, cache: CacheConfig, texts: int, tokens: int, 
     """About what calibration holds at a time beside the model: a text's activations, statistics and fits of a layer
     (``calibrate.stats``), and for a budget of bits the answers of a probe, exact, disturbed and in between."""
     kv, sample = model.num_kv_heads * model.head_size, min(texts, SAMPLE_TEXTS)
-    width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
     statistics = 8 * tokens * kv + 16 * kv * model.head_size + 8 * sample * tokens * kv
     answers = 3 * 4 * model.vocab_size * min(tokens, PROBE_TOKENS) // PROBE_STEP if cache.is_open else 0
-    return tokens * width * max(size, 4) + FITS * statistics + answers
+    return tokens * computed_numbers(model) * max(size, 4) + FITS * statistics + answers
 
 
 def calibrate_to(

@@ -12,7 +12,7 @@ from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.mass import mass_bytes
 from skvq.engine.options import is_whole
 from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, STAGED, PrefillForm, cheapest_form
-from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, fullest_choices, gib
+from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, computed_numbers, fullest_choices, gib
 from skvq.kernels.layout import PAGE_TOKENS
 
 STREAMING = PrefillForm(prefill="streaming")
@@ -188,7 +188,6 @@ class Planner:
         layer's before a chunk, in the compute dtype.
         """
         model, chunk = self.model, min(CHUNK_TOKENS, context)
-        width = 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
         kv, piece = model.num_kv_heads * model.head_size, min(context, PIECE_TOKENS)
         on_gpu, on_cpu = kv * piece * (2 * 4 + 2 + 4), 2 * kv * (2 * piece + 8 * PAGE_TOKENS)
         packing = on_gpu if self.room.cuda_bytes else on_cpu
@@ -199,6 +198,6 @@ class Planner:
             window += self._window_copy(shape, context) + 2 * kv * chunk * (2 + self.dtype.itemsize)
         if any(rule.needs_attention_mass for rule in self.cache.rules):
             window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
-        computed = chunk * width * max(self.dtype.itemsize, 4) + self.room.expanded_bytes
+        computed = chunk * computed_numbers(model) * max(self.dtype.itemsize, 4) + self.room.expanded_bytes
         logits = model.vocab_size * max(6 * 4, LOGITS_BYTES * self.sequences)
         return computed + packing + logits + window

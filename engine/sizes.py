@@ -111,6 +111,11 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
+def computed_numbers(model: ModelConfig) -> int:
+    """Of each token that goes through a layer, at a time, keys and values left out."""
+    return 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
+
+
 def calibration_bytes(cache: CacheConfig, model: ModelConfig, *, on_gpu: bool) -> int:
     """Bases, means, scales, metrics and their factors of all layers in float32; on a GPU also what packing multiplies by, both
     matrices of a side as two halves a number and their diagonal blocks in float32 (``triton_gpu.metric``)."""
