@@ -15,9 +15,10 @@ from torch import Tensor
 
 from skvq.calibrate.reorder import fill_empty
 from skvq.calibrate.run import TEXT_TOKENS
-from skvq.engine.evaluate import compare, dense_layers, text_hidden
+from skvq.engine.evaluate import compare, dense_layers, text_in_full
 from skvq.engine.generate import Engine
-from skvq.engine.rope import StepRope
+from skvq.engine.model import LayerCache, Model
+from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.kernels.reference import masked_attention
 
 WINDOW, SINKS = 128, 5
@@ -34,6 +35,15 @@ def rounded(x: Tensor, levels: int, clip: float, late_fp8: bool) -> Tensor:
     if late_fp8:
         scale, low = (t.to(torch.float8_e4m3fn).float() for t in (scale, low))
     return codes * scale + low
+
+
+def text_hidden(model: Model, model_rope: ModelRope, ids: Tensor, cache: Callable[[int], LayerCache]) -> Tensor:
+    """Last hidden states [N, d] of a text, layer by layer against ``cache(layer)``, which attends all of it at once."""
+    rope = at_positions(model_rope, torch.arange(len(ids), device=ids.device)[None])
+    x = model.embed(ids[None])
+    for layer in range(model.config.num_layers):
+        x = model.layer(layer, x, rope, cache(layer))
+    return x[0]
 
 
 class Scheme(Protocol):
@@ -131,6 +141,6 @@ def published_schemes(engine: Engine, corpus: Tensor) -> list[Scheme]:
 def simulate(engine: Engine, ids: Tensor, scheme: Callable[[int], Scheme]) -> dict[str, float]:
     """Perplexity, KL and top-1 agreement of a scheme for each layer against full precision."""
     model, rope, spans = engine.parts.model, engine.parts.rope, engine.parts.model.config.attention_spans
-    exact = text_hidden(model, rope, ids, dense_layers(model, len(ids)))
+    exact = text_in_full(model, rope, ids)
     other = text_hidden(model, rope, ids, lambda i: SimulatedLayer(scheme(i), spans[i]))
     return compare(model, exact, other, ids).summary()

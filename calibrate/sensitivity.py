@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from skvq.calibrate.stats import SINKS
-from skvq.engine.evaluate import dense_layers, text_hidden
+from skvq.engine.evaluate import dense_layers, text_in_full
 from skvq.engine.model import Model
 from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.engine.steps import DenseLayer
@@ -73,7 +73,7 @@ class Probe:
         self._rope = at_positions(model_rope, torch.arange(tokens, device=ids.device)[None])
         self._rows = torch.arange(min(2 * self.window, tokens - 1), tokens, PROBE_STEP, device=ids.device)
         self._layer, self._hidden = 0, model.embed(ids[None])  # [1, T, d], what the layer is given
-        self._answer = self._answers(text_hidden(model, model_rope, ids, self._dense))
+        self._answer = self._answers(text_in_full(model, model_rope, ids))
 
     def advance(self) -> None:
         """Move to the next layer."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from skvq.engine.rope import ModelRope, at_positions
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.graphs import Captured, Graphs, NotCaptured
 from skvq.kernels.notices import notice
+
+T = TypeVar("T")
 
 
 def hidden_states(model: Model, rope: ModelRope, batch: DecodeBatch, max_packed: int) -> Tensor:
@@ -111,10 +113,10 @@ class GraphStep:
             if self._recall(batch, bound):
                 self._held[-1].captured.replay()
             elif self._failed.get(shape) == MOST_FAILURES:
-                return self.model.head(hidden_states(self.model, self.rope, batch, batch.max_packed))
+                return self._in_memory(lambda: self._logits(batch, batch.max_packed))
             else:
                 try:
-                    captured = self._captured(lambda: self.model.head(hidden_states(self.model, self.rope, batch, bound)))
+                    captured = self._in_memory(lambda: self.graphs.capture(lambda: self._logits(batch, bound)))
                 except NotCaptured as failed:
                     self._give_up(shape, str(failed))
                     return failed.result
@@ -122,15 +124,18 @@ class GraphStep:
                 self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
 
-    def _captured(self, work: Callable[[], Tensor]) -> Captured:
-        """The graph of a step, which is taken. Where memory is short, that of the other graphs may be what is missing."""
+    def _logits(self, batch: DecodeBatch, max_packed: int) -> Tensor:
+        return self.model.head(hidden_states(self.model, self.rope, batch, max_packed))
+
+    def _in_memory(self, work: Callable[[], T]) -> T:
+        """Do the work of a step. Where memory is short for it, that of the other steps' graphs may be what is missing."""
         try:
-            return self.graphs.capture(work)
+            return work()
         except torch.OutOfMemoryError:
             if not self._held:
                 raise
             self._held.clear()
-        return self.graphs.capture(work)
+        return work()
 
     def _give_up(self, shape: tuple[int, int], why: str) -> None:
         """Make room for the next try, or tell that there will be none for this shape: torch may be unable to capture after one

@@ -44,6 +44,11 @@ class DecodeRegimeLayer:
         self.keys, self.values = (torch.empty(shape, dtype=setup.arena.shape.dtype, device=device) for _ in range(2))
         self.mass = torch.zeros(len(ids), dtype=torch.float32, device=device)
 
+    @classmethod
+    def more_bytes(cls, config: ModelConfig, count: int, size: int) -> int:
+        """What a text of ``count`` tokens takes beside its hidden states, keys and values; numbers have ``size`` bytes."""
+        return 0
+
     def take(self, start: int, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> None:
         """Queries [1, N, H, D], keys and values [1, N, KH, D] of the tokens from ``start`` on, before RoPE."""
         stop = start + k.shape[1]
@@ -94,6 +99,11 @@ class DecodeRegimeLayer:
 class StrictWindowLayer(DecodeRegimeLayer):
     """The same with a window of exactly W tokens, the query's own included: what papers simulate, never what decode does."""
 
+    @classmethod
+    def more_bytes(cls, config: ModelConfig, count: int, size: int) -> int:
+        """Scores of ROWS queries, their weights and a mask of them, and keys and values in the compute dtype."""
+        return 3 * 4 * ROWS * config.num_heads * count + 2 * config.num_kv_heads * config.head_size * size * count
+
     def _stretches(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(a, min(a + ROWS, last)) for a in range(first, last, ROWS)]
 
@@ -108,15 +118,6 @@ class StrictWindowLayer(DecodeRegimeLayer):
             far = (visible & ~near)[:, :stored]
             parts.append(masked_attention(q, self.stored_keys[:stored], self.stored_values[:stored], far))
         return merge([p[0] for p in parts], [p[1] for p in parts])[0].to(q.dtype)
-
-
-def text_hidden(model: Model, model_rope: ModelRope, ids: Tensor, cache: Callable[[int], LayerCache]) -> Tensor:
-    """Last hidden states [N, d] of a short text, layer by layer against ``cache(layer)``, which attends all of it at once."""
-    rope = at_positions(model_rope, torch.arange(len(ids), device=ids.device)[None])
-    x = model.embed(ids[None])
-    for layer in range(model.config.num_layers):
-        x = model.layer(layer, x, rope, cache(layer))
-    return x[0]
 
 
 Steps = list[tuple[int, int, StepRope]]

@@ -229,7 +229,8 @@ class Engine(TokenEngine):
         parts, ids = self.parts, self.encode(token_ids)
         if len(ids) > parts.setup.max_context:
             raise CapacityError(f"{len(ids):,} tokens do not fit a context of {parts.setup.max_context:,}")
-        return parts.model.head(scoring.dense_hidden(parts, parts.model.ids(ids)))
+        logits = 4 * len(ids) * parts.model.config.vocab_size
+        return parts.model.head(scoring.dense_hidden(parts, parts.model.ids(ids), more=logits))
 
     @names_options()
     @computes

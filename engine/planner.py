@@ -11,12 +11,11 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.mass import mass_bytes
 from skvq.engine.options import is_whole
-from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, STAGED, PrefillForm, cheapest_form
+from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form, staged_bytes
 from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, computed_numbers, fullest_choices, gib
 from skvq.kernels.layout import PAGE_TOKENS
 
-STREAMING = PrefillForm(prefill="streaming")
-LOGITS_BYTES = 10
+LOGIT_BYTES = 10
 """Of each number of a step's logits: in 16 and in 32 bits where they are computed, and the caller's own."""
 
 
@@ -177,8 +176,8 @@ class Planner:
         """What a text after the first takes that the form of exact prefill may not have: it is streamed."""
         if self.prefill != "exact":
             return 0
-        staged = STREAMING.device_parts(self.model, context, self.dtype.itemsize)[STAGED]
-        return self._window_copy(shape, context) + staged - min(context, KEPT_ROPE_TOKENS) * self.model.head_size * 4
+        kept_rope = min(context, KEPT_ROPE_TOKENS) * self.model.head_size * 4
+        return self._window_copy(shape, context) + staged_bytes(self.model, context) - kept_rope
 
     def _workspace(self, context: int, shape: ArenaShape) -> int:
         """What a chunk's layer computes and expands, what packing converts, logits, and what a long window adds.
@@ -199,5 +198,5 @@ class Planner:
         if any(rule.needs_attention_mass for rule in self.cache.rules):
             window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
         computed = chunk * computed_numbers(model) * max(self.dtype.itemsize, 4) + self.room.expanded_bytes
-        logits = model.vocab_size * max(6 * 4, LOGITS_BYTES * self.sequences)
+        logits = model.vocab_size * max(6 * 4, LOGIT_BYTES * self.sequences)
         return computed + packing + logits + window

@@ -27,10 +27,6 @@ SEGMENT_TOKENS = 6 * PAGE_TOKENS
 either size are whole in it."""
 
 
-STAGED = "one layer's keys and values"
-"""The part of a plan that they are, of all of a prompt or of what is unpacked of them at once."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillForm:
     """One way to read a prompt. Streaming has no other: it holds neither hidden states nor keys of the whole prompt."""
@@ -54,13 +50,13 @@ class PrefillForm:
         exact, groups = self.prefill == "exact", self.head_groups
         kv = 2 * model.num_kv_heads * model.head_size * size  # keys and values of a token in a layer
         chunk = min(tokens, CHUNK_TOKENS) * model.hidden_size * size
-        staged = 2 * model.num_kv_heads * model.head_size * 4 * min(tokens, SEGMENT_TOKENS)  # any later text is streamed
+        staged = staged_bytes(model, tokens)  # any later text is streamed
         partial = min(tokens, CHUNK_TOKENS) * model.num_heads * model.head_size * (MOST_PARTS * size + 4)
         if not exact:
-            return {"hidden states of a chunk": chunk, STAGED: staged, "partial attention": partial}
+            return {"hidden states of a chunk": chunk, "one layer's keys and values": staged, "partial attention": partial}
         states = {"hidden states of a chunk": chunk} if self.host_states else self._states(model, tokens, size)
         if groups == 1:
-            return states | {STAGED: kv * tokens}
+            return states | {"one layer's keys and values": kv * tokens}
         held = kv // groups * tokens + kv * min(tokens, PIECE_TOKENS)  # of the group, and of all heads while they are packed
         return states | {f"keys and values of {model.num_kv_heads // groups} of {model.num_kv_heads} heads": max(held, staged)}
 
@@ -75,6 +71,11 @@ class PrefillForm:
         if self.head_groups > 1:
             states["what heads have read"] = tokens * model.num_heads * model.head_size * size
         return states
+
+
+def staged_bytes(model: ModelConfig, tokens: int) -> int:
+    """Of what streaming unpacks of a layer's keys and values at once."""
+    return 2 * model.num_kv_heads * model.head_size * 4 * min(tokens, SEGMENT_TOKENS)
 
 
 def prefill_forms(model: ModelConfig, prefill: str) -> list[PrefillForm]:

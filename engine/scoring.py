@@ -31,9 +31,11 @@ from skvq.engine.report import Reporter
 from skvq.engine.sizes import gib, regions_of, with_longest_tile
 
 
-def dense_hidden(parts: EngineParts, ids: Tensor) -> Tensor:
-    """Last hidden states [N, d] of a text in full precision: what a cache is measured against."""
-    _require_memory(parts, len(ids), parts.model.dtype.itemsize)
+def dense_hidden(parts: EngineParts, ids: Tensor, *, more: int = 0) -> Tensor:
+    """Last hidden states [N, d] of a text in full precision: what a cache is measured against. Memory must be there for
+    ``more`` bytes that they become.
+    """
+    _require_memory(parts, len(ids), parts.model.dtype.itemsize, more)
     return text_in_full(parts.model, parts.rope, ids)
 
 
@@ -44,19 +46,20 @@ def regime_hidden(
     model, sequence = parts.model, SequenceCache(parts.setup)
     try:
         sequence.reserve(len(ids))
-        _require_memory(parts, len(ids), model.dtype.itemsize + sequence.setup.arena.shape.dtype.itemsize)
+        size = model.dtype.itemsize + sequence.setup.arena.shape.dtype.itemsize
+        _require_memory(parts, len(ids), size, layer_class.more_bytes(model.config, len(ids), model.dtype.itemsize))
         with report.bar(f"scoring {len(ids):,} tokens", model.config.num_layers) as bar:
             return text_as_decoded(model, parts.rope, ids, lambda layer: layer_class(sequence, layer, ids), bar.advance)
     finally:
         sequence.free()
 
 
-def _require_memory(parts: EngineParts, count: int, size: int) -> None:
-    """Raise CapacityError unless there is memory for the hidden states of ``count`` tokens and a layer's keys and values, of
-    ``size`` bytes a number."""
+def _require_memory(parts: EngineParts, count: int, size: int, more: int) -> None:
+    """Raise CapacityError unless there is memory for the hidden states of ``count`` tokens, a layer's keys and values, of
+    ``size`` bytes a number, and ``more`` bytes."""
     config, dtype = parts.model.config, parts.model.dtype
     each = config.hidden_size * dtype.itemsize + 2 * config.num_kv_heads * config.head_size * size
-    needed, left = count * each + parts.plan.parts["workspace"], available_memory(parts.model.device)
+    needed, left = count * each + parts.plan.parts["workspace"] + more, available_memory(parts.model.device)
     if needed > left:
         raise CapacityError(
             f"scoring {count:,} tokens at once needs {gib(needed)} beside what is held, only {gib(left)} is available: score a "

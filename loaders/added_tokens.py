@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import Tokenizer as Pipeline
 
 from skvq.engine.errors import ModelError
-from skvq.loaders.fields import Fields, read_json, reason
+from skvq.loaders.fields import Fields, read_by_library, read_json
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA_NAMES = ("additional_special_tokens", "extra_special_tokens")
@@ -88,10 +88,8 @@ def with_tokens(
         data = json.loads(pipeline.to_str())
         entries = {index: asdict(token) for index, token in (known | new).items()}
         data["added_tokens"] = [{"id": index, **entries[index]} for index in sorted(entries)]
-        try:
+        with read_by_library(f"{where} adds tokens that do not go with tokenizer.json"):
             pipeline = Pipeline.from_str(json.dumps(data))
-        except Exception as error:
-            raise ModelError(f"{where} adds tokens that do not go with tokenizer.json ({reason(error)})") from error
     spelled = {token.content for token in pipeline.get_added_tokens_decoder().values()}
     others = {token.content: token for token in special if token.content not in spelled}
     pipeline.add_special_tokens([tokenizers.AddedToken(**asdict(token)) for token in others.values()])

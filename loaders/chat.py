@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -53,15 +54,13 @@ def render_chat(
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **given}
     try:
-        return environment.from_string(template).render(
-            messages=plain,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **given,
-        )
+        return environment.from_string(template).render(messages=plain, **names)
     except Exception as error:
+        if any("content" not in message for message in plain):
+            with suppress(Exception):  # a template that asks for ``content is none``
+                return environment.from_string(template).render(messages=[{"content": None, **m} for m in plain], **names)
         raise ModelError(f"the chat template failed on {counted(len(messages), 'message')} ({reason(error)})") from error
 
 

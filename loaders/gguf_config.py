@@ -48,12 +48,13 @@ def parse_gguf_config(header: GgufHeader, where: str, tables: Mapping[str, NDArr
     turned = fields.integer(f"{arch}.rope.dimension_count", head_size)
     rotary_size = turned if arch == "phi3" and turned < head_size else 0
     values = fields.integer(f"{arch}.attention.value_length", head_size)
-    for key, size in (("attention.value_length", values), ("rope.dimension_count", head_size if rotary_size else turned)):
-        if size != head_size:
-            raise ModelError(f"{where}: {arch}.{key} is {size}, but the head size is {head_size}: not supported")
+    if values != head_size:
+        raise ModelError(f"{where}: {arch}.attention.value_length is {values}, but the head size is {head_size}: not supported")
+    if turned != (rotary_size or head_size):
+        raise ModelError(f"{where}: {arch}.rope.dimension_count is {turned}, but the head size is {head_size}: not supported")
     vocab = _vocab_size(header, where)
     context = fields.integer(f"{arch}.context_length")
-    rope = _rope(fields, arch, context, tables)
+    rope = _rope(fields, arch, context, tables, turned // 2)
     window = f"{arch}.attention.sliding_window"
     span = fields.integer(window) if fields.has(window) and fields.number(window) else FULL_SPAN
     return model_config(
@@ -91,15 +92,22 @@ def llama3_factors(head_size: int, rope: RopeConfig) -> NDArray[np.float64]:
     return np.where(turns < rope.low_freq_factor, rope.factor, np.where(turns > rope.high_freq_factor, 1.0, blend))
 
 
-def _rope(fields: Fields, arch: str, context: int, tables: Mapping[str, NDArray[np.float32]]) -> RopeConfig:
+def _rope(fields: Fields, arch: str, context: int, tables: Mapping[str, NDArray[np.float32]], pairs: int) -> RopeConfig:
     theta = fields.positive(f"{arch}.rope.freq_base", 10_000.0)
     kind = fields.text(f"{arch}.rope.scaling.type", "linear" if fields.has(f"{arch}.rope.scale_linear") else "none")
     for name, table in tables.items():
         if not (np.isfinite(table).all() and (table > 0).all()):
             raise ModelError(f"{fields.where}: {name} holds values that are not positive finite numbers: download it again")
+        if len(table) != pairs:
+            raise ModelError(
+                f"{fields.where}: {name} has {len(table)} factors for {pairs} pairs of channels: download it again"
+            )
         if kind not in ("none", "longrope") and not np.allclose(table, 1.0):
             raise ModelError(f"{fields.where}: {name} together with {kind[:80]} scaling is not supported")
-    if LONG in tables and SHORT in tables:
+    if kind == "longrope" or (kind == "none" and (SHORT in tables or LONG in tables)):
+        missing = [name for name in (SHORT, LONG) if name not in tables]
+        if missing:
+            raise ModelError(f"{fields.where}: RoPE has no {' and no '.join(missing)}: download the file again")
         return _longrope(fields, arch, theta, context, tables)
     if kind not in ("none", "linear", "yarn"):
         raise ModelError(f"{fields.where}: unknown RoPE scaling {kind[:80]!r}; known: none, linear, yarn, llama3, longrope")

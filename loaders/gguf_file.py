@@ -174,8 +174,8 @@ def _apart(stored: dict[str, _Stored], config: ModelConfig) -> dict[str, _Stored
     """The same with matrices that were stored one above the other (Phi-3) under the name of each."""
     shapes, found = expected_shapes(config), dict(stored)
     for name, (shape, firsts) in stacks(shapes).items():
-        whole = stored.get(layer_name(name))
-        if whole is not None and whole.shape == shape:
+        whole, own = stored.get(layer_name(name)), {layer_name(part) for part in firsts} - {layer_name(name)}
+        if whole is not None and whole.shape == shape and own.isdisjoint(stored):
             del found[layer_name(name)]
             for part, first in firsts.items():
                 rows = whole.data[first : first + shapes[part][0]]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Pipeline
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
 from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer
-from skvq.loaders.fields import Fields, reason
+from skvq.loaders.fields import Fields, read_by_library
 from skvq.loaders.file_tokenizer import TokenizerSettings
 from skvq.loaders.gguf_config import CONTROL, end_tokens
 
@@ -82,7 +82,7 @@ def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
         adds_bos, build = True, partial(_sentencepiece, tokens, kinds, scores, prefix)
     else:
         raise ModelError(f"{fields.where}: unknown tokenizer {kind[:80]!r}; known: gpt2, llama")
-    try:
+    with read_by_library(f"{fields.where}: its {len(tokens)} tokens do not form a vocabulary"):
         pipeline = build()
         control = {*np.flatnonzero(kinds == CONTROL).tolist(), *end_tokens(tokens, kinds)}
         users = [index for index in np.flatnonzero(kinds == USER_DEFINED).tolist() if index not in control]
@@ -94,8 +94,6 @@ def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
 
         pipeline.add_special_tokens([added(i, True) for i in sorted(control) if tokens[i]])
         pipeline.add_tokens([added(i, False) for i in users if tokens[i]])
-    except Exception as error:
-        raise ModelError(f"{fields.where}: its {len(tokens)} tokens do not form a vocabulary ({reason(error)})") from error
     adds_bos = fields.flag("tokenizer.ggml.add_bos_token", adds_bos)
     return FastTokenizer(pipeline, _settings(fields, config, tokens, adds_bos))
 

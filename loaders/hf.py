@@ -221,7 +221,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     rope = {
         "rope_type": config.rope.kind,
         "rope_theta": config.rope.theta,
-        "partial_rotary_factor": config.turned_size / config.own_head_size,
+        "partial_rotary_factor": (config.rotary_size + 0.5) / config.own_head_size if config.rotary_size else 1.0,  # cut off
         "factor": config.rope.factor,
         "original_max_position_embeddings": config.rope.original_context or config.trained_context,
         "low_freq_factor": config.rope.low_freq_factor,
@@ -258,6 +258,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.qkv_bias if config.family == "seed_oss" else config.output_bias,
         "attention_out_bias": config.output_bias,
         "mlp_bias": config.mlp_bias,
+        "original_max_position_embeddings": config.rope.original_context if config.family == "phi3" else None,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
     }

@@ -14,6 +14,9 @@ from skvq.engine.errors import ModelError
 
 SAMPLE_BYTES = 4096
 """Bytes of every tensor that enter the fingerprint: 14 GB of weights are told apart by reading about one megabyte."""
+NEWER = ("rotary_size",)
+"""Fields of the config that count only where they say something: other models keep the fingerprint they had before there were
+any, and with it their calibrations and sessions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,8 @@ class WeightSource(Protocol):
 
 def fingerprint_of(config: ModelConfig, tensors: Iterable[tuple[str, tuple[int, ...], str, bytes]]) -> str:
     """SHA-256 over the config and (name, shape, stored type, first bytes) of every tensor, in the order of names."""
-    digest = hashlib.sha256(repr(sorted(asdict(config).items())).encode())
+    told = {name: value for name, value in asdict(config).items() if value or name not in NEWER}
+    digest = hashlib.sha256(repr(sorted(told.items())).encode())
     for name, shape, kind, head in sorted(tensors):
         digest.update(f"\n{name} {shape} {kind} ".encode())
         digest.update(head[:SAMPLE_BYTES])

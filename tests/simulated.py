@@ -8,9 +8,8 @@ import torch
 from tiny import nll_of
 from torch import Tensor
 
-from skvq.engine.evaluate import text_hidden
 from skvq.engine.generate import Engine
-from skvq.engine.rope import StepRope
+from skvq.engine.rope import StepRope, at_positions
 from skvq.kernels.interface import HeadCodec, LabelCodec
 from skvq.kernels.layout import LEVELS, PageLayout
 from skvq.kernels.reference import (
@@ -104,6 +103,7 @@ def simulated_nll(engine: Engine, ids: Sequence[int], sinks: int) -> Tensor:
     parts = engine.parts
     at = torch.tensor(ids)
     times = schedule(len(ids), [])
-    layers = lambda layer: SimulatedLayer(engine, layer, sinks, *times)  # noqa: E731
-    hidden = text_hidden(parts.model, parts.rope, at, layers)
-    return nll_of(parts.model.head(hidden)[:-1], ids)
+    rope, x = at_positions(parts.rope, torch.arange(len(ids))[None]), parts.model.embed(at[None])
+    for layer in range(parts.model.config.num_layers):
+        x = parts.model.layer(layer, x, rope, SimulatedLayer(engine, layer, sinks, *times))
+    return nll_of(parts.model.head(x[0])[:-1], ids)

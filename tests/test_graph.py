@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.decode import MOST_GRAPHS, EagerStep, GraphStep, decode_step_of
+from skvq.engine.decode import MOST_FAILURES, MOST_GRAPHS, EagerStep, GraphStep, decode_step_of, hidden_states
 from skvq.engine.errors import OptionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
@@ -302,10 +302,21 @@ def test_a_step_that_finds_no_memory_takes_that_of_the_other_graphs(folder: Path
     alone = step.run([first], [3])
     both = step.run([first, second], [4, 3])
     assert len(step._held) == 1 and torch.allclose(both[1], alone[0], atol=1e-5)
-    step._held.clear()
+    step._failed[3, 1] = MOST_FAILURES  # launched kernel by kernel, while a graph is held
+    full, given = [True], hidden_states
+    third = engine.prefill(random_ids(30))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def short(*args: Any) -> Tensor:
+            if full.pop() if full else False:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return given(*args)
+
+        patch.setattr("skvq.engine.decode.hidden_states", short)
+        assert step.run([first, second, third], [5, 5, 3]).shape[0] == 3 and not step._held and not full
     with pytest.raises(torch.OutOfMemoryError):
         step.run([first], [3])
-    assert failing == [True] and first.length == second.length + 1 == 32
+    assert failing == [True] and first.length == second.length + 1 == 33
 
 
 @torch.no_grad()

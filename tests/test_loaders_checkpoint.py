@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from skvq.engine.errors import SkvqError
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.names import check_shapes, expected_shapes
-from skvq.loaders.source import check_finite
+from skvq.loaders.source import check_finite, fingerprint_of
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -105,6 +107,15 @@ def test_names_of_a_decoder_inside_another_model(tmp_path: Path, before: str, he
     source = SafetensorsSource(write_checkpoint(tmp_path, config, stored))
     for name, value in weights.items():
         assert torch.equal(source.read(name), value)
+
+
+def test_a_field_that_says_nothing_is_no_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrations and sessions of before it was there stay good."""
+    config, sample = tiny_config(family="phi3"), [("a", (1,), "F32", b"1234")]
+    known, fields = fingerprint_of(config, sample), asdict(config)
+    del fields["rotary_size"]
+    digest = hashlib.sha256(repr(sorted(fields.items())).encode() + b"\na (1,) F32 1234").hexdigest()
+    assert known == digest != fingerprint_of(replace(config, rotary_size=2), sample)
 
 
 def test_a_single_file_beside_shards_of_an_earlier_save_counts(tmp_path: Path) -> None:

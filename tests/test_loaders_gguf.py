@@ -34,7 +34,7 @@ from skvq.engine.errors import SkvqError
 from skvq.engine.report import Quiet
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.loaders.fields import Fields
-from skvq.loaders.gguf_config import llama3_factors, parse_gguf_config
+from skvq.loaders.gguf_config import ROPE_TABLES, llama3_factors, parse_gguf_config
 from skvq.loaders.gguf_file import GgufSource, gguf_config
 from skvq.loaders.gguf_header import GgufHeader, TensorEntry, map_file, read_header
 from skvq.loaders.gguf_tokenizer import build_tokenizer
@@ -111,6 +111,43 @@ def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
     theirs = {token["id"]: token["logprob"] for token in answer}
     assert list(theirs)[:4] == found.topk(4).indices.tolist()
     assert max(abs(float(found[token]) - logprob) for token, logprob in theirs.items()) < 0.02
+
+
+FREQS, SHORT, LONG = ROPE_TABLES
+ONES = np.ones(16, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tables", "kind", "fragments"),
+    [
+        ({LONG: ONES}, None, ["no rope_factors_short.weight"]),
+        ({SHORT: ONES}, "longrope", ["no rope_factors_long.weight"]),
+        ({}, "longrope", ["no rope_factors_short.weight and no rope_factors_long.weight"]),
+        ({SHORT: ONES, LONG: ONES[:5]}, None, ["rope_factors_long.weight", "5 factors for 16"]),
+        ({SHORT: ONES, LONG: -ONES}, None, ["rope_factors_long.weight", "not positive"]),
+        ({FREQS: ONES[:3]}, None, ["rope_freqs.weight", "3 factors for 16"]),
+        ({SHORT: 2 * ONES, LONG: ONES}, "linear", ["rope_factors_short.weight", "linear"]),
+    ],
+)
+def test_rope_tables_that_cannot_be_right_are_one_line(
+    tables: dict[str, np.ndarray], kind: str | None, fragments: list[str]
+) -> None:
+    refused(lambda: parse_gguf_config(phi3_header(kind), "m.gguf", tables), "m.gguf", *fragments)
+
+
+def test_tables_of_ones_leave_a_linear_stretch() -> None:
+    rope = parse_gguf_config(phi3_header("linear"), "m.gguf", {SHORT: ONES, LONG: ONES}).rope
+    assert (rope.kind, rope.factor) == ("linear", 4.0)
+
+
+def phi3_header(kind: str | None) -> GgufHeader:
+    data: dict[str, Any] = {
+        "general.architecture": "phi3", "phi3.block_count": 1, "phi3.embedding_length": 64, "phi3.context_length": 64,
+        "phi3.attention.head_count": 2, "phi3.feed_forward_length": 8, "phi3.attention.layer_norm_rms_epsilon": 1e-5,
+        "phi3.rope.scaling.factor": 4.0,
+    } | ({} if kind is None else {"phi3.rope.scaling.type": kind})  # fmt: skip
+    tensors = {"token_embd.weight": TensorEntry(shape=(8, 64), kind=0, offset=0)}
+    return GgufHeader(metadata=data, tensors=tensors, data_start=0)
 
 
 def test_a_file_in_parts_is_read_whole_whichever_part_is_given(tmp_path: Path) -> None:

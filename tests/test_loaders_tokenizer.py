@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from skvq.calibrate.corpus import built_in_corpus
-from skvq.engine.errors import SkvqError
+from skvq.engine.errors import ModelError, SkvqError
 from skvq.loaders.chat import render_chat, render_turn
 from skvq.loaders.dummy import dummy_tokenizer
 from skvq.loaders.fast_tokenizer import FastTokenizer
@@ -357,6 +357,18 @@ def test_what_an_answer_lacks_and_what_was_thought_is_as_in_transformers(tmp_pat
     save_folder(tmp_path, byte_level_pipeline(), {"chat_template": template})
     want = theirs_of(tmp_path).apply_chat_template([ASKED, said], tokenize=True, return_dict=False)
     assert load_tokenizer(tmp_path).encode_chat([ASKED, said], add_generation_prompt=False) == want
+
+
+def test_a_template_that_asks_whether_there_is_content_is_answered(tmp_path: Path) -> None:
+    """DeepSeek-R1's way, which an absent content would break; in others it must not be the word None."""
+    asks = """{% for m in messages %}{% if m['content'] is none %}calls {{ m['tool_calls'][0]['function']['name'] }}
+{% else %}{{ 'says ' + m['content'] }}{% endif %}{% endfor %}"""
+    for said in (CALLED, CALLED | {"content": None}):
+        assert "calls w" in render_chat(asks, [ASKED, said], {}, add_generation_prompt=False)
+        assert "None" not in render_chat("{% for m in messages %}{{ m.content }}{% endfor %}", [ASKED, said], {},
+                                         add_generation_prompt=False)  # fmt: skip
+    with pytest.raises(ModelError, match="UndefinedError"):
+        render_chat("{{ messages[0].nothing.deeper }}", [ASKED, CALLED], {}, add_generation_prompt=False)
 
 
 def test_templates_are_given_special_tokens_by_name(tmp_path: Path) -> None:

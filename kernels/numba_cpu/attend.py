@@ -86,13 +86,17 @@ def plain_fields(pages: PlainPages) -> Fields:
 
 
 def head_fields(codec: HeadCodec) -> Fields:
-    basis = (codec.query_basis, codec.output_basis, codec.value_mean, codec.key_mean) if codec.has_basis else ()
-    tensors = (codec.keys.unit, codec.values.unit, *basis)
+    units = _addresses(codec.keys.unit, codec.values.unit)
+    if not codec.has_basis:
+        return (*units, 0, 0, 0, 0, 0, 0, 0)
+    *basis, key_mean = _addresses(codec.query_basis, codec.output_basis, codec.value_mean, codec.key_mean)
+    return (*units, 1, *basis, key_mean if codec.has_key_mean else 0, 0, 0)
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
     for t in tensors:
         assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
-    keys, values, *addresses = (t.data_ptr() for t in tensors)
-    query, output, value_mean, key_mean = addresses or (0, 0, 0, 0)
-    return keys, values, int(codec.has_basis), query, output, value_mean, key_mean if codec.has_key_mean else 0, 0, 0
+    return [t.data_ptr() for t in tensors]
 
 
 def label_fields(codec: LabelCodec) -> Fields:
