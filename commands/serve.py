@@ -76,10 +76,15 @@ def serve(**options: Any) -> None:
         service = Service(engine)
         settings = Settings(model=options["model"], defaults=defaults, key=options["api_key"] or None, report=engine.report)
         signal.signal(signal.SIGTERM, lambda number, frame: service.stop())
-        Thread(target=server.serve, args=(service, settings), daemon=True).start()
-        context = engine.parts.setup.max_context
-        click.echo(f"skvq: {options['model']}, context {context:,}, at {server.address}; Ctrl-C ends it", err=True)
+        listening = Thread(target=server.serve, args=(service, settings), daemon=True)
+
+        def ready() -> None:
+            listening.start()
+            context = engine.parts.setup.max_context
+            click.echo(f"skvq: {options['model']}, context {context:,}, at {server.address}; Ctrl-C ends it", err=True)
+
         try:
-            service.run()
+            service.run(ready)
         finally:
-            server.shutdown()
+            if listening.is_alive():
+                server.shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -157,11 +157,13 @@ class Service:
             self._stopping = True
             self._changed.notify_all()
 
-    def run(self) -> None:
-        """Do what is asked for until ``stop``, or an interrupt; what is not over is cancelled then."""
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Do what is asked for until ``stop``, or an interrupt; what is not over is cancelled then. ``ready`` is called when
+        something can be asked for."""
         try:
             with self.engine.batch() as batch:
                 self._batch = batch
+                ready()
                 while not self._stopping:
                     with self._changed:
                         # a signal that comes just before the wait does not end it: hence the timeout

@@ -28,10 +28,11 @@ from tiny import Listener, tiny_cache
 from skvq import Engine, SamplingConfig
 from skvq.engine.batch import Batch
 from skvq.engine.errors import OptionError
+from skvq.engine.report import Quiet
 from skvq.server import handler
 from skvq.server.asked import asked_for
 from skvq.server.handler import Server, Settings
-from skvq.server.service import Service
+from skvq.server.service import NotRunning, Service
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -572,6 +573,19 @@ def test_a_port_that_is_taken_is_one_line(folder: Path) -> None:
             Server("127.0.0.1", port)
 
 
+def test_what_is_asked_for_at_once_is_answered(folder: Path) -> None:
+    """A service is ready when it says so: who reads its address may ask."""
+    engine = Engine.load(folder, cache=tiny_cache(method="fp"), max_context=300, device="cpu", report=Quiet())
+    service, calls = Service(engine), list[Any]()
+
+    def ready() -> None:
+        calls.append(service.answer([TEXT], [SamplingConfig(max_new_tokens=1)]))
+        service.stop()
+
+    service.run(ready)
+    assert len(calls) == 1 and isinstance(calls[0].error, NotRunning), "it was stopped after it had been asked"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_until_it_is_interrupted(folder: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "skvq.cli", "serve", "--model", str(folder), "--port", "0", "--ctx", "300", "-n", "5"]
@@ -586,6 +600,7 @@ def test_the_command_serves_until_it_is_interrupted(folder: Path, number: signal
         connection = HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", COMPLETIONS, json.dumps({"prompt": TEXT}).encode())
         found = json.loads(connection.getresponse().read())
+        assert "usage" in found, found
         assert found["usage"]["completion_tokens"] == 5 and found["model"] == str(folder)
         process.send_signal(number)
         assert process.wait(30) == (130 if number == signal.SIGINT else 0)
