@@ -169,7 +169,7 @@ def text_as_decoded(
 
 
 def dense_layers(model: Model, count: int) -> Callable[[int], LayerCache]:
-    """Full-precision caches for ``text_hidden`` of a text of ``count`` tokens."""
+    """Full-precision caches of a text of ``count`` tokens, which attend all of it at once."""
     config = model.config
     shape = (config.num_kv_heads, count, config.head_size, model.dtype, model.device)
     keys, values = kv_buffer(*shape), kv_buffer(*shape)

@@ -176,8 +176,10 @@ class Planner:
         """What a text after the first takes that the form of exact prefill may not have: it is streamed."""
         if self.prefill != "exact":
             return 0
-        kept_rope = min(context, KEPT_ROPE_TOKENS) * self.model.head_size * 4
-        return self._window_copy(shape, context) + staged_bytes(self.model, context) - kept_rope
+        return self._window_copy(shape, context) + staged_bytes(self.model, context) - self._kept_rope(context)
+
+    def _kept_rope(self, context: int) -> int:
+        return min(context, KEPT_ROPE_TOKENS) * self.model.head_size * 4
 
     def _workspace(self, context: int, shape: ArenaShape) -> int:
         """What a chunk's layer computes and expands, what packing converts, logits, and what a long window adds.
@@ -192,7 +194,7 @@ class Planner:
         packing = on_gpu if self.room.cuda_bytes else on_cpu
         window = 0 if self.room.cuda_bytes else shape.slot_bytes * shape.full_slots
         if self.prefill == "exact":
-            window += min(context, KEPT_ROPE_TOKENS) * model.head_size * 4
+            window += self._kept_rope(context)
         else:
             window += self._window_copy(shape, context) + 2 * kv * chunk * (2 + self.dtype.itemsize)
         if any(rule.needs_attention_mass for rule in self.cache.rules):

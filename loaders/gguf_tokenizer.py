@@ -44,6 +44,7 @@ _CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
 _LLAMA3 = _Rules(patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole_words=True, adds_bos=True)
+_CL100K = replace(_LLAMA3, whole_words=False, adds_bos=False)
 _QWEN2 = _Rules(patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",), compose=True)
 _TEKKEN = _Rules(patterns=("|".join([*_CASED_WORDS, r"\p{N}", _CASED_REST]),), whole_words=True, adds_bos=True)
 _O200K = _Rules(patterns=("|".join([*(f"{word}{_CONTRACTIONS}?" for word in _CASED_WORDS), r"\p{N}{1,3}", _CASED_REST]),))
@@ -55,8 +56,8 @@ PRE_TOKENIZERS = {
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
     "pixtral": _LLAMA3,
-    "smaug-bpe": replace(_LLAMA3, whole_words=False, adds_bos=False),
-    "dbrx": replace(_LLAMA3, whole_words=False, adds_bos=False),
+    "smaug-bpe": _CL100K,
+    "dbrx": _CL100K,
     "tekken": _TEKKEN,
     "gpt-4o": _O200K,
     "qwen2": _QWEN2,
