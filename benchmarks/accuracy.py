@@ -4,9 +4,9 @@
 
 Every cache is calibrated on the first 16,384 tokens of one text and measured on the first 2,048 of others and of the built-in
 corpus, in one run, with a window of exactly W tokens (as papers simulate) and as decode really sees it (whole tiles). Beside
-them, on the first text: KIVI and SKVQ as published, simulated (``other_methods.py``), and the quantized cache of transformers,
-which nobody here wrote (needs `optimum-quanto`; token by token, minutes). Last line: JSON, also written to --output with a plot
-beside it.
+them, on the first text: OSCAR, KIVI, TurboQuant, QuaRot and SKVQ as published, simulated (``other_methods.py``), and the
+quantized cache of transformers, which nobody here wrote (needs `optimum-quanto`; token by token, minutes). Last line: JSON,
+also written to --output with a plot beside it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 
 import click
 import torch
-from other_methods import GROUP, Kivi, published_schemes, simulate
+from other_methods import GROUP, Kivi, Rotated, TurboQuant, observe, oscar_schemes, published_schemes, simulate
 from stamp import stamp, write
 from torch import Tensor
 
 from skvq import CacheConfig, Engine
 from skvq.calibrate.corpus import built_in_corpus
+from skvq.calibrate.rotate import spread_matrix
 from skvq.engine.measure import device_name
 from skvq.loaders.hub import resolve
 
@@ -111,10 +112,16 @@ def row_name(cache: CacheConfig) -> str:
 
 
 def simulated_rows(engine: Engine, corpus: Path, name: str, ids: Tensor, note: Callable[[dict[str, Any]], None]) -> None:
-    """KIVI and SKVQ as their authors simulate them, 2 bits."""
-    published = published_schemes(engine, engine.parts.model.ids(engine.encode(corpus.read_text())[:CALIBRATION_TOKENS]))
+    """What others do, as their papers or code do it; their metadata in 16 bits but SKVQ's."""
+    observed = observe(engine, engine.parts.model.ids(engine.encode(corpus.read_text())[:CALIBRATION_TOKENS]))
+    published, oscar, size = published_schemes(observed), oscar_schemes(observed), engine.parts.model.config.head_size
+    quarot, turbo = Rotated(*(spread_matrix(size).float(),) * 2), {bits: TurboQuant(bits, size) for bits in (2, 3)}
     for label, bits, scheme in (
+        ("OSCAR, simulated, K2V2", 2 + 32 / GROUP, lambda layer: oscar[layer]),
         ("KIVI, simulated, K2V2", 2 + 32 / GROUP, lambda layer: Kivi()),
+        ("TurboQuant, simulated, K3V3", 3 + 16 / size, lambda layer: turbo[3]),
+        ("TurboQuant, simulated, K2V2", 2 + 16 / size, lambda layer: turbo[2]),
+        ("QuaRot, simulated, K2V2", 2 + 32 / GROUP, lambda layer: quarot),
         ("SKVQ as published, simulated, K2V2", 2 + 16 / GROUP, lambda layer: published[layer]),
     ):
         note({"name": label, "text": name, "window": "exact", "bits_per_element": bits, **simulate(engine, ids, scheme)})

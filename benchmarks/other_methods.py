@@ -6,14 +6,16 @@ compared. Bits count codes and metadata of far tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from skvq.calibrate.reorder import fill_empty
+from skvq.calibrate.rotate import spread_matrix
 from skvq.calibrate.run import TEXT_TOKENS
 from skvq.engine.evaluate import compare, dense_layers, text_in_full
 from skvq.engine.generate import Engine
@@ -25,6 +27,9 @@ WINDOW, SINKS = 128, 5
 GROUP = 64
 CLIP = 0.92
 """SKVQ's constant, of its published evaluation scripts."""
+
+OSCAR_CLIPS = (0.96, 0.92)
+"""OSCAR's quantiles of keys and of values, of its published command line."""
 
 
 def rounded(x: Tensor, levels: int, clip: float, late_fp8: bool) -> Tensor:
@@ -87,6 +92,64 @@ class PublishedSkvq:
         return out.view_as(x)
 
 
+class TurboQuant:
+    """TurboQuant (arXiv 2504.19874, algorithm 1): a random rotation, the best levels for normal numbers, a 16-bit norm a head.
+
+    Keys after RoPE and values alike. As vLLM keeps keys: what was rounded is brought to its norm, and there is no QJL (there it
+    was found to harm). Unlike vLLM's, every layer is quantized.
+    """
+
+    def __init__(self, bits: int, head_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._levels = normal_levels(bits)
+        self._rotation = torch.linalg.qr(torch.randn(head_size, head_size, generator=generator))[0]
+
+    def round(self, keys: Tensor, values: Tensor, rope: StepRope) -> tuple[Tensor, Tensor]:
+        return self.stored(rope.apply(keys[None])[0]), self.stored(values)
+
+    def stored(self, x: Tensor) -> Tensor:
+        """What is left of heads [..., D]."""
+        norm = x.norm(dim=-1, keepdim=True).half().float()
+        normal = x @ self._rotation * (math.sqrt(x.shape[-1]) / norm.clamp_min(1e-20))
+        found = self._levels[torch.bucketize(normal, (self._levels[1:] + self._levels[:-1]) / 2)]
+        return found / found.norm(dim=-1, keepdim=True) * norm @ self._rotation.T
+
+
+def normal_levels(bits: int) -> Tensor:
+    """The 2**bits levels that quantize a standard normal distribution with the least squared error (Lloyd-Max)."""
+    levels, end = torch.linspace(-2, 2, 2**bits, dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64)
+    for _ in range(1000):
+        edges = torch.cat([-end, (levels[1:] + levels[:-1]) / 2, end])
+        density, below = (-edges.square() / 2).exp() / math.sqrt(2 * math.pi), torch.special.ndtr(edges)
+        levels = (density[:-1] - density[1:]) / (below[1:] - below[:-1])
+    return levels.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """Keys after RoPE and values, each head rotated, cut off at a quantile of its magnitudes and rounded by min and max.
+
+    With a Hadamard matrix and nothing cut off it is what QuaRot (arXiv 2404.00456) does to a cache; with OSCAR_CLIPS and the
+    rotations of ``oscar_schemes`` it is OSCAR (arXiv 2605.17757).
+    """
+
+    key_rotation: Tensor  # [KH, D, D] or [D, D]
+    value_rotation: Tensor
+    clips: tuple[float, float] = (1.0, 1.0)
+    levels: int = 4
+
+    def round(self, keys: Tensor, values: Tensor, rope: StepRope) -> tuple[Tensor, Tensor]:
+        turned = rope.apply(keys[None])[0]
+        return self._stored(turned, self.key_rotation, self.clips[0]), self._stored(values, self.value_rotation, self.clips[1])
+
+    def _stored(self, x: Tensor, rotation: Tensor, clip: float) -> Tensor:
+        rotated = (x[..., None, :] @ rotation)[..., 0, :]
+        size = x.shape[-1]
+        most = rotated.abs().sort(-1).values[..., min(int(clip * size), size - 1), None]
+        groups = rotated.clamp(-most, most).unflatten(-1, (-1, min(GROUP, size)))
+        return (rounded(groups, self.levels, 1.0, late_fp8=False).flatten(-2)[..., None, :] @ rotation.mT)[..., 0, :]
+
+
 class SimulatedLayer:
     """A whole text of one sequence; far tokens are what the scheme leaves of them."""
 
@@ -102,39 +165,69 @@ class SimulatedLayer:
         return masked_attention(q, torch.cat([k, far_k]), torch.cat([v, far_v]), seen)[0][None]
 
 
-class Extremes:
-    """Dense attention that remembers the range of each channel of keys before RoPE and of values."""
+class Observed:
+    """Dense attention that remembers what the schemes are calibrated on, of one text."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: LayerCache) -> None:
         self._layer = layer
-        self.ranges: list[tuple[Tensor, Tensor]] = []
+        self.ranges: list[tuple[Tensor, Tensor]] = []  # of each channel of keys before RoPE and of values
+        self.queries = torch.empty(0)  # after RoPE, the sum of their outer products [KH, D, D]
+        self.keys = self.values = torch.empty(0)  # [T, KH, D], keys after RoPE
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         self.ranges = [torch.aminmax(x[0].flatten(1), dim=0) for x in (k, v)]
-        return self._layer.attend(q, k, v, rope)  # type: ignore[no-any-return]
+        self.keys, self.values = rope.apply(k)[0], v[0]
+        by_head = rope.apply(q)[0].unflatten(1, (k.shape[2], -1)).transpose(0, 1).flatten(1, 2)  # [KH, T * H / KH, D]
+        self.queries = by_head.mT @ by_head
+        return self._layer.attend(q, k, v, rope)
 
 
-def published_schemes(engine: Engine, corpus: Tensor) -> list[Scheme]:
-    """Each layer's groups, by K-means on the extremes of all channels over ``corpus`` int64 [N]."""
+def observe(engine: Engine, corpus: Tensor) -> list[list[Observed]]:
+    """For each layer what it shows of each text of ``corpus`` int64 [N]."""
+    model, rope = engine.parts.model, engine.parts.rope
+    found: list[list[Observed]] = [[] for _ in range(model.config.num_layers)]
+    for text in corpus.split(TEXT_TOKENS):
+        dense = dense_layers(model, len(text))
+        for i, texts in enumerate(found):
+            texts.append(Observed(dense(i)))
+        text_hidden(model, rope, text, lambda i: found[i][-1])
+    return found
+
+
+def published_schemes(observed: list[list[Observed]]) -> list[Scheme]:
+    """Each layer's groups, by K-means on the extremes of all channels."""
     from sklearn.cluster import KMeans
 
-    model, rope = engine.parts.model, engine.parts.rope
-    config, texts = model.config, corpus.split(TEXT_TOKENS)
-    found: list[list[Extremes]] = []
-    for text in texts:
-        dense = dense_layers(model, len(text))
-        layers = [Extremes(dense(i)) for i in range(config.num_layers)]
-        text_hidden(model, rope, text, lambda i, layers=layers: layers[i])  # type: ignore[misc]
-        found.append(layers)
-    groups = config.num_kv_heads * config.head_size // GROUP
-
-    def labels(layer: int, side: int) -> Tensor:
-        low = torch.stack([text[layer].ranges[side][0] for text in found]).amin(0)
-        high = torch.stack([text[layer].ranges[side][1] for text in found]).amax(0)
+    def labels(texts: list[Observed], side: int) -> Tensor:
+        low = torch.stack([text.ranges[side][0] for text in texts]).amin(0)
+        high = torch.stack([text.ranges[side][1] for text in texts]).amax(0)
+        groups = len(low) // GROUP
         clusters = KMeans(groups, n_init=10, random_state=0).fit(torch.stack([low, high], 1).numpy()).labels_
         return fill_empty(torch.from_numpy(clusters).long(), groups)
 
-    return [PublishedSkvq(labels(layer, 0), labels(layer, 1)) for layer in range(config.num_layers)]
+    return [PublishedSkvq(labels(texts, 0), labels(texts, 1)) for texts in observed]
+
+
+def oscar_schemes(observed: list[list[Observed]]) -> list[Scheme]:
+    """Each layer's rotations, of each head: eigenvectors of what queries weigh, spread by the Hadamard matrix.
+
+    A value counts by its key's mean squared score. The permutation that follows in OSCAR moves channels between groups: it has
+    no effect where a group is a head.
+    """
+
+    def rotation(second_moment: Tensor) -> Tensor:
+        vectors = torch.linalg.eigh(second_moment.double())[1]
+        return (vectors @ spread_matrix(vectors.shape[-1])).float()
+
+    schemes: list[Scheme] = []
+    for texts in observed:
+        queries = torch.stack([text.queries for text in texts]).sum(0)
+        keys, values = (torch.cat([getattr(text, side) for text in texts]) for side in ("keys", "values"))
+        weights = torch.einsum("thd,hde,the->th", keys, queries, keys)
+        schemes.append(
+            Rotated(rotation(queries), rotation(torch.einsum("th,thd,the->hde", weights, values, values)), OSCAR_CLIPS)
+        )
+    return schemes
 
 
 @torch.no_grad()

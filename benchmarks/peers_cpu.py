@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,11 +29,6 @@ from skvq.engine.measure import device_name, peak_bytes, reset_peak
 WRITE = 24
 """Tokens written and timed after a prompt."""
 
-ENGINES = {
-    "skvq K2V2": "SkvqPeer", "skvq fp": "SkvqPeer",
-    "llama.cpp f16": "LlamaPeer", "llama.cpp q8_0": "LlamaPeer", "llama.cpp q4_0": "LlamaPeer",
-    "transformers": "TransformersPeer", "transformers quanto 2": "TransformersPeer",
-}  # fmt: skip
 OURS, BASE = "skvq K2V2", "llama.cpp f16"
 
 
@@ -126,9 +121,16 @@ class TransformersPeer:
         return read - start, 1e3 * (time.perf_counter() - read) / WRITE
 
 
+ENGINES: dict[str, Callable[[str, str, int, int], Peer]] = {
+    "skvq K2V2": SkvqPeer, "skvq fp": SkvqPeer,
+    "llama.cpp f16": LlamaPeer, "llama.cpp q8_0": LlamaPeer, "llama.cpp q4_0": LlamaPeer,
+    "transformers": TransformersPeer, "transformers quanto 2": TransformersPeer,
+}  # fmt: skip
+
+
 def work(name: str, model: str, context: int, threads: int) -> None:
-    """A worker: one JSON line in a run, one out; the memory line at the end."""
-    peer: Peer = globals()[ENGINES[name]](name, model, context, threads)
+    """A worker: a run for each line of JSON, and a line out."""
+    peer = ENGINES[name](name, model, context, threads)
     cpu = torch.device("cpu")
     reset_peak(cpu)  # not that of loading, or of a calibration made once
     print(json.dumps("ready"), flush=True)
@@ -226,8 +228,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds a token against context, a line an engine."""
-    from matplotlib.figure import Figure
+    """Milliseconds a token against context, a line an engine; left out, and said, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('no plot: pip install "skvq[plot]"', file=sys.stderr)
+        return
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()

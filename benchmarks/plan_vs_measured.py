@@ -22,6 +22,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+# isort: split
 import torch
 from stamp import stamp, write
 
@@ -60,18 +63,19 @@ def memory(field: str) -> int:
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One case, in this process."""
+    from config_json import write_config
+
     from skvq import AttentionSinks, CacheConfig, Engine, HeavyHitters
     from skvq.engine import loading
     from skvq.engine.config import ModelConfig
     from skvq.engine.planner import Plan
     from skvq.engine.report import Quiet
-    from skvq.loaders.hf import config_to_json
 
     shape = {**SHAPE, **case.get("shape", {})}
     config = ModelConfig(
         family="mistral", head_size=64, trained_context=2**18, attention_spans=(256,) * shape["num_layers"], **shape
     )
-    (folder / "config.json").write_text(json.dumps(config_to_json(config)))
+    write_config(folder, config)
     rules = (AttentionSinks(5), HeavyHitters()) if "heavy_hitters" in case else (AttentionSinks(5),)
     options = {name: case[name] for name in ("method", "key_bits", "value_bits", "window") if name in case}
     cache = CacheConfig(filters=rules, **options)
@@ -105,10 +109,10 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.one is not None:
+    if arguments.one is not None:
+        with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(run(json.loads(arguments.one), Path(folder))))
-            return
+        return
     rows = []
     for case in CASES[:1] if arguments.quick else CASES:
         command = [sys.executable, __file__, "--one", json.dumps(case)]

@@ -260,14 +260,12 @@ def load_engine(
     cache: CacheConfig,
     *,
     context: int | None,
-    calibration: Path | None = None,
-    prefill: str = "exact",
     max_sequences: int = 1,
-    on_full: str = "stop",
     prefix_cache: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Engine:
-    """The engine that ``model_option`` and ``engine_options`` describe, with room for ``context`` tokens.
+    """The engine that ``model_option`` and ``engine_options`` describe, with room for ``context`` tokens; ``more`` are other
+    arguments of ``Engine.load``.
 
     Most commands do without prefix reuse: they read one prompt, or measure several with a common prefix that must be read the
     same way.
@@ -279,15 +277,8 @@ def load_engine(
         max_context=context,
         max_sequences=max_sequences,
         cache=cache,
-        backend=options["backend"],
-        device=options["device"],
-        dtype=options["dtype"],
-        calibration=calibration,
-        dummy_weights=options["dummy_weights"],
-        rope_scaling=options["rope_scaling"],
-        prefill=prefill,
-        on_full=on_full,
         prefix_cache=prefix_cache,
-        chat_template_kwargs=chat_template_kwargs,
         download=not options["no_download"],
+        **pick(options, ("backend", "device", "dtype", "dummy_weights", "rope_scaling")),
+        **more,
     )

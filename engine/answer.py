@@ -13,7 +13,7 @@ from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.lookup import Lookup
-from skvq.engine.sampling import Sampler, StopWatch, TokenLogprob, as_logprob
+from skvq.engine.sampling import Sampler, StopStrings, TokenLogprob, as_logprob
 from skvq.loaders.text import CHARACTER_BYTES, TextStream, Tokenizer
 
 
@@ -29,7 +29,7 @@ class Answer:
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
         self._text = TextStream(tokenizer, after=sequence.token_ids[-CHARACTER_BYTES:] if resumed else ())
-        self._stop = StopWatch(config.stops)
+        self._stop = StopStrings(config.stops)
         self._ready = ""  # text that is complete and not given out yet
         self._room = sequence.setup.room(sequence.length)
         self._lookup = Lookup(sequence.token_ids, logits.shape[-1]) if config.prompt_lookup else None

@@ -50,10 +50,10 @@ def plain_page(layout: PlainLayout, dtype: torch.dtype) -> Page:
     return (("keys", (shape, dtype)), ("values", (shape, dtype)))
 
 
-def nbytes_of(spec: TensorSpec) -> int:
+def spec_bytes(spec: TensorSpec) -> int:
     """Bytes of a tensor.
 
-    >>> nbytes_of(((2, 3), torch.int32))
+    >>> spec_bytes(((2, 3), torch.int32))
     24
     """
     shape, dtype = spec
@@ -95,12 +95,12 @@ class ArenaShape:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole arena."""
-        return self.pages * self.page_bytes + sum(map(nbytes_of, self.tensors().values()))
+        return self.pages * self.page_bytes + sum(map(spec_bytes, self.tensors().values()))
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
-        return sum(nbytes_of(spec) for page in self.layer_pages for _, spec in page)
+        return sum(spec_bytes(spec) for page in self.layer_pages for _, spec in page)
 
     @property
     def slot_bytes(self) -> int:

@@ -238,9 +238,9 @@ class Batch:
         """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short. One that
         continues a sequence which is being read waits for the end of that, and lets others pass.
         """
-        for request in self._all():
+        for request in self._waiting:
             suspended = request.given is not None and request.given.suspended
-            if request in self._going or suspended or (request.is_long and self._reading):
+            if suspended or (request.is_long and self._reading):
                 continue
             return request if not self._going or self._has_room(request) else None
         return None

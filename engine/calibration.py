@@ -154,11 +154,16 @@ def with_chosen_bits(cache: CacheConfig, path: Path, model: ModelConfig, **wante
     header = load_header(path)
     require(header, str(path), **wanted, method=cache.method, bits_budget=cache.bits_budget)
     chosen = replace(cache.fitted(model), layer_bits=header.layer_bits)
+    _require_bits_of(chosen, model, path)
+    return chosen
+
+
+def _require_bits_of(chosen: CacheConfig, model: ModelConfig, path: Path) -> None:
+    """Raise CalibrationError unless the chosen bits are those of as many layers and heads as the model has."""
     try:
         chosen.fitted(model)
     except OptionError as error:
         raise CalibrationError(f"calibration {path} is not for this model: {error}") from error
-    return chosen
 
 
 def as_calibrated(cache: CacheConfig, path: Path, model: ModelConfig, fingerprint: str) -> CacheConfig:
@@ -169,6 +174,18 @@ def as_calibrated(cache: CacheConfig, path: Path, model: ModelConfig, fingerprin
     cache = with_chosen_bits(cache, path, model, fingerprint=fingerprint).fitted(model)
     require_made_for(path, load_header(path), cache, fingerprint)
     return cache
+
+
+def settled(cache: CacheConfig, path: Path | None, model: ModelConfig, fingerprint: str) -> CacheConfig:
+    """The cache fitted to a model, and as the calibration at ``path`` chose its bits, if one is given (``as_calibrated``).
+
+    Raises OptionError for a calibration of 16 bits.
+    """
+    if path is None:
+        return cache.fitted(model)
+    if not cache.is_packed:
+        raise needs_none(path)
+    return as_calibrated(cache, path, model, fingerprint)
 
 
 def needs_none(path: Path) -> OptionError:
@@ -190,7 +207,7 @@ def load_for(path: Path, loaded: LoadedModel, cache: CacheConfig) -> Artifact:
     header = artifact.header
     require_made_for(path, header, cache, loaded.fingerprint)
     check_tensors(artifact.tensors, cache, config, str(path))
-    replace(cache, layer_bits=header.layer_bits).fitted(config)
+    _require_bits_of(replace(cache, layer_bits=header.layer_bits), config, path)
     return artifact
 
 

@@ -48,10 +48,6 @@ class Identity:
         """For a file's header."""
         return asdict(self)
 
-    def require(self, found: Mapping[str, object], where: str) -> None:
-        """Raise SessionError naming both values unless ``found``, a file's header, has all of this identity."""
-        require_same(self.as_dict(), found, where)
-
 
 def require_same(ours: Mapping[str, object], found: Mapping[str, object], where: str) -> None:
     """Raise SessionError, naming both values, unless ``found``, a file's header, agrees with everything in ``ours``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skvq.engine.arena import Arena
 from skvq.engine.cache_setup import CacheSetup, OnFull
-from skvq.engine.calibration import as_calibrated, cached_or_made, load_for, needs_none
+from skvq.engine.calibration import cached_or_made, load_for, settled
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.identity import identity_of
@@ -27,8 +27,8 @@ from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rope import ModelRope, beyond_training, model_rope, scaled
-from skvq.engine.sizes import arena_shape, regions_of, token_bytes, with_longest_tile
-from skvq.engine.storage import Form, WeightReader
+from skvq.engine.sizes import arena_shape, regions_of, token_bytes, widest_regions
+from skvq.engine.storage import Form, Storage, WeightReader
 from skvq.engine.streams import streams_of
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.interface import Backend
@@ -108,15 +108,13 @@ def load_parts(
     config = as_taken(source.config if rope_scaling is None else scaled(source.config, rope_scaling))
     if cache.is_packed and CacheConfig().group_size != cache.group_size > config.head_size:
         report.message(f"groups of {cache.group_size} channels are cut to the heads, of {config.head_size}")
-    if calibration is not None and not cache.is_packed:
-        raise needs_none(calibration)
-    cache = cache.fitted(config) if calibration is None else as_calibrated(cache, calibration, config, source.fingerprint)
+    cache = settled(cache, calibration, config, source.fingerprint)
     planner = planner_for(source, config, cache)
     plan = planner.plan_that_fits(max_context)
     context = plan.context
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
-    full = on_full_of(on_full, regions_of(with_longest_tile(cache, config), config), context)
+    full = on_full_of(on_full, widest_regions(cache, config), context)
     if context > source.config.trained_context:
         report.message(f"{beyond_training(context, source.config.trained_context)}; memory and speed are not affected")
     loaded = LoadedModel(
@@ -226,11 +224,11 @@ def with_cache(
 ) -> EngineParts:
     """The same weights with another cache. Raises CapacityError if there is no room for it in addition to this one."""
     model, config = parts.model, parts.model.config
-    cache = cache.fitted(config)
+    cache = settled(cache, calibration, config, parts.loaded.fingerprint)
     room = room_beside(model.device, parts.room)
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.prefill)
     planner.plan_that_fits(parts.loaded.context)
-    full = on_full_of(parts.on_full, regions_of(with_longest_tile(cache, config), config), parts.loaded.context)
+    full = on_full_of(parts.on_full, widest_regions(cache, config), parts.loaded.context)
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
     plan = replace(planner, cache=cache).plan(parts.loaded.context)
     return replace(parts, cache=cache, setup=setup, plan=plan)
@@ -256,7 +254,7 @@ def bind_method(
 
 def _weights(source: WeightSource, config: ModelConfig, form: Form, report: Reporter) -> ModelWeights:
     with report.bar("loading weights", config.num_parameters) as bar:
-        return load_weights(config, form.storage(WeightReader(source, bar.advance), report))
+        return load_weights(config, Storage(form, WeightReader(source, bar.advance), report))
 
 
 def _calibration(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.config import ModelConfig
-from skvq.engine.linear import Embedding, nbytes_of
+from skvq.engine.embedding import Embedding, nbytes_of
 from skvq.engine.rope import StepRope, narrowed, widened
 from skvq.engine.storage import Storage
 from skvq.kernels.interface import Ops
@@ -97,7 +97,7 @@ class Model:
         if size != self.config.head_size:  # attention divides by the square root of the size that it sees
             longer = math.sqrt(self.config.head_size / size)
             q, k, v = (widened(x, self.config.head_size) for x in (q * longer, k, v))
-        return rope.lengthened(q), k, v
+        return rope.with_gain(q), k, v
 
     def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""

@@ -30,6 +30,7 @@ from skvq.engine.rope import shifted
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 ENDLESS = 2**62
+DROPPED_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,8 @@ class Stop:
     def make_room(self, sequence: SequenceCache, count: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
 class Shift:
-    """A full sequence drops its oldest pages: ``share`` of them, or as many as are needed."""
-
-    share: float = 0.25
+    """A full sequence drops its oldest pages: DROPPED_SHARE of them, or as many as are needed."""
 
     @property
     def advice(self) -> str:
@@ -65,7 +63,7 @@ class Shift:
         needed = pages_for(sequence.length + count - sequence.setup.max_context)
         whole = sequence.packed // PAGE_TOKENS
         if 0 < needed <= whole:
-            drop_pages(sequence, max(needed, int(whole * self.share)))
+            drop_pages(sequence, max(needed, int(whole * DROPPED_SHARE)))
 
 
 def on_full_of(name: str, regions: Regions, max_context: int) -> OnFull:

@@ -57,7 +57,7 @@ class StepRope:
         """That of a layer."""
         return self.still if self.still and layer in self.unturned else self
 
-    def lengthened(self, q: Tensor) -> Tensor:
+    def with_gain(self, q: Tensor) -> Tensor:
         """Queries [B, N, H, D] times their gain, in their dtype."""
         return q if self.gain is None else torch.mul(q, self.gain, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
 

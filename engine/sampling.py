@@ -131,7 +131,7 @@ def likeliest_of(weights: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
     return ordered.values, ordered.indices
 
 
-class StopWatch:
+class StopStrings:
     """Holds back text that may be the beginning of a stop string; what it lets through never contains one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:

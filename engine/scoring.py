@@ -28,7 +28,7 @@ from skvq.engine.loading import EngineParts, with_cache
 from skvq.engine.machine import available_memory
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.report import Reporter
-from skvq.engine.sizes import gib, regions_of, with_longest_tile
+from skvq.engine.sizes import gib, widest_regions
 
 
 def dense_hidden(parts: EngineParts, ids: Tensor, *, more: int = 0) -> Tensor:
@@ -110,7 +110,7 @@ def evaluate(
         raise OptionError(f"the text has {counted(len(token_ids), 'token')}: at least 2 are needed to score it")
     longest = max(map(len, stretches))
     for cache in caches:
-        regions = regions_of(with_longest_tile(cache.fitted(parts.model.config), parts.model.config), parts.model.config)
+        regions = widest_regions(cache.fitted(parts.model.config), parts.model.config)
         if cache.is_packed and not exact_window and not regions.packed(longest - 1):
             raise OptionError(
                 f"in {longest:,} tokens nothing is packed before the last is read, for window and tile hold "

@@ -103,7 +103,7 @@ def header_of(sequence: SequenceCache) -> dict[str, Any]:
 def check_header(identity: Identity, file: Container, kind: str) -> None:
     """Raise SessionError unless the file was written by this schema for this identity."""
     _require_schema(file.header, file.path, kind)
-    identity.require(file.header, f"{kind} {file.path}")
+    require_same(identity.as_dict(), file.header, f"{kind} {file.path}")
 
 
 def _require_schema(header: Mapping[str, Any], path: Path, kind: str) -> None:

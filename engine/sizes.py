@@ -73,6 +73,11 @@ def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
     return Regions(window=cache.window, tile=tile_of(cache, model), retained=sinks + others, sinks=sinks)
 
 
+def widest_regions(cache: CacheConfig, model: ModelConfig) -> Regions:
+    """Those of the longest tile, where bits are not chosen yet."""
+    return regions_of(with_longest_tile(cache, model), model)
+
+
 def cache_dtype(compute: torch.dtype) -> torch.dtype:
     """16-bit dtype of full-precision slots: the compute dtype, float16 where that is float32."""
     return torch.float16 if compute == torch.float32 else compute

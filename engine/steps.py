@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain, compress
+from itertools import compress
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class DecodeBatch:
         self.sequences: list[SequenceCache] = []  # of the step under way
         self.methods: list[CacheMethod] = []
         self.method: Attends = setup.method
-        self.mass: list[list[tuple[Any, Tensor]]] = []  # of each row: where attention mass goes and what it becomes
+        self.mass: list[tuple[Any, Tensor]] = []  # where attention mass goes and what it becomes
         device, each = setup.device, count * tokens
         width = each + each % 2  # rows of 16 bytes: Triton compiles a kernel anew for another alignment
         self._numbers = torch.zeros(7, width, dtype=torch.int64, device=device)  # all that the host says
@@ -152,7 +152,7 @@ class DecodeBatch:
         self.sequences, self.methods = list(sequences), [s.method for s in sequences]
         same = all(method is self.methods[0] for method in self.methods)
         self.method = self.methods[0] if same else RowByRow(self.methods)
-        self.mass = [[] for _ in sequences]
+        self.mass = []
         new = [(s, s.length + n) for s in sequences for n in range(count)]
         numbers = (
             [s.slot for s in sequences],
@@ -194,7 +194,7 @@ class DecodeBatch:
         with uninterrupted(), ExitStack() as guarded:
             for sequence in self.sequences if any(packs) else ():  # packing may fail: a filter rule is anybody's
                 guarded.enter_context(all_or_nothing(sequence, RING_MARKS))
-            for at, mass in chain(*self.mass):
+            for at, mass in self.mass:
                 self.setup.arena.tensors["full_mass"][at] = mass
             for sequence, ids in compress(zip(self.sequences, new, strict=True), packs):
                 pack_window(sequence, sent(ids, self.setup.device))
@@ -229,4 +229,4 @@ class DecodeLayer:
             slots = setup.regions.slot(at)
             seen = mass[sequence.slot, slots]
             add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window)
-            self.batch.mass[row].append(((self.layer, sequence.slot, slots), seen))
+            self.batch.mass.append(((self.layer, sequence.slot, slots), seen))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skvq.engine.linear import DenseEmbedding, Embedding, StoredEmbedding
+from skvq.engine.embedding import DenseEmbedding, Embedding, StoredEmbedding
 from skvq.engine.report import Reporter
 from skvq.kernels.ggml.blocks import scales_of
 from skvq.kernels.ggml.formats import FORMATS
@@ -165,10 +165,6 @@ class Form:
         shapes = expected_shapes(source.config)
         kinds = {name: source.stored(name)[0] for name, shape in shapes.items() if len(shape) == 2}
         return {name: kind for name, kind in kinds.items() if self.kinds.keeps(kind, shapes[name][1])}
-
-    def storage(self, reader: WeightReader, report: Reporter) -> Storage:
-        """What reads them."""
-        return Storage(self, reader, report)
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

@@ -158,7 +158,8 @@ def merge_runs(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tu
 
 
 MOST_PARTS = 8
-"""Partial softmaxes that ``SoftmaxParts`` holds before it merges them: as many as one launch takes on a card."""
+"""Partial softmaxes that one launch merges on a card, and ``SoftmaxParts`` holds before it merges them: a chunk's own tokens,
+and the blocks before it up to 131,072 tokens."""
 
 
 class SoftmaxParts:

@@ -134,11 +134,6 @@ class PageLayout:
         """Bytes a packed token takes in one layer, all heads, codes and metadata of keys and values."""
         return self.kv_heads * (self.key_bytes + self.value_bytes + 4 * self.meta_words) / PAGE_TOKENS
 
-    @property
-    def bits_per_element(self) -> float:
-        """Bits per cached number, everything counted."""
-        return 8 * self.bytes_per_token / (2 * self.kv_heads * self.head_size)
-
 
 def packed_tokens(length: int, window: int, tile: int) -> int:
     """Tokens that lie in packed pages when ``length`` are cached: whole tiles, never one of the last ``window``.
@@ -174,8 +169,3 @@ class PlainLayout:
     def bytes_per_token(self) -> float:
         """Bytes a token takes in one layer."""
         return 4 * self.kv_heads * self.head_size
-
-    @property
-    def bits_per_element(self) -> float:
-        """Bits per cached number."""
-        return 16.0

@@ -54,18 +54,14 @@ def plugins() -> dict[str, EntryPoint]:
     return {e.name: e for e in entry_points(group=ENTRY_POINT) if e.name not in OURS}
 
 
-def default_name(device: torch.device) -> str:
-    """The fastest of our backends for a device: numba on the CPU, Triton on a GPU."""
-    return "numba" if device.type == "cpu" else "triton"
-
-
 def get_backend(name: str, device: torch.device) -> Backend:
-    """The backend of that name (``auto``: ``default_name``) for a device, never another. Raises BackendUnavailable.
+    """The backend of that name for a device, never another; ``auto``: numba on the CPU, Triton on a GPU. Raises
+    BackendUnavailable.
 
     A backend may itself leave a shape to the specification: Triton does with head and group sizes it has no kernels for, and
     says so on stderr.
     """
-    chosen = default_name(device) if name == "auto" else name
+    chosen = ("numba" if device.type == "cpu" else "triton") if name == "auto" else name
     if chosen in OURS:
         try:
             return OURS[chosen](device)

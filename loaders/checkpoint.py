@@ -49,40 +49,25 @@ class SafetensorsSource:
 
     def __init__(self, folder: str | Path) -> None:
         root = Path(folder)
-        self._where = str(root)
+        self.where = str(root)
         config = read_config(root)
         self._entries = _apart(_canonical(_open_shards(root)), config)
-        self._config = self._with_own_head(config)
-        self._shapes, found = expected_shapes(self._config), {name: entry.shape for name, entry in self._entries.items()}
+        self.config = self._with_own_head(config)
+        self._shapes, found = expected_shapes(self.config), {name: entry.shape for name, entry in self._entries.items()}
         scheme = scheme_in(root)
         self._quantized: QuantizedMatrices | None = None
         if scheme is not None:
-            self._quantized = QuantizedMatrices(scheme, self._shapes, self._entries, self._tensor, self._where)
+            self._quantized = QuantizedMatrices(scheme, self._shapes, self._entries, self._tensor, self.where)
             found = self._quantized.whole()
         for name, entry in self._entries.items():
             if (name in self._shapes and self._quantized_of(name) is None) or (scheme is None and name.endswith(CODES)):
                 self._require_whole(entry, name)
-        check_shapes(found, self._config, self._where)
-        self._fingerprint = fingerprint_of(self._config, self._samples())
-
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return self._config
-
-    @property
-    def where(self) -> str:
-        """The folder."""
-        return self._where
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of config and sampled weights."""
-        return self._fingerprint
+        check_shapes(found, self.config, self.where)
+        self.fingerprint = fingerprint_of(self.config, self._samples())
 
     def read(self, name: str) -> torch.Tensor:
         """The weight in its stored type, a view of the memory map; a quantized one expanded."""
-        quantized, order = self._quantized_of(name), stored_rows(name, self._config)
+        quantized, order = self._quantized_of(name), stored_rows(name, self.config)
         found = self._tensor(name) if quantized is None else quantized.read(name)
         return found if order is None else found[torch.from_numpy(order)]
 
@@ -95,7 +80,7 @@ class SafetensorsSource:
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """A quantized matrix, if there are blocks that hold just that."""
-        quantized, order = self._quantized_of(name), stored_rows(name, self._config)
+        quantized, order = self._quantized_of(name), stored_rows(name, self.config)
         found = None if quantized is None else quantized.blocks(name)
         return found if found is None or order is None else replace(found, data=found.data[torch.from_numpy(order)])
 
@@ -107,7 +92,7 @@ class SafetensorsSource:
     def _quantized_of(self, name: str) -> QuantizedMatrices | None:
         """What knows of the weight, if it is quantized."""
         if name not in self._shapes:
-            raise unknown_weight(name, self._where)
+            raise unknown_weight(name, self.where)
         return self._quantized if self._quantized is not None and name in self._quantized.shapes else None
 
     def _tensor(self, name: str) -> torch.Tensor:

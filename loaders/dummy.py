@@ -30,7 +30,7 @@ BIAS_DEVIATION = 0.02
 class DummySource:
     """Random weights of a given shape, bfloat16 [rows, columns], each made when read and not kept.
 
-    A weight depends on its name and the seed only. Norms are one; any other number is one of 256 evenly spaced quantiles of a
+    A weight depends on its name only. Norms are one; any other number is one of 256 evenly spaced quantiles of a
     normal distribution, the outermost at 2.9 deviations, picked by a random byte: a billion a second and thread, where
     drawing from the distribution itself gave a fifth of that. Matrices have deviation 1/sqrt(columns), so every layer adds
     values of order one to the residual stream, and activations stay finite at any depth. With ``kind``, a ggml type,
@@ -38,27 +38,11 @@ class DummySource:
     the same deviation.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, kind: str = "", whole: tuple[str, ...] = ()) -> None:
-        self._config = config
-        self._seed = seed
+    def __init__(self, config: ModelConfig, kind: str = "", whole: tuple[str, ...] = ()) -> None:
+        self.config, self.where = config, "dummy weights"
         self._form, self._whole = FORMATS[kind] if kind else None, whole
         self._shapes = expected_shapes(config)
-        self._fingerprint = hashlib.sha256(f"dummy quantiles {seed} {config!r}{kind}{' '.join(whole)}".encode()).hexdigest()
-
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return self._config
-
-    @property
-    def where(self) -> str:
-        """A name for messages."""
-        return f"dummy weights (seed {self._seed})"
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of config and seed."""
-        return self._fingerprint
+        self.fingerprint = hashlib.sha256(f"dummy quantiles 0 {config!r}{kind}{' '.join(whole)}".encode()).hexdigest()
 
     def read(self, name: str) -> Tensor:
         """The weight, bfloat16, freshly drawn and owned by the caller."""
@@ -100,7 +84,7 @@ class DummySource:
     def _in_chunks(self, name: str, count: int, fill: Callable[[str, int], None]) -> None:
         """``fill(key, start)`` for each chunk of so many, by all threads."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(lambda start: fill(f"{self._seed} {name} {start}", start), range(0, count, CHUNK)))
+            list(pool.map(lambda start: fill(f"0 {name} {start}", start), range(0, count, CHUNK)))
 
     def _block_shape(self, name: str) -> tuple[int, int, int] | None:
         """Rows, blocks that share a scale, and bytes of these, of a matrix that has that form."""

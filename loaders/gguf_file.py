@@ -65,31 +65,16 @@ class GgufSource:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._where = str(path)
+        self.where = str(path)
         header, stored = _open(Path(path))
-        self.metadata = Fields(header.metadata, self._where)
-        self._config = parse_gguf_config(header, self._where, _rope_tables(stored))
-        names, stored = gguf_names(self._config), _apart(stored, self._config)
+        self.metadata = Fields(header.metadata, self.where)
+        self.config = parse_gguf_config(header, self.where, _rope_tables(stored))
+        names, stored = gguf_names(self.config), _apart(stored, self.config)
         back = {theirs: ours for ours, theirs in names.items()}
         shapes = {back.get(name, name): item.shape for name, item in stored.items() if name not in ROPE_TABLES}
-        check_shapes(shapes, self._config, self._where)
+        check_shapes(shapes, self.config, self.where)
         self._stored = {ours: stored[theirs] for ours, theirs in names.items()}
-        self._fingerprint = fingerprint_of(self._config, self._samples())
-
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return self._config
-
-    @property
-    def where(self) -> str:
-        """The file."""
-        return self._where
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of config and sampled weights."""
-        return self._fingerprint
+        self.fingerprint = fingerprint_of(self.config, self._samples())
 
     def read(self, name: str) -> torch.Tensor:
         """Single values as they are stored, blocks expanded to float32, or to float16 where there are no such ``blocks``; owned
@@ -135,12 +120,12 @@ class GgufSource:
 
     def _item(self, name: str) -> _Stored:
         if name not in self._stored:
-            raise unknown_weight(name, self._where)
+            raise unknown_weight(name, self.where)
         return self._stored[name]
 
     def _row_order(self, name: str) -> NDArray[np.int64] | None:
         """Stored row of each canonical row, or None where they are the same."""
-        return stored_rows(name, self._config, interleaved=self._config.family in PERMUTED)
+        return stored_rows(name, self.config, interleaved=self.config.family in PERMUTED)
 
     def _samples(self) -> Iterator[tuple[str, tuple[int, ...], str, bytes]]:
         for name, item in self._stored.items():

@@ -17,7 +17,7 @@ from skvq.loaders.fields import Fields, read_by_library
 from skvq.loaders.file_tokenizer import TokenizerSettings
 from skvq.loaders.gguf_config import CONTROL, end_tokens
 
-NORMAL, UNKNOWN, USER_DEFINED, UNUSED, BYTE = 1, 2, 4, 5, 6
+NORMAL, UNKNOWN, USER_DEFINED, BYTE = 1, 2, 4, 6
 
 MAX_PIECE = 512
 """Characters of the longest piece that is split in search of merges; real vocabularies end at a few dozen."""

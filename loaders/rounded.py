@@ -12,7 +12,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.kernels.ggml.formats import BLOCK, FORMATS
 from skvq.loaders.names import expected_shapes
@@ -28,7 +27,8 @@ class RoundedSource:
     """See the module. Raises ModelError if there is nothing to round."""
 
     def __init__(self, source: WeightSource) -> None:
-        self._source = source
+        self._source, self.config, self.where = source, source.config, source.where
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {ROUNDED}".encode()).hexdigest()
         self._shapes = {
             name: (shape[0], shape[1])
             for name, shape in expected_shapes(source.config).items()
@@ -36,21 +36,6 @@ class RoundedSource:
         }
         if not self._shapes:
             raise ModelError(f"{source.where}: its weights are in blocks already: leave :{ROUNDED} out")
-
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return self._source.config
-
-    @property
-    def where(self) -> str:
-        """Folder or file, for messages."""
-        return self._source.where
-
-    @property
-    def fingerprint(self) -> str:
-        """That of other weights than the source's."""
-        return hashlib.sha256(f"{self._source.fingerprint} {ROUNDED}".encode()).hexdigest()
 
     def read(self, name: str) -> Tensor:
         """The weight: rounded, float32, or as the source has it."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xllamacpp
+from config_json import write_config
 from ggml_fixtures import SPANNING, random_blocks
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Pipeline
@@ -22,7 +23,6 @@ from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.loaders.gguf_config import ARCHITECTURES
 from skvq.loaders.gguf_file import PERMUTED, gguf_names, layer_name
-from skvq.loaders.hf import config_to_json
 from skvq.loaders.names import expected_shapes, stacks
 from skvq.loaders.rows import stored_rows
 
@@ -65,7 +65,7 @@ def spoiled(data: bytes, seed: int, cut: int, flips: int, within: int) -> bytes:
 def write_checkpoint(folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor], shards: int = 1) -> Path:
     """config.json and the weights in one file or in shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_to_json(config)))
+    write_config(folder, config)
     if shards == 1:
         save_file(dict(weights), folder / "model.safetensors")
         return folder

@@ -11,7 +11,7 @@ from ggml_fixtures import SPANNING, blocks_of, random, random_blocks
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from skvq.engine.linear import StoredEmbedding
+from skvq.engine.embedding import StoredEmbedding
 from skvq.engine.report import Quiet
 from skvq.kernels.ggml.formats import BLOCK, FORMATS
 from skvq.kernels.linear import FloatMatrix, StoredLinear

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from config_json import write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import one_line, refused, tiny_config
@@ -29,7 +30,7 @@ from skvq.engine.config import FULL_SPAN, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.engine.rope import model_rope
 from skvq.loaders.fields import Fields
-from skvq.loaders.hf import config_to_json, parse_config, read_config
+from skvq.loaders.hf import parse_config, read_config
 
 SMOL: dict[str, Any] = {"pad_token_id": 0, "vocab_size": 128256}
 SIZES: dict[str, Any] = {
@@ -307,7 +308,7 @@ def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
 )
 def test_writing_and_reading_gives_the_same_config(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = tiny_config(**changes)
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(config)))
+    write_config(tmp_path, config)
     assert read_config(tmp_path) == config
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import regex  # type: ignore[import-untyped]
 import sentencepiece
+from config_json import write_config
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from loader_fixtures import (
@@ -37,7 +38,6 @@ from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields
 from skvq.loaders.gguf_config import CONTROL, end_tokens
 from skvq.loaders.gguf_tokenizer import BYTE, NORMAL, PRE_TOKENIZERS, UNKNOWN, USER_DEFINED, build_tokenizer
-from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import resolve
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.open import open_files, open_model
@@ -74,7 +74,7 @@ TEXTS = st.text(WITHOUT_SPECIALS, max_size=60) | st.lists(st.sampled_from(SAMPLE
 
 
 def save_folder(folder: Path, pipeline: Any, options: dict[str, Any] | None = None) -> ModelFiles:
-    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    write_config(folder, tiny_config())
     pipeline.save(str(folder / "tokenizer.json"))
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(defaults | (options or {})))
@@ -124,7 +124,7 @@ def spm_model() -> bytes:
 @pytest.fixture(scope="module")
 def spm_folder(tmp_path_factory: pytest.TempPathFactory, spm_model: bytes) -> ModelFiles:
     folder = tmp_path_factory.mktemp("spm")
-    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    write_config(folder, tiny_config())
     (folder / "tokenizer.model").write_bytes(spm_model)
     (folder / "chat_template.jinja").write_text(CHATML)
     return ModelFiles(folder, "safetensors")
@@ -244,7 +244,7 @@ def test_tokens_that_only_the_config_names_are_found_as_by_transformers(
     elif known == "added":
         pipeline.add_tokens(["<|im_end|>"])
     files = save_folder(tmp_path, pipeline, options)
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=321))))
+    write_config(tmp_path, tiny_config(vocab_size=321))
     ours, theirs, text = load_tokenizer(files.path), theirs_of(tmp_path), "Hello <|im_end|> x"
     assert ours.encode(text) == theirs.encode(text) and ours.encode(text).count(320) == 1
     assert (320 in ours.eos_token_ids) == (options.get("eos_token") == "<|im_end|>")
@@ -375,7 +375,7 @@ def test_templates_are_given_special_tokens_by_name(tmp_path: Path) -> None:
     """Those that have one in every model, and what a file makes up; new ones get their ids in this order."""
     names = {"cls_token": "<cls>", "extra_special_tokens": {"image_token": "<img>"}}
     save_folder(tmp_path, byte_level_pipeline(), names | {"chat_template": "{{ image_token }}|{{ cls_token }}"})
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=330))))
+    write_config(tmp_path, tiny_config(vocab_size=330))
     want = theirs_of(tmp_path).apply_chat_template([ASKED], tokenize=True, return_dict=False)
     assert load_tokenizer(tmp_path).encode_chat([ASKED]) == want and len(want) == 3
 
@@ -388,7 +388,7 @@ def test_flags_of_a_special_token_count(tmp_path: Path, file: str, flag: str) ->
     options = json.loads((tmp_path / file).read_text()) if (tmp_path / file).is_file() else {}
     own = {"__type": "AddedToken"} if file == "tokenizer_config.json" else {}
     (tmp_path / file).write_text(json.dumps(options | {"pad_token": token | own}))
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=321))))
+    write_config(tmp_path, tiny_config(vocab_size=321))
     text = "fox <|im_end|> \nx<|im_end|>y"
     assert load_tokenizer(tmp_path).encode(text, bos=False) == theirs_of(tmp_path).encode(text, add_special_tokens=False)
 
@@ -480,7 +480,7 @@ def test_tokens_added_to_a_sentencepiece_model(spm_folder: ModelFiles, spm_model
     """As ChatML fine-tunes of Llama and Mistral have them: recognized in texts, no text when decoded, and an end."""
     folder = Path(shutil.copytree(spm_folder.path, tmp_path / "m"))
     size = sentencepiece.SentencePieceProcessor(model_proto=spm_model).get_piece_size()
-    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=size + 3))))
+    write_config(folder, tiny_config(vocab_size=size + 3))
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}))
     later = {str(size + 1): {"content": "<|im_end|>", "special": True}, str(size + 2): {"content": "<call>", "special": False}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": later, "eos_token": "<|im_end|>"}))
@@ -519,7 +519,7 @@ def test_only_legacy_files_have_a_space_after_special_tokens(spm_folder: ModelFi
 def test_white_space_around_an_added_token_is_taken_in(spm_folder: ModelFiles, spm_model: bytes, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(spm_folder.path, tmp_path / "m"))
     size = sentencepiece.SentencePieceProcessor(model_proto=spm_model).get_piece_size()
-    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=size + 1))))
+    write_config(folder, tiny_config(vocab_size=size + 1))
     plain = load_tokenizer(spm_folder.path)
     for flag, text in (("lstrip", "fox  <|im_end|>lazy"), ("rstrip", "fox<|im_end|> \n lazy")):
         token = {"content": "<|im_end|>", "special": True, flag: True}
@@ -686,7 +686,7 @@ def test_a_broken_vocabulary_is_one_line(changes: dict[str, Any], fragments: lis
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_a_broken_or_missing_file_is_one_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(tiny_config())))
+    write_config(tmp_path, tiny_config())
     files = ModelFiles(tmp_path, "safetensors")
     refused(lambda: load_tokenizer(files.path), "no tokenizer.json, tokenizer.model or tekken.json")
     (tmp_path / name).write_bytes(b"{\x00garbage\xff")

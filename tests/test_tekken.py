@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_json import write_config
 from loader_fixtures import WORDS, refused, tiny_config
 
-from skvq.loaders.hf import config_to_json
 from skvq.loaders.tekken import FIRST_SPECIAL
 from skvq.loaders.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ def folder_of(folder: Path, **changes: Any) -> Path:
         "config": {"pattern": PATTERN, "default_vocab_size": size, "default_num_special_tokens": SPECIALS, "version": "v7"},
         "vocab": [{"rank": n, "token_bytes": b64encode(piece).decode(), "token_str": None} for n, piece in enumerate(pieces)],
     }
-    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config(vocab_size=size))))
+    write_config(folder, tiny_config(vocab_size=size))
     (folder / "tekken.json").write_text(json.dumps(data | changes))
     return folder
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from config_json import write_config
 from loader_fixtures import tiny_config
 from torch import Tensor
 
@@ -17,13 +17,12 @@ from skvq.engine.filters import AttentionSinks
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
 from skvq.kernels.layout import PAGE_TOKENS
-from skvq.loaders.hf import config_to_json
 
 
 def tiny_folder(folder: Path, **changes: Any) -> Path:
     """A folder that holds config.json and nothing else: enough for dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_to_json(tiny_config(**changes))))
+    write_config(folder, tiny_config(**changes))
     return folder
 
 

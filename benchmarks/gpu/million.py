@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import pydoc_data.topics
 import statistics
 import subprocess
@@ -32,11 +31,12 @@ from this_tree import ROOT  # before anything of skvq
 
 # isort: split
 import torch
+from config_json import write_config
 from stamp import go_on, stamp, write
 
 from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.embedding import nbytes_of
 from skvq.engine.generate import Engine
-from skvq.engine.linear import nbytes_of
 from skvq.engine.machine import pick_device, pick_dtype
 from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine
 from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
@@ -44,7 +44,6 @@ from skvq.engine.report import StderrReporter
 from skvq.engine.stress import bare_setup
 from skvq.engine.trials.planted import planted, rows
 from skvq.kernels.registry import get_backend
-from skvq.loaders.hf import config_to_json
 from skvq.loaders.hub import config_of
 
 COMMAND = """import importlib.util, pathlib, sys
@@ -83,10 +82,7 @@ class Task:
         config = config_of(self.model)
         count = min(self.layers, config.num_layers) or config.num_layers
         config = replace(config, num_layers=count, attention_spans=config.attention_spans[:count])
-        folder = self.folder / f"{count} layers"
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config_to_json(config)))
-        return folder, config
+        return write_config(self.folder / f"{count} layers", config), config
 
     def engine(self, model: str | Path, value_bits: float, prefill: str) -> Engine:
         return Engine.load(
@@ -244,9 +240,7 @@ def measure_command(task: Task) -> dict[str, Any]:
     predicted = predicted_prefill(config, this_machine(task.device, task.dtype), count, PrefillForm(prefill="exact"))
     Memory(task.device)  # what this process has cached is free for the other
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *words], capture_output=True, text=True, env=os.environ, check=False
-    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, *words], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"skvq-run ended with {done.returncode}: {done.stderr[-300:]}")

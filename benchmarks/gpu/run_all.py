@@ -46,11 +46,10 @@ from skvq.kernels.triton_gpu.fused import TritonOps
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each
 MODEL, METHOD = "mistral-7b", "rotate"
-CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first, here and below
+CONTEXTS = (131_072, 1_048_576, 32_768)  # what matters most first
 PREFILL_CONTEXTS, BLOCKS_CONTEXT = (32_768, 131_072, 8192), 26_000
 READ_CONTEXTS, WINDOW = (4096, 32_768), 4096
 CALIBRATION_TOKENS = 8192  # what a model is calibrated on when it is first used
-DECODE_CONTEXTS = (131_072, 1_048_576, 32_768)
 TRIES = 2
 STEPS = 160  # a tile or more: one step packs one, `slowest_ms`
 WARM_UP = 2 * STEPS  # of two untimed ones the first compiles, and the second is the first on streams of its own
@@ -159,7 +158,7 @@ def copy_bandwidth() -> dict[str, float]:
 
 
 def error_of(case: Case, method: str = "heads") -> dict[str, Any]:
-    """Error of the kernel against float32, and what 16-bit torch would make of the same keys and values."""
+    """Errors of the kernel's output and log-sum-exp against float32."""
     out, lse, exact, exact_lse = compare(backend(), case, method)
     seen = exact_lse > -torch.inf
     return verdict(out, exact) | {"lse": verdict(lse[seen], exact_lse[seen])}
@@ -393,7 +392,7 @@ class Decoder:
         from skvq.engine.errors import CapacityError
         from skvq.engine.generate import Engine
 
-        for context in sorted(DECODE_CONTEXTS, reverse=True) if self.engine is None else ():
+        for context in sorted(CONTEXTS, reverse=True) if self.engine is None else ():
             try:
                 self.engine = Engine.load(
                     MODEL,
@@ -532,7 +531,7 @@ def measure(log: Log) -> None:
     torch.cuda.empty_cache()
     if gates_of_the_step(log) and gate_of(log, 2.0, 2.0, 128, True):
         decoder = Decoder()
-        for context in DECODE_CONTEXTS:
+        for context in CONTEXTS:
             for graph in (True, False):
                 name = f"decode step {context} {'graph' if graph else 'eager'}"
                 log.step(name, lambda a=(context, graph): decoder.time(*a, copy_gbps), 150 if decoder.engine is None else 30)

@@ -100,12 +100,10 @@ def _addresses(*tensors: Tensor) -> list[int]:
 
 
 def label_fields(codec: LabelCodec) -> Fields:
-    labels, units = (codec.key_labels, codec.value_labels), (codec.keys.unit, codec.values.unit)
+    labels = codec.key_labels, codec.value_labels
     for t in labels:
         assert t.dtype == torch.int64 and t.is_contiguous(), (t.dtype, t.stride())
-    for t in units:
-        assert t.dtype == torch.float32 and t.is_contiguous(), (t.dtype, t.stride())
-    return (units[0].data_ptr(), units[1].data_ptr(), 0, 0, 0, 0, 0, labels[0].data_ptr(), labels[1].data_ptr())
+    return (*_addresses(codec.keys.unit, codec.values.unit), 0, 0, 0, 0, 0, *(t.data_ptr() for t in labels))
 
 
 @functools.cache

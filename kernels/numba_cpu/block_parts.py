@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 
 from skvq.kernels.numba_cpu.block_format import LANES, LaneFormat
-from skvq.kernels.numba_cpu.simd import FLOATS, I8, I16, I32, I64, WORDS, _all, _at, _load_halves
+from skvq.kernels.numba_cpu.simd import FLOATS, I8, I16, I64, WORDS, _all, _at, _load_halves
 
 PAIRS = ir.VectorType(I16, 2 * LANES)
 
@@ -95,8 +95,3 @@ def _times_factor(builder, values, block, at):
     """float32 times int8, rounded as one product."""
     factors = builder.load(_at(builder, block, at, ir.VectorType(I8, LANES)), align=1)
     return builder.fmul(values, builder.sitofp(builder.sext(factors, WORDS), FLOATS), flags=("contract",))
-
-
-def _splat_float(builder, value):
-    vector = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(I32, 0))
-    return builder.shuffle_vector(vector, vector, ir.Constant(WORDS, [0] * LANES))

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from skvq.kernels.numba_cpu.numeric import EXP2, HIDDEN, LARGEST_BITS, NOT_A_NUMBER
-from skvq.kernels.numba_cpu.simd import FLOATS, I32, I64, LANES, WORDS, _all, _at, _intrinsic, _splat, host_features
+from skvq.kernels.numba_cpu.simd import F32, FLOATS, I32, I64, LANES, WORDS, _all, _at, _intrinsic, _splat, host_features
 from skvq.kernels.numba_cpu.tiles import CALLED
 
 BLOCK = 32  # queries
@@ -38,8 +38,7 @@ def _make_product(rows, vectors):
                 place = builder.mul(loop.index, coef_step)
                 block = [builder.load(_at(builder, at, 4 * LANES * v, FLOATS), align=4) for v in range(vectors)]
                 for r in range(rows):
-                    number = builder.load(_at(builder, weights[r], place, I32), align=4)
-                    weight = builder.bitcast(_splat(builder, number), FLOATS)
+                    weight = _splat(builder, builder.load(_at(builder, weights[r], place, F32), align=4))
                     for v in range(vectors):
                         builder.store(builder.call(fma, [block[v], weight, builder.load(acc[r, v])]), acc[r, v])
             with builder.if_then(add):  # at the end: sums of sums round less

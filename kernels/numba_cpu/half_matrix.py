@@ -29,13 +29,9 @@ class HalfMatrix:
     """Weights bfloat16 or float16 [rows, columns], held as they are: every number is exact in float32. Immutable."""
 
     def __init__(self, data: Tensor) -> None:
-        assert data.dim() == 2 and data.is_contiguous() and self.takes(data), (data.dtype, data.shape)
+        assert data.dim() == 2 and data.is_contiguous() and data.shape[1] % STEP == 0, (data.shape, data.stride())
+        assert data.dtype in (torch.bfloat16, torch.float16), data.dtype
         self.data, self.shape = data, (data.shape[0], data.shape[1])
-
-    @staticmethod
-    def takes(data: Tensor) -> bool:
-        """Whether such a weight can be kept."""
-        return data.dtype in (torch.bfloat16, torch.float16) and data.shape[1] % STEP == 0
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias`` for float32 x [N, columns] and out [N, rows], of which only rows may be strided."""

@@ -17,7 +17,7 @@ from skvq.kernels.numba_cpu.numeric import HIDDEN, LEAST, decode_meta, limb_bits
 from skvq.kernels.numba_cpu.products import dots
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i8, i32, i64, job_at, largest, prefetch, smallest
 from skvq.kernels.numba_cpu.softmax import matvec, take
-from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK, load_keys, load_values
+from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK, load_keys, load_values, round_up
 from skvq.kernels.numba_cpu.worker import begin_task, end_task, my_workspace, task_count
 
 
@@ -100,7 +100,7 @@ def tile_values(job, work, head, rows, ahead):
     tile, groups, gsize, size = job.tile, job.groups, job.group_size, job.size
     bits, share = limb_bits(job.value_levels), job.value_tile // groups
     limit, half = limb_limit(bits), np.float32((job.value_levels - 1) * 0.5)
-    lanes = (size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    lanes = round_up(size, LANE_BLOCK)
     units = f32(job.value_unit + 4 * head * groups)
     for g in range(groups):
         scale = f32(work + job.w_meta + 4 * (2 * groups + g) * tile)
@@ -121,7 +121,7 @@ def tile_values(job, work, head, rows, ahead):
             f32(work + job.w_acc + 4 * (m * (size + groups) + size))[g] += middle * units[g] - half * whole * factor
         begin, end = g * gsize, (g + 1) * gsize
         first = begin // LANE_BLOCK * LANE_BLOCK
-        width = (end - first + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+        width = round_up(end - first, LANE_BLOCK)
         dots(
             rows, work + job.w_codes + first * 4, lanes * 4, tile // 4, work + job.w_weights,
             tile, 2 * tile, work + job.w_dots, lanes * 4, bits, width, ahead + g * share, share,

@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from skvq.kernels.numba_cpu.block_format import FORMATS, LANES, LaneFormat
-from skvq.kernels.numba_cpu.block_parts import FLOATS, _splat_float, by_kind, places_of, scales_of
+from skvq.kernels.numba_cpu.block_parts import FLOATS, by_kind, places_of, scales_of
 from skvq.kernels.numba_cpu.simd import I32, I64, WORDS, _all, _at, _pick, _splat
 
 
@@ -58,7 +58,7 @@ def _codes(builder, form, word, v):
 
 def _of_row(builder, vector, row):
     """Lane ``row`` of a vector, in all lanes."""
-    return _splat_float(builder, builder.extract_element(vector, builder.trunc(row, I32)))
+    return _splat(builder, builder.extract_element(vector, builder.trunc(row, I32)))
 
 
 EXPAND = [expand_body(form) for form in FORMATS.values()]

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from skvq.kernels.ggml.formats import BLOCK
 from skvq.kernels.numba_cpu.block_format import FORMATS, LANES, LaneFormat
-from skvq.kernels.numba_cpu.block_parts import PAIRS, _splat_float, by_kind, code_pairs, places_of, scales_of
+from skvq.kernels.numba_cpu.block_parts import PAIRS, by_kind, code_pairs, places_of, scales_of
 from skvq.kernels.numba_cpu.simd import (
     F32,
     FLOATS,
@@ -98,10 +98,10 @@ def dot_body(form: LaneFormat, vectors: int):
             for n, (slot, scale, whole) in enumerate(zip(acc, scales, sums, strict=True)):
                 result = builder.load(slot)
                 for totals, unit in zip(parts, units, strict=True):
-                    term = builder.fmul(builder.sitofp(totals[n], FLOATS), _splat_float(builder, scale))
+                    term = builder.fmul(builder.sitofp(totals[n], FLOATS), _splat(builder, scale))
                     result = builder.fadd(result, builder.fmul(term, unit, flags=("contract",)), flags=("contract",))
                 if low is not None:
-                    sum_x = _splat_float(builder, builder.fmul(scale, builder.sitofp(whole, F32)))
+                    sum_x = _splat(builder, builder.fmul(scale, builder.sitofp(whole, F32)))
                     result = builder.fadd(result, builder.fmul(low, sum_x, flags=("contract",)), flags=("contract",))
                 builder.store(result, slot)
         for n, slot in enumerate(acc):
@@ -142,7 +142,7 @@ def round_block(typingctx, source, pairs, scale_to, sum_to, first_to):
         rint = _intrinsic(module, "llvm.rint.v16f32", FLOATS, [FLOATS])
         whole = []
         for v in (0, 1):
-            rounded = builder.call(rint, [builder.fmul(x[v], _splat_float(builder, inverse))])
+            rounded = builder.call(rint, [builder.fmul(x[v], _splat(builder, inverse))])
             whole.append(builder.fptosi(rounded, WORDS))
             builder.store(builder.trunc(whole[v], shorts), _at(builder, pairs, 32 * v, shorts), align=2)
         add = _intrinsic(module, "llvm.vector.reduce.add.v16i32", I32, [WORDS])

@@ -134,17 +134,17 @@ def pack_planes(codes, stride, rows, count, out, levels, across):
 
 
 @njit(**FAST)
-def pack_trits(codes, slot_step, plane_step, rows, row_step, count, out):
+def pack_trits(codes, plane_step, rows, row_step, count, out):
     """Pack codes of three levels, five to a byte, as bytes ``[rows][count]`` at ``out``.
 
-    Distances between codes: ``plane_step`` within a byte, ``slot_step`` from byte to byte, ``row_step`` from row to row.
+    Distances between codes: ``plane_step`` within a byte, one from byte to byte, ``row_step`` from row to row.
     """
     for r in range(rows):
         given, to = u8(codes + r * row_step), u8(out + r * count)
         for b in range(count):
             value = np.int32(0)
             for p in range(TRITS):
-                value = value * 3 + given[b * slot_step + p * plane_step]
+                value = value * 3 + given[b + p * plane_step]
             to[b] = (256 * value + 242) // 243
 
 
@@ -158,14 +158,14 @@ def write_codes(job, work, start, head, heads, side):
             codes, stride = work + job.w_codes + h * size, heads * size
             out = job.key_codes + page * job.key_page + (head + h) * job.key_head + inside * job.key_tile
             if job.key_levels == 3:
-                pack_trits(codes, 1, SLOTS * stride, SLOTS, stride, size, out)
+                pack_trits(codes, SLOTS * stride, SLOTS, stride, size, out)
             else:
                 pack_planes(codes, stride, tile, size, out, job.key_levels, False)
         else:
             codes = work + job.w_codes + h * size * tile
             out = job.value_codes + page * job.value_page + (head + h) * job.value_head + inside * job.value_tile
             if job.value_levels == 3:
-                pack_trits(codes, 1, SLOTS, size, tile, SLOTS, out)
+                pack_trits(codes, SLOTS, size, tile, SLOTS, out)
             else:
                 pack_planes(codes, tile, size, tile, out, job.value_levels, True)
 

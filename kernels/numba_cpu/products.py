@@ -14,11 +14,11 @@ from numba.extending import intrinsic
 
 from skvq.kernels.numba_cpu.simd import (
     F32,
+    FLOATS,
     I8,
     I16,
     I32,
     I64,
-    LANES,
     WORDS,
     _all,
     _at,
@@ -98,8 +98,7 @@ def _make_dot(rows):
                     low, high = (_sum(builder, [builder.load(acc[u, r, limb, v]) for u in range(unroll)]) for limb in (0, 1))
                     whole = builder.add(builder.shl(high, places), low)
                     target = builder.add(out, builder.mul(ir.Constant(I64, r), out_stride))
-                    floats = builder.sitofp(whole, ir.VectorType(F32, LANES))
-                    builder.store(floats, _at(builder, target, 64 * v, ir.VectorType(F32, LANES)), align=4)
+                    builder.store(builder.sitofp(whole, FLOATS), _at(builder, target, 64 * v, FLOATS), align=4)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -117,21 +116,19 @@ def _make_mix(rows):
     def mix(typingctx, table, step, count, coefs, coef_stride, out, out_stride):
         def codegen(context, builder, signature, args):
             table, step, count, coefs, coef_stride, out, out_stride = args
-            floats = ir.VectorType(F32, LANES)
-            fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", floats, [floats] * 3)
+            fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
             acc, targets, weights = {}, {}, []
             for r in range(rows):
                 weights.append(builder.add(coefs, builder.mul(ir.Constant(I64, r), coef_stride)))
                 for v in (0, 1):
                     at = builder.add(out, builder.mul(ir.Constant(I64, r), out_stride))
-                    targets[r, v] = _at(builder, at, 64 * v, floats)
+                    targets[r, v] = _at(builder, at, 64 * v, FLOATS)
                     acc[r, v] = cgutils.alloca_once_value(builder, builder.load(targets[r, v], align=4))
             with cgutils.for_range(builder, count) as loop:
                 at, word = builder.add(table, builder.mul(loop.index, step)), builder.mul(loop.index, ir.Constant(I64, 4))
-                block = [builder.load(_at(builder, at, 64 * v, floats), align=4) for v in (0, 1)]
+                block = [builder.load(_at(builder, at, 64 * v, FLOATS), align=4) for v in (0, 1)]
                 for r in range(rows):
-                    number = builder.load(_at(builder, weights[r], word, I32), align=4)
-                    weight = builder.bitcast(_splat(builder, number), floats)
+                    weight = _splat(builder, builder.load(_at(builder, weights[r], word, F32), align=4))
                     for v in (0, 1):
                         builder.store(builder.call(fma, [block[v], weight, builder.load(acc[r, v])]), acc[r, v])
             for key, slot in acc.items():
@@ -153,15 +150,14 @@ def add_outer(typingctx, lanes, coefs, count, out, step):
 
     def codegen(context, builder, signature, args):
         lanes, coefs, count, out, step = args
-        floats = ir.VectorType(F32, LANES)
-        fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", floats, [floats] * 3)
-        given = [builder.load(_at(builder, lanes, 64 * v, floats), align=4) for v in (0, 1)]
+        fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
+        given = [builder.load(_at(builder, lanes, 64 * v, FLOATS), align=4) for v in (0, 1)]
         with cgutils.for_range(builder, count) as loop:
-            number = builder.load(_at(builder, coefs, builder.mul(loop.index, ir.Constant(I64, 4)), I32), align=4)
-            weight = builder.bitcast(_splat(builder, number), floats)
+            at = builder.mul(loop.index, ir.Constant(I64, 4))
+            weight = _splat(builder, builder.load(_at(builder, coefs, at, F32), align=4))
             row = builder.add(out, builder.mul(loop.index, step))
             for v in (0, 1):
-                place = _at(builder, row, 64 * v, floats)
+                place = _at(builder, row, 64 * v, FLOATS)
                 builder.store(builder.call(fma, [given[v], weight, builder.load(place, align=4)]), place, align=4)
         return context.get_dummy_value()
 

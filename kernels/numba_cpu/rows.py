@@ -11,7 +11,7 @@ from skvq.kernels.numba_cpu.products import mix
 from skvq.kernels.numba_cpu.simd import f32, i32, i64, u8
 from skvq.kernels.numba_cpu.softmax import take
 from skvq.kernels.numba_cpu.spread import transpose
-from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK
+from skvq.kernels.numba_cpu.tiles import FAST, LANE_BLOCK, round_up
 
 
 @njit(**FAST)
@@ -52,7 +52,7 @@ def mark_visible(job, work, row, query, rows, held, first, count, slots):
     """
     share, tile = job.heads // job.kv_heads, job.tile
     positions, seen = i32(job.positions + 4 * row * job.queries), u8(work + job.w_seen)
-    lanes = (count + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    lanes = round_up(count, LANE_BLOCK)
     for i in range(lanes):
         seen[i] = 0
     for m in range(0, rows, share):
@@ -77,7 +77,7 @@ def mark_visible(job, work, row, query, rows, held, first, count, slots):
 @njit(**FAST)
 def load_rows(job, work, source, step, kind, first):
     """Rows ``first .. first+31`` as float32 ``[32][lanes]`` at ``w_rows``; zeros for rows no query sees, which hold garbage."""
-    size, lanes = job.size, (job.size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    size, lanes = job.size, round_up(job.size, LANE_BLOCK)
     seen, all_seen = u8(work + job.w_seen + first), 0
     for i in range(LANE_BLOCK):
         all_seen += np.int64(seen[i])
@@ -99,7 +99,7 @@ def attend_rows(job, work, row, query, rows, keys, values, step, kind, held, fir
     size, tile, width = job.size, job.tile, job.size + job.groups
     if mark_visible(job, work, row, query, rows, held, first, count, slots) == 0:
         return
-    lanes = (size + LANE_BLOCK - 1) // LANE_BLOCK * LANE_BLOCK
+    lanes = round_up(size, LANE_BLOCK)
     scores, acc = work + job.w_scores, work + job.w_acc
     turned = work + job.w_rows + 4 * LANE_BLOCK * lanes  # [D][32]
     for block in range(0, count, LANE_BLOCK):

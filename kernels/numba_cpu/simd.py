@@ -118,8 +118,9 @@ def _at(builder, address, offset, kind):
     return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
 
-def _splat(builder, word):
-    vector = builder.insert_element(ir.Constant(WORDS, ir.Undefined), word, ir.Constant(I32, 0))
+def _splat(builder, value):
+    """Sixteen times a word or a float."""
+    vector = builder.insert_element(ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined), value, ir.Constant(I32, 0))
     return builder.shuffle_vector(vector, vector, ir.Constant(WORDS, [0] * LANES))
 
 
@@ -191,8 +192,7 @@ def _make_extreme(name, better):
                 builder.store(builder.select(builder.fcmp_ordered(better, value, held), value, held), slot)
 
             first = builder.load(_at(builder, address, 0, F32), align=4)
-            zero = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), first, ir.Constant(I32, 0))
-            best = cgutils.alloca_once_value(builder, builder.shuffle_vector(zero, zero, ir.Constant(WORDS, [0] * LANES)))
+            best = cgutils.alloca_once_value(builder, _splat(builder, first))
             turns = builder.sdiv(count, ir.Constant(I64, LANES))
             with cgutils.for_range(builder, turns) as loop:
                 at = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))

@@ -51,7 +51,7 @@ def load_keys(source, target, levels, size, tile):
 def load_values(source, target, levels, size, tile):
     """Codes of values ``[bytes][token]`` at ``source`` to ``[tile / 4][lane][4]`` at ``target``."""
     if levels == 3:
-        _value_trits(source, target, size, tile)
+        _value_trits(source, target, size)
     elif levels == 4:
         _value_planes(source, target, 2, 0, size, tile)
     elif levels == 8:
@@ -179,7 +179,7 @@ def _key_trits(source, target, size, tile):
 
 
 @njit(**FAST)
-def _value_trits(source, target, size, tile):
+def _value_trits(source, target, size):
     step = round_up(size, LANE_BLOCK) * 4
     plane = SLOTS // 4 * step
     if size % 16 == 0:

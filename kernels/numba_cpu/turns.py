@@ -18,21 +18,21 @@ TERMS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanTables:
-    """Tables of one codec and tile length. Each kv head lists F fast pairs of channels, then S slow ones (``SLOW_ANGLE``)."""
+    """Tables of one codec and tile length. Each kv head lists F fast pairs of channels, then S slow ones (``SLOW_ANGLE``).
 
-    pairs: np.ndarray[Any, Any]  # int32 [KH, 2 + D/2]: F, S, then the pairs, fast first
-    frequencies: np.ndarray[Any, Any]  # float64 [D/2]
-    cos: np.ndarray[Any, Any]  # float32 [D/2, tile], around the centre
-    sin: np.ndarray[Any, Any]
-    rows: np.ndarray[Any, Any]  # float32 [KH, D + 16, tile]: cosines and sines of F pairs, T_0, T_2, ..., T_1, T_3, ...
-    series: np.ndarray[Any, Any]  # float32 [KH, D, 32]: coefficients of S cosines, of S sines, in that order of terms
+    frequencies float64 [D/2]; pairs int32 [KH, 2 + D/2]: F, S, then the pairs, fast first; cos and sin float32 [D/2, tile],
+    around the centre; rows float32 [KH, D + 16, tile]: cosines and sines of F pairs, T_0, T_2, ..., T_1, T_3, ...; series
+    float32 [KH, D, 32]: coefficients of S cosines, of S sines, in that order of terms.
+    """
+
+    arrays: dict[str, np.ndarray[Any, Any]]
     fields: tuple[int, ...]  # job.TABLE_FIELDS
 
 
 def _tables(rope: RopeFrequencies, arrays: dict[str, np.ndarray[Any, Any]]) -> MeanTables:
     names = ("frequencies", "pairs", "cos", "sin", "rows", "series")
     (scale,) = struct.unpack("q", struct.pack("d", rope.scale))
-    return MeanTables(**arrays, fields=(scale, *(arrays[name].ctypes.data for name in names)))
+    return MeanTables(arrays=arrays, fields=(scale, *(arrays[name].ctypes.data for name in names)))
 
 
 def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTables:
@@ -68,5 +68,4 @@ def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTable
 def all_turns(rope: RopeFrequencies, size: int, tile: int) -> MeanTables:
     """Tables that list every pair in order, all as fast: ``labels.py`` turns each key pair by pair."""
     found = mean_tables(rope, torch.ones(1, size, dtype=torch.float32), tile)
-    arrays = {name: getattr(found, name) for name in ("frequencies", "cos", "sin", "rows", "series")}
-    return _tables(rope, arrays | {"pairs": np.array([size // 2, 0, *range(size // 2)], np.int32)})
+    return _tables(rope, found.arrays | {"pairs": np.array([size // 2, 0, *range(size // 2)], np.int32)})

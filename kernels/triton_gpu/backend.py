@@ -191,7 +191,8 @@ class TritonLabels:
         shared, layout = self._shared, pages.layout
         if shared.is_odd(layout.head_size, layout.group_size):
             return reference.unpack_labels(pages, codec, page_row, first, count, dtype)
-        return unpack_labels(pages, codec, page_row, first, count, dtype)
+        labels = shared.tables.labels(codec, layout.kv_heads * layout.groups)
+        return unpack_labels(pages, codec, page_row, first, count, dtype, labels)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         shared, card, layout = self._shared, self._shared.card, pages.layout

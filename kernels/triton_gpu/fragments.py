@@ -39,18 +39,17 @@ def weight_columns(w, TRITS: tl.constexpr, ROWS: tl.constexpr, NH: tl.constexpr,
 
 @triton.jit
 def load_planes(
-    base, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, BLOCKS: tl.constexpr,
-    SKIP: tl.constexpr, WIDTH: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr,
-    PERMUTED: tl.constexpr, ASM: tl.constexpr,
+    base, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr, BLOCKS: tl.constexpr, SKIP: tl.constexpr,
+    WIDTH: tl.constexpr, CUMULATIVE: tl.constexpr, NORMAL: tl.constexpr, PERMUTED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Planes of BLOCKS byte blocks [ROWS, COLUMNS] in the order of the channels: plane p of block j is entry ``p * BLOCKS +
     j``.
 
-    Byte (r, c) of block j lies at ``base + first + j * SKIP + r * ROW + c * COLUMN``. PERMUTED: rows are loaded in the order
+    Byte (r, c) of block j lies at ``base + first + j * SKIP + r * ROW + c``. PERMUTED: rows are loaded in the order
     of ``perm4``. The other constants are those of ``loaders.planes``.
     """
     r = perm4(tl.arange(0, ROWS), PERMUTED)
-    at = first + r[:, None] * ROW + tl.arange(0, COLUMNS)[None, :] * COLUMN
+    at = first + r[:, None] * ROW + tl.arange(0, COLUMNS)[None, :]
     by_block = ()
     for j in tl.static_range(BLOCKS):
         raw = tl.load(base + (at + j * SKIP))

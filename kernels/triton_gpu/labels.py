@@ -13,7 +13,7 @@ from skvq.kernels.triton_gpu.e4m3 import e4m3_decode
 from skvq.kernels.triton_gpu.forms import VARYING, Columns, LabelForm
 from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, middle, page_strides
 from skvq.kernels.triton_gpu.slots import load_columns
-from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, softmax_step, steps_of, store_partial
 from skvq.kernels.triton_gpu.unpack import load_codes, load_meta
 from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
@@ -44,11 +44,7 @@ def attend_labels_kernel(
     qa, qb = tl.split(tl.permute(tl.reshape(q, [2, H, NH]), (1, 2, 0)))
     now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
     oldest = now - span + 1
-    tiles = tl.load(packed_ptr + row) // TILE
-    begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // TILE, tiles)
-    per_split = tl.cdiv(tiles - begin, tl.num_programs(1))
-    start = begin + split * per_split
-    stop = tl.minimum(start + per_split, tiles)
+    start, stop = steps_of(split, tl.num_programs(1), tl.load(packed_ptr + row) // TILE, oldest, TILE, True)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
     label_a = tl.load(key_label_ptr + head * D + j)[None, :]
     label_b = tl.load(key_label_ptr + head * D + H + j)[None, :]
@@ -85,17 +81,8 @@ def attend_labels_kernel(
             word = load_meta(meta, label_v, t, stride_meta_head, G, TILE) >> 16
             code = load_codes(value, share, s, d, D, VALUE_BITS, TILE, False).to(tl.float32) - middle(VALUE_BITS)
             v = e4m3_decode((word >> 8) & 0xFF) * unit_v + e4m3_decode(word & 0xFF) * unit_v * code
-            m_new = tl.maximum(m_i, tl.max(x, 0))
-            alpha = tl.exp2(m_i - m_new)
-            p = tl.exp2(x - tl.where(m_new > NEVER * 0.5, m_new, 0.0)[None, :])
-            l_i = l_i * alpha + tl.sum(p, 0)
-            acc = tl.dot(tl.trans(v.to(tl.float16)), p.to(tl.float16), acc * alpha[None, :])
-            m_i = m_new
-    out = ((row * heads + head) * columns + column).to(tl.int64) * tl.num_programs(1) + split
-    inside = column < columns
-    tl.store(part_ptr + out[None, :] * D + tl.arange(0, D)[:, None], acc, mask=inside[None, :])
-    tl.store(stat_ptr + out * 2, m_i, mask=inside)
-    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+            m_i, l_i, acc = softmax_step(x, v.to(tl.float16), m_i, l_i, acc)
+    store_partial(part_ptr, stat_ptr, acc, m_i, l_i, row, head, heads, column, columns, split, tl.num_programs(1), D)
 
 
 @triton.jit

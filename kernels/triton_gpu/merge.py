@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTS = 8
-"""Parts merged by one launch: a chunk's own tokens, and the blocks before it up to 131,072 tokens."""
+from skvq.kernels.dense import MOST_PARTS
 
 
 @triton.jit
@@ -69,17 +68,17 @@ def merge_parts(outs: Sequence[Tensor], lses: Sequence[Tensor], dtype: torch.dty
     assert all(o.shape == outs[0].shape and o.stride(3) == 1 for o in outs), [o.shape for o in outs]
     assert all(x.shape == outs[0].shape[:3] and x.dtype == torch.float32 for x in lses), [x.shape for x in lses]
     heads = kv_heads * repeat
-    if len(outs) > PARTS:
-        out, lse = merge_parts(outs[:PARTS], lses[:PARTS], torch.float32)
+    if len(outs) > MOST_PARTS:
+        out, lse = merge_parts(outs[:MOST_PARTS], lses[:MOST_PARTS], torch.float32)
         own = (out.view(count, kv_heads, repeat, size).permute(1, 2, 0, 3), lse.T.reshape(kv_heads, repeat, count))
-        return merge_parts([own[0], *outs[PARTS:]], [own[1], *lses[PARTS:]], dtype)
+        return merge_parts([own[0], *outs[MOST_PARTS:]], [own[1], *lses[MOST_PARTS:]], dtype)
     alike = all(o.stride() == outs[-1].stride() and o.dtype == outs[-1].dtype for o in outs[1:])
     others = list(outs[1:]) if alike else [o.to(outs[-1].dtype).contiguous() for o in outs[1:]]
     parts = [outs[0], *others]
     whole = [lse.contiguous() for lse in lses]
     merged = torch.empty(count, heads, size, dtype=dtype, device=outs[0].device)
     total = torch.empty(count, heads, dtype=torch.float32, device=outs[0].device)
-    spare = [parts[-1]] * (PARTS - len(parts)), [whole[-1]] * (PARTS - len(parts))
+    spare = [parts[-1]] * (MOST_PARTS - len(parts)), [whole[-1]] * (MOST_PARTS - len(parts))
     block = 16
     merge_kernel[(triton.cdiv(heads * count, block),)](
         parts[0], whole[0], *parts[1:], *spare[0], *whole[1:], *spare[1], merged, total,

@@ -15,7 +15,7 @@ from skvq.kernels.triton_gpu.forms import PAGE_BLOCK, VARYING, Columns
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
 from skvq.kernels.triton_gpu.pages import in_page
 from skvq.kernels.triton_gpu.slots import dense_step, load_columns
-from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, steps_of, store_partial
 from skvq.kernels.triton_gpu.workspace import Partials
 
 
@@ -42,11 +42,7 @@ def attend_plain_kernel(
     oldest = now - span + 1
     packed = tl.load(packed_ptr + row)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
-    blocks = tl.cdiv(packed, BLOCK)
-    begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // BLOCK, blocks)
-    per_split = tl.cdiv(blocks - begin, splits)
-    start = begin + split * per_split
-    stop = tl.minimum(start + per_split, blocks)
+    start, stop = steps_of(split, splits, tl.cdiv(packed, BLOCK), oldest, BLOCK, True)
     scale = LOG2E / D**0.5
     m_i = tl.full([NH], NEVER, tl.float32)
     l_i = tl.zeros([NH], tl.float32)
@@ -60,11 +56,7 @@ def attend_plain_kernel(
         v = tl.load(value_ptr + place, mask=at < packed, other=0.0)
         seen = (at < packed) & (at >= oldest[None, :])
         m_i, l_i, acc = dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE)
-    out = ((row * heads + head) * columns + column).to(tl.int64) * splits + split
-    inside = column < columns
-    tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
-    tl.store(stat_ptr + out * 2, m_i, mask=inside)
-    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+    store_partial(part_ptr, stat_ptr, acc, m_i, l_i, row, head, heads, column, columns, split, splits, D)
 
 
 def launch_plain(card: Card, q: Tensor, pages: PlainPages, step: Step, columns: Columns, packed: Partials) -> None:

@@ -41,14 +41,14 @@ def key_scores(
     row: tl.constexpr = row_bytes(BITS, D)
     wide: tl.constexpr = block_rows(BITS, D, G)
     cumulative: tl.constexpr = BITS == 2 and G == 1
-    part = load_planes(base, SUB * SHARE * row, SHARE, wide, row, 1, row // wide, wide, low, cumulative, False, ASM, ASM)
+    part = load_planes(base, SUB * SHARE * row, SHARE, wide, row, row // wide, wide, low, cumulative, False, ASM, ASM)
     s = dots(part, q_low, zero_rows(G, SHARE, q_low[0].shape[1]))
     if BITS == 3:
         first: tl.constexpr = TILE * row + SUB * SHARE * (D // 8)
         if D == 64:
             part = bit_rows(base + first, SHARE, ASM)
         else:
-            part = load_planes(base, first, SHARE, D // 8, D // 8, 1, 1, 0, 1, False, False, ASM, ASM)
+            part = load_planes(base, first, SHARE, D // 8, D // 8, 1, 0, 1, False, False, ASM, ASM)
         s = dots(part, q_high, s)
     return s
 
@@ -60,7 +60,7 @@ def key_scores_trits(base, q_low, N: tl.constexpr, D: tl.constexpr, G: tl.conste
     """
     prefix = zero_rows(5 * G, 32, N)
     for i in tl.static_range(D // 32):
-        part = load_planes(base, i * 32, 32, 32, D, 1, 1, 0, 15, False, False, ASM, ASM)
+        part = load_planes(base, i * 32, 32, 32, D, 1, 0, 15, False, False, ASM, ASM)
         new = ()
         for j in tl.static_range(5 * G):
             if j // 5 == i * G // (D // 32):

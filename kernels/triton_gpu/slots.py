@@ -12,7 +12,7 @@ from skvq.kernels.interface import FullSlots, Step
 from skvq.kernels.triton_gpu.card import Card
 from skvq.kernels.triton_gpu.forms import SLOT_BLOCK, VARYING, Columns
 from skvq.kernels.triton_gpu.overlap import overlapping, wait_for_inputs
-from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, softmax_step, store_partial
 from skvq.kernels.triton_gpu.workspace import Partials
 
 
@@ -20,19 +20,12 @@ from skvq.kernels.triton_gpu.workspace import Partials
 def dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE: tl.constexpr):
     """The running softmax (maximum, weight, sum) after one more block of 16-bit tokens.
 
-    k and v [T, D], q [D, N], ``seen`` bool [T, N], sum [D, N]; ``scale`` includes the log2 of e. Tokens are the rows of the
-    product, of which tensor cores have more than columns.
+    k and v [T, D], q [D, N], ``seen`` bool [T, N], sum [D, N]; ``scale`` includes the log2 of e.
     """
     if WIDE:
         k, v = k.to(tl.float32), v.to(tl.float32)
-    q = q.to(k.dtype)
-    x = tl.where(seen, tl.dot(k, q) * scale, NEVER)
-    m_new = tl.maximum(m_i, tl.max(x, 0))
-    alpha = tl.exp2(m_i - m_new)
-    p = tl.exp2(x - tl.where(m_new > NEVER * 0.5, m_new, 0.0)[None, :])
-    l_i = l_i * alpha + tl.sum(p, 0)
-    acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :])
-    return m_new, l_i, acc
+    x = tl.where(seen, tl.dot(k, q.to(k.dtype)) * scale, NEVER)
+    return softmax_step(x, v, m_i, l_i, acc)
 
 
 @triton.jit
@@ -74,11 +67,7 @@ def attend_slots(
         age = now[None, :] - held[:, None]
         seen = (held >= 0)[:, None] & (age >= 0) & (age < span)
         m_i, l_i, acc = dense_step(q, k, v, seen, m_i, l_i, acc, scale, WIDE)
-    out = ((row * heads + head) * columns + column).to(tl.int64) * splits + split
-    inside = column < columns
-    tl.store(part_ptr + out[None, :] * D + d[:, None], acc, mask=inside[None, :])
-    tl.store(stat_ptr + out * 2, m_i, mask=inside)
-    tl.store(stat_ptr + out * 2 + 1, l_i, mask=inside)
+    store_partial(part_ptr, stat_ptr, acc, m_i, l_i, row, head, heads, column, columns, split, splits, D)
 
 
 @triton.jit(**VARYING)

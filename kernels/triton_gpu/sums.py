@@ -27,10 +27,10 @@ def value_share(
     wide: tl.constexpr = block_rows(BITS, D, G)
     cumulative: tl.constexpr = BITS == 2 and G == 1
     normal: tl.constexpr = has_normal_planes(BITS)
-    part = load_planes(base, SUB * SHARE, wide, SHARE, TILE, 1, rows // wide, wide * TILE, low, cumulative, normal, False, ASM)
+    part = load_planes(base, SUB * SHARE, wide, SHARE, TILE, rows // wide, wide * TILE, low, cumulative, normal, False, ASM)
     low_sums = dots_each(part, weights, scale, low_sums)
     if BITS == 3:
-        part = load_planes(base, rows * TILE + SUB * SHARE, D // 8, SHARE, TILE, 1, 1, 0, 1, False, False, False, ASM)
+        part = load_planes(base, rows * TILE + SUB * SHARE, D // 8, SHARE, TILE, 1, 0, 1, False, False, False, ASM)
         if D == 64:
             part = pair_rows(part)
         high_sums = dots_each(part, weights, scale, high_sums)
@@ -56,7 +56,7 @@ def value_trits(
             columns = columns + (weight_columns(w, True, 32, NH, PAD),)
     out = ()
     for i in tl.static_range(D // 32):
-        codes = load_planes(base, i * 1024, 32, 32, 32, 1, 1, 0, 15, False, False, False, ASM)
+        codes = load_planes(base, i * 1024, 32, 32, 32, 1, 0, 15, False, False, False, ASM)
         acc = sums[i] * factor
         for k in tl.static_range(5):
             acc = tl.dot(codes[k], columns[i * G // (D // 32) * 5 + k], acc)

@@ -19,7 +19,7 @@ from skvq.kernels.triton_gpu.scores import (
     mean_scores,
     within_span,
 )
-from skvq.kernels.triton_gpu.softmax import NEVER, exp2
+from skvq.kernels.triton_gpu.softmax import NEVER, exp2, steps_of
 from skvq.kernels.triton_gpu.sums import add_values, store_sums
 
 
@@ -67,13 +67,7 @@ def attend_tiles(
 
     query = tl.minimum((chunk * NH + h) // repeat, queries - 1)
     oldest = tl.load(positions_ptr + row * queries + query) - span + 1
-    parts = tl.load(packed_ptr + row) // PART
-    begin = 0
-    if HAS_SPAN:
-        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // PART, parts)
-    per_split = tl.cdiv(parts - begin, splits)
-    start = begin + split * per_split
-    stop = tl.minimum(start + per_split, parts)
+    start, stop = steps_of(split, splits, tl.load(packed_ptr + row) // PART, oldest, PART, HAS_SPAN)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
     page = tl.load(row_ptr + start // PARTS, mask=start < stop, other=0).to(tl.int64)
     if PDL:

@@ -17,7 +17,7 @@ from skvq.kernels.triton_gpu.forms import VARYING
 from skvq.kernels.triton_gpu.lanes import cut
 from skvq.kernels.triton_gpu.pages import bits_code, code_bytes, in_page, low_bits, middle, page_strides
 from skvq.kernels.triton_gpu.prepare import near_dot
-from skvq.kernels.triton_gpu.workspace import RopeTables
+from skvq.kernels.triton_gpu.workspace import LabelTables, RopeTables
 
 
 @triton.jit
@@ -180,13 +180,12 @@ def unpack_heads(
 
 
 def unpack_labels(
-    pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int, dtype: torch.dtype
+    pages: PackedPages, codec: LabelCodec, page_row: Tensor, first: int, count: int, dtype: torch.dtype, labels: LabelTables
 ) -> tuple[Tensor, Tensor]:
     """``PackedKernels.unpack``; torch does the RoPE of the keys."""
     keys, values = _outputs(pages, page_row, first, count, torch.float32)
-    labels = codec.key_labels.to(torch.int32), codec.value_labels.to(torch.int32)
     _launch(
-        pages, codec, page_row, first, keys, values, labels, (keys,) * 6, 1.0,
+        pages, codec, page_row, first, keys, values, (labels.key_labels, labels.value_labels), (keys,) * 6, 1.0,
         HAS_BASIS=False, HAS_MEAN=False, PRECISE=True, WIDE=False,
     )  # fmt: skip
     positions = torch.arange(first, first + count, device=keys.device)

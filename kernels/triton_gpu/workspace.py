@@ -82,14 +82,14 @@ class Tables:
 
     def __init__(self) -> None:
         self._metrics: dict[int, tuple[weakref.ref[Tensor], MetricTables]] = {}
-        self._ropes: dict[tuple[int, int, int], RopeTables] = {}
+        self._ropes: dict[tuple[int, float, int, int], RopeTables] = {}
         self._labels: dict[int, tuple[object, LabelTables]] = {}
         self._groups: dict[tuple[int, int], Tensor] = {}
         self._neighbours: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def rope(self, rope: RopeFrequencies, tile: int, tiles: int) -> RopeTables:
         """Tables of ``tiles`` tiles of ``tile`` tokens."""
-        key = (id(rope.inv_freq), tile, tiles)
+        key = (id(rope.inv_freq), rope.scale, tile, tiles)
         known = self._ropes.get(key)
         if known is None:
             known = RopeTables(rope, tile, tiles)

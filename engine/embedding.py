@@ -1,4 +1,4 @@
-"""Token embeddings; and what is held for weights."""
+"""Token embeddings, and what is held for weights."""
 
 from __future__ import annotations
 
