@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from tiny import arena_of, bytes_of, dense_nll, random_ids, stepped_nll, steps, 
 
 from skvq.engine import loading
 from skvq.engine.config import CacheConfig
-from skvq.engine.errors import CalibrationError, SessionError
+from skvq.engine.errors import CalibrationError, OptionError, SessionError
 from skvq.engine.generate import Engine
 from skvq.engine.plan_report import plan_report
-from skvq.loaders.artifact import load_artifact
+from skvq.loaders.artifact import load_artifact, save_artifact
 
 CORPUS = "In the beginning there was a text, of no great length but long enough to be cut in pieces. " * 40
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +122,29 @@ def test_memory_is_measured_once(folder: Path, artifact: Path, tmp_path: Path, m
     monkeypatch.setattr(loading, "available_memory", lambda device: next(free, 0))
     engine = tiny_engine(folder, cache)
     assert engine.parts.plan.fits and not engine.parts.cache.is_open
+
+
+def test_another_cache_is_refused_what_loading_is_and_planned_alike(artifact: Path, folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(method="fp"))
+    for load in (partial(tiny_engine, folder), engine.with_cache):
+        with pytest.raises(OptionError, match=f"needs no calibration: leave {artifact}"):
+            load(tiny_cache(method="fp"), calibration=artifact)
+    cache = tiny_cache(method=artifact.name, bits_budget=BUDGET)
+    other = engine.with_cache(cache, calibration=artifact, max_sequences=4)
+    assert other.parts.setup.arena.shape == tiny_engine(folder, cache, calibration=artifact).parts.setup.arena.shape
+
+
+def test_a_kept_calibration_with_bits_of_other_layers_is_made_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKVQ_CACHE", str(tmp_path))
+    cache = tiny_cache(method="plain", bits_budget=BUDGET)
+    tiny_engine(folder, cache)
+    [path] = tmp_path.rglob("*.safetensors")
+    kept = load_artifact(path)
+    save_artifact(replace(kept, header=replace(kept.header, layer_bits=kept.header.layer_bits[:1])), path)
+    tiny_engine(folder, cache)
+    assert load_artifact(path).header == kept.header
 
 
 def test_a_plan_is_a_bound_without_the_artifact_and_exact_with_it(artifact: Path, folder: Path) -> None:
