@@ -13,6 +13,7 @@ from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.lookup import Lookup
+from skvq.engine.prompt import ChatIds
 from skvq.engine.sampling import Sampler, StopStrings, TokenLogprob, as_logprob
 from skvq.loaders.text import CHARACTER_BYTES, TextStream, Tokenizer
 
@@ -21,14 +22,16 @@ class Answer:
     """One sequence being continued: sampler, text, and whether it is over. The sequence's timing is kept up to date."""
 
     def __init__(
-        self, tokenizer: Tokenizer, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, *, resumed: bool
+        self, tokenizer: Tokenizer, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, prompt: Sequence[int]
     ) -> None:
-        """Draws the first token from ``logits`` [V]. ``resumed``: it goes on from an answer, not from a text."""
+        """Draws the first token from ``logits`` [V]. ``prompt``: ids of what it answers; it goes on from an answer if there are
+        none, and from a text if they end in one."""
         self.sequence, self.config, self.timing = sequence, config, sequence.timing
         self._tokenizer = tokenizer
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
-        self._text = TextStream(tokenizer, after=sequence.token_ids[-CHARACTER_BYTES:] if resumed else ())
+        begins = isinstance(prompt, ChatIds) or not (prompt and tokenizer.token_bytes(prompt[-1]))
+        self._text = TextStream(tokenizer, after=() if prompt else sequence.token_ids[-CHARACTER_BYTES:], begins=begins)
         self._stop = StopStrings(config.stops)
         self._ready = ""  # text that is complete and not given out yet
         self._room = sequence.setup.room(sequence.length)

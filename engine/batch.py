@@ -302,7 +302,7 @@ class Batch:
                             return
                 except StopIteration as last:
                     logits = last.value
-                    request.answer = begun(engine, self._going[request][0], logits, request.config, resumed=not request.ids)
+                    request.answer = begun(engine, self._going[request][0], logits, request.config, request.ids)
             del self._reading[request]
             request.timing = request.answer.timing
         except BaseException:
@@ -324,7 +324,7 @@ class Batch:
                     return
                 self._going[twin] = fork, self._pages(twin)
                 self._waiting.remove(twin)
-                twin.answer = begun(self._engine, fork, logits, twin.config)
+                twin.answer = begun(self._engine, fork, logits, twin.config, twin.ids)
                 twin.timing = twin.answer.timing
             except BaseException:
                 self._end(twin, "failed")

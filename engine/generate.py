@@ -23,7 +23,7 @@ from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import names_options, path_of, path_or_none, require_type
-from skvq.engine.prompt import Prompt, is_several, template_kwargs_of
+from skvq.engine.prompt import ChatIds, Prompt, is_several, template_kwargs_of
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.timing import Timing
 from skvq.engine.token_engine import TokenEngine
@@ -218,7 +218,7 @@ class Engine(TokenEngine):
         """The assistant's answer to a conversation ``[{"role": ..., "content": ...}, ...]``; ``stream`` takes one too."""
         if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise OptionError(f"a chat is a list of messages with 'role' and 'content', not {type(messages).__name__}")
-        return "".join(self.stream(self.parts.tokenizer.encode_chat(messages), sampling))
+        return "".join(self.stream(ChatIds(self.parts.tokenizer.encode_chat(messages)), sampling))
 
     # --- scores --------------------------------------------------------------------------------------------------------------
 

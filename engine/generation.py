@@ -22,11 +22,11 @@ from skvq.engine.token_engine import TokenEngine
 
 
 def begun(
-    engine: TokenEngine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, *, resumed: bool = False
+    engine: TokenEngine, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, prompt: Sequence[int]
 ) -> Answer:
     """An answer whose first token is drawn from ``logits`` [V]: while the engine still computes what they follow."""
     with computing(engine):
-        return Answer(engine.parts.tokenizer, sequence, logits, config, resumed=resumed)
+        return Answer(engine.parts.tokenizer, sequence, logits, config, prompt)
 
 
 def step(engine: TokenEngine, answers: Sequence[Answer]) -> float:
@@ -78,7 +78,7 @@ def continued(
     """Pieces of the answer to ``ids`` in a sequence; arguments as for ``continuing``."""
     with computing(engine):  # until its first token is pending, no other thread may change the sequence
         logits = finished(continuing(engine, sequence, ids, config, checkpoint, after=after))
-        answer = begun(engine, sequence, logits, config, resumed=not ids)
+        answer = begun(engine, sequence, logits, config, ids)
     while True:
         if piece := answer.piece():
             yield piece

@@ -18,6 +18,10 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | npt.NDArra
 """A text, token ids of one text, or chat messages ``[{"role": ..., "content": ...}, ...]``."""
 
 
+class ChatIds(list[int]):
+    """Token ids of chat messages: an answer to them is a text of its own, that to others goes on from what it answers."""
+
+
 def template_kwargs_of(given: object) -> dict[str, Any]:
     """What a user gives to chat templates. Raises OptionError if it is no mapping of names, or sets what they always get."""
     if given is None:
@@ -55,7 +59,7 @@ def token_ids_of(prompt: Prompt, tokenizer: Tokenizer, *, bos: bool) -> list[int
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt, bos=bos))
     if is_chat(prompt):
-        return list(tokenizer.encode_chat(prompt) if bos else tokenizer.encode_turn(prompt))
+        return ChatIds(tokenizer.encode_chat(prompt) if bos else tokenizer.encode_turn(prompt))
     return whole_ids(prompt)
 
 
@@ -70,4 +74,4 @@ def whole_ids(prompt: object) -> list[int]:
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise OptionError(f"the token ids of a prompt must be whole numbers, got {str(token)[:80]!r}")
-    return [int(token) for token in prompt]
+    return (ChatIds if isinstance(prompt, ChatIds) else list)(int(token) for token in prompt)

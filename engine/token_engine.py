@@ -21,7 +21,7 @@ from skvq.engine.loading import EngineParts
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.prefix import PagePrefixes, Prefixes
-from skvq.engine.prompt import Prompt, is_chat, is_empty, token_ids_of, whole_ids
+from skvq.engine.prompt import ChatIds, Prompt, is_chat, is_empty, token_ids_of, whole_ids
 from skvq.engine.report import Reporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.sizes import bits_per_element
@@ -82,7 +82,7 @@ class TokenEngine:
         begun, pending = bool(sequence.length or sequence.pending), sequence.pending
         ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
         if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
-            return ids[len(pending) :]
+            return ChatIds(ids[len(pending) :])
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -65,12 +65,12 @@ class TextStream:
     The pieces and the final ``flush`` joined are ``tokenizer.decode`` of all pushed ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, after: Sequence[int] = ()) -> None:
-        """``after``: the text goes on from these tokens, whose text was seen: a character they begin is finished, and a first
-        space is kept."""
+    def __init__(self, tokenizer: Tokenizer, *, after: Sequence[int] = (), begins: bool = True) -> None:
+        """``after``: the text goes on from these tokens, whose text was seen: a character they begin is finished. Then, and
+        unless the text ``begins`` here, a first space is kept."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip = tokenizer.strips_first_space and not after
+        self._strip = tokenizer.strips_first_space and begins and not after
         self._decoder.decode(b"".join(map(tokenizer.token_bytes, after)))
 
     def push(self, token_id: int) -> str:

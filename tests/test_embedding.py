@@ -471,6 +471,27 @@ def test_an_answer_in_two_parts_is_the_whole_answer(
     assert parts == whole and whole.startswith(" ")
 
 
+def test_a_first_space_is_of_the_answer_unless_a_text_begins_with_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a completion it is what the model wrote; SentencePiece puts one before each text, and so do answers to chats."""
+    tokenizer, seen = engine.parts.tokenizer, {5: b" sea", 7: b""}
+    monkeypatch.setattr(type(tokenizer), "strips_first_space", property(lambda self: True))
+    monkeypatch.setattr(type(tokenizer), "token_bytes", lambda self, token: seen.get(token, b" and"))
+    monkeypatch.setattr(type(tokenizer), "encode_chat", lambda self, messages: [7, 5])
+    monkeypatch.setattr(type(tokenizer), "encode_turn", lambda self, messages: [7, 5])
+    chat = [{"role": "user", "content": "Go on."}]
+    for prompt, space in ((TEXT, True), ([7, 5], True), ([7], False), (chat, False), (engine.encode(chat), False)):
+        with engine.batch() as batch:
+            twins = batch.add_each(prompt, [SAMPLING, SAMPLING])
+            while len(batch):
+                batch.step()
+        answers = [engine.generate(prompt, SAMPLING), *engine.generate([prompt], SAMPLING), *(twin.text for twin in twins)]
+        assert answers[0].startswith(" ") == space and len(set(answers)) == 1, (prompt, answers)
+    assert not engine.chat(chat, SAMPLING).startswith(" ")
+    with engine.prefill(TEXT) as sequence:
+        assert not engine.generate(chat, SAMPLING, sequence=sequence).startswith(" ")
+        assert engine.generate([5], SAMPLING, sequence=sequence).startswith(" ")
+
+
 def whole_and_parts(engine: Engine, cut: int, temperature: float = 1.0) -> tuple[str, str]:
     """An answer of 12 tokens, and the same cut in two."""
     with engine.prefill(TEXT) as one, engine.prefill(TEXT) as two:

@@ -118,7 +118,7 @@ def test_log_probabilities_are_told_of_the_tokens_of_the_text(
         def logits(token: int) -> Tensor:
             return torch.zeros(320).index_fill_(0, torch.tensor([token]), 9.0)
 
-        answer = Answer(Spelt(320), sequence, logits(tokens[0]), config, resumed=False)
+        answer = Answer(Spelt(320), sequence, logits(tokens[0]), config, [1])
         seen = answer.piece()
         for token in tokens[1:]:
             answer.take([answer.choose([logits(token)], [])[0].tolist()], [])
