@@ -28,7 +28,8 @@ from skvq.engine.token_engine import TokenEngine
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 ALONE = 0.1
-"""Seconds that a step reads for where nothing else is to be done: then it can be cancelled."""
+"""Seconds that a step reads for where nothing else is to be done: then it can be cancelled. A short prompt may take as long
+beside answers."""
 
 WHOLE = float("inf")
 
@@ -48,6 +49,7 @@ class Request:
         self.twins: Sequence[Request] = ()  # to the same prompt, this one among them, until it is over
         self.answer: Answer | None = None  # from when the prompt has been read
         self.cancelled = False
+        self.to_read, self.looked_up = len(ids), -1  # but for a prefix that was known at that change of what is
 
     def __repr__(self) -> str:
         return f"<Request: {len(self.ids):,} tokens, {self.finish or ('being answered' if self.answer else 'waiting')}>"
@@ -67,7 +69,7 @@ class Request:
     @property
     def is_long(self) -> bool:
         """Whether it is read in more than one piece a layer."""
-        return len(self.ids) > CHUNK_TOKENS
+        return self.to_read > CHUNK_TOKENS
 
     @property
     def held(self) -> int:
@@ -107,6 +109,11 @@ class Batch:
     def begun(self) -> int:
         """Requests that have begun and are not over."""
         return len(self._going)
+
+    @property
+    def answering(self) -> list[Request]:
+        """Those of them whose answers have begun."""
+        return [request for request in self._going if request.answer]
 
     @names_options(sampling=SamplingConfig)
     def add(
@@ -153,9 +160,9 @@ class Batch:
         return requests
 
     def step(self, *, begin: bool = True) -> list[tuple[Request, str]]:
-        """Read the next prompt that there is room for, or some of it if it is long: a piece, or for about as long as decoding
-        takes. Then decode a token of every answer. Without ``interleaved`` prompts are read whole, before anything is decoded.
-        Without ``begin`` those that wait go on waiting: to make room for something else.
+        """Read the next prompt that there is room for, or some of it: a piece, or for about as long as decoding takes, of a
+        short one for a tenth of a second. Then decode a token of every answer. Without ``interleaved`` prompts are read whole,
+        before anything is decoded. Without ``begin`` those that wait go on waiting: to make room for something else.
 
         The requests that went on, and the text by which they did, which may be empty; none while only a part of a prompt has
         been read. Raises what went wrong with a request, which has ``failed`` then; the others go on with the next step.
@@ -169,8 +176,8 @@ class Batch:
         if following is not None:
             self._begin(following)
         for request in [*self._reading]:
-            whole = not (self.interleaved and request.is_long)
-            self._read(request, WHOLE if whole else self._last_step if answers else ALONE, twins=begin)
+            seconds = self._last_step if answers and request.is_long else ALONE
+            self._read(request, seconds if self.interleaved else WHOLE, twins=begin)
         if answers and (self.interleaved or following is None):
             self._decode(answers)
         errors = []
@@ -235,15 +242,26 @@ class Batch:
         self.timing.decode_seconds += self._last_step
 
     def _next(self) -> Request | None:
-        """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short. One that
-        continues a sequence which is being read waits for the end of that, and lets others pass.
+        """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short, or will be
+        with the prefix that is known of it. One that continues a sequence which is being read waits for the end of that, and
+        lets others pass.
         """
+        if not all(request.is_long for request in self._reading):
+            return None
         for request in self._waiting:
             suspended = request.given is not None and request.given.suspended
-            if suspended or (request.is_long and self._reading):
+            if suspended or (self._reading and self._stays_long(request)):
                 continue
             return request if not self._going or self._has_room(request) else None
         return None
+
+    def _stays_long(self, request: Request) -> bool:
+        """Whether it is long but for what is known of it."""
+        prefixes = self._engine.prefixes
+        if request.is_long and request.given is None and request.looked_up != prefixes.changes:
+            with self._engine.lock:
+                request.to_read, request.looked_up = len(request.ids) - prefixes.known(request.ids), prefixes.changes
+        return request.is_long
 
     def _pages(self, request: Request) -> int:
         """Pages of its sequence when it has been answered, if the answer is as long as it may be."""

@@ -17,6 +17,7 @@ from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.engine.mass import add_mass
 from skvq.engine.model import LayerCache, Model
+from skvq.engine.pieces import Pieces
 from skvq.engine.prefill import chunks
 from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.engine.sizes import bits_per_element
@@ -147,8 +148,9 @@ def text_as_decoded(
     ids: Tensor,
     layers: Callable[[int], DecodeRegimeLayer],
     advance: Callable[[float], None],
-) -> Tensor:
+) -> Pieces[Tensor]:
     """Last hidden states [N, d] of a text whose every position sees what ``layers(layer)`` says; ``advance(1)`` after each.
+    A piece is a chunk of tokens on its way in or out of a layer.
 
     Memory holds them and one layer's keys and values of all of it, as they are and as they are read back. Queries of all would
     take as much again: they are computed once more when the layer has been packed, but for the last chunk's.
@@ -159,11 +161,13 @@ def text_as_decoded(
         for start, stop, rope in steps:
             q, k, v = model.heads(layer, x[None, start:stop], rope.of(layer))
             cache.take(start, q, k, v, rope.of(layer))
+            yield
         for start, stop, rope in reversed(steps):
             part = x[None, start:stop]
             if stop < len(ids):
                 q = model.heads(layer, part, rope.of(layer))[0]
             x[start:stop] = model.after_attention(layer, part, cache.attend(start, q, rope.of(layer)))[0]
+            yield
         advance(1)
     return x
 

@@ -23,6 +23,7 @@ from skvq.engine.guard import computes, own_settings
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import names_options, path_of, path_or_none, require_type
+from skvq.engine.pieces import Pieces, finished
 from skvq.engine.prompt import ChatIds, Prompt, is_several, template_kwargs_of
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.timing import Timing
@@ -242,6 +243,10 @@ class Engine(TokenEngine):
     @computes
     def likelihoods(self, token_ids: Sequence[int], count: int = 1) -> Likelihoods:
         """Log probabilities after each token, of the next and of the ``count`` likeliest, positions seeing what decode sees."""
+        return finished(self.scoring(token_ids, count))
+
+    def scoring(self, token_ids: Sequence[int], count: int = 1) -> Pieces[Likelihoods]:
+        """``likelihoods`` in pieces, each to be done while the engine computes (``guard.computing``)."""
         return scoring.likelihoods(self.parts, self.encode(token_ids), count, self.report)
 
     @names_options()

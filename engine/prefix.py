@@ -25,8 +25,15 @@ from skvq.kernels.layout import PAGE_TOKENS
 class Prefixes:
     """What the engine asks before and after it reads; here nothing is shared unless forked."""
 
+    changes = 0
+    """Times that what is known has changed."""
+
     def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
         """Give an empty sequence the longest known beginning of ``ids``; how many tokens that is."""
+        return 0
+
+    def known(self, ids: Sequence[int]) -> int:
+        """How many tokens ``reuse`` would give."""
         return 0
 
     def keep(self, sequence: SequenceCache) -> None:
@@ -72,12 +79,7 @@ class PagePrefixes(Prefixes):
     def reuse(self, sequence: SequenceCache, ids: Sequence[int]) -> int:
         """Whole pages only, and none that would lie in the window of a sequence of these ids; at least one token is left."""
         assert sequence.length == 0, "a prefix is reused by an empty sequence"
-        found: list[tuple[bytes, _Entry]] = []
-        for key in _chain(ids, min(self._setup.regions.packed(len(ids)), len(ids) - 1)):
-            entry = self._entries.get(key)
-            if entry is None or entry.before is not (found[-1][1] if found else None):
-                break
-            found.append((key, entry))
+        found = self._found(ids)
         if not found:
             return 0
         count = len(found) * PAGE_TOKENS
@@ -85,6 +87,18 @@ class PagePrefixes(Prefixes):
         sequence.share([entry.page for _, entry in found], ids[:count])
         self._restore(sequence, found[-1][1].retained, count)
         return count
+
+    def known(self, ids: Sequence[int]) -> int:
+        return len(self._found(ids)) * PAGE_TOKENS
+
+    def _found(self, ids: Sequence[int]) -> list[tuple[bytes, _Entry]]:
+        found: list[tuple[bytes, _Entry]] = []
+        for key in _chain(ids, min(self._setup.regions.packed(len(ids)), len(ids) - 1)):
+            entry = self._entries.get(key)
+            if entry is None or entry.before is not (found[-1][1] if found else None):
+                break
+            found.append((key, entry))
+        return found
 
     @uninterrupted()
     def keep(self, sequence: SequenceCache) -> None:
@@ -102,6 +116,7 @@ class PagePrefixes(Prefixes):
             retained = self._retained(sequence) if retained is None else retained
             self._setup.arena.share(page)
             self._entries[key], self._keys[page] = _Entry(page, before, retained), key
+            self.changes += 1
         self._touch(keys)
 
     def give_back(self, count: int) -> None:
@@ -111,6 +126,7 @@ class PagePrefixes(Prefixes):
             if arena.unused_pages >= count:
                 return
             page = self._entries.pop(key).page
+            self.changes += 1
             del self._keys[page]
             arena.release(page)
 

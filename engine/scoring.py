@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from skvq.engine.evaluate import (
 from skvq.engine.loading import EngineParts, with_cache
 from skvq.engine.machine import available_memory
 from skvq.engine.options import is_whole, require_type
+from skvq.engine.pieces import Pieces, finished
 from skvq.engine.report import Reporter
 from skvq.engine.sizes import gib, widest_regions
 
@@ -41,7 +43,7 @@ def dense_hidden(parts: EngineParts, ids: Tensor, *, more: int = 0) -> Tensor:
 
 def regime_hidden(
     parts: EngineParts, ids: Tensor, report: Reporter, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer
-) -> Tensor:
+) -> Pieces[Tensor]:
     """Last hidden states [N, d] of a text whose every position sees what decode would see."""
     model, sequence = parts.model, SequenceCache(parts.setup)
     try:
@@ -49,7 +51,8 @@ def regime_hidden(
         size = model.dtype.itemsize + sequence.setup.arena.shape.dtype.itemsize
         _require_memory(parts, len(ids), size, layer_class.more_bytes(model.config, len(ids), model.dtype.itemsize))
         with report.bar(f"scoring {len(ids):,} tokens", model.config.num_layers) as bar:
-            return text_as_decoded(model, parts.rope, ids, lambda layer: layer_class(sequence, layer, ids), bar.advance)
+            layers = partial(layer_class, sequence, ids=ids)
+            return (yield from text_as_decoded(model, parts.rope, ids, layers, bar.advance))
     finally:
         sequence.free()
 
@@ -70,16 +73,16 @@ def _require_memory(parts: EngineParts, count: int, size: int, more: int) -> Non
 def nll(parts: EngineParts, token_ids: Sequence[int], report: Reporter) -> Tensor:
     """See ``Engine.nll``."""
     ids = parts.model.ids(token_ids)
-    return nll_of(parts.model, regime_hidden(parts, ids, report), ids)
+    return nll_of(parts.model, finished(regime_hidden(parts, ids, report)), ids)
 
 
-def likelihoods(parts: EngineParts, token_ids: Sequence[int], count: int, report: Reporter) -> Likelihoods:
+def likelihoods(parts: EngineParts, token_ids: Sequence[int], count: int, report: Reporter) -> Pieces[Likelihoods]:
     """See ``Engine.likelihoods``."""
     vocab = parts.model.config.vocab_size
     if not is_whole(count) or not 1 <= count <= vocab:
         raise OptionError(f"count must be from 1 to the vocabulary's {vocab:,}, got {count!r}")
     ids = parts.model.ids(token_ids)
-    return likelihoods_of(parts.model, regime_hidden(parts, ids, report), ids, int(count))
+    return likelihoods_of(parts.model, (yield from regime_hidden(parts, ids, report)), ids, int(count))
 
 
 def evaluate(
@@ -125,7 +128,7 @@ def evaluate(
     for cache in caches:
         other = with_cache(parts, cache, 1, None if not cache.is_packed else calibration, report)
         found = [
-            compare(parts.model, reference, regime_hidden(other, s, report, layer_class), s)
+            compare(parts.model, reference, finished(regime_hidden(other, s, report, layer_class)), s)
             for reference, s in zip(references, stretches, strict=True)
         ]
         rows.append(evaluation_row(other.cache, parts.model.config, found))

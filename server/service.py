@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Condition
 
-from skvq.engine.batch import Batch, Request
+from skvq.engine.batch import ALONE, Batch, Request
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import Likelihoods
 from skvq.engine.generate import Engine
+from skvq.engine.guard import computing
+from skvq.engine.measure import wait_for
+from skvq.engine.pieces import Pieces
 from skvq.engine.prompt import Prompt
 from skvq.engine.sampling import TokenLogprob
 
@@ -71,21 +75,21 @@ class Answers(Call):
         for request in self.requests:
             request.cancel()
 
-    def go_on(self, request: Request) -> None:
-        """Tell what the request's answer has grown by."""
-        index = self.requests.index(request)
+    def go_on(self, index: int) -> None:
+        """Tell what the answer of that index has grown by."""
+        request = self.requests[index]
         characters, tokens = self._told[index]
         piece = Piece(request.text[characters:], request.logprobs[tokens:])
         self._told[index] = len(request.text), len(request.logprobs)
         if piece.text or piece.logprobs:
             self.tell(index, piece)
 
-    def end(self, request: Request, error: SkvqError) -> None:
-        """The request is over; ``error``: why, if it could not be answered."""
-        self.go_on(request)
-        if request.finish in ("", "failed", "cancelled"):
+    def end(self, index: int, error: SkvqError) -> None:
+        """That answer is over; ``error``: why, if there is none."""
+        self.go_on(index)
+        if self.requests[index].finish in ("", "failed", "cancelled"):
             self.error = self.error or error
-        self.tell(self.requests.index(request), None)
+        self.tell(index, None)
 
 
 class Scores(Call):
@@ -95,6 +99,7 @@ class Scores(Call):
         super().__init__(prompts)
         self.count = count
         self.found: list[Likelihoods] = []
+        self.pieces: Pieces[Likelihoods] | None = None  # of the text that is being scored
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -108,8 +113,9 @@ class Service:
         self.engine = engine
         self._changed = Condition()
         self._batch: Batch | None = None
-        self._answers: dict[Request, Answers] = {}
+        self._answers: dict[Request, tuple[Answers, int]] = {}  # what each is one of, and which
         self._scores: deque[Scores] = deque()
+        self._last_step = 0.0  # seconds
         self._full_beside = 0  # answers beside which there was no room for the next score: none begins until there is
         self._stopping = False
 
@@ -127,12 +133,13 @@ class Service:
                     request.cancel()
                 raise
             call = Answers(texts, requests)
-            self._answers |= dict.fromkeys(requests, call)
+            self._answers |= {request: (call, index) for index, request in enumerate(requests)}
             self._changed.notify_all()
         return call
 
     def score(self, prompts: Sequence[Prompt], count: int) -> Scores:
-        """Have prompts scored, one after another, when there is a place for each. Raises SkvqError as ``answer``."""
+        """Have prompts scored, one after another, when there is a place for each: they take turns with those of other clients,
+        and time with the answers. Raises SkvqError as ``answer``."""
         call = Scores([self.engine.encode(prompt) for prompt in prompts], count)
         for ids in call.prompts:
             self.engine.parts.setup.require(0, len(ids))
@@ -169,54 +176,79 @@ class Service:
                         # a signal that comes just before the wait does not end it: hence the timeout
                         self._changed.wait_for(lambda: self._stopping or len(batch) or self._scores, timeout=1)
                     if self._scores and not self._stopping:
-                        self._score_next(batch.begun)
+                        self._score(batch.begun, self._last_step if len(batch) else ALONE)
                     if len(batch) and not self._stopping:
                         self._step(batch)
         finally:
             stopped = NotRunning("the server has been stopped")
             with self._changed:
                 self._batch = None
-                for request, call in self._answers.items():
-                    call.end(request, stopped)
+                for call, index in self._answers.values():
+                    call.end(index, stopped)
                 self._answers.clear()
                 for scores in self._scores:
+                    self._break_off(scores)
                     _fail(scores, stopped)
                 self._scores.clear()
 
-    def _score_next(self, beside: int) -> None:
-        """The text that waits longest; if there is no room for it beside so many answers, not before one of them is over."""
+    def _score(self, beside: int, seconds: float) -> None:
+        """Go on with the text whose turn it is, for so long. If there is no room for it beside so many answers, it begins when
+        one of them is over."""
         call = self._scores[0]
-        if not call.cancelled and beside and beside == self._full_beside:
+        if not call.pieces and not call.cancelled and beside and beside == self._full_beside:
             return
-        self._full_beside = 0
+        self._full_beside, end = 0, time.perf_counter() + seconds
         try:
-            if not call.cancelled:
-                call.found.append(self.engine.likelihoods(call.prompts[len(call.found)], call.count))
-                call.tell(len(call.found) - 1, None)
+            call.pieces = call.pieces or self.engine.scoring(call.prompts[len(call.found)], call.count)
+            with computing(self.engine):
+                while not call.cancelled:
+                    next(call.pieces)
+                    wait_for(self.engine.device)
+                    if time.perf_counter() >= end or self._stopping:
+                        return
+        except StopIteration as last:
+            call.pieces = None
+            call.found.append(last.value)
+            call.tell(len(call.found) - 1, None)
         except SkvqError as error:
+            call.pieces = None
             if isinstance(error, CapacityError) and beside:
                 self._full_beside = beside
                 return
             _fail(call, error)
         except Exception:
             _fail(call, _internal())
+        self._break_off(call)
         with self._changed:
-            if call.cancelled or call.error or len(call.found) == len(call.prompts):
-                self._scores.popleft()
+            self._scores.popleft()
+            if not call.cancelled and not call.error and len(call.found) < len(call.prompts):
+                self._scores.append(call)
+
+    def _break_off(self, call: Scores) -> None:
+        """Nobody waits for the text that is being scored, if there is one: what it holds is free."""
+        if call.pieces:
+            with computing(self.engine):
+                call.pieces.close()
 
     def _step(self, batch: Batch) -> None:
         """One step, told to those who wait for it. An error is of one request: the others go on."""
-        error = SkvqError("the request has been cancelled")
+        error, start = SkvqError("the request has been cancelled"), time.perf_counter()
         try:
             batch.step(begin=not self._full_beside)
         except SkvqError as failed:
             error = failed
         except Exception:
             error = _internal()
+        self._last_step = time.perf_counter() - start
         with self._changed:
-            for request, call in self._answers.items():
-                (call.go_on(request) if not request.finish else call.end(request, error))
-            self._answers = {request: call for request, call in self._answers.items() if not request.finish}
+            over = [request for request in self._answers if request.finish]
+            for request in over:
+                call, index = self._answers.pop(request)
+                call.end(index, error)
+            for request in batch.answering:
+                if known := self._answers.get(request):
+                    call, index = known
+                    call.go_on(index)
 
 
 def _fail(call: Scores, error: SkvqError) -> None:

@@ -18,6 +18,7 @@ from skvq.engine.errors import CalibrationError, CapacityError, OptionError, Skv
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
+from skvq.engine.pieces import finished
 from skvq.engine.trials.plots import depth_plot
 from skvq.kernels.reference import masked_attention
 
@@ -35,7 +36,7 @@ def test_every_figure_is_what_its_name_says(engine: Engine) -> None:
     row = engine.evaluate(TEXT, [tiny_cache()], tokens=401, stride=401)[0]
     with torch.no_grad():
         p = engine.logits(ids.tolist()).double().log_softmax(-1)
-        q = engine.parts.model.head(scoring.regime_hidden(engine.parts, ids, engine.report)).double().log_softmax(-1)
+        q = engine.parts.model.head(finished(scoring.regime_hidden(engine.parts, ids, engine.report))).double().log_softmax(-1)
     rows = torch.arange(400)
     assert row["ppl_fp"] == pytest.approx(float((-p[rows, ids[1:]]).mean().exp()), rel=1e-4)
     assert row["ppl"] == pytest.approx(float((-q[rows, ids[1:]]).mean().exp()), rel=1e-4)
@@ -117,7 +118,7 @@ def watched(heads: Callable[..., Any], seen: list[int]) -> Callable[..., Any]:
 
 
 def scored_strictly(engine: Engine, ids: list[int]) -> torch.Tensor:
-    return scoring.regime_hidden(engine.parts, torch.tensor(ids), engine.report, StrictWindowLayer)
+    return finished(scoring.regime_hidden(engine.parts, torch.tensor(ids), engine.report, StrictWindowLayer))
 
 
 def test_what_there_is_no_memory_for_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

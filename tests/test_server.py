@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -454,24 +454,59 @@ def test_a_score_gets_its_place_however_many_answers_are_asked_for(engine: Engin
     assert set(done) == {200}
 
 
-def test_scores_that_nobody_waits_for_are_not_made(engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[int]]:
+    """Texts are scored in 50 more pieces of 20 ms each; the text of each that has begun."""
+    scoring, begun = Engine.scoring, []
+
+    def slow(self: Engine, ids: Sequence[int], count: int) -> Any:
+        for _ in range(50):
+            begun.append(ids)
+            time.sleep(0.02)
+            yield
+        return (yield from scoring(self, ids, count))
+
+    monkeypatch.setattr(Engine, "scoring", slow)
+    return begun
+
+
+def scored(count: int, token: int = 7) -> dict[str, Any]:
+    return {"prompt": [[token] * 9] * count, "echo": True, "logprobs": 1, "max_tokens": 0}
+
+
+def test_a_score_that_nobody_waits_for_ends(client: Client, pieces: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handler, "PULSE", 0.02)
-    likelihoods, made = Engine.likelihoods, []
-
-    def slow(self: Engine, *args: Any) -> Any:
-        made.append(args)
-        time.sleep(0.1)
-        return likelihoods(self, *args)
-
-    monkeypatch.setattr(Engine, "likelihoods", slow)
-    body = json.dumps({"prompt": [[7] * 9] * 100, "echo": True, "logprobs": 1, "max_tokens": 0}).encode()
+    body = json.dumps(scored(100)).encode()
     with socket.create_connection(("127.0.0.1", client.port)) as plain:
         plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         end = time.monotonic() + 20
-        while not made and time.monotonic() < end:
+        while not pieces and time.monotonic() < end:
             time.sleep(0.01)
     assert client.ask(COMPLETIONS, {"prompt": TEXT})[0] == 200
-    assert 0 < len(made) < 20 and client.report.messages[0].endswith("the client has gone")
+    assert 0 < len(pieces) < 50 and client.report.messages[0].endswith("the client has gone")
+
+
+def test_the_end_of_the_server_breaks_off_a_score(engine: Engine, pieces: list[Any]) -> None:
+    client = Client(engine)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.ask, COMPLETIONS, scored(100))
+        while not pieces:
+            time.sleep(0.01)
+        client.close()
+        assert asked.result()[0] == 503 and len(pieces) < 50
+    assert engine.parts.setup.arena.free_sequences == 4
+
+
+def test_texts_that_are_scored_take_turns_and_answers_go_on(client: Client, pieces: list[Any]) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        many, one = pool.submit(client.ask, COMPLETIONS, scored(3, 8)), pool.submit(client.ask, COMPLETIONS, scored(1, 9))
+        while not pieces:
+            time.sleep(0.01)
+        before = len(pieces)
+        assert client.ask(COMPLETIONS, {"prompt": TEXT, "max_tokens": 30})[0] == 200
+        assert 10 < len(pieces) - before < 150, "a piece a step, or more in the time that a step takes"
+        assert one.result()[0] == 200 and not many.done()
+        assert many.result()[0] == 200
 
 
 def test_an_answer_on_an_open_connection_does_not_wait_for_the_network(client: Client) -> None:
