@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from skvq.engine.config import BITS, METHODS, PREFILLS, CacheConfig, SamplingConfig
+from skvq.engine.config import BITS, METHODS, ON_FULL, PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.filters import AttentionSinks, rule_from_text
 
 if TYPE_CHECKING:
@@ -128,6 +128,14 @@ ctxs_option = click.option(
 calibration_option = click.option("--calibration", type=click.Path(path_type=Path), help="File made by `skvq calibrate`.")
 prefill_option = click.option(
     "--prefill", type=click.Choice(PREFILLS), default="exact", show_default=True, help="How prompts are read."
+)
+on_full_option = click.option(
+    "--on-full",
+    type=click.Choice(ON_FULL),
+    default="stop",
+    show_default=True,
+    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from --ctx 2592 on; a "
+    "long window needs more).",
 )
 download_option = click.option("--no-download", is_flag=True, help="Use only files already on this machine.")
 

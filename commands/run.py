@@ -25,12 +25,13 @@ from skvq.commands.options import (
     load_engine,
     model_option,
     object_of,
+    on_full_option,
     pick,
     prefill_option,
     sampling_options,
 )
 from skvq.commands.text import joined, questions, read_text
-from skvq.engine.config import ON_FULL, CacheConfig, SamplingConfig
+from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, ModelError, OptionError
 from skvq.engine.interrupts import uninterrupted
 from skvq.loaders.files import require_writable
@@ -72,14 +73,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Keep a half-read prompt here, every minute and on Ctrl-C; go on from it if it exists.",
 )
-@click.option(
-    "--on-full",
-    type=click.Choice(ON_FULL),
-    default="stop",
-    show_default=True,
-    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from --ctx 2592 on; a "
-    "long window needs more).",
-)
+@on_full_option
 @click.option("--fill", type=TokenCount(0), default=0, help="Random tokens put into the cache before the text.")
 @ctx_option
 @calibration_option

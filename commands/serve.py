@@ -22,6 +22,7 @@ from skvq.commands.options import (
     load_engine,
     model_option,
     object_of,
+    on_full_option,
     pick,
     prefill_option,
     sampling_options,
@@ -43,6 +44,12 @@ MAX_NEW_TOKENS = 2048
     callback=object_of,
     help="JSON object for the model's chat template: Qwen3 answers at once with '{\"enable_thinking\": false}'.",
 )
+@click.option(
+    "--no-prefix-cache",
+    is_flag=True,
+    help="Read every prompt in full: answers do not depend on what was asked before, and prompts that begin alike take longer.",
+)
+@on_full_option
 @ctx_option
 @calibration_option
 @prefill_option
@@ -70,7 +77,8 @@ def serve(**options: Any) -> None:
             calibration=calibration,
             prefill=options["prefill"],
             max_sequences=options["sequences"],
-            prefix_cache=True,
+            prefix_cache=not options["no_prefix_cache"],
+            on_full=options["on_full"],
             chat_template_kwargs=options["chat_template_kwargs"],
         )
         service = Service(engine)

@@ -13,6 +13,8 @@ from skvq.loaders.fields import reason
 
 ALWAYS_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 """Names that every template gets."""
+SAID = ("text", "refusal")
+"""Parts of a content that are text, each under its own name."""
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Names that what an assistant thought goes by."""
 LAST_WORD = "last-word-of-the-assistant"
@@ -98,7 +100,7 @@ def _plain(index: int, message: object) -> dict[str, Any]:
         return message
     if not isinstance(content, (list, tuple)):
         raise OptionError(f"chat message {index}: content must be a text, got {str(content)[:80]!r}")
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    texts = [part.get(part["type"]) if isinstance(part, Mapping) and part.get("type") in SAID else None for part in content]
     for part, text in zip(content, texts, strict=True):
         if not isinstance(text, str):
             raise OptionError(

@@ -94,6 +94,10 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     fields = {name: value for name, value in fields.items() if value is not None}
     if fields.get("tool_choice") == "auto" and not fields.get("tools"):
         del fields["tool_choice"]
+    if fields.get("tool_choice") == "none":  # of what there is, none is to be used
+        fields.pop("tools", None)
+    if fields.get("best_of") == fields.get("n", 1):
+        fields.pop("best_of", None)
     likeliest = _likeliest(fields) if fields.get("echo") and not is_chat else 0
     if likeliest:
         del fields["logprobs"], fields["echo"]
@@ -154,6 +158,8 @@ def _sampling(fields: Mapping[str, Any], defaults: SamplingConfig, told: int | N
     given = {ours: fields[theirs] for theirs, ours in SETTINGS.items() if theirs in fields} | {"logprobs": told}
     if given.get("top_k") == -1:  # all, as vLLM says it
         given["top_k"] = 0
+    if given.get("top_p") == 0:  # the likeliest alone
+        given |= {"top_p": 1.0, "temperature": 0.0}
     return replace(defaults, **given)
 
 

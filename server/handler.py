@@ -8,6 +8,7 @@ POST /v1/chat/completions  messages
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import re
@@ -20,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from skvq import __version__
 from skvq.engine.config import SamplingConfig
@@ -78,6 +80,15 @@ class Server(ThreadingHTTPServer):
         self.service, self.settings = service, settings
         self.serve_forever()
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection. Without a file descriptor for it it stays in the queue: some may be free in a moment."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)
+            raise
+
     @property
     def address(self) -> str:
         """Of the API."""
@@ -107,6 +118,18 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else what follows the headers waits for 40 ms
     server: Server
 
+    def parse_request(self) -> bool:
+        """A header line that is none would hide those behind it, the body's length among them."""
+        found = super().parse_request()
+        if found and self.headers.defects:
+            self.send_error(400, "a line of the request's headers is broken")
+            return False
+        return found
+
+    def do_HEAD(self) -> None:
+        """As a GET is answered, without the body."""
+        self.do_GET()
+
     def do_GET(self) -> None:
         """See the module. A body would be taken for the next request: the connection is closed after it."""
         if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
@@ -135,6 +158,8 @@ class Handler(BaseHTTPRequestHandler):
                 call: Call = service.score(asked.prompts, asked.likeliest)
             else:
                 call = service.answer(asked.prompts, asked.sampling)
+        except RecursionError:
+            return self._refuse(OptionError("the request's JSON is nested too deeply"))
         except SkvqError as error:
             return self._refuse(error)
         gone = ""
@@ -208,9 +233,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _require_there(self) -> None:
         """Raise ConnectionError if the client has closed its side."""
-        readable = select.poll()  # unlike ``select.select`` of any file descriptor
-        readable.register(self.connection, select.POLLIN)
-        if readable.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+        state = select.poll()  # unlike ``select.select`` of any file descriptor
+        state.register(self.connection, select.POLLRDHUP)
+        if state.poll(0):
             raise ConnectionError("the client has gone")
 
     def _body(self) -> bytes | None:
@@ -223,12 +248,12 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         status = 413 if one else 400 if lengths else 411
         self._send(status, error_of(f"a request says its length, once, and has up to {most:,} bytes"))
-        if status == 413:
-            self._ignore(int(lengths[0]))
+        self._ignore(int(lengths[0]) if one else most)
         return None
 
     def _ignore(self, count: int) -> None:
-        """Read what a client is still sending, for some seconds, lest it see a broken connection in place of the answer."""
+        """Read up to so many bytes that a client is still sending, for some seconds, lest it see a broken connection, not the
+        answer."""
         self.connection.settimeout(1)
         end = time.monotonic() + LINGER
         with suppress(OSError):
@@ -241,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def _place(self) -> str:
-        return self.path.partition("?")[0].rstrip("/")
+        return urlsplit(self.path).path.rstrip("/")
 
     def _is_known(self) -> bool:
         """Whether the client has the key, if there is one; else that is answered."""
@@ -250,6 +275,8 @@ class Handler(BaseHTTPRequestHandler):
             return True
         self.close_connection = True  # what it sends is not read
         self._send(401, error_of("this server wants its key: Authorization: Bearer KEY", kind="authentication_error"))
+        if self.command == "POST":
+            self._ignore(MOST_BYTES)
         return False
 
     def _send(self, status: int, found: dict[str, Any]) -> None:
@@ -260,7 +287,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self._write(data)
+        if self.command != "HEAD":
+            self._write(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses, as JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from http.client import HTTPConnection, HTTPException
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -326,6 +328,9 @@ def test_what_asks_for_nothing_is_no_error(client: Client) -> None:
     }
     assert client.ask(COMPLETIONS, body)[0] == 200
     assert asked_for(json.dumps(body).encode(), DEFAULTS, is_chat=False).sampling == (DEFAULTS,)
+    body |= {"n": 3, "best_of": 3, "tools": [{"type": "function"}], "tool_choice": "none", "temperature": 0.8, "top_p": 0}
+    asked = asked_for(json.dumps(body).encode(), DEFAULTS, is_chat=False)
+    assert len(asked.sampling) == 3 and asked.sampling[0] == DEFAULTS, "greedy"
 
 
 def test_places_that_there_are_and_others(client: Client) -> None:
@@ -333,6 +338,12 @@ def test_places_that_there_are_and_others(client: Client) -> None:
     assert [model["id"] for model in client.ask("/v1/models?x=1")[1]["data"]] == ["tiny"]
     assert client.ask("/v1/models/tiny")[1]["id"] == "tiny"
     assert client.ask("/v1/nothing")[0] == client.ask("/v1/embeddings", {})[0] == 404
+    assert client.ask(f"http://127.0.0.1:{client.port}{COMPLETIONS}", {"prompt": "a", "max_tokens": 1})[0] == 200
+    connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
+    for path, status in (("/health", 200), ("/nothing", 404)):
+        connection.request("HEAD", path)
+        answer = connection.getresponse()
+        assert answer.status == status and int(answer.headers["Content-Length"]) > 9 and answer.read() == b""
     with socket.create_connection(("127.0.0.1", client.port)) as plain:
         plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
         assert b"413" in plain.recv(100)
@@ -347,10 +358,20 @@ def test_a_key_is_asked_for(engine: Engine) -> None:
     try:
         for headers in ({}, {"Authorization": "Bearer other"}):
             assert client.ask("/v1/models", **headers)[0] == client.ask(COMPLETIONS, {"prompt": "a"}, **headers)[0] == 401
+            for _ in range(9):  # what is still being sent is read, lest the answer is lost
+                assert client.ask(COMPLETIONS, b"[" * 800_000, **headers)[0] == 401
         right = {"Authorization": "Bearer sécret".encode().decode("latin-1")}
         assert client.ask(COMPLETIONS, {"prompt": "a"}, **right)[0] == 200 and client.ask("/health")[0] == 200
     finally:
         client.close()
+
+
+def test_no_depth_of_json_is_a_bug(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+    for depth in (*range(900, 1000), 100_000):
+        body = b'{"prompt": "a", "max_tokens": 1, "stop": %s%s}' % (b"[" * depth, b"]" * depth)
+        status, found = client.ask(COMPLETIONS, body)
+        assert status == 400 and "\n" not in found["error"]["message"]
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -370,7 +391,7 @@ def test_a_client_that_goes_away_gives_its_place_back(
     monkeypatch.setattr(Batch, "step", slow)
     body = json.dumps({"prompt": TEXT, "max_tokens": 650, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", client.port)) as plain:
-        plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(body), body))
         begun.wait(10)
         time.sleep(0.2)
     end = time.monotonic() + 20
@@ -556,6 +577,27 @@ def answers_of(client: Client, sent: bytes, *, more: bool) -> bytes:
         if not more:
             plain.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: plain.recv(1 << 16), b""))
+
+
+def test_a_broken_header_line_hides_no_others(client: Client) -> None:
+    inner = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", client.port)) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\nbroken\r\nContent-Length: %d\r\n\r\n%s" % (len(inner), inner))
+        answer = plain.makefile("rb").read()
+    assert answer.count(b"HTTP/1.1") == 1 and b"headers is broken" in answer
+
+
+def test_without_file_descriptors_connections_wait(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, tries = ThreadingHTTPServer.get_request, []
+
+    def refused(self: Server) -> Any:
+        tries.append(time.monotonic())
+        if len(tries) < 4:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(self)
+
+    monkeypatch.setattr(ThreadingHTTPServer, "get_request", refused)
+    assert client.ask("/health")[0] == 200 and len(tries) == 4 and tries[-1] - tries[0] > 0.2
 
 
 def test_a_body_of_a_get_is_not_the_next_request(client: Client) -> None:
