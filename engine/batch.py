@@ -98,6 +98,7 @@ class Batch:
         self._going: dict[Request, tuple[SequenceCache, int]] = {}  # and the pages that it may come to have
         self._reading: dict[Request, Pieces[Tensor]] = {}  # of those going: one long prompt at most, and a short one
         self._last_step = 0.0  # seconds of decoding
+        self._why_alone = ""  # as it was told
         self._told: list[tuple[Request, str]] = []  # what this step gives
         self._closed = False
 
@@ -230,16 +231,35 @@ class Batch:
 
     def _decode(self, answers: Mapping[Request, Answer]) -> None:
         """The next token of each. If that fails, so do those whose token is cached but whose next could not be drawn; if there
-        are none, all: a step that cannot be done would be tried for ever.
+        are none, each is decoded alone, and fails if that does: a step that cannot be done would be tried for ever.
         """
         try:
             self._last_step = step(self._engine, [*answers.values()])
         except BaseException as error:
             behind = [request for request, answer in answers.items() if not answer.is_next]
-            for request in behind or (answers if isinstance(error, Exception) else ()):
+            for request in behind:
                 self._end(request, "failed")
-            raise
+            if behind or not isinstance(error, Exception):
+                raise
+            self._decode_alone(answers, error)
         self.timing.decode_seconds += self._last_step
+
+    def _decode_alone(self, answers: Mapping[Request, Answer], why: Exception) -> None:
+        """The next token of each, one after another, for together they could not be decoded. Raises what the first has that
+        cannot be decoded alone either."""
+        errors = []
+        for request, answer in answers.items():
+            try:
+                step(self._engine, [answer])
+            except BaseException as error:
+                if isinstance(error, Exception) or not answer.is_next:
+                    self._end(request, "failed")
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        if str(why) != self._why_alone:
+            self._why_alone = str(why)
+            self._engine.report.message(f"{len(answers)} answers are decoded one by one: together they cannot be ({why})")
 
     def _next(self) -> Request | None:
         """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short, or will be
@@ -287,7 +307,7 @@ class Batch:
         for going, (sequence, most) in self._going.items():
             kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
             pages = sequence.pages[kept : pages_for(sequence.packed)] if sequence.alive else []
-            needed += most - len(sequence.pages) + arena.shared_by_sequences(pages)
+            needed += max(0, most - len(sequence.pages)) + arena.shared_by_sequences(pages)
         with self._engine.lock:
             return arena.free_pages >= needed and (arena.free_sequences > 0 or in_place)
 

@@ -373,7 +373,9 @@ class SequenceCache:
         self.require_alive()
         shape = self.setup.arena.shape
         packed = self.packed * self.setup.packed_token_bytes
-        held = int((self.setup.arena.slot(self.slot)["full_positions"] >= 0).sum())
+        positions, retained = self.setup.arena.slot(self.slot)["full_positions"], self.setup.regions.retained
+        window = positions[:, retained:]  # where a step that was broken off may have marked the slot of its token
+        held = int((positions[:, :retained] >= 0).sum() + ((window >= 0) & (window < self.length)).sum())
         return int(packed + held * shape.slot_bytes / shape.layers)
 
     @property

@@ -59,7 +59,7 @@ class DecodeRegimeLayer:
             q = rope.apply(q)[0]
             keys, values = (t[:stop].transpose(0, 1) for t in (self.keys, self.values))
             _, lse = attend_causal(q, keys, values, self.span)
-            add_mass(self.mass[:stop], q, lse, keys, regions.window)
+            add_mass(self.mass[:stop], q, lse, keys, regions.window, self.span)
         if stop < len(self.ids):
             return
         absorb(self.sequence, self.layer, self.keys, self.values, self.mass, self.ids)

@@ -12,14 +12,15 @@ MOST_NUMBERS = 1 << 21
 """Scores computed at once, 8 MB: a long window is seen by fewer queries at a time."""
 
 
-def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int) -> None:
-    """Add to ``mass`` [T] the attention that tokens get from those of the last N queries that follow them within ``window``.
+def add_mass(mass: Tensor, q: Tensor, lse: Tensor, keys: Tensor, window: int, span: int) -> None:
+    """Add to ``mass`` [T] the attention that tokens get from those of the last N queries that follow them within ``window`` and
+    see them: a query sees ``span`` tokens, itself among them.
 
     q [N, H, D] (the last N of the T tokens), lse [N, H] over all they see, keys [KH, T, D]; all after RoPE.
     """
     count, heads, size = q.shape
     kv_heads, tokens, _ = keys.shape
-    repeat = heads // kv_heads
+    repeat, window = heads // kv_heads, min(window, span - 1)
     step = queries_at_once(repeat, min(window, tokens))
     each = max(1, MOST_NUMBERS // (repeat * min(step, count) * min(step + window, tokens)))  # kv heads at once
     for start in range(0, count, step):

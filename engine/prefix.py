@@ -109,9 +109,11 @@ class PagePrefixes(Prefixes):
         rest = sequence.token_ids[len(known) * PAGE_TOKENS : sequence.packed]
         retained: dict[str, Tensor] | None = None
         for page, key in zip(sequence.pages[len(known) :], _chain(rest, len(rest), keys[-1] if keys else b""), strict=False):
-            if key in self._entries:
-                break  # read once more: what follows was written behind other pages than those that are kept
             before = self._entries[keys[-1]] if keys else None
+            if (entry := self._entries.get(key)) is not None:
+                if entry.before is before:
+                    break  # read once more: what follows was written behind other pages than those that are kept
+                self._drop(key)  # what it was written behind is not kept any more: nobody finds it
             keys.append(key)
             retained = self._retained(sequence) if retained is None else retained
             self._setup.arena.share(page)
@@ -125,10 +127,13 @@ class PagePrefixes(Prefixes):
         for key in sorted(self._entries, key=lambda key: arena.is_shared(self._entries[key].page)):
             if arena.unused_pages >= count:
                 return
-            page = self._entries.pop(key).page
-            self.changes += 1
-            del self._keys[page]
-            arena.release(page)
+            self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        page = self._entries.pop(key).page
+        del self._keys[page]
+        self._setup.arena.release(page)
+        self.changes += 1
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Used now; a page goes before those it continues, which are of use without it."""

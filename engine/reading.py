@@ -40,12 +40,12 @@ def read(
     parts.setup.require_room(sequence.length, len(ids))  # before any work
     tell_if_streamed_through(parts, len(ids), report)
     watch = Stopwatch()
-    reused = 0
+    reused, pending = 0, sequence.pending
     if sequence.length == 0 and not checkpoint.in_file:
         try:
             reused = prefixes.reuse(sequence, ids)
         except BaseException:
-            sequence.truncate(0)
+            _empty(sequence, pending)
             raise
     try:
         pieces = _read_rest(parts, sequence, ids[reused:], checkpoint, report)
@@ -53,12 +53,18 @@ def read(
     except BaseException:
         if reused:
             prefixes.keep(sequence)
-            sequence.truncate(0)
+            _empty(sequence, pending)
         raise
     sequence.logits = logits
     prefixes.keep(sequence)
     seconds = watch.seconds + checkpoint.spent
     return logits, Timing(prompt_tokens=len(ids) - reused, reused_tokens=reused, prefill=how, prefill_seconds=seconds)
+
+
+def _empty(sequence: SequenceCache, pending: list[int]) -> None:
+    """As it was before a prefix was put into it."""
+    sequence.truncate(0)
+    sequence.pending = pending
 
 
 def _suspending(sequence: SequenceCache, watch: Stopwatch, pieces: Pieces[R]) -> Pieces[R]:

@@ -64,7 +64,7 @@ class ExactLayer(DenseLayer):
         q, out, lse = self._attend(self.setup.backend.ops, q, k, v, rope)
         if self.setup.needs_mass:
             last = self.first + len(q)
-            add_mass(self.mass[:last], q, lse, self.keys[:, :last], self.setup.regions.window)
+            add_mass(self.mass[:last], q, lse, self.keys[:, :last], self.setup.regions.window, self.span)
         return out[None]
 
 
@@ -92,7 +92,7 @@ class StreamingLayer:
         out, lse = parts.merged(q.dtype)
         mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])
         if sequence.setup.needs_mass:
-            add_mass(mass, q, lse, keys.transpose(0, 1), sequence.setup.regions.window)
+            add_mass(mass, q, lse, keys.transpose(0, 1), sequence.setup.regions.window, self.span)
         absorb(sequence, self.layer, keys, values, mass, self.ids)
         return out[None]
 
@@ -228,5 +228,5 @@ class DecodeLayer:
             at = torch.arange(first, sequence.length + self.batch.tokens, device=q.device)
             slots = setup.regions.slot(at)
             seen = mass[sequence.slot, slots]
-            add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window)
+            add_mass(seen, q[row], lse[row], full.keys[sequence.slot][:, slots], setup.regions.window, self.step.span)
             self.batch.mass.append(((self.layer, sequence.slot, slots), seen))

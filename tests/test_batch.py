@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
+from tiny import Listener, random_ids, tiny_cache, tiny_engine, tiny_folder
+from torch import Tensor
 
 from skvq import SamplingConfig
 from skvq.engine.batch import Batch, Request
 from skvq.engine.decode import EagerStep
-from skvq.engine.errors import CapacityError, ModelError, OptionError
+from skvq.engine.errors import CapacityError, ModelError, OptionError, SkvqError
+from skvq.engine.filters import LeavingTokens
 from skvq.engine.generate import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nothing_is_left_behind")
@@ -494,6 +497,66 @@ def test_a_step_that_never_works_ends_all(engine: Engine, monkeypatch: pytest.Mo
         with pytest.raises(ZeroDivisionError):
             batch.step()
         assert batch.step() == [] and [r.finish for r in requests] == ["failed"] * 2
+
+
+def test_an_answer_that_cannot_be_decoded_fails_alone(folder: Path) -> None:
+    """A rule that raises on the tokens of one of three."""
+
+    class Picky:
+        budget, needs_attention_mass = 4, False
+
+        def keep(self, tokens: LeavingTokens) -> Tensor:
+            if (tokens.token_ids == 311).any():
+                raise ValueError("311 is here")
+            return tokens.positions < 0
+
+    report = Listener()
+    engine = tiny_engine(folder, tiny_cache(filters=(Picky(),)), backend="numba", max_context=700, report=report)
+    prompts, config = [[7] * 60, [*[8] * 50, 311], [9] * 40], SamplingConfig(max_new_tokens=150, ignore_eos=True)
+    with engine.batch() as batch:
+        requests = [batch.add(prompt, config) for prompt in prompts]
+        with pytest.raises(SkvqError, match="311 is here"):
+            finished(batch)
+        finished(batch)
+    assert [r.finish for r in requests] == ["length", "failed", "length"] and len(report.messages) == 1
+    for at in (0, 2):
+        assert requests[at].text == engine.generate(prompts[at], config)
+
+
+def test_a_step_that_works_for_each_alone_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Listener()
+    engine = tiny_engine(folder, tiny_cache(), max_context=700, report=report)
+    wanted, run = engine.generate(TEXT, SAMPLING), engine.step.run
+
+    def only_alone(sequences: Sequence[Any], token_ids: Sequence[int]) -> Any:
+        if len(sequences) > 1:
+            raise RuntimeError("out of memory")
+        return run(sequences, token_ids)
+
+    monkeypatch.setattr(engine.step, "run", only_alone)
+    with engine.batch() as batch:
+        requests = [batch.add(TEXT, SAMPLING) for _ in range(2)]
+        finished(batch)
+    assert [r.text for r in requests] == [wanted] * 2
+    assert report.messages[1:] == ["2 answers are decoded one by one: together they cannot be (out of memory)"]
+
+
+def test_pages_of_a_cut_sequence_are_not_free(folder: Path) -> None:
+    """One that goes on in it may hold more pages than its answer needs: a prompt that needs more than are left waits."""
+    engine = tiny_engine(folder, tiny_cache(window=1000), max_context=4000, max_sequences=3)
+    cut, other = engine.prefill(random_ids(3000)), engine.prefill(random_ids(3990))
+    cut.truncate(1930)
+    with engine.batch() as batch:
+        first = batch.add([5], SamplingConfig(max_new_tokens=300, ignore_eos=True), sequence=cut)
+        batch.step()
+        second = batch.add(random_ids(3980), SAMPLING)
+        for _ in range(20):
+            batch.step()
+        assert batch.begun == 1 and not second.finish
+        other.free()
+        finished(batch)
+    assert first.finish == second.finish == "length"
+    cut.free()
 
 
 def test_pages_that_others_took(folder: Path) -> None:

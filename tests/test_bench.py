@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skvq.cli import main
 from skvq.commands.bench import _bare
-from skvq.engine.config import FULL_SPAN, CacheConfig
+from skvq.engine.config import FULL_SPAN, METHODS, CacheConfig
 from skvq.engine.errors import ModelError, SkvqError
 from skvq.engine.methods import CacheMethod
 from skvq.engine.report import Quiet
@@ -112,6 +112,17 @@ def test_bench_does_not_download_where_it_may_not(monkeypatch: pytest.MonkeyPatc
     for kind in (("decode", "--attention-only"), ("planted",)):
         assert bench(*kind, "--shape", "no/such", "--no-download").exit_code == 2 and not asked
         assert bench(*kind, "--shape", "no/such").exit_code == 2 and asked.pop() == "no/such"
+
+
+@pytest.mark.parametrize("kind", [("decode", "--attention-only"), ("planted",)])
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_alone_runs_on_the_kernels_that_are_used(tmp_path: Path, kind: tuple[str, ...], method: str) -> None:
+    """On the backend that is the default, with made-up bases of heads."""
+    words = ["bench", *kind, "--shape", tiny_folder(tmp_path), "--ctx", 600, "--method", method, "--group-size", 32]
+    if kind == ("planted",) and method == "fp":
+        words += ["--window", 16]
+    found = CliRunner().invoke(main, [*map(str, words)], catch_exceptions=False)
+    assert found.exit_code == 0, found.stderr
 
 
 def test_the_ceiling_is_printed_before_the_first_row(tmp_path: Path) -> None:

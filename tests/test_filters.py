@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skvq.engine import mass
 from skvq.engine.cache import SequenceCache
-from skvq.engine.config import CacheConfig
+from skvq.engine.config import FULL_SPAN, CacheConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import (
     AttentionSinks,
@@ -172,6 +172,24 @@ def test_a_token_whose_key_draws_attention_is_kept(tmp_path: Path, way: str) -> 
     sequence.free()
 
 
+@pytest.mark.parametrize("span", [1, 8, 64])
+def test_tokens_get_no_attention_from_queries_that_do_not_see_them(tmp_path: Path, span: int) -> None:
+    """A sliding window shorter than the cache's: no query gives out more than one, and all three paths the same."""
+    folder = tiny_folder(tmp_path, num_layers=1, family="mistral", attention_spans=(span,))
+    cache, ids, found = tiny_cache(filters=(HeavyHitters(),), window=64), random_ids(60), []
+    for prefill in ("exact", "streaming", "decode"):
+        engine = tiny_engine(folder, cache, prefill=prefill.replace("decode", "exact"))
+        sequence = engine.new_sequence()
+        for ids_at_once in [[token] for token in ids] if prefill == "decode" else [ids]:
+            engine.read(sequence, ids_at_once)
+        slots = engine.parts.setup.regions.slot(torch.arange(60))
+        found.append(engine.parts.setup.arena.tensors["full_mass"][0, sequence.slot, slots])
+    assert torch.allclose(found[0], found[1], atol=1e-4) and torch.allclose(found[0], found[2], atol=3e-3)
+    heads = engine.parts.model.config.num_heads
+    assert float(found[0].min()) >= 0 and float(found[0].sum()) <= heads * 60 and (found[0].sum() > 9) == (span > 1)
+    assert float(found[0].max()) <= heads * max(0, span - 1)
+
+
 def test_attention_mass_is_the_same_whichever_way_tokens_came(tmp_path: Path) -> None:
     """By definition: softmax weights of the `window` queries after a token, summed over heads. Nothing is packed yet, so only
     the 16-bit rounding of keys, of which a decode step sees its own, sets the ways apart."""
@@ -305,5 +323,5 @@ def test_attention_mass_is_the_weights_of_those_that_follow(
     t, at = torch.arange(tokens - count, tokens)[:, None], torch.arange(tokens)[None]
     wanted = ((score - lse[..., None]).exp() * ((at < t) & (t - at <= window))[:, None]).sum((0, 1))
     found = torch.ones(tokens)
-    mass.add_mass(found, q, lse.float(), keys, window)
+    mass.add_mass(found, q, lse.float(), keys, window, FULL_SPAN)
     torch.testing.assert_close(found, 1 + wanted.float(), rtol=1e-5, atol=1e-5)

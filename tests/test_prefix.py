@@ -295,3 +295,36 @@ def test_ctrl_c_while_pages_are_taken_over_or_kept_loses_none(
     assert engine.read(sequence, book).isfinite().all() and engine.timing.reused_tokens == 2560
     sequence.free()
     check(engine)
+
+
+def test_what_is_read_once_more_is_kept_where_its_beginning_was_not(folder: Path) -> None:
+    """A sequence that has dropped its first page holds the second: of what is kept that alone could not be found again."""
+    engine, ids = engine_of(folder, on_full="shift"), random_ids(3000)
+    first = engine.prefill(ids)
+    engine.read(first, random_ids(1500, seed=3))
+    arena = engine.parts.setup.arena
+    assert first.dropped == 1280 and len(engine.prefixes.pages) == 2
+    arena.collect(arena.unused_pages + 1)
+    assert engine.prefixes.pages == first.pages[:1]
+    first.free()
+    for reused in (0, 2560):
+        with engine.prefill(ids) as again:
+            assert again.timing.reused_tokens == reused and again.pages[:2] == engine.prefixes.pages[::-1]
+            check(engine, again)
+
+
+def test_what_was_pending_is_pending_when_a_read_behind_a_prefix_is_broken_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ids = engine_of(folder), random_ids(3000)
+    engine.prefill(ids).free()
+    sequence = engine.prefill(ids[:1])
+    sequence.take_back()
+    assert (sequence.length, sequence.pending) == (0, ids[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceCache, "commit", lambda *of: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.read(sequence, ids[1:])
+    assert (sequence.length, sequence.pending) == (0, ids[:1])
+    engine.read(sequence, ids[1:])
+    assert sequence.token_ids == ids and sequence.timing.reused_tokens == 2560
