@@ -41,7 +41,7 @@ def bench() -> None:
     """Measure speed and stress-test the cache."""
 
 
-@bench.command("soak", cls=OneLineCommand)
+@bench.command("soak", cls=OneLineCommand, short_help="Append, fork, cut, save, restore, free at random.")
 @click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Number of random operations.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--backend", default="auto", show_default=True, help="numba, reference, or a plug-in's name.")
@@ -154,7 +154,7 @@ def prefill_command(**options: Any) -> None:
     _show_bench(bench_prefill(engine, contexts), options, engine.parts.cache)
 
 
-@bench.command("planted", cls=OneLineCommand)
+@bench.command("planted", cls=OneLineCommand, short_help="Plant keys in a random cache and look for them.")
 @click.option("--shape", default="smollm2-135m", show_default=True, help="Alias, folder or file; only its config is read.")
 @ctxs_option
 @click.option("--depths", callback=depths_of, default="0,25,50,75,100", show_default=True, help="Per cent of the context.")

@@ -134,8 +134,8 @@ on_full_option = click.option(
     type=click.Choice(ON_FULL),
     default="stop",
     show_default=True,
-    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from --ctx 2592 on; a "
-    "long window needs more).",
+    help="When the context is full: end, or drop the oldest packed pages behind the sinks and go on (from a --ctx of about "
+    "2,600 on; a long window needs more).",
 )
 download_option = click.option("--no-download", is_flag=True, help="Use only files already on this machine.")
 
@@ -199,26 +199,33 @@ cache_options = stack(
         "--filter", "filters", multiple=True, help="Further rules: key-outliers, heavy-hitters(budget=32), pkg.mod:Class."
     ),
 )
-sampling_options = stack(
-    click.option(
-        "-n", "--max-new-tokens", type=TokenCount(0), default=256, show_default=True, help="Maximum number of tokens to write."
-    ),
-    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-p", type=float, default=1.0, show_default=True),
-    click.option("--top-k", type=int, default=0, show_default=True),
-    click.option("--min-p", type=float, default=0.0, show_default=True),
-    click.option("--repeat-penalty", type=float, default=1.0, show_default=True),
-    click.option("--seed", type=Seed(), default=0, show_default=True, help="A whole number, or random: another one each time."),
-    click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
-    click.option("--ignore-eos", is_flag=True, help="Keep writing past end-of-text tokens, up to the limit."),
-    click.option(
-        "--prompt-lookup",
-        type=int,
-        default=0,
-        show_default=True,
-        help="Tokens guessed from what the text said before and checked in one step, such as 3: faster where answers quote.",
-    ),
-)
+
+
+def sampling_of(most: int, seed: int | str) -> Callable[[F], F]:
+    """Options of ``SamplingConfig``; ``most`` tokens and ``seed`` are the defaults."""
+    return stack(
+        click.option(
+            "-n", "--max-new-tokens", type=TokenCount(0), default=most, show_default=True, help="Most tokens that are written."
+        ),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--top-p", type=float, default=1.0, show_default=True),
+        click.option("--top-k", type=int, default=0, show_default=True),
+        click.option("--min-p", type=float, default=0.0, show_default=True),
+        click.option("--repeat-penalty", type=float, default=1.0, show_default=True),
+        click.option("--seed", type=Seed(), default=seed, show_default=True, help="A whole number, or random."),
+        click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+        click.option("--ignore-eos", is_flag=True, help="Keep writing past end-of-text tokens, up to the limit."),
+        click.option(
+            "--prompt-lookup",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Tokens guessed from the text before and checked in one step, such as 3: faster where answers quote.",
+        ),
+    )
+
+
+sampling_options = sampling_of(256, 0)
 json_option = click.option("--json", "as_json", is_flag=True, help="Make the last line of stdout one JSON object.")
 
 PACKING_NAMES = ("method", "key_bits", "value_bits", "bits_budget", "group_size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,14 +17,13 @@ from skvq.commands.options import (
     calibration_option,
     ctx_option,
     engine_options,
-    is_given,
     load_engine,
     model_option,
     object_of,
     on_full_option,
     pick,
     prefill_option,
-    sampling_options,
+    sampling_of,
 )
 from skvq.engine.config import SamplingConfig
 
@@ -38,6 +36,7 @@ MAX_NEW_TOKENS = 2048
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of this machine's.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--sequences", type=click.IntRange(1, 256), default=8, show_default=True, help="Most answers written together.")
+@click.option("--allow-origin", metavar="ORIGIN", help="Web pages that may ask, such as http://localhost:3000; * is all.")
 @click.option("--api-key", envvar="SKVQ_API_KEY", help="What clients must send as their key. Default: $SKVQ_API_KEY, or none.")
 @click.option(
     "--chat-template-kwargs",
@@ -55,15 +54,11 @@ MAX_NEW_TOKENS = 2048
 @prefill_option
 @engine_options
 @cache_options
-@sampling_options
+@sampling_of(MAX_NEW_TOKENS, "random")
 def serve(**options: Any) -> None:
     """Serve a model over HTTP, with OpenAI's API (completions and chat completions, streamed too). Sampling options hold where
     a request says nothing."""
     defaults = SamplingConfig(**pick(options, SAMPLING_NAMES))
-    if not is_given("max_new_tokens"):
-        defaults = replace(defaults, max_new_tokens=MAX_NEW_TOKENS)
-    if not is_given("seed"):
-        defaults = replace(defaults, seed=None)
     cache = cache_config(options)
     from skvq.server.handler import Server, Settings
     from skvq.server.service import Service
@@ -82,7 +77,13 @@ def serve(**options: Any) -> None:
             chat_template_kwargs=options["chat_template_kwargs"],
         )
         service = Service(engine)
-        settings = Settings(model=options["model"], defaults=defaults, key=options["api_key"] or None, report=engine.report)
+        settings = Settings(
+            model=options["model"],
+            defaults=defaults,
+            key=options["api_key"] or None,
+            origin=options["allow_origin"],
+            report=engine.report,
+        )
         signal.signal(signal.SIGTERM, lambda number, frame: service.stop())
         listening = Thread(target=server.serve, args=(service, settings), daemon=True)
 

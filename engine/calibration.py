@@ -121,16 +121,16 @@ def calibrate_to(
         report.message(
             f"the corpus has {len(ids):,} of the {counted(tokens, 'token')} asked for: the cache will be less accurate"
         )
-    header = header_for(cache, loaded.fingerprint, corpus_name, len(ids), seed)
+    header = header_for(cache, loaded, corpus_name, len(ids), seed)
     artifact = make_artifact(loaded, cache, ids, header, report)
     save_artifact(artifact, path)
     return artifact.header
 
 
-def header_for(cache: CacheConfig, fingerprint: str, corpus: str, tokens: int, seed: int = 0) -> ArtifactHeader:
+def header_for(cache: CacheConfig, loaded: LoadedModel, corpus: str, tokens: int, seed: int = 0) -> ArtifactHeader:
     """Header of an artifact for this cache and model."""
     return ArtifactHeader(
-        fingerprint=fingerprint,
+        fingerprint=loaded.fingerprint,
         method=cache.method,
         key_bits=cache.key_bits,
         value_bits=cache.value_bits,
@@ -140,6 +140,7 @@ def header_for(cache: CacheConfig, fingerprint: str, corpus: str, tokens: int, s
         corpus=corpus,
         tokens=tokens,
         seed=seed,
+        rope=rope_digest(loaded.rope),
     )
 
 
@@ -201,21 +202,27 @@ def require_made_for(path: Path, header: ArtifactHeader, cache: CacheConfig, fin
         require(header, str(path), layer_bits=cache.layer_bits)
 
 
-def load_for(path: Path, loaded: LoadedModel, cache: CacheConfig) -> Artifact:
-    """The artifact at ``path``, refused unless it was made for this model and these options."""
+def load_for(path: Path, loaded: LoadedModel, cache: CacheConfig, report: Reporter) -> Artifact:
+    """The artifact at ``path``, refused unless it was made for this model and these options. It serves another RoPE less well:
+    keys are calibrated as they are turned."""
     artifact, config = load_artifact(path), loaded.model.config
     header = artifact.header
     require_made_for(path, header, cache, loaded.fingerprint)
     check_tensors(artifact.tensors, cache, config, str(path))
     _require_bits_of(replace(cache, layer_bits=header.layer_bits), config, path)
+    if header.rope not in ("", rope_digest(loaded.rope)):
+        report.message(
+            f"calibration {path} was made with another RoPE (--rope-scaling, or --ctx where that changes it): the cache is "
+            "less accurate than with one of its own"
+        )
     return artifact
 
 
 def cached_or_made(loaded: LoadedModel, cache: CacheConfig, report: Reporter) -> Artifact:
     """The artifact for this model, its RoPE and this cache: from the user's cache folder, else made now on the built-in corpus
     and kept."""
-    header = header_for(cache, loaded.fingerprint, BUILT_IN, DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS)
-    key = {**asdict(header), "rope": rope_digest(loaded.rope), "recipe": RECIPE}  # keys are calibrated as they are turned
+    header = header_for(cache, loaded, BUILT_IN, DUMMY_TOKENS if loaded.dummy else DEFAULT_TOKENS)
+    key = {**asdict(header), "recipe": RECIPE}
     if cache.is_open:
         key["window"] = min(cache.window, PROBE_TOKENS // 4)  # what is not packed counts for nothing when bits are chosen
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -223,7 +230,7 @@ def cached_or_made(loaded: LoadedModel, cache: CacheConfig, report: Reporter) ->
     try:
         path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
         if path.is_file():
-            return load_for(path, loaded, cache)
+            return load_for(path, loaded, cache, report)
         where = f", to keep in {path.parent}"
     except CalibrationError as error:
         why, where = f"a calibration that was kept cannot be used ({error})", ", in its place"

@@ -120,7 +120,9 @@ def _head_codec(tensors: Mapping[str, Tensor], widths: Widths, rotates: bool, ro
         _head_side(tensors, side, rotates, rotates and are_chosen_together(bits))
         for side, bits in zip(SIDES, widths, strict=True)
     )
-    given = {name: tensors[name].float().contiguous() for name in names}
+    given = {name: tensors[name].float() for name in names}
+    if rotates:  # the identity of others is a view of one matrix, which no kernel reads
+        given = {name: tensor.contiguous() for name, tensor in given.items()}
     has_key_mean = bool(given["key_mean"].any())
     return HeadCodec(keys=keys, values=values, **given, rope=rope, has_key_mean=has_key_mean, has_basis=rotates)
 

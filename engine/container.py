@@ -157,7 +157,7 @@ def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any],
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SessionError(f"{path} is not an skvq {kind}, or is damaged: give another file name") from None
     if not isinstance(header, dict):
-        raise SessionError(f"{path} is a safetensors file, not an skvq {kind}: give another file name")
+        raise SessionError(f"{path} is a safetensors file, but no skvq {kind}, or is damaged: give another file name")
     size = 8 + length + max((int(e["data_offsets"][1]) for e in table.values()), default=0)
     if size != len(data):
         wrong = "is truncated" if len(data) < size else "goes on after its end"

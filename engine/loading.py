@@ -115,8 +115,9 @@ def load_parts(
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
     full = on_full_of(on_full, widest_regions(cache, config), context)
-    if context > source.config.trained_context:
-        report.message(f"{beyond_training(context, source.config.trained_context)}; memory and speed are not affected")
+    trained = source.config.trained_context
+    if context > trained:
+        report.message(f"{beyond_training(context, trained, config.trained_context)}; memory and speed are not affected")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
@@ -263,5 +264,5 @@ def _calibration(
     """The cache with its bits chosen, and the tensors of its calibration."""
     if not cache.is_packed:
         return cache, {}
-    artifact = cached_or_made(loaded, cache, report) if path is None else load_for(path, loaded, cache)
+    artifact = cached_or_made(loaded, cache, report) if path is None else load_for(path, loaded, cache, report)
     return replace(cache, layer_bits=artifact.header.layer_bits), artifact.tensors

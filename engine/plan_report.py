@@ -119,6 +119,7 @@ class PlanReport:
     prefill_seconds: float
     decode_ms: float
     trained_context: int
+    stretched_context: int  # to which --rope-scaling stretches it
     advice: str  # where it does not fit
 
     def check(self) -> None:
@@ -181,7 +182,8 @@ class PlanReport:
             f"  {'per token, at full context':32} {self.decode_ms:>9,.1f} ms",
         ]
         if plan.context > self.trained_context:
-            lines += ["", f"{beyond_training(plan.context, self.trained_context)}; memory and times above are not affected"]
+            warning = beyond_training(plan.context, self.trained_context, self.stretched_context)
+            lines += ["", f"{warning}; memory and times above are not affected"]
         return "\n".join(lines)
 
 
@@ -243,6 +245,7 @@ def plan_report(
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
         decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - form.table_bytes(weights)),
         trained_context=source.trained_context,
+        stretched_context=config.trained_context,
         advice="" if plan.fits else planner.advice(),
     )
 

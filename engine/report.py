@@ -94,7 +94,7 @@ class StderrReporter:
         shown: dict[str, Any] = {"bar_format": form + "|{bar}| {elapsed} elapsed", "mininterval": 0.1, "file": stream}
         if not watched:
             shown = {"bar_format": form + ", {elapsed} elapsed", "mininterval": LOGGED, "file": _Lines(stream)}
-        with tqdm(total=1.0, desc=label, smoothing=0, delay=0.5, leave=False, **shown) as bar:
+        with tqdm(total=1.0, desc=label, smoothing=0, delay=0.5, leave=False, dynamic_ncols=watched, **shown) as bar:
             try:
                 yield _Tqdm(bar, Pace(total))
             finally:

@@ -118,9 +118,12 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
     return replace(config, rope=rope, trained_context=trained)
 
 
-def beyond_training(context: int, trained: int) -> str:
-    """The warning for a context longer than the trained one."""
-    return f"{context:,} tokens exceed the {trained:,} that this model was trained for: output beyond that is unreliable"
+def beyond_training(context: int, trained: int, stretched: int) -> str:
+    """The warning for a context longer than the trained one; RoPE is ``stretched`` to that many tokens, if at all."""
+    so = "output beyond that is unreliable"
+    if stretched >= context:
+        so = f"its RoPE is stretched to {stretched:,}, which costs accuracy unless it was fine-tuned for that"
+    return f"{context:,} tokens exceed the {trained:,} that this model was trained for: {so}"
 
 
 def at_positions(rope: ModelRope, positions: Tensor) -> StepRope:

@@ -25,7 +25,7 @@ HEADER_KEY = "skvq.calibration"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactHeader:
-    """What an artifact belongs to (model, method, bits, group) and what it was made from (corpus, tokens, seed)."""
+    """What an artifact belongs to (model, method, bits, group) and what it was made from (corpus, tokens, seed, RoPE)."""
 
     fingerprint: str
     method: str
@@ -38,6 +38,7 @@ class ArtifactHeader:
     tokens: int
     seed: int
     outlier_tokens: tuple[int, ...] = ()  # ids whose keys stand out wherever they occur in the corpus
+    rope: str = ""  # its digest; of files of before, empty
     schema: int = SCHEMA
 
 
@@ -140,13 +141,13 @@ def _header(metadata: Mapping[str, str] | None, path: Path) -> tuple[ArtifactHea
     """The header, and the digest of the tensors."""
     text = (metadata or {}).get(HEADER_KEY)
     if text is None:
-        raise CalibrationError(f"{path} is a safetensors file, not an skvq calibration: give another file")
+        raise CalibrationError(f"{path} is a safetensors file, but no skvq calibration, or is damaged: give another file")
     found = json.loads(text)
     known = {"digest", *(f.name for f in fields(ArtifactHeader))}
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise CalibrationError(f"calibration {path} has schema {schema}, this skvq reads {SCHEMA}: calibrate again")
-    if set(found) != known:
+    if set(found) | {"rope"} != known:
         raise CalibrationError(f"calibration {path} has a header that does not match schema {SCHEMA}: calibrate again")
     digest = str(found.pop("digest"))
     return ArtifactHeader(**found | {name: _as_tuples(found[name]) for name in ("layer_bits", "outlier_tokens")}), digest

@@ -117,6 +117,8 @@ def read_header(data: NDArray[np.uint8], where: str) -> GgufHeader:
 def map_file(path: Path) -> NDArray[np.uint8]:
     """The file as a read-only array of bytes. ModelError if it cannot be opened or is empty."""
     try:
+        if not path.stat().st_size:
+            raise ModelError(f"{path} is empty: download it again")
         return np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be opened: {error}") from error

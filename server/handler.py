@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from skvq import __version__
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import CapacityError, OptionError, SkvqError
+from skvq.engine.errors import CapacityError, OptionError, SkvqError, counted
 from skvq.engine.report import Reporter
 from skvq.server.asked import Asked, asked_for
 from skvq.server.replies import Replies, error_of
@@ -49,12 +49,14 @@ POSTS = {"/v1/completions": False, "/v1/chat/completions": True}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is served, and to whom. key: what clients must send as ``Authorization: Bearer KEY``, if anything."""
+    """What is served, and to whom. key: what clients must send as ``Authorization: Bearer KEY``, if anything; origin: the web
+    pages that may ask from a browser (``Access-Control-Allow-Origin``), if any."""
 
     model: str
     defaults: SamplingConfig
     key: str | None
     report: Reporter
+    origin: str | None = None
 
 
 class Server(ThreadingHTTPServer):
@@ -142,6 +144,22 @@ class Handler(BaseHTTPRequestHandler):
             model = {"id": self.server.settings.model, "object": "model", "created": 0, "owned_by": "skvq"}
             return self._send(200, {"object": "list", "data": [model]} if self._place == "/v1/models" else model)
         return self._not_here()
+
+    def do_OPTIONS(self) -> None:
+        """What a browser asks first, if web pages may ask."""
+        if self.server.settings.origin is None:
+            return self._send(404, error_of("web pages may not ask here: start the server with --allow-origin"))
+        self.send_response(204)
+        self.send_header("Access-Control-Allow-Methods", "GET, POST")
+        self.send_header("Access-Control-Allow-Headers", self.headers.get("Access-Control-Request-Headers", "*"))
+        self.send_header("Access-Control-Max-Age", "86400")
+        return self.end_headers()
+
+    def end_headers(self) -> None:
+        """With who may read the answer."""
+        if (origin := self.server.settings.origin) is not None:
+            self.send_header("Access-Control-Allow-Origin", origin)
+        super().end_headers()
 
     def do_POST(self) -> None:
         """See the module."""
@@ -262,7 +280,10 @@ class Handler(BaseHTTPRequestHandler):
                 count -= len(data)
 
     def _not_here(self) -> None:
-        self._send(404, error_of(f"there is nothing at {self.path[:80]}: GET /v1/models, or POST to {' or '.join(POSTS)}"))
+        if self._place in POSTS:
+            return self._send(405, error_of(f"{self._place} is asked by POST"))
+        there_is = f"GET /v1/models, or POST to {' or '.join(POSTS)}"
+        return self._send(404, error_of(f"there is nothing at {self.path[:80]}: {there_is}"))
 
     @property
     def _place(self) -> str:
@@ -303,11 +324,11 @@ def _line(path: str, call: Call, gone: str) -> str:
     """What was done for a client, for people; ``gone``: why it is over, if nobody waits for it."""
     read, why = sum(map(len, call.prompts)), gone or (str(call.error) if call.error else "")
     if not isinstance(call, Answers):
-        return f"{path}: {read:,} tokens {why or 'scored'}"
+        return f"{path}: {counted(read, 'token')} {why or 'scored'}"
     timings = [request.timing for request in call.requests]
     reused, written = sum(t.reused_tokens for t in timings), sum(t.new_tokens for t in timings)
     again = f", {reused:,} of them reused" if reused else ""
     seconds = max(t.prefill_seconds for t in timings), max(t.decode_seconds for t in timings)
     finish = why or ", ".join(dict.fromkeys(t.finish for t in timings))
     begun = f" read{again} in {seconds[0]:.1f} s, {written:,} written in {seconds[1]:.1f} s" if seconds[0] else ""
-    return f"{path}: {read:,} tokens{begun}, {finish}"
+    return f"{path}: {counted(read, 'token')}{begun}, {finish}"

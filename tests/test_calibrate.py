@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SkvqError, match="cannot write"):
         write_atomically(tmp_path / "taken", b"data")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_calibration_of_another_rope_is_used_and_that_is_told(tmp_path: Path) -> None:
+    """Automatic ones are made for each; files of before do not say what they were made with."""
+    folder, made, cache = tiny_folder(tmp_path / "model"), tmp_path / "made", tiny_cache(method="plain")
+    tiny_engine(folder, tiny_cache(method="fp")).calibrate(cache, CORPUS, made, corpus_name="x", tokens=300)
+    for stretch, before, told in ((None, False, False), ("linear:4", False, True), ("linear:4", True, False)):
+        if before:
+            kept = load_artifact(made)
+            save_artifact(replace(kept, header=replace(kept.header, rope="")), made)
+        report = Listener()
+        tiny_engine(folder, cache, calibration=made, rope_scaling=stretch, report=report)
+        assert any("was made with another RoPE" in message for message in report.messages) == told
 
 
 def test_nothing_but_a_calibration_is_replaced(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_another_text_model_or_option_is_refused(folder: Path, tmp_path: Path) -
 def test_a_session_is_no_checkpoint(folder: Path) -> None:
     engine = tiny_engine(folder, MASS, max_context=3000)
     engine.prefill(random_ids(300)).save(folder / "s")
-    with pytest.raises(SessionError, match="not an skvq checkpoint"):
+    with pytest.raises(SessionError, match="no skvq checkpoint"):
         reading(engine, folder / "s", 60)
 
 

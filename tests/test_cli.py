@@ -561,7 +561,7 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
     other.write_bytes(b"no safetensors at all")
     refused(call(*use, other), str(other), "not an skvq calibration")
     refused(call(*use, made, "--method", "fp"), "leave", str(made))
-    refused(call(*use, model / "model.safetensors"), "not an skvq calibration")
+    refused(call(*use, model / "model.safetensors"), "no skvq calibration")
     refused(call(*use, made, "--value-bits", 3), "value_bits", "2.0", "3.0")
     refused(call(*use, made, "--method", "reorder"), "method", "'rotate'", "'reorder'")
     found = load_file(made)
@@ -782,7 +782,7 @@ def test_a_checkpoint_of_other_options_is_refused_before_a_model_is_loaded(model
     with engine.prefill([5] * 200) as sequence:
         sequence.save(tmp_path / "s")
     (file).write_bytes((tmp_path / "s").read_bytes())
-    refused(call(*options, "--checkpoint", file), "not an skvq checkpoint")
+    refused(call(*options, "--checkpoint", file), "no skvq checkpoint")
     header = {"method": "fp", "key_bits": 16.0, "value_bits": 16.0, "window": 9, "filters": "AttentionSinks(n=5)"}
     write_container(file, "checkpoint", header, [])
     refused(call(*options[:2], tmp_path / "nowhere", *options[3:], "--checkpoint", file), "checkpoint", "window 9", "128")

@@ -353,7 +353,7 @@ NESTED = struct.pack("<IQ", 9, 1) * 50
 @pytest.mark.parametrize(
     ("data", "fragments"),
     [
-        (b"", ["cannot be opened"]),
+        (b"", ["is empty"]),
         (b"GG", ["truncated", "2 are left"]),
         (b"PK\x03\x04" + bytes(40), ["not a GGUF file"]),
         (header_bytes(version=1), ["version 1"]),

@@ -3,6 +3,12 @@ though attention is faster or slower than its multiply-adds say. Time is what a 
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import re
+import struct
+import termios
 import time
 from io import StringIO
 from itertools import accumulate
@@ -128,3 +134,24 @@ def test_any_stderr_or_none(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     notice("two")
     assert not capsys.readouterr().out
     assert not isinstance(stream, Plain) or kind == "gone" or ("skvq: one" in stream.written and "skvq: two" in stream.written)
+
+
+@pytest.mark.parametrize("columns", [24, 40, 200])
+def test_a_bar_is_no_wider_than_its_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each drawing of it leaves a line behind."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        clock = Clock()
+        patch.setattr("skvq.engine.report.perf_counter", clock)
+        with StderrReporter().bar("reading 1,234,567 tokens", 10.0) as bar:
+            for _ in range(4):
+                clock.now += 1
+                time.sleep(0.2)  # tqdm's own clock: it waits for half a second, then draws every tenth
+                bar.advance(1.0)
+    os.set_blocking(ours, False)
+    drawn = re.sub(rb"\x1b\[[0-9;]*[A-Za-z]", b"", os.read(ours, 1 << 16)).decode()
+    os.close(ours)
+    lines = re.split(r"[\r\n]", drawn)
+    assert any("reading 1,234" in line for line in lines) and max(map(len, lines)) <= columns

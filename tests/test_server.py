@@ -62,11 +62,11 @@ def engine(folder: Path) -> Engine:
 class Client:
     """A server of its own, and what it is asked."""
 
-    def __init__(self, engine: Engine, key: str | None = None) -> None:
+    def __init__(self, engine: Engine, key: str | None = None, origin: str | None = None) -> None:
         self.report = Listener()
         self.server = Server("127.0.0.1", 0)
         self.service = Service(engine)
-        settings = Settings(model="tiny", defaults=DEFAULTS, key=key, report=self.report)
+        settings = Settings(model="tiny", defaults=DEFAULTS, key=key, origin=origin, report=self.report)
         self.port = int(self.server.server_address[1])
         serving = Thread(target=self.server.serve, args=(self.service, settings))
         self._threads = [serving, Thread(target=self.service.run)]
@@ -338,6 +338,7 @@ def test_places_that_there_are_and_others(client: Client) -> None:
     assert [model["id"] for model in client.ask("/v1/models?x=1")[1]["data"]] == ["tiny"]
     assert client.ask("/v1/models/tiny")[1]["id"] == "tiny"
     assert client.ask("/v1/nothing")[0] == client.ask("/v1/embeddings", {})[0] == 404
+    assert client.ask(CHAT)[0] == 405
     assert client.ask(f"http://127.0.0.1:{client.port}{COMPLETIONS}", {"prompt": "a", "max_tokens": 1})[0] == 200
     connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
     for path, status in (("/health", 200), ("/nothing", 404)):
@@ -351,6 +352,28 @@ def test_places_that_there_are_and_others(client: Client) -> None:
         plain.sendall(b"PUT / HTTP/1.1\r\nHost: x\r\n\r\n")
         answer = plain.makefile("rb").read()  # to its end: headers and body may come apart
         assert b"501" in answer and b'{"error"' in answer
+
+
+@pytest.mark.parametrize("origin", [None, "http://localhost:3000", "*"])
+def test_web_pages_may_ask_if_the_server_says_so(engine: Engine, origin: str | None) -> None:
+    client = Client(engine, origin=origin)
+    connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
+    try:
+        asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Headers": "authorization,content-type"}
+        connection.request("OPTIONS", CHAT, headers=asked)
+        answer = connection.getresponse()
+        assert answer.status == (404 if origin is None else 204)
+        allowed = answer.headers.get("Access-Control-Allow-Headers"), answer.headers.get("Access-Control-Allow-Methods")
+        assert allowed == ((None, None) if origin is None else ("authorization,content-type", "GET, POST"))
+        answer.read()
+        for path, body in (("/v1/models", None), (COMPLETIONS, {"prompt": "a", "max_tokens": 1, "stream": True}), (CHAT, {})):
+            connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
+            connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body).encode())
+            answer = connection.getresponse()
+            assert answer.headers.get("Access-Control-Allow-Origin") == origin, "of errors too: a page may read them"
+            answer.read()
+    finally:
+        client.close()
 
 
 def test_a_key_is_asked_for(engine: Engine) -> None:
@@ -665,7 +688,7 @@ def test_what_is_asked_for_at_once_is_answered(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_until_it_is_interrupted(folder: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "skvq.cli", "serve", "--model", str(folder), "--port", "0", "--ctx", "300", "-n", "5"]
+    command = [sys.executable, "-m", "skvq", "serve", "--model", str(folder), "--port", "0", "--ctx", "300", "-n", "5"]
     options = ["--method", "fp", "--device", "cpu", "--backend", "reference", "--threads", "1", "--ignore-eos"]
     environment = {**os.environ, "PYTHONPATH": import_paths()}
     process = subprocess.Popen([*command, *options], cwd=ROOT.parent, env=environment, stderr=subprocess.PIPE, text=True)
