@@ -18,10 +18,9 @@ from skvq.engine.absorb import absorb_piece
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
 from skvq.engine.config import ModelConfig
-from skvq.engine.errors import counted
 from skvq.engine.model import Model
 from skvq.engine.pieces import Pieces
-from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks
+from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks, reading_label
 from skvq.engine.prefill_form import KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
@@ -52,7 +51,8 @@ def exact_prefill(
         for start, stop in pieces:
             state.hidden[start:stop] = model.embed(tokens[start:stop])
         checkpoint.resume_exact(sequence, ids, state)
-        with report.bar(f"reading {counted(len(ids), 'token')}", *work_left(model.config, form, state, reader)) as bar:
+        label = reading_label(len(ids), resumed=bool(state.layer or state.group or state.chunk))
+        with report.bar(label, *work_left(model.config, form, state, reader)) as bar:
             while state.layer < model.config.num_layers:
                 for start, stop in pieces[state.chunk :]:
                     reader.read(start, stop)

@@ -64,6 +64,11 @@ def short_prefill(model: Model, rope: ModelRope, sequence: SequenceCache, ids: S
     return x[-1]
 
 
+def reading_label(count: int, *, resumed: bool) -> str:
+    """What a progress bar says: it shows what is still to do."""
+    return f"reading {'the rest of ' if resumed else ''}{counted(count, 'token')}"
+
+
 def streaming_prefill(
     model: Model,
     rope: ModelRope,
@@ -84,7 +89,7 @@ def streaming_prefill(
     pieces = chunks(last - sequence.total_tokens, sequence.total_tokens)
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
     x = model.weights.norm  # replaced: there is at least one token
-    with report.bar(f"reading {counted(len(ids), 'token')}", *total) as bar, checkpoint.watch():
+    with report.bar(reading_label(len(ids), resumed=sequence.total_tokens > begin), *total) as bar, checkpoint.watch():
         for start, stop in pieces:
             piece = ids[start - begin : stop - begin]
             sequence.reserve(len(piece))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,25 @@ def test_after_kill_9_it_goes_on_to_the_same_bytes(folder: Path, mode: str) -> N
     assert again.returncode == 0, errors
     assert (folder / "done").read_bytes() == undisturbed(folder, mode)
     assert not (folder / "ck").exists()
+
+
+@pytest.mark.parametrize("mode", ["exact", "streaming"])
+def test_the_bar_of_what_is_resumed_says_that_it_is_the_rest(folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = [Listener(), Listener()]
+    for report in reports:
+        engine = tiny_engine(folder, tiny_cache(), prefill=mode, max_context=3000, report=report)
+        layer, calls = engine.parts.model.layer, []
+
+        def broken(*args: Any, layer: Any = layer, calls: list[int] = calls, report: Listener = report) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == 27 and report is reports[0]:
+                os.kill(os.getpid(), signal.SIGINT)
+            return layer(*args)
+
+        monkeypatch.setattr(engine.parts.model, "layer", broken)
+        with suppress(KeyboardInterrupt):
+            reading(engine, folder / "ck", 60)
+    assert reports[0].bars[-1] == "reading 2,000 tokens" and reports[1].bars[-1] == "reading the rest of 2,000 tokens"
 
 
 def test_ctrl_c_writes_it_and_the_next_run_goes_on(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig
 from skvq.engine.filters import AttentionSinks
 from skvq.engine.generate import Engine
-from skvq.engine.report import Quiet
+from skvq.engine.report import Bar, Quiet
 from skvq.kernels.layout import PAGE_TOKENS
 
 
@@ -72,9 +73,14 @@ class Listener(Quiet):
 
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.bars: list[str] = []
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+    def bar(self, label: str, *total: float) -> AbstractContextManager[Bar]:
+        self.bars.append(label)
+        return super().bar(label, *total)
 
 
 def arena_of(*sequences: SequenceCache) -> dict[int, list[int]]:
