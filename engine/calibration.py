@@ -31,7 +31,7 @@ from skvq.loaders.artifact import (
     require_replaceable,
     save_artifact,
 )
-from skvq.loaders.files import cache_folder
+from skvq.loaders.files import cache_folder, require_writable
 
 RECIPE = 2
 """Goes up when the same text would give another calibration: those kept from before are then made anew."""
@@ -231,17 +231,19 @@ def cached_or_made(loaded: LoadedModel, cache: CacheConfig, report: Reporter) ->
         path = cache_folder() / "calibration" / f"{digest[:32]}.safetensors"
         if path.is_file():
             return load_for(path, loaded, cache, report)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(path)
         where = f", to keep in {path.parent}"
     except CalibrationError as error:
         why, where = f"a calibration that was kept cannot be used ({error})", ", in its place"
     except (SkvqError, OSError) as error:
-        path, where = None, f", for this run only ({error})"
+        told = f"{error.filename or 'the folder for calibrations'}: {error.strerror}" if isinstance(error, OSError) else error
+        path, where = None, f", for this run only ({told})"
     report.message(f"{why}: making one from {BUILT_IN}{where}")
     ids = loaded.tokenizer.encode(built_in_corpus(), bos=False)
     artifact = make_artifact(loaded, cache, ids, header, report)
     try:
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_artifact(artifact, path)
     except (SkvqError, OSError) as error:
         report.message(f"the calibration could not be kept and is used for this run only: {error}")

@@ -101,8 +101,8 @@ def cache_folder() -> Path:
     SkvqError for a user without a home."""
     if own := os.environ.get("SKVQ_CACHE"):
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "skvq"
+        return (base if base.is_absolute() else Path.home() / ".cache") / "skvq"  # relative ones are none, by XDG's rules
     except RuntimeError:
         raise SkvqError("this user has no home folder to keep anything in: set SKVQ_CACHE or HOME") from None

@@ -18,7 +18,7 @@ from skvq.engine.errors import CalibrationError, CapacityError, ModelError, Opti
 from skvq.kernels import reference
 from skvq.kernels.interface import HeadSide
 from skvq.loaders.artifact import Artifact, load_artifact, save_artifact
-from skvq.loaders.files import write_atomically
+from skvq.loaders.files import cache_folder, write_atomically
 
 CORPUS = "In the beginning there was a text, of no great length but long enough to be cut in pieces. " * 40
 
@@ -174,6 +174,23 @@ def test_a_kept_calibration_that_cannot_be_used_is_made_anew(
     engine = tiny_engine(folder, cache, report=listener)
     assert any("making one" in line for line in listener.messages)
     assert kept.read_bytes() == whole and engine.generate("a")
+
+
+def test_that_a_calibration_cannot_be_kept_is_told_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SKVQ_CACHE", str(tmp_path / "file" / "cache"))
+    report = Listener()
+    assert tiny_engine(tiny_folder(tmp_path / "model"), tiny_cache(method="plain"), report=report).generate("a")
+    [line] = [line for line in report.messages if "calibration" in line]
+    assert "for this run only" in line and "Not a directory" in line and "Errno" not in line
+
+
+def test_a_relative_cache_folder_of_xdg_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SKVQ_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for base, wanted in (("here", tmp_path / ".cache"), ("", tmp_path / ".cache"), (str(tmp_path / "c"), tmp_path / "c")):
+        monkeypatch.setenv("XDG_CACHE_HOME", base)
+        assert cache_folder() == wanted / "skvq"
 
 
 @pytest.mark.parametrize("wrong", [{"cache": None}, {"corpus": b"x"}, {"corpus_name": b"x"}])
