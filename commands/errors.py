@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from skvq.engine.errors import SkvqError
+from skvq.engine.errors import OptionError, SkvqError
 
 OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
 """Torch messages that mean memory ran out although the error's class does not say so."""
@@ -35,6 +36,15 @@ class OneLineCommand(click.Command):
 
     def main(self, *args: Any, **options: Any) -> Any:
         sys.exit(run_command(lambda: super(OneLineCommand, self).main(*args, **{**options, "standalone_mode": False})))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it. An error tells of options by their own names, where the library has others."""
+        try:
+            return super().invoke(ctx)
+        except OptionError as error:
+            options = {"AttentionSinks.n": "--sinks"} | {str(p.name): max(p.opts, key=len) for p in self.params}
+            told = re.sub(r"^\w+(\.\w+)?|\w+_\w+", lambda found: options.get(found[0], found[0]), str(error))
+            raise OptionError(told.replace("or None,", "or random,") if told.startswith("--seed") else told) from error
 
 
 def run_command(call: Callable[[], Any]) -> int:

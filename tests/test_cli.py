@@ -408,16 +408,16 @@ BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "an unknown option": (("-p", "x", "--windw", 3), ("--windw", "--window")),
     "an unknown method": (("-p", "x", "--method", "rotat"), ("'rotate'",)),
     "unknown bits": (("-p", "x", "--key-bits", 5), ("'5'", "1.5, 2, 3, 4, 8")),
-    "a group that does not divide": (("-p", "x", "--group-size", 48), ("32, 64, 128", "48")),
+    "a group that does not divide": (("-p", "x", "--group-size", 48), ("--group-size must be", "32, 64, 128", "48")),
     "a window below nothing": (("-p", "x", "--window", -1), ("window", "-1")),
-    "sinks below nothing": (("-p", "x", "--sinks", -1), ("-1",)),
+    "sinks below nothing": (("-p", "x", "--sinks", -1), ("--sinks must be", "-1")),
     "a filter nobody knows": (("-p", "x", "--filter", "heavy-hiters"), ("did you mean 'heavy-hitters'",)),
     "a filter nobody can import": (("-p", "x", "--filter", "no.such:Rule"), ("no.such", "imported")),
     "fewer than no tokens": (("-p", "x", "-n", -1), ("--max-new-tokens", "-1")),
     "a negative temperature": (("-p", "x", "--temperature", -0.5), ("temperature", "-0.5")),
     "a temperature that is no number": (("-p", "x", "--temperature", "nan"), ("temperature", "nan")),
-    "nothing to draw from": (("-p", "x", "--top-p", 0), ("top_p",)),
-    "a seed too large": (("-p", "x", "--seed", 2**64), ("seed",)),
+    "nothing to draw from": (("-p", "x", "--top-p", 0), ("--top-p must be",)),
+    "a seed too large": (("-p", "x", "--seed", 2**64), ("--seed must be", "or random, got")),
     "a stop of nothing": (("-p", "x", "--stop", ""), ("stop",)),
     "an unknown RoPE scaling": (("-p", "x", "--rope-scaling", "yarm:4"), ("yarm:4",)),
     "a RoPE factor that is no number": (("-p", "x", "--rope-scaling", "yarn:four"), ("four",)),
@@ -544,7 +544,7 @@ def test_a_budget_of_bits_from_calibration_to_answer(model: Path, tmp_path: Path
     assert call("run", *use, "-p", "the", "-n", 2).exit_code == 0
     refused(call("run", *use[:3], 2.8, *use[4:], "-p", "the"), "bits_budget 2.7", "2.8")
     refused(call("run", "--model", model, "--calibration", made, "-p", "the"), "bits_budget 2.7", "none")
-    refused(call("run", *use, "--key-bits", 3, "-p", "the"), "bits_budget 2.7", "key_bits 3", "one or the other")
+    refused(call("run", *use, "--key-bits", 3, "-p", "the"), "--bits-budget 2.7", "--key-bits 3", "one or the other")
     refused(call("plan", "--model", model, "--ctx", 10, "--bits-budget", 1.5), "1.5", "larger budget")
     refused(call("plan", *use, "--method", "reorder"), "'rotate'", "'reorder'")
     refused(call("plan", "--model", "smollm2-135m", *budget, "--calibration", made), "made for another model")
