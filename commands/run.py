@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from skvq.engine.cache import Mark, SequenceCache
     from skvq.engine.generate import Engine
     from skvq.engine.prompt import Prompt
+    from skvq.engine.report import Bar, Reporter
     from skvq.engine.timing import Timing
 
 
@@ -199,20 +201,49 @@ def first_text(options: dict[str, Any], *, goes_on: bool) -> str:
 
 def answer(engine: Engine, sequence: SequenceCache, text: str, sampling: SamplingConfig, options: dict[str, Any]) -> str:
     """Read a text and write what follows, as it comes unless it is for JSON. Ctrl-C ends one of several answers."""
-    pieces = []
+    pieces, report = [], engine.report
+    below = engine.report = BelowAnswer(report)
     try:
         for piece in engine.stream(run_prompt(text, options), sampling, sequence=sequence, checkpoint=options["checkpoint"]):
             pieces.append(piece)
             if len(pieces) == 1 and options["checkpoint"] is not None and options["session"] is not None:
                 sequence.save(options["session"])  # the checkpoint is gone: what has been read is kept here
             if not options["as_json"]:
+                below.is_open = True
                 click.echo(piece, nl=False)
     except KeyboardInterrupt:
         if not (options["interactive"] and pieces):
             raise
-    if not options["as_json"]:
+    finally:
+        engine.report = report
+        if below.is_open:
+            click.echo()
+        below.close()
+    if not below.is_open and not options["as_json"]:
         click.echo()
     return "".join(pieces)
+
+
+class BelowAnswer:
+    """A reporter whose messages wait while a line of an answer ``is_open``."""
+
+    def __init__(self, report: Reporter) -> None:
+        self._report, self._held = report, list[str]()
+        self.is_open = False
+
+    def message(self, text: str) -> None:
+        if self.is_open:
+            self._held.append(text)
+        else:
+            self._report.message(text)
+
+    def bar(self, label: str, *total: float) -> AbstractContextManager[Bar]:
+        return self._report.bar(label, *total)
+
+    def close(self) -> None:
+        """The line has ended: what has waited is told."""
+        for text in self._held:
+            self._report.message(text)
 
 
 def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:

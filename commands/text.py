@@ -37,6 +37,8 @@ def questions() -> Iterator[str]:
         try:
             line = input(ask)
         except (EOFError, KeyboardInterrupt):
+            if ask:
+                print()  # what follows begins a line of its own
             return
         except UnicodeDecodeError:
             raise OptionError("standard input is not UTF-8 text: convert it first") from None

@@ -393,6 +393,12 @@ def test_help_is_no_error(args: tuple[str, ...]) -> None:
     assert result.exit_code == 0 and result.stderr == "" and result.stdout
 
 
+def test_a_message_comes_below_the_answer_that_it_is_about(model: Path) -> None:
+    found = call("run", "--model", model, "-p", "the quick", "-n", 9, "--ctx", 6, "--method", "fp", "--ignore-eos")
+    before, told, _ = found.output.partition("skvq: the context of 6 tokens is full")
+    assert found.exit_code == 0 and told and before.endswith("\n") and found.stdout.endswith("\n")
+
+
 # --- what does not ----------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
