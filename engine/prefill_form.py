@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skvq.engine.config import ModelConfig
-from skvq.kernels.dense import MOST_PARTS
+from skvq.kernels.interface import MOST_PARTS
 from skvq.kernels.layout import PAGE_TOKENS
 
 PIECE_TOKENS = 8 * PAGE_TOKENS

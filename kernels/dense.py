@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.kernels.cudnn import blocks, cudnn_on, flash_attention
+from skvq.kernels.interface import MOST_PARTS
 from skvq.kernels.reference import merge
 
 
@@ -155,11 +156,6 @@ def merge_runs(outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype) -> tu
         return merge_on_card([t.transpose(0, 1)[:, None] for t in outs], [t.T[:, None] for t in lses], dtype)
     out, lse = merge(outs, lses)
     return out.to(dtype), lse
-
-
-MOST_PARTS = 8
-"""Partial softmaxes that one launch merges on a card, and ``SoftmaxParts`` holds before it merges them: a chunk's own tokens,
-and the blocks before it up to 131,072 tokens."""
 
 
 class SoftmaxParts:

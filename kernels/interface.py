@@ -19,6 +19,10 @@ from skvq.kernels.linear import Linear
 
 Codec = TypeVar("Codec", contravariant=True)
 
+MOST_PARTS = 8
+"""Partial softmaxes that one launch merges on a card, and ``dense.SoftmaxParts`` holds before it merges them: a chunk's own
+tokens, and the blocks before it up to 131,072 tokens."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedPages:

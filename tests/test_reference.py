@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skvq.engine.codecs import are_chosen_together
 from skvq.kernels import dense, layout, reference
-from skvq.kernels.interface import HeadSide, RopeFrequencies, Side
+from skvq.kernels.interface import MOST_PARTS, HeadSide, RopeFrequencies, Side
 from skvq.kernels.layout import E4M3_MAX, E4M3_MIN, LEVELS, PageLayout, packed_tokens
 from skvq.kernels.reference import (
     dequantize,
@@ -326,7 +326,7 @@ def test_many_runs_are_merged_on_the_way(runs: int) -> None:
     parts = dense.SoftmaxParts()
     for start in range(0, 5 * runs, 5):
         parts.add(*dense.attend_all(q, k[:, start : start + 5], v[:, start : start + 5]))
-        assert len(parts._outs) <= dense.MOST_PARTS
+        assert len(parts._outs) <= MOST_PARTS
     torch.testing.assert_close(parts.merged(torch.float32), dense.attend_all(q, k, v), rtol=1e-5, atol=2e-6)
 
 
@@ -363,8 +363,8 @@ def test_packing_takes_whole_tiles_and_never_the_window(length: int, window: int
 
 @pytest.mark.parametrize("key_bits, value_bits", list(itertools.product(WIDTHS, WIDTHS)))
 @pytest.mark.parametrize("size, group", [(64, 32), (128, 128)])
-def test_bits_per_element_counts_every_byte(key_bits: float, value_bits: float, size: int, group: int) -> None:
+def test_a_token_takes_every_byte_of_codes_and_metadata(key_bits: float, value_bits: float, size: int, group: int) -> None:
     page = PageLayout(head_size=size, kv_heads=3, key_bits=key_bits, value_bits=value_bits, group_size=group)
     stored = [layout.stored_bits(b) for b in (key_bits, value_bits)]
-    assert page.bits_per_element == pytest.approx(sum(stored) / 2 + 16 / group, rel=1e-12)
+    assert 8 * page.bytes_per_token / (2 * 3 * size) == pytest.approx(sum(stored) / 2 + 16 / group, rel=1e-12)
     assert page.tile * page.tiles == layout.PAGE_TOKENS

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skvq.kernels.dense import MOST_PARTS
+from skvq.kernels.interface import MOST_PARTS
 
 
 @triton.jit
