@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import torch
-from other_methods import GROUP, Kivi, Rotated, TurboQuant, observe, oscar_schemes, published_schemes, simulate
+from other_methods import GROUP, QUAROT_RATIO, Kivi, Rotated, TurboQuant, observe, oscar_schemes, published_schemes, simulate
 from stamp import stamp, write
 from torch import Tensor
 
@@ -115,7 +115,10 @@ def simulated_rows(engine: Engine, corpus: Path, name: str, ids: Tensor, note: C
     """What others do, as their papers or code do it; their metadata in 16 bits but SKVQ's."""
     observed = observe(engine, engine.parts.model.ids(engine.encode(corpus.read_text())[:CALIBRATION_TOKENS]))
     published, oscar, size = published_schemes(observed), oscar_schemes(observed), engine.parts.model.config.head_size
-    quarot, turbo = Rotated(*(spread_matrix(size).float(),) * 2), {bits: TurboQuant(bits, size) for bits in (2, 3)}
+    quarot, turbo = (
+        Rotated(*(spread_matrix(size).float(),) * 2, ratio=QUAROT_RATIO),
+        {bits: TurboQuant(bits, size) for bits in (2, 3)},
+    )
     for label, bits, scheme in (
         ("OSCAR, simulated, K2V2", 2 + 32 / GROUP, lambda layer: oscar[layer]),
         ("KIVI, simulated, K2V2", 2 + 32 / GROUP, lambda layer: Kivi()),

@@ -28,6 +28,9 @@ GROUP = 64
 CLIP = 0.92
 """SKVQ's constant, of its published evaluation scripts."""
 
+QUAROT_RATIO = 0.95
+"""QuaRot's constant for caches, of its paper's setup."""
+
 OSCAR_CLIPS = (0.96, 0.92)
 """OSCAR's quantiles of keys and of values, of its published command line."""
 
@@ -129,13 +132,14 @@ def normal_levels(bits: int) -> Tensor:
 class Rotated:
     """Keys after RoPE and values, each head rotated, cut off at a quantile of its magnitudes and rounded by min and max.
 
-    With a Hadamard matrix and nothing cut off it is what QuaRot (arXiv 2404.00456) does to a cache; with OSCAR_CLIPS and the
-    rotations of ``oscar_schemes`` it is OSCAR (arXiv 2605.17757).
+    With a Hadamard matrix and QUAROT_RATIO it is what QuaRot (arXiv 2404.00456) does to a cache; with OSCAR_CLIPS and the
+    rotations of ``oscar_schemes`` it is OSCAR (arXiv 2605.17757). ratio: of minimum and maximum, which is used of them.
     """
 
     key_rotation: Tensor  # [KH, D, D] or [D, D]
     value_rotation: Tensor
     clips: tuple[float, float] = (1.0, 1.0)
+    ratio: float = 1.0
     levels: int = 4
 
     def round(self, keys: Tensor, values: Tensor, rope: StepRope) -> tuple[Tensor, Tensor]:
@@ -147,7 +151,7 @@ class Rotated:
         size = x.shape[-1]
         most = rotated.abs().sort(-1).values[..., min(int(clip * size), size - 1), None]
         groups = rotated.clamp(-most, most).unflatten(-1, (-1, min(GROUP, size)))
-        return (rounded(groups, self.levels, 1.0, late_fp8=False).flatten(-2)[..., None, :] @ rotation.mT)[..., 0, :]
+        return (rounded(groups, self.levels, self.ratio, late_fp8=False).flatten(-2)[..., None, :] @ rotation.mT)[..., 0, :]
 
 
 class SimulatedLayer:
