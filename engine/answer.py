@@ -24,13 +24,14 @@ class Answer:
     def __init__(
         self, tokenizer: Tokenizer, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, prompt: Sequence[int]
     ) -> None:
-        """Draws the first token from ``logits`` [V]. ``prompt``: ids of what it answers; it goes on from an answer if there are
-        none, and from a text if they end in one."""
+        """Draws the first token from ``logits`` [V]. ``prompt``: ids of what it answers; without any it goes on from what the
+        sequence holds."""
         self.sequence, self.config, self.timing = sequence, config, sequence.timing
         self._tokenizer = tokenizer
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
-        begins = isinstance(prompt, ChatIds) or not (prompt and tokenizer.token_bytes(prompt[-1]))
+        before = prompt or sequence.token_ids
+        begins = isinstance(prompt, ChatIds) or not (before and tokenizer.token_bytes(before[-1]))
         self._text = TextStream(tokenizer, after=() if prompt else sequence.token_ids[-CHARACTER_BYTES:], begins=begins)
         self._stop = StopStrings(config.stops)
         self._ready = ""  # text that is complete and not given out yet

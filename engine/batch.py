@@ -160,10 +160,15 @@ class Batch:
             self._waiting.extend(requests)
         return requests
 
-    def step(self, *, begin: bool = True) -> list[tuple[Request, str]]:
+    def has_room_for(self, count: int) -> bool:
+        """Whether a sequence of ``count`` tokens that is none of them has room beside those that have begun."""
+        return self._fits(self._engine.parts.setup.regions.pages(count), in_place=False)
+
+    def step(self, *, begin: bool = True, alone: bool = True) -> list[tuple[Request, str]]:
         """Read the next prompt that there is room for, or some of it: a piece, or for about as long as decoding takes, of a
         short one for a tenth of a second. Then decode a token of every answer. Without ``interleaved`` prompts are read whole,
-        before anything is decoded. Without ``begin`` those that wait go on waiting: to make room for something else.
+        before anything is decoded. Without ``begin`` those that wait go on waiting: to make room for something else. What has
+        no room where nothing else is going is refused; if not ``alone``, something else will end, and it waits.
 
         The requests that went on, and the text by which they did, which may be empty; none while only a part of a prompt has
         been read. Raises what went wrong with a request, which has ``failed`` then; the others go on with the next step.
@@ -173,7 +178,7 @@ class Batch:
             if request.cancelled:
                 self._end(request, "cancelled")
         answers = self._ready()
-        following = self._next() if begin else None
+        following = self._next(alone=alone and not self._going) if begin else None
         if following is not None:
             self._begin(following)
         for request in [*self._reading]:
@@ -241,27 +246,30 @@ class Batch:
                 self._end(request, "failed")
             if behind or not isinstance(error, Exception):
                 raise
-            self._decode_alone(answers, error)
+            self._last_step = self._decode_alone(answers, error)
         self.timing.decode_seconds += self._last_step
 
-    def _decode_alone(self, answers: Mapping[Request, Answer], why: Exception) -> None:
-        """The next token of each, one after another, for together they could not be decoded. Raises what the first has that
-        cannot be decoded alone either."""
-        errors = []
+    def _decode_alone(self, answers: Mapping[Request, Answer], why: Exception) -> float:
+        """The next token of each, one after another, for together they could not be decoded; seconds that took. Raises what the
+        first has that cannot be decoded alone either."""
+        errors, seconds = [], 0.0
         for request, answer in answers.items():
             try:
-                step(self._engine, [answer])
+                seconds += step(self._engine, [answer])
             except BaseException as error:
                 if isinstance(error, Exception) or not answer.is_next:
                     self._end(request, "failed")
+                if not isinstance(error, Exception):
+                    raise
                 errors.append(error)
         if errors:
             raise errors[0]
         if str(why) != self._why_alone:
             self._why_alone = str(why)
             self._engine.report.message(f"{len(answers)} answers are decoded one by one: together they cannot be ({why})")
+        return seconds
 
-    def _next(self) -> Request | None:
+    def _next(self, *, alone: bool) -> Request | None:
         """The prompt that waits longest, if there is room for it; while a long one is read, the first that is short, or will be
         with the prefix that is known of it. One that continues a sequence which is being read waits for the end of that, and
         lets others pass.
@@ -272,13 +280,13 @@ class Batch:
             suspended = request.given is not None and request.given.suspended
             if suspended or (self._reading and self._stays_long(request)):
                 continue
-            return request if not self._going or self._has_room(request) else None
+            return request if alone or self._has_room(request) else None
         return None
 
     def _stays_long(self, request: Request) -> bool:
         """Whether it is long but for what is known of it."""
-        prefixes = self._engine.prefixes
-        if request.is_long and request.given is None and request.looked_up != prefixes.changes:
+        prefixes, is_whole = self._engine.prefixes, request.given is None and len(request.ids) > CHUNK_TOKENS
+        if is_whole and request.looked_up != prefixes.changes:
             with self._engine.lock:
                 request.to_read, request.looked_up = len(request.ids) - prefixes.known(request.ids), prefixes.changes
         return request.is_long
@@ -301,9 +309,14 @@ class Batch:
         Pages that others hold too are kept, but for a last one that is partly filled; by an answer that outgrows the context
         none: it drops them, which frees none, and takes as many of its own.
         """
-        arena, given = self._engine.parts.setup.arena, read or request.given
+        given = read or request.given
         in_place = read is None and given is not None and not request.fork
         needed = self._pages(request) - (given.packed // PAGE_TOKENS if given and not self._outgrows(request) else 0)
+        return self._fits(needed, in_place=in_place)
+
+    def _fits(self, needed: int, *, in_place: bool) -> bool:
+        """Whether there are so many pages beside those that others have yet to take, and, but ``in_place``, a sequence."""
+        arena = self._engine.parts.setup.arena
         for going, (sequence, most) in self._going.items():
             kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
             pages = sequence.pages[kept : pages_for(sequence.packed)] if sequence.alive else []

@@ -270,9 +270,12 @@ class Likelihoods:
     ids: Tensor
 
 
-def likelihoods_of(model: Model, hidden: Tensor, ids: Tensor, count: int) -> Likelihoods:
-    """Those of a text from its last hidden states [N, d]; ``count`` likeliest."""
-    found = [(following, *rows.topk(count)) for rows, following in _scored(model, hidden, ids)]
+def likelihoods_of(model: Model, hidden: Tensor, ids: Tensor, count: int) -> Pieces[Likelihoods]:
+    """Those of a text from its last hidden states [N, d]; ``count`` likeliest. A piece is some rows of logits."""
+    found = []
+    for rows, following in _scored(model, hidden, ids):
+        found.append((following, *rows.topk(count)))
+        yield
     following, values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Likelihoods(following=following, likeliest=values, ids=indices)
 

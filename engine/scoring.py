@@ -82,7 +82,8 @@ def likelihoods(parts: EngineParts, token_ids: Sequence[int], count: int, report
     if not is_whole(count) or not 1 <= count <= vocab:
         raise OptionError(f"count must be from 1 to the vocabulary's {vocab:,}, got {count!r}")
     ids = parts.model.ids(token_ids)
-    return likelihoods_of(parts.model, (yield from regime_hidden(parts, ids, report)), ids, int(count))
+    hidden = yield from regime_hidden(parts, ids, report)
+    return (yield from likelihoods_of(parts.model, hidden, ids, int(count)))
 
 
 def evaluate(

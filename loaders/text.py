@@ -66,11 +66,11 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, after: Sequence[int] = (), begins: bool = True) -> None:
-        """``after``: the text goes on from these tokens, whose text was seen: a character they begin is finished. Then, and
-        unless the text ``begins`` here, a first space is kept."""
+        """``after``: the text goes on from these tokens, whose text was seen: a character they begin is finished. Unless it
+        ``begins`` here, a first space is kept."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip = tokenizer.strips_first_space and begins and not after
+        self._strip = tokenizer.strips_first_space and begins
         self._decoder.decode(b"".join(map(tokenizer.token_bytes, after)))
 
     def push(self, token_id: int) -> str:

@@ -19,6 +19,11 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from email.errors import (
+    FirstHeaderLineIsContinuationDefect,
+    MisplacedEnvelopeHeaderDefect,
+    MissingHeaderBodySeparatorDefect,
+)
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,6 +48,8 @@ MOST_TOLD = 100
 """Unknown names that are told of."""
 SLICE = 1 << 16
 """Bytes that are sent at a time, each within ``PATIENCE``."""
+BROKEN = (FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect, MisplacedEnvelopeHeaderDefect)
+"""What Python's parser says of lines that are no headers; it says more of bodies, which it is not given."""
 POSTS = {"/v1/completions": False, "/v1/chat/completions": True}
 """Where prompts are sent to, and whether they are chats."""
 
@@ -123,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """A header line that is none would hide those behind it, the body's length among them."""
         found = super().parse_request()
-        if found and self.headers.defects:
+        if found and any(isinstance(defect, BROKEN) for defect in self.headers.defects):
             self.send_error(400, "a line of the request's headers is broken")
             return False
         return found
@@ -133,9 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        """See the module. A body would be taken for the next request: the connection is closed after it."""
-        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
-            self.close_connection = True
+        """See the module."""
+        self._expect_no_body()
         if self._place == "/health":
             return self._send(200, {"status": "ok"})
         if not self._is_known():
@@ -147,6 +153,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_OPTIONS(self) -> None:
         """What a browser asks first, if web pages may ask."""
+        self._expect_no_body()
         if self.server.settings.origin is None:
             return self._send(404, error_of("web pages may not ask here: start the server with --allow-origin"))
         self.send_response(204)
@@ -279,6 +286,11 @@ class Handler(BaseHTTPRequestHandler):
             while count > 0 and time.monotonic() < end and (data := self.rfile.read1(SLICE)):
                 count -= len(data)
 
+    def _expect_no_body(self) -> None:
+        """One that came would be taken for the next request: the connection is closed then."""
+        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
+            self.close_connection = True
+
     def _not_here(self) -> None:
         if self._place in POSTS:
             return self._send(405, error_of(f"{self._place} is asked by POST"))
@@ -287,7 +299,10 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def _place(self) -> str:
-        return urlsplit(self.path).path.rstrip("/")
+        try:
+            return urlsplit(self.path).path.rstrip("/")
+        except ValueError:  # no address at all
+            return self.path
 
     def _is_known(self) -> bool:
         """Whether the client has the key, if there is one; else that is answered."""

@@ -116,7 +116,7 @@ class Service:
         self._answers: dict[Request, tuple[Answers, int]] = {}  # what each is one of, and which
         self._scores: deque[Scores] = deque()
         self._last_step = 0.0  # seconds
-        self._full_beside = 0  # answers beside which there was no room for the next score: none begins until there is
+        self._waits = False  # the next score, for room beside the answers that have begun: no other begins until there is
         self._stopping = False
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sequence[SamplingConfig]) -> Answers:
@@ -176,7 +176,7 @@ class Service:
                         # a signal that comes just before the wait does not end it: hence the timeout
                         self._changed.wait_for(lambda: self._stopping or len(batch) or self._scores, timeout=1)
                     if self._scores and not self._stopping:
-                        self._score(batch.begun, self._last_step if len(batch) else ALONE)
+                        self._score(batch, self._last_step if len(batch) else ALONE)
                     if len(batch) and not self._stopping:
                         self._step(batch)
         finally:
@@ -191,13 +191,15 @@ class Service:
                     _fail(scores, stopped)
                 self._scores.clear()
 
-    def _score(self, beside: int, seconds: float) -> None:
-        """Go on with the text whose turn it is, for so long. If there is no room for it beside so many answers, it begins when
-        one of them is over."""
-        call = self._scores[0]
-        if not call.pieces and not call.cancelled and beside and beside == self._full_beside:
+    def _score(self, batch: Batch, seconds: float) -> None:
+        """Go on with the text whose turn it is, for so long. If there is no room for it beside the answers under way, it begins
+        when enough of them are over; meanwhile no other begins."""
+        call, beside = self._scores[0], batch.begun
+        begins = not call.pieces and not call.cancelled
+        self._waits = begins and beside > 0 and not batch.has_room_for(len(call.prompts[len(call.found)]))
+        if self._waits:
             return
-        self._full_beside, end = 0, time.perf_counter() + seconds
+        end = time.perf_counter() + seconds
         try:
             call.pieces = call.pieces or self.engine.scoring(call.prompts[len(call.found)], call.count)
             with computing(self.engine):
@@ -212,8 +214,8 @@ class Service:
             call.tell(len(call.found) - 1, None)
         except SkvqError as error:
             call.pieces = None
-            if isinstance(error, CapacityError) and beside:
-                self._full_beside = beside
+            if isinstance(error, CapacityError) and beside:  # of memory, which answers hold too
+                self._waits = True
                 return
             _fail(call, error)
         except Exception:
@@ -234,7 +236,7 @@ class Service:
         """One step, told to those who wait for it. An error is of one request: the others go on."""
         error, start = SkvqError("the request has been cancelled"), time.perf_counter()
         try:
-            batch.step(begin=not self._full_beside)
+            batch.step(begin=not self._waits, alone=not any(call.pieces for call in self._scores))
         except SkvqError as failed:
             error = failed
         except Exception:

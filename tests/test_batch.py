@@ -541,6 +541,27 @@ def test_a_step_that_works_for_each_alone_is_told(folder: Path, monkeypatch: pyt
     assert report.messages[1:] == ["2 answers are decoded one by one: together they cannot be (out of memory)"]
 
 
+def test_an_interrupt_while_answers_are_decoded_one_by_one_is_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside an error; the answers go on with the next step."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=700)
+    wanted, run = engine.generate(TEXT, SAMPLING), engine.step.run
+    errors = [KeyboardInterrupt(), RuntimeError("alone"), RuntimeError("together")]
+
+    def failing(sequences: Sequence[Any], token_ids: Sequence[int]) -> Any:
+        if len(sequences) == (3 if len(errors) == 3 else 1) and errors:
+            raise errors.pop()
+        return run(sequences, token_ids)
+
+    monkeypatch.setattr(engine.step, "run", failing)
+    with engine.batch() as batch:
+        requests = [batch.add(TEXT, SAMPLING) for _ in range(3)]
+        with pytest.raises(KeyboardInterrupt):
+            finished(batch)
+        finished(batch)
+    assert sorted(r.finish for r in requests) == ["failed", "length", "length"]
+    assert all(r.text == wanted for r in requests if r.finish == "length")
+
+
 def test_pages_of_a_cut_sequence_are_not_free(folder: Path) -> None:
     """One that goes on in it may hold more pages than its answer needs: a prompt that needs more than are left waits."""
     engine = tiny_engine(folder, tiny_cache(window=1000), max_context=4000, max_sequences=3)

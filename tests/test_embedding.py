@@ -490,6 +490,9 @@ def test_a_first_space_is_of_the_answer_unless_a_text_begins_with_it(engine: Eng
     with engine.prefill(TEXT) as sequence:
         assert not engine.generate(chat, SAMPLING, sequence=sequence).startswith(" ")
         assert engine.generate([5], SAMPLING, sequence=sequence).startswith(" ")
+    for read, space in ((TEXT, True), ([5, 7], False)):
+        with engine.prefill(read) as sequence:
+            assert engine.generate("", SAMPLING, sequence=sequence).startswith(" ") == space, "what was read has the say"
 
 
 def whole_and_parts(engine: Engine, cut: int, temperature: float = 1.0) -> tuple[str, str]:

@@ -62,7 +62,7 @@ def once(work: Any, repeats: int = 0) -> tuple[float, float]:
 @pytest.mark.slow
 def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small: dict[str, Any] = {"STEPS": 2, "WARM_UP": 1, "OUTGROWN": 1.0}
-    small |= {"CONTEXTS": (300,), "DECODE_CONTEXTS": (300,), "PREFILL_CONTEXTS": (256,), "BLOCKS_CONTEXT": 1240}
+    small |= {"CONTEXTS": (300,), "PREFILL_CONTEXTS": (256,), "BLOCKS_CONTEXT": 1240}
     small |= {"READ_CONTEXTS": (200,), "WINDOW": 100, "CALIBRATION_TOKENS": 64}
     small["SHAPES"] = {"mistral-7b": (1, 4), "llama-2-7b": (2, 1)}
     monkeypatch.setattr(script.cudnn, "BLOCK_TOKENS", 64)

@@ -553,6 +553,62 @@ def test_texts_that_are_scored_take_turns_and_answers_go_on(client: Client, piec
         assert many.result()[0] == 200
 
 
+@pytest.fixture
+def whole_scores(monkeypatch: pytest.MonkeyPatch) -> tuple[Event, Event]:
+    """A text to be scored stops behind its first piece: when it has, and until it may go on."""
+    scoring, begun, go_on = Engine.scoring, Event(), Event()
+
+    def slow(self: Engine, ids: Sequence[int], count: int) -> Any:
+        pieces = scoring(self, ids, count)
+        next(pieces)
+        begun.set()
+        while not go_on.is_set():
+            time.sleep(0.002)
+            yield
+        return (yield from pieces)
+
+    monkeypatch.setattr(Engine, "scoring", slow)
+    return begun, go_on
+
+
+def test_answers_wait_for_what_a_score_holds(folder: Path, whole_scores: tuple[Event, Event]) -> None:
+    """They are not refused: the place will be free again."""
+    begun, go_on = whole_scores
+    client = Client(Engine.load(folder, cache=tiny_cache(method="plain"), max_context=700, max_sequences=1, report=Listener()))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            score = pool.submit(client.ask, COMPLETIONS, scored(1))
+            assert begun.wait(20)
+            answer = pool.submit(client.ask, COMPLETIONS, {"prompt": TEXT})
+            time.sleep(0.3)
+            assert not answer.done() and not score.done()
+            go_on.set()
+            assert score.result()[0] == answer.result()[0] == 200
+    finally:
+        client.close()
+
+
+def test_a_score_leaves_the_pages_that_answers_will_take(folder: Path, whole_scores: tuple[Event, Event]) -> None:
+    begun, go_on = whole_scores
+    engine = Engine.load(folder, cache=tiny_cache(method="plain"), max_context=3000, max_sequences=2, report=Listener())
+    arena, client = engine.parts.setup.arena, Client(engine)
+    taken = [arena.new_page() for _ in range(arena.free_pages - 4)]  # of 3 each may need, 4 are left
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            answer = pool.submit(client.ask, COMPLETIONS, {"prompt": [7] * 2600, "max_tokens": 300})
+            while not client.service._batch.begun:  # type: ignore[union-attr]
+                time.sleep(0.01)
+            score = pool.submit(client.ask, COMPLETIONS, scored(1) | {"prompt": [9] * 2700})
+            assert answer.result()[0] == 200 and not score.done()
+            assert begun.wait(20)
+            go_on.set()
+            assert score.result()[0] == 200
+    finally:
+        client.close()
+        for page in taken:
+            arena.release(page)
+
+
 def test_an_answer_on_an_open_connection_does_not_wait_for_the_network(client: Client) -> None:
     """Nagle's algorithm would hold back what follows the headers, for 40 ms each time."""
     connection = HTTPConnection("127.0.0.1", client.port, timeout=60)
@@ -600,6 +656,15 @@ def answers_of(client: Client, sent: bytes, *, more: bool) -> bytes:
         if not more:
             plain.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: plain.recv(1 << 16), b""))
+
+
+def test_what_is_no_address_and_bodies_that_are_not_read(client: Client) -> None:
+    assert b" 404 " in answers_of(client, b"GET http://[ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", more=True)
+    inner = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    found = answers_of(client, b"OPTIONS / HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(inner), inner), more=True)
+    assert found.count(b"HTTP/1.1 ") == 1
+    kind = {"Content-Type": "multipart/form-data; boundary=q"}  # a body that is JSON all the same
+    assert client.ask(COMPLETIONS, {"prompt": "a", "max_tokens": 1}, **kind)[0] == 200
 
 
 def test_a_broken_header_line_hides_no_others(client: Client) -> None:

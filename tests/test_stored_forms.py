@@ -43,7 +43,7 @@ class Source:
 
 def storage_of(listener: Listener, **weights: Tensor | tuple[str, Tensor, Tensor]) -> Storage:
     reader = WeightReader(Source(**weights), lambda done: None)  # type: ignore[arg-type]
-    return form_of("numba", torch.device("cpu"), torch.float32).storage(reader, listener)
+    return Storage(form_of("numba", torch.device("cpu"), torch.float32), reader, listener)
 
 
 def test_forms_are_kept_and_neighbours_stacked() -> None:
