@@ -158,7 +158,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(404, error_of("web pages may not ask here: start the server with --allow-origin"))
         self.send_response(204)
         self.send_header("Access-Control-Allow-Methods", "GET, POST")
-        self.send_header("Access-Control-Allow-Headers", self.headers.get("Access-Control-Request-Headers", "*"))
+        asked = self.headers.get("Access-Control-Request-Headers", "*")
+        self.send_header("Access-Control-Allow-Headers", " ".join(asked.split()))
         self.send_header("Access-Control-Max-Age", "86400")
         return self.end_headers()
 
