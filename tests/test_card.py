@@ -210,7 +210,7 @@ def test_a_guessing_step_waits_once(folder: Path, gpu: Card, monkeypatch: pytest
     config = SamplingConfig(max_new_tokens=200, ignore_eos=True, prompt_lookup=3)
     sequence = engine.prefill([5, 6, 7, 8] * 10)
     assert sequence.logits is not None
-    answer = begun(engine, sequence, sequence.logits, config)
+    answer = begun(engine, sequence, sequence.logits, config, [8])
     monkeypatch.setattr(Lookup, "guess", lambda self, count: random_ids(count))
     for _ in range(2):
         gpu.waits.clear()
@@ -254,7 +254,7 @@ def test_drawing_for_several_answers_waits_once(folder: Path, gpu: Card) -> None
     sampling = SamplingConfig(max_new_tokens=4, temperature=0.5, logprobs=2)
     sequences = [engine.prefill([token]) for token in (1, 2, 3)]
     logits = [sequence.logits for sequence in sequences if sequence.logits is not None]
-    answers = [begun(engine, *pair, sampling) for pair in zip(sequences, logits, strict=True)]
+    answers = [begun(engine, *pair, sampling, [1]) for pair in zip(sequences, logits, strict=True)]
     gpu.waits.clear()
     draw(answers, logits)
     assert [a.count for a in answers] == [2, 2, 2] and gpu.waits == {"cpu": 1}
