@@ -115,10 +115,8 @@ def simulated_rows(engine: Engine, corpus: Path, name: str, ids: Tensor, note: C
     """What others do, as their papers or code do it; their metadata in 16 bits but SKVQ's."""
     observed = observe(engine, engine.parts.model.ids(engine.encode(corpus.read_text())[:CALIBRATION_TOKENS]))
     published, oscar, size = published_schemes(observed), oscar_schemes(observed), engine.parts.model.config.head_size
-    quarot, turbo = (
-        Rotated(*(spread_matrix(size).float(),) * 2, ratio=QUAROT_RATIO),
-        {bits: TurboQuant(bits, size) for bits in (2, 3)},
-    )
+    hadamard, turbo = spread_matrix(size).float(), {bits: TurboQuant(bits, size) for bits in (2, 3)}
+    quarot = Rotated(hadamard, hadamard, ratio=QUAROT_RATIO)
     for label, bits, scheme in (
         ("OSCAR, simulated, K2V2", 2 + 32 / GROUP, lambda layer: oscar[layer]),
         ("KIVI, simulated, K2V2", 2 + 32 / GROUP, lambda layer: Kivi()),

@@ -96,7 +96,7 @@ def made_up_calibration(config: ModelConfig, cache: CacheConfig) -> Mapping[str,
             tensors[f"{side}_labels"] = labels.expand(config.num_layers, -1).contiguous()
     if cache.method == "rotate":
         size = config.head_size
-        turns = torch.linalg.qr(torch.randn(shapes["key_basis"], dtype=torch.float32, generator=generator)).Q.contiguous()
+        turns = torch.linalg.qr(torch.randn(shapes["key_basis"], dtype=torch.float32, generator=generator)).Q
         tensors |= {
             name: torch.eye(size, dtype=torch.float32).expand(shapes[name]).contiguous()
             for name in MATRICES

@@ -236,7 +236,7 @@ class Service:
         """One step, told to those who wait for it. An error is of one request: the others go on."""
         error, start = SkvqError("the request has been cancelled"), time.perf_counter()
         try:
-            batch.step(begin=not self._waits, alone=not any(call.pieces for call in self._scores))
+            batch.step(begin=not self._waits, alone=not (self._scores and self._scores[0].pieces))
         except SkvqError as failed:
             error = failed
         except Exception:
