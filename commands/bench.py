@@ -175,7 +175,7 @@ def planted_command(**options: Any) -> None:
     shape = config_of(options["shape"], download=not options["no_download"])
     found = []
     for context in options["ctx"]:
-        setup, config = _bare(shape, options, context)
+        setup, config = _bare(replace(shape, chunks=None), options, context)  # keys are met as they are planted
         some = planted(setup, config.num_heads, context, options["depths"], seed=options["seed"], report=StderrReporter())
         for one in some:
             click.echo(one.line(), err=options["as_json"])

@@ -166,7 +166,8 @@ machine_options = stack(
 engine_options = stack(
     machine_options,
     click.option(
-        "--rope-scaling", help="KIND:FACTOR, to exceed the trained length: linear:4, dynamic:4, yarn:4, yarn:4:32768."
+        "--rope-scaling",
+        help="KIND:FACTOR, to exceed the trained length: chunks:4, yarn:4, dynamic:4, linear:4, or yarn:4:32768.",
     ),
     click.option(
         "--dummy-weights",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from skvq.engine.errors import ModelError, OptionError, nearest, require_known
 from skvq.engine.filters import AttentionSinks, FilterRule, check_rule
 from skvq.engine.options import is_number, is_whole, option_class
-from skvq.kernels.layout import stored_bits
+from skvq.kernels.layout import PAGE_TOKENS, stored_bits
 
 FULL_SPAN = 2**31 - 1
 """Attention span of a layer without a sliding window: longer than any context, so it needs no special case."""
@@ -62,12 +62,40 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkConfig:
+    """Dual chunk attention (``engine.chunks``) for contexts above ``reach`` tokens, the largest distance that it leaves.
+
+    length: tokens of a chunk, whole pages. gain_from: tokens from which on queries grow with their position, 0 for none.
+    """
+
+    length: int
+    reach: int
+    gain_from: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length % PAGE_TOKENS or not 0 < self.length <= self.reach < 2**31:
+            raise ModelError(
+                f"chunks of {self.length} tokens with distances up to {self.reach}: the first must be {PAGE_TOKENS} or a "
+                "multiple of it, and no more than the second"
+            )
+
+    @classmethod
+    def of_at_most(cls, tokens: int, reach: int, gain_from: int = 0) -> ChunkConfig:
+        """Chunks of as many whole pages as there are in ``tokens``.
+
+        >>> ChunkConfig.of_at_most(262144 - 8192, 262144).length
+        253440
+        """
+        return cls(length=tokens // PAGE_TOKENS * PAGE_TOKENS, reach=reach, gain_from=gain_from)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees;
     ``unturned_layers`` have no RoPE; ``qk_norm``: heads of queries and keys are normed before RoPE (arXiv 2010.04245, Qwen3).
     ``weights_head_size``: of heads as weights make them, if they are cached with more channels (``with_heads_of``).
     ``rotary_size``: channels of a head that RoPE turns, if not all of them (Phi-4-mini); pairs that it leaves lie behind the
-    others, in both halves of a head.
+    others, in both halves of a head. ``chunks``: how contexts beyond those it was trained for are attended to (Qwen2.5-1M).
     """
 
     family: str
@@ -82,6 +110,7 @@ class ModelConfig:
     rotary_size: int = 0
     norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
+    chunks: ChunkConfig | None = None
     trained_context: int = 4096
     attention_spans: tuple[int, ...] = ()
     unturned_layers: tuple[int, ...] = ()
@@ -111,6 +140,8 @@ class ModelConfig:
             object.__setattr__(self, "attention_spans", (FULL_SPAN,) * self.num_layers)
         if len(self.attention_spans) != self.num_layers or min(self.attention_spans) < 1:
             raise ModelError(f"model config: {len(self.attention_spans)} attention spans for {self.num_layers} layers")
+        if self.chunks and (min(self.attention_spans) < FULL_SPAN or self.unturned_layers):
+            raise ModelError("model config: dual chunk attention needs full attention and RoPE in all layers")
 
     @property
     def own_head_size(self) -> int:

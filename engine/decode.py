@@ -32,8 +32,8 @@ def hidden_states(model: Model, rope: ModelRope, batch: DecodeBatch, max_packed:
     batch.mark_slots()
     step_rope = at_positions(rope, batch.rope_positions)
     x = model.embed(batch.token_ids)  # [B, N, d]
-    for layer in range(model.config.num_layers):
-        x = model.layer(layer, x, step_rope, batch.layer(layer, max_packed))
+    for layer, cache in enumerate(batch.layers(max_packed)):
+        x = model.layer(layer, x, step_rope, cache)
     return x.flatten(0, 1)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
+from skvq.engine.chunks import Distances, TrueDistances
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import ModelError
+from skvq.engine.errors import ModelError, OptionError
 from skvq.engine.mass import add_mass
 from skvq.engine.model import LayerCache, Model
 from skvq.engine.pieces import Pieces
@@ -22,7 +23,7 @@ from skvq.engine.prefill import chunks
 from skvq.engine.rope import ModelRope, StepRope, at_positions
 from skvq.engine.sizes import bits_per_element
 from skvq.engine.steps import DenseLayer
-from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
+from skvq.kernels.dense import attend_causal, kv_buffer
 from skvq.kernels.reference import masked_attention, merge
 
 ROWS, LOGITS_BYTES = 256, 16 << 20
@@ -72,7 +73,8 @@ class DecodeRegimeLayer:
     def attend(self, start: int, q: Tensor, rope: StepRope) -> Tensor:
         """What the queries [1, N, H, D] of the tokens from ``start`` on read, [1, N, H, D]."""
         q = rope.apply(q)[0]
-        outs = [self._attend_stretch(q[a - start : b - start], a, b) for a, b in self._stretches(start, start + len(q))]
+        stretches = self._stretches(start, start + len(q))
+        outs = [self._attend_stretch(q[a - start : b - start], a, b, rope.distances) for a, b in stretches]
         return torch.cat(outs)[None]
 
     def _stretches(self, first: int, last: int) -> list[tuple[int, int]]:
@@ -81,7 +83,7 @@ class DecodeRegimeLayer:
         cuts = (at for at in range(regions.window + regions.tile, last, regions.tile) if at > first)
         return list(pairwise([first, *cuts, last]))
 
-    def _attend_stretch(self, q: Tensor, a: int, b: int) -> Tensor:
+    def _attend_stretch(self, q: Tensor, a: int, b: int, distances: Distances) -> Tensor:
         """What queries at positions ``a .. b-1`` read, [N, H, D]."""
         packed = self.sequence.setup.regions.packed(a)
         if b > self.span:
@@ -90,10 +92,11 @@ class DecodeRegimeLayer:
             values = torch.cat([self.stored_values[first:packed], self.values[max(first, packed) : b].to(q.dtype)])
             return attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span)[0]
         keys, values = (t[packed:b].transpose(0, 1).to(q.dtype) for t in (self.keys, self.values))
-        out, lse = attend_causal(q, keys, values, self.span)
+        out, lse = distances.attend(q, a, keys, values, packed, self.span)
         if not packed:
             return out
-        before = attend_all(q, *(t[:packed].transpose(0, 1) for t in (self.stored_keys, self.stored_values)))
+        keys, values = (t[:packed].transpose(0, 1) for t in (self.stored_keys, self.stored_values))
+        before = distances.attend(q, a, keys, values, 0, self.span)
         return merge([out.float(), before[0].float()], [lse, before[1]])[0].to(q.dtype)
 
 
@@ -108,7 +111,9 @@ class StrictWindowLayer(DecodeRegimeLayer):
     def _stretches(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(a, min(a + ROWS, last)) for a in range(first, last, ROWS)]
 
-    def _attend_stretch(self, q: Tensor, a: int, b: int) -> Tensor:
+    def _attend_stretch(self, q: Tensor, a: int, b: int, distances: Distances) -> Tensor:
+        if not isinstance(distances, TrueDistances):
+            raise OptionError("a window of exactly W tokens is not simulated in chunks: choose a shorter --ctx")
         t = torch.arange(a, b, device=q.device)[:, None]
         at = torch.arange(b, device=q.device)[None]
         near = (t - at < self.sequence.setup.regions.window) | (at >= len(self.stored_keys))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skvq.engine.chunks import TrueDistances
 from skvq.engine.config import CacheConfig, LayerWidths, pairs_of
 from skvq.engine.errors import SessionError
 from skvq.engine.filters import FilterRule
@@ -79,7 +80,7 @@ def identity_of(
         group_size=cache.group_size if cache.is_packed else 0,
         dtype=str(dtype).removeprefix("torch."),
         calibration=digest_of(tensors),
-        rope=rope_digest(rope),
+        rope=rope_digest(rope) if isinstance(rope.distances, TrueDistances) else f"{rope_digest(rope)} {rope.distances}",
     )
 
 

@@ -15,14 +15,17 @@ from torch import Tensor
 from skvq.engine.arena import Arena
 from skvq.engine.cache_setup import CacheSetup, OnFull
 from skvq.engine.calibration import cached_or_made, load_for, settled
+from skvq.engine.chunked import ChunkedMethod
+from skvq.engine.chunks import Chunks
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
-from skvq.engine.overflow import on_full_of
+from skvq.engine.overflow import Shift, on_full_of
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
@@ -114,14 +117,15 @@ def load_parts(
     context = plan.context
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
-    full = on_full_of(on_full, widest_regions(cache, config), context)
+    rope, full = model_rope(config, context, device), on_full_of(on_full, widest_regions(cache, config), context)
+    _check_chunks(rope, cache, full)
     trained = source.config.trained_context
     if context > trained:
         report.message(f"{beyond_training(context, trained, config.trained_context)}; memory and speed are not affected")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
-        rope=model_rope(config, context, device),
+        rope=rope,
         backend=kernels,
         fingerprint=source.fingerprint,
         context=context,
@@ -202,6 +206,7 @@ def cache_setup(
     lock: RLock,
 ) -> CacheSetup:
     """What sequences share, over an arena; ``tensors`` are the calibration, ``fingerprint`` is the model's."""
+    _check_chunks(rope, cache, on_full)
     return CacheSetup(
         arena=arena,
         method=bind_method(arena, config, cache, tensors, rope, backend),
@@ -244,6 +249,20 @@ def bind_method(
     kernels: Backend,
 ) -> CacheMethod:
     """The cache method over an arena, with the codecs that calibration found."""
+    method = _whole_method(arena, config, cache, tensors, rope, kernels)
+    if not isinstance(rope.distances, Chunks):
+        return method
+    return ChunkedMethod(method, arena, rope.distances, regions_of(cache, config).ring)
+
+
+def _whole_method(
+    arena: Arena,
+    config: ModelConfig,
+    cache: CacheConfig,
+    tensors: Mapping[str, Tensor],
+    rope: ModelRope,
+    kernels: Backend,
+) -> HeadMethod | LabelMethod | PlainMethod:
     device = arena.page_table.device
     if not cache.is_packed:
         return PlainMethod(arena, kernels)
@@ -251,6 +270,19 @@ def bind_method(
     if cache.method == "reorder":
         return LabelMethod(arena, layouts, label_codecs(tensors, config, rope, device), kernels)
     return HeadMethod(arena, layouts, head_codecs(tensors, cache, config, rope, device), kernels)
+
+
+def _check_chunks(rope: ModelRope, cache: CacheConfig, on_full: OnFull) -> None:
+    """Raise OptionError for what cannot be had together with chunks."""
+    if not isinstance(rope.distances, Chunks):
+        return
+    others = [repr(rule) for rule in cache.rules if rule.needs_attention_mass]
+    others += ["on_full 'shift'"] if isinstance(on_full, Shift) else []
+    if others:
+        raise OptionError(
+            f"{' and '.join(others)} cannot be used with dual chunk attention, which a context above {rope.distances.reach:,} "
+            "tokens needs here: leave it out, or choose a shorter context (--ctx)"
+        )
 
 
 def _weights(source: WeightSource, config: ModelConfig, form: Form, report: Reporter) -> ModelWeights:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ Codec = TypeVar("Codec")
 
 class Attends(Protocol):
     """Attention of one layer over what sequences hold. Shapes as in ``kernels.interface.PackedKernels``."""
+
+    def begun(self, step: Step) -> Attends:
+        """The same for all layers of a step, which differ in their spans, with what they share done."""
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]: ...
 
@@ -79,7 +82,19 @@ class PackedMethod(Generic[Codec]):
 
     def unpack(self, layer: int, page_row: Tensor, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         found = [self._kernels.unpack(run.pages, run.codec, page_row, first, count, dtype) for run in self._runs[layer]]
-        return _joined(found, 1)
+        return joined(found, 1)
+
+    def begun(self, step: Step) -> Attends:
+        return self
+
+    def over(self, positions: Tensor) -> Self:
+        """This method with other marks of what slots hold, [L, S, F]."""
+        other = copy(self)
+        other._runs = [
+            [replace(run, full=replace(run.full, positions=marks)) for run in runs]
+            for runs, marks in zip(self._runs, positions, strict=True)
+        ]
+        return other
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         share = q.shape[2] // self._kv_heads
@@ -87,7 +102,7 @@ class PackedMethod(Generic[Codec]):
         for run in self._runs[layer]:
             heads = slice(share * run.heads.start, share * run.heads.stop)
             found.append(self._kernels.attend(q[:, :, heads].contiguous(), run.pages, run.codec, run.full, step))
-        return _joined(found, 2)
+        return joined(found, 2)
 
 
 def _runs(arena: Arena, layer: int, layouts: Sequence[PageLayout], codecs: Sequence[Codec]) -> list[Run[Codec]]:
@@ -101,7 +116,7 @@ def _runs(arena: Arena, layer: int, layouts: Sequence[PageLayout], codecs: Seque
     return runs
 
 
-def _joined(found: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+def joined(found: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
     """What several calls gave, side by side along ``dim``."""
     if len(found) == 1:
         return found[0]
@@ -174,6 +189,15 @@ class PlainMethod:
         pages = self._pages[layer]
         return pages.keys[page, :, within].to(dtype), pages.values[page, :, within].to(dtype)
 
+    def begun(self, step: Step) -> Attends:
+        return self
+
+    def over(self, positions: Tensor) -> PlainMethod:
+        """This method with other marks of what slots hold, [L, S, F]."""
+        other = copy(self)
+        other._full = [replace(full, positions=marks) for full, marks in zip(self._full, positions, strict=True)]
+        return other
+
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         return self._backend.attend_plain(q, self._pages[layer], self._full[layer], step)
 
@@ -190,13 +214,16 @@ class RowByRow:
     def __init__(self, methods: Sequence[CacheMethod]) -> None:
         self._methods = methods
 
+    def begun(self, step: Step) -> Attends:
+        return self
+
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         found = []
         for i, method in enumerate(self._methods):
             row = slice(i, i + 1)
             one = replace(step, slots=step.slots[row], positions=step.positions[row], packed=step.packed[row])
             found.append(method.attend(layer, q[row], one))
-        return _joined(found, 0)
+        return joined(found, 0)
 
 
 def _tokens(page_row: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from skvq.engine.absorb import absorb, pack_window
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
+from skvq.engine.config import FULL_SPAN
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.mass import add_mass
 from skvq.engine.methods import Attends, CacheMethod, RowByRow
@@ -28,7 +30,7 @@ from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.engine.streams import pinned, sent
-from skvq.kernels.dense import SoftmaxParts, attend_behind, attend_causal
+from skvq.kernels.dense import SoftmaxParts
 from skvq.kernels.interface import Ops, Step
 from skvq.kernels.ops import TorchOps
 
@@ -47,7 +49,7 @@ class DenseLayer:
         """The queries [N, H, D] after RoPE, what they read, and its log-sum-exp [N, H]."""
         q = ops.rope_to_buffer(q, k, v, rope.cos, rope.sin, self.keys, self.values, self.first)[0]
         last = self.first + len(q)
-        return q, *attend_causal(q, self.keys[:, :last], self.values[:, :last], self.span)
+        return q, *rope.distances.attend(q, self.first, self.keys[:, :last], self.values[:, :last], 0, self.span)
 
 
 class ExactLayer(DenseLayer):
@@ -85,10 +87,10 @@ class StreamingLayer:
         parts = SoftmaxParts()
         for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, sequence.packed - start)
-            parts.add(*self._attend_before(q, *sequence.stage(self.layer, start, count, q.dtype), start))
+            parts.add(*self._attend(q, *sequence.stage(self.layer, start, count, q.dtype), start, rope))
         if sequence.orphans:
-            parts.add(*self._attend_before(q, *sequence.sinks(self.layer), 0))
-        parts.add(*attend_causal(q, keys.transpose(0, 1), values.transpose(0, 1), self.span))
+            parts.add(*self._attend(q, *sequence.sinks(self.layer), 0, rope))
+        parts.add(*self._attend(q, keys, values, sequence.packed, rope))
         out, lse = parts.merged(q.dtype)
         mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])
         if sequence.setup.needs_mass:
@@ -96,10 +98,10 @@ class StreamingLayer:
         absorb(sequence, self.layer, keys, values, mass, self.ids)
         return out[None]
 
-    def _attend_before(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Attention over tokens from ``start`` on, [T, KH, D], all of them before the first query."""
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int, rope: StepRope) -> tuple[Tensor, Tensor]:
+        """Attention over tokens from ``start`` on, [T, KH, D]."""
         keys, values = (t.to(q.dtype).transpose(0, 1) for t in (keys, values))
-        return attend_behind(q, keys, values, self.sequence.length - self.span + 1 - start)
+        return rope.distances.attend(q, self.sequence.length, keys, values, start, self.span)
 
 
 class DecodeBatch:
@@ -174,17 +176,19 @@ class DecodeBatch:
         self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.view(-1)
         self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = self._no_mass
 
-    def layer(self, layer: int, max_packed: int) -> DecodeLayer:
-        """The cache of one layer for this step, for sequences of up to ``max_packed`` packed tokens."""
+    def layers(self, max_packed: int) -> Iterator[DecodeLayer]:
+        """The cache of each layer for this step, for sequences of up to ``max_packed`` packed tokens."""
         step = Step(
             slots=self.slots,
             positions=self.positions,
             packed=self.packed,
             page_table=self.setup.arena.page_table,
             max_packed=max_packed,
-            span=self.setup.spans[layer],
+            span=FULL_SPAN,
         )
-        return DecodeLayer(self, layer, step)
+        attends = self.method.begun(step)
+        for layer, span in enumerate(self.setup.spans):
+            yield DecodeLayer(self, attends, layer, replace(step, span=span))
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """The step is over; a window that has grown by a tile is packed, in every layer. token_ids: row by row, [B * N]."""
@@ -205,8 +209,8 @@ class DecodeBatch:
 class DecodeLayer:
     """The next tokens of each sequence: written into its window, then attended with everything before them."""
 
-    def __init__(self, batch: DecodeBatch, layer: int, step: Step) -> None:
-        self.batch, self.layer, self.step = batch, layer, step
+    def __init__(self, batch: DecodeBatch, attends: Attends, layer: int, step: Step) -> None:
+        self.batch, self.attends, self.layer, self.step = batch, attends, layer, step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         batch, setup = self.batch, self.batch.setup
@@ -215,7 +219,7 @@ class DecodeLayer:
         )  # [B * N, 1, ...]
         full, ops = setup.arena.full(self.layer), setup.backend.ops
         q = ops.rope_to_slots(q_rows, k_rows, v_rows, cos, sin, full, batch.rows, batch.ring_slots).view(q.shape)
-        out, lse = batch.method.attend(self.layer, q, self.step)
+        out, lse = self.attends.attend(self.layer, q, self.step)
         if setup.needs_mass:
             self._add_mass(q, lse)
         return out

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.kernels.graphs import CudaGraphs, Graphs
-from skvq.kernels.interface import FullSlots, Ops
+from skvq.kernels.interface import FullSlots, Ops, RopeFrequencies
 from skvq.kernels.linear import Linear
 
 
@@ -67,6 +67,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of ``x`` [B, N, heads, D], in x's dtype."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def rope_turns(rope: RopeFrequencies, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [B, N], as ``apply_rope`` takes them, float32 [B, N, 1, D/2]; angles are float64."""
+    angle = positions.to(torch.float64)[..., None, None] * rope.inv_freq
+    return (angle.cos() * rope.scale).float(), (angle.sin() * rope.scale).float()
 
 
 class Unfused:

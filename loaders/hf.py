@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ModelConfig, RopeConfig, yarn_scale
+from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ChunkConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
 from skvq.loaders.fields import Fields, model_config, read_json, shorten
 from skvq.loaders.names import MAX_LAYERS
@@ -122,7 +122,8 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
         rotary_size=rotary_size,
         norm_eps=fields.positive("rms_norm_eps", family.norm_eps),
         rope=rope,
-        trained_context=_trained_context(fields, rope, context),
+        chunks=_chunks(fields),
+        trained_context=_trained_context(rope, context),
         attention_spans=_attention_spans(fields, family, layers),
         unturned_layers=_unturned_layers(fields, layers) if family.name == "smollm3" else (),
         tie_embeddings=fields.flag("tie_word_embeddings", family.tie_embeddings),
@@ -249,11 +250,18 @@ def _implied_factor(kind: str, context: int, original: int) -> float:
     return context / original if kind in ("yarn", "longrope") else 1.0
 
 
-def _trained_context(fields: Fields, rope: RopeConfig, context: int) -> int:
-    """Tokens the model answers well for: without dual chunk attention (Qwen2.5-1M), only what it was trained on."""
+def _chunks(fields: Fields) -> ChunkConfig | None:
+    """Dual chunk attention, as Qwen2.5-1M has it; a chunk is cut to whole pages."""
     dual = fields.section("dual_chunk_attention_config")
-    if dual.has("original_max_position_embeddings"):
-        return min(context, dual.integer("original_max_position_embeddings"))
+    if not dual.data:
+        return None
+    reach, trained = dual.integer("chunk_size"), "original_max_position_embeddings"
+    gain_from = dual.integer(trained) if dual.has(trained) else 0
+    return ChunkConfig.of_at_most(reach - dual.integer("local_size"), reach, gain_from)
+
+
+def _trained_context(rope: RopeConfig, context: int) -> int:
+    """Tokens the model answers well for."""
     if rope.kind == "yarn":
         return max(context, min(int(rope.original_context * rope.factor), 2**31 - 1))
     return context

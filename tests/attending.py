@@ -117,7 +117,9 @@ def decode(engine: Engine, sequences: Sequence[SequenceCache], texts: Sequence[T
         q, k, v = (torch.cat([getattr(text, name)[:, i : i + 1] for text in texts]) for name in "qkv")
         with batch.step(sequences, [text.ids[i] for text in texts]):
             batch.mark_slots()
-            outs.append(batch.layer(0, batch.max_packed).attend(q, k, v, at_positions(engine.parts.rope, batch.rope_positions)))
+            outs.append(
+                next(batch.layers(batch.max_packed)).attend(q, k, v, at_positions(engine.parts.rope, batch.rope_positions))
+            )
     return torch.cat(outs, 1)
 
 

@@ -55,6 +55,12 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.trained_context,
         "rope_parameters": {key: value for key, value in rope.items() if value is not None},
+        "dual_chunk_attention_config": config.chunks
+        and {
+            "chunk_size": config.chunks.reach,
+            "local_size": config.chunks.reach - config.chunks.length,
+            "original_max_position_embeddings": config.chunks.gain_from or None,
+        },
         "sliding_window": window,
         "use_sliding_window": window is not None,
         "layer_types": names if config.family in BY_LAYER else None,

@@ -8,6 +8,8 @@ import torch
 from tiny import nll_of
 from torch import Tensor
 
+from skvq.engine.chunked import ChunkedMethod
+from skvq.engine.chunks import Chunks
 from skvq.engine.generate import Engine
 from skvq.engine.rope import StepRope, at_positions
 from skvq.kernels.interface import HeadCodec, LabelCodec
@@ -17,6 +19,7 @@ from skvq.kernels.reference import (
     e4m3_decode,
     encode_heads,
     masked_attention,
+    merge,
     quantize_heads,
     quantize_labels,
     rotary,
@@ -35,7 +38,7 @@ class SimulatedLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: StepRope) -> Tensor:
         setup, span = self.engine.parts.setup, self.engine.parts.setup.spans[self.layer]
-        q, k, v = rope.apply(q)[0], rope.apply(k)[0], v[0]
+        unturned, q, k, v = q[0], rope.apply(q)[0], rope.apply(k)[0], v[0]
         half_k, half_v = (t.to(setup.arena.shape.dtype) for t in (k, v))
         far_k, far_v = self._rounded(half_k, half_v)
         i, j = torch.arange(len(k))[:, None], torch.arange(len(k))[None]
@@ -47,16 +50,34 @@ class SimulatedLayer:
         keys = torch.cat([k, half_k.float(), far_k])
         values = torch.cat([v, half_v.float(), far_v])
         seen = torch.cat([visible & own, visible & ~own & ~far, visible & far], 1)
-        return masked_attention(q, keys, values, seen)[0][None]
+        if not isinstance(rope.distances, Chunks):
+            return masked_attention(q, keys, values, seen)[0][None]
+        chunk, parts = (torch.arange(len(k)) // rope.distances.length)[:, None], []
+        apart = (chunk - chunk.T).repeat(1, 3)
+        for query, pairs in zip((q, *_further(rope.distances, unturned)), (apart == 0, apart == 1, apart > 1), strict=True):
+            parts.append(masked_attention(query, keys, values, seen & pairs))
+        return merge([out for out, _ in parts], [lse for _, lse in parts])[0][None]
 
     def _rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [T, KH, D] after quantization, float32."""
-        method = self.engine.parts.setup.method
+        method, length = self.engine.parts.setup.method, len(k)
         if self.engine.parts.cache.method == "fp":
             return k.float(), v.float()
+        if isinstance(method, ChunkedMethod):
+            method, length = method._methods[0], method._chunks.length
         (run,) = method._runs[self.layer]
         codec, layout = run.codec, run.pages.layout
-        return (_by_label if isinstance(codec, LabelCodec) else _by_head)(codec, layout, k, v)
+        rounded = _by_label if isinstance(codec, LabelCodec) else _by_head
+        found = [rounded(codec, layout, *part) for part in zip(k.split(length), v.split(length), strict=True)]
+        keys, values = zip(*found, strict=True)
+        return torch.cat(keys), torch.cat(values)
+
+
+def _further(chunks: Chunks, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [T, H, D] not turned yet, turned as they meet the chunk before theirs, and those before that."""
+    place = torch.arange(len(q)) % chunks.length
+    behind = (place + chunks.length).clamp_max(chunks.reach)
+    return rotary(q, behind, chunks.frequencies), rotary(q, torch.full_like(place, chunks.reach), chunks.frequencies)
 
 
 def _by_head(codec: HeadCodec, layout: PageLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

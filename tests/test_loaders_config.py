@@ -26,8 +26,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from skvq.engine.config import FULL_SPAN, RopeConfig
-from skvq.engine.errors import SkvqError
+from skvq.engine.config import FULL_SPAN, ChunkConfig, RopeConfig
+from skvq.engine.errors import ModelError, SkvqError
 from skvq.engine.rope import model_rope
 from skvq.loaders.fields import Fields
 from skvq.loaders.hf import parse_config, read_config
@@ -233,9 +233,15 @@ def test_qwen2_slides_from_max_window_layers_on(full: int) -> None:
     assert [span == 64 for span in ours.attention_spans] == [kind == "sliding_attention" for kind in theirs.layer_types]
 
 
-def test_dual_chunk_attention_counts_only_what_was_trained() -> None:
-    data = SIZES | {"model_type": "qwen2", "dual_chunk_attention_config": {"original_max_position_embeddings": 1024}}
-    assert parse_config(Fields(data, "x")).trained_context == 1024
+def test_dual_chunk_attention() -> None:
+    """As in the config.json of Qwen2.5-7B-Instruct-1M; a chunk is cut to whole pages."""
+    dual = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    data = SIZES | {"model_type": "qwen2", "max_position_embeddings": 1010000, "dual_chunk_attention_config": dual}
+    config = parse_config(Fields(data, "x"))
+    assert config.chunks == ChunkConfig(length=253440, reach=262144, gain_from=262144)
+    assert config.trained_context == 1010000
+    with pytest.raises(ModelError, match="dual chunk attention needs full attention and RoPE in all layers"):
+        parse_config(Fields(data | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "x"))
 
 
 @pytest.mark.parametrize(

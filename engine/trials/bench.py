@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.config import ModelConfig
+from skvq.engine.config import FULL_SPAN, ModelConfig
 from skvq.engine.decode import graphs_of
 from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
@@ -33,7 +33,7 @@ from skvq.engine.prefill import chunks
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.stress import fill_fast, last_token_step
-from skvq.kernels.dense import attend_all, attend_causal, kv_buffer
+from skvq.kernels.dense import attend_causal, kv_buffer
 
 STEPS = 24
 """Decode steps timed at each context."""
@@ -123,7 +123,8 @@ def gate(setup: CacheSetup, heads: int, tokens: int, report: Reporter) -> float:
         if sequence.packed:
             old_keys, old_values = sequence.stage(0, 0, sequence.packed)
             keys, values = torch.cat([old_keys, keys]), torch.cat([old_values, values])
-        expected, _ = attend_all(q[0].float(), keys.transpose(0, 1), values.transpose(0, 1))
+        keys, values = (t.transpose(0, 1) for t in (keys, values))
+        expected, _ = setup.rope.distances.attend(q[0].float(), sequence.length - 1, keys, values, 0, FULL_SPAN)
         error = float((out[0].float() - expected).norm() / expected.norm())
     finally:
         sequence.free()

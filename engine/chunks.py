@@ -1,0 +1,153 @@
+"""Dual chunk attention (arXiv 2402.17463): no query and token seem farther apart than a model was trained for.
+
+A text is cut into chunks of ``length`` tokens, and RoPE turns every key by its place in its chunk. A query at place p of its
+own chunk is turned by p where it meets that chunk, by ``min(p + length, reach)`` where it meets the chunk before, so that
+neighbours across the border are as far apart as they are, and by ``reach`` where it meets any chunk before that. All of it is
+one softmax. Keys are cached once; the pages of a chunk are read as if they were a text of their own.
+
+``Distances`` is what attention asks: ``TrueDistances`` where a context is within what a model was trained for, else ``Chunks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from skvq.engine.config import FULL_SPAN
+from skvq.kernels.dense import attend_all, attend_behind, attend_causal, merge_runs
+from skvq.kernels.interface import RopeFrequencies, Step
+from skvq.kernels.layout import PAGE_TOKENS
+from skvq.kernels.ops import apply_rope, rope_turns
+
+Turns = tuple[Tensor, Tensor]
+
+
+class Distances(Protocol):
+    """How far apart queries and tokens seem to be, and dense attention with that."""
+
+    def places(self, positions: Tensor) -> Tensor:
+        """What keys at these positions are turned by, and queries where they meet tokens near them."""
+
+    def gain(self, positions: Tensor) -> Tensor | None:
+        """What queries there are multiplied by, float32 of the same shape; None for all ones."""
+
+    def attend(self, q: Tensor, first: int, k: Tensor, v: Tensor, start: int, span: int) -> tuple[Tensor, Tensor]:
+        """Queries [N, H, D] at positions ``first ..`` see the tokens from ``start`` on, k and v [KH, T, D], up to themselves:
+        all of those are before them, or the last N are their own. Both are turned by their places.
+
+        Output [N, H, D] and log-sum-exp [N, H] float32.
+        """
+
+
+class TrueDistances:
+    """As far apart as they are."""
+
+    def places(self, positions: Tensor) -> Tensor:
+        return positions
+
+    def gain(self, positions: Tensor) -> Tensor | None:
+        return None
+
+    def attend(self, q: Tensor, first: int, k: Tensor, v: Tensor, start: int, span: int) -> tuple[Tensor, Tensor]:
+        if start + k.shape[1] > first:
+            return attend_causal(q, k, v, span)
+        return attend_behind(q, k, v, first - span + 1 - start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """Chunks of ``length`` tokens, whole pages, and ``reach``, ``length`` or more: the largest distance there is.
+
+    gain_from: 0, or queries at position t are longer by ``0.1 ln((t + 1) / gain_from) + 1`` from there on (Qwen2.5-1M).
+    frequencies: RoPE's, without its scale.
+    """
+
+    length: int
+    reach: int
+    gain_from: int
+    frequencies: RopeFrequencies
+
+    def __str__(self) -> str:
+        return f"in chunks of {self.length:,} tokens with distances up to {self.reach:,}, gain from {self.gain_from:,}"
+
+    def places(self, positions: Tensor) -> Tensor:
+        return positions % self.length
+
+    def gain(self, positions: Tensor) -> Tensor | None:
+        if not self.gain_from:
+            return None
+        return ((positions + 1).float() / self.gain_from).log().mul(0.1).add(1).clamp_min(1)
+
+    def attend(self, q: Tensor, first: int, k: Tensor, v: Tensor, start: int, span: int) -> tuple[Tensor, Tensor]:
+        assert span == FULL_SPAN, span
+        found = [self._attend_run(q[a - first : b - first], a, k, v, start) for a, b in self.runs(first, len(q))]
+        outs, lses = zip(*found, strict=True)
+        return (outs[0], lses[0]) if len(found) == 1 else (torch.cat(outs), torch.cat(lses))
+
+    def _attend_run(self, q: Tensor, a: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """``attend`` of queries of one chunk, from position ``a`` on."""
+        b, stop = a + len(q), start + k.shape[1]
+        own = a // self.length * self.length
+        before, further = max(start, own - self.length), self.further(torch.arange(a, b, device=q.device))
+        parts, (behind, far) = [], turned(q, further)
+        for query, lo, hi in ((q, max(start, own), min(stop, b)), (behind, before, min(stop, own)), (far, start, before)):
+            if lo < hi:
+                keys, values = (t[:, lo - start : hi - start] for t in (k, v))
+                parts.append(attend_causal(query, keys, values, FULL_SPAN) if hi > a else attend_all(query, keys, values))
+        outs, lses = zip(*parts, strict=True)
+        return parts[0] if len(parts) == 1 else merge_runs(list(outs), list(lses), q.dtype)
+
+    def runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Start and stop of the parts of ``count`` tokens from ``first`` on that lie in one chunk.
+
+        >>> list(Chunks(length=1280, reach=2560, gain_from=0, frequencies=None).runs(1000, 2000))
+        [(1000, 1280), (1280, 2560), (2560, 3000)]
+        """
+        last = first + count
+        while first < last:
+            stop = min(last, (first // self.length + 1) * self.length)
+            yield first, stop
+            first = stop
+
+    def further(self, positions: Tensor) -> Turns:
+        """Cosines and sines [2, ..., 1, D/2] of what queries at ``positions`` [...] are turned by, beyond their places, where
+        they meet the chunk before theirs, and where they meet those before that."""
+        rest = self.reach - self.places(positions)
+        return rope_turns(self.frequencies, torch.stack([rest.clamp_max(self.length), rest]))
+
+
+def turned(q: Tensor, further: Turns) -> tuple[Tensor, Tensor]:
+    """Queries [..., H, D] as they meet the chunk before theirs, and as they meet those before that, in their dtype."""
+    behind, far = apply_rope(q[None], *further)
+    return behind, far
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStep:
+    """A step as one chunk sees it, as if its tokens were all there are."""
+
+    step: Step
+    own: Tensor  # bool [B, N, 1, 1], whose queries are of this chunk
+    next: Tensor  # as own, of the chunk after it
+
+
+def chunk_steps(step: Step, chunks: Chunks, ring: int) -> list[ChunkStep]:
+    """The step in each chunk that may hold anything: packed tokens, or some of the ``ring`` tokens behind them."""
+    pages, found = chunks.length // PAGE_TOKENS, []
+    chunk = step.positions // chunks.length
+    for number in range((step.max_packed + ring - 1) // chunks.length + 1):
+        first = number * chunks.length
+        within = replace(
+            step,
+            positions=step.positions.clamp_max(first + chunks.length - 1) - first,
+            packed=(step.packed - first).clamp(0, chunks.length),
+            page_table=step.page_table[:, number * pages : (number + 1) * pages],
+            max_packed=min(max(step.max_packed - first, 0), chunks.length),
+        )
+        own, after = (chunk == n for n in (number, number + 1))
+        found.append(ChunkStep(within, own[..., None, None], after[..., None, None]))
+    return found
