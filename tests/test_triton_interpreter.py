@@ -17,6 +17,7 @@ from interpreter import CHECKS, HERE, import_paths
 pytest.importorskip("triton")
 QUICK = [
     "attend_heads",
+    "attend_chunks",
     "attend_parts",
     "attend_spans",
     "attend_others",

@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from cases import arguments, check_unpacked, compare, formats, make_case, torch_error
+from cases import Case, arguments, check_unpacked, compare, formats, make_case, torch_error
 from torch import Tensor
 
 from skvq.kernels import reference
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.interface import FullSlots
-from skvq.kernels.layout import LEVELS
+from skvq.kernels.layout import LEVELS, PAGE_TOKENS
 from skvq.kernels.linear import DenseLinear, StoredLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import (
@@ -71,11 +72,15 @@ def backend() -> TritonGpu:
 
 def check_attend(method: str, part: int = 0, **options: object) -> None:
     """``part``: tokens that packed attention takes at a time, if not as it likes."""
-    case, made = make_case(**options), backend()  # type: ignore[arg-type]
+    made = backend()
     if part:
         form = PackedForm(part=part, stages=2, registers=0, programs=12)
         made = TritonGpu(CPU, tuning=Tuning(form_of=lambda layout, **rest: form))
-    out, lse, exact, exact_lse = compare(made, case, method)
+    check_case(make_case(**options), method, made, **options)  # type: ignore[arg-type]
+
+
+def check_case(case: Case, method: str, made: TritonGpu | None = None, **options: object) -> None:
+    out, lse, exact, exact_lse = compare(made or backend(), case, method)
     error, allowed = float((out.float() - exact).abs().max()), 2 * torch_error(exact, case, method)
     print(f"{method} {options}: error {error:.2e}, allowed {allowed:.2e}", flush=True)
     assert error <= allowed + 1e-7, (method, options, error, allowed)
@@ -102,6 +107,20 @@ def attend_heads() -> None:
     check_attend("heads", retained=1.0, packed=(2,))
     check_attend("heads", among_trits=True, packed=(1, 9), group_size=64, has_key_mean=True)
     check_attend("heads", among_trits=True, packed=(2,), key_bits=3.0, value_bits=4.0, size=64)
+
+
+def attend_chunks() -> None:
+    """The pages of a chunk behind the first, counted from where it begins (``engine.chunked``): one row has one, one some."""
+    for method, options in (("heads", {"has_key_mean": True}), ("labels", {"group_size": 64}), ("plain", {})):
+        case = make_case(packed=(12, 23), **options)  # type: ignore[arg-type]
+        step = replace(
+            case.step,
+            page_table=case.step.page_table[:, 1:],
+            packed=(case.step.packed - PAGE_TOKENS).clamp(0, PAGE_TOKENS),
+            positions=(case.step.positions - PAGE_TOKENS).clamp_max(PAGE_TOKENS - 1),
+            max_packed=PAGE_TOKENS,
+        )
+        check_case(replace(case, step=step, full=replace(case.full, positions=case.full.positions - PAGE_TOKENS)), method)
 
 
 def attend_parts() -> None:
@@ -610,7 +629,8 @@ def on_a_card() -> None:
 CHECKS = {
     check.__name__: check
     for check in (
-        attend_heads, attend_parts, attend_spans, attend_others, attend_formats, every_format, invariants, packing, odd_shapes,
+        attend_heads, attend_chunks, attend_parts, attend_spans, attend_others, attend_formats, every_format, invariants,
+        packing, odd_shapes,
         crowded_labels, fused_operations, matrices, blocks, lattice, merging, label_ranges, assembly_order, decode_steps,
         on_a_card,
     )
