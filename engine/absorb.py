@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,19 @@ def pack_window(sequence: SequenceCache, new_ids: Tensor) -> None:
 
     sequence.setup.streams.each(arena.shape.layers, pack)
     arena.slot(sequence.slot)["full_positions"].index_fill_(1, slots, -1)
+
+
+def pack_zeros(sequence: SequenceCache, layouts: Sequence[object]) -> None:
+    """Pack a tile of zeros, which nobody reads, in one layer of each of ``layouts``: to have packing compiled. The sequence has
+    none packed yet, and will have none."""
+    setup, tile = sequence.setup, sequence.setup.regions.tile
+    if not setup.regions.packed(setup.max_context):
+        return
+    full = setup.arena.full(0)
+    zeros = full.keys.new_zeros(tile, *full.keys.shape[1::2])  # [T, KH, D]
+    sequence.grow(tile)
+    for layer in {layout: index for index, layout in enumerate(layouts)}.values():
+        setup.method.pack(layer, sequence.page_row, 0, zeros, zeros, torch.zeros(tile, dtype=torch.bool, device=zeros.device))
 
 
 def _ids(sequence: SequenceCache, start: int, stop: int, new_ids: Tensor) -> Tensor:

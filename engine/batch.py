@@ -5,7 +5,8 @@ on (continuous batching; Orca, OSDI 2022). Between pieces of a long prompt the o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
 
@@ -18,7 +19,7 @@ from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generation import begun, continuing, end_of, step
 from skvq.engine.guard import computing
 from skvq.engine.measure import wait_for
-from skvq.engine.options import names_options, require_type
+from skvq.engine.options import is_whole, names_options, require_type
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
@@ -40,11 +41,13 @@ class Request:
     text: what has been answered so far.
     logprobs: of each token of that, if ``SamplingConfig.logprobs`` asks for them.
     timing: what that took; of a step of several answers each counts all of it.
+    error: what it has ``failed`` with.
     """
 
     def __init__(self, ids: Sequence[int], config: SamplingConfig, sequence: SequenceCache | None, *, fork: bool) -> None:
         self.ids, self.config = ids, config
         self.text, self.timing = "", Timing()
+        self.error: BaseException | None = None
         self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else Mark()
         self.twins: Sequence[Request] = ()  # to the same prompt, this one among them, until it is over
         self.answer: Answer | None = None  # from when the prompt has been read
@@ -56,8 +59,8 @@ class Request:
 
     @property
     def finish(self) -> str:
-        """What ended the answer, as ``Summary.finish``, or ``cancelled``, or ``failed`` (``Batch.step`` has raised why); empty
-        while it waits or is being answered.
+        """What ended the answer, as ``Summary.finish``, or ``cancelled``, or ``failed`` (``Batch.step`` has raised its
+        ``error``); empty while it waits or is being answered.
         """
         return self.timing.finish
 
@@ -162,6 +165,8 @@ class Batch:
 
     def has_room_for(self, count: int) -> bool:
         """Whether a sequence of ``count`` tokens that is none of them has room beside those that have begun."""
+        if not is_whole(count) or count < 0:
+            raise OptionError(f"count must be a number of tokens, got {count!r}")
         return self._fits(self._engine.parts.setup.regions.pages(count), in_place=False)
 
     def step(self, *, begin: bool = True, alone: bool = True) -> list[tuple[Request, str]]:
@@ -225,12 +230,9 @@ class Batch:
             for request in [*self._going]:
                 if request.answer is None or request.finish:
                     continue
-                try:
+                with self._failing(request):
                     request.answer.require_next()
                     request.answer.sequence.reserve(1)
-                except BaseException:
-                    self._end(request, "failed")
-                    raise
                 found[request] = request.answer
         return found
 
@@ -243,7 +245,7 @@ class Batch:
         except BaseException as error:
             behind = [request for request, answer in answers.items() if not answer.is_next]
             for request in behind:
-                self._end(request, "failed")
+                self._fail(request, error)
             if behind or not isinstance(error, Exception):
                 raise
             self._last_step = self._decode_alone(answers, error)
@@ -258,7 +260,7 @@ class Batch:
                 seconds += step(self._engine, [answer])
             except BaseException as error:
                 if isinstance(error, Exception) or not answer.is_next:
-                    self._end(request, "failed")
+                    self._fail(request, error)
                 if not isinstance(error, Exception):
                     raise
                 errors.append(error)
@@ -327,21 +329,18 @@ class Batch:
     def _begin(self, request: Request) -> None:
         """Give a prompt its sequence, to be read into."""
         engine, given, pages = self._engine, request.given, self._pages(request)
-        try:
+        with self._failing(request):
             sequence = engine.new_sequence() if given is None else given.fork() if request.fork else given
             self._going[request] = sequence, pages
             self._reading[request] = continuing(engine, sequence, request.ids, request.config, after=request.after)
             self._waiting.remove(request)
-        except BaseException:
-            self._end(request, "failed")
-            raise
 
     def _read(self, request: Request, seconds: float, *, twins: bool) -> None:
         """Read of a prompt for so long, at least one piece; after the last draw the first token of its answer. With ``twins``
         others to it begin then."""
         engine, pieces = self._engine, self._reading[request]
         end = time.perf_counter() + seconds
-        try:
+        with self._failing(request):
             with computing(engine):
                 try:
                     while True:
@@ -356,9 +355,6 @@ class Batch:
                     request.answer = begun(engine, self._going[request][0], logits, request.config, request.ids)
             del self._reading[request]
             request.timing = request.answer.timing
-        except BaseException:
-            self._end(request, "failed")
-            raise
         if twins:
             self._begin_twins(request, logits)
 
@@ -368,7 +364,7 @@ class Batch:
         for twin in request.twins:
             if twin.cancelled or twin.finish or twin in self._going or not self._has_room(twin, sequence):
                 continue
-            try:
+            with self._failing(twin):
                 try:
                     fork = sequence.fork()
                 except CapacityError:  # another thread has taken the last place
@@ -377,9 +373,6 @@ class Batch:
                 self._waiting.remove(twin)
                 twin.answer = begun(self._engine, fork, logits, twin.config, twin.ids)
                 twin.timing = twin.answer.timing
-            except BaseException:
-                self._end(twin, "failed")
-                raise
 
     def _tell(self, request: Request) -> None:
         """What the answer went on by; if it is over, its place is free."""
@@ -392,6 +385,19 @@ class Batch:
                 end_of(self._engine, request.answer)
             finally:
                 self._end(request, request.finish)
+
+    @contextmanager
+    def _failing(self, request: Request) -> Iterator[None]:
+        """What goes wrong here is the request's."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(request, error)
+            raise
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        request.error = error
+        self._end(request, "failed")
 
     def _end(self, request: Request, finish: str) -> None:
         """It is over, whether or not it had begun."""

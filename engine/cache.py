@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class Mark(NamedTuple):
     total_tokens: int = 0
     pending: tuple[int, ...] = ()
     changes: int = 0
+
+
+class _Freed(NamedTuple):
+    """What a freed sequence still knows of its setup: it keeps no arena in memory."""
+
+    device: torch.device
+    lock: RLock
 
 
 class SequenceCache:
@@ -316,9 +323,11 @@ class SequenceCache:
         positions[:, : self.orphans].clamp_(max=length)  # sinks stay visible from the next token on
         held = positions[:, self.orphans :]
         held.masked_fill_(held >= length, -1)
+        if length < self.length:
+            self.logits = None
         self.packed, self.length = packed, length
         del self.token_ids[length:]
-        self.pending, self.logits = [], None
+        self.pending = []
         self.changes += 1
         while len(self.pages) > pages_for(packed):
             arena.release(self.pages.pop())
@@ -364,6 +373,7 @@ class SequenceCache:
             for page in pages:
                 self.setup.arena.release(page)
             self.setup.arena.release_sequence(self.slot)
+            self.logits, self.setup = None, cast(CacheSetup, _Freed(self.device, self.lock))
 
     # --- size -----------------------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from skvq.engine import scoring
+from skvq.engine.absorb import pack_zeros
 from skvq.engine.batch import Batch
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import calibrate_to
+from skvq.engine.codecs import layouts_of
 from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, require_known
 from skvq.engine.evaluate import Likelihoods
@@ -93,6 +95,8 @@ class Engine(TokenEngine):
         require_type("cache", cache, CacheConfig, None)
         require_type("rope_scaling", rope_scaling, str, None)
         require_type("report", report, Reporter, None)
+        if isinstance(report, type):
+            raise OptionError(f"report must be an object with bar and message, got the class {report.__name__}: call it")
         template_kwargs = template_kwargs_of(chat_template_kwargs)
         chosen = report if report is not None else StderrReporter()
         chosen_device = pick_device(str(device))
@@ -120,8 +124,8 @@ class Engine(TokenEngine):
             engine.report, engine.timing = chosen, Timing()
             return engine
 
-    @computes
     @names_options(cache=CacheConfig)
+    @computes
     def with_cache(self, cache: CacheConfig, *, calibration: str | Path | None = None, max_sequences: int = 1) -> Engine:
         """An engine with another cache over the same weights; free this one's arena by dropping it."""
         require_type("cache", cache, CacheConfig)
@@ -129,12 +133,14 @@ class Engine(TokenEngine):
         parts = with_cache(self.parts, cache, max_sequences, path, self.report)
         return Engine(parts, self.report, prefix_cache=self.prefix_cache)
 
+    @computes
     def warm_up(self) -> None:
-        """Read and decode a token: compiling kernels and capturing the step are part of nobody's timing."""
+        """Read and decode a token, and pack a tile: compiling kernels and capturing the step are part of nobody's timing."""
         with self.new_sequence() as sequence:
             self.read(sequence, [0])
             if self.parts.setup.max_context > 1:
                 self.decode_step([sequence], [0])
+            pack_zeros(sequence, layouts_of(self.parts.cache, self.parts.model.config) if self.parts.cache.is_packed else ())
 
     # --- text ------------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Tensors of the file, L layers, KH kv heads, F full-precision slots, D head size,
     full_keys, full_values                          [L, KH, F, D]     zeros in slots that hold nothing
     full_positions int32, full_mass float32         [L, F]
     token_ids int32                                 [length]
+    logits float32                                  [V]               where reading gave them last, of what follows
 
 Tiles are not pages: a file can be restored into any arena of the same identity, whatever its pages.
 """
@@ -42,8 +43,10 @@ PIECE_TILES = 512
 def save_session(sequence: SequenceCache, path: Path) -> None:
     """Write a sequence to ``path`` atomically. Same sequence, same bytes."""
     layers = range(sequence.setup.arena.shape.layers)
-    entries = [*tile_entries(sequence, layers, sequence.packed), *slot_entries(sequence)]
-    write_container(path, KIND, header_of(sequence), [*entries, ids_entry(sequence.token_ids)])
+    entries = [*tile_entries(sequence, layers, sequence.packed), *slot_entries(sequence), ids_entry(sequence.token_ids)]
+    if sequence.logits is not None:
+        entries.append(whole("logits", sequence.logits))
+    write_container(path, KIND, header_of(sequence), entries)
 
 
 def open_session(identity: Identity, path: Path) -> Container:
@@ -121,6 +124,7 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
     tiles = expect_tiles(sequence, file, layers, packed)
     slots = expect_slots(sequence, file)
     ids = file.expect("token_ids", torch.int32, (length,)).tolist()
+    logits = file.tensors.get("logits")  # of files of before, or after an answer, none
     arena = sequence.setup.arena
     require_fits(length, sequence.setup.max_context)
     arena.require_pages(max(0, pages_for(packed) - sum(not arena.is_shared(page) for page in sequence.pages)))
@@ -131,6 +135,7 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
             sequence.filled = bool(file.header.get("filled"))
             write_tiles(sequence, tiles, layers)
             write_slots(sequence, slots)
+            sequence.logits = None if logits is None else logits.to(sequence.device, copy=True)
         except BaseException:
             sequence.truncate(0)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ class TokenEngine:
         size = f"{config.num_parameters / 1e6:,.0f}M parameters, context {setup.max_context:,}"
         return f"<Engine: {size}, cache {cache}, {setup.backend.name} on {self.device}>"
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise OptionError("an engine cannot be copied, pickled or sent to another process: load one there")
+
     @property
     def device(self) -> torch.device:
         """Where it computes."""
@@ -60,6 +64,7 @@ class TokenEngine:
 
     # --- prompts ---------------------------------------------------------------------------------------------------------
 
+    @names_options()
     def encode(self, text: Prompt, *, bos: bool = True) -> list[int]:
         """Token ids of a text, or of chat messages; ids are passed through. Special tokens are recognized in a text.
 
@@ -68,6 +73,7 @@ class TokenEngine:
 
         Raises OptionError if there are none or one is unknown.
         """
+        require_type("bos", bos, bool)
         ids = token_ids_of(text, self.parts.tokenizer, bos=bos)
         if not ids:
             raise OptionError("the prompt is empty: give at least one token")
@@ -137,12 +143,13 @@ class TokenEngine:
             raise
         return sequence
 
+    @names_options()
     @computes
     def fill(self, sequence: SequenceCache, count: int, *, seed: int = 0) -> None:
         """Append what is pending and ``count`` random tokens, without running the model on these: a full cache to measure."""
         self._require_own(sequence)
-        if not is_whole(count) or count < 0:
-            raise OptionError(f"count must be a number of tokens, got {count!r}")
+        if not is_whole(count) or count < 0 or not is_whole(seed):
+            raise OptionError(f"count and seed must be whole numbers, the first of tokens, got {count!r} and {seed!r}")
         if sequence.pending:
             self.read(sequence, [])
         fill_fast(sequence, count, seed=seed, vocab=self.parts.model.config.vocab_size, report=self.report)
@@ -164,6 +171,7 @@ class TokenEngine:
             raise
         return sequence
 
+    @names_options()
     @computes
     def read(
         self,

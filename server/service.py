@@ -246,7 +246,7 @@ class Service:
             over = [request for request in self._answers if request.finish]
             for request in over:
                 call, index = self._answers.pop(request)
-                call.end(index, error)
+                call.end(index, request.error if isinstance(request.error, SkvqError) else error)
             for request in batch.answering:
                 if known := self._answers.get(request):
                     call, index = known

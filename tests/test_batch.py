@@ -461,6 +461,7 @@ def test_harm_to_one_answer_ends_that_alone(engine: Engine, harm: str, reason: s
             batch.step()
         finished(batch)
     assert (harmed.finish, other.finish, other.text) == ("failed", "length", wanted)
+    assert reason in str(harmed.error) and other.error is None
     sequence.free()
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from tiny import dense_nll, random_ids, stepped_nll, tiny_cache, tiny_engine, ti
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generate import Engine
+from skvq.engine.methods import PackedMethod
 from skvq.engine.report import Quiet
 from skvq.loaders.text import ByteTokenizer
 
@@ -308,3 +314,52 @@ def test_likelihoods_are_those_of_the_packed_cache(engine: Engine) -> None:
     for count in (0, 321, 1.5):
         with pytest.raises(OptionError, match="count must be from 1 to the vocabulary's 320"):
             engine.likelihoods(ids, count)  # type: ignore[arg-type]
+
+
+def test_a_freed_sequence_keeps_no_arena(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache())
+    sequence = engine.prefill([1, 2, 3])
+    arena = weakref.ref(engine.parts.setup.arena)
+    sequence.free()
+    sequence.free()
+    with pytest.raises(OptionError, match="has been freed"):
+        sequence.fork()
+    with pytest.raises(OptionError, match="has been freed"):
+        engine.read(sequence, [4])
+    del engine
+    gc.collect()
+    assert arena() is None and repr(sequence) == "<SequenceCache: freed>"
+
+
+def test_loading_compiles_what_packs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of each layout: nobody's first prompt waits for it."""
+    packed: list[int] = []
+    pack = PackedMethod.pack
+
+    def counted(self: PackedMethod[Any], layer: int, *given: Any) -> None:
+        packed.append(layer)
+        pack(self, layer, *given)
+
+    monkeypatch.setattr(PackedMethod, "pack", counted)
+    engine = tiny_engine(folder, tiny_cache(method="plain", layer_bits=((2, 2), (3, 2), (2, 2))))
+    assert sorted(packed) == [1, 2]
+    assert engine.parts.setup.arena.free_pages == engine.parts.setup.arena.shape.pages
+    packed.clear()
+    tiny_engine(folder, tiny_cache(method="plain"), max_context=100)
+    assert packed == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda engine: pickle.dumps(engine), "an engine cannot be copied, pickled or sent"),
+        (lambda engine: copy.copy(engine), "an engine cannot be copied, pickled or sent"),
+        (lambda engine: engine.read(engine.new_sequence(), [1], chekpoint="x"), "did you mean 'checkpoint'"),
+        (lambda engine: engine.encode("a", bos="x"), "bos must be bool, got 'x'"),
+        (lambda engine: engine.fill(engine.new_sequence(), 3, seed="x"), "count and seed must be whole numbers"),
+        (lambda engine: Engine.load("smollm2-135m", report=Quiet), "report must be an object with bar and message"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(engine: Engine, wrong: Callable[[Engine], Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        wrong(engine)

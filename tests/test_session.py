@@ -68,6 +68,24 @@ def test_a_fresh_engine_goes_on_with_the_same_logits(folder: Path, tmp_path: Pat
     second.parts.setup.arena.check(arena_of(other, restored))
 
 
+def test_an_answer_after_a_restore_is_the_one_after_the_text(folder: Path, tmp_path: Path) -> None:
+    """What reading gave last is kept: decoding the last token once more would see the text as it is packed."""
+    engine = tiny_engine(folder, tiny_cache())
+    with engine.prefill(random_ids(700)) as sequence:
+        assert sequence.logits is not None
+        sequence.save(tmp_path / "a.session")
+        with engine.restore(tmp_path / "a.session") as restored:
+            assert restored.logits is not None and torch.equal(restored.logits, sequence.logits)
+        kept = sequence.logits
+        sequence.truncate(700)
+        assert sequence.logits is kept
+        sequence.truncate(699)
+        assert sequence.logits is None
+        sequence.save(tmp_path / "a.session")
+        with engine.restore(tmp_path / "a.session") as restored:
+            assert restored.logits is None and restored.length == 699
+
+
 def test_saving_what_was_restored_gives_the_same_bytes(engine: Engine, saved: Path, tmp_path: Path) -> None:
     restored = engine.restore(saved)
     restored.save(tmp_path / "again.session")

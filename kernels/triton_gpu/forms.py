@@ -13,7 +13,7 @@ from skvq.kernels.layout import GPU_HEAD_SIZES, PageLayout
 
 VARYING = {
     "do_not_specialize": ["splits", "full_splits", "first_tile", "first", "tokens", "queries", "chunks", "columns"],
-    "do_not_specialize_on_alignment": ["held_ptr", "page_ptr"],
+    "do_not_specialize_on_alignment": ["held_ptr", "page_ptr", "pages_ptr", "slots_ptr", "packed_ptr", "positions_ptr"],
 }
 """Options of kernels: arguments that vary between calls, layers or sequences and are used outside of inner loops. One
 compilation serves all their values, where each that is 1 or a multiple of 16 would stop a conversation for seconds."""

@@ -54,7 +54,7 @@ def fit_groups(y, there, count, unit, clip, LEVELS: tl.constexpr):
     return code.to(tl.int32), scale_byte, mid_byte
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "widest"])
 def quantize_kernel(
     y_ptr, unit_ptr, clip_ptr, member_ptr, size_ptr, code_ptr, scale_ptr, mid_ptr, tokens, groups, stride_token, widest,
     LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
