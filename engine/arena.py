@@ -73,6 +73,7 @@ class ArenaShape:
     full_slots: int
     dtype: torch.dtype  # of full-precision slots, 16 bits
     layer_pages: tuple[Page, ...]  # tensors of one page, for each layer
+    chunks: int = 1  # that a sequence may lie in (``engine.chunks``)
 
     def __post_init__(self) -> None:
         assert len(self.layer_pages) == self.layers, (len(self.layer_pages), self.layers)
@@ -84,11 +85,13 @@ class ArenaShape:
     def tensors(self) -> dict[str, TensorSpec]:
         """What the arena holds besides pages, by name."""
         slots = (self.layers, self.sequences, self.kv_heads, self.full_slots, self.head_size)
+        marks = (self.layers, self.sequences, self.full_slots)
         return {
             "full_keys": (slots, self.dtype),
             "full_values": (slots, self.dtype),
-            "full_positions": ((self.layers, self.sequences, self.full_slots), torch.int32),
-            "full_mass": ((self.layers, self.sequences, self.full_slots), torch.float32),
+            "full_positions": (marks, torch.int32),
+            "full_mass": (marks, torch.float32),
+            "chunk_positions": ((self.chunks - 1, *marks), torch.int32),
             "page_table": ((self.sequences, max(1, self.pages_per_sequence)), torch.int32),
         }
 

@@ -13,6 +13,7 @@ from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.run import calibrate, rehearse, texts_of
 from skvq.calibrate.sensitivity import PROBE_STEP, PROBE_TOKENS
 from skvq.calibrate.stats import SAMPLE_TEXTS
+from skvq.engine.chunks import TrueDistances
 from skvq.engine.codecs import check_tensors
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import CalibrationError, CapacityError, OptionError, SkvqError, counted
@@ -46,9 +47,10 @@ def make_artifact(
 ) -> Artifact:
     """Calibrate on the first ``header.tokens`` of ``ids``; a budget is spent, and the header says how.
 
-    Tokens whose keys stand out are named in the header, and reported. Raises CapacityError if there is no memory for the work.
+    Texts are as short as any model was trained on, and not cut into chunks: one calibration serves every context. Tokens whose
+    keys stand out are named in the header, and reported. Raises CapacityError if there is no memory for the work.
     """
-    model, rope, backend = loaded.model, loaded.rope, loaded.backend
+    model, rope, backend = loaded.model, replace(loaded.rope, distances=TrueDistances()), loaded.backend
     texts = texts_of(ids, header.tokens)
     count, length = texts.shape
     needed, left = work_bytes(model.config, cache, count, length, model.dtype.itemsize), available_memory(model.device)

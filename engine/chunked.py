@@ -25,21 +25,20 @@ class ChunkedMethod:
 
     def __init__(self, method: HeadMethod | LabelMethod | PlainMethod, arena: Arena, chunks: Chunks, ring: int) -> None:
         self._chunks, self._ring, self._positions = chunks, ring, arena.tensors["full_positions"]
-        last = (arena.shape.pages_per_sequence * PAGE_TOKENS + ring - 1) // chunks.length
-        self._marks = [torch.empty_like(self._positions) for _ in range(last)]
+        self._marks = arena.tensors["chunk_positions"].unbind(0)
         self._methods: list[CacheMethod] = [method, *(method.over(marks) for marks in self._marks)]
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None:
         for chunk, a, b in self._runs(first, len(keys)):
             part = slice(a - first, b - first)
-            pages, place = page_row[self._page(chunk) :], a - chunk * self._chunks.length
-            self._methods[0].pack(layer, pages, place, keys[part], values[part], retained[part])
+            place = a - chunk * self._chunks.length
+            self._methods[0].pack(layer, self._pages(page_row, chunk), place, keys[part], values[part], retained[part])
 
     def unpack(self, layer: int, page_row: Tensor, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         found = []
         for chunk, a, b in self._runs(first, count):
             place = a - chunk * self._chunks.length
-            found.append(self._methods[0].unpack(layer, page_row[self._page(chunk) :], place, b - a, dtype))
+            found.append(self._methods[0].unpack(layer, self._pages(page_row, chunk), place, b - a, dtype))
         return joined(found, 0)
 
     def begun(self, step: Step) -> Attends:
@@ -58,9 +57,10 @@ class ChunkedMethod:
         assert not dropped, dropped
         return self
 
-    def _page(self, chunk: int) -> int:
-        """Where a chunk's pages begin in a row of the page table."""
-        return chunk * self._chunks.length // PAGE_TOKENS
+    def _pages(self, page_row: Tensor, chunk: int) -> Tensor:
+        """A chunk's part of a row of the page table."""
+        pages = self._chunks.length // PAGE_TOKENS
+        return page_row[chunk * pages : (chunk + 1) * pages]
 
     def _runs(self, first: int, count: int) -> list[tuple[int, int, int]]:
         return [(a // self._chunks.length, a, b) for a, b in self._chunks.runs(first, count)]
@@ -73,9 +73,6 @@ class _BegunInChunks:
     methods: Sequence[CacheMethod]
     steps: Sequence[ChunkStep]
     further: Turns
-
-    def begun(self, step: Step) -> Attends:
-        return self
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Of a chunk that is the query's, the one before, or an earlier one: of the last nobody is in a later one."""

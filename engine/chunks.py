@@ -62,7 +62,8 @@ class TrueDistances:
 class Chunks:
     """Chunks of ``length`` tokens, whole pages, and ``reach``, ``length`` or more: the largest distance there is.
 
-    gain_from: 0, or queries at position t are longer by ``0.1 ln((t + 1) / gain_from) + 1`` from there on (Qwen2.5-1M).
+    gain_from: 0, or queries at position t are longer by ``(0.1 ln((t + 1) / gain_from) + 1)^2`` from there on (Qwen2.5-1M,
+        arXiv 2501.15383, after YaRN's equation 22). Of a prompt vLLM gives all queries the gain of the last.
     frequencies: RoPE's, without its scale.
     """
 
@@ -72,7 +73,7 @@ class Chunks:
     frequencies: RopeFrequencies
 
     def __str__(self) -> str:
-        return f"in chunks of {self.length:,} tokens with distances up to {self.reach:,}, gain from {self.gain_from:,}"
+        return f"in chunks of {self.length:,} tokens, distances up to {self.reach:,}, gain from {self.gain_from:,} on"
 
     def places(self, positions: Tensor) -> Tensor:
         return positions % self.length
@@ -80,7 +81,7 @@ class Chunks:
     def gain(self, positions: Tensor) -> Tensor | None:
         if not self.gain_from:
             return None
-        return ((positions + 1).float() / self.gain_from).log().mul(0.1).add(1).clamp_min(1)
+        return ((positions + 1).float() / self.gain_from).log().mul(0.1).add(1).clamp_min(1).square()
 
     def attend(self, q: Tensor, first: int, k: Tensor, v: Tensor, start: int, span: int) -> tuple[Tensor, Tensor]:
         assert span == FULL_SPAN, span

@@ -15,7 +15,7 @@ from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.chunks import Distances, TrueDistances
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import ModelError, OptionError
+from skvq.engine.errors import ModelError
 from skvq.engine.mass import add_mass
 from skvq.engine.model import LayerCache, Model
 from skvq.engine.pieces import Pieces
@@ -112,8 +112,7 @@ class StrictWindowLayer(DecodeRegimeLayer):
         return [(a, min(a + ROWS, last)) for a in range(first, last, ROWS)]
 
     def _attend_stretch(self, q: Tensor, a: int, b: int, distances: Distances) -> Tensor:
-        if not isinstance(distances, TrueDistances):
-            raise OptionError("a window of exactly W tokens is not simulated in chunks: choose a shorter --ctx")
+        assert isinstance(distances, TrueDistances), distances  # ``scoring.evaluate`` has refused others
         t = torch.arange(a, b, device=q.device)[:, None]
         at = torch.arange(b, device=q.device)[None]
         near = (t - at < self.sequence.setup.regions.window) | (at >= len(self.stored_keys))

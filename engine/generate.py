@@ -70,8 +70,8 @@ class Engine(TokenEngine):
         max_context: tokens of the longest sequence; the default is the trained length, or what fits.
         max_sequences: sequences alive at once; beyond the first each has a full window and a few pages of its own.
         calibration: an artifact of ``skvq calibrate``; the default is a cached one, or one made now.
-        rope_scaling: ``kind:factor`` to go past the trained context, as ``linear:4`` or ``yarn:4``; ``yarn:4:32768``
-            stretches another length, as Qwen3's authors say.
+        rope_scaling: ``kind:factor`` to go past the trained context: ``chunks:4`` (dual chunk attention), ``yarn:4``,
+            ``dynamic:4``, ``linear:4``; ``yarn:4:32768`` stretches another length, as Qwen3's authors say.
         prefill: how prompts are read, ``exact`` or ``streaming``.
         on_full: what happens when a sequence reaches max_context: ``stop`` ends its answer, ``shift`` drops its oldest packed
             pages, all but the attention sinks, and goes on. A prompt longer than max_context is then read by streaming.

@@ -121,7 +121,7 @@ def load_parts(
     _check_chunks(rope, cache, full)
     trained = source.config.trained_context
     if context > trained:
-        report.message(f"{beyond_training(context, trained, config.trained_context)}; memory and speed are not affected")
+        report.message(beyond_training(context, trained, config.trained_context))
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
@@ -235,6 +235,7 @@ def with_cache(
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.prefill)
     planner.plan_that_fits(parts.loaded.context)
     full = on_full_of(parts.on_full, widest_regions(cache, config), parts.loaded.context)
+    _check_chunks(parts.rope, cache, full)
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
     plan = replace(planner, cache=cache).plan(parts.loaded.context)
     return replace(parts, cache=cache, setup=setup, plan=plan)

@@ -28,13 +28,17 @@ Codec = TypeVar("Codec")
 class Attends(Protocol):
     """Attention of one layer over what sequences hold. Shapes as in ``kernels.interface.PackedKernels``."""
 
-    def begun(self, step: Step) -> Attends:
-        """The same for all layers of a step, which differ in their spans, with what they share done."""
-
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]: ...
 
 
-class CacheMethod(Attends, Protocol):
+class Begins(Protocol):
+    """Attention of all layers in one step."""
+
+    def begun(self, step: Step) -> Attends:
+        """What attends in the layers of that step, which differ in their spans: what they share is done."""
+
+
+class CacheMethod(Attends, Begins, Protocol):
     """Packing, unpacking and attention of one layer. Shapes as in ``kernels.interface.PackedKernels``."""
 
     def pack(self, layer: int, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor) -> None: ...

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.engine.chunks import Chunks, Distances, TrueDistances
-from skvq.engine.config import ChunkConfig, ModelConfig, RopeConfig, yarn_scale
+from skvq.engine.config import FULL_SPAN, ChunkConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError, OptionError
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.layout import PAGE_TOKENS
@@ -51,7 +51,7 @@ class ModelRope:
 
 @dataclass(frozen=True, slots=True)
 class StepRope:
-    """Cosines and sines of the positions of one step, and what queries there are multiplied by."""
+    """Cosines and sines of the places (``distances``) of one step, and what queries there are multiplied by."""
 
     cos: Tensor  # float32 [B, N, 1, D/2]
     sin: Tensor  # as cos
@@ -120,8 +120,13 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
     if not 1 <= stretch <= 4096:
         raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
     original = int(length) if over else config.trained_context
+    if config.chunks:
+        raise OptionError(
+            f"this model has chunks for contexts above {config.chunks.reach:,} tokens (dual chunk attention): leave "
+            f"--rope-scaling {text} out"
+        )
     if kind == "chunks":
-        return replace(config, chunks=_chunks_over(original, text), trained_context=int(stretch * original))
+        return _in_chunks(config, original, int(stretch * original), text)
     if config.rope.kind != "default":
         raise OptionError(f"this model stretches its RoPE itself ({config.rope.kind}): leave --rope-scaling {text} out")
     rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=original)
@@ -129,19 +134,24 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
     return replace(config, rope=rope, trained_context=trained)
 
 
-def _chunks_over(trained: int, text: str) -> ChunkConfig:
-    """Chunks of a model that knows distances up to ``trained``: four fifths of it, for a fifth lies across a border."""
+def _in_chunks(config: ModelConfig, trained: int, stretched: int, text: str) -> ModelConfig:
+    """The model in chunks: it knows distances up to ``trained``, of which a chunk takes ``CHUNK_SHARE`` or, in whole pages,
+    less."""
+    if min(config.attention_spans) < FULL_SPAN or config.unturned_layers:
+        raise OptionError(f"rope scaling {text!r} needs full attention and RoPE in all layers of the model")
     if trained * CHUNK_SHARE < PAGE_TOKENS:
         least = PAGE_TOKENS / CHUNK_SHARE
         raise OptionError(f"rope scaling {text!r} needs a trained length of at least {least:,.0f} tokens, not {trained:,}")
-    return ChunkConfig.of_at_most(int(CHUNK_SHARE * trained), trained)
+    rope = replace(config.rope, original_context=config.rope.original_context or config.trained_context)
+    chunks = ChunkConfig.of_at_most(int(CHUNK_SHARE * trained), trained)
+    return replace(config, chunks=chunks, rope=rope, trained_context=stretched)
 
 
 def beyond_training(context: int, trained: int, stretched: int) -> str:
     """The warning for a context longer than the trained one; the model is ``stretched`` to that many tokens, if at all."""
     so = "output beyond that is unreliable"
     if stretched >= context:
-        so = f"it is stretched to {stretched:,}, which costs accuracy unless it was fine-tuned for that"
+        so = f"--rope-scaling takes it to {stretched:,}, which costs accuracy unless it was fine-tuned for that"
     return f"{context:,} tokens exceed the {trained:,} that this model was trained for: {so}"
 
 
@@ -151,7 +161,8 @@ def at_positions(rope: ModelRope, positions: Tensor) -> StepRope:
     gain = None if gain is None else gain[..., None, None]
     if rope.query_beta:
         periods = torch.div(positions, rope.query_period, rounding_mode="floor")[..., None, None]
-        gain = 1 + rope.query_beta * torch.log1p(periods.float())
+        grown = 1 + rope.query_beta * torch.log1p(periods.float())
+        gain = grown if gain is None else gain * grown
     if rope.lengths is not None:
         gain = rope.lengths.expand(*positions.shape, 1, -1) if gain is None else gain * rope.lengths
     still = StepRope(*rope_turns(rope.still, positions), gain) if rope.unturned else None
@@ -170,8 +181,9 @@ def model_rope(config: ModelConfig, context: int, device: torch.device) -> Model
 
     Dynamic NTK and LongRoPE depend on the length: they are fixed for ``context``, so that cached keys stay comparable.
     """
+    distance = context if config.chunks is None else min(context, config.chunks.reach)  # the largest there will be
     try:
-        found = _frequencies(config, context)
+        found = _frequencies(config, distance)
     except (ArithmeticError, ValueError) as error:
         raise ModelError(f"no frequencies can be computed for this RoPE ({error}): {config.rope}") from None
     if not (found.inv_freq.isfinite().all() and math.isfinite(found.scale)):

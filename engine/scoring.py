@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import as_calibrated, needs_none
+from skvq.engine.chunks import TrueDistances
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, OptionError, counted
 from skvq.engine.evaluate import (
@@ -104,6 +105,8 @@ def evaluate(
     require_type("caches", caches, list, tuple)
     for cache in caches:
         require_type("each of caches", cache, CacheConfig)
+    if exact_window and not isinstance(parts.rope.distances, TrueDistances):
+        raise OptionError("a window of exactly W tokens (--exact-window) is not simulated in chunks: choose a shorter --ctx")
     if calibration is not None and caches and not any(cache.is_packed for cache in caches):
         raise needs_none(calibration)
     if len(token_ids) < tokens:

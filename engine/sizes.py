@@ -104,7 +104,14 @@ def arena_shape(
         full_slots=regions.slots,
         dtype=half,
         layer_pages=pages,
+        chunks=_chunks(model, max_context, regions.ring),
     )
+
+
+def _chunks(model: ModelConfig, max_context: int, ring: int) -> int:
+    """Chunks that a sequence may lie in, the tokens of its window counted from the last packed one on."""
+    cut = model.chunks is not None and max_context > model.chunks.reach
+    return (max_context + ring - 1) // model.chunks.length + 1 if cut and model.chunks else 1
 
 
 def gib(count: int) -> str:

@@ -25,7 +25,7 @@ from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import FULL_SPAN
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.mass import add_mass
-from skvq.engine.methods import Attends, CacheMethod, RowByRow
+from skvq.engine.methods import Attends, Begins, CacheMethod, RowByRow
 from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
@@ -113,7 +113,7 @@ class DecodeBatch:
         self.setup, self.tokens = setup, tokens
         self.sequences: list[SequenceCache] = []  # of the step under way
         self.methods: list[CacheMethod] = []
-        self.method: Attends = setup.method
+        self.method: Begins = setup.method
         self.mass: list[tuple[Any, Tensor]] = []  # where attention mass goes and what it becomes
         device, each = setup.device, count * tokens
         width = each + each % 2  # rows of 16 bytes: Triton compiles a kernel anew for another alignment

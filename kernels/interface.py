@@ -46,7 +46,7 @@ class PlainPages:
 class FullSlots:
     """One layer's full-precision tokens: first the retained slots, then the window as a ring.
 
-    ``positions`` is the only word on what a slot holds: a token's position in its sequence, or -1 for nothing.
+    ``positions`` is the only word on what a slot holds: a token's position in its sequence, or a negative number for nothing.
     """
 
     keys: Tensor  # float16 or bfloat16 [S, KH, F, D], after RoPE

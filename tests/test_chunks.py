@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from attending import CACHES, SAME, SINKS, Engines, apart, decode, defined, exact, scored, stream, trace
+from loader_fixtures import tiny_config
 from tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
+from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.chunked import ChunkedMethod
 from skvq.engine.chunks import Chunks, TrueDistances
-from skvq.engine.config import ChunkConfig
+from skvq.engine.config import ChunkConfig, RopeConfig
 from skvq.engine.errors import ModelError, OptionError, SessionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
-from skvq.engine.rope import model_rope
+from skvq.engine.report import Quiet
+from skvq.engine.rope import model_rope, scaled
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.ops import apply_rope, rope_turns
 
@@ -170,7 +173,7 @@ def test_within_the_reach_nothing_is_cut(folder: Path) -> None:
 def test_queries_grow_from_where_the_model_was_trained_to(folder: Path) -> None:
     config = tiny_engine(folder, tiny_cache(), max_context=REACH).parts.model.config
     gain = model_rope(config, 4000, torch.device("cpu")).distances.gain(torch.tensor([0, 899, 1799, 8999]))
-    assert gain is not None and apart(gain, torch.tensor([1.0, 1.0, 1 + 0.0693147, 1 + 0.2302585])) < 1e-6
+    assert gain is not None and apart(gain, torch.tensor([1.0, 1.0, 1.0693147, 1.2302585]).square()) < 1e-6
 
 
 def test_a_session_of_other_chunks_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -192,3 +195,57 @@ def test_what_cannot_be_had_together(folder: Path, tmp_path: Path) -> None:
     tmp_path.joinpath("config.json").write_text(json.dumps(data))
     with pytest.raises(ModelError, match="chunks of 0 tokens with distances up to 1500: the first must be 1280"):
         tiny_engine(tmp_path, tiny_cache())
+
+
+@pytest.mark.parametrize(
+    ("text", "chunks", "good"),
+    [
+        ("chunks:4", ChunkConfig(length=6400, reach=8192), 32768),
+        ("chunks:2.5:4096", ChunkConfig(length=2560, reach=4096), 10240),
+    ],
+)
+def test_any_model_can_be_cut(text: str, chunks: ChunkConfig, good: int) -> None:
+    config = tiny_config(trained_context=8192)
+    found = scaled(config, text)
+    assert (found.chunks, found.trained_context, found.rope.kind) == (chunks, good, config.rope.kind)
+
+
+def test_rope_that_grows_with_the_context_does_not_in_chunks() -> None:
+    """No distance is longer than those it was trained for."""
+    config = tiny_config(trained_context=8192, rope=RopeConfig(kind="dynamic", factor=4.0))
+    cut = model_rope(scaled(config, "chunks:4"), 65536, torch.device("cpu"))
+    assert torch.equal(cut.turned.inv_freq, model_rope(config, 8192, torch.device("cpu")).turned.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("chunks:4:1000", {"trained_context": 8192}, "needs a trained length of at least 1,600 tokens, not 1,000"),
+        ("chunks:4", {"chunks": CHUNKS}, "has chunks for contexts above 1,500 tokens"),
+        ("yarn:4", {"chunks": CHUNKS}, "has chunks for contexts above 1,500 tokens"),
+        ("chunks:4", {"family": "mistral", "attention_spans": (64, 64), "trained_context": 8192}, "needs full attention"),
+        ("chunks", {}, "lacks its factor"),
+    ],
+)
+def test_wrong_cuts(text: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        scaled(tiny_config(num_layers=2, **changes), text)
+
+
+def test_a_calibration_knows_nothing_of_chunks(folder: Path) -> None:
+    """Its texts may be longer than a chunk; what is kept for a model serves every context."""
+    plain, cut = (tiny_engine(folder, tiny_cache(), max_context=most).parts.loaded for most in (REACH, 4500))
+    ids = random_ids(2048)
+    made = []
+    for loaded in (plain, cut):
+        header = header_for(tiny_cache().fitted(loaded.model.config), loaded, "ids", len(ids))
+        made.append(make_artifact(loaded, tiny_cache().fitted(loaded.model.config), ids, header, Quiet()))
+    assert made[0].header == made[1].header
+    assert all(torch.equal(tensor, made[1].tensors[name]) for name, tensor in made[0].tensors.items())
+
+
+def test_marks_are_planned(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(), max_context=4500, max_sequences=3)
+    setup, plan = engine.parts.setup, engine.parts.plan
+    assert setup.arena.tensors["chunk_positions"].shape[0] == 3  # of four chunks
+    assert setup.arena.nbytes == plan.parts["cache: packed pages"] + plan.parts["cache: window and retained"]

@@ -184,7 +184,8 @@ def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) ->
     read = sequence.nbytes * sum(min(span, sequence.length) for span in spans) / (sequence.length * len(spans))
 
     def attention() -> Tensor:
-        outs = [setup.method.attend(layer, q, step)[0] for layer, step in enumerate(steps)]
+        attends = setup.method.begun(steps[0])
+        outs = [attends.attend(layer, q, step)[0] for layer, step in enumerate(steps)]
         return outs[-1]
 
     seconds = statistics.median(timed(as_replayed(attention, setup), device, WARM_UP + STEPS)[WARM_UP:])
