@@ -10,7 +10,6 @@ import click
 from skvq import __version__
 from skvq.commands.bench import bench
 from skvq.commands.calibrate import calibrate
-from skvq.commands.cores import settle_threads
 from skvq.commands.errors import HELP, OneLineGroup
 from skvq.commands.evaluate import evaluate
 from skvq.commands.models import models
@@ -20,8 +19,6 @@ from skvq.commands.run import run
 from skvq.commands.serve import serve
 
 __all__ = ["main", "run"]
-
-settle_threads()
 
 
 @click.group(cls=OneLineGroup, context_settings=HELP)

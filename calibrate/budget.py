@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from skvq.calibrate.allocate import as_layer_bits, choose_bits
 from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.pages import through_pages
 from skvq.calibrate.run import Progress, fit_layer, mixed, recorded, stacked
 from skvq.calibrate.sensitivity import PROBE_TOKENS, Probe, Store
+from skvq.engine.allocate import as_layer_bits, choose_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import BITS, CacheConfig, LayerWidths, ModelConfig
 from skvq.engine.model import Model

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from skvq.commands.cores import settle_threads
 from skvq.engine.errors import OptionError, SkvqError
 
 OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
@@ -49,6 +50,7 @@ class OneLineCommand(click.Command):
 
 def run_command(call: Callable[[], Any]) -> int:
     """Run a command and return its exit code; errors a user can fix become one line on stderr."""
+    settle_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale may lack characters that a model writes
     try:

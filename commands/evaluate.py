@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from skvq.calibrate.corpus import BUILT_IN
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
     TokenCount,
@@ -62,6 +63,8 @@ def evaluate(**options: Any) -> None:
         calibration=options["calibration"],
         exact_window=options["exact_window"],
     )
+    if options["text"] is None and options["calibration"] is None and any(one.is_packed for one in caches):
+        engine.report.message(f"without --text, {BUILT_IN} is scored, on which calibrations are made: other texts do worse")
     for row in rows:
         click.echo(_eval_line(row), err=options["as_json"])
         if options["by_position"]:
@@ -86,6 +89,8 @@ def _variant(cache: CacheConfig, text: str) -> CacheConfig:
     except ValueError:
         raise OptionError(f"--methods: {text!r} is not METHOD or METHOD:KEY_BITS:VALUE_BITS, such as rotate:2:1.5") from None
     chosen = replace(cache, method=name)
+    if widths and not chosen.is_packed:
+        raise OptionError(f"--methods: {text!r}: method {name} has 16 bits, leave the others out")
     return chosen if not widths else chosen.with_bits(*widths)
 
 

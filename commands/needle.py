@@ -45,7 +45,7 @@ def needle(**options: Any) -> None:
     """Hide a fact at several depths of texts of several lengths and ask for it through the packed cache."""
     from skvq.engine.trials.needle import needles, reference_of, summary, total
 
-    contexts, plot = options["ctx"], options["plot"]
+    contexts, depths, plot = *(list(dict.fromkeys(options[name])) for name in ("ctx", "depths")), options["plot"]
     if plot is not None:
         require_plot(plot)
     haystack = corpus_text(options["haystack"])
@@ -62,7 +62,7 @@ def needle(**options: Any) -> None:
     def seen(one: Needle) -> None:
         click.echo(one.line(), err=options["as_json"])
 
-    found = needles(engine, reference, haystack, contexts, options["depths"], seed=options["seed"], seen=seen)
+    found = needles(engine, reference, haystack, contexts, depths, seed=options["seed"], seen=seen)
     click.echo(total(found), err=options["as_json"])
     if options["as_json"]:
         click.echo(json.dumps({"model": options["model"], **summary(found)}))

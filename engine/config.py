@@ -201,7 +201,7 @@ class CacheConfig:
         kv head of each layer (``reorder``: of each layer), for keys and values separately; replaces key_bits and value_bits.
     layer_bits: (key bits, value bits) of each layer, or instead one such pair for each kv head (not with ``reorder``,
         whose groups span heads); empty if all layers have the same bits, or calibration has not chosen yet.
-    group_size: channels that share one scale and one zero point: 32, 64 or 128, at most the head size.
+    group_size: channels that share one scale and one midpoint: 32, 64 or 128, at most the head size.
     window: most recent tokens held in 16 bits; packing goes a tile at a time, so there are ``window`` to
         ``window + tile - 1`` of them (tile is 128 tokens, 160 where any side has 1.5 bits), never fewer.
     filters: rules that keep individual tokens in 16 bits when they leave the window.

@@ -2,7 +2,7 @@
 
 Each class here is a ``model.LayerCache`` and differs in what attention sees and where the new tokens go:
 
-    DenseLayer      a whole text, dense causal attention in full precision, nothing kept          (Engine.logits)
+    DenseLayer      a text chunk by chunk, dense causal attention in full precision, nothing kept  (Engine.logits)
     ExactLayer      the same, a chunk at a time; the layer is packed when its last chunk is done        (exact prefill)
     StreamingLayer  a chunk of one sequence against its packed cache, staged in segments            (streaming prefill)
     DecodeLayer     the next tokens of each sequence of a batch, through the backend's fused attention  (decode, short reads)

@@ -95,7 +95,7 @@ class HeadSide(Side):
 
     metric: Tensor  # float32 [KH, D, D], symmetric positive definite
     factor: Tensor  # float32 [KH, D, D], unit upper triangular
-    has_metric: bool  # False: the metric is the identity, every code is rounded on its own
+    has_metric: bool  # False: it counts as the identity, every code is rounded on its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +137,8 @@ class LabelCodec:
 
 
 class Ops(Protocol):
-    """Work of a layer. Inputs are never written, except ``full``; norms are root-mean-square norms over the last dimension,
-    computed in float32 (arXiv 1910.07467).
+    """Work of a layer. Inputs are never written, except ``full``, ``keys`` and ``values``; norms are root-mean-square norms
+    over the last dimension, computed in float32 (arXiv 1910.07467).
 
     norm_linear:     ``linear`` of the norm of x.
     norm_heads:      the norm of each head of q [B, N, H, D] and of k [B, N, KH, D], times their weights [D].

@@ -1,4 +1,4 @@
-"""Packed formats of the arena: the only bit arithmetic outside kernels, as pure integer functions.
+"""Packed formats of the arena, as pure integer functions.
 
 Letters: D head size, KH kv heads, G groups in a head. A page holds 1280 tokens of one layer; a tile is the stretch of
 tokens that is packed at once: 128, or 160 where keys or values are stored at 1.5 bits (page = ten or eight tiles). Layers of

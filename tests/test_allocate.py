@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_fixtures import tiny_config
 
-from skvq.calibrate.allocate import as_layer_bits, choose_bits, fullest, in_steps
+from skvq.engine.allocate import as_layer_bits, choose_bits, fullest, in_steps
 from skvq.engine.config import BITS, CacheConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.planner import Planner, Room

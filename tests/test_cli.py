@@ -600,6 +600,7 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("eval", "--text", "/dev/null", "--method", "fp"), "/dev/null holds no text"),
         (("eval", "--tokens", 99), "nothing is packed before the last is read"),
         (("eval", "--methods", "rotate:2"), "such as rotate:2:1.5"),
+        (("eval", "--methods", "fp:2:2"), "method fp has 16 bits"),
         (("run", "-p", "the", "--seed", "dice"), "neither a whole number nor random"),
         (("run", "-p", "the", "--rope-scaling", "yarn"), "lacks its factor"),
         (("run", "-p", "the", "--calibration", "."), "is a folder"),

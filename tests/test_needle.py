@@ -18,8 +18,8 @@ from skvq.cli import main
 from skvq.engine.cache import SequenceCache
 from skvq.engine.generate import Engine
 from skvq.engine.steps import DecodeBatch
-from skvq.engine.trials.needle import ask, needles, reference_of, score, summary
-from skvq.engine.trials.plots import heat_map
+from skvq.engine.trials.needle import ask, needles, packed_share, reference_of, score, summary
+from skvq.engine.trials.plots import _lost, heat_map
 
 HAY = "The quick brown fox jumps over the lazy dog. " * 4
 
@@ -63,6 +63,39 @@ def test_scores_of_the_map(engine: Engine) -> None:
     assert result["kl"] > 0
     assert all(row["logprob"] < 0 and 0 <= row["rank"] < 320 for row in result["results"])
     engine.parts.setup.arena.check({})
+
+
+def test_where_the_needle_is_when_it_is_asked_for(engine: Engine) -> None:
+    """What lies in the window, or is kept as a sink, says nothing of packed pages."""
+    hay = engine.encode(HAY, bos=False)
+    question = {depth: ask(engine, hay, 660, depth, 12345) for depth in (0, 50, 100)}
+    text = engine.parts.tokenizer.decode([question[50].prompt[i] for i in question[50].needle])
+    assert text == " The secret number of the harbour master is 12345. "
+    packed, count = engine.parts.setup.regions.packed(len(question[0].prompt)), len(question[0].needle)
+    assert packed_share(engine, question[0]) == 1 - (3 - question[0].needle.start) / count  # three sinks
+    assert packed_share(engine, question[50]) == 1
+    assert packed_share(engine, question[100]) == (packed - question[100].needle.start) / count < 1
+    found = needles(engine, None, HAY, [660], [0, 50], seed=0, seen=lambda one: None)
+    assert [one.line().endswith("% of it packed") for one in found] == [True, False]
+
+
+def test_a_text_of_which_nothing_is_packed_is_refused(folder: Path) -> None:
+    engine = tiny_engine(folder, tiny_cache(window=700), max_context=800)
+    refused(lambda: needles(engine, None, HAY, [800, 700], [50], seed=0, seen=lambda one: None), "nothing is packed before")
+
+
+@pytest.mark.parametrize(
+    ("packed", "exact", "mark"),
+    [
+        (True, True, ""),
+        (False, True, "\n× lost"),
+        (False, False, "\nboth lost"),
+        (True, False, "\n16-bit lost"),
+        (False, None, "\n× lost"),
+    ],
+)
+def test_the_map_blames_the_cache_only_for_its_own_losses(packed: bool, exact: bool | None, mark: str) -> None:
+    assert _lost({"retrieved": packed} | ({} if exact is None else {"retrieved_fp": exact})) == mark
 
 
 def test_rank_and_log_probability() -> None:

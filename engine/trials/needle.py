@@ -37,6 +37,7 @@ class Needle:
     retrieved: bool
     logprob: float
     rank: int
+    packed: float  # share of the needle's tokens that lie in packed pages when it is asked for; others are in 16 bits
     beside: Beside | None  # where a 16-bit cache was asked too
 
     def line(self) -> str:
@@ -44,6 +45,7 @@ class Needle:
         return (
             f"{self.context:>9,} tokens  depth {self.depth:5.1f} %  {'found' if self.retrieved else 'lost '}  "
             f"log-probability {self.logprob:7.3f}, worst rank {self.rank}{self.beside.line() if self.beside else ''}"
+            f"{'' if self.packed == 1 else f'   {self.packed:.0%} of it packed'}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class Question:
 
     prompt: list[int]
     answer: list[int]
+    needle: range  # where it is in the prompt
 
 
 def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, number: int) -> Question:
@@ -91,7 +94,21 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
         )
     hay = [haystack[i % len(haystack)] for i in range(room)]
     at = round(depth / 100 * room)
-    return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer)
+    start = len(first) + at
+    return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer, range(start, start + len(needle)))
+
+
+def packed_share(engine: Engine, question: Question) -> float:
+    """Share of the needle's tokens in packed pages, sinks and window apart, when the answer begins. Raises OptionError if
+    nothing is packed then."""
+    regions, tokens = engine.parts.setup.regions, len(question.prompt)
+    packed = regions.packed(tokens)
+    if not packed:
+        raise OptionError(
+            f"of {tokens:,} tokens nothing is packed before the answer, for window and tile hold "
+            f"{regions.window + regions.tile:,}: use longer contexts (--ctx)"
+        )
+    return sum(regions.sinks <= place < packed for place in question.needle) / len(question.needle)
 
 
 def answer_logits(engine: Engine, question: Question) -> tuple[str, Tensor]:
@@ -134,7 +151,9 @@ def needles(
     places = list(product(contexts, depths))
     numbers = torch.randint(10_000, 100_000, (len(places),), generator=seeded(seed)).tolist()
     for (context, depth), number in zip(places, numbers, strict=True):
-        ask(engine, hay, context, depth, number)  # what has no room is refused before anything is read
+        packed_share(engine, ask(engine, hay, context, depth, number))  # what has no room is refused before anything is read
+    if len(hay) < max(contexts):
+        engine.report.message(f"the haystack has {counted(len(hay), 'token')} and is repeated")
     found = []
     for (context, depth), number in zip(places, numbers, strict=True):
         question = ask(engine, hay, context, depth, number)
@@ -149,6 +168,7 @@ def needles(
                 retrieved=str(number) in text,
                 logprob=logprob,
                 rank=rank,
+                packed=packed_share(engine, question),
                 beside=None if reference is None else _beside(reference, question, logits, str(number)),
             )
         )

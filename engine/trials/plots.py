@@ -30,7 +30,8 @@ def require_plot(path: Path) -> None:
 def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Write a PNG: log-probability of the answer by context and depth, and against the 16-bit cache where that was measured.
 
-    ``rows`` as ``Needle.as_dict`` gives them; places are marked where the answer was not retrieved. Raises OptionError.
+    ``rows`` as ``Needle.as_dict`` gives them; places are marked where the answer was not retrieved, and by which. Raises
+    OptionError.
     """
     require_plot(path)
     from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         for row, value in zip(rows, values, strict=True):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            shown = f"{value:.2f}" + ("" if row["retrieved"] else "\n× lost")
+            shown = f"{value:.2f}".replace("-0.00", "0.00") + _lost(row)
             place = contexts.index(row["context"]), depths.index(row["depth"])
             axis.text(*place, shown, ha="center", va="center", fontsize="x-small", color="white" if dark else "black")
         axis.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts])
@@ -67,6 +68,13 @@ def heat_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         figure.colorbar(image, ax=axis)
     axes[0].set_ylabel("depth of the needle")
     _write(figure, path)
+
+
+def _lost(row: dict[str, Any]) -> str:
+    """What a needle's place is marked with."""
+    if row["retrieved"]:
+        return "" if row.get("retrieved_fp", True) else "\n16-bit lost"
+    return "\n× lost" if row.get("retrieved_fp", True) else "\nboth lost"
 
 
 def depth_plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str, path: Path) -> None:
