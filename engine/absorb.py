@@ -41,7 +41,7 @@ def absorb_piece(
         retained = _retain(sequence, layer, start, ids, keys[:leaves], values[:leaves], mass[:leaves])
         sequence.method.pack(layer, sequence.page_row, start, keys[:leaves], values[:leaves], retained)
     slots = sequence.put(layer, target, keys[leaves:], values[leaves:])
-    sequence.setup.arena.tensors["full_mass"][layer, sequence.slot, slots] = mass[leaves:]
+    sequence.setup.arena.mass[layer, sequence.slot, slots] = mass[leaves:]
 
 
 def pack_window(sequence: SequenceCache, new_ids: Tensor) -> None:
@@ -53,7 +53,7 @@ def pack_window(sequence: SequenceCache, new_ids: Tensor) -> None:
     target = sequence.packed_after(len(new_ids))
     ids = _ids(sequence, sequence.packed, target, new_ids)
     slots = regions.slot(torch.arange(sequence.packed, target, device=ids.device))
-    mass = arena.tensors["full_mass"]
+    mass = arena.mass
 
     def pack(layer: int) -> None:
         full = arena.full(layer)

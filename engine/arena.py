@@ -143,8 +143,8 @@ class Arena:
             ) from error
         layers = zip(*(self.tensors[f"full_{part}"] for part in ("keys", "values", "positions")), strict=True)
         self._full = [FullSlots(keys=keys, values=values, positions=positions) for keys, values, positions in layers]
-        self.tensors["full_positions"].fill_(-1)
-        self.tensors["page_table"].zero_()
+        self.positions.fill_(-1)
+        self.page_table.zero_()
         self._lenders: WeakSet[Lender] = WeakSet()  # weak: they know the arena, which would outlive its engine
         self._references = [0] * shape.pages
         self._free_pages = list(range(shape.pages - 1, -1, -1))
@@ -177,6 +177,16 @@ class Arena:
     def page_table(self) -> Tensor:
         """int32 [sequences, pages of the longest sequence]."""
         return self.tensors["page_table"]
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [L, S, F]: what every full-precision slot holds (``FullSlots.positions``)."""
+        return self.tensors["full_positions"]
+
+    @property
+    def mass(self) -> Tensor:
+        """float32 [L, S, F]: the attention that it has got."""
+        return self.tensors["full_mass"]
 
     def layer(self, layer: int) -> dict[str, Tensor]:
         """Page tensors of a layer, [pages, ...], by name."""

@@ -242,7 +242,7 @@ class SequenceCache:
         full = self.setup.arena.full(layer)
         slots = self.setup.regions.slot(torch.arange(self.packed, end, device=full.keys.device))
         keys, values = (t[self.slot][:, slots].transpose(0, 1) for t in (full.keys, full.values))
-        return keys, values, self.setup.arena.tensors["full_mass"][layer, self.slot, slots]
+        return keys, values, self.setup.arena.mass[layer, self.slot, slots]
 
     def put(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
         """Write tokens ``first ..``, [T, KH, D], into their slots of the window's ring, which are returned, int64 [T]."""
@@ -354,7 +354,7 @@ class SequenceCache:
             held = arena.full(layer).positions[self.slot, self.orphans : regions.retained]
             held[(held >= packed) & (held < length)] = -1
             slots = self.put(layer, packed, keys[: length - packed], values[: length - packed])
-            arena.tensors["full_mass"][layer, self.slot, slots] = 0
+            arena.mass[layer, self.slot, slots] = 0
 
     @names_options()
     @computes

@@ -24,7 +24,7 @@ class ChunkedMethod:
     """
 
     def __init__(self, method: HeadMethod | LabelMethod | PlainMethod, arena: Arena, chunks: Chunks, ring: int) -> None:
-        self._chunks, self._ring, self._positions = chunks, ring, arena.tensors["full_positions"]
+        self._chunks, self._ring, self._positions = chunks, ring, arena.positions
         self._marks = arena.tensors["chunk_positions"].unbind(0)
         self._methods: list[CacheMethod] = [method, *(method.over(marks) for marks in self._marks)]
 

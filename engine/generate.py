@@ -26,7 +26,7 @@ from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import names_options, path_of, path_or_none, require_type
 from skvq.engine.pieces import Pieces, finished
-from skvq.engine.prompt import ChatIds, Prompt, is_several, template_kwargs_of
+from skvq.engine.prompt import ChatIds, Ids, Prompt, is_several, template_kwargs_of
 from skvq.engine.report import Quiet, Reporter, StderrReporter
 from skvq.engine.timing import Timing
 from skvq.engine.token_engine import TokenEngine
@@ -231,7 +231,7 @@ class Engine(TokenEngine):
 
     @names_options()
     @computes
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
+    def logits(self, token_ids: Ids) -> Tensor:
         """Teacher-forced logits float32 [N, V] in full precision: what the cache is measured against."""
         parts, ids = self.parts, self.encode(token_ids)
         if len(ids) > parts.setup.max_context:
@@ -241,17 +241,17 @@ class Engine(TokenEngine):
 
     @names_options()
     @computes
-    def nll(self, token_ids: Sequence[int]) -> Tensor:
+    def nll(self, token_ids: Ids) -> Tensor:
         """Negative log-likelihood float32 [N - 1] of each next token, every position seeing what decode would see."""
         return scoring.nll(self.parts, self.encode(token_ids), self.report)
 
     @names_options()
     @computes
-    def likelihoods(self, token_ids: Sequence[int], count: int = 1) -> Likelihoods:
+    def likelihoods(self, token_ids: Ids, count: int = 1) -> Likelihoods:
         """Log probabilities after each token, of the next and of the ``count`` likeliest, positions seeing what decode sees."""
         return finished(self.scoring(token_ids, count))
 
-    def scoring(self, token_ids: Sequence[int], count: int = 1) -> Pieces[Likelihoods]:
+    def scoring(self, token_ids: Ids, count: int = 1) -> Pieces[Likelihoods]:
         """``likelihoods`` in pieces, each to be done while the engine computes (``guard.computing``)."""
         return scoring.likelihoods(self.parts, self.encode(token_ids), count, self.report)
 

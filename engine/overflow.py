@@ -117,4 +117,4 @@ def _move_slots(sequence: SequenceCache, layer: int, tokens: int) -> None:
     keys, values, mass = (t.clone() for t in sequence.window(layer, sequence.length))  # [T, KH, D]
     full.positions[slot, regions.retained :] = -1
     slots = sequence.put(layer, sequence.packed - tokens, keys, values)
-    setup.arena.tensors["full_mass"][layer, slot, slots] = mass
+    setup.arena.mass[layer, slot, slots] = mass

@@ -14,7 +14,10 @@ from skvq.engine.errors import OptionError
 from skvq.loaders.chat import ALWAYS_GIVEN
 from skvq.loaders.text import Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Tensor | npt.NDArray[np.integer[Any]]
+Ids = Sequence[int] | Tensor | npt.NDArray[np.integer[Any]]
+"""Token ids of one text."""
+
+Prompt = str | Ids | Sequence[Mapping[str, Any]]
 """A text, token ids of one text, or chat messages ``[{"role": ..., "content": ...}, ...]``."""
 
 

@@ -173,8 +173,8 @@ class DecodeBatch:
         """The device's part: lengths as kernels read them, and the slots of the new tokens marked in every layer."""
         self.packed.copy_(self._packed)
         self.positions.view(-1).copy_(self._positions)
-        self.setup.arena.tensors["full_positions"][:, self.rows, self.ring_slots] = self.positions.view(-1)
-        self.setup.arena.tensors["full_mass"][:, self.rows, self.ring_slots] = self._no_mass
+        self.setup.arena.positions[:, self.rows, self.ring_slots] = self.positions.view(-1)
+        self.setup.arena.mass[:, self.rows, self.ring_slots] = self._no_mass
 
     def layers(self, max_packed: int) -> Iterator[DecodeLayer]:
         """The cache of each layer for this step, for sequences of up to ``max_packed`` packed tokens."""
@@ -199,7 +199,7 @@ class DecodeBatch:
             for sequence in self.sequences if any(packs) else ():  # packing may fail: a filter rule is anybody's
                 guarded.enter_context(all_or_nothing(sequence, RING_MARKS))
             for at, mass in self.mass:
-                self.setup.arena.tensors["full_mass"][at] = mass
+                self.setup.arena.mass[at] = mass
             for sequence, ids in compress(zip(self.sequences, new, strict=True), packs):
                 pack_window(sequence, sent(ids, self.setup.device))
             for sequence, ids in zip(self.sequences, new, strict=True):
@@ -226,7 +226,7 @@ class DecodeLayer:
 
     def _add_mass(self, q: Tensor, lse: Tensor) -> None:
         setup, full = self.batch.setup, self.batch.setup.arena.full(self.layer)
-        mass = setup.arena.tensors["full_mass"][self.layer]
+        mass = setup.arena.mass[self.layer]
         for row, sequence in enumerate(self.batch.sequences):
             first = max(sequence.packed, sequence.length - setup.regions.window)
             at = torch.arange(first, sequence.length + self.batch.tokens, device=q.device)

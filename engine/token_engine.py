@@ -22,7 +22,7 @@ from skvq.engine.loading import EngineParts
 from skvq.engine.options import is_number, is_whole, names_options, path_of, path_or_none, require_type
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.prefix import PagePrefixes, Prefixes
-from skvq.engine.prompt import ChatIds, Prompt, is_chat, is_empty, token_ids_of, whole_ids
+from skvq.engine.prompt import ChatIds, Ids, Prompt, is_chat, is_empty, token_ids_of, whole_ids
 from skvq.engine.report import Reporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.sizes import bits_per_element
@@ -91,7 +91,7 @@ class TokenEngine:
             return ChatIds(ids[len(pending) :])
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """Text of token ids, special tokens left out."""
         known = whole_ids(ids)
         if known:
@@ -176,7 +176,7 @@ class TokenEngine:
     def read(
         self,
         sequence: SequenceCache,
-        ids: Sequence[int],
+        ids: Ids,
         *,
         checkpoint: str | Path | None = None,
         checkpoint_seconds: float = 60,
@@ -193,7 +193,7 @@ class TokenEngine:
     def reading(
         self,
         sequence: SequenceCache,
-        ids: Sequence[int],
+        ids: Ids,
         *,
         checkpoint: str | Path | None = None,
         checkpoint_seconds: float = 60,
@@ -217,7 +217,7 @@ class TokenEngine:
         return logits.clone()  # the sequence keeps its own
 
     @computes
-    def decode_step(self, sequences: Sequence[SequenceCache], tokens: Sequence[int]) -> Tensor:
+    def decode_step(self, sequences: Sequence[SequenceCache], tokens: Ids) -> Tensor:
         """One more token of each sequence: logits float32 [B, V] of what follows.
 
         Raises OptionError for an unknown token, and for another one than an answer has left pending.

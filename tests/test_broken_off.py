@@ -89,7 +89,7 @@ def test_an_exact_read_leaves_an_empty_sequence(engine: Engine) -> None:
     sequence, twin = engine.new_sequence(), engine.new_sequence()
     ids = random_ids(450)
     break_off(engine, 4, lambda: engine.read(sequence, ids))
-    assert sequence.length == 0 and not (engine.parts.setup.arena.tensors["full_positions"][:, sequence.slot] >= 0).any()
+    assert sequence.length == 0 and not (engine.parts.setup.arena.positions[:, sequence.slot] >= 0).any()
     assert torch.equal(engine.read(sequence, ids), engine.read(twin, ids))
     assert same(state(sequence), state(twin))
     free(sequence, twin)

@@ -183,7 +183,7 @@ def test_tokens_get_no_attention_from_queries_that_do_not_see_them(tmp_path: Pat
         for ids_at_once in [[token] for token in ids] if prefill == "decode" else [ids]:
             engine.read(sequence, ids_at_once)
         slots = engine.parts.setup.regions.slot(torch.arange(60))
-        found.append(engine.parts.setup.arena.tensors["full_mass"][0, sequence.slot, slots])
+        found.append(engine.parts.setup.arena.mass[0, sequence.slot, slots])
     assert torch.allclose(found[0], found[1], atol=1e-4) and torch.allclose(found[0], found[2], atol=3e-3)
     heads = engine.parts.model.config.num_heads
     assert float(found[0].min()) >= 0 and float(found[0].sum()) <= heads * 60 and (found[0].sum() > 9) == (span > 1)
@@ -219,7 +219,7 @@ def test_tokens_that_come_back_into_the_window_bring_no_mass(tmp_path: Path) -> 
     """Whatever tokens lay in their slots before drew does not decide what is kept of them."""
     cache = tiny_cache(filters=(HeavyHitters(threshold=1.3, budget=90),))
     engine = tiny_engine(tiny_folder(tmp_path), cache, prefill="streaming", max_context=2000)
-    mass = engine.parts.setup.arena.tensors["full_mass"]
+    mass = engine.parts.setup.arena.mass
     with engine.prefill(random_ids(500)) as one, engine.prefill(random_ids(430)) as other:
         engine.read(other, random_ids(70, seed=9))
         for sequence in (one, other):

@@ -166,7 +166,7 @@ def test_batches_forks_sessions_and_cuts_after_a_shift(tmp_path: Path, name: str
     again = fresh.read(cut, [*random_ids(3500)[3490:], *more])
     assert (again - alone[-1]).abs().max() < 5e-3
     cut.truncate(0)
-    assert cut.dropped == 0 and not (fresh.parts.setup.arena.tensors["full_positions"][:, cut.slot] >= 0).any()
+    assert cut.dropped == 0 and not (fresh.parts.setup.arena.positions[:, cut.slot] >= 0).any()
 
 
 def test_logits_of_a_model_equal_a_dense_oracle(tmp_path: Path) -> None:

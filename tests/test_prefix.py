@@ -65,7 +65,7 @@ def test_a_reused_beginning_holds_the_same_bytes_and_retained_tokens(folder: Pat
     assert again.pages[0] == donor_pages[0]
     fresh = engine_of(folder, prefix_cache=False)
     reference = fresh.prefill(book[:1500])
-    held, wanted = (s.setup.arena.tensors["full_positions"][:, s.slot, :15] for s in (again, reference))
+    held, wanted = (s.setup.arena.positions[:, s.slot, :15] for s in (again, reference))
     assert torch.equal(held, wanted)
     keys, expected = (s.setup.arena.tensors["full_keys"][:, s.slot, :, :15] for s in (again, reference))
     seen = wanted < 1280

@@ -88,7 +88,7 @@ def test_a_long_run_is_filled_by_repeating_pages(method: str) -> None:
     keys, _ = sequence.stage(1, 0, sequence.packed)
     assert torch.equal(keys[10_240:20_480], keys[20_480:30_720])
     assert keys.isfinite().all()
-    held = sequence.setup.arena.tensors["full_positions"][0, 0, setup.regions.retained :]
+    held = sequence.setup.arena.positions[0, 0, setup.regions.retained :]
     assert sorted(p for p in held.tolist() if p >= 0) == list(range(sequence.packed, 50_001))
     setup.arena.check({sequence.slot: sequence.pages})
 

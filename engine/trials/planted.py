@@ -138,7 +138,7 @@ def stored(sequence: SequenceCache, layer: int, position: int) -> tuple[Tensor, 
 def _region(sequence: SequenceCache, position: int) -> str:
     if position >= sequence.packed:
         return "window"
-    held = sequence.setup.arena.tensors["full_positions"][0, sequence.slot, : sequence.setup.regions.retained]
+    held = sequence.setup.arena.positions[0, sequence.slot, : sequence.setup.regions.retained]
     return "retained" if bool((held == position).any()) else "packed"
 
 
