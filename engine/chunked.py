@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.chunks import Chunks, ChunkStep, Turns, chunk_steps, turned
+from skvq.engine.chunks import Chunks, chunk_steps
 from skvq.engine.methods import Attends, CacheMethod, HeadMethod, LabelMethod, PlainMethod, joined
-from skvq.kernels.dense import SoftmaxParts
-from skvq.kernels.interface import Step
+from skvq.kernels.interface import Ops, Step
 from skvq.kernels.layout import PAGE_TOKENS
 
 
@@ -23,8 +22,10 @@ class ChunkedMethod:
     the beginning of every step, that counts from where the chunk begins. What lies outside of it is not seen then.
     """
 
-    def __init__(self, method: HeadMethod | LabelMethod | PlainMethod, arena: Arena, chunks: Chunks, ring: int) -> None:
-        self._chunks, self._ring, self._positions = chunks, ring, arena.positions
+    def __init__(
+        self, method: HeadMethod | LabelMethod | PlainMethod, arena: Arena, chunks: Chunks, ring: int, ops: Ops
+    ) -> None:
+        self._chunks, self._ring, self._ops, self._positions = chunks, ring, ops, arena.positions
         self._marks = arena.tensors["chunk_positions"].unbind(0)
         self._methods: list[CacheMethod] = [method, *(method.over(marks) for marks in self._marks)]
 
@@ -43,9 +44,12 @@ class ChunkedMethod:
 
     def begun(self, step: Step) -> Attends:
         steps = chunk_steps(step, self._chunks, self._ring)
+        if len(steps) == 1:
+            return self._methods[0]
         for number, marks in enumerate(self._marks[: len(steps) - 1], 1):
             torch.sub(self._positions, number * self._chunks.length, out=marks)
-        return _BegunInChunks(self._methods, steps, self._chunks.further(step.positions))
+        turns = zip(*self._chunks.further(step.positions, len(steps) - 1), strict=True)
+        return _BegunInChunks(self._ops, self._methods, steps, list(turns))
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         return self.begun(step).attend(layer, q, step)
@@ -70,22 +74,13 @@ class ChunkedMethod:
 class _BegunInChunks:
     """``Attends`` of one step."""
 
+    ops: Ops
     methods: Sequence[CacheMethod]
-    steps: Sequence[ChunkStep]
-    further: Turns
+    steps: Sequence[Step]
+    turns: Sequence[tuple[Tensor, Tensor]]  # of queries where they meet each chunk but the last, which is nobody's earlier one
 
     def attend(self, layer: int, q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Of a chunk that is the query's, the one before, or an earlier one: of the last nobody is in a later one."""
-        last = len(self.steps) - 1
-        if not last:
-            return self.methods[0].attend(layer, q, self.steps[0].step)
-        behind, far = turned(q, self.further)
-        parts = SoftmaxParts()
-        for number, (method, at) in enumerate(zip(self.methods, self.steps, strict=False)):
-            query = q
-            if number < last:
-                query = torch.where(at.own, q, behind if number == last - 1 else torch.where(at.next, behind, far))
-            out, lse = method.attend(layer, query, at.step)
-            parts.add(out.flatten(0, 1), lse.flatten(0, 1))
-        out, lse = parts.merged(q.dtype)
-        return out.view(q.shape), lse.view(q.shape[:3])
+        queries = [*(self.ops.turn(q, cos, sin) for cos, sin in self.turns), q]
+        parts = [m.attend(layer, query, at) for m, query, at in zip(self.methods, queries, self.steps, strict=False)]
+        outs, lses = zip(*parts, strict=True)
+        return self.ops.merge(outs, lses)

@@ -23,8 +23,6 @@ from skvq.kernels.interface import RopeFrequencies, Step
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.kernels.ops import apply_rope, rope_turns
 
-Turns = tuple[Tensor, Tensor]
-
 
 class Distances(Protocol):
     """How far apart queries and tokens seem to be, and dense attention with that."""
@@ -93,12 +91,15 @@ class Chunks:
         """``attend`` of queries of one chunk, from position ``a`` on."""
         b, stop = a + len(q), start + k.shape[1]
         own = a // self.length * self.length
-        before, further = max(start, own - self.length), self.further(torch.arange(a, b, device=q.device))
-        parts, (behind, far) = [], turned(q, further)
-        for query, lo, hi in ((q, max(start, own), min(stop, b)), (behind, before, min(stop, own)), (far, start, before)):
+        before, rest = max(start, own - self.length), self.reach - self.places(torch.arange(a, b, device=q.device))
+        parts = []
+        if max(start, own) < stop:
+            keys, values = (t[:, max(start, own) - start : b - start] for t in (k, v))
+            parts.append(attend_causal(q, keys, values, FULL_SPAN) if stop > a else attend_all(q, keys, values))
+        for further, lo, hi in ((rest.clamp_max(self.length), before, min(stop, own)), (rest, start, before)):
             if lo < hi:
-                keys, values = (t[:, lo - start : hi - start] for t in (k, v))
-                parts.append(attend_causal(query, keys, values, FULL_SPAN) if hi > a else attend_all(query, keys, values))
+                query = apply_rope(q, *rope_turns(self.frequencies, further))
+                parts.append(attend_all(query, *(t[:, lo - start : hi - start] for t in (k, v))))
         outs, lses = zip(*parts, strict=True)
         return parts[0] if len(parts) == 1 else merge_runs(list(outs), list(lses), q.dtype)
 
@@ -114,41 +115,28 @@ class Chunks:
             yield first, stop
             first = stop
 
-    def further(self, positions: Tensor) -> Turns:
-        """Cosines and sines [2, ..., 1, D/2] of what queries at ``positions`` [...] are turned by, beyond their places, where
-        they meet the chunk before theirs, and where they meet those before that."""
+    def further(self, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [count, B, N, 1, D/2] of what queries at ``positions`` [B, N] are turned by, beyond their places,
+        where they meet each of the first ``count`` chunks."""
         rest = self.reach - self.places(positions)
-        return rope_turns(self.frequencies, torch.stack([rest.clamp_max(self.length), rest]))
+        apart = positions // self.length - torch.arange(count, device=positions.device)[:, None, None]
+        near = torch.where(apart == 1, rest.clamp_max(self.length), 0)
+        return rope_turns(self.frequencies, torch.where(apart > 1, rest, near))
 
 
-def turned(q: Tensor, further: Turns) -> tuple[Tensor, Tensor]:
-    """Queries [..., H, D] as they meet the chunk before theirs, and as they meet those before that, in their dtype."""
-    behind, far = apply_rope(q[None], *further)
-    return behind, far
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkStep:
-    """A step as one chunk sees it, as if its tokens were all there are."""
-
-    step: Step
-    own: Tensor  # bool [B, N, 1, 1], whose queries are of this chunk
-    next: Tensor  # as own, of the chunk after it
-
-
-def chunk_steps(step: Step, chunks: Chunks, ring: int) -> list[ChunkStep]:
-    """The step in each chunk that may hold anything: packed tokens, or some of the ``ring`` tokens behind them."""
+def chunk_steps(step: Step, chunks: Chunks, ring: int) -> list[Step]:
+    """The step as each chunk sees it that may hold anything, packed tokens or some of the ``ring`` tokens behind them: as if
+    its tokens were all there are."""
     pages, found = chunks.length // PAGE_TOKENS, []
-    chunk = step.positions // chunks.length
     for number in range((step.max_packed + ring - 1) // chunks.length + 1):
         first = number * chunks.length
-        within = replace(
-            step,
-            positions=step.positions.clamp_max(first + chunks.length - 1) - first,
-            packed=(step.packed - first).clamp(0, chunks.length),
-            page_table=step.page_table[:, number * pages : (number + 1) * pages],
-            max_packed=min(max(step.max_packed - first, 0), chunks.length),
+        found.append(
+            replace(
+                step,
+                positions=step.positions.clamp_max(first + chunks.length - 1) - first,
+                packed=(step.packed - first).clamp(0, chunks.length),
+                page_table=step.page_table[:, number * pages : (number + 1) * pages],
+                max_packed=min(max(step.max_packed - first, 0), chunks.length),
+            )
         )
-        own, after = (chunk == n for n in (number, number + 1))
-        found.append(ChunkStep(within, own[..., None, None], after[..., None, None]))
     return found

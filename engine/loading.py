@@ -253,7 +253,7 @@ def bind_method(
     method = _whole_method(arena, config, cache, tensors, rope, kernels)
     if not isinstance(rope.distances, Chunks):
         return method
-    return ChunkedMethod(method, arena, rope.distances, regions_of(cache, config).ring)
+    return ChunkedMethod(method, arena, rope.distances, regions_of(cache, config).ring, kernels.ops)
 
 
 def _whole_method(

@@ -7,6 +7,7 @@ G groups in a head, P pages, S sequence slots, F full-precision slots of a seque
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -148,6 +149,9 @@ class Ops(Protocol):
                      q after RoPE is returned.
     rope_to_buffer:  RoPE on q [1, N, H, D] and k [1, N, KH, D] by cos and sin float32 [1, N, 1, D/2]; k and v go to tokens
                      ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D] of their dtype; q after RoPE is returned.
+    turn:            RoPE on q [B, N, H, D] by cos and sin float32 [B, N, 1, D/2].
+    merge:           one softmax of partial ones over disjoint sets of tokens: outputs [B, N, H, D] of one dtype, log-sum-exps
+                     float32 [B, N, H], the first of them finite; the first output and log-sum-exp may be written.
     """
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
@@ -165,6 +169,10 @@ class Ops(Protocol):
     def rope_to_buffer(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
     ) -> Tensor: ...
+
+    def turn(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+    def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
 
 
 class BackendUnavailable(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +63,14 @@ class TorchOps:
         keys[:, first:last] = apply_rope(k, cos, sin)[0].transpose(0, 1)
         values[:, first:last] = v[0].transpose(0, 1)
         return apply_rope(q, cos, sin)
+
+    def turn(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return apply_rope(q, cos, sin)
+
+    def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        total = torch.stack([*lses]).logsumexp(0)
+        shares = [torch.exp(lse - total)[..., None] * out.float() for out, lse in zip(outs, lses, strict=True)]
+        return torch.stack(shares).sum(0).to(outs[0].dtype), total
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -89,3 +89,29 @@ def test_rope_to_buffer(dtype: torch.dtype, count: int) -> None:
         torch.testing.assert_close(buffers[0], buffers[1], rtol=4 * step, atol=2e-6)
         assert torch.equal(buffers[0][1], buffers[1][1]) and (buffers[0][:, :, :5] == 7).all()
         assert (buffers[0][:, :, 5 + count :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_turning_queries_alone(dtype: torch.dtype) -> None:
+    q, angle = random(2, 3, 6, 80).to(dtype), random(2, 3, 1, 40, seed=2)
+    torch.testing.assert_close(
+        NUMBA.turn(q, angle.cos(), angle.sin()), TORCH.turn(q, angle.cos(), angle.sin()), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_partial_softmaxes(dtype: torch.dtype) -> None:
+    """Far apart, alike, and of tokens that nobody sees."""
+    outs = [random(2, 3, 6, 80, seed=seed).to(dtype) for seed in range(3)]
+    lses = [4 * random(2, 3, 6, seed=seed) for seed in range(3, 6)]
+    lses[1][0, 0] = lses[0][0, 0]
+    lses[1][1, 0], lses[2][1] = 200.0, -torch.inf
+    lses[0][0, 1], outs[2][1] = -300.0, 0.0
+    want = TORCH.merge(outs, lses)
+    weights = torch.stack(lses).double().softmax(0)[..., None]
+    exact = (torch.stack(outs).double() * weights).sum(0)
+    got = NUMBA.merge([t.clone() for t in outs], [t.clone() for t in lses])
+    for out, lse in (got, want):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=2 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(lse.double(), torch.stack(lses).double().logsumexp(0), rtol=1e-6, atol=1e-6)

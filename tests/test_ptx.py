@@ -222,7 +222,9 @@ def test_fused_operations(arch: int, dtype: torch.dtype) -> None:
         turned = ops.rope_to_slots(q, k, v, angle.cos(), angle.sin(), full, *places)
         normed = ops.rms_norm(x, weight, 1e-5), *ops.add_rms_norm(x, delta, weight, 1e-5)
         heads = ops.norm_heads(q, k, weight[:64], weight[32:], 1e-6)
-        results.append([turned, full.keys, full.values, *normed, *heads, ops.swiglu(gate_up)])
+        alone = ops.turn(q, angle.cos(), angle.sin())
+        parts = ops.merge([turned.clone(), alone.clone()], [angle[..., 0, :8].clone(), 2 * angle[..., 0, :8]])
+        results.append([turned, alone, *parts, full.keys, full.values, *normed, *heads, ops.swiglu(gate_up)])
     for wanted, got in zip(*results, strict=True):
         assert float((got.float() - wanted.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * float(
             wanted.float().abs().max()

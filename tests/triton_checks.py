@@ -373,6 +373,13 @@ def fused_operations() -> None:
         norms = torch.randn(2, size, generator=gen).to(dtype)
         for got, wanted in zip(ops.norm_heads(q, k, *norms, 1e-6), torch_ops.norm_heads(q, k, *norms, 1e-6), strict=True):
             same(got, wanted, 4.0)
+        several, turns = joint.expand(2, 3, -1, -1)[:, :, :heads], torch.rand(2, 3, 1, size // 2, generator=gen) * 6
+        same(*(o.turn(several, turns.cos(), turns.sin()) for o in (ops, torch_ops)), 8.0)
+        lses = [4 * torch.randn(2, 3, heads, generator=gen) for _ in range(3)]
+        lses[2][1] = -torch.inf
+        outs = [(several * share).contiguous() for share in (1.0, 0.5, 0.0)]
+        for got, wanted in zip(ops.merge(outs, lses), torch_ops.merge(outs, lses), strict=True):
+            same(got, wanted, 8.0)
         angle = torch.rand(2, 1, 1, size // 2, generator=gen) * 6
         slots, places = torch.tensor([2, 1]), torch.tensor([3, 0])
         for cache in (torch.float16, torch.bfloat16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.numeric import FLOAT32
 from skvq.kernels.numba_cpu.small import (
     ADD_FIELDS,
+    MERGE_FIELDS,
     NORM_FIELDS,
     SWIGLU_FIELDS,
     TURN_FIELDS,
     build_add,
+    build_merge,
     build_norm,
     build_swiglu,
     build_turn,
@@ -25,6 +28,7 @@ from skvq.kernels.ops import TorchOps
 
 ADD, NORM = Entry(build_add, ADD_FIELDS), Entry(build_norm, NORM_FIELDS)
 SWIGLU, TURN = Entry(build_swiglu, SWIGLU_FIELDS), Entry(build_turn, TURN_FIELDS)
+MERGE = Entry(build_merge, MERGE_FIELDS)
 TURNED_KINDS = KINDS | {torch.float32: FLOAT32}
 """Dtypes that keys and values are turned to: the cache's, and that of prefill's buffers."""
 PARALLEL_NUMBERS = 1 << 15
@@ -86,6 +90,23 @@ class NumbaOps(TorchOps):
         places = torch.arange(first, first + count)
         q, k, v, cos, sin = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
         return _turn(q, k, v, cos, sin, places, places, keys[None], values[None]).transpose(0, 1)
+
+    def turn(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if q.dtype != torch.float32:
+            return super().turn(q, cos, sin)
+        rows, cos, sin = (t.reshape(-1, 1, *t.shape[2:]) for t in (q, cos, sin))  # [B * N, 1, ...]
+        none, nowhere = rows[:, :, :0], torch.empty(len(rows), dtype=torch.int64)  # keys, and where they would go
+        return _turn(rows, none, none, cos, sin, nowhere, nowhere, none, none).view(q.shape)
+
+    def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        (out, *more), (lse, *more_lses) = outs, lses
+        if out.dtype != torch.float32:
+            return super().merge(outs, lses)
+        for t in (*outs, *lses):
+            assert t.is_contiguous() and t.shape[:3] == lse.shape and t.dtype == torch.float32, (t.shape, t.stride(), t.dtype)
+        for part, part_lse in zip(more, more_lses, strict=True):
+            MERGE(1, out.data_ptr(), lse.data_ptr(), part.data_ptr(), part_lse.data_ptr(), lse.numel(), out.shape[3])
+        return out, lse
 
 
 def _turn(

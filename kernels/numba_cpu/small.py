@@ -18,8 +18,9 @@ TURN_FIELDS = (
     "counter", "q", "q_row", "k", "k_row", "v", "v_row", "cos", "sin", "out", "rows", "heads", "kv_heads", "size", "slots",
     "places", "keys", "values", "slot_stride", "head_stride", "place_stride", "kind", "chunk",  # rows and strides in bytes
 )  # fmt: skip
-add_job, norm_job, swiglu_job, turn_job = (
-    record_at(record(*fields)) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS)
+MERGE_FIELDS = ("out", "lse", "more", "more_lse", "rows", "size")
+add_job, norm_job, swiglu_job, turn_job, merge_job = (
+    record_at(record(*fields)) for fields in (ADD_FIELDS, NORM_FIELDS, SWIGLU_FIELDS, TURN_FIELDS, MERGE_FIELDS)
 )
 EPS = NORM_FIELDS.index("eps")
 LOG2_E = np.float32(1.4426950408889634)
@@ -107,6 +108,27 @@ def build_swiglu(stamp):
                 swiglu_row(job.x + 2 * r * step, job.out + r * step, job.columns)
 
     return swiglu
+
+
+def build_merge(stamp):
+    """Kernel that adds a partial softmax to another whose log-sum-exps are finite, for one thread."""
+
+    def merge(address):
+        if stamp == 0:
+            return
+        job = merge_job(address)
+        lses, more_lses = f32(job.lse), f32(job.more_lse)
+        for r in range(job.rows):
+            apart = (more_lses[r] - lses[r]) * LOG2_E  # minus infinity if there is nothing
+            e = exp2(-abs(apart))
+            less, total = (np.float32(1), e) if apart < np.float32(0) else (e, np.float32(1)), np.float32(1) + e
+            ours, theirs = less[0] / total, less[1] / total
+            out, more = f32(job.out + 4 * job.size * r), f32(job.more + 4 * job.size * r)
+            for i in range(job.size):
+                out[i] = ours * out[i] + theirs * more[i]
+            lses[r] = max(lses[r], more_lses[r]) + np.log(total)
+
+    return merge
 
 
 # --- RoPE and the window ------------------------------------------------------------------------------------------------

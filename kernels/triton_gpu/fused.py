@@ -9,6 +9,7 @@ each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -20,6 +21,7 @@ from skvq.kernels.interface import FullSlots
 from skvq.kernels.linear import DenseLinear, Linear, StoredLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec
+from skvq.kernels.triton_gpu.merge import merge_parts
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
 
 
@@ -195,6 +197,18 @@ class TritonOps(TorchOps):
         at = torch.arange(first, first + count, device=q.device)
         q, k, v, cos, sin = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
         return _turn(q, k, v, cos, sin, at, at, keys[None], values[None]).transpose(0, 1)
+
+    def turn(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not is_whole_block(q.shape[3]):
+            return super().turn(q, cos, sin)
+        rows, cos, sin = (t.reshape(-1, 1, *t.shape[2:]) for t in (q, cos, sin))  # [B * N, 1, ...]
+        none, nowhere = rows[:, :, :0], torch.empty(len(rows), dtype=torch.int64, device=q.device)  # keys, and their places
+        return _turn(rows, none, none, cos, sin, nowhere, nowhere, none, none).view(q.shape)
+
+    def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        parts = [t.flatten(0, 1).transpose(0, 1)[:, None] for t in outs]  # [H, 1, B * N, D]
+        out, lse = merge_parts(parts, [t.flatten(0, 1).T[:, None] for t in lses], outs[0].dtype)
+        return out.view(outs[0].shape), lse.view(lses[0].shape)
 
 
 def is_whole_block(size: int) -> bool:
