@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import click
-import torch
 from stamp import stamp, write
 
 from skvq import CacheConfig, Engine, Quiet
 from skvq.engine.measure import device_name
+from skvq.loaders.hub import config_of
 
 STRETCH = 2048
 
@@ -41,10 +41,11 @@ def main(text: Path, model: str, tokens: int, factor: int, output: Path) -> None
         name = f"{scaling or 'as it is'}, {cache.name}"
         results.append({"rope_scaling": scaling, "cache": cache.name, "perplexity": perplexity})
         print(f"{name:26} {' '.join(f'{p:8.2f}' for p in perplexity)}", file=sys.stderr)
+        device, trained = device_name(engine.device), config_of(model, download=False).trained_context
         del engine
-    row = {"model": model, "text": text.name, "tokens": tokens, "stretch": STRETCH, "results": results}
+    row = {"model": model, "trained": trained, "text": text.name, "tokens": tokens, "stretch": STRETCH, "results": results}
     plot(row, output.with_suffix(".png"))
-    write(output, stamp(device_name(torch.device("cpu")), "torch", "numba") | row)
+    write(output, stamp(device, "torch", "numba") | row)
 
 
 def plot(row: dict, file: Path) -> None:  # type: ignore[type-arg]
@@ -59,7 +60,9 @@ def plot(row: dict, file: Path) -> None:  # type: ignore[type-arg]
         at = [(i + 1) * row["stretch"] for i in range(len(found["perplexity"]))]
         dashed = "--" if found["cache"] != "fp" else "-"
         axes.plot(at, found["perplexity"], dashed, label=f"{found['rope_scaling'] or 'as it is'}, {found['cache']}", marker=".")
-    axes.set(xlabel="position", ylabel="perplexity", yscale="log", title=f"{row['model']}, trained to 8,192 tokens")
+    axes.set(
+        xlabel="position", ylabel="perplexity", yscale="log", title=f"{row['model']}, trained to {row['trained']:,} tokens"
+    )
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)

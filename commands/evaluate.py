@@ -63,7 +63,11 @@ def evaluate(**options: Any) -> None:
         calibration=options["calibration"],
         exact_window=options["exact_window"],
     )
-    if options["text"] is None and options["calibration"] is None and any(one.is_packed for one in caches):
+    if (
+        options["text"] is None
+        and options["calibration"] is None
+        and any(one.method in ("rotate", "reorder") for one in caches)
+    ):
         engine.report.message(f"without --text, {BUILT_IN} is scored, on which calibrations are made: other texts do worse")
     for row in rows:
         click.echo(_eval_line(row), err=options["as_json"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from threading import Lock
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from skvq.engine.answer import Answer
 from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.generation import begun, continuing, end_of, step
 from skvq.engine.guard import computing
 from skvq.engine.measure import wait_for
@@ -396,7 +397,10 @@ class Batch:
             raise
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        request.error = error
+        try:
+            request.error = copy(error)  # without what it was traced through, which would live as long as the request
+        except Exception:
+            request.error = SkvqError(str(error))
         self._end(request, "failed")
 
     def _end(self, request: Request, finish: str) -> None:

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skvq.engine.config import FULL_SPAN
+from skvq.engine.config import FULL_SPAN, CacheConfig, ChunkConfig
+from skvq.engine.errors import OptionError
 from skvq.kernels.dense import attend_all, attend_behind, attend_causal, merge_runs
 from skvq.kernels.interface import RopeFrequencies, Step
 from skvq.kernels.layout import PAGE_TOKENS
@@ -61,7 +62,7 @@ class Chunks:
     """Chunks of ``length`` tokens, whole pages, and ``reach``, ``length`` or more: the largest distance there is.
 
     gain_from: 0, or queries at position t are longer by ``(0.1 ln((t + 1) / gain_from) + 1)^2`` from there on (Qwen2.5-1M,
-        arXiv 2501.15383, after YaRN's equation 22). Of a prompt vLLM gives all queries the gain of the last.
+        arXiv 2501.15383, after YaRN's equation 22). vLLM has that of a prompt's length for all its tokens, in keys and scale.
     frequencies: RoPE's, without its scale.
     """
 
@@ -122,6 +123,16 @@ class Chunks:
         apart = positions // self.length - torch.arange(count, device=positions.device)[:, None, None]
         near = torch.where(apart == 1, rest.clamp_max(self.length), 0)
         return rope_turns(self.frequencies, torch.where(apart > 1, rest, near))
+
+
+def require_whole(cut: ChunkConfig | None, cache: CacheConfig, *, shift: bool) -> None:
+    """Raise OptionError for what cannot be had where a context is ``cut``: rules that need attention mass, and ``shift``."""
+    others = [repr(rule) for rule in cache.rules if rule.needs_attention_mass] + ["on_full 'shift'"] * shift
+    if cut and others:
+        raise OptionError(
+            f"{' and '.join(others)} cannot be used with dual chunk attention, which contexts above {cut.reach:,} tokens have "
+            "here: leave that out, or choose a shorter context (--ctx)"
+        )
 
 
 def chunk_steps(step: Step, chunks: Chunks, ring: int) -> list[Step]:

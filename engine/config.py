@@ -153,6 +153,10 @@ class ModelConfig:
         """Channels of a head that RoPE turns."""
         return self.rotary_size or self.own_head_size
 
+    def cut_at(self, context: int) -> ChunkConfig | None:
+        """Its chunks, where a context is longer than the distances they leave."""
+        return self.chunks if self.chunks and context > self.chunks.reach else None
+
     def with_heads_of(self, size: int) -> ModelConfig:
         """The same model with channels of zeros added to its heads, for kernels that take no others."""
         return self if size == self.head_size else replace(self, head_size=size, weights_head_size=self.own_head_size)

@@ -162,8 +162,6 @@ def decode_step_of(model: Model, rope: ModelRope, setup: CacheSetup, *, graph: b
 
     Filters that need attention mass address their slots from the host: they keep the eager step.
     """
-    if graph and setup.needs_mass:
-        notice("a filter rule needs attention mass: steps are launched kernel by kernel and prompts share no prefix, slower")
     if not graph or setup.needs_mass or not setup.backend.captures(model.config.head_size):
         return EagerStep(model, rope, setup)
     return GraphStep(model, rope, setup, graphs_of(setup))

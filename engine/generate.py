@@ -140,7 +140,8 @@ class Engine(TokenEngine):
             self.read(sequence, [0])
             if self.parts.setup.max_context > 1:
                 self.decode_step([sequence], [0])
-            pack_zeros(sequence, layouts_of(self.parts.cache, self.parts.model.config) if self.parts.cache.is_packed else ())
+            if self.parts.cache.is_packed:
+                pack_zeros(sequence, layouts_of(self.parts.cache, self.parts.model.config))
 
     # --- text ------------------------------------------------------------------------------------------------------------
 

@@ -16,10 +16,9 @@ from skvq.engine.arena import Arena
 from skvq.engine.cache_setup import CacheSetup, OnFull
 from skvq.engine.calibration import cached_or_made, load_for, settled
 from skvq.engine.chunked import ChunkedMethod
-from skvq.engine.chunks import Chunks
+from skvq.engine.chunks import Chunks, require_whole
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig, ModelConfig
-from skvq.engine.errors import OptionError
 from skvq.engine.identity import identity_of
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
@@ -117,15 +116,17 @@ def load_parts(
     context = plan.context
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
-    rope, full = model_rope(config, context, device), on_full_of(on_full, widest_regions(cache, config), context)
-    _check_chunks(rope, cache, full)
+    full = on_full_of(on_full, widest_regions(cache, config), context)
+    require_whole(config.cut_at(context), cache, shift=isinstance(full, Shift))
     trained = source.config.trained_context
     if context > trained:
         report.message(beyond_training(context, trained, config.trained_context))
+    if cuda_graph and kernels.captures(config.head_size) and any(rule.needs_attention_mass for rule in cache.rules):
+        report.message("a filter rule needs attention mass: steps are launched one by one and prompts share no prefix, slower")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
-        rope=rope,
+        rope=model_rope(config, context, device),
         backend=kernels,
         fingerprint=source.fingerprint,
         context=context,
@@ -206,7 +207,7 @@ def cache_setup(
     lock: RLock,
 ) -> CacheSetup:
     """What sequences share, over an arena; ``tensors`` are the calibration, ``fingerprint`` is the model's."""
-    _check_chunks(rope, cache, on_full)
+    require_whole(config.cut_at(max_context), cache, shift=isinstance(on_full, Shift))
     return CacheSetup(
         arena=arena,
         method=bind_method(arena, config, cache, tensors, rope, backend),
@@ -235,7 +236,7 @@ def with_cache(
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.prefill)
     planner.plan_that_fits(parts.loaded.context)
     full = on_full_of(parts.on_full, widest_regions(cache, config), parts.loaded.context)
-    _check_chunks(parts.rope, cache, full)
+    require_whole(config.cut_at(parts.loaded.context), cache, shift=isinstance(full, Shift))
     cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
     plan = replace(planner, cache=cache).plan(parts.loaded.context)
     return replace(parts, cache=cache, setup=setup, plan=plan)
@@ -271,19 +272,6 @@ def _whole_method(
     if cache.method == "reorder":
         return LabelMethod(arena, layouts, label_codecs(tensors, config, rope, device), kernels)
     return HeadMethod(arena, layouts, head_codecs(tensors, cache, config, rope, device), kernels)
-
-
-def _check_chunks(rope: ModelRope, cache: CacheConfig, on_full: OnFull) -> None:
-    """Raise OptionError for what cannot be had together with chunks."""
-    if not isinstance(rope.distances, Chunks):
-        return
-    others = [repr(rule) for rule in cache.rules if rule.needs_attention_mass]
-    others += ["on_full 'shift'"] if isinstance(on_full, Shift) else []
-    if others:
-        raise OptionError(
-            f"{' and '.join(others)} cannot be used with dual chunk attention, which a context above {rope.distances.reach:,} "
-            "tokens needs here: leave it out, or choose a shorter context (--ctx)"
-        )
 
 
 def _weights(source: WeightSource, config: ModelConfig, form: Form, report: Reporter) -> ModelWeights:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from skvq.engine.calibration import with_chosen_bits
+from skvq.engine.chunks import require_whole
 from skvq.engine.config import CacheConfig, ModelConfig
 from skvq.engine.errors import ModelError, OptionError, nearest
 from skvq.engine.guard import own_settings
@@ -215,6 +216,7 @@ def plan_report(
         known = {} if isinstance(weights, DummySource) else {"fingerprint": weights.fingerprint}
         cache = with_chosen_bits(cache, calibration, config, **known)
     cache = cache.fitted(config)
+    require_whole(config.cut_at(context), cache, shift=False)
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:

@@ -110,8 +110,8 @@ def arena_shape(
 
 def _chunks(model: ModelConfig, max_context: int, ring: int) -> int:
     """Chunks that a sequence may lie in, the tokens of its window counted from the last packed one on."""
-    cut = model.chunks is not None and max_context > model.chunks.reach
-    return (max_context + ring - 1) // model.chunks.length + 1 if cut and model.chunks else 1
+    cut = model.cut_at(max_context)
+    return (max_context + ring - 1) // cut.length + 1 if cut else 1
 
 
 def gib(count: int) -> str:

@@ -462,6 +462,7 @@ def test_harm_to_one_answer_ends_that_alone(engine: Engine, harm: str, reason: s
         finished(batch)
     assert (harmed.finish, other.finish, other.text) == ("failed", "length", wanted)
     assert reason in str(harmed.error) and other.error is None
+    assert harmed.error is not None and harmed.error.__traceback__ is None  # whose frames would hold the engine
     sequence.free()
 
 

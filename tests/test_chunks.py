@@ -20,6 +20,7 @@ from skvq.engine.config import ChunkConfig, RopeConfig
 from skvq.engine.errors import ModelError, OptionError, SessionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
+from skvq.engine.plan_report import plan_report
 from skvq.engine.report import Quiet
 from skvq.engine.rope import model_rope, scaled
 from skvq.kernels.interface import RopeFrequencies
@@ -190,6 +191,9 @@ def test_what_cannot_be_had_together(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"HeavyHitters.*cannot be used with dual chunk attention"):
         tiny_engine(folder, tiny_cache(filters=(HeavyHitters(4),)), max_context=4500)
     tiny_engine(folder, tiny_cache(filters=(HeavyHitters(4),)), max_context=REACH)
+    given = {"sequences": 1, "memory": None, "device": "cpu", "dtype": None, "prefill": "exact"}
+    with pytest.raises(OptionError, match="cannot be used with dual chunk attention"):
+        plan_report(str(folder), tiny_cache(filters=(HeavyHitters(4),)), context=4500, **given)  # type: ignore[arg-type]
     data = json.loads((folder / "config.json").read_text())
     data["dual_chunk_attention_config"]["local_size"] = REACH - 100
     tmp_path.joinpath("config.json").write_text(json.dumps(data))

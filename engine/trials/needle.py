@@ -37,7 +37,7 @@ class Needle:
     retrieved: bool
     logprob: float
     rank: int
-    packed: float  # share of the needle's tokens that lie in packed pages when it is asked for; others are in 16 bits
+    packed: float | None  # share of the needle's tokens in packed pages when it is asked for; nothing is with method ``fp``
     beside: Beside | None  # where a 16-bit cache was asked too
 
     def line(self) -> str:
@@ -45,7 +45,7 @@ class Needle:
         return (
             f"{self.context:>9,} tokens  depth {self.depth:5.1f} %  {'found' if self.retrieved else 'lost '}  "
             f"log-probability {self.logprob:7.3f}, worst rank {self.rank}{self.beside.line() if self.beside else ''}"
-            f"{'' if self.packed == 1 else f'   {self.packed:.0%} of it packed'}"
+            f"{'' if self.packed in (None, 1) else f'   {self.packed:.0%} of it packed'}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,9 +98,11 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
     return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer, range(start, start + len(needle)))
 
 
-def packed_share(engine: Engine, question: Question) -> float:
+def packed_share(engine: Engine, question: Question) -> float | None:
     """Share of the needle's tokens in packed pages, sinks and window apart, when the answer begins. Raises OptionError if
-    nothing is packed then."""
+    nothing is packed then, but for method ``fp``, which never packs."""
+    if not engine.parts.cache.is_packed:
+        return None
     regions, tokens = engine.parts.setup.regions, len(question.prompt)
     packed = regions.packed(tokens)
     if not packed:
@@ -151,8 +153,9 @@ def needles(
     places = list(product(contexts, depths))
     numbers = torch.randint(10_000, 100_000, (len(places),), generator=seeded(seed)).tolist()
     for (context, depth), number in zip(places, numbers, strict=True):
-        packed_share(engine, ask(engine, hay, context, depth, number))  # what has no room is refused before anything is read
-    if len(hay) < max(contexts):
+        question = ask(engine, hay, context, depth, number)  # what has no room is refused before anything is read
+        packed_share(engine, question)
+    if len(hay) + len(question.needle) < max(contexts):
         engine.report.message(f"the haystack has {counted(len(hay), 'token')} and is repeated")
     found = []
     for (context, depth), number in zip(places, numbers, strict=True):
