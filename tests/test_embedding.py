@@ -105,7 +105,7 @@ def test_a_sequence_goes_on_from_its_last_token(engine: Engine) -> None:
             assert "".join(engine.stream("", SAMPLING, sequence=fork)) and fork.length == sequence.length + 11
         assert "".join(engine.stream("", SAMPLING, sequence=sequence)) == wanted
     prompt = engine.encode(TEXT * 20)
-    with engine.prefill(prompt) as sequence, engine.prefill(prompt[:-1]) as shorter:
+    with engine.prefill([*prompt, 5]) as sequence, engine.prefill(prompt[:-1]) as shorter:
         sequence.truncate(len(prompt))
         assert "".join(engine.stream("", SAMPLING, sequence=sequence)) == "".join(
             engine.stream(prompt[-1:], SAMPLING, sequence=shorter)
