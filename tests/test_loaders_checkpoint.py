@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from skvq.engine.errors import SkvqError
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.names import check_shapes, expected_shapes
-from skvq.loaders.source import check_finite, fingerprint_of
+from skvq.loaders.source import NEWER, check_finite, fingerprint_of
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
