@@ -30,7 +30,7 @@ from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope
 from skvq.engine.streams import pinned, sent
-from skvq.kernels.dense import SoftmaxParts
+from skvq.kernels.dense import SoftmaxParts, attend_behind
 from skvq.kernels.interface import Ops, Step
 from skvq.kernels.ops import TorchOps
 
@@ -88,8 +88,9 @@ class StreamingLayer:
         for start in range(first_seen // SEGMENT_TOKENS * SEGMENT_TOKENS, sequence.packed, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, sequence.packed - start)
             parts.add(*self._attend(q, *sequence.stage(self.layer, start, count, q.dtype), start, rope))
-        if sequence.orphans:
-            parts.add(*self._attend(q, *sequence.sinks(self.layer), 0, rope))
+        if sequence.orphans:  # of a cut sequence there may be more of them than tokens
+            sinks = (t.to(q.dtype).transpose(0, 1) for t in sequence.sinks(self.layer))
+            parts.add(*attend_behind(q, *sinks, sequence.length - self.span + 1))
         parts.add(*self._attend(q, keys, values, sequence.packed, rope))
         out, lse = parts.merged(q.dtype)
         mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])

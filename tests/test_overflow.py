@@ -212,6 +212,19 @@ def test_sinks_are_seen_after_a_cut_to_fewer_tokens(tmp_path: Path, length: int)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-3
 
 
+def test_a_text_is_read_after_a_cut_to_fewer_tokens_than_there_are_sinks(tmp_path: Path) -> None:
+    """By streaming: every query sees all of them, as decode steps do."""
+    cache = tiny_cache(method="fp", filters=(AttentionSinks(9),))
+    engine = tiny_engine(tiny_folder(tmp_path, num_layers=3), cache, max_context=CONTEXT, on_full="shift")
+    read, more = engine.new_sequence(), random_ids(200, seed=1)
+    engine.read(read, random_ids(CONTEXT + 500))
+    read.truncate(2)
+    twin = read.fork()
+    assert read.orphans == 9
+    found = engine.read(read, more)  # more than are read as decode steps
+    assert (found - steps(engine, [twin], [more])[0, -1]).abs().max() < 1e-2
+
+
 def test_an_answer_and_a_prompt_go_on_past_the_context(tmp_path: Path) -> None:
     engine = tiny_engine(tiny_folder(tmp_path), tiny_cache(), max_context=2600, on_full="shift", prefix_cache=True)
     sequence = engine.new_sequence()
