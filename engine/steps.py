@@ -89,8 +89,8 @@ class StreamingLayer:
             count = min(SEGMENT_TOKENS, sequence.packed - start)
             parts.add(*self._attend(q, *sequence.stage(self.layer, start, count, q.dtype), start, rope))
         if sequence.orphans:  # of a cut sequence there may be more of them than tokens
-            sinks = (t.to(q.dtype).transpose(0, 1) for t in sequence.sinks(self.layer))
-            parts.add(*attend_behind(q, *sinks, sequence.length - self.span + 1))
+            sink_keys, sink_values = (t.to(q.dtype).transpose(0, 1) for t in sequence.sinks(self.layer))
+            parts.add(*attend_behind(q, sink_keys, sink_values, sequence.length - self.span + 1))
         parts.add(*self._attend(q, keys, values, sequence.packed, rope))
         out, lse = parts.merged(q.dtype)
         mass = torch.cat([old_mass, old_mass.new_zeros(len(k))])
