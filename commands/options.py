@@ -163,12 +163,12 @@ machine_options = stack(
         help="CPU threads; use fewer than the core count on a busy machine. Default: torch's.",
     ),
 )
+rope_scaling_option = click.option(
+    "--rope-scaling", help="KIND:FACTOR, to exceed the trained length: chunks:4, yarn:4, dynamic:4, linear:4, or yarn:4:32768."
+)
 engine_options = stack(
     machine_options,
-    click.option(
-        "--rope-scaling",
-        help="KIND:FACTOR, to exceed the trained length: chunks:4, yarn:4, dynamic:4, linear:4, or yarn:4:32768.",
-    ),
+    rope_scaling_option,
     click.option(
         "--dummy-weights",
         is_flag=True,

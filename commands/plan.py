@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 from skvq.commands.errors import OneLineCommand
-from skvq.commands.options import cache_config, cache_options, ctx_option, json_option, model_option, prefill_option
+from skvq.commands.options import (
+    cache_config,
+    cache_options,
+    ctx_option,
+    json_option,
+    model_option,
+    prefill_option,
+    rope_scaling_option,
+)
 from skvq.engine.errors import OptionError
 
 
@@ -24,9 +32,7 @@ from skvq.engine.errors import OptionError
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: the one the device would use.")
 @prefill_option
 @click.option("--calibration", type=click.Path(path_type=Path), help="With --bits-budget: exact for the bits this file chose.")
-@click.option(
-    "--rope-scaling", help="KIND:FACTOR, to exceed the trained length: chunks:4, yarn:4, dynamic:4, linear:4, or yarn:4:32768."
-)
+@rope_scaling_option
 @cache_options
 @json_option
 def plan(**options: Any) -> None:

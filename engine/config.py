@@ -276,6 +276,11 @@ class CacheConfig:
         return () if not self.is_packed else tuple(sorted(self.filters, key=lambda rule: type(rule) is not AttentionSinks))
 
     @property
+    def needs_mass(self) -> bool:
+        """Whether a rule in force asks for attention mass."""
+        return any(rule.needs_attention_mass for rule in self.rules)
+
+    @property
     def code_bits(self) -> float:
         """What the budget leaves for codes: metadata takes two bytes per group."""
         assert self.bits_budget is not None

@@ -121,7 +121,7 @@ def load_parts(
     trained = source.config.trained_context
     if context > trained:
         report.message(beyond_training(context, trained, config.trained_context))
-    if cuda_graph and kernels.captures(config.head_size) and any(rule.needs_attention_mass for rule in cache.rules):
+    if cuda_graph and kernels.captures(config.head_size) and cache.needs_mass:
         report.message("a filter rule needs attention mass: steps are launched one by one and prompts share no prefix, slower")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
@@ -251,27 +251,17 @@ def bind_method(
     kernels: Backend,
 ) -> CacheMethod:
     """The cache method over an arena, with the codecs that calibration found."""
-    method = _whole_method(arena, config, cache, tensors, rope, kernels)
+    device = arena.page_table.device
+    method: HeadMethod | LabelMethod | PlainMethod
+    if not cache.is_packed:
+        method = PlainMethod(arena, kernels)
+    elif cache.method == "reorder":
+        method = LabelMethod(arena, layouts_of(cache, config), label_codecs(tensors, config, rope, device), kernels)
+    else:
+        method = HeadMethod(arena, layouts_of(cache, config), head_codecs(tensors, cache, config, rope, device), kernels)
     if not isinstance(rope.distances, Chunks):
         return method
     return ChunkedMethod(method, arena, rope.distances, regions_of(cache, config).ring, kernels.ops)
-
-
-def _whole_method(
-    arena: Arena,
-    config: ModelConfig,
-    cache: CacheConfig,
-    tensors: Mapping[str, Tensor],
-    rope: ModelRope,
-    kernels: Backend,
-) -> HeadMethod | LabelMethod | PlainMethod:
-    device = arena.page_table.device
-    if not cache.is_packed:
-        return PlainMethod(arena, kernels)
-    layouts = layouts_of(cache, config)
-    if cache.method == "reorder":
-        return LabelMethod(arena, layouts, label_codecs(tensors, config, rope, device), kernels)
-    return HeadMethod(arena, layouts, head_codecs(tensors, cache, config, rope, device), kernels)
 
 
 def _weights(source: WeightSource, config: ModelConfig, form: Form, report: Reporter) -> ModelWeights:

@@ -197,7 +197,7 @@ class Planner:
             window += self._kept_rope(context)
         else:
             window += self._window_copy(shape, context) + 2 * kv * chunk * (2 + self.dtype.itemsize)
-        if any(rule.needs_attention_mass for rule in self.cache.rules):
+        if self.cache.needs_mass:
             window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
         computed = chunk * computed_numbers(model) * max(self.dtype.itemsize, 4) + self.room.expanded_bytes
         logits = model.vocab_size * max(6 * 4, LOGIT_BYTES * self.sequences)

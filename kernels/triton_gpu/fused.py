@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skvq.kernels.dense import merge_runs
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.linear import DenseLinear, Linear, StoredLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec
-from skvq.kernels.triton_gpu.merge import merge_parts
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
 
 
@@ -206,8 +206,7 @@ class TritonOps(TorchOps):
         return _turn(rows, none, none, cos, sin, nowhere, nowhere, none, none).view(q.shape)
 
     def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        parts = [t.flatten(0, 1).transpose(0, 1)[:, None] for t in outs]  # [H, 1, B * N, D]
-        out, lse = merge_parts(parts, [t.flatten(0, 1).T[:, None] for t in lses], outs[0].dtype)
+        out, lse = merge_runs([t.flatten(0, 1) for t in outs], [t.flatten(0, 1) for t in lses], outs[0].dtype)
         return out.view(outs[0].shape), lse.view(lses[0].shape)
 
 
