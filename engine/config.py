@@ -90,12 +90,29 @@ class ChunkConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertConfig:
+    """Mixture of experts (arXiv 2401.04088): each layer has ``count`` MLPs, of which a token goes through ``chosen``.
+
+    normed: their weights add to one; else they are what a softmax over all of them gives.
+    """
+
+    count: int
+    chosen: int
+    normed: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.chosen <= self.count < 2**15:
+            raise ModelError(f"model config: {self.chosen} experts for each token of {self.count}: from 1 to all there are")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a Llama-family model. ``attention_spans[l]`` is how many tokens, itself included, a query of layer l sees;
     ``unturned_layers`` have no RoPE; ``qk_norm``: heads of queries and keys are normed before RoPE (arXiv 2010.04245, Qwen3).
     ``weights_head_size``: of heads as weights make them, if they are cached with more channels (``with_heads_of``).
     ``rotary_size``: channels of a head that RoPE turns, if not all of them (Phi-4-mini); pairs that it leaves lie behind the
     others, in both halves of a head. ``chunks``: how contexts beyond those it was trained for are attended to (Qwen2.5-1M).
+    ``intermediate_size``: of the MLP, or of each of the ``experts``.
     """
 
     family: str
@@ -111,6 +128,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
     chunks: ChunkConfig | None = None
+    experts: ExpertConfig | None = None
     trained_context: int = 4096
     attention_spans: tuple[int, ...] = ()
     unturned_layers: tuple[int, ...] = ()
@@ -140,6 +158,11 @@ class ModelConfig:
             object.__setattr__(self, "attention_spans", (FULL_SPAN,) * self.num_layers)
         if len(self.attention_spans) != self.num_layers or min(self.attention_spans) < 1:
             raise ModelError(f"model config: {len(self.attention_spans)} attention spans for {self.num_layers} layers")
+        if self.experts and (self.mlp_bias or self.intermediate_size % 8):
+            raise ModelError(
+                f"model config: experts of {self.intermediate_size} channels{' with biases' if self.mlp_bias else ''}: this "
+                "engine has them without biases, of a multiple of 8 channels"
+            )
         if self.chunks and (min(self.attention_spans) < FULL_SPAN or self.unturned_layers):
             raise ModelError("model config: dual chunk attention needs full attention and RoPE in all layers")
 
@@ -169,12 +192,21 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
+        layers = self.num_layers * self._layer_parameters(self.experts.count if self.experts else 1)
+        return layers + self.hidden_size + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of all layers that a token is multiplied by: of experts, the chosen ones."""
+        return self.num_layers * self._layer_parameters(self.experts.chosen if self.experts else 1) + self.hidden_size
+
+    def _layer_parameters(self, mlps: int) -> int:
         d, f, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.own_head_size
         q = self.num_heads * self.own_head_size
-        layer = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
+        layer = d * (q + 2 * kv) + q * d + 3 * d * f * mlps + 2 * d
+        layer += d * self.experts.count if self.experts else 0
         layer += (q + 2 * kv) * self.qkv_bias + d * self.output_bias + (2 * f + d) * self.mlp_bias
-        layer += 2 * self.own_head_size * self.qk_norm
-        return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return layer + 2 * self.own_head_size * self.qk_norm
 
 
 Widths = tuple[float, float]

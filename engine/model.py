@@ -14,21 +14,62 @@ from skvq.engine.config import ModelConfig
 from skvq.engine.embedding import Embedding, nbytes_of
 from skvq.engine.rope import StepRope, narrowed, widened
 from skvq.engine.storage import Storage
+from skvq.kernels.experts import Experts
 from skvq.kernels.interface import Ops
 from skvq.kernels.linear import Linear
+from skvq.loaders.names import layer_stacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One transformer layer. qkv is the three projections stacked, gate_up the two of the MLP."""
+    """One transformer layer. qkv is the three projections stacked."""
 
     input_norm: Tensor  # [d]
     qkv: Linear  # d -> (H + 2 KH) D
     qk_norm: tuple[Tensor, Tensor] | None  # of queries and of keys, [D] each
     output: Linear  # H D -> d
     mlp_norm: Tensor  # [d]
+    mlp: Mlp
+
+
+class Mlp(Protocol):
+    """What a layer's hidden states go through after attention."""
+
+    def after_attention(self, ops: Ops, x: Tensor, attended: Tensor, w: LayerWeights, eps: float) -> Tensor:
+        """What the layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H D]."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held in memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneMlp:
+    """For all tokens; gate_up is its two first projections stacked."""
+
     gate_up: Linear  # d -> 2 f
     down: Linear  # f -> d
+
+    def after_attention(self, ops: Ops, x: Tensor, attended: Tensor, w: LayerWeights, eps: float) -> Tensor:
+        return ops.after_attention(x, attended, w.output, w.mlp_norm, eps, self.gate_up, self.down)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.gate_up.tensors, *self.down.tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertMlp:
+    """Some of many for each token."""
+
+    experts: Experts
+
+    def after_attention(self, ops: Ops, x: Tensor, attended: Tensor, w: LayerWeights, eps: float) -> Tensor:
+        return ops.after_attention_experts(x, attended, w.output, w.mlp_norm, eps, self.experts)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.experts.tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +87,7 @@ class ModelWeights:
         held = [*self.embedding.tensors, self.norm, *self.head.tensors]
         for w in self.layers:
             held += [w.input_norm, w.mlp_norm, *(w.qk_norm or ())]
-            held += [t for linear in (w.qkv, w.output, w.gate_up, w.down) for t in linear.tensors]
+            held += [*w.qkv.tensors, *w.output.tensors, *w.mlp.tensors]
         return nbytes_of(held)
 
 
@@ -101,9 +142,9 @@ class Model:
 
     def after_attention(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """What a layer makes of its hidden states ``x`` [B, N, d] and what its heads have read, [B, N, H, D]."""
-        w, eps = self.weights.layers[index], self.config.norm_eps
+        w = self.weights.layers[index]
         attended = narrowed(attended, self.config.own_head_size).flatten(2)
-        return self.ops.after_attention(x, attended, w.output, w.mlp_norm, eps, w.gate_up, w.down)
+        return w.mlp.after_attention(self.ops, x, attended, w, self.config.norm_eps)
 
     def output_matrix(self, index: int) -> Tensor:
         """What a layer multiplies by what its heads have read, [d, H D]."""
@@ -126,6 +167,23 @@ def load_weights(config: ModelConfig, storage: Storage) -> ModelWeights:
     def qk_norm(prefix: str) -> tuple[Tensor, Tensor]:
         return storage.vector([f"{prefix}.q_norm.weight"]), storage.vector([f"{prefix}.k_norm.weight"])
 
+    def mlp(prefix: str) -> Mlp:
+        if config.experts is None:
+            return OneMlp(
+                gate_up=linear(prefix, "gate_proj", "up_proj", bias=config.mlp_bias),
+                down=linear(prefix, "down_proj", bias=config.mlp_bias),
+            )
+        gate_up, down = layer_stacks(prefix, config.experts.count)
+        experts = Experts(
+            router=linear(prefix, "gate", bias=False),
+            gate_up=storage.stack(gate_up),
+            down=storage.stack(down),
+            count=config.experts.count,
+            chosen=config.experts.chosen,
+            normed=config.experts.normed,
+        )
+        return ExpertMlp(experts=experts)
+
     embedding, head = storage.embedding("model.embed_tokens.weight")
     layers = []
     for index in range(config.num_layers):
@@ -137,8 +195,7 @@ def load_weights(config: ModelConfig, storage: Storage) -> ModelWeights:
                 qk_norm=qk_norm(f"{at}.self_attn") if config.qk_norm else None,
                 output=linear(f"{at}.self_attn", "o_proj", bias=config.output_bias),
                 mlp_norm=storage.vector([f"{at}.post_attention_layernorm.weight"]),
-                gate_up=linear(f"{at}.mlp", "gate_proj", "up_proj", bias=config.mlp_bias),
-                down=linear(f"{at}.mlp", "down_proj", bias=config.mlp_bias),
+                mlp=mlp(f"{at}.mlp"),
             )
         )
     norm = storage.vector(["model.norm.weight"])

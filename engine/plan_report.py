@@ -244,7 +244,7 @@ def plan_report(
         plan=plan,
         largest=largest,
         prefill_seconds=predicted_prefill(config, card, context, plan.form),
-        decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - form.table_bytes(weights)),
+        decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - form.idle_bytes(weights)),
         trained_context=source.trained_context,
         stretched_context=config.trained_context,
         advice="" if plan.fits else planner.advice(),
@@ -263,9 +263,7 @@ def _other_widths(cache: CacheConfig, config: ModelConfig) -> list[CacheConfig]:
 def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: PrefillForm) -> float:
     """Seconds to read ``context`` tokens: two operations per weight and token, four per query channel and visible token; what
     groups of heads project again, and what passes between host and device."""
-    linear = (
-        2 * (config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)) * context
-    )
+    linear = 2 * config.active_parameters * context
     q = config.num_heads * config.head_size
     attention = sum(4 * q * min(context / 2, span) * context for span in config.attention_spans)
     groups = form.head_groups

@@ -124,8 +124,10 @@ def gib(count: int) -> str:
 
 
 def computed_numbers(model: ModelConfig) -> int:
-    """Of each token that goes through a layer, at a time, keys and values left out."""
-    return 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size
+    """Of each token that goes through a layer, at a time, keys and values left out; of experts, one after another, the vectors
+    that one is given and gives back, and what all give in float32."""
+    experts = 6 * model.hidden_size if model.experts else 0
+    return 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size + experts
 
 
 def calibration_bytes(cache: CacheConfig, model: ModelConfig, *, on_gpu: bool) -> int:

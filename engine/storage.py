@@ -13,10 +13,11 @@ from torch import Tensor
 
 from skvq.engine.embedding import DenseEmbedding, Embedding, StoredEmbedding
 from skvq.engine.report import Reporter
+from skvq.kernels.experts import DenseStack, Stack, StoredStack
 from skvq.kernels.ggml.blocks import scales_of
 from skvq.kernels.ggml.formats import FORMATS
-from skvq.kernels.linear import DenseLinear, FloatMatrix, Linear, StoredLinear, StoredMatrix
-from skvq.loaders.names import EMBEDDING, expected_shapes
+from skvq.kernels.linear import DenseLinear, FloatMatrix, Linear, StackedMatrix, StoredLinear
+from skvq.loaders.names import EMBEDDING, expected_shapes, expert_stacks
 from skvq.loaders.source import QuantizedBlocks, WeightSource, check_finite
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ class Kinds(Protocol):
     def nbytes(self, kind: str, rows: int, columns: int) -> int:
         """Bytes that one which is kept will take."""
 
-    def matrix(self, kind: str, data: Tensor) -> StoredMatrix:
+    def matrix(self, kind: str, data: Tensor) -> StackedMatrix:
         """One which is kept: rows of ggml blocks uint8 [rows, bytes], or numbers [rows, columns]."""
 
     @property
@@ -50,7 +51,7 @@ class NoKinds:
     def nbytes(self, kind: str, rows: int, columns: int) -> int:
         raise AssertionError(kind)
 
-    def matrix(self, kind: str, data: Tensor) -> StoredMatrix:
+    def matrix(self, kind: str, data: Tensor) -> StackedMatrix:
         raise AssertionError(kind)
 
     @property
@@ -70,6 +71,10 @@ class WeightReader:
         self.check(name, tensor)
         self.advance(tensor.numel())
         return tensor
+
+    def kind(self, name: str) -> str:
+        """Of the blocks or the numbers that it is stored as."""
+        return self._source.stored(name)[0]
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """As stored, not checked and not counted yet: ``check`` its scales and ``advance`` if it is kept."""
@@ -101,6 +106,17 @@ class Storage:
         """Matrices stacked by rows."""
         return self._linear([self._read(name) for name in names], bias)
 
+    def stack(self, names: Sequence[Sequence[str]]) -> Stack:
+        """The matrix of each expert, stacked by rows of those that are named for it; expanded where they are not ``alike``."""
+        every = [name for expert in names for name in expert]
+        keep = alike(self._reader.kind(name) for name in every)
+        found = [self._read(name, keep=keep) for name in every]
+        kind, data = found[0][0], _stacked([data for _, data in found])
+        rows = len(data) // len(names)
+        if kind == EXPANDED:
+            return DenseStack(data.view(len(names), rows, -1))
+        return StoredStack(self._form.kinds.matrix(kind, data), rows)
+
     def embedding(self, name: str) -> tuple[Embedding, Linear]:
         """Token embedding, and the same matrix as a head."""
         head = self._linear([self._read(name)], None)
@@ -117,22 +133,27 @@ class Storage:
             parts.append(FloatMatrix(data) if kind == EXPANDED else self._form.kinds.matrix(kind, data))
         return StoredLinear(tuple(parts), bias)
 
-    def _read(self, name: str) -> tuple[str, Tensor]:
+    def _read(self, name: str, *, keep: bool = True) -> tuple[str, Tensor]:
         """Kind and data of a matrix: as it is stored if it is kept, else the numbers on the device."""
         form, blocks, stored = self._form, self._reader.blocks(name), self._reader.expanded(name)
         if blocks is not None:
-            if form.kinds.keeps(blocks.kind, blocks.shape[1]):
+            if keep and form.kinds.keeps(blocks.kind, blocks.shape[1]):
                 self._reader.check(name, scales_of(blocks.data, FORMATS[blocks.kind]))
                 self._reader.advance(prod(blocks.shape))
                 return blocks.kind, blocks.data
             stored = blocks.kind
         data = self._reader.read(name, form.device)
-        keeps = form.kinds.keeps(str(data.dtype), data.shape[1])
+        keeps = keep and form.kinds.keeps(str(data.dtype), data.shape[1])
         if stored and stored not in self._told:
             self._told.add(stored)
             held = str(data.dtype if keeps else form.dtype).removeprefix("torch.")
             self._report.message(f"weights stored as {stored} are held as {held}: more memory, slower decoding")
         return (str(data.dtype), data.contiguous()) if keeps else (EXPANDED, data.to(form.dtype))
+
+
+def alike(kinds: Iterable[str]) -> bool:
+    """Whether matrices of these kinds can be one."""
+    return len(set(kinds)) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +168,15 @@ class Form:
         """Bytes that all weights of a source will take; nothing is read."""
         return sum(self._nbytes(source, expected_shapes(source.config)))
 
-    def table_bytes(self, source: WeightSource) -> int:
-        """Those of an embedding that is not the head too: a step reads a row of it."""
-        return 0 if source.config.tie_embeddings else sum(self._nbytes(source, [EMBEDDING]))
+    def idle_bytes(self, source: WeightSource) -> int:
+        """Those that a step of one token does not read: an embedding that is not the head too, experts that are not chosen."""
+        config = source.config
+        table = 0 if config.tie_embeddings else sum(self._nbytes(source, [EMBEDDING]))
+        if config.experts is None:
+            return table
+        names = [name for stack in expert_stacks(config) for expert in stack for name in expert]
+        held = sum(self._nbytes(source, names))
+        return table + held * (config.experts.count - config.experts.chosen) // config.experts.count
 
     def expanded_bytes(self, source: WeightSource) -> int:
         """Bytes that are expanded of them at a time."""
@@ -164,6 +191,9 @@ class Form:
         """Names and kinds of matrices that will be held as they are stored."""
         shapes = expected_shapes(source.config)
         kinds = {name: source.stored(name)[0] for name, shape in shapes.items() if len(shape) == 2}
+        for stack in expert_stacks(source.config):
+            if not alike(kinds[name] for expert in stack for name in expert):
+                kinds |= {name: EXPANDED for expert in stack for name in expert}
         return {name: kind for name, kind in kinds.items() if self.kinds.keeps(kind, shapes[name][1])}
 
 

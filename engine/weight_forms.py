@@ -8,7 +8,7 @@ from torch import Tensor
 from skvq.engine.storage import Form, Kinds, NoKinds
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.ggml.words import EXPANDED_BYTES, words_bytes
-from skvq.kernels.linear import StoredMatrix
+from skvq.kernels.linear import StackedMatrix
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -36,7 +36,7 @@ class CpuKinds:
 
         return BlockMatrix.bytes_of(kind, rows, columns) if kind in FORMATS else 2 * rows * columns
 
-    def matrix(self, kind: str, data: Tensor) -> StoredMatrix:
+    def matrix(self, kind: str, data: Tensor) -> StackedMatrix:
         from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
         from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
 
@@ -59,7 +59,7 @@ class GpuKinds:
     def nbytes(self, kind: str, rows: int, columns: int) -> int:
         return words_bytes(kind, rows, columns)
 
-    def matrix(self, kind: str, data: Tensor) -> StoredMatrix:
+    def matrix(self, kind: str, data: Tensor) -> StackedMatrix:
         from skvq.kernels.triton_gpu.blocks import BlockMatrix
 
         return BlockMatrix(data, kind, self._device)

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from skvq.kernels.experts import Experts
 from skvq.kernels.graphs import Graphs
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.linear import Linear
@@ -144,6 +145,8 @@ class Ops(Protocol):
     norm_linear:     ``linear`` of the norm of x.
     norm_heads:      the norm of each head of q [B, N, H, D] and of k [B, N, KH, D], times their weights [D].
     after_attention: ``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``.
+    after_attention_experts: the same where a token has ``experts`` of its own: ``y + sum of weight_e down_e(silu(gate_e) *
+                     up_e)`` over those that the router chooses for it.
     rope_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
                      (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
                      q after RoPE is returned.
@@ -160,6 +163,10 @@ class Ops(Protocol):
 
     def after_attention(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
+    ) -> Tensor: ...
+
+    def after_attention_experts(
+        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, experts: Experts
     ) -> Tensor: ...
 
     def rope_to_slots(

@@ -55,6 +55,19 @@ class StoredMatrix(Protocol):
         """Rows ``ids`` int64 [N] in float32."""
 
 
+class StackedMatrix(StoredMatrix, Protocol):
+    """Such as can hold several matrices of as many rows, one above the other."""
+
+    def part(self, first: int, rows: int) -> StackedMatrix:
+        """``rows`` rows from ``first`` on, both a multiple of 16; a view."""
+
+    def multiply_each(self, x: Tensor, ids: Tensor, out: Tensor) -> None:
+        """``out[p] = W_i x[p // (P / N)]``, W_i the matrix ``i = ids[p]`` of as many rows as ``out`` [P, rows] has columns.
+
+        x [N, in] and out are contiguous, of one dtype; the host reads no number.
+        """
+
+
 class FloatMatrix:
     """A matrix of the compute dtype among stored ones."""
 

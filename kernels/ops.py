@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skvq.kernels.experts import FEW_TOKENS, Experts, route
 from skvq.kernels.graphs import CudaGraphs, Graphs
 from skvq.kernels.interface import FullSlots, Ops, RopeFrequencies
 from skvq.kernels.linear import Linear
@@ -19,6 +20,8 @@ class TorchOps:
     rms_norm:     the norm of x, times ``weight``.
     add_rms_norm: ``x + delta``, and its norm.
     swiglu:       ``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first.
+    mix_few, mix_many: what experts ``ids`` [N, k] make of h [N, d], times their ``weights`` float32 [N, k], added up; of more
+                  than a few tokens one expert after another.
     """
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
@@ -32,6 +35,31 @@ class TorchOps:
     ) -> Tensor:
         x, h = self.add_rms_norm(x, output(attended), norm, eps)
         return self.add(x, down(self.swiglu(gate_up(h))))
+
+    def after_attention_experts(
+        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, experts: Experts
+    ) -> Tensor:
+        x, h = self.add_rms_norm(x, output(attended), norm, eps)
+        flat = h.flatten(0, 1)  # [B * N, d]
+        ids, weights = route(experts.router(flat), experts.chosen, normed=experts.normed)
+        mix = self.mix_few if x.shape[1] <= FEW_TOKENS else self.mix_many
+        return self.add(x, mix(flat, ids, weights, experts).view(x.shape))
+
+    def mix_few(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+        inner = self.swiglu(experts.gate_up.each(h, ids.flatten()))  # [N k, f]
+        outs = experts.down.each(inner, ids.flatten()).view(*ids.shape, -1)  # [N, k, d]
+        return torch.bmm(weights.to(h.dtype)[:, None], outs)[:, 0]
+
+    def mix_many(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+        chosen, flat = ids.shape[1], ids.flatten()
+        counts = flat.bincount(minlength=experts.count).tolist()
+        out = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
+        for expert, pairs in enumerate(torch.split(flat.argsort(stable=True), counts)):
+            if counts[expert]:
+                rows = pairs // chosen
+                found = experts.down.of(expert)(self.swiglu(experts.gate_up.of(expert)(h[rows])))
+                out.index_add_(0, rows, found.float() * weights.flatten()[pairs][:, None])
+        return out.to(h.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = x.float()

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from skvq.engine.config import ModelConfig
+from skvq.engine.config import ExpertConfig, ModelConfig
 from skvq.engine.errors import ModelError
 
 
@@ -96,10 +96,13 @@ class Fields:
         return ModelError(f"{self.where}: {key} must be {wanted}, got {shorten(repr(value))}")
 
 
-def model_config(where: str, **values: Any) -> ModelConfig:
-    """A ModelConfig whose errors name the file that the values come from."""
+Config = TypeVar("Config", ModelConfig, ExpertConfig)
+
+
+def config_of(kind: type[Config], where: str, **values: Any) -> Config:
+    """A config whose errors name the file that the values come from."""
     try:
-        return ModelConfig(**values)
+        return kind(**values)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig, yarn_scale
+from skvq.engine.config import FULL_SPAN, ExpertConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
-from skvq.loaders.fields import Fields, model_config, shorten
+from skvq.loaders.fields import Fields, config_of, shorten
 from skvq.loaders.gguf_header import GgufHeader
 from skvq.loaders.names import MAX_LAYERS
 
@@ -20,9 +20,12 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "smollm3": "smollm3",
 }
 """Name in a file -> family of the model."""
+WITH_EXPERTS = ("llama", "qwen3moe")
+"""Those whose layers may have experts; of ``llama`` they do in Mixtral."""
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 """Tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
 
@@ -56,13 +59,16 @@ def parse_gguf_config(header: GgufHeader, where: str, tables: Mapping[str, NDArr
     context = fields.integer(f"{arch}.context_length")
     rope = _rope(fields, arch, context, tables, turned // 2)
     window = f"{arch}.attention.sliding_window"
+    experts = _experts(fields, arch)
     span = fields.integer(window) if fields.has(window) and fields.number(window) else FULL_SPAN
-    return model_config(
+    return config_of(
+        ModelConfig,
         where,
-        family=ARCHITECTURES[arch],
+        family="mixtral" if arch == "llama" and experts else ARCHITECTURES[arch],
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=_uniform(fields, f"{arch}.feed_forward_length", None),
+        intermediate_size=_uniform(fields, f"{arch}.{'expert_' * (arch == 'qwen3moe')}feed_forward_length", None),
+        experts=experts,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=_uniform(fields, f"{arch}.attention.head_count_kv", heads),
@@ -77,10 +83,19 @@ def parse_gguf_config(header: GgufHeader, where: str, tables: Mapping[str, NDArr
         qkv_bias="blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
-        qk_norm=arch == "qwen3",
+        qk_norm=arch in ("qwen3", "qwen3moe"),
         bos_token_id=next(iter(_ids(fields, ("bos",), vocab)), None),
         eos_token_ids=_end_ids(fields, vocab),
     )
+
+
+def _experts(fields: Fields, arch: str) -> ExpertConfig | None:
+    """As llama.cpp has them, the weights of the chosen ones add to one."""
+    count = f"{arch}.expert_count"
+    if arch not in WITH_EXPERTS or not fields.data.get(count):
+        return None
+    chosen = fields.integer(f"{arch}.expert_used_count")
+    return config_of(ExpertConfig, fields.where, count=fields.integer(count), chosen=chosen)
 
 
 def llama3_factors(head_size: int, rope: RopeConfig) -> NDArray[np.float64]:
@@ -164,7 +179,9 @@ def _rope_of_factors(freqs: NDArray[np.float32], theta: float, context: int) -> 
 
 def _refuse_unsupported(fields: Fields, arch: str) -> None:
     """What would load and then compute something else than the model; a value of 0 says that it has none of it."""
-    for key, what in ((f"{arch}.expert_count", "experts"), (f"{arch}.attention.scale", "its own attention scale")):
+    experts = (f"{arch}.expert_count", "experts")
+    scale = (f"{arch}.attention.scale", "its own attention scale")
+    for key, what in (scale,) if arch in WITH_EXPERTS else (experts, scale):
         value = fields.data.get(key, 0)
         if not isinstance(value, (int, float)) or value:
             raise ModelError(f"{fields.where}: {key} is {shorten(repr(value))}: a model with {what} is not supported")

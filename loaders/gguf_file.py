@@ -20,11 +20,11 @@ from skvq.loaders.fields import Fields, reason
 from skvq.loaders.gguf_config import ROPE_TABLES, parse_gguf_config
 from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
 from skvq.loaders.model_files import PART
-from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, stacks
+from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, expert_stacks, stacks
 from skvq.loaders.rows import stored_rows
 from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
 
-PERMUTED = ("llama", "ministral3", "smollm3")
+PERMUTED = ("llama", "mixtral", "ministral3", "smollm3")
 """Families whose queries and keys llama.cpp turns as neighbouring channels."""
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are single values, not blocks."""
@@ -40,6 +40,7 @@ _PARTS = {
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
@@ -147,16 +148,19 @@ def gguf_names(config: ModelConfig) -> dict[str, str]:
 def layer_name(name: str) -> str:
     """Name in a GGUF file of a layer's weight, or of several stacked.
 
-    >>> layer_name("model.layers.3.self_attn.qkv_proj.weight")
-    'blk.3.attn_qkv.weight'
+    >>> layer_name("model.layers.3.self_attn.qkv_proj.weight"), layer_name("model.layers.3.mlp.experts.7.up_proj.weight")
+    ('blk.3.attn_qkv.weight', 'blk.3.ffn_up.7.weight')
     """
     _, _, index, inner = name.split(".", 3)
     part, kind = inner.rsplit(".", 1)
+    *_, expert, last = part.split(".")
+    if part.startswith("mlp.experts."):
+        return f"blk.{index}.{_PARTS[f'mlp.{last}']}.{expert}.{kind}"
     return f"blk.{index}.{_PARTS[part]}.{kind}"
 
 
 def _apart(stored: dict[str, _Stored], config: ModelConfig) -> dict[str, _Stored]:
-    """The same with matrices that were stored one above the other (Phi-3) under the name of each."""
+    """The same with matrices that were stored one above the other (Phi-3, experts) under the name of each."""
     shapes, found = expected_shapes(config), dict(stored)
     for name, (shape, firsts) in stacks(shapes).items():
         whole, own = stored.get(layer_name(name)), {layer_name(part) for part in firsts} - {layer_name(name)}
@@ -165,6 +169,14 @@ def _apart(stored: dict[str, _Stored], config: ModelConfig) -> dict[str, _Stored
             for part, first in firsts.items():
                 rows = whole.data[first : first + shapes[part][0]]
                 found[layer_name(part)] = replace(whole, data=rows, shape=shapes[part])
+    for stack in expert_stacks(config):
+        for parts in zip(*stack, strict=True):  # gates, ups or downs of all experts
+            name = layer_name(parts[0]).replace(".0.weight", "_exps.weight")
+            item = found.get(name)
+            if item is not None and item.shape == (len(parts), *shapes[parts[0]]):
+                del found[name]
+                for part, data in zip(parts, np.split(item.data, len(parts)), strict=True):
+                    found[layer_name(part)] = replace(item, data=data, shape=item.shape[1:])
     return found
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ChunkConfig, ModelConfig, RopeConfig, yarn_scale
+from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ChunkConfig, ExpertConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
-from skvq.loaders.fields import Fields, model_config, read_json, shorten
+from skvq.loaders.fields import Fields, config_of, read_json, shorten
 from skvq.loaders.names import MAX_LAYERS
 from skvq.loaders.quantized.choose import scheme_of
 
@@ -33,6 +33,25 @@ class _Family:
     theta: float = 10_000.0
     rope: Mapping[str, Any] = field(default_factory=dict)  # as ``rope_parameters``, where a config has none
     original_context: int = 0  # before it was stretched, if that is not in ``rope_parameters``
+    experts: Callable[[Fields], ExpertConfig] | None = None
+    expert_size: str = ""  # the key of an expert's channels, if it is another than that of an MLP's
+
+
+def _of_mixtral(fields: Fields) -> ExpertConfig:
+    return _experts(fields, count=8, chosen=2, normed=True)
+
+
+def _of_qwen(fields: Fields) -> ExpertConfig:
+    if fields.integer("decoder_sparse_step", 1) != 1 or fields.data.get("mlp_only_layers"):
+        raise ModelError(f"{fields.where}: some layers have no experts (mlp_only_layers, decoder_sparse_step): not supported")
+    return _experts(fields, count=128, chosen=8, normed=fields.flag("norm_topk_prob", False))
+
+
+def _experts(fields: Fields, *, count: int, chosen: int, normed: bool) -> ExpertConfig:
+    """What a config says, under the first names that Qwen gave or those of Mixtral; else the numbers given."""
+    count = fields.integer("num_experts", fields.integer("num_local_experts", count))
+    chosen = fields.integer("num_experts_per_tok", chosen)
+    return config_of(ExpertConfig, fields.where, count=count, chosen=chosen, normed=normed)
 
 
 _FAMILIES = {
@@ -47,6 +66,13 @@ _FAMILIES = {
         name="seed_oss", kv_heads=8, head_size=128, context=524288, sliding_window=0, bos=0, eos=(2,), qkv_bias=True
     ),
     "Qwen3ForCausalLM": _Family(name="qwen3", kv_heads=32, head_size=128, context=32768, sliding_window=4096, bos=None, eos=()),
+    "MixtralForCausalLM": _Family(
+        name="mixtral", kv_heads=8, context=131072, sliding_window=0, bos=1, eos=(2,), norm_eps=1e-5, experts=_of_mixtral
+    ),
+    "Qwen3MoeForCausalLM": _Family(
+        name="qwen3_moe", kv_heads=4, context=32768, sliding_window=4096, bos=None, eos=(), experts=_of_qwen,
+        expert_size="moe_intermediate_size",
+    ),
     "Ministral3ForCausalLM": _Family(
         name="ministral3", kv_heads=8, head_size=128, context=262144, sliding_window=0, bos=1, eos=(2,), norm_eps=1e-5,
         rope={
@@ -71,10 +97,15 @@ WRAPPED = {"Mistral3ForConditionalGeneration": "mistral3"}
 """Models of text and images whose ``text_config`` is one of these families: the text is read, the rest left alone."""
 ARCHITECTURES = (*_FAMILIES, *WRAPPED)
 QWENS = ("qwen2", "qwen3")
-WINDOW_IF_USED = (*QWENS, "smollm3")
+QK_NORMED = ("qwen3", "qwen3_moe")
+WINDOW_IF_USED = (*QWENS, "qwen3_moe", "smollm3")
 """Families whose window counts only with ``use_sliding_window``."""
-BY_LAYER = (*WINDOW_IF_USED, "ministral", "cwm")
+BY_LAYER = (*QWENS, "smollm3", "ministral", "cwm")
 """Families whose config names the layers in which attention slides."""
+
+
+SLIDING = ("mistral", "mixtral", "ministral", "ministral3", "phi3", "qwen3_moe")
+"""Families in all of whose layers attention slides, unless their config names those in which it does."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -102,19 +133,21 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     if layers > MAX_LAYERS:
         raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine supports at most {MAX_LAYERS}")
     vocab = fields.integer("vocab_size")
-    may_bias = family.name in ("llama", "qwen3", "seed_oss", "smollm3")
+    may_bias = family.name in ("llama", "seed_oss", "smollm3", *QK_NORMED)
     qkv_bias = may_bias and fields.flag("attention_bias", family.qkv_bias)
     output_bias = fields.flag("attention_out_bias", False) if family.name == "seed_oss" else qkv_bias
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
     rotary_size = _rotary_size(fields, family, head_size)
     rope = _rope(fields, context, rotary_size or head_size, family)
-    return model_config(
+    return config_of(
+        ModelConfig,
         fields.where,
         family=family.name,
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=fields.integer(family.expert_size or "intermediate_size"),
+        experts=family.experts(fields) if family.experts else None,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", kv_default),
@@ -130,7 +163,7 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
         qkv_bias=family.name == "qwen2" or qkv_bias,
         output_bias=output_bias,
         mlp_bias=family.name in ("llama", "seed_oss", "smollm3") and fields.flag("mlp_bias", False),
-        qk_norm=family.name == "qwen3",
+        qk_norm=family.name in QK_NORMED,
         bos_token_id=_bos(fields, family, vocab),
         eos_token_ids=_eos(fields, family, vocab, more_eos_ids),
     )
@@ -268,16 +301,14 @@ def _trained_context(rope: RopeConfig, context: int) -> int:
 
 
 def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int, ...]:
-    """Tokens each layer's queries see: Mistral and Phi-3 slide in all layers, Llama in none, others in those that their config
-    names.
-    """
+    """Tokens each layer's queries see."""
     declared = fields.has("sliding_window") or (family.sliding_window and "sliding_window" not in fields.data)
     used = family.name not in WINDOW_IF_USED or fields.flag("use_sliding_window", False)
     if not (declared and used) or family.name in ("llama", "seed_oss"):
         return (FULL_SPAN,) * layers
     window = fields.integer("sliding_window", family.sliding_window or None)
     kinds = fields.data.get("layer_types") if family.name in BY_LAYER else None
-    if kinds is None and family.name in ("mistral", "ministral", "ministral3", "phi3"):
+    if kinds is None and family.name in SLIDING:
         return (window,) * layers
     if kinds is None and family.name in QWENS:
         first = fields.data.get("max_window_layers", 28)

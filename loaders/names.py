@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from skvq.engine.config import ModelConfig
@@ -31,6 +31,8 @@ def canonical_names(found: Iterable[str]) -> dict[str, str]:
     {'language_model.model.norm.weight': 'model.norm.weight', 'language_model.lm_head.weight': 'lm_head.weight'}
     """
     names = list(found)
+    if any(".block_sparse_moe." in name for name in names):
+        return {name: _of_mixtral(name) for name in names}
     before = next((prefix for prefix in ("model.", *WRAPPERS) if f"{prefix}norm.weight" in names), "model.")
     if before == "model.":
         return {name: name for name in names}
@@ -42,6 +44,18 @@ def canonical_names(found: Iterable[str]) -> dict[str, str]:
         elif name.startswith(before) and not name.startswith(OTHER_PARTS):
             canonical[name] = f"model.{name.removeprefix(before)}"
     return canonical
+
+
+MIXTRAL_PARTS = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def _of_mixtral(name: str) -> str:
+    """Canonical name of a weight of Mixtral.
+
+    >>> _of_mixtral("model.layers.0.block_sparse_moe.experts.7.w2.weight")
+    'model.layers.0.mlp.experts.7.down_proj.weight'
+    """
+    return ".".join(MIXTRAL_PARTS.get(part, part) for part in name.split("."))
 
 
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -77,10 +91,13 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (kv, d),
         "self_attn.o_proj.weight": (d, q),
         "post_attention_layernorm.weight": (d,),
-        "mlp.gate_proj.weight": (f, d),
-        "mlp.up_proj.weight": (f, d),
-        "mlp.down_proj.weight": (d, f),
     }
+    mlps = ["mlp"]
+    if config.experts:
+        shapes["mlp.gate.weight"] = (config.experts.count, d)
+        mlps = [f"mlp.experts.{expert}" for expert in range(config.experts.count)]
+    for mlp in mlps:
+        shapes |= {f"{mlp}.gate_proj.weight": (f, d), f"{mlp}.up_proj.weight": (f, d), f"{mlp}.down_proj.weight": (d, f)}
     if config.qkv_bias:
         shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
     if config.qk_norm:
@@ -90,6 +107,27 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.mlp_bias:
         shapes |= {"mlp.gate_proj.bias": (f,), "mlp.up_proj.bias": (f,), "mlp.down_proj.bias": (d,)}
     return shapes
+
+
+ExpertStack = list[tuple[str, ...]]
+"""Of each expert the matrices that lie one above the other."""
+
+
+def layer_stacks(mlp: str, count: int) -> tuple[ExpertStack, ExpertStack]:
+    """The first and the second projections of the experts of a layer.
+
+    >>> layer_stacks("mlp", 1)
+    ([('mlp.experts.0.gate_proj.weight', 'mlp.experts.0.up_proj.weight')], [('mlp.experts.0.down_proj.weight',)])
+    """
+    names = [f"{mlp}.experts.{expert}" for expert in range(count)]
+    return [(f"{n}.gate_proj.weight", f"{n}.up_proj.weight") for n in names], [(f"{n}.down_proj.weight",) for n in names]
+
+
+def expert_stacks(config: ModelConfig) -> Iterator[ExpertStack]:
+    """Those of all layers; none of a model without experts."""
+    if config.experts:
+        for index in range(config.num_layers):
+            yield from layer_stacks(f"model.layers.{index}.mlp", config.experts.count)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from skvq.engine.errors import ModelError
 
 SAMPLE_BYTES = 4096
 """Bytes of every tensor that enter the fingerprint: 14 GB of weights are told apart by reading about one megabyte."""
-NEWER = ("rotary_size", "chunks")
+NEWER = ("rotary_size", "chunks", "experts")
 """Fields of the config that count only where they say something: other models keep the fingerprint they had before there were
 any, and with it their calibrations and sessions."""
 

@@ -44,6 +44,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": [architecture],
         "model_type": config.family,
+        **experts_to_json(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -72,4 +73,16 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         "original_max_position_embeddings": config.rope.original_context if config.family == "phi3" else None,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
+    }
+
+
+def experts_to_json(config: ModelConfig) -> dict[str, Any]:
+    """What a config.json says of experts; nothing of a model without."""
+    if config.experts is None:
+        return {}
+    return {
+        "num_local_experts" if config.family == "mixtral" else "num_experts": config.experts.count,
+        "num_experts_per_tok": config.experts.chosen,
+        "norm_topk_prob": config.experts.normed,
+        "moe_intermediate_size": config.intermediate_size,
     }

@@ -41,6 +41,7 @@ GROWING = {
     "llama_4_scaling_beta": 0.5,
 }
 """Of Ministral 3, whose queries grow with their position: by a half, three quarters, ... at every eighth token."""
+EXPERTS = {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with as many kv heads as heads": ("Llama", {"num_key_value_heads": 4}),
     "llama with grouped heads": ("Llama", {}),
@@ -59,6 +60,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
     "qwen3 with attention bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "mixtral with a window": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 7}),
+    "qwen3 of experts": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen3 of experts whose weights do not add to one, with a window": (
+        "Qwen3Moe",
+        EXPERTS | {"norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 7},
+    ),
     "phi3": ("Phi3", {"pad_token_id": 0}),
     "phi3 with a window": ("Phi3", {"pad_token_id": 0, "sliding_window": 7}),
     "phi3 that turns three quarters of a head": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.75}),
@@ -116,7 +124,7 @@ def random_model(family: str, config: Any) -> Any:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(
-                1 + 0.3 * noise if "norm" in name else noise if weight.ndim == 1 else 1.5 * noise / weight.shape[1] ** 0.5
+                1 + 0.3 * noise if "norm" in name else noise if weight.ndim == 1 else 1.5 * noise / weight.shape[-1] ** 0.5
             )
     return model
 

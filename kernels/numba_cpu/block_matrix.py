@@ -10,11 +10,13 @@ from skvq.kernels.numba_cpu.block_format import FORMATS, LANES
 from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.launch import workspace
 from skvq.kernels.numba_cpu.linear import (
+    EACH_FIELDS,
     EXPAND_FIELDS,
     FOUND_BYTES,
     MULTIPLY_FIELDS,
     build_expand,
     build_multiply,
+    build_multiply_each,
     rounded_bytes,
 )
 from skvq.kernels.numba_cpu.linear_pack import pack_blocks
@@ -29,6 +31,7 @@ EXPAND_ROWS = 16
 
 
 MULTIPLY, EXPAND = Entry(build_multiply, MULTIPLY_FIELDS), Entry(build_expand, EXPAND_FIELDS)
+MULTIPLY_EACH = Entry(build_multiply_each, EACH_FIELDS)
 
 
 class BlockMatrix:
@@ -36,15 +39,25 @@ class BlockMatrix:
 
     def __init__(self, blocks: Tensor, kind: str) -> None:
         """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them; it is copied."""
-        self.form = FORMATS[kind]
-        rows, columns = len(blocks), blocks.shape[1] // self.form.file_bytes * self.form.span * BLOCK
-        self.shape = rows, columns
-        self.data = pack_blocks(blocks, self.form)
-        self._groups = self.data.shape[0]
-        counter, members, number = 0, 0, list(FORMATS).index(kind)
-        self._fields = (
-            counter, members, self.data.data_ptr(), number, rows, self._groups, columns // BLOCK, self.data.stride(0),
-        )  # fmt: skip
+        form = FORMATS[kind]
+        self._hold(pack_blocks(blocks, form), kind, len(blocks), blocks.shape[1] // form.file_bytes * form.span * BLOCK)
+
+    def _hold(self, data: Tensor, kind: str, rows: int, columns: int) -> None:
+        self.kind, self.shape, self.data = kind, (rows, columns), data
+        self._fields = self._fields_of(rows, len(data))
+
+    def _fields_of(self, rows: int, groups: int) -> tuple[int, ...]:
+        """Of a job on that many rows."""
+        counter, members, number = 0, 0, list(FORMATS).index(self.kind)
+        blocks = self.shape[1] // BLOCK
+        return counter, members, self.data.data_ptr(), number, rows, groups, blocks, self.data.stride(0)
+
+    def part(self, first: int, rows: int) -> BlockMatrix:
+        """``rows`` rows from ``first`` on, both whole groups of sixteen; a view."""
+        assert first % LANES == rows % LANES == 0, (first, rows)
+        part = object.__new__(BlockMatrix)
+        part._hold(self.data[first // LANES : (first + rows) // LANES], self.kind, rows, self.shape[1])
+        return part
 
     @staticmethod
     def bytes_of(kind: str, rows: int, columns: int) -> int:
@@ -70,12 +83,27 @@ class BlockMatrix:
             self._multiply(x[start : start + step], bias, out[start : start + step], size)
 
     def _multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, size: int) -> None:
-        threads, groups, count = torch.get_num_threads(), self._groups, x.shape[0]
+        threads, groups, count = torch.get_num_threads(), len(self.data), x.shape[0]
         work_bytes = size * count + FOUND_BYTES
         work = workspace(threads * work_bytes)
         MULTIPLY(
             min(threads, groups), *self._fields, x.data_ptr(), count, 0 if bias is None else bias.data_ptr(), out.data_ptr(),
             4 * out.stride(0), max(1, groups // (CHUNKS_PER_THREAD * threads)), work.data_ptr(), work_bytes,
+        )  # fmt: skip
+
+    def multiply_each(self, x: Tensor, ids: Tensor, out: Tensor) -> None:
+        """``out[p] = W_i x[p // (P / N)]``, W_i the ``ids[p]``-th of matrices one above the other, each of whole groups of
+        sixteen rows; float32 x [N, columns] and out [P, rows], ids int64 [P]."""
+        count, rows = out.shape
+        assert x.dtype == out.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous(), (x.dtype, out.stride())
+        assert x.shape[1] == self.shape[1] and rows % LANES == 0 and count % len(x) == 0, (x.shape, out.shape, self.shape)
+        assert ids.shape == (count,) and ids.dtype == torch.int64 and ids.is_contiguous(), (ids.shape, ids.dtype)
+        groups, threads, size = rows // LANES, torch.get_num_threads(), rounded_bytes(self.shape[1])
+        work_bytes = size + FOUND_BYTES
+        work = workspace(threads * work_bytes)
+        MULTIPLY_EACH(
+            threads, *self._fields_of(rows, groups), x.data_ptr(), count // len(x), ids.data_ptr(), count, 0, out.data_ptr(),
+            4 * rows, min(groups, -(-groups * count // (CHUNKS_PER_THREAD * threads))), work.data_ptr(), work_bytes,
         )  # fmt: skip
 
     def rows(self, ids: Tensor) -> Tensor:

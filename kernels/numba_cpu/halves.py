@@ -24,6 +24,7 @@ from skvq.kernels.numba_cpu.simd import (
     _load_halves,
     f32,
     fetch_add,
+    i64,
     record_at,
 )
 from skvq.kernels.numba_cpu.tiles import FAST
@@ -31,7 +32,11 @@ from skvq.kernels.numba_cpu.tiles import FAST
 FIELDS = (
     "counter", "matrix", "kind", "rows", "columns", "x", "count", "bias", "out", "out_stride", "chunk",  # stride in bytes
 )  # fmt: skip
+EACH_FIELDS = (
+    "counter", "matrix", "kind", "rows", "columns", "x", "share", "ids", "count", "out", "chunk",
+)  # fmt: skip
 multiply_job = record_at(record(*FIELDS))
+each_job = record_at(record(*EACH_FIELDS))
 
 
 def _brain(context, builder, address):
@@ -78,7 +83,7 @@ dot_bfloat16, dot_float16 = _make_dot("dot_bfloat16", _brain), _make_dot("dot_fl
 
 @njit(**FAST)
 def product(job, row, n):
-    """One row times one vector."""
+    """Row ``row`` times vector ``n``."""
     weights, x = job.matrix + 2 * row * job.columns, job.x + 4 * n * job.columns
     if job.kind == BFLOAT16:
         return dot_bfloat16(weights, x, job.columns)
@@ -104,3 +109,26 @@ def build_multiply_halves(stamp):
                     f32(job.out + n * job.out_stride)[row] = value
 
     return multiply_halves
+
+
+def build_multiply_each_half(stamp):
+    """Kernel of ``out[p] = W_i x[p // share]``, W_i the ``ids[p]``-th of matrices of ``rows`` rows.
+
+    Threads take ``chunk`` rows of one such product at a time.
+    """
+
+    def multiply_each_half(address):
+        if stamp == 0:
+            return
+        job = each_job(address)
+        pieces = (job.rows + job.chunk - 1) // job.chunk
+        while True:
+            task = fetch_add(address, 1)
+            if task >= job.count * pieces:
+                break
+            pair, first = task // pieces, task % pieces * job.chunk
+            out, above = f32(job.out + 4 * pair * job.rows), i64(job.ids)[pair] * job.rows
+            for row in range(first, min(first + job.chunk, job.rows)):
+                out[row] = product(job, above + row, pair // job.share)
+
+    return multiply_each_half

@@ -24,11 +24,16 @@ MULTIPLY_FIELDS = (
     "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "group_bytes",
     "x", "count", "bias", "out", "out_stride", "chunk", "work", "work_bytes",  # strides in bytes
 )  # fmt: skip
+EACH_FIELDS = (
+    "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "group_bytes",
+    "x", "share", "ids", "count", "bias", "out", "out_stride", "chunk", "work", "work_bytes",
+)  # fmt: skip
 EXPAND_FIELDS = (
     "counter", "members", "matrix", "kind", "rows", "groups", "blocks", "group_bytes",
     "ids", "count", "out", "out_stride", "chunk",
 )  # fmt: skip
 multiply_job = record_at(record(*MULTIPLY_FIELDS))
+each_job = record_at(record(*EACH_FIELDS))
 expand_job = record_at(record(*EXPAND_FIELDS))
 FOUND_BYTES = 4 * LANES * TOGETHER
 
@@ -106,6 +111,35 @@ def build_multiply(stamp):
                     put(job, found, group, n)
 
     return multiply
+
+
+def build_multiply_each(stamp):
+    """Kernel of ``out[p] = W_i x[p // share]``, W_i the ``ids[p]``-th of matrices of ``rows`` rows, ``groups`` whole groups.
+
+    Threads take ``chunk`` groups of one such product at a time.
+    """
+
+    def multiply_each(address):
+        if stamp == 0:
+            return
+        job = each_job(address)
+        work = job.work + fetch_add(address + 8, 1) * job.work_bytes
+        blocks, found = job.blocks, work + job.work_bytes - FOUND_BYTES
+        pieces, ready = (job.groups + job.chunk - 1) // job.chunk, -1
+        while True:
+            task = fetch_add(address, 1)
+            if task >= job.count * pieces:
+                break
+            pair, first = task // pieces, task % pieces * job.chunk
+            if ready != pair // job.share:
+                ready = pair // job.share
+                round_vector(job.x + 4 * BLOCK * blocks * ready, blocks, work)
+            matrix = job.matrix + i64(job.ids)[pair] * job.groups * job.group_bytes
+            for group in range(first, min(first + job.chunk, job.groups)):
+                dot(job.kind, matrix + group * job.group_bytes, blocks, work, 0, found)
+                put(job, found, group, pair)
+
+    return multiply_each
 
 
 @njit(**FAST)

@@ -127,10 +127,11 @@ def dot_blocks(
 
 @triton.jit
 def block_matvec_kernel(
-    x_ptr, norm_ptr, code_ptr, high_ptr, pair_ptr, bias_ptr, residual_ptr, out_ptr, vectors, outs, stride_out, eps,
+    x_ptr, norm_ptr, code_ptr, high_ptr, pair_ptr, bias_ptr, residual_ptr, id_ptr, out_ptr, vectors, outs, stride_out, eps,
+    share,
     BLOCKS: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, BITS: tl.constexpr, TWO: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
-    ASM: tl.constexpr,
+    EACH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """``matvec_kernel`` for a matrix of blocks; rows of the output lie ``stride_out`` apart.
 
@@ -146,6 +147,11 @@ def block_matvec_kernel(
     row = tl.minimum(first + r % ROWS, outs - 1)
     if GATED:
         row += r // ROWS * outs
+    if EACH:
+        pair = tl.program_id(1)
+        row += tl.load(id_ptr + pair).to(tl.int32) * ((2 if GATED else 1) * outs)
+        x_ptr += pair // share * WIDTH
+        out_ptr += pair.to(tl.int64) * stride_out
     rows = row[None, :, None, None]
     b = tl.arange(0, NB)[None, None, :, None]
     m = tl.minimum(tl.arange(0, M), vectors - 1)
@@ -238,6 +244,14 @@ class BlockMatrix:
         self.words, self.shape, self.data = words, words.shape, words.data
         self.parts = words.codes, words.high, words.pairs
 
+    def part(self, first: int, rows: int) -> BlockMatrix:
+        """``rows`` rows from ``first`` on, a view."""
+        part = object.__new__(BlockMatrix)
+        part.words, part.shape, part.data = self.words, (rows, self.shape[1]), self.data
+        codes, high, pairs = (t[first : first + rows] for t in self.parts)
+        part.parts = codes, high, pairs
+        return part
+
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out[n] = W x[n] + bias``; x [N, columns] contiguous, out [N, rows] of its dtype, of which only rows may be
         strided."""
@@ -256,6 +270,11 @@ class BlockMatrix:
             else:
                 torch.addmm(bias[part], x, weight.T, out=out[:, part])
             del weight  # before the next part is expanded
+
+    def multiply_each(self, x: Tensor, ids: Tensor, out: Tensor) -> None:
+        """``out[p] = W_i x[p // (P / N)]``, W_i the ``ids[p]``-th of matrices one above the other; x [N, columns] and out
+        [P, rows], ids int64 [P]."""
+        multiply_each(x, self, ids, out)
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows ``ids`` int64 [N], of which none is out of range."""
@@ -295,10 +314,40 @@ def multiply(
     early = overlaps(x.device)
     together = min(triton.next_power_of_2(count), 32 * division.warps)
     block_matvec_kernel[(triton.cdiv(outs, division.rows),)](
-        x, x if norm is None else norm, *matrix.parts, x if bias is None else bias, x if residual is None else residual, out,
-        vectors, outs, out.stride(0), eps, BLOCKS=count, M=triton.next_power_of_2(vectors), ROWS=division.rows, NB=together,
+        x, x if norm is None else norm, *matrix.parts, x if bias is None else bias, x if residual is None else residual, x, out,
+        vectors, outs, out.stride(0), eps, 1, BLOCKS=count, M=triton.next_power_of_2(vectors), ROWS=division.rows, NB=together,
         BITS=form.bits, TWO=matrix.words.halves, NORM=norm is not None, GATED=gated, BIAS=bias is not None,
-        ADD=residual is not None, EARLY=early, ASM=COMPILED, num_warps=max(together // 32, 1), num_stages=1,
+        ADD=residual is not None, EARLY=early, EACH=False, ASM=COMPILED, num_warps=max(together // 32, 1), num_stages=1,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
+
+
+def multiply_each(
+    x: Tensor, matrix: BlockMatrix, ids: Tensor, out: Tensor, *, norm: Tensor | None = None, eps: float = 0.0,
+    gated: bool = False,
+) -> None:  # fmt: skip
+    """``out[p] = W_i x[p // (P / N)]`` of vectors [N, columns], or of their ``norm``; ``gated``: ``silu(gate) * up`` of that.
+
+    W_i is the ``i = ids[p]``-th of matrices one above the other, of as many rows as ``out`` [P, rows] has columns, or with
+    ``gated`` of twice as many; ids int64 [P].
+    """
+    x, (pairs, outs) = x.contiguous(), out.shape
+    assert x.shape[1] == matrix.shape[1] and pairs % len(x) == 0 and x.dtype == out.dtype in HALVES, (
+        x.shape,
+        out.shape,
+        x.dtype,
+    )
+    assert ids.shape == (pairs,) and ids.dtype == torch.int64 and ids.is_contiguous() and out.is_contiguous(), (
+        ids.shape,
+        ids.dtype,
+    )
+    assert norm is None or (norm.shape == x.shape[1:] and norm.dtype == x.dtype and norm.is_contiguous()), norm.shape
+    form, count = matrix.words.form, matrix.words.blocks
+    division = division_of(1, outs * pairs, gated=gated, bits=form.bits)
+    together = min(triton.next_power_of_2(count), 32 * division.warps)
+    block_matvec_kernel[(triton.cdiv(outs, division.rows), pairs)](
+        x, x if norm is None else norm, *matrix.parts, x, x, ids, out, 1, outs, outs, eps, pairs // len(x), BLOCKS=count,
+        M=1, ROWS=division.rows, NB=together, BITS=form.bits, TWO=matrix.words.halves, NORM=norm is not None, GATED=gated,
+        BIAS=False, ADD=False, EARLY=False, EACH=True, ASM=COMPILED, num_warps=max(together // 32, 1), num_stages=1,
+    )  # fmt: skip

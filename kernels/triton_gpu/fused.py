@@ -18,10 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.dense import merge_runs
+from skvq.kernels.experts import FEW_TOKENS, Experts
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.linear import DenseLinear, Linear, StoredLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec
+from skvq.kernels.triton_gpu.experts import each_linear, each_swiglu, is_each, route
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
 
 
@@ -157,6 +159,25 @@ class TritonOps(TorchOps):
         gated = matvec.tiling_of(vectors, inner, width, gated=True)
         h = matvec.norm_swiglu(x, norm, eps, gate_up.weight, gate_up.bias, gated)
         return matvec.linear_add(x, h, down.weight, down.bias, matvec.tiling_of(vectors, width, inner, gated=False))
+
+    def after_attention_experts(
+        self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, experts: Experts
+    ) -> Tensor:
+        if x.shape[1] > FEW_TOKENS or not (is_each(experts.gate_up, x) and is_each(experts.down, x)):
+            return super().after_attention_experts(x, attended, output, norm, eps, experts)
+        flat = self._linear_add(x.flatten(0, 1), attended.flatten(0, 1), output)  # [B N, d]
+        ids, weights = route(self.norm_linear(flat, norm, eps, experts.router), experts.chosen, normed=experts.normed)
+        inner = each_swiglu(experts.gate_up, flat, norm, eps, ids.view(-1))  # [B N k, f]
+        outs = each_linear(experts.down, inner, ids.view(-1)).view(*ids.shape, -1)  # [B N, k, d]
+        return torch.baddbmm(flat[:, None], weights[:, None], outs).view(x.shape)
+
+    def _linear_add(self, x: Tensor, h: Tensor, linear: Linear) -> Tensor:
+        """``x + linear(h)`` of vectors [N, d]."""
+        if is_block(linear, x):
+            return blocks.multiply(h, linear.parts[0], linear.bias, residual=x)
+        if is_matvec(linear, x):
+            return matvec.linear_add(x, h, linear.weight, linear.bias, matvec.tiling_of(1, *linear.weight.shape, gated=False))
+        return x + linear(h)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()

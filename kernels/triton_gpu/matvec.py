@@ -6,6 +6,11 @@
     linear_add    x + (W h + b)
     norm_swiglu   silu(gate) * up of [gate; up] = W rms_norm(x) + b
 
+and, where tokens have experts of their own (``kernels.experts``), each vector times the matrix of its expert:
+
+    each_linear   W_i x
+    each_swiglu   silu(gate) * up of [gate; up] = W_i rms_norm(x)
+
 Results are rounded wherever torch rounds: they differ from the operations one by one in the order of sums alone.
 """
 
@@ -89,15 +94,16 @@ def finish(total, M: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, dtyp
 
 @triton.jit
 def matvec_kernel(
-    x_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, vectors, outs, eps,
+    x_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, id_ptr, out_ptr, vectors, outs, eps, share,
     WIDTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """ROWS numbers of the output of each vector: of ``x`` [vectors, WIDTH], or with NORM of its norm, times ``weight``
     [outs, WIDTH], or with GATED [2 outs, WIDTH], gates first; ADD: and the residual [vectors, outs].
 
     Reads its rows of the weights once, DEPTH tiles of BLOCK columns ahead of their use; all of x once, with NORM twice, which
-    the L1 cache serves. M is the power of two at or above ``vectors``.
+    the L1 cache serves. M is the power of two at or above ``vectors``. EACH: of one vector, ``p // share`` for the p-th program
+    along the grid's second axis, whose matrix is the ``id[p]``-th of those that lie one above the other.
     """
     HELD: tl.constexpr = 2 * ROWS if GATED else ROWS
     STRIDE: tl.constexpr = DEPTH * BLOCK
@@ -109,6 +115,11 @@ def matvec_kernel(
     row = tl.minimum(first + r % ROWS, outs - 1)
     if GATED:
         row += r // ROWS * outs
+    if EACH:
+        pair = tl.program_id(1)
+        weight_ptr += tl.load(id_ptr + pair) * ((2 if GATED else 1) * outs * WIDTH)
+        x_ptr += pair // share * WIDTH
+        out_ptr += pair.to(tl.int64) * outs
     # three dimensions throughout: a change of shape between loads and sum would be a change of layout, through shared memory
     c = tl.arange(0, BLOCK)[None, None, :]
     weight_ptrs = weight_ptr + row.to(tl.int64)[None, :, None] * WIDTH + c
@@ -176,6 +187,35 @@ def linear_add(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, tiling
     return _launch(h, h, weight, bias, x.contiguous(), weight.shape[0], 0.0, tiling, norm=False, gated=False, add=True)
 
 
+def each_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, ids: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``W_i rms_norm(x[p // (P / N)])``, ``i = ids[p]``: x [N, in], weight [experts, 2 f, in] with the
+    gates first, ids int64 [P]; the result [P, f]."""
+    assert norm.shape == x.shape[-1:] and norm.dtype == x.dtype and norm.is_contiguous(), (norm.shape, norm.dtype)
+    return _launch_each(x, norm, weight, ids, weight.shape[1] // 2, eps, gated=True)
+
+
+def each_linear(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """``W_i x[p // (P / N)]``, ``i = ids[p]``: x [N, in], weight [experts, out, in], ids int64 [P]; the result [P, out]."""
+    return _launch_each(x, x, weight, ids, weight.shape[1], 0.0, gated=False)
+
+
+def _launch_each(x: Tensor, norm: Tensor, weight: Tensor, ids: Tensor, outs: int, eps: float, *, gated: bool) -> Tensor:
+    """``matvec_kernel`` with EACH; gated: of the norm of x, times gates and ups."""
+    (vectors, width), pairs = x.shape, len(ids)
+    assert weight.shape[1:] == ((2 if gated else 1) * outs, width) and weight.is_contiguous(), (weight.shape, weight.stride())
+    assert x.dtype == weight.dtype and x.dtype in HALVES and pairs % vectors == 0, (x.dtype, weight.dtype, pairs, vectors)
+    assert ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous(), (ids.dtype, ids.shape)
+    x, out = x.contiguous(), torch.empty(pairs, outs, dtype=x.dtype, device=x.device)
+    tiling = tiling_of(1, outs * pairs, width, gated=gated)
+    block = min(triton.next_power_of_2(width), 256 * tiling.warps)
+    matvec_kernel[(triton.cdiv(outs, tiling.rows), pairs)](
+        x, norm, weight, weight, x, ids, out, 1, outs, eps, pairs // vectors, WIDTH=width, M=1, ROWS=tiling.rows, BLOCK=block,
+        DEPTH=tiling.depth, NORM=gated, GATED=gated, BIAS=False, ADD=False, EARLY=False, EACH=True,
+        num_warps=min(tiling.warps, max(block // 256, 1)), num_stages=1,
+    )  # fmt: skip
+    return out
+
+
 def _launch(
     x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, outs: int, eps: float,
     tiling: Tiling, *, norm: bool, gated: bool, add: bool,
@@ -191,9 +231,9 @@ def _launch(
     block = min(triton.next_power_of_2(width), 256 * tiling.warps)
     early = tiling.early and overlaps(x.device)
     matvec_kernel[(triton.cdiv(outs, tiling.rows),)](
-        x, norm_weight, weight, weight if bias is None else bias, residual, out, vectors, outs, eps, WIDTH=width,
+        x, norm_weight, weight, weight if bias is None else bias, residual, x, out, vectors, outs, eps, 1, WIDTH=width,
         M=triton.next_power_of_2(vectors), ROWS=tiling.rows, BLOCK=block, DEPTH=tiling.depth, NORM=norm, GATED=gated,
-        BIAS=bias is not None, ADD=add, EARLY=early, num_warps=min(tiling.warps, max(block // 256, 1)), num_stages=1,
-        **({"launch_pdl": True} if early else {}),
+        BIAS=bias is not None, ADD=add, EARLY=early, EACH=False, num_warps=min(tiling.warps, max(block // 256, 1)),
+        num_stages=1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
