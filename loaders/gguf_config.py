@@ -91,11 +91,11 @@ def parse_gguf_config(header: GgufHeader, where: str, tables: Mapping[str, NDArr
 
 def _experts(fields: Fields, arch: str) -> ExpertConfig | None:
     """As llama.cpp has them, the weights of the chosen ones add to one."""
-    count = f"{arch}.expert_count"
-    if arch not in WITH_EXPERTS or not fields.data.get(count):
+    key = f"{arch}.expert_count"
+    if arch not in WITH_EXPERTS or not fields.has(key) or fields.number(key) == 0:
         return None
     chosen = fields.integer(f"{arch}.expert_used_count")
-    return config_of(ExpertConfig, fields.where, count=fields.integer(count), chosen=chosen)
+    return config_of(ExpertConfig, fields.where, count=fields.integer(key), chosen=chosen)
 
 
 def llama3_factors(head_size: int, rope: RopeConfig) -> NDArray[np.float64]:

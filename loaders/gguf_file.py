@@ -153,9 +153,10 @@ def layer_name(name: str) -> str:
     """
     _, _, index, inner = name.split(".", 3)
     part, kind = inner.rsplit(".", 1)
-    *_, expert, last = part.split(".")
-    if part.startswith("mlp.experts."):
-        return f"blk.{index}.{_PARTS[f'mlp.{last}']}.{expert}.{kind}"
+    _, experts, of_expert = part.partition("mlp.experts.")
+    if experts:
+        expert, part = of_expert.split(".")
+        return f"blk.{index}.{_PARTS[f'mlp.{part}']}.{expert}.{kind}"
     return f"blk.{index}.{_PARTS[part]}.{kind}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.loaders.gguf_config import ARCHITECTURES
 from skvq.loaders.gguf_file import PERMUTED, gguf_names, layer_name
-from skvq.loaders.names import expected_shapes, stacks
+from skvq.loaders.names import expected_shapes, expert_stacks, stacks
 from skvq.loaders.rows import stored_rows
 
 WORDS = "the quick brown fox jumps over 12345 lazy dogs; it's naïve — déjà vu! def f(x):\n\treturn x ** 2\n 日本 😀 "
@@ -88,10 +89,12 @@ def write_gguf(
     quantize: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
     extra: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     part_tensors: int = 0,
+    stacked: bool = True,
 ) -> Path:
     """A GGUF file of a config: matrices stored as ``kind``, vectors as float32, Q and K permuted where llama.cpp wants it, and
     stacked where it has them so.
 
+    stacked: the experts of a layer in one tensor, not each in its own, as the first files of Mixtral have them.
     part_tensors: parts of so many tensors each, next to ``path``, which is none of them.
     """
     arch = next((name for name, family in ARCHITECTURES.items() if family == config.family), "llama")
@@ -120,6 +123,10 @@ def write_gguf(
         writer.add_rope_scaling_attn_factors(config.rope.attention_factor or 1.0)
         for name, factors in (("short", config.rope.short_factor), ("long", config.rope.long_factor)):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors, dtype=np.float32))
+    if config.experts:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.chosen)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     extra(writer)
     interleaved = ARCHITECTURES[arch] in PERMUTED
     names, values = gguf_names(config), {name: weight.numpy() for name, weight in weights.items()}
@@ -129,6 +136,11 @@ def write_gguf(
     for whole, (_, parts) in stacks(expected_shapes(config)).items() if config.family == "phi3" else ():
         values[whole] = np.concatenate([values[part] for part in parts])
         names = {name: theirs for name, theirs in names.items() if name not in parts} | {whole: layer_name(whole)}
+    for stack in expert_stacks(config) if stacked else ():
+        for parts in zip(*stack, strict=True):
+            values[parts[0]] = np.stack([values[part] for part in parts])
+            whole = layer_name(parts[0]).replace(".0.weight", "_exps.weight")
+            names = {name: theirs for name, theirs in names.items() if name not in parts} | {parts[0]: whole}
     for name, theirs in names.items():
         value = values[name]
         if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
@@ -148,7 +160,9 @@ def gguf_model(path: Path, config: ModelConfig, kind: str) -> Path:
     def quantize(value: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
         if kind.name not in SPANNING:
             return np.asarray(gguf.quants.quantize(value, kind))
-        return random_blocks(kind.name, *value.shape, seed=value.shape[0], scale=1e-4).numpy()
+        *experts, rows, columns = value.shape
+        drawn = random_blocks(kind.name, prod(experts) * rows, columns, seed=value.shape[0], scale=1e-4)
+        return drawn.view(*experts, rows, -1).numpy()
 
     kinds = gguf.GGMLQuantizationType
     return write_gguf(path, config, random_weights(config), kind=kinds[kind], quantize=quantize, extra=few_words(config))

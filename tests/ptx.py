@@ -106,6 +106,13 @@ class Program:
         fixed = np.full(self.threads, immediate(text, want))
         return (lambda m: fixed.view(np.float16).reshape(-1, 2)) if pair else (lambda m: fixed)
 
+    def number(self, text: str, kind: str) -> Callable[[Machine], Array]:
+        """The operand as lanes of numbers, of bfloat16 widened to float32."""
+        if kind != "bf16":
+            return self.value(text, kind)
+        bits = self.value(text, "b16")
+        return lambda m: wide_bf16(bits(m))
+
     def target(self, text: str) -> Callable[[Machine, Array], None]:
         """Writes lanes to a register; narrower ones are extended by their sign or zeros."""
         kind = self.kind(text)
@@ -223,7 +230,7 @@ class Program:
             return convert
         if name in ("setp", "selp"):
             kind = words[-1]
-            get = [self.value(n, kind) for n in names[1:3]]
+            get = [self.number(n, kind) if name == "setp" else self.value(n, kind) for n in names[1:3]]
             if name == "selp":
                 chosen = names[3]
                 return lambda m: put(m, np.where(m.registers[chosen], get[0](m), get[1](m)))

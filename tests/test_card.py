@@ -53,7 +53,7 @@ def tensors_of(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         for name in ("input_norm", "mlp_norm"):
             yield name, getattr(layer, name)
         yield from (("qk_norm", t) for t in layer.qk_norm or ())
-        for name in ("qkv", "output", "gate_up", "down"):
+        for name in ("qkv", "output", "mlp"):
             yield from ((name, t) for t in getattr(layer, name).tensors)
     yield from (("embedding", t) for t in (*weights.embedding.tensors, *weights.head.tensors, weights.norm))
     yield from parts.setup.arena.tensors.items()

@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from skvq import CacheConfig, Engine
-from skvq.engine.config import RopeConfig
+from skvq.engine.config import ExpertConfig, RopeConfig
 from skvq.engine.errors import SkvqError
 from skvq.engine.report import Quiet
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
@@ -83,7 +83,10 @@ def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[st
         assert source.blocks(name) is None
 
 
-@pytest.mark.parametrize("family", ["llama", "ministral3", "smollm3", "phi3", "phi3 in part"])
+FAMILIES = ["llama", "ministral3", "smollm3", "phi3", "phi3 in part", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
     """To what its 16-bit cache does: the most likely tokens, in their order, after more tokens than are alike without what sets
     the family apart."""
@@ -93,6 +96,8 @@ def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
         "smollm3": {"num_layers": 4, "unturned_layers": (3,), "tie_embeddings": True},
         "phi3": {"rope": LONGROPE, "hidden_size": 128},
         "phi3 in part": {"rope": IN_PART, "rotary_size": 24, "tie_embeddings": True, "hidden_size": 128},
+        "mixtral": {"experts": ExpertConfig(count=5, chosen=2)},
+        "qwen3_moe": {"experts": ExpertConfig(count=6, chosen=3), "qk_norm": True},
     }
     config = tiny_config(family=family.split()[0], **own[family], bos_token_id=None, eos_token_ids=())
     weights = {name: 1 + 0.3 * t if t.ndim == 1 else 1.5 * t / t.shape[1] ** 0.5 for name, t in random_weights(config).items()}
@@ -111,6 +116,15 @@ def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
     theirs = {token["id"]: token["logprob"] for token in answer}
     assert list(theirs)[:4] == found.topk(4).indices.tolist()
     assert max(abs(float(found[token]) - logprob) for token, logprob in theirs.items()) < 0.02
+
+
+def test_experts_each_in_a_tensor_of_its_own(tmp_path: Path) -> None:
+    """The first files of Mixtral, which llama.cpp no longer reads."""
+    config = tiny_config(family="mixtral", experts=ExpertConfig(count=4, chosen=2), bos_token_id=None, eos_token_ids=())
+    weights = random_weights(config)
+    stacked, apart = (GgufSource(write_gguf(tmp_path / f"{s}.gguf", config, weights, stacked=s)) for s in (True, False))
+    assert stacked.config == apart.config == config
+    assert all(torch.equal(stacked.read(name), apart.read(name)) for name in weights)
 
 
 FREQS, SHORT, LONG = ROPE_TABLES
@@ -389,8 +403,11 @@ def test_a_truncated_file_names_a_tensor(tmp_path: Path) -> None:
 
 def test_experts_and_types_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     config, weights = tiny_config(), random_weights(tiny_config())
-    path = write_gguf(tmp_path / "e.gguf", config, weights, extra=lambda w: w.add_expert_count(8))
+    qwen = replace(config, family="qwen2", qkv_bias=True)
+    path = write_gguf(tmp_path / "e.gguf", qwen, random_weights(qwen), extra=lambda w: w.add_expert_count(8))
     refused(lambda: GgufSource(path), "expert_count is 8")
+    path = write_gguf(tmp_path / "f.gguf", config, weights, extra=lambda w: w.add_expert_count(8))
+    refused(lambda: GgufSource(path), "expert_used_count")
     extra = np.zeros((2, 32), dtype=np.int32)
     path = write_gguf(tmp_path / "i.gguf", config, weights, extra=lambda w: w.add_tensor("odd", extra))
     refused(lambda: GgufSource(path), "odd", "I32")

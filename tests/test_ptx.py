@@ -22,6 +22,7 @@ from emulated import emulated  # noqa: E402
 from ggml_fixtures import blocks_of  # noqa: E402
 
 from skvq.kernels import reference  # noqa: E402
+from skvq.kernels.experts import DenseStack, Experts, Stack, StoredStack  # noqa: E402
 from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
@@ -202,6 +203,34 @@ def test_quantized_blocks(
     gate, up = TorchOps().norm_linear(x, norm, 1e-5, dense).float().chunk(2, -1)
     gated = torch.nn.functional.silu(gate) * up
     check(blocks.multiply(x, matrix, None, norm=norm, eps=1e-5, gated=True), gated)
+
+
+@pytest.mark.parametrize("kind", ["dense", "Q4_0"])
+def test_experts(arch: int, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A step of two tokens, whose experts lie in 16 bits or in blocks."""
+    monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, width, gated: matvec.Tiling(rows=8, warps=2, depth=2))
+    monkeypatch.setattr(blocks, "division_of", lambda *sizes, **how: blocks.Division(rows=4, warps=1))
+    gen = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, by: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=gen) * by).to(BF16).to("cuda")
+
+    def stack(outs: int, ins: int) -> tuple[Stack, DenseStack]:
+        if kind == "dense":
+            found = DenseStack(normal(5, outs, ins, by=ins**-0.5))
+            return found, found
+        matrix = blocks.BlockMatrix(blocks_of(kind, 5 * outs, ins)[0], kind, torch.device("cuda"))
+        return StoredStack(matrix, outs), DenseStack(matrix.words.dense().view(5, outs, ins).to(BF16))
+
+    x, attended, norm = normal(1, 2, 96), normal(1, 2, 40), normal(96)
+    output, router = DenseLinear(normal(96, 40, by=0.1), None), DenseLinear(normal(5, 96, by=0.1), None)
+    gate_up, down = stack(64, 96), stack(96, 32)
+    ours, theirs = (
+        Experts(router=router, gate_up=a, down=b, count=5, chosen=3, normed=True) for a, b in zip(gate_up, down, strict=True)
+    )
+    got = plain(TritonOps().after_attention_experts(x, attended, output, norm, 1e-5, ours)).float()
+    wanted = plain(TorchOps().after_attention_experts(x, attended, output, norm, 1e-5, theirs)).float()
+    assert float((got - wanted).abs().max()) <= 3 * torch.finfo(BF16).eps * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])

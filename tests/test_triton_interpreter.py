@@ -38,7 +38,7 @@ def run_checks(name: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", [*QUICK, "fused_operations", "matrices", "blocks", "decode_steps", "on_a_card"])
+@pytest.mark.parametrize("name", [*QUICK, "fused_operations", "matrices", "blocks", "experts", "decode_steps", "on_a_card"])
 def test_equals_the_reference(name: str) -> None:
     run_checks(name)
 

@@ -523,6 +523,89 @@ def blocks() -> None:
         assert torch.equal(x, before)
 
 
+def experts() -> None:
+    """Layers with experts, as torch one by one: weights in 16 bits and in blocks, an expert of several vectors and none, more
+    logits than a warp has lanes; many tokens, and float32, go by torch's products."""
+    from ggml_fixtures import blocks_of
+
+    from skvq.kernels import experts as mixtures
+    from skvq.kernels.triton_gpu import experts as expert_kernels
+
+    torch_ops, ops, gen = TorchOps(), TritonOps(), torch.Generator().manual_seed(0)
+    few = block_kernels.Division(rows=8, warps=1)  # programs: the interpreter runs them one by one
+    block_kernels.division_of = lambda vectors, outs, gated, bits: few  # type: ignore[assignment]
+    matvec.tiling_of = lambda vectors, outs, width, gated: matvec.Tiling(rows=8, warps=1, depth=2)  # type: ignore[assignment]
+    launches: list[str] = []
+    for module, name in ((matvec, "matvec_kernel"), (block_kernels, "block_matvec_kernel"), (expert_kernels, "route_kernel")):
+        setattr(module, name, counted(name, getattr(module, name), launches))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen)
+
+    logits = draw(3, 70).half()
+    logits[1, 5:] = logits[1, 5]  # alike: the first of them
+    logits[2, 3] = torch.nan
+    for normed in (True, False):
+        ids, weights = expert_kernels.route(logits, 5, normed=normed)
+        wanted_ids, wanted = mixtures.route(logits.nan_to_num(-torch.inf), 5, normed=normed)
+        order = logits[1].argsort(descending=True, stable=True)[:5]
+        assert torch.equal(ids[[0, 2]], wanted_ids[[0, 2]]) and torch.equal(ids[1], order), ids
+        torch.testing.assert_close(weights[:2].float(), wanted[:2], rtol=2e-3, atol=1e-5)
+    assert int(expert_kernels.route(torch.full((1, 70), torch.nan).half(), 5, normed=True)[0].max()) < 70
+
+    def stack(kind: str, outs: int, ins: int, dtype: torch.dtype) -> tuple[mixtures.Stack, mixtures.DenseStack]:
+        if kind == "dense":
+            found = mixtures.DenseStack((draw(6, outs, ins) / ins**0.5).to(dtype))
+            return found, found
+        matrix = block_kernels.BlockMatrix(blocks_of(kind, 6 * outs, ins)[0], kind, torch.device("cpu"))
+        return mixtures.StoredStack(matrix, outs), mixtures.DenseStack(matrix.words.dense().view(6, outs, ins).to(dtype))
+
+    def check(kind: str, dtype: torch.dtype, sequences: int, tokens: int) -> None:
+        width, inner = (512, 256) if kind == "Q4_K" else (96, 64)
+        x, attended = draw(sequences, tokens, width).to(dtype), draw(sequences, tokens, 40).to(dtype)
+        norm, output = draw(width).to(dtype), DenseLinear((draw(width, 40) / 7).to(dtype), None)
+        router = DenseLinear((draw(6, width) / width**0.5).to(dtype), None)
+        gate_up, down = stack(kind, 2 * inner, width, dtype), stack(kind, width, inner, dtype)
+        layers = [
+            mixtures.Experts(router=router, gate_up=a, down=b, count=6, chosen=3, normed=dtype == torch.float16)
+            for a, b in zip(gate_up, down, strict=True)
+        ]
+        before = x.clone()
+        got = ops.after_attention_experts(x, attended, output, norm, 1e-5, layers[0])
+        wanted = torch_ops.after_attention_experts(x, attended, output, norm, 1e-5, layers[1])
+        assert got.dtype == dtype and got.shape == wanted.shape and torch.equal(x, before)
+        ulps = 8 if dtype == torch.bfloat16 else 3  # the interpreter cuts to bfloat16, a GPU rounds
+        error, largest = float((got.float() - wanted.float()).abs().max()), float(wanted.float().abs().max())
+        print(f"{kind} {dtype} {sequences} x {tokens}: {error / largest:.2e}", flush=True)
+        assert error <= ulps * torch.finfo(dtype).eps * largest, (kind, dtype, sequences, tokens, error, largest)
+
+    half = torch.float16
+    for kind, dtype, sequences, tokens in (
+        ("dense", half, 1, 1), ("dense", torch.bfloat16, 2, 3), ("Q4_0", half, 1, 1), ("Q8_0", half, 1, 2),
+        ("Q4_K", torch.bfloat16, 1, 1),
+    ):  # fmt: skip
+        launches.clear()
+        check(kind, dtype, sequences, tokens)
+        products = "matvec_kernel" if kind == "dense" else "block_matvec_kernel"
+        assert launches.count("route_kernel") == 1 and launches.count(products) >= 2, launches
+    launches.clear()
+    check("dense", half, 1, mixtures.FEW_TOKENS + 1)
+    check("Q4_0", half, 1, mixtures.FEW_TOKENS + 1)
+    check("dense", torch.float32, 1, 1)
+    assert "route_kernel" not in launches
+
+
+def counted(name: str, kernel: Any, launches: list[str]) -> Any:
+    """A kernel that says when it is launched."""
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(name)
+            return kernel[grid]
+
+    return Counted()
+
+
 def decode_steps() -> None:
     """The engine on these kernels, step by step and as a graph with the grid of the longest context, over a packed tile; and of
     models with a layer that is not turned, and with growing queries, on every kind of codec."""
@@ -570,6 +653,7 @@ def on_a_card() -> None:
     from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
     from triton.runtime.interpreter import GridExecutor
 
+    from skvq.engine.config import ExpertConfig
     from skvq.engine.decode import GraphStep
     from skvq.kernels import ops
     from skvq.kernels.layout import gpu_head_size
@@ -605,7 +689,10 @@ def on_a_card() -> None:
         caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]
         caches += [tiny_cache(method="plain", value_bits=1.5), tiny_cache(method="plain", layer_bits=(((2, 3), (4, 2)),))]
         odd, wide = (tiny_folder(Path(name) / f"{size}", head_size=size, num_layers=1) for size in (160, 96))
-        models = [*((folder, cache) for cache in caches), (file, caches[0])]
+        mixed = tiny_folder(
+            Path(name) / "mixed", family="mixtral", head_size=64, num_layers=1, experts=ExpertConfig(count=5, chosen=2)
+        )
+        models = [*((folder, cache) for cache in caches), (file, caches[0]), (mixed, caches[0])]
         models += [(model, caches[i]) for model in (odd, wide) for i in (0, 2)]
         Reference.head_size_for = lambda self, size: gpu_head_size(size)  # type: ignore[method-assign]
         for model, cache in models:
@@ -630,6 +717,7 @@ def on_a_card() -> None:
         "matvec_kernel",
         "block_matvec_kernel",
         "expand_kernel",
+        "route_kernel",
     } <= {k[0] for k in seen}
 
 
@@ -637,9 +725,8 @@ CHECKS = {
     check.__name__: check
     for check in (
         attend_heads, attend_chunks, attend_parts, attend_spans, attend_others, attend_formats, every_format, invariants,
-        packing, odd_shapes,
-        crowded_labels, fused_operations, matrices, blocks, lattice, merging, label_ranges, assembly_order, decode_steps,
-        on_a_card,
+        packing, odd_shapes, crowded_labels, fused_operations, matrices, blocks, experts, lattice, merging, label_ranges,
+        assembly_order, decode_steps, on_a_card,
     )
 }  # fmt: skip
 
