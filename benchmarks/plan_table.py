@@ -1,5 +1,5 @@
-"""The README's tables of plans: what Mistral-7B and Llama-2-7B take at 128k, 1M and the largest context on an 80 GB card, and
-models with 4-bit weights on a 24 GB card.
+"""The README's tables of plans: what three models take at 128k, 1M and the largest context on an 80 GB card, and models with
+4-bit weights on a 24 GB card.
 
     python benchmarks/plan_table.py
 
@@ -14,8 +14,13 @@ from skvq import CacheConfig
 from skvq.engine.plan_report import PlanReport, plan_report
 from skvq.engine.prefill_form import PrefillForm
 
-MODELS = {"mistral-7b": "Mistral-7B", "llama-2-7b": "Llama-2-7B"}
-SMALLER = {"mistral-7b:Q4_K": "Mistral-7B", "llama-3.1-8b:Q4_K": "Llama-3.1-8B", "qwen3-4b:Q4_K": "Qwen3-4B"}
+MODELS = {"mistral-7b": "Mistral-7B", "llama-2-7b": "Llama-2-7B", "qwen3-30b-a3b": "Qwen3-30B-A3B"}
+SMALLER = {
+    "mistral-7b:Q4_K": "Mistral-7B",
+    "llama-3.1-8b:Q4_K": "Llama-3.1-8B",
+    "qwen3-4b:Q4_K": "Qwen3-4B",
+    "qwen3-30b-a3b:Q4_K": "Qwen3-30B-A3B",
+}
 VALUE_BITS = (2.0, 1.5)
 
 
@@ -82,7 +87,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for model in SMALLER:
         card = Cell(model, 2.0, ("4090",), None)
-        print("\n".join(card.row(context, "exact") for context in (131_072, 1_000_000, card.largest("exact"))))
+        largest = card.largest("exact")
+        print("\n".join(card.row(context, "exact") for context in (131_072, 1_000_000, largest) if context <= largest))
 
 
 if __name__ == "__main__":

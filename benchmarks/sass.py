@@ -27,7 +27,9 @@ from skvq.kernels.triton_gpu import (
     blocks,
     combine,
     encode,
+    experts,
     fused,
+    grouped,
     label_blocks,
     labels,
     lattice,
@@ -144,18 +146,23 @@ MATVEC: dict[str, dict[str, Any]] = {  # the four of a layer of Mistral-7B; widt
     "down, 2 vectors": {"width": 14336, "vectors": 2},
     "gate up, 2 vectors": {"width": 4096, "norm": True, "gated": True, "vectors": 2},
     "qkv 577": {"width": 577, "norm": True},
+    "experts gate up": {"width": 2048, "norm": True, "gated": True, "each": True},
+    "experts down": {"width": 768, "each": True},
 }
 
 
-def matvec_variant(name: str, arch: int, *, width: int, vectors: int = 1, norm: bool = False, gated: bool = False) -> Variant:
+def matvec_variant(
+    name: str, arch: int, *, width: int, vectors: int = 1, norm: bool = False, gated: bool = False, each: bool = False
+) -> Variant:
     """A matrix of at least 4,096 rows in bfloat16; what comes before or after it is that of the layer."""
     tiling = matvec.tiling_of(vectors, 4096, width, gated=gated)
     constants = {
         "WIDTH": width, "M": vectors, "ROWS": tiling.rows, "BLOCK": 256 * tiling.warps, "DEPTH": tiling.depth, "NORM": norm,
-        "GATED": gated, "BIAS": norm and not gated, "ADD": not norm, "EARLY": arch >= 90,
+        "GATED": gated, "BIAS": norm and not gated, "ADD": not (norm or each), "EARLY": arch >= 90 and not each, "EACH": each,
     }  # fmt: skip
     names = ("x_ptr", "norm_ptr", "weight_ptr", "bias_ptr", "residual_ptr", "out_ptr")
-    return Variant(name, matvec.matvec_kernel, constants, tiling.warps, 1, dict.fromkeys(names, "*bf16"), registers=168)
+    pointers = dict.fromkeys(names, "*bf16") | {"id_ptr": LONGS if each else "*bf16"}
+    return Variant(name, matvec.matvec_kernel, constants, tiling.warps, 1, pointers, registers=168)
 
 
 BLOCKS: dict[str, dict[str, Any]] = {  # matrices of quantized blocks: lane-instructions a weight where there is a loop
@@ -168,6 +175,8 @@ BLOCKS: dict[str, dict[str, Any]] = {  # matrices of quantized blocks: lane-inst
     "Q6 down": {"bits": 6, "width": 14336, "limit": 7.5},
     "Q8 down": {"bits": 8, "width": 14336, "limit": 5.1},
     "Q4 head": {"bits": 4, "width": 576, "norm": True},
+    "Q4 experts gate up": {"bits": 4, "width": 2048, "norm": True, "gated": True, "each": True},
+    "Q6 experts down": {"bits": 6, "width": 768, "each": True},
 }
 
 
@@ -180,6 +189,7 @@ def blocks_variant(
     vectors: int = 1,
     norm: bool = False,
     gated: bool = False,
+    each: bool = False,
     limit: float = 0.0,
 ) -> Variant:
     """A matrix of at least 4,096 rows times vectors in bfloat16; what comes before or after it is that of the layer."""
@@ -188,12 +198,22 @@ def blocks_variant(
     together = min(triton.next_power_of_2(count), 32 * division.warps)
     constants = {
         "BLOCKS": count, "M": vectors, "ROWS": division.rows, "NB": together, "BITS": bits, "TWO": bits == 6, "NORM": norm,
-        "GATED": gated, "BIAS": norm and not gated, "ADD": not norm, "EARLY": arch >= 90, "ASM": True,
+        "GATED": gated, "BIAS": norm and not gated, "ADD": not (norm or each), "EARLY": arch >= 90 and not each, "EACH": each,
+        "ASM": True,
     }  # fmt: skip
     halves = dict.fromkeys(("x_ptr", "norm_ptr", "bias_ptr", "residual_ptr", "out_ptr"), "*bf16")
-    pointers = halves | dict.fromkeys(("code_ptr", "high_ptr", "pair_ptr"), WORDS)
+    pointers = halves | dict.fromkeys(("code_ptr", "high_ptr", "pair_ptr"), WORDS) | {"id_ptr": LONGS if each else "*bf16"}
     elements = 32 * together * division.rows if limit else 0
     return Variant(name, blocks.block_matvec_kernel, constants, together // 32, 1, pointers, elements, limit)
+
+
+def grouped_variant(name: str, *, gated: bool) -> Variant:
+    """Many tokens by 128 experts in bfloat16, as the backend divides them."""
+    form = grouped.BLOCKING
+    columns = form.outs // 2 if gated else form.outs
+    constants = {"E": 128, "BM": form.pairs, "BN": columns, "BK": form.depth, "EVEN": True, "GATED": gated}
+    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16") | dict.fromkeys(("order_ptr", "bound_ptr"), LONGS)
+    return Variant(name, grouped.grouped_kernel, constants, form.warps, form.stages, pointers)
 
 
 def other_variants(arch: int) -> list[Variant]:
@@ -218,6 +238,7 @@ def other_variants(arch: int) -> list[Variant]:
     stored = {"HAS_BASIS": False, "HAS_MEAN": False, "PRECISE": True, "WIDE": False}
     decoded = {"HAS_BASIS": True, "HAS_MEAN": True, "PRECISE": False, "WIDE": False}
     outputs = ("key_out_ptr", "value_out_ptr")
+    routing = {"logit_ptr": "*bf16", "id_ptr": LONGS, "weight_ptr": "*bf16"}
     expanded = {"BLOCKS": 128, "NB": 128, "BITS": 4, "TWO": False, "IDS": True, "ASM": True}
     expand_pointers = {"id_ptr": LONGS, "code_ptr": WORDS, "high_ptr": WORDS, "pair_ptr": WORDS, "out_ptr": "*bf16"}
     return [
@@ -262,6 +283,9 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
         *(matvec_variant(f"matvec {name}", arch, **form) for name, form in MATVEC.items()),
         *(blocks_variant(f"blocks {name}", arch, **form) for name, form in BLOCKS.items()),
+        grouped_variant("grouped gate up", gated=True),
+        grouped_variant("grouped down", gated=False),
+        Variant("route", experts.route_kernel, {"E": 128, "K": 8, "CHOSEN": 8, "NORMED": True}, 1, 1, routing),
         Variant("expand blocks", blocks.expand_kernel, expanded, 4, 1, expand_pointers),
         Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]
@@ -280,6 +304,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         strided = name.startswith("stride_") and name not in ("stride_pages_slot", "stride_held")
+        strided |= name in ("outs", "width")
         if strided or (name.endswith("_ptr") and name not in loose):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)

@@ -124,10 +124,11 @@ def gib(count: int) -> str:
 
 
 def computed_numbers(model: ModelConfig) -> int:
-    """Of each token that goes through a layer, at a time, keys and values left out; of experts, one after another, the vectors
-    that one is given and gives back, and what all give in float32."""
-    experts = 6 * model.hidden_size if model.experts else 0
-    return 2 * model.intermediate_size + 4 * model.hidden_size + 2 * model.num_heads * model.head_size + experts
+    """Of each token that goes through a layer, at a time, keys and values left out; with experts what each of its own computes,
+    or one of them after another and in float32 what all give."""
+    d, f = model.hidden_size, model.intermediate_size
+    experts = max(model.experts.chosen * (f + d), 8 * d) if model.experts else 0
+    return 2 * f + 4 * d + 2 * model.num_heads * model.head_size + experts
 
 
 def calibration_bytes(cache: CacheConfig, model: ModelConfig, *, on_gpu: bool) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from skvq.engine.config import ChunkConfig, ModelConfig, RopeConfig
+from skvq.engine.config import ChunkConfig, ExpertConfig, ModelConfig, RopeConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +109,38 @@ _QWEN_3_4B_2507 = ModelConfig(
     bos_token_id=151643,
     eos_token_ids=(151645, 151643),
 )
+_QWEN_3_30B_A3B_2507 = ModelConfig(
+    family="qwen3_moe",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=768,
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    head_size=128,
+    norm_eps=1e-6,
+    rope=RopeConfig(theta=10_000_000.0, original_context=262144),
+    experts=ExpertConfig(count=128, chosen=8),
+    trained_context=262144,
+    qk_norm=True,
+    bos_token_id=151643,
+    eos_token_ids=(151645, 151643),
+)
+_MIXTRAL_8X7B = ModelConfig(
+    family="mixtral",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    rope=RopeConfig(theta=1_000_000.0, original_context=32768),
+    experts=ExpertConfig(count=8, chosen=2),
+    trained_context=32768,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
 _MINISTRAL_3_8B = ModelConfig(
     family="ministral3",
     vocab_size=131072,
@@ -155,6 +187,8 @@ ALIASES: Mapping[str, Alias] = MappingProxyType(
         "llama-3.1-8b": Alias(repo="meta-llama/Llama-3.1-8B-Instruct", config=_LLAMA_3_1_8B),
         "qwen2.5-7b-1m": Alias(repo="Qwen/Qwen2.5-7B-Instruct-1M", config=_QWEN_2_5_7B_1M),
         "qwen3-4b": Alias(repo="Qwen/Qwen3-4B-Instruct-2507", config=_QWEN_3_4B_2507),
+        "qwen3-30b-a3b": Alias(repo="Qwen/Qwen3-30B-A3B-Instruct-2507", config=_QWEN_3_30B_A3B_2507),
+        "mixtral-8x7b": Alias(repo="mistralai/Mixtral-8x7B-Instruct-v0.1", config=_MIXTRAL_8X7B),
         "ministral-3-8b": Alias(repo="mistralai/Ministral-3-8B-Instruct-2512-BF16", config=_MINISTRAL_3_8B),
         "llama-3-8b-1048k": Alias(repo="gradientai/Llama-3-8B-Instruct-Gradient-1048k", config=_LLAMA_3_8B_1048K),
         "nemotron-8b-1m": Alias(repo="nvidia/Llama-3.1-Nemotron-8B-UltraLong-1M-Instruct", config=_ultra_long(128.0)),

@@ -466,11 +466,14 @@ class Program:
     def shuffle(self, op: list[str], names: list[str]) -> Callable[[Machine], Any]:
         source, by = self.value(names[1], "b32"), self.value(names[2], "u32")
         put, mode = self.target(names[0].split("|")[0]), op[2]
-        assert int(names[3], 0) == 31 and mode in ("bfly", "idx"), (op, names)
+        assert (mode, int(names[3], 0)) in (("bfly", 31), ("idx", 31), ("up", 0)), (op, names)
         lane = np.arange(self.threads)
 
         def shuffle(m: Machine) -> None:
             at = by(m).astype(np.int64)
+            if mode == "up":  # the first lanes of a warp keep their own
+                put(m, source(m)[np.where((lane & 31) >= at, lane - at, lane)])
+                return
             put(m, source(m)[(lane ^ at) if mode == "bfly" else (lane & ~31) | (at & 31)])
 
         return shuffle

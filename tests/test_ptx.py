@@ -22,11 +22,11 @@ from emulated import emulated  # noqa: E402
 from ggml_fixtures import blocks_of  # noqa: E402
 
 from skvq.kernels import reference  # noqa: E402
-from skvq.kernels.experts import DenseStack, Experts, Stack, StoredStack  # noqa: E402
+from skvq.kernels.experts import FEW_TOKENS, DenseStack, Experts, Stack, StoredStack  # noqa: E402
 from skvq.kernels.interface import FullSlots  # noqa: E402
 from skvq.kernels.linear import DenseLinear  # noqa: E402
 from skvq.kernels.ops import TorchOps  # noqa: E402
-from skvq.kernels.triton_gpu import TritonGpu, blocks, matvec  # noqa: E402
+from skvq.kernels.triton_gpu import TritonGpu, blocks, grouped, matvec  # noqa: E402
 from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
 from skvq.kernels.triton_gpu.forms import PackedForm  # noqa: E402
 from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
@@ -205,9 +205,10 @@ def test_quantized_blocks(
     check(blocks.multiply(x, matrix, None, norm=norm, eps=1e-5, gated=True), gated)
 
 
-@pytest.mark.parametrize("kind", ["dense", "Q4_0"])
-def test_experts(arch: int, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """A step of two tokens, whose experts lie in 16 bits or in blocks."""
+@pytest.mark.parametrize(("kind", "tokens"), [("dense", 2), ("Q4_0", 2), ("dense", FEW_TOKENS + 9), ("Q4_0", FEW_TOKENS + 1)])
+def test_experts(arch: int, monkeypatch: pytest.MonkeyPatch, kind: str, tokens: int) -> None:
+    """A step of two tokens, and a text, whose experts lie in 16 bits or in blocks."""
+    monkeypatch.setattr(grouped, "EXPANDED_BYTES", 2 * 2 * 64 * 96)  # two or more at a time
     monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, width, gated: matvec.Tiling(rows=8, warps=2, depth=2))
     monkeypatch.setattr(blocks, "division_of", lambda *sizes, **how: blocks.Division(rows=4, warps=1))
     gen = torch.Generator().manual_seed(0)
@@ -222,7 +223,7 @@ def test_experts(arch: int, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         matrix = blocks.BlockMatrix(blocks_of(kind, 5 * outs, ins)[0], kind, torch.device("cuda"))
         return StoredStack(matrix, outs), DenseStack(matrix.words.dense().view(5, outs, ins).to(BF16))
 
-    x, attended, norm = normal(1, 2, 96), normal(1, 2, 40), normal(96)
+    x, attended, norm = normal(1, tokens, 96), normal(1, tokens, 40), normal(96)
     output, router = DenseLinear(normal(96, 40, by=0.1), None), DenseLinear(normal(5, 96, by=0.1), None)
     gate_up, down = stack(64, 96), stack(96, 32)
     ours, theirs = (

@@ -263,13 +263,17 @@ class BlockMatrix:
             return
         step = max(1, EXPANDED_BYTES // (x.itemsize * self.shape[1]))
         for start in range(0, self.shape[0], step):
-            weight = self._expand(None, start, min(step, self.shape[0] - start), x.dtype)
+            weight = self.expanded(start, min(step, self.shape[0] - start), x.dtype)
             part = slice(start, start + step)
             if bias is None:
                 torch.mm(x, weight.T, out=out[:, part])
             else:
                 torch.addmm(bias[part], x, weight.T, out=out[:, part])
             del weight  # before the next part is expanded
+
+    def expanded(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``first .. first+count-1``."""
+        return self._expand(None, first, count, dtype)
 
     def multiply_each(self, x: Tensor, ids: Tensor, out: Tensor) -> None:
         """``out[p] = W_i x[p // (P / N)]``, W_i the ``ids[p]``-th of matrices one above the other; x [N, columns] and out

@@ -24,6 +24,7 @@ from skvq.kernels.linear import DenseLinear, Linear, StoredLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec
 from skvq.kernels.triton_gpu.experts import each_linear, each_swiglu, is_each, route
+from skvq.kernels.triton_gpu.grouped import mlps
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
 
 
@@ -163,12 +164,18 @@ class TritonOps(TorchOps):
     def after_attention_experts(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, experts: Experts
     ) -> Tensor:
-        if x.shape[1] > FEW_TOKENS or not (is_each(experts.gate_up, x) and is_each(experts.down, x)):
+        if not (is_each(experts.gate_up, x) and is_each(experts.down, x)):
             return super().after_attention_experts(x, attended, output, norm, eps, experts)
-        flat = self._linear_add(x.flatten(0, 1), attended.flatten(0, 1), output)  # [B N, d]
-        ids, weights = route(self.norm_linear(flat, norm, eps, experts.router), experts.chosen, normed=experts.normed)
-        inner = each_swiglu(experts.gate_up, flat, norm, eps, ids.view(-1))  # [B N k, f]
-        outs = each_linear(experts.down, inner, ids.view(-1)).view(*ids.shape, -1)  # [B N, k, d]
+        flat, attended = x.flatten(0, 1), attended.flatten(0, 1)  # [B N, d]
+        if x.shape[1] > FEW_TOKENS:
+            flat, h = self.add_rms_norm(flat, output(attended), norm, eps)
+            ids, weights = route(experts.router(h), experts.chosen, normed=experts.normed)
+            outs = mlps(h, ids, experts.gate_up, experts.down, experts.count)  # [B N, k, d]
+        else:
+            flat = self._linear_add(flat, attended, output)
+            ids, weights = route(self.norm_linear(flat, norm, eps, experts.router), experts.chosen, normed=experts.normed)
+            inner = each_swiglu(experts.gate_up, flat, norm, eps, ids.view(-1))  # [B N k, f]
+            outs = each_linear(experts.down, inner, ids.view(-1)).view(*ids.shape, -1)
         return torch.baddbmm(flat[:, None], weights[:, None], outs).view(x.shape)
 
     def _linear_add(self, x: Tensor, h: Tensor, linear: Linear) -> Tensor:
