@@ -17,7 +17,7 @@ from torch import Tensor
 from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
 from skvq.kernels.ggml.formats import BLOCK, FORMATS, BlockFormat
-from skvq.loaders.names import expected_shapes
+from skvq.loaders.names import ROUTER, expected_shapes
 from skvq.loaders.source import QuantizedBlocks, unknown_weight
 from skvq.loaders.text import ByteTokenizer, Tokenizer
 
@@ -91,7 +91,8 @@ class DummySource:
         if name not in self._shapes:
             raise unknown_weight(name, self.where)
         shape = self._shapes[name]
-        if self._form is None or name in self._whole or len(shape) != 2 or shape[1] % (BLOCK * self._form.span):
+        is_whole = name in self._whole or name.endswith(ROUTER)
+        if self._form is None or is_whole or len(shape) != 2 or shape[1] % (BLOCK * self._form.span):
             return None
         return shape[0], shape[1] // (BLOCK * self._form.span), self._form.file_bytes
 

@@ -16,6 +16,9 @@ HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
 
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "visual.")
 
+ROUTER = ".mlp.gate.weight"
+"""End of the name of the matrix that chooses experts: small, and never stored in blocks."""
+
 MAX_LAYERS = 1024
 """More layers than any model has: a corrupt count must not build a table of millions of names."""
 

@@ -1,7 +1,7 @@
 """Weights of any source with its matrices of whole numbers rounded to 8 bits while they are read, for ``NAME:Q8_0``.
 
 Every 32 neighbours of a row share a scale, the largest of them over 127 in float16 (``quantize_row_q8_0`` of ggml): 8.5 bits a
-weight. What cannot be cut that way, and matrices that are in blocks already, stay as they are.
+weight. What cannot be cut that way, what chooses experts, and matrices that are in blocks already, stay as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skvq.engine.errors import ModelError
 from skvq.kernels.ggml.formats import BLOCK, FORMATS
-from skvq.loaders.names import expected_shapes
+from skvq.loaders.names import ROUTER, expected_shapes
 from skvq.loaders.quantized.scheme import to_q8_0
 from skvq.loaders.source import QuantizedBlocks, WeightSource
 
@@ -32,7 +32,7 @@ class RoundedSource:
         self._shapes = {
             name: (shape[0], shape[1])
             for name, shape in expected_shapes(source.config).items()
-            if len(shape) == 2 and shape[1] % BLOCK == 0 and source.stored(name)[0] not in FORMATS
+            if len(shape) == 2 and shape[1] % BLOCK == 0 and source.stored(name)[0] not in FORMATS and not name.endswith(ROUTER)
         }
         if not self._shapes:
             raise ModelError(f"{source.where}: its weights are in blocks already: leave :{ROUNDED} out")

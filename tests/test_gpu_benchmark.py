@@ -24,6 +24,7 @@ from scripts import loaded  # noqa: E402
 from tiny import tiny_folder  # noqa: E402
 
 from skvq.kernels import ops  # noqa: E402
+from skvq.kernels.triton_gpu import blocks, matvec  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,8 +82,12 @@ def test_every_step_runs(script: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(script, "seconds_of", once)
     few = script.matvec_sweep.matvec.Tiling(rows=16, warps=1, depth=1)  # programs of the engine's matrices
     monkeypatch.setattr(script.matvec_sweep.matvec, "tiling_of", lambda vectors, outs, width, gated: few)
-    for name in ("measure", "measure_blocks"):  # tested by themselves
-        monkeypatch.setattr(script.matvec_sweep, name, lambda *rest: None)
+    for module, name in (
+        (script.matvec_sweep, "measure"),
+        (script.matvec_sweep, "measure_blocks"),
+        (script.expert_layers, "measure"),
+    ):
+        monkeypatch.setattr(module, name, lambda *rest: None)  # tested by themselves
     monkeypatch.setattr(ops, "CudaGraphs", CheckedGraphs)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with card((9, 0)), emulated(90):
@@ -128,6 +133,26 @@ def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pyte
         monkeypatch.setattr(module.Product, "fused", lambda self, weight, tiling: self.apart(module.TorchOps(), weight) + 1)
         module.measure(step, once, (1,))
         assert len(found) == 3 and not any(value["good"] for value in found.values())
+
+
+def test_experts_are_measured_behind_their_gates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script.expert_layers
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_heads": 1}
+    for name, value in {"SHAPE": shape, "COUNT": 3, "CHOSEN": 2, "TOKENS": (1, 17)}.items():
+        monkeypatch.setattr(module, name, value)
+    few, blocks_few = matvec.Tiling(rows=16, warps=1, depth=1), blocks.Division(rows=8, warps=1)
+    monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, width, gated: few)
+    monkeypatch.setattr(blocks, "division_of", lambda vectors, outs, gated, bits: blocks_few)
+    found, step = keeping_step()
+    with card((9, 0)), emulated(90):
+        module.measure(step, once)
+        assert all(value["good"] for name, value in found.items() if name.startswith("gate ")), found
+        assert found["experts Q4_K x1"]["gbps"] > 0 and found["experts bfloat16 x17"]["one_by_one_ms"] > 0
+        found.clear()
+        monkeypatch.setattr(module.TritonOps, "after_attention_experts", lambda self, x, *rest: x)
+        monkeypatch.setattr(module, "KINDS", ("",))
+        module.measure(step, once)
+        assert len(found) == 2 and not any(value["good"] for value in found.values())
 
 
 def test_quantized_blocks_are_measured_behind_their_gates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:

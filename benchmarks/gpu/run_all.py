@@ -25,6 +25,7 @@ from typing import Any
 from this_tree import ROOT  # before anything of skvq
 
 # isort: split
+import expert_layers
 import matvec_sweep
 import torch
 import torch.nn.attention
@@ -528,6 +529,7 @@ def measure(log: Log) -> None:
     attention(log, "mistral-7b", TIMED[0], copy_gbps)
     matvec_sweep.measure(log.step, seconds_of)
     matvec_sweep.measure_blocks(log.step, seconds_of)
+    expert_layers.measure(log.step, seconds_of)
     torch.cuda.empty_cache()
     if gates_of_the_step(log) and gate_of(log, 2.0, 2.0, 128, True):
         decoder = Decoder()
@@ -600,6 +602,9 @@ def table(results: dict[str, Any]) -> None:
                 f"{what} {value[what]['ms']:.4f} ms {value[what]['gbps']:.0f} GB/s" for what in ("linear", "apart")
             )
             print(f"{name}: {value['ms']:.4f} ms {value['gbps']:.0f} GB/s; {shown}")
+        elif name.startswith("experts ") and "ms" in value:
+            beside = f"{value['gbps']:.0f} GB/s" if "gbps" in value else f"one by one {value['one_by_one_ms']:.3f} ms"
+            print(f"{name}: {value['ms']:.3f} ms; {beside}")
         elif name == "answers" and "second_ms" in value:
             print(f"first step of an answer: {value['first_ms']:.1f} ms, of the next answer {value['second_ms']:.1f} ms")
         elif name.startswith("read ") and "ms" in value:
