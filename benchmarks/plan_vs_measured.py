@@ -67,7 +67,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from skvq import AttentionSinks, CacheConfig, Engine, HeavyHitters
     from skvq.engine import loading
-    from skvq.engine.config import ModelConfig
+    from skvq.engine.model_config import ModelConfig
     from skvq.engine.planner import Plan
     from skvq.engine.report import Quiet
 

@@ -13,8 +13,9 @@ from skvq.calibrate.run import Progress, fit_layer, mixed, recorded, stacked
 from skvq.calibrate.sensitivity import PROBE_TOKENS, Probe, Store
 from skvq.engine.allocate import as_layer_bits, choose_bits
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
-from skvq.engine.config import BITS, CacheConfig, LayerWidths, ModelConfig
+from skvq.engine.config import BITS, CacheConfig, LayerWidths
 from skvq.engine.model import Model
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.rope import ModelRope
 from skvq.kernels.interface import Backend
 

@@ -32,7 +32,8 @@ from skvq.engine.errors import OptionError
 
 if TYPE_CHECKING:
     from skvq.engine.cache_setup import CacheSetup
-    from skvq.engine.config import CacheConfig, ModelConfig
+    from skvq.engine.config import CacheConfig
+    from skvq.engine.model_config import ModelConfig
     from skvq.engine.trials.bench import Bench
 
 

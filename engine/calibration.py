@@ -15,11 +15,12 @@ from skvq.calibrate.sensitivity import PROBE_STEP, PROBE_TOKENS
 from skvq.calibrate.stats import SAMPLE_TEXTS
 from skvq.engine.chunks import TrueDistances
 from skvq.engine.codecs import check_tensors
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError, CapacityError, OptionError, SkvqError, counted
 from skvq.engine.identity import rope_digest
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.options import is_whole
 from skvq.engine.report import Reporter
 from skvq.engine.sizes import computed_numbers, gib

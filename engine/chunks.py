@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skvq.engine.config import FULL_SPAN, CacheConfig, ChunkConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
+from skvq.engine.model_config import FULL_SPAN, ChunkConfig
 from skvq.kernels.dense import attend_all, attend_behind, attend_causal, merge_runs
 from skvq.kernels.interface import RopeFrequencies, Step
 from skvq.kernels.layout import PAGE_TOKENS

@@ -20,8 +20,9 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-from skvq.engine.config import CacheConfig, ModelConfig, Widths
+from skvq.engine.config import CacheConfig, Widths
 from skvq.engine.errors import CalibrationError
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.rope import ModelRope
 from skvq.kernels.interface import HeadCodec, HeadSide, LabelCodec, RopeFrequencies, Side
 from skvq.kernels.layout import LEVELS, PageLayout

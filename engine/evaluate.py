@@ -14,10 +14,11 @@ from torch import Tensor
 from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.chunks import Distances, TrueDistances
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import ModelError
 from skvq.engine.mass import add_mass
 from skvq.engine.model import LayerCache, Model
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill import chunks
 from skvq.engine.rope import ModelRope, StepRope, at_positions

@@ -17,8 +17,8 @@ from torch import Tensor
 from skvq.engine.absorb import absorb_piece
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, ExactState
-from skvq.engine.config import ModelConfig
 from skvq.engine.model import Model
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill import NO_WORK, Work, chunk_work, chunks, reading_label
 from skvq.engine.prefill_form import KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm

@@ -18,12 +18,13 @@ from skvq.engine.calibration import cached_or_made, load_for, settled
 from skvq.engine.chunked import ChunkedMethod
 from skvq.engine.chunks import Chunks, require_whole
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.identity import identity_of
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.overflow import Shift, on_full_of
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.embedding import Embedding, nbytes_of
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.rope import StepRope, narrowed, widened
 from skvq.engine.storage import Storage
 from skvq.kernels.experts import Experts

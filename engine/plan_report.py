@@ -11,11 +11,12 @@ import torch
 
 from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.chunks import require_whole
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import ModelError, OptionError, nearest
 from skvq.engine.guard import own_settings
 from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.measure import timed
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.rope import beyond_training, scaled

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from skvq.engine.arena import ArenaShape
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.mass import mass_bytes
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.options import is_whole
 from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form, staged_bytes
 from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, computed_numbers, fullest_choices, gib

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint
-from skvq.engine.config import ModelConfig
 from skvq.engine.decode import hidden_states
 from skvq.engine.errors import counted
 from skvq.engine.model import Model
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter

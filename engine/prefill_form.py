@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skvq.engine.config import ModelConfig
+from skvq.engine.model_config import ModelConfig
 from skvq.kernels.interface import MOST_PARTS
 from skvq.kernels.layout import PAGE_TOKENS
 

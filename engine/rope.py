@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.engine.chunks import Chunks, Distances, TrueDistances
-from skvq.engine.config import FULL_SPAN, ChunkConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError, OptionError
+from skvq.engine.model_config import FULL_SPAN, ChunkConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.layout import PAGE_TOKENS
 from skvq.kernels.ops import apply_rope, rope_turns

@@ -10,8 +10,9 @@ import torch
 from skvq.engine.allocate import as_layer_bits, fullest
 from skvq.engine.arena import ArenaShape, packed_page, plain_page
 from skvq.engine.codecs import layouts_of, tensor_shapes
-from skvq.engine.config import BITS, CacheConfig, ModelConfig
+from skvq.engine.config import BITS, CacheConfig
 from skvq.engine.filters import AttentionSinks
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.regions import Regions
 from skvq.kernels.layout import PlainLayout, pages_for, stored_bits
 

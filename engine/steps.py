@@ -22,10 +22,10 @@ from torch import Tensor
 from skvq.engine.absorb import absorb, pack_window
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.config import FULL_SPAN
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.mass import add_mass
 from skvq.engine.methods import Attends, Begins, CacheMethod, RowByRow
+from skvq.engine.model_config import FULL_SPAN
 from skvq.engine.prefill_form import SEGMENT_TOKENS
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import StepRope

@@ -14,10 +14,11 @@ from skvq.engine.arena import Arena
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.codecs import MATRICES, SIDES, tensor_shapes
-from skvq.engine.config import FULL_SPAN, CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.loading import cache_setup
 from skvq.engine.machine import available_memory
+from skvq.engine.model_config import FULL_SPAN, ModelConfig
 from skvq.engine.overflow import on_full_of
 from skvq.engine.prefill_form import PIECE_TOKENS
 from skvq.engine.report import Reporter

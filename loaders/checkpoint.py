@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ModelConfig
 from skvq.loaders.fields import read_json, reason
 from skvq.loaders.hf import read_config
 from skvq.loaders.names import EMBEDDING, HEAD, canonical_names, check_shapes, expected_shapes, stacks

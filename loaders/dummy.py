@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ModelConfig
 from skvq.kernels.ggml.formats import BLOCK, FORMATS, BlockFormat
 from skvq.loaders.names import ROUTER, expected_shapes
 from skvq.loaders.source import QuantizedBlocks, unknown_weight

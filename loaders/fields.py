@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skvq.engine.config import ExpertConfig, ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ExpertConfig, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

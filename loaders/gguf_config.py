@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from skvq.engine.config import FULL_SPAN, ExpertConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import FULL_SPAN, ExpertConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.loaders.fields import Fields, config_of, shorten
 from skvq.loaders.gguf_header import GgufHeader
 from skvq.loaders.names import MAX_LAYERS

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ModelConfig
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.ggml.recoded import RECODED, recoded, recoded_bytes
 from skvq.loaders.fields import Fields, reason

@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Pipeline
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
+from skvq.engine.model_config import ModelConfig
 from skvq.loaders.fast_tokenizer import SPACE, FastTokenizer
 from skvq.loaders.fields import Fields, read_by_library
 from skvq.loaders.file_tokenizer import TokenizerSettings

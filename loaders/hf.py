@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skvq.engine.config import FULL_SPAN, ROPE_TYPES, ChunkConfig, ExpertConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import FULL_SPAN, ROPE_TYPES, ChunkConfig, ExpertConfig, ModelConfig, RopeConfig, yarn_scale
 from skvq.loaders.fields import Fields, config_of, read_json, shorten
 from skvq.loaders.names import MAX_LAYERS
 from skvq.loaders.quantized.choose import scheme_of

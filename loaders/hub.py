@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError, nearest
+from skvq.engine.model_config import ModelConfig
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.loaders.checkpoint import weight_files
 from skvq.loaders.fields import reason, shorten

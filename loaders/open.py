@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ModelConfig
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.file_tokenizer import FileTokenizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from skvq.engine.config import ChunkConfig, ExpertConfig, ModelConfig, RopeConfig
+from skvq.engine.model_config import ChunkConfig, ExpertConfig, ModelConfig, RopeConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

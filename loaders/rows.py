@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from skvq.engine.config import ModelConfig
+from skvq.engine.model_config import ModelConfig
 
 
 def stored_rows(name: str, config: ModelConfig, *, interleaved: bool = False) -> NDArray[np.int64] | None:

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ModelConfig
 
 SAMPLE_BYTES = 4096
 """Bytes of every tensor that enter the fingerprint: 14 GB of weights are told apart by reading about one megabyte."""

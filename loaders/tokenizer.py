@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Pipeline
 
-from skvq.engine.config import ModelConfig
 from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ModelConfig
 from skvq.loaders.added_tokens import declared_tokens, listed_tokens, nameless_tokens, special_tokens, with_tokens
 from skvq.loaders.fast_tokenizer import FastTokenizer
 from skvq.loaders.fields import Fields, read_by_library, read_json, reason

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from skvq.engine.config import FULL_SPAN, ModelConfig
+from skvq.engine.model_config import FULL_SPAN, ModelConfig
 from skvq.loaders.hf import _FAMILIES, BY_LAYER
 
 

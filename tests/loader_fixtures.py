@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as Pipeline
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from skvq.engine.config import FULL_SPAN, ModelConfig, RopeConfig
 from skvq.engine.errors import SkvqError
+from skvq.engine.model_config import FULL_SPAN, ModelConfig, RopeConfig
 from skvq.loaders.gguf_config import ARCHITECTURES
 from skvq.loaders.gguf_file import PERMUTED, gguf_names, layer_name
 from skvq.loaders.names import expected_shapes, expert_stacks, stacks

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from skvq.cli import main
 from skvq.commands.bench import _bare
-from skvq.engine.config import FULL_SPAN, METHODS, CacheConfig
+from skvq.engine.config import METHODS, CacheConfig
 from skvq.engine.errors import ModelError, SkvqError
 from skvq.engine.methods import CacheMethod
+from skvq.engine.model_config import FULL_SPAN
 from skvq.engine.report import Quiet
 from skvq.engine.stress import bare_setup
 from skvq.engine.trials import bench as bench_module

@@ -16,10 +16,10 @@ from tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 from skvq.engine.calibration import header_for, make_artifact
 from skvq.engine.chunked import ChunkedMethod
 from skvq.engine.chunks import Chunks, TrueDistances
-from skvq.engine.config import ChunkConfig, RopeConfig
 from skvq.engine.errors import ModelError, OptionError, SessionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
+from skvq.engine.model_config import ChunkConfig, RopeConfig
 from skvq.engine.plan_report import plan_report
 from skvq.engine.report import Quiet
 from skvq.engine.rope import model_rope, scaled

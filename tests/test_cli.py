@@ -26,10 +26,11 @@ from skvq.cli import main, run
 from skvq.commands.errors import output_error
 from skvq.commands.text import argument_text, file_text
 from skvq.engine import decode, reading, sampling, session
-from skvq.engine.config import CacheConfig, RopeConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.container import write_container
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
+from skvq.engine.model_config import RopeConfig
 from skvq.engine.pieces import finished
 from skvq.engine.report import Quiet
 from skvq.loaders.artifact import load_artifact, save_artifact

@@ -13,11 +13,11 @@ from simulated import SimulatedLayer, schedule
 from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import scoring
-from skvq.engine.config import FULL_SPAN
 from skvq.engine.errors import CalibrationError, CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
+from skvq.engine.model_config import FULL_SPAN
 from skvq.engine.pieces import finished
 from skvq.engine.trials.plots import depth_plot
 from skvq.kernels.reference import masked_attention

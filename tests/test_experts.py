@@ -13,8 +13,8 @@ from loader_fixtures import byte_level_pipeline, gguf_model, random_weights, ref
 from tiny import random_ids, steps, tiny_cache, tiny_engine
 from torch import Tensor
 
-from skvq.engine.config import ExpertConfig, ModelConfig
 from skvq.engine.decode import EagerStep, GraphStep
+from skvq.engine.model_config import ExpertConfig, ModelConfig
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.experts import FEW_TOKENS, DenseStack, Experts, Stack, StoredStack, route
 from skvq.kernels.ggml.formats import FORMATS

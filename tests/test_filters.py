@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skvq.engine import mass
 from skvq.engine.cache import SequenceCache
-from skvq.engine.config import FULL_SPAN, CacheConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError, SkvqError
 from skvq.engine.filters import (
     AttentionSinks,
@@ -27,6 +27,7 @@ from skvq.engine.filters import (
     rule_from_text,
 )
 from skvq.engine.generate import Engine
+from skvq.engine.model_config import FULL_SPAN
 from skvq.engine.retained import seats
 
 pytestmark = pytest.mark.usefixtures("one_thread")

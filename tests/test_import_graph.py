@@ -100,7 +100,8 @@ def test_loaders_know_of_the_engine_only_its_configs_and_errors() -> None:
     """And of kernels which blocks they multiply, or could as others."""
     for name in sources():
         if package_of(name) == "loaders":
-            allowed = {"skvq.engine.config", "skvq.engine.errors", "skvq.kernels.ggml.formats", "skvq.kernels.ggml.recoded"}
+            allowed = {f"skvq.engine.{part}" for part in ("config", "errors", "model_config")}
+            allowed |= {"skvq.kernels.ggml.formats", "skvq.kernels.ggml.recoded"}
             assert {m for m in ours(name) if package_of(m) != "loaders"} <= allowed, name
 
 

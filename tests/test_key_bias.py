@@ -10,8 +10,9 @@ from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, wr
 from tiny import tiny_cache
 
 from skvq.calibrate.corpus import built_in_corpus
-from skvq.engine.config import CacheConfig, RopeConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.generate import Engine
+from skvq.engine.model_config import RopeConfig
 from skvq.engine.report import Quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -26,8 +26,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from skvq.engine.config import FULL_SPAN, ChunkConfig, RopeConfig
 from skvq.engine.errors import ModelError, SkvqError
+from skvq.engine.model_config import FULL_SPAN, ChunkConfig, RopeConfig
 from skvq.engine.rope import model_rope
 from skvq.loaders.fields import Fields
 from skvq.loaders.hf import parse_config, read_config

@@ -29,8 +29,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from skvq import CacheConfig, Engine
-from skvq.engine.config import ExpertConfig, RopeConfig
 from skvq.engine.errors import SkvqError
+from skvq.engine.model_config import ExpertConfig, RopeConfig
 from skvq.engine.report import Quiet
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.loaders.fields import Fields

@@ -23,7 +23,8 @@ from loader_fixtures import (
 )
 
 from skvq import Engine, Quiet
-from skvq.engine.config import FULL_SPAN, CacheConfig
+from skvq.engine.config import CacheConfig
+from skvq.engine.model_config import FULL_SPAN
 from skvq.engine.plan_report import plan_report
 from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.ggml.words import to_words

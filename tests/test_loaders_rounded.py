@@ -12,7 +12,7 @@ from loader_fixtures import byte_level_pipeline, gguf_model, random_weights, ref
 from tiny import Listener
 
 from skvq import CacheConfig, Engine
-from skvq.engine.config import ModelConfig
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.storage import Form
 from skvq.engine.weight_forms import form_of
 from skvq.loaders.checkpoint import SafetensorsSource

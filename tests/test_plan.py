@@ -21,9 +21,10 @@ from tiny import tiny_cache, tiny_engine, tiny_folder
 from skvq.commands import cores
 from skvq.engine import control_groups, loading, machine
 from skvq.engine.arena import Arena
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.plan_report import parse_bytes, plan_report
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm, prefill_forms

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import dense_nll, random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine.config import RopeConfig
+from skvq.engine.model_config import RopeConfig
 from skvq.engine.overflow import drop_pages
 from skvq.kernels.layout import PAGE_TOKENS
 

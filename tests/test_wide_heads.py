@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine.config import RopeConfig
 from skvq.engine.errors import CalibrationError
 from skvq.engine.generate import Engine
+from skvq.engine.model_config import RopeConfig
 from skvq.engine.plan_report import plan_report
 from skvq.engine.rope import narrowed, widened
 from skvq.kernels.numba_cpu import NumbaCpu

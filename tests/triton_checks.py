@@ -618,8 +618,8 @@ def decode_steps() -> None:
     from test_graph import Calls
     from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
-    from skvq.engine.config import RopeConfig
     from skvq.engine.decode import EagerStep, GraphStep
+    from skvq.engine.model_config import RopeConfig
 
     found = []
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
@@ -659,8 +659,8 @@ def on_a_card() -> None:
     from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
     from triton.runtime.interpreter import GridExecutor
 
-    from skvq.engine.config import ExpertConfig
     from skvq.engine.decode import GraphStep
+    from skvq.engine.model_config import ExpertConfig
     from skvq.kernels import ops
     from skvq.kernels.layout import gpu_head_size
     from skvq.kernels.reference import Reference

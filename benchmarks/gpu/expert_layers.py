@@ -13,8 +13,8 @@ import torch
 from matvec_sweep import judged
 from torch import Tensor
 
-from skvq.engine.config import ExpertConfig, ModelConfig
 from skvq.engine.model import ExpertMlp, load_weights
+from skvq.engine.model_config import ExpertConfig, ModelConfig
 from skvq.engine.report import Quiet
 from skvq.engine.storage import Storage, WeightReader
 from skvq.engine.weight_forms import form_of

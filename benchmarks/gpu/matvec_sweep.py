@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skvq.engine.config import ModelConfig
+from skvq.engine.model_config import ModelConfig
 from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.config import FULL_SPAN, ModelConfig
 from skvq.engine.decode import graphs_of
 from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
 from skvq.engine.guard import own_settings
 from skvq.engine.machine import available_memory
 from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_peak, timed
+from skvq.engine.model_config import FULL_SPAN, ModelConfig
 from skvq.engine.prefill import chunks
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter

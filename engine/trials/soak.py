@@ -21,9 +21,10 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
-from skvq.engine.config import CacheConfig, ModelConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, SkvqError
 from skvq.engine.filters import AttentionSinks, TokenIds
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.report import Reporter
 from skvq.engine.session import fill_from, open_session
 from skvq.engine.stress import append, bare_setup, seeded

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.experts import DenseStack, Stack, StoredStack
-from skvq.kernels.triton_gpu.blocks import EXPANDED_BYTES, BlockMatrix
+from skvq.kernels.ggml.words import EXPANDED_BYTES
+from skvq.kernels.triton_gpu.blocks import BlockMatrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
