@@ -32,6 +32,7 @@ from skvq.engine.measure import device_name
 
 SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8}
 HEAVY = {"hidden_size": 2048, "intermediate_size": 4096, "vocab_size": 32000, "num_heads": 16, "num_kv_heads": 2}
+MIXED = {"hidden_size": 1024, "intermediate_size": 512, "num_heads": 8, "num_kv_heads": 2}
 WIDE = {"num_heads": 24, "num_kv_heads": 24, "num_layers": 2}
 CASES: list[dict[str, Any]] = [
     {"method": "plain", "key_bits": 8.0, "value_bits": 8.0, "context": 24576, "prefill": "exact", "shape": WIDE},
@@ -50,6 +51,7 @@ CASES: list[dict[str, Any]] = [
     {"method": "plain", "key_bits": 2.0, "value_bits": 1.5, "context": 131072, "prefill": "exact"},
     {"method": "rotate", "context": 65536, "prefill": "exact"},
     {"method": "rotate", "context": 8192, "prefill": "exact", "shape": HEAVY},
+    {"method": "rotate", "context": 32768, "prefill": "exact", "shape": MIXED, "experts": {"count": 32, "chosen": 8}},
     {"method": "plain", "context": 40960, "prefill": "streaming", "window": 30000},
     {"method": "plain", "context": 40960, "prefill": "exact", "window": 6000, "heavy_hitters": True},
 ]
@@ -67,14 +69,15 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from skvq import AttentionSinks, CacheConfig, Engine, HeavyHitters
     from skvq.engine import loading
-    from skvq.engine.model_config import ModelConfig
+    from skvq.engine.model_config import ExpertConfig, ModelConfig
     from skvq.engine.planner import Plan
     from skvq.engine.report import Quiet
 
     shape = {**SHAPE, **case.get("shape", {})}
-    config = ModelConfig(
-        family="mistral", head_size=64, trained_context=2**18, attention_spans=(256,) * shape["num_layers"], **shape
-    )
+    if "experts" in case:
+        shape |= {"family": "mixtral", "experts": ExpertConfig(**case["experts"])}
+    spans = (256,) * shape["num_layers"]
+    config = ModelConfig(**({"family": "mistral", "head_size": 64, "trained_context": 2**18, "attention_spans": spans} | shape))
     write_config(folder, config)
     rules = (AttentionSinks(5), HeavyHitters()) if "heavy_hitters" in case else (AttentionSinks(5),)
     options = {name: case[name] for name in ("method", "key_bits", "value_bits", "window") if name in case}
