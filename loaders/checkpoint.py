@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 
 from skvq.engine.errors import ModelError
@@ -18,7 +20,7 @@ from skvq.loaders.names import EMBEDDING, HEAD, canonical_names, check_shapes, e
 from skvq.loaders.quantized.choose import scheme_in
 from skvq.loaders.quantized.matrices import QuantizedMatrices
 from skvq.loaders.quantized.scheme import WHOLE_TYPES
-from skvq.loaders.rows import stored_rows
+from skvq.loaders.rows import INTERLEAVED, stored_rows
 from skvq.loaders.source import QuantizedBlocks, fingerprint_of, first_bytes, unknown_weight
 
 CODES = (".qweight", ".weight_packed")
@@ -67,7 +69,7 @@ class SafetensorsSource:
 
     def read(self, name: str) -> torch.Tensor:
         """The weight in its stored type, a view of the memory map; a quantized one expanded."""
-        quantized, order = self._quantized_of(name), stored_rows(name, self.config)
+        quantized, order = self._quantized_of(name), self._order(name)
         found = self._tensor(name) if quantized is None else quantized.read(name)
         return found if order is None else found[torch.from_numpy(order)]
 
@@ -80,7 +82,7 @@ class SafetensorsSource:
 
     def blocks(self, name: str) -> QuantizedBlocks | None:
         """A quantized matrix, if there are blocks that hold just that."""
-        quantized, order = self._quantized_of(name), stored_rows(name, self.config)
+        quantized, order = self._quantized_of(name), self._order(name)
         found = None if quantized is None else quantized.blocks(name)
         return found if found is None or order is None else replace(found, data=found.data[torch.from_numpy(order)])
 
@@ -88,6 +90,10 @@ class SafetensorsSource:
         """The scheme of a quantized matrix that no blocks hold."""
         quantized = self._quantized_of(name)
         return "" if quantized is None or quantized.scheme.kind else quantized.scheme.label
+
+    def _order(self, name: str) -> NDArray[np.int64] | None:
+        """Stored row of each canonical row, or None where they are the same."""
+        return stored_rows(name, self.config, interleaved=self.config.family in INTERLEAVED)
 
     def _quantized_of(self, name: str) -> QuantizedMatrices | None:
         """What knows of the weight, if it is quantized."""

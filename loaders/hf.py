@@ -33,6 +33,7 @@ class _Family:
     theta: float = 10_000.0
     rope: Mapping[str, Any] = field(default_factory=dict)  # as ``rope_parameters``, where a config has none
     original_context: int = 0  # before it was stretched, if that is not in ``rope_parameters``
+    rotary_part: float = 1.0  # of a head
     experts: Callable[[Fields], ExpertConfig] | None = None
     expert_size: str = ""  # the key of an expert's channels, if it is another than that of an MLP's
 
@@ -61,6 +62,10 @@ _FAMILIES = {
     "MinistralForCausalLM": _Family(name="ministral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
     "Phi3ForCausalLM": _Family(
         name="phi3", kv_heads=0, context=4096, sliding_window=0, bos=1, eos=(32000,), norm_eps=1e-5, original_context=4096
+    ),
+    "GlmForCausalLM": _Family(
+        name="glm", kv_heads=2, head_size=128, context=131072, sliding_window=0, bos=None, eos=(151329, 151336, 151338),
+        norm_eps=1.5625e-7, qkv_bias=True, rotary_part=0.5,
     ),
     "SeedOssForCausalLM": _Family(
         name="seed_oss", kv_heads=8, head_size=128, context=524288, sliding_window=0, bos=0, eos=(2,), qkv_bias=True
@@ -133,9 +138,11 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     if layers > MAX_LAYERS:
         raise ModelError(f"{fields.where}: num_hidden_layers is {layers}, this engine supports at most {MAX_LAYERS}")
     vocab = fields.integer("vocab_size")
-    may_bias = family.name in ("llama", "seed_oss", "smollm3", *QK_NORMED)
+    may_bias = family.name in ("llama", "seed_oss", "smollm3", "glm", *QK_NORMED)
     qkv_bias = may_bias and fields.flag("attention_bias", family.qkv_bias)
-    output_bias = fields.flag("attention_out_bias", False) if family.name == "seed_oss" else qkv_bias
+    output_bias = qkv_bias and family.name != "glm"
+    if family.name == "seed_oss":
+        output_bias = fields.flag("attention_out_bias", False)
     kv_default = heads if "num_key_value_heads" in fields.data else family.kv_heads or heads
     context = fields.integer("max_position_embeddings", family.context)
     rotary_size = _rotary_size(fields, family, head_size)
@@ -172,14 +179,14 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
 def _rotary_size(fields: Fields, family: _Family, head_size: int) -> int:
     """Channels of a head that RoPE turns, the first of them; 0 for all."""
     rope = _rope_section(fields)
-    part = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    part = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", family.rotary_part))
     if part == 1:
         return 0
     size = int(head_size * part)
-    if family.name != "phi3" or size % 2 or not 0 < size < head_size:
+    if family.name not in ("phi3", "glm") or size % 2 or not 0 < size < head_size:
         raise ModelError(
-            f"{rope.where}: partial_rotary_factor is {part:g}: this engine turns whole heads, and of Phi-3's family an even "
-            "number of channels"
+            f"{rope.where}: partial_rotary_factor is {part:g}: this engine turns whole heads, and of Phi-3's and GLM's "
+            "families an even number of channels"
         )
     return size
 
@@ -304,7 +311,7 @@ def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int,
     """Tokens each layer's queries see."""
     declared = fields.has("sliding_window") or (family.sliding_window and "sliding_window" not in fields.data)
     used = family.name not in WINDOW_IF_USED or fields.flag("use_sliding_window", False)
-    if not (declared and used) or family.name in ("llama", "seed_oss"):
+    if not (declared and used) or family.name in ("llama", "seed_oss", "glm"):
         return (FULL_SPAN,) * layers
     window = fields.integer("sliding_window", family.sliding_window or None)
     kinds = fields.data.get("layer_types") if family.name in BY_LAYER else None

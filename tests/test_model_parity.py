@@ -70,6 +70,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {"pad_token_id": 0}),
     "phi3 with a window": ("Phi3", {"pad_token_id": 0, "sliding_window": 7}),
     "phi3 that turns three quarters of a head": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.75}),
+    "glm": ("Glm", {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 2}),
+    "glm without bias, less of its heads turned": (
+        "Glm",
+        {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 2, "attention_bias": False, "partial_rotary_factor": 0.25},
+    ),
     "ministral": ("Ministral", {"head_dim": 16, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]}),
     "seed_oss": ("SeedOss", {"head_dim": 16}),
     "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": GROWING}),
