@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from loader_fixtures import one_line, refused, tiny_config
 from transformers import (
     CwmConfig,
+    GlmConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -107,6 +110,28 @@ def saved(config: PreTrainedConfig, folder: Path, architecture: str) -> Path:
             "CwmForCausalLM",
             {"layer_types": ["sliding_attention", "full_attention"] * 2, "eos_token_id": 9, "bos_token_id": 7},
         ),
+        (MixtralConfig, "MixtralForCausalLM", {}),
+        (MixtralConfig, "MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 64}),
+        (Qwen3MoeConfig, "Qwen3MoeForCausalLM", {"head_dim": 32}),
+        (
+            Qwen3MoeConfig,
+            "Qwen3MoeForCausalLM",
+            {
+                "head_dim": 32,
+                "num_experts": 16,
+                "num_experts_per_tok": 3,
+                "norm_topk_prob": True,
+                "moe_intermediate_size": 40,
+                "use_sliding_window": True,
+                "sliding_window": 64,
+            },
+        ),
+        (GlmConfig, "GlmForCausalLM", {"vocab_size": 151552}),
+        (
+            GlmConfig,
+            "GlmForCausalLM",
+            {"head_dim": 16, "attention_bias": False, "partial_rotary_factor": 0.75, "eos_token_id": 9},
+        ),
         (Qwen3Config, "Qwen3ForCausalLM", {}),
         (Qwen3Config, "Qwen3ForCausalLM", {"attention_bias": True, "head_dim": 32, "eos_token_id": 9}),
         (Qwen3Config, "Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
@@ -133,15 +158,22 @@ def test_every_family_agrees_with_transformers(
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.trained_context == theirs.max_position_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.rotary_size == (12 if "partial_rotary_factor" in options else 0)
+    part = theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert ours.rotary_size == (int(part * ours.head_size) if part < 1 else 0)
     assert ours.rope.query_beta == theirs.rope_parameters.get("llama_4_scaling_beta", 0.0)
     assert ours.unturned_layers == tuple(n for n, turned in enumerate(getattr(theirs, "no_rope_layers", [1])) if not turned)
     assert ours.bos_token_id == theirs.bos_token_id
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     assert ours.qkv_bias == (kind is Qwen2Config or getattr(theirs, "attention_bias", False))
-    assert ours.output_bias == getattr(theirs, "attention_out_bias", getattr(theirs, "attention_bias", False))
-    assert ours.qk_norm == (kind is Qwen3Config)
+    biased = kind is not GlmConfig and getattr(theirs, "attention_bias", False)
+    assert ours.output_bias == getattr(theirs, "attention_out_bias", biased)
+    assert ours.qk_norm == (kind in (Qwen3Config, Qwen3MoeConfig))
+    assert ours.intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    if ours.experts:
+        assert (ours.experts.count, ours.experts.chosen) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+        assert ours.experts.normed == getattr(theirs, "norm_topk_prob", True)
+    assert (ours.experts is not None) == hasattr(theirs, "num_experts_per_tok")
     assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
     window = getattr(theirs, "sliding_window", None)
     layers = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 4
