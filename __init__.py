@@ -12,10 +12,11 @@ from skvq.engine.report import Bar, Quiet, Reporter, StderrReporter
 from skvq.engine.timing import Timing
 
 if TYPE_CHECKING:
-    from skvq.engine.batch import Batch, Request
+    from skvq.engine.batch import Batch
     from skvq.engine.cache import SequenceCache
     from skvq.engine.evaluate import Likelihoods
     from skvq.engine.generate import Engine
+    from skvq.engine.request import Request
     from skvq.engine.sampling import TokenLogprob
     from skvq.engine.summary import Summary
 
@@ -55,7 +56,7 @@ _NEED_TORCH = {
     "Batch": "batch",
     "Engine": "generate",
     "Likelihoods": "evaluate",
-    "Request": "batch",
+    "Request": "request",
     "SequenceCache": "cache",
     "Summary": "summary",
     "TokenLogprob": "sampling",

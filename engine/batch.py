@@ -14,7 +14,7 @@ from threading import Lock
 from torch import Tensor
 
 from skvq.engine.answer import Answer
-from skvq.engine.cache import Mark, SequenceCache
+from skvq.engine.cache import SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.generation import begun, continuing, end_of, step
@@ -24,7 +24,7 @@ from skvq.engine.options import is_whole, names_options, require_type
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
-from skvq.engine.sampling import TokenLogprob
+from skvq.engine.request import Request
 from skvq.engine.timing import Timing
 from skvq.engine.token_engine import TokenEngine
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
@@ -34,55 +34,6 @@ ALONE = 0.1
 beside answers."""
 
 WHOLE = float("inf")
-
-
-class Request:
-    """A prompt of a batch and its answer.
-
-    text: what has been answered so far.
-    logprobs: of each token of that, if ``SamplingConfig.logprobs`` asks for them.
-    timing: what that took; of a step of several answers each counts all of it.
-    error: what it has ``failed`` with.
-    """
-
-    def __init__(self, ids: Sequence[int], config: SamplingConfig, sequence: SequenceCache | None, *, fork: bool) -> None:
-        self.ids, self.config = ids, config
-        self.text, self.timing = "", Timing()
-        self.error: BaseException | None = None
-        self.given, self.fork, self.after = sequence, fork, sequence.mark if sequence else Mark()
-        self.twins: Sequence[Request] = ()  # to the same prompt, this one among them, until it is over
-        self.answer: Answer | None = None  # from when the prompt has been read
-        self.cancelled = False
-        self.to_read, self.looked_up = len(ids), -1  # but for a prefix that was known at that change of what is
-
-    def __repr__(self) -> str:
-        return f"<Request: {len(self.ids):,} tokens, {self.finish or ('being answered' if self.answer else 'waiting')}>"
-
-    @property
-    def finish(self) -> str:
-        """What ended the answer, as ``Summary.finish``, or ``cancelled``, or ``failed`` (``Batch.step`` has raised its
-        ``error``); empty while it waits or is being answered.
-        """
-        return self.timing.finish
-
-    @property
-    def logprobs(self) -> list[TokenLogprob]:
-        """See the class."""
-        return self.answer.logprobs if self.answer else []
-
-    @property
-    def is_long(self) -> bool:
-        """Whether it is read in more than one piece a layer."""
-        return self.to_read > CHUNK_TOKENS
-
-    @property
-    def held(self) -> int:
-        """Tokens that it continues."""
-        return self.given.length + len(self.given.pending) if self.given else 0
-
-    def cancel(self) -> None:
-        """Give its place to another prompt, with the next step. May be called from any thread."""
-        self.cancelled = True
 
 
 class Batch:

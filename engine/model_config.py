@@ -46,6 +46,10 @@ class RopeConfig:
             raise ModelError(f"rope scaling factor must be positive, got {self.factor}")
 
 
+MOST_EXPERTS = 1024
+"""More than any model has in a layer: a corrupt count must not build a table of millions of names."""
+
+
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:
     """What YaRN multiplies cosines and sines by for a stretch of ``factor`` (arXiv 2309.00071, equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
@@ -91,8 +95,11 @@ class ExpertConfig:
     normed: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.chosen <= self.count < 2**15:
-            raise ModelError(f"model config: {self.chosen} experts for each token of {self.count}: from 1 to all there are")
+        if not 0 < self.chosen <= self.count <= MOST_EXPERTS:
+            raise ModelError(
+                f"model config: {self.chosen} of {self.count} experts for each token: this engine has from 1 to all of at most "
+                f"{MOST_EXPERTS:,}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +155,10 @@ class ModelConfig:
             object.__setattr__(self, "attention_spans", (FULL_SPAN,) * self.num_layers)
         if len(self.attention_spans) != self.num_layers or min(self.attention_spans) < 1:
             raise ModelError(f"model config: {len(self.attention_spans)} attention spans for {self.num_layers} layers")
-        if self.experts and (self.mlp_bias or self.intermediate_size % 8):
+        if self.experts and (self.mlp_bias or self.intermediate_size % 16 or self.hidden_size % 16):
             raise ModelError(
-                f"model config: experts of {self.intermediate_size} channels{' with biases' if self.mlp_bias else ''}: this "
-                "engine has them without biases, of a multiple of 8 channels"
+                f"model config: experts from {self.hidden_size} to {self.intermediate_size} channels"
+                f"{' with biases' if self.mlp_bias else ''}: this engine has them without biases, of multiples of 16 channels"
             )
         if self.chunks and (min(self.attention_spans) < FULL_SPAN or self.unturned_layers):
             raise ModelError("model config: dual chunk attention needs full attention and RoPE in all layers")

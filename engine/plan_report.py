@@ -10,19 +10,17 @@ from typing import Any
 import torch
 
 from skvq.engine.calibration import with_chosen_bits
+from skvq.engine.cards import CARDS, OF_BLOCKS, Machine, card_of
 from skvq.engine.chunks import require_whole
 from skvq.engine.config import CacheConfig
-from skvq.engine.errors import ModelError, OptionError, nearest
-from skvq.engine.guard import own_settings
-from skvq.engine.machine import DTYPES, available_memory, cuda_bytes, pick_device, pick_dtype, pinnable_memory
-from skvq.engine.measure import timed
+from skvq.engine.errors import ModelError, OptionError
+from skvq.engine.machine import cuda_bytes
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.planner import Plan, Planner, Room
-from skvq.engine.prefill_form import PrefillForm
+from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
 from skvq.engine.rope import beyond_training, scaled
 from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes
 from skvq.engine.weight_forms import form_of
-from skvq.kernels.dense import attend_all
 from skvq.kernels.layout import gpu_head_size
 from skvq.loaders.dummy import DummySource
 from skvq.loaders.hub import config_of, resolve
@@ -32,81 +30,6 @@ from skvq.loaders.source import WeightSource
 WIDTHS = ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (3.0, 2.0), (4.0, 4.0))
 SEGMENT_OVERHEAD = 1.05
 """Streaming prefill also unpacks what it attends to: about a twentieth more time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Limits of a device: usable bytes, bytes per second of a copy, multiply-adds per second of matrix work.
-
-    Efficiencies are the share of those limits that the engine is expected to reach; assumptions until measured on that card.
-    """
-
-    name: str
-    memory: int
-    bandwidth: float
-    flops: float
-    dtype: torch.dtype
-    host_memory: int = 0  # that may be pinned for it
-    host_bandwidth: float = 2e10  # bytes per second of a copy between the two: PCIe 4 with 16 lanes, less what it loses
-    weight_efficiency: float = 0.75
-    cache_efficiency: float = 0.80
-    matrix_efficiency: float = 0.60
-
-
-GIB = 2**30
-ASSUMED, OF_H200 = (0.75, 0.80, 0.60), (0.92, 0.57, 0.65)
-"""Efficiencies of weights, cache and matrices. The H200's are measured (``benchmarks/results``): packed attention is slower
-than its memory."""
-OF_BLOCKS = 0.6
-"""Efficiency of weights in quantized blocks on a card, at most. An assumption: by its instructions their product keeps up with
-the memory of an A100 or an H100, and with nine tenths of an H200's (``benchmarks/results/sass.json``)."""
-OF_CPU_CACHE, OF_CPU_MATRICES = 0.28, 0.85
-"""Measured on a CPU (``benchmarks/results/attention_cpu.json``, ``peers_cpu.json``), where packed attention is arithmetic, and
-all of prefill runs at about the speed of dense attention."""
-
-CARDS = {
-    name: Machine(
-        name=name, memory=int(gib_ * GIB), bandwidth=speed, flops=flops, dtype=torch.bfloat16, host_memory=host * GIB,
-        weight_efficiency=of_weights, cache_efficiency=of_cache, matrix_efficiency=of_matrices,
-    )
-    for name, gib_, speed, flops, host, (of_weights, of_cache, of_matrices) in (
-        ("a100", 79.1, 1.9e12, 312e12, 128, ASSUMED),
-        ("h100", 79.1, 3.0e12, 800e12, 128, ASSUMED),
-        ("h200", 139.8, 4.3e12, 800e12, 128, OF_H200),
-        ("4090", 23.5, 0.95e12, 165e12, 32, ASSUMED),
-    )
-}  # fmt: skip
-"""Host memory is an assumption throughout: what a host of such a card has to spare."""
-
-
-def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Limits of the device at hand: its memory, and a copy and a matrix product timed now (well under a second); on a CPU in
-    float32 dense attention, for its kernels are ours and torch's products are slower on some (the first time it is compiled).
-    """
-    memory = available_memory(device)
-    with own_settings(device):
-        size = 1 << (28 if device.type == "cuda" else 27)  # more than caches hold
-        a, b = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-        copy_seconds = min(timed(lambda: b.copy_(a), device, 5))
-        on_cpu = device.type == "cpu"
-        if on_cpu and dtype == torch.float32:
-            count, tokens, heads, head_size = 512, 1024, 8, 64
-            q, (k, v) = torch.randn(count, heads, head_size), torch.randn(2, heads, tokens, head_size)
-            flops = 4 * count * tokens * heads * head_size / min(timed(lambda: attend_all(q, k, v), device, 5))
-        else:
-            side = 256 if on_cpu else 8192  # a CPU takes its time for 16 bits
-            m = torch.randn(side, side, dtype=dtype, device=device)
-            flops = 2 * side**3 / min(timed(lambda: m @ m, device, 5))
-    return Machine(
-        name=str(device),
-        memory=memory,
-        bandwidth=2 * size / copy_seconds,
-        flops=flops,
-        dtype=dtype,
-        host_memory=pinnable_memory(device),
-        cache_efficiency=OF_CPU_CACHE if on_cpu else ASSUMED[1],
-        matrix_efficiency=OF_CPU_MATRICES if on_cpu and dtype == torch.float32 else ASSUMED[2],
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +132,7 @@ def plan_report(
         context = config.trained_context
     if context >= 2**31:
         raise OptionError(f"a context has at most {2**31 - 1:,} tokens, got {context:,}")
-    card = _card(device, dtype)
+    card = card_of(device, dtype)
     if card.name != "cpu":
         config = config.with_heads_of(gpu_head_size(config.head_size))
     weights = _weights_of(model, config)
@@ -234,6 +157,7 @@ def plan_report(
         host_memory=card.host_memory,
         cuda_bytes=cuda_bytes(device),
     )
+    moved = weight_bytes + (4 * config.num_parameters if expanded_bytes else 0)
     planner = Planner(model=config, cache=cache, room=room, sequences=sequences, dtype=card.dtype, prefill=prefill)
     plan = planner.plan(context)
     tables = [cache, replace(cache, method="fp"), *_other_widths(cache, config)]
@@ -244,7 +168,7 @@ def plan_report(
         card=card,
         plan=plan,
         largest=largest,
-        prefill_seconds=predicted_prefill(config, card, context, plan.form),
+        prefill_seconds=predicted_prefill(config, card, context, plan.form, moved),
         decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - form.idle_bytes(weights)),
         trained_context=source.trained_context,
         stretched_context=config.trained_context,
@@ -261,16 +185,20 @@ def _other_widths(cache: CacheConfig, config: ModelConfig) -> list[CacheConfig]:
         return []
 
 
-def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: PrefillForm) -> float:
+def predicted_prefill(config: ModelConfig, card: Machine, context: int, form: PrefillForm, moved: int = 0) -> float:
     """Seconds to read ``context`` tokens: two operations per weight and token, four per query channel and visible token; what
-    groups of heads project again, and what passes between host and device."""
-    linear = 2 * config.active_parameters * context
+    groups of heads project again, and what passes between host and device.
+
+    moved: bytes of weights that a chunk reads and writes: with experts that may take longer than to multiply by the chosen.
+    """
+    read = -(-context // CHUNK_TOKENS) * moved / (card.bandwidth * card.weight_efficiency)
     q = config.num_heads * config.head_size
     attention = sum(4 * q * min(context / 2, span) * context for span in config.attention_spans)
     groups = form.head_groups
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.own_head_size
     again = 2 * config.hidden_size * projected * context * config.num_layers * (groups if groups > 1 else 0)
-    seconds = (linear + attention + again) / (card.flops * card.matrix_efficiency)
+    rate = card.flops * card.matrix_efficiency
+    seconds = max(2 * config.active_parameters * context / rate, read) + (attention + again) / rate
     passes = config.hidden_size * (groups + (2 if groups > 1 else 1)) + (2 * q if groups > 1 else 0)  # numbers a token
     copied = passes * context * config.num_layers * card.dtype.itemsize * form.host_states
     return (seconds + copied / card.host_bandwidth) * (SEGMENT_OVERHEAD if form.prefill == "streaming" else 1.0)
@@ -303,18 +231,6 @@ def parse_bytes(text: str) -> int:
     number, unit = match.groups()
     base = 1024 if "I" in unit else 1000
     return int(float(number) * base ** ("BKMGT".index(unit[0]) if unit else 0))
-
-
-def _card(device: str, dtype: str | None) -> Machine:
-    device = device.lower()
-    if device in CARDS:
-        card = CARDS[device]
-    elif device == "auto" or device.split(":")[0] in ("cpu", "cuda"):
-        here = pick_device(device)
-        card = this_machine(here, pick_dtype(dtype or "auto", here))
-    else:
-        raise OptionError(f"unknown device {device!r}{nearest(device, [*CARDS, 'auto', 'cpu', 'cuda'])}")
-    return card if dtype is None else replace(card, dtype=DTYPES[dtype])
 
 
 def _name(cache: CacheConfig) -> str:

@@ -21,8 +21,8 @@ from skvq.loaders.names import EMBEDDING, expected_shapes, expert_stacks
 from skvq.loaders.source import QuantizedBlocks, WeightSource, check_finite
 
 CPU = torch.device("cpu")
-EXPANDED = ""
-"""The kind of a matrix that is held in the compute dtype."""
+EXPANDED, HALF = "", str(torch.float16)
+"""The kind of a matrix that is held in the compute dtype, and of one in float16."""
 
 
 class Kinds(Protocol):
@@ -107,15 +107,20 @@ class Storage:
         return self._linear([self._read(name) for name in names], bias)
 
     def stack(self, names: Sequence[Sequence[str]]) -> Stack:
-        """The matrix of each expert, stacked by rows of those that are named for it; expanded where they are not ``alike``."""
+        """The matrix of each expert, stacked by rows of those that are named for it.
+
+        Where they are not ``alike``, all of them are expanded, to float16 if that is kept. No two copies of a stack are held.
+        """
         every = [name for expert in names for name in expert]
-        keep = alike(self._reader.kind(name) for name in every)
-        found = [self._read(name, keep=keep) for name in every]
-        kind, data = found[0][0], _stacked([data for _, data in found])
-        rows = len(data) // len(names)
+        as_stored = alike(self._reader.kind(name) for name in every)
+        kind, first = self._read(every[0], as_stored=as_stored)
+        held = first.new_empty(len(every) * len(first), first.shape[1])  # all have as many rows: gates, ups
+        for place, name in zip(torch.split(held, len(first)), every, strict=True):
+            place.copy_(first if name == every[0] else self._read(name, as_stored=as_stored)[1])
+        rows = len(held) // len(names)
         if kind == EXPANDED:
-            return DenseStack(data.view(len(names), rows, -1))
-        return StoredStack(self._form.kinds.matrix(kind, data), rows)
+            return DenseStack(held.view(len(names), rows, -1))
+        return StoredStack(self._form.kinds.matrix(kind, held), rows)
 
     def embedding(self, name: str) -> tuple[Embedding, Linear]:
         """Token embedding, and the same matrix as a head."""
@@ -133,17 +138,18 @@ class Storage:
             parts.append(FloatMatrix(data) if kind == EXPANDED else self._form.kinds.matrix(kind, data))
         return StoredLinear(tuple(parts), bias)
 
-    def _read(self, name: str, *, keep: bool = True) -> tuple[str, Tensor]:
-        """Kind and data of a matrix: as it is stored if it is kept, else the numbers on the device."""
+    def _read(self, name: str, *, as_stored: bool = True) -> tuple[str, Tensor]:
+        """Kind and data of a matrix: as it is stored, or else as float16, if that is kept; or the numbers on the device."""
         form, blocks, stored = self._form, self._reader.blocks(name), self._reader.expanded(name)
         if blocks is not None:
-            if keep and form.kinds.keeps(blocks.kind, blocks.shape[1]):
+            if as_stored and form.kinds.keeps(blocks.kind, blocks.shape[1]):
                 self._reader.check(name, scales_of(blocks.data, FORMATS[blocks.kind]))
                 self._reader.advance(prod(blocks.shape))
                 return blocks.kind, blocks.data
             stored = blocks.kind
         data = self._reader.read(name, form.device)
-        keeps = keep and form.kinds.keeps(str(data.dtype), data.shape[1])
+        data = data if as_stored else data.to(torch.float16) if form.kinds.keeps(HALF, data.shape[1]) else data.to(form.dtype)
+        keeps = form.kinds.keeps(str(data.dtype), data.shape[1])
         if stored and stored not in self._told:
             self._told.add(stored)
             held = str(data.dtype if keeps else form.dtype).removeprefix("torch.")
@@ -179,8 +185,10 @@ class Form:
         return table + held * (config.experts.count - config.experts.chosen) // config.experts.count
 
     def expanded_bytes(self, source: WeightSource) -> int:
-        """Bytes that are expanded of them at a time."""
-        return self.kinds.expanded_bytes if self._kept(source) else 0
+        """Bytes that are expanded of them at a time: of experts, one at least."""
+        config = source.config
+        expert = 4 * config.intermediate_size * config.hidden_size if config.experts else 0
+        return max(self.kinds.expanded_bytes, expert) if self.kinds.expanded_bytes and self._kept(source) else 0
 
     def _nbytes(self, source: WeightSource, names: Iterable[str]) -> Iterator[int]:
         kept, shapes = self._kept(source), expected_shapes(source.config)
@@ -193,7 +201,7 @@ class Form:
         kinds = {name: source.stored(name)[0] for name, shape in shapes.items() if len(shape) == 2}
         for stack in expert_stacks(source.config):
             if not alike(kinds[name] for expert in stack for name in expert):
-                kinds |= {name: EXPANDED for expert in stack for name in expert}
+                kinds |= {name: HALF for expert in stack for name in expert}
         return {name: kind for name, kind in kinds.items() if self.kinds.keeps(kind, shapes[name][1])}
 
 

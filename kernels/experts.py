@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from skvq.kernels.linear import DenseLinear, Linear, StackedMatrix, StoredLinear
 
 FEW_TOKENS = 16
-"""Tokens of a sequence that go to their experts one by one, so that the host need not know which those are; of more, all that
-an expert has are multiplied at once."""
+"""Tokens of a sequence that go to their experts one by one, so that the host need not know which those are: at least as many as
+a step has (``SamplingConfig.prompt_lookup`` and one). Of more, all that an expert has are multiplied at once."""
 
 
 class Stack(Protocol):
@@ -23,9 +22,6 @@ class Stack(Protocol):
 
     def of(self, expert: int) -> Linear:
         """That of one expert, a view."""
-
-    def each(self, x: Tensor, ids: Tensor) -> Tensor:
-        """``out[p] = W[ids[p]] x[p // (P / N)]``, [P, out], of x [N, in] and experts int64 [P]; the host reads no number."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -41,9 +37,6 @@ class DenseStack:
     def of(self, expert: int) -> DenseLinear:
         return DenseLinear(self.weight[expert], None)
 
-    def each(self, x: Tensor, ids: Tensor) -> Tensor:
-        return torch.bmm(self.weight[ids], x.repeat_interleave(len(ids) // len(x), 0)[..., None])[..., 0]
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weight,)
@@ -58,11 +51,6 @@ class StoredStack:
 
     def of(self, expert: int) -> StoredLinear[StackedMatrix]:
         return StoredLinear((self.matrix.part(expert * self.outs, self.outs),), None)
-
-    def each(self, x: Tensor, ids: Tensor) -> Tensor:
-        out = x.new_empty(len(ids), self.outs)
-        self.matrix.multiply_each(x.contiguous(), ids, out)
-        return out
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -92,6 +80,7 @@ class Experts:
 def route(logits: Tensor, chosen: int, *, normed: bool) -> tuple[Tensor, Tensor]:
     """Experts int64 [N, chosen] with the largest logits [N, experts], largest first, and their weights float32 [N, chosen].
 
+    >>> import torch
     >>> ids, weights = route(torch.tensor([[0.0, 2.0, 1.0]]).log(), 2, normed=True)
     >>> ids.tolist(), [round(weight, 3) for weight in weights[0].tolist()]
     ([[1, 2]], [0.667, 0.333])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skvq.kernels.experts import FEW_TOKENS, Experts, route
+from skvq.kernels.experts import FEW_TOKENS, Experts, Stack, route
 from skvq.kernels.graphs import CudaGraphs, Graphs
 from skvq.kernels.interface import FullSlots, Ops, RopeFrequencies
 from skvq.kernels.linear import Linear
@@ -20,6 +20,8 @@ class TorchOps:
     rms_norm:     the norm of x, times ``weight``.
     add_rms_norm: ``x + delta``, and its norm.
     swiglu:       ``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first.
+    each:         ``out[p] = W_i x[p // (P / N)]``, [P, out], of x [N, in] and the expert ``i = ids[p]`` of ``stack``, ids int64
+                  [P]; backends that capture steps replace it, for here the host reads them.
     mix_few, mix_many: what experts ``ids`` [N, k] make of h [N, d], times their ``weights`` float32 [N, k], added up; of more
                   than a few tokens one expert after another.
     """
@@ -45,9 +47,13 @@ class TorchOps:
         mix = self.mix_few if x.shape[1] <= FEW_TOKENS else self.mix_many
         return self.add(x, mix(flat, ids, weights, experts).view(x.shape))
 
+    def each(self, stack: Stack, x: Tensor, ids: Tensor) -> Tensor:
+        share = len(ids) // len(x)
+        return torch.cat([stack.of(expert)(x[pair // share, None]) for pair, expert in enumerate(ids.tolist())])
+
     def mix_few(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-        inner = self.swiglu(experts.gate_up.each(h, ids.flatten()))  # [N k, f]
-        outs = experts.down.each(inner, ids.flatten()).view(*ids.shape, -1)  # [N, k, d]
+        inner = self.swiglu(self.each(experts.gate_up, h, ids.flatten()))  # [N k, f]
+        outs = self.each(experts.down, inner, ids.flatten()).view(*ids.shape, -1)  # [N, k, d]
         return torch.bmm(weights.to(h.dtype)[:, None], outs)[:, 0]
 
     def mix_many(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:

@@ -2,115 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from skvq.engine.errors import ModelError
-from skvq.engine.model_config import FULL_SPAN, ROPE_TYPES, ChunkConfig, ExpertConfig, ModelConfig, RopeConfig, yarn_scale
+from skvq.engine.model_config import FULL_SPAN, ROPE_TYPES, ChunkConfig, ModelConfig, RopeConfig, yarn_scale
+from skvq.loaders.families import (
+    ARCHITECTURES,
+    BY_LAYER,
+    FAMILIES,
+    QK_NORMED,
+    QWENS,
+    SLIDING,
+    WINDOW_IF_USED,
+    WRAPPED,
+    Family,
+)
 from skvq.loaders.fields import Fields, config_of, read_json, shorten
 from skvq.loaders.names import MAX_LAYERS
 from skvq.loaders.quantized.choose import scheme_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Family:
-    """What a family's configuration class assumes where config.json is silent; 0 kv heads: as many as query heads, head
-    size 0: the hidden size divided among the heads.
-    """
-
-    name: str
-    kv_heads: int
-    head_size: int = 0
-    context: int
-    sliding_window: int
-    bos: int | None
-    eos: tuple[int, ...]
-    norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    tie_embeddings: bool = False
-    theta: float = 10_000.0
-    rope: Mapping[str, Any] = field(default_factory=dict)  # as ``rope_parameters``, where a config has none
-    original_context: int = 0  # before it was stretched, if that is not in ``rope_parameters``
-    rotary_part: float = 1.0  # of a head
-    experts: Callable[[Fields], ExpertConfig] | None = None
-    expert_size: str = ""  # the key of an expert's channels, if it is another than that of an MLP's
-
-
-def _of_mixtral(fields: Fields) -> ExpertConfig:
-    return _experts(fields, count=8, chosen=2, normed=True)
-
-
-def _of_qwen(fields: Fields) -> ExpertConfig:
-    if fields.integer("decoder_sparse_step", 1) != 1 or fields.data.get("mlp_only_layers"):
-        raise ModelError(f"{fields.where}: some layers have no experts (mlp_only_layers, decoder_sparse_step): not supported")
-    return _experts(fields, count=128, chosen=8, normed=fields.flag("norm_topk_prob", False))
-
-
-def _experts(fields: Fields, *, count: int, chosen: int, normed: bool) -> ExpertConfig:
-    """What a config says, under the first names that Qwen gave or those of Mixtral; else the numbers given."""
-    count = fields.integer("num_experts", fields.integer("num_local_experts", count))
-    chosen = fields.integer("num_experts_per_tok", chosen)
-    return config_of(ExpertConfig, fields.where, count=count, chosen=chosen, normed=normed)
-
-
-_FAMILIES = {
-    "LlamaForCausalLM": _Family(name="llama", kv_heads=0, context=2048, sliding_window=0, bos=1, eos=(2,)),
-    "MistralForCausalLM": _Family(name="mistral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
-    "Qwen2ForCausalLM": _Family(name="qwen2", kv_heads=32, context=32768, sliding_window=4096, bos=None, eos=()),
-    "MinistralForCausalLM": _Family(name="ministral", kv_heads=8, context=131072, sliding_window=4096, bos=1, eos=(2,)),
-    "Phi3ForCausalLM": _Family(
-        name="phi3", kv_heads=0, context=4096, sliding_window=0, bos=1, eos=(32000,), norm_eps=1e-5, original_context=4096
-    ),
-    "GlmForCausalLM": _Family(
-        name="glm", kv_heads=2, head_size=128, context=131072, sliding_window=0, bos=None, eos=(151329, 151336, 151338),
-        norm_eps=1.5625e-7, qkv_bias=True, rotary_part=0.5,
-    ),
-    "SeedOssForCausalLM": _Family(
-        name="seed_oss", kv_heads=8, head_size=128, context=524288, sliding_window=0, bos=0, eos=(2,), qkv_bias=True
-    ),
-    "Qwen3ForCausalLM": _Family(name="qwen3", kv_heads=32, head_size=128, context=32768, sliding_window=4096, bos=None, eos=()),
-    "MixtralForCausalLM": _Family(
-        name="mixtral", kv_heads=8, context=131072, sliding_window=0, bos=1, eos=(2,), norm_eps=1e-5, experts=_of_mixtral
-    ),
-    "Qwen3MoeForCausalLM": _Family(
-        name="qwen3_moe", kv_heads=4, context=32768, sliding_window=4096, bos=None, eos=(), experts=_of_qwen,
-        expert_size="moe_intermediate_size",
-    ),
-    "Ministral3ForCausalLM": _Family(
-        name="ministral3", kv_heads=8, head_size=128, context=262144, sliding_window=0, bos=1, eos=(2,), norm_eps=1e-5,
-        rope={
-            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
-            "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-        },
-    ),
-    "SmolLM3ForCausalLM": _Family(
-        name="smollm3", kv_heads=4, context=32768, sliding_window=0, bos=128000, eos=(128001,), tie_embeddings=True,
-        theta=2e6,
-    ),
-    "CwmForCausalLM": _Family(
-        name="cwm", kv_heads=8, head_size=128, context=131072, sliding_window=8192, bos=128000, eos=(128001, 128008, 128009),
-        norm_eps=1e-5, theta=1e6,
-        rope={
-            "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    ),
-}  # fmt: skip
-WRAPPED = {"Mistral3ForConditionalGeneration": "mistral3"}
-"""Models of text and images whose ``text_config`` is one of these families: the text is read, the rest left alone."""
-ARCHITECTURES = (*_FAMILIES, *WRAPPED)
-QWENS = ("qwen2", "qwen3")
-QK_NORMED = ("qwen3", "qwen3_moe")
-WINDOW_IF_USED = (*QWENS, "qwen3_moe", "smollm3")
-"""Families whose window counts only with ``use_sliding_window``."""
-BY_LAYER = (*QWENS, "smollm3", "ministral", "cwm")
-"""Families whose config names the layers in which attention slides."""
-
-
-SLIDING = ("mistral", "mixtral", "ministral", "ministral3", "phi3", "qwen3_moe")
-"""Families in all of whose layers attention slides, unless their config names those in which it does."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -153,7 +62,7 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
         family=family.name,
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=fields.integer(family.expert_size or "intermediate_size"),
+        intermediate_size=_intermediate_size(fields, family),
         experts=family.experts(fields) if family.experts else None,
         num_layers=layers,
         num_heads=heads,
@@ -176,7 +85,16 @@ def parse_config(fields: Fields, more_eos_ids: tuple[int, ...] = ()) -> ModelCon
     )
 
 
-def _rotary_size(fields: Fields, family: _Family, head_size: int) -> int:
+def _intermediate_size(fields: Fields, family: Family) -> int:
+    """Channels of an MLP, or of each expert."""
+    return (
+        fields.integer("moe_intermediate_size", family.expert_size)
+        if family.expert_size
+        else fields.integer("intermediate_size")
+    )
+
+
+def _rotary_size(fields: Fields, family: Family, head_size: int) -> int:
     """Channels of a head that RoPE turns, the first of them; 0 for all."""
     rope = _rope_section(fields)
     part = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", family.rotary_part))
@@ -191,7 +109,7 @@ def _rotary_size(fields: Fields, family: _Family, head_size: int) -> int:
     return size
 
 
-def _rope(fields: Fields, context: int, turned: int, family: _Family) -> RopeConfig:
+def _rope(fields: Fields, context: int, turned: int, family: Family) -> RopeConfig:
     """RopeConfig from ``rope_parameters`` (transformers 5), or ``rope_scaling`` and ``rope_theta`` (before).
 
     turned: channels of a head that it turns.
@@ -266,16 +184,16 @@ def _architecture(fields: Fields) -> str:
     """The architecture that a config.json names; where it names none, that of its ``model_type``."""
     names, kind = fields.data.get("architectures"), str(fields.data.get("model_type"))
     if not names:
-        by_type = {family.name: name for name, family in _FAMILIES.items()} | {type_: name for name, type_ in WRAPPED.items()}
+        by_type = {family.name: name for name, family in FAMILIES.items()} | {type_: name for name, type_ in WRAPPED.items()}
         return by_type.get(kind, kind)
     return str(names[0] if isinstance(names, list) else names)
 
 
-def _family(fields: Fields) -> _Family:
+def _family(fields: Fields) -> Family:
     name = _architecture(fields)
-    if name not in _FAMILIES:
+    if name not in FAMILIES:
         raise ModelError(f"{fields.where}: unknown architecture {name[:80]!r}; known: {', '.join(ARCHITECTURES)}")
-    return _FAMILIES[name]
+    return FAMILIES[name]
 
 
 def _refuse_unsupported(fields: Fields) -> None:
@@ -307,7 +225,7 @@ def _trained_context(rope: RopeConfig, context: int) -> int:
     return context
 
 
-def _attention_spans(fields: Fields, family: _Family, layers: int) -> tuple[int, ...]:
+def _attention_spans(fields: Fields, family: Family, layers: int) -> tuple[int, ...]:
     """Tokens each layer's queries see."""
     declared = fields.has("sliding_window") or (family.sliding_window and "sliding_window" not in fields.data)
     used = family.name not in WINDOW_IF_USED or fields.flag("use_sliding_window", False)
@@ -339,12 +257,12 @@ def _unturned_layers(fields: Fields, layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if not turned[layer])
 
 
-def _bos(fields: Fields, family: _Family, vocab: int) -> int | None:
+def _bos(fields: Fields, family: Family, vocab: int) -> int | None:
     ids = fields.token_ids("bos_token_id") if "bos_token_id" in fields.data else (family.bos,)
     return next((token for token in ids if token is not None and 0 <= token < vocab), None)
 
 
-def _eos(fields: Fields, family: _Family, vocab: int, more: tuple[int, ...]) -> tuple[int, ...]:
+def _eos(fields: Fields, family: Family, vocab: int, more: tuple[int, ...]) -> tuple[int, ...]:
     assumed = () if more else family.eos
     ids = fields.token_ids("eos_token_id") if "eos_token_id" in fields.data else assumed
     return tuple(dict.fromkeys(token for token in (*ids, *more) if 0 <= token < vocab))

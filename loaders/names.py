@@ -34,18 +34,17 @@ def canonical_names(found: Iterable[str]) -> dict[str, str]:
     {'language_model.model.norm.weight': 'model.norm.weight', 'language_model.lm_head.weight': 'lm_head.weight'}
     """
     names = list(found)
-    if any(".block_sparse_moe." in name for name in names):
-        return {name: _of_mixtral(name) for name in names}
+    own = {name: _of_mixtral(name) if "block_sparse_moe." in name else name for name in names}
     before = next((prefix for prefix in ("model.", *WRAPPERS) if f"{prefix}norm.weight" in names), "model.")
     if before == "model.":
-        return {name: name for name in names}
+        return own
     canonical = {}
-    for name in names:
+    for theirs, name in own.items():
         inner = name.removeprefix("language_model.")
         if inner.startswith("lm_head."):
-            canonical[name] = inner
+            canonical[theirs] = inner
         elif name.startswith(before) and not name.startswith(OTHER_PARTS):
-            canonical[name] = f"model.{name.removeprefix(before)}"
+            canonical[theirs] = f"model.{name.removeprefix(before)}"
     return canonical
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Condition
 
-from skvq.engine.batch import ALONE, Batch, Request
+from skvq.engine.batch import ALONE, Batch
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, SkvqError
 from skvq.engine.evaluate import Likelihoods
@@ -21,6 +21,7 @@ from skvq.engine.guard import computing
 from skvq.engine.measure import wait_for
 from skvq.engine.pieces import Pieces
 from skvq.engine.prompt import Prompt
+from skvq.engine.request import Request
 from skvq.engine.sampling import TokenLogprob
 
 MOST_SCORES = 1 << 20

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skvq.engine.model_config import FULL_SPAN, ModelConfig
-from skvq.loaders.hf import _FAMILIES, BY_LAYER
+from skvq.loaders.families import BY_LAYER, FAMILIES
 
 
 def write_config(folder: Path, config: ModelConfig) -> Path:
@@ -19,7 +19,7 @@ def write_config(folder: Path, config: ModelConfig) -> Path:
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """The config.json that ``read_config`` turns into an equal ModelConfig (for the families' own combinations)."""
-    architecture = next(name for name, family in _FAMILIES.items() if family.name == config.family)
+    architecture = next(name for name, family in FAMILIES.items() if family.name == config.family)
     sliding = [span for span in config.attention_spans if span != FULL_SPAN]
     window = sliding[0] if sliding else None
     names = ["full_attention" if span == FULL_SPAN else "sliding_attention" for span in config.attention_spans]

@@ -20,11 +20,12 @@ from tiny import Listener, random_ids, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
 from skvq import SamplingConfig
-from skvq.engine.batch import Batch, Request
+from skvq.engine.batch import Batch
 from skvq.engine.decode import EagerStep
 from skvq.engine.errors import CapacityError, ModelError, OptionError, SkvqError
 from skvq.engine.filters import LeavingTokens
 from skvq.engine.generate import Engine
+from skvq.engine.request import Request
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nothing_is_left_behind")
 TEXT = "It was the best of times. "
@@ -50,7 +51,7 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
 @pytest.fixture
 def pieces_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of more than 64 tokens are long, and a step of a batch that does nothing else reads one piece."""
-    for module in ("batch", "prefill", "prefill_form"):
+    for module in ("batch", "prefill", "prefill_form", "request"):
         monkeypatch.setattr(f"skvq.engine.{module}.CHUNK_TOKENS", 64)
     monkeypatch.setattr("skvq.engine.batch.ALONE", 0.0)
 

@@ -12,7 +12,9 @@ from ggml_fixtures import blocks_of, random
 from loader_fixtures import byte_level_pipeline, gguf_model, random_weights, refused, tiny_config, write_checkpoint
 from tiny import random_ids, steps, tiny_cache, tiny_engine
 from torch import Tensor
+from transformers import GlmConfig, MixtralConfig, Qwen3MoeConfig
 
+from skvq.engine.config import SamplingConfig
 from skvq.engine.decode import EagerStep, GraphStep
 from skvq.engine.model_config import ExpertConfig, ModelConfig
 from skvq.engine.weight_forms import form_of
@@ -22,12 +24,13 @@ from skvq.kernels.linear import DenseLinear
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
 from skvq.kernels.numba_cpu.half_matrix import HalfMatrix
 from skvq.kernels.numba_cpu.ops import NumbaOps
+from skvq.kernels.numba_cpu.tape import Tape
 from skvq.kernels.ops import TorchOps
 from skvq.loaders.checkpoint import SafetensorsSource
 from skvq.loaders.dummy import DummySource
 from skvq.loaders.fields import Fields
 from skvq.loaders.hf import parse_config
-from skvq.loaders.names import expected_shapes
+from skvq.loaders.names import canonical_names, expected_shapes
 
 MIXTRAL = tiny_config(family="mixtral", experts=ExpertConfig(count=5, chosen=2), bos_token_id=None, eos_token_ids=())
 QWEN = tiny_config(
@@ -53,9 +56,7 @@ def test_each_vector_by_the_matrix_of_its_expert(kind: str, threads: int) -> Non
     try:
         for vectors, ids in ((1, [4, 0]), (3, [2, 2, 0, 4, 1, 2]), (2, [1, 3]), (1, [3])):
             stack, x = stack_of(kind, 5, 48, 256), random(vectors, 256, seed=1)
-            got = stack.each(x, torch.tensor(ids))
-            share = len(ids) // vectors
-            want = torch.cat([stack.of(i)(x[p // share][None]) for p, i in enumerate(ids)])
+            got, want = (ops.each(stack, x, torch.tensor(ids)) for ops in (NumbaOps(), TorchOps()))
             assert torch.equal(stack.of(4).dense(), stack_dense(stack, 48)[4])
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
     finally:
@@ -69,6 +70,18 @@ def stack_dense(stack: Stack, outs: int) -> Tensor:
     assert isinstance(stack, StoredStack)
     rows = stack.matrix.shape[0]
     return stack.matrix.rows(torch.arange(rows)).view(rows // outs, outs, -1)
+
+
+def test_a_step_in_bfloat16_is_one_in_float32_rounded() -> None:
+    """On a CPU that computes in 16 bits; and what tells the host its experts is not recorded."""
+    stack, x, ids = DenseStack(random(4, 32, 64).bfloat16()), random(2, 64, seed=1).bfloat16(), torch.tensor([3, 0, 1, 1])
+    want = torch.cat([x[p // 2, None].float() @ stack.weight[i].float().T for p, i in enumerate(ids.tolist())])
+    torch.testing.assert_close(NumbaOps().each(stack, x, ids), want.bfloat16(), rtol=2e-2, atol=2e-2)
+    experts, many = experts_of("float32", normed=True), random(FEW_TOKENS + 1, 64)
+    with pytest.raises(AssertionError, match="cannot be recorded"), Tape():
+        NumbaOps().mix_many(many, *route(experts.router(many), 3, normed=True), experts)
+    assert SamplingConfig(prompt_lookup=FEW_TOKENS - 1).prompt_lookup == FEW_TOKENS - 1
+    refused(lambda: SamplingConfig(prompt_lookup=FEW_TOKENS), "prompt_lookup")
 
 
 def test_a_router_chooses_the_largest_and_weighs_them() -> None:
@@ -198,19 +211,21 @@ def test_a_gguf_file_is_held_as_it_is_stored(tmp_path: Path, kind: str) -> None:
     assert float((rows[0] - rows[1]).norm()) < 2e-3 * float(rows[0].norm())
 
 
-def test_experts_that_are_not_stored_alike_are_expanded(tmp_path: Path) -> None:
-    """As plans count them; and told."""
+def test_experts_that_are_not_stored_alike_are_held_as_float16(tmp_path: Path) -> None:
+    """As plans count them."""
     weights = {name: t.bfloat16() for name, t in random_weights(MIXTRAL).items()}
     odd = "model.layers.0.mlp.experts.3.up_proj.weight"
     weights[odd] = weights[odd].half()
     source = SafetensorsSource(with_tokenizer(write_checkpoint(tmp_path, MIXTRAL, weights)))
     form = form_of("numba", torch.device("cpu"), torch.float32)
     kept = form._kept(source)
-    assert odd not in kept and "model.layers.0.mlp.experts.0.gate_proj.weight" not in kept
-    assert "model.layers.0.mlp.experts.3.down_proj.weight" in kept and "model.layers.1.mlp.experts.3.up_proj.weight" in kept
+    assert kept[odd] == kept["model.layers.0.mlp.experts.0.gate_proj.weight"] == "torch.float16"
+    assert {kept[f"model.layers.{name}_proj.weight"] for name in ("0.mlp.experts.3.down", "1.mlp.experts.3.up")} == {
+        "torch.bfloat16"
+    }
     engine = tiny_engine(tmp_path, tiny_cache(method="fp"), backend="numba", dummy_weights=False)
     layers: Any = engine.parts.model.weights.layers
-    assert isinstance(layers[0].mlp.experts.gate_up, DenseStack) and isinstance(layers[1].mlp.experts.gate_up, StoredStack)
+    assert [layer.mlp.experts.gate_up.matrix.data.dtype for layer in layers] == [torch.float16, torch.bfloat16]
     assert engine.parts.model.weights.nbytes == form.held_bytes(source)
     other = tiny_engine(tmp_path, tiny_cache(method="fp"), dummy_weights=False)
     ids = random_ids(30)
@@ -220,11 +235,13 @@ def test_experts_that_are_not_stored_alike_are_expanded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "fragments"),
     [
-        ({"num_experts_per_tok": 9, "num_experts": 8}, ["9 experts for each token of 8"]),
+        ({"num_experts_per_tok": 9, "num_experts": 8}, ["9 of 8 experts"]),
         ({"num_experts": 0}, ["num_experts", "0"]),
+        ({"num_experts": 40000}, ["8 of 40000 experts", "1,024"]),
+        ({"hidden_size": 72}, ["from 72"]),
         ({"mlp_only_layers": [1]}, ["mlp_only_layers"]),
         ({"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
-        ({"moe_intermediate_size": 12}, ["experts of 12 channels"]),
+        ({"moe_intermediate_size": 12}, ["12 channels"]),
     ],
 )
 def test_what_cannot_be_is_one_line(fields: dict[str, Any], fragments: list[str]) -> None:
@@ -233,6 +250,21 @@ def test_what_cannot_be_is_one_line(fields: dict[str, Any], fragments: list[str]
         "vocab_size": 320, "moe_intermediate_size": 48,
     }  # fmt: skip
     refused(lambda: parse_config(Fields(base | fields, "config.json")), "config.json", *fragments)
+
+
+def test_mixtral_without_its_head_or_what_is_usual() -> None:
+    """Saved alone, its names begin with ``layers``; without a theta it is that of its authors."""
+    found = canonical_names(
+        ["norm.weight", "layers.1.block_sparse_moe.experts.4.w3.weight", "layers.0.block_sparse_moe.gate.weight"]
+    )
+    assert list(found.values())[1:] == ["model.layers.1.mlp.experts.4.up_proj.weight", "model.layers.0.mlp.gate.weight"]
+    for kind in (MixtralConfig, Qwen3MoeConfig, GlmConfig):
+        theirs = kind(num_hidden_layers=2)
+        data = {"model_type": theirs.model_type, "num_hidden_layers": 2}
+        data |= {key: getattr(theirs, key) for key in ("hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")}
+        ours = parse_config(Fields(data, "config.json"))
+        assert ours.rope.theta == theirs.rope_parameters["rope_theta"] and ours.num_kv_heads == theirs.num_key_value_heads
+        assert ours.intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:

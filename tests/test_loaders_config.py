@@ -121,7 +121,7 @@ def saved(config: PreTrainedConfig, folder: Path, architecture: str) -> Path:
                 "num_experts": 16,
                 "num_experts_per_tok": 3,
                 "norm_topk_prob": True,
-                "moe_intermediate_size": 40,
+                "moe_intermediate_size": 48,
                 "use_sliding_window": True,
                 "sliding_window": 64,
             },

@@ -34,12 +34,13 @@ import torch
 from config_json import write_config
 from stamp import go_on, stamp, write
 
+from skvq.engine.cards import this_machine
 from skvq.engine.config import CacheConfig
 from skvq.engine.embedding import nbytes_of
 from skvq.engine.generate import Engine
 from skvq.engine.machine import pick_device, pick_dtype
 from skvq.engine.model_config import ModelConfig
-from skvq.engine.plan_report import predicted_decode, predicted_prefill, this_machine
+from skvq.engine.plan_report import predicted_decode, predicted_prefill
 from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
 from skvq.engine.report import StderrReporter
 from skvq.engine.stress import bare_setup

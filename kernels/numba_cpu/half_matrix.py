@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from skvq.kernels.numba_cpu.attend import KINDS
+from skvq.kernels.numba_cpu.each import multiply_each
 from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.flash_simd import BLOCK
 from skvq.kernels.numba_cpu.flash_simd import STEP as ROW
-from skvq.kernels.numba_cpu.halves import EACH_FIELDS, FIELDS, build_multiply_each_half, build_multiply_halves
+from skvq.kernels.numba_cpu.halves import FIELDS, build_multiply_halves
 from skvq.kernels.numba_cpu.halves_many import BLOCKS, COLUMNS, build_multiply_many
 from skvq.kernels.numba_cpu.halves_many import FIELDS as MANY_FIELDS
 from skvq.kernels.numba_cpu.job import offsets
 from skvq.kernels.numba_cpu.launch import workspace
 
 MULTIPLY, MULTIPLY_MANY = Entry(build_multiply_halves, FIELDS), Entry(build_multiply_many, MANY_FIELDS)
-MULTIPLY_EACH = Entry(build_multiply_each_half, EACH_FIELDS)
 FEW = 16
 """Vectors that are multiplied with weights widened in registers; for more they are widened in memory, once for all."""
 LEAST_BATCH = 128
@@ -67,17 +67,8 @@ class HalfMatrix:
         return HalfMatrix(self.data[first : first + rows])
 
     def multiply_each(self, x: Tensor, ids: Tensor, out: Tensor) -> None:
-        """``out[p] = W_i x[p // (P / N)]``, W_i the ``ids[p]``-th of matrices one above the other; float32 x [N, columns] and
-        out [P, rows], ids int64 [P]."""
-        count, rows = out.shape
-        assert x.dtype == out.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous(), (x.dtype, out.stride())
-        assert x.shape[1] == self.shape[1] and count % len(x) == 0, (x.shape, out.shape, self.shape)
-        assert ids.shape == (count,) and ids.dtype == torch.int64 and ids.is_contiguous(), (ids.shape, ids.dtype)
-        threads = torch.get_num_threads()
-        MULTIPLY_EACH(
-            threads, 0, self.data.data_ptr(), KINDS[self.data.dtype], rows, self.shape[1], x.data_ptr(), count // len(x),
-            ids.data_ptr(), count, out.data_ptr(), min(rows, -(-rows * count // (CHUNKS_PER_THREAD * threads))),
-        )  # fmt: skip
+        """See ``each.multiply_each``."""
+        multiply_each(self.data, x, ids, out)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` int64 [N] in float32."""

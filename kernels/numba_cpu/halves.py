@@ -24,7 +24,6 @@ from skvq.kernels.numba_cpu.simd import (
     _load_halves,
     f32,
     fetch_add,
-    i64,
     record_at,
 )
 from skvq.kernels.numba_cpu.tiles import FAST
@@ -32,11 +31,7 @@ from skvq.kernels.numba_cpu.tiles import FAST
 FIELDS = (
     "counter", "matrix", "kind", "rows", "columns", "x", "count", "bias", "out", "out_stride", "chunk",  # stride in bytes
 )  # fmt: skip
-EACH_FIELDS = (
-    "counter", "matrix", "kind", "rows", "columns", "x", "share", "ids", "count", "out", "chunk",
-)  # fmt: skip
 multiply_job = record_at(record(*FIELDS))
-each_job = record_at(record(*EACH_FIELDS))
 
 
 def _brain(context, builder, address):
@@ -45,7 +40,9 @@ def _brain(context, builder, address):
     return builder.bitcast(builder.shl(builder.zext(halves, WORDS), _all(16)), FLOATS)
 
 
-def _make_dot(name, widen):
+def make_dot(name, widen, item):
+    """Intrinsic that multiplies ``columns`` numbers of ``item`` bytes, ``widen``-ed sixteen at a time, by as many float32."""
+
     def dot(typingctx, weights, x, columns):
         def codegen(context, builder, signature, args):
             weights, x, columns = args
@@ -53,7 +50,7 @@ def _make_dot(name, widen):
             acc = [cgutils.alloca_once_value(builder, zero) for _ in range(CHAINS)]
 
             def contract(step, slot):
-                w = widen(context, builder, builder.add(weights, builder.mul(step, ir.Constant(I64, 2 * LANES))))
+                w = widen(context, builder, builder.add(weights, builder.mul(step, ir.Constant(I64, item * LANES))))
                 v = builder.load(_at(builder, x, builder.mul(step, ir.Constant(I64, 4 * LANES)), FLOATS), align=4)
                 total = builder.fadd(builder.load(slot), builder.fmul(w, v, flags=("contract",)), flags=("contract",))
                 builder.store(total, slot)
@@ -78,7 +75,7 @@ def _make_dot(name, widen):
     return intrinsic(dot)
 
 
-dot_bfloat16, dot_float16 = _make_dot("dot_bfloat16", _brain), _make_dot("dot_float16", _load_halves)
+dot_bfloat16, dot_float16 = make_dot("dot_bfloat16", _brain, 2), make_dot("dot_float16", _load_halves, 2)
 
 
 @njit(**FAST)
@@ -109,26 +106,3 @@ def build_multiply_halves(stamp):
                     f32(job.out + n * job.out_stride)[row] = value
 
     return multiply_halves
-
-
-def build_multiply_each_half(stamp):
-    """Kernel of ``out[p] = W_i x[p // share]``, W_i the ``ids[p]``-th of matrices of ``rows`` rows.
-
-    Threads take ``chunk`` rows of one such product at a time.
-    """
-
-    def multiply_each_half(address):
-        if stamp == 0:
-            return
-        job = each_job(address)
-        pieces = (job.rows + job.chunk - 1) // job.chunk
-        while True:
-            task = fetch_add(address, 1)
-            if task >= job.count * pieces:
-                break
-            pair, first = task // pieces, task % pieces * job.chunk
-            out, above = f32(job.out + 4 * pair * job.rows), i64(job.ids)[pair] * job.rows
-            for row in range(first, min(first + job.chunk, job.rows)):
-                out[row] = product(job, above + row, pair // job.share)
-
-    return multiply_each_half

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from skvq.kernels.experts import DenseStack, Experts, Stack, StoredStack
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.numba_cpu.attend import KINDS
+from skvq.kernels.numba_cpu.each import multiply_each
 from skvq.kernels.numba_cpu.entry import Entry
+from skvq.kernels.numba_cpu.launch import here
 from skvq.kernels.numba_cpu.numeric import FLOAT32
 from skvq.kernels.numba_cpu.small import (
     ADD_FIELDS,
@@ -59,6 +62,21 @@ class NumbaOps(TorchOps):
         assert delta.dtype == torch.float32 and delta.shape == x.shape, (delta.dtype, delta.shape)
         total = torch.empty_like(x)
         return total, _norm(x, delta.data_ptr(), total.data_ptr(), weight, eps)
+
+    def each(self, stack: Stack, x: Tensor, ids: Tensor) -> Tensor:
+        y = x.float().contiguous()
+        if isinstance(stack, StoredStack):
+            out = y.new_empty(len(ids), stack.outs)
+            stack.matrix.multiply_each(y, ids, out)
+        else:
+            assert isinstance(stack, DenseStack)
+            out = y.new_empty(len(ids), stack.weight.shape[1])
+            multiply_each(stack.weight.flatten(0, 1), y, ids, out)
+        return out.to(x.dtype)
+
+    def mix_many(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+        assert here.tape is None, f"a step of {len(h)} tokens tells the host their experts: it cannot be recorded"
+        return super().mix_many(h, ids, weights, experts)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         if gate_up.dtype != torch.float32:

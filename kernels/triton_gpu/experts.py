@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skvq.kernels.experts import DenseStack, Stack, StoredStack
+from skvq.kernels.experts import DenseStack, Experts, Stack, StoredStack
 from skvq.kernels.triton_gpu import blocks, matvec
 
 
@@ -51,6 +51,10 @@ def route(logits: Tensor, chosen: int, *, normed: bool) -> tuple[Tensor, Tensor]
     return ids, weights
 
 
+BLOCK_SHARE = 8
+"""To multiply many tokens, a matrix in blocks is expanded: as many bytes as this times what it takes itself."""
+
+
 def is_each(stack: Stack, x: Tensor) -> bool:
     """Whether kernels multiply x by the matrices of a stack that its tokens choose: both of one 16-bit dtype, or blocks."""
     if isinstance(stack, DenseStack):
@@ -58,8 +62,13 @@ def is_each(stack: Stack, x: Tensor) -> bool:
     return isinstance(stack, StoredStack) and isinstance(stack.matrix, blocks.BlockMatrix) and x.dtype in matvec.HALVES
 
 
+def most_pairs(experts: Experts) -> int:
+    """Pairs of a token and an expert up to which each reads its matrix for itself; of more, a matrix is read once for all."""
+    return experts.count * (BLOCK_SHARE if isinstance(experts.gate_up, StoredStack) else 1)
+
+
 def each_swiglu(stack: Stack, x: Tensor, norm: Tensor, eps: float, ids: Tensor) -> Tensor:
-    """``silu(gate) * up`` of each of the norm of x, [P, f]; letters as in ``Stack.each``."""
+    """``silu(gate) * up`` of each of the norm of x, [P, f]; letters as in ``TorchOps.each``."""
     if isinstance(stack, DenseStack):
         return matvec.each_swiglu(x, norm, eps, stack.weight, ids)
     assert isinstance(stack, StoredStack) and isinstance(stack.matrix, blocks.BlockMatrix)
@@ -69,5 +78,10 @@ def each_swiglu(stack: Stack, x: Tensor, norm: Tensor, eps: float, ids: Tensor) 
 
 
 def each_linear(stack: Stack, x: Tensor, ids: Tensor) -> Tensor:
-    """``Stack.each``, which for weights that are not stored in blocks would copy them."""
-    return matvec.each_linear(x, stack.weight, ids) if isinstance(stack, DenseStack) else stack.each(x, ids)
+    """``TorchOps.each``; the host reads nothing."""
+    if isinstance(stack, DenseStack):
+        return matvec.each_linear(x, stack.weight, ids)
+    assert isinstance(stack, StoredStack)
+    out = torch.empty(len(ids), stack.outs, dtype=x.dtype, device=x.device)
+    stack.matrix.multiply_each(x, ids, out)
+    return out

@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.dense import merge_runs
-from skvq.kernels.experts import FEW_TOKENS, Experts
+from skvq.kernels.experts import Experts
 from skvq.kernels.interface import FullSlots
 from skvq.kernels.linear import DenseLinear, Linear, StoredLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec
-from skvq.kernels.triton_gpu.experts import each_linear, each_swiglu, is_each, route
+from skvq.kernels.triton_gpu.experts import each_linear, each_swiglu, is_each, most_pairs, route
 from skvq.kernels.triton_gpu.grouped import mlps
 from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
 
@@ -167,7 +167,7 @@ class TritonOps(TorchOps):
         if not (is_each(experts.gate_up, x) and is_each(experts.down, x)):
             return super().after_attention_experts(x, attended, output, norm, eps, experts)
         flat, attended = x.flatten(0, 1), attended.flatten(0, 1)  # [B N, d]
-        if x.shape[1] > FEW_TOKENS:
+        if len(flat) * experts.chosen > most_pairs(experts):
             flat, h = self.add_rms_norm(flat, output(attended), norm, eps)
             ids, weights = route(experts.router(h), experts.chosen, normed=experts.normed)
             outs = mlps(h, ids, experts.gate_up, experts.down, experts.count)  # [B N, k, d]
