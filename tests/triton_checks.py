@@ -698,10 +698,12 @@ def on_a_card() -> None:
         caches = [tiny_cache(method=method) for method in ("plain", "reorder", "fp")]
         caches += [tiny_cache(method="plain", value_bits=1.5), tiny_cache(method="plain", layer_bits=(((2, 3), (4, 2)),))]
         odd, wide = (tiny_folder(Path(name) / f"{size}", head_size=size, num_layers=1) for size in (160, 96))
-        mixed = tiny_folder(
-            Path(name) / "mixed", family="mixtral", head_size=64, num_layers=1, experts=ExpertConfig(count=5, chosen=2)
+        few_experts, more_experts = (
+            tiny_folder(Path(name) / f"{n} experts", family="mixtral", head_size=64, num_layers=1, experts=experts)
+            for n, experts in ((n, ExpertConfig(count=n, chosen=2)) for n in (3, 5))  # a step of both sequences reads 4 of them
         )
-        models = [*((folder, cache) for cache in caches), (file, caches[0]), (mixed, caches[0])]
+        models = [*((folder, cache) for cache in caches), (file, caches[0])]
+        models += [(model, caches[0]) for model in (few_experts, more_experts)]
         models += [(model, caches[i]) for model in (odd, wide) for i in (0, 2)]
         Reference.head_size_for = lambda self, size: gpu_head_size(size)  # type: ignore[method-assign]
         for model, cache in models:
@@ -727,6 +729,7 @@ def on_a_card() -> None:
         "block_matvec_kernel",
         "expand_kernel",
         "route_kernel",
+        "grouped_kernel",
     } <= {k[0] for k in seen}
 
 
