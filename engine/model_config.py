@@ -195,7 +195,12 @@ class ModelConfig:
     @property
     def active_parameters(self) -> int:
         """Those of all layers that a token is multiplied by: of experts, the chosen ones."""
-        return self.num_layers * self._layer_parameters(self.experts.chosen if self.experts else 1) + self.hidden_size
+        return self.num_layers * self._layer_parameters(self.active_mlps) + self.hidden_size
+
+    @property
+    def active_mlps(self) -> int:
+        """MLPs of a layer that a token goes through."""
+        return self.experts.chosen if self.experts else 1
 
     def _layer_parameters(self, mlps: int) -> int:
         d, f, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.own_head_size

@@ -43,8 +43,7 @@ def chunks(count: int, first: int = 0) -> list[tuple[int, int]]:
 def chunk_work(config: ModelConfig, start: int, stop: int) -> Work:
     """Multiply-adds of one layer over tokens ``start .. stop-1``: in its matrices, and in attention over all before them."""
     projected = (2 * config.num_heads + 2 * config.num_kv_heads) * config.own_head_size
-    mlps = config.experts.chosen if config.experts else 1
-    linear = config.hidden_size * (projected + 3 * mlps * config.intermediate_size)
+    linear = config.hidden_size * (projected + 3 * config.active_mlps * config.intermediate_size)
     attention = config.num_heads * config.head_size * (start + stop)
     return np.array([(stop - start) * linear, (stop - start) * attention], dtype=float)
 

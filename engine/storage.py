@@ -148,7 +148,8 @@ class Storage:
                 return blocks.kind, blocks.data
             stored = blocks.kind
         data = self._reader.read(name, form.device)
-        data = data if as_stored else data.to(torch.float16) if form.kinds.keeps(HALF, data.shape[1]) else data.to(form.dtype)
+        if not as_stored:
+            data = data.to(torch.float16 if form.kinds.keeps(HALF, data.shape[1]) else form.dtype)
         keeps = form.kinds.keeps(str(data.dtype), data.shape[1])
         if stored and stored not in self._told:
             self._told.add(stored)

@@ -160,6 +160,15 @@ def layer_name(name: str) -> str:
     return f"blk.{index}.{_PARTS[part]}.{kind}"
 
 
+def stack_name(first: str) -> str:
+    """Name in a GGUF file of the matrices of a layer's experts in one tensor, of the name of that of the first.
+
+    >>> stack_name("model.layers.3.mlp.experts.0.up_proj.weight")
+    'blk.3.ffn_up_exps.weight'
+    """
+    return layer_name(first).replace(".0.weight", "_exps.weight")
+
+
 def _apart(stored: dict[str, _Stored], config: ModelConfig) -> dict[str, _Stored]:
     """The same with matrices that were stored one above the other (Phi-3, experts) under the name of each."""
     shapes, found = expected_shapes(config), dict(stored)
@@ -172,7 +181,7 @@ def _apart(stored: dict[str, _Stored], config: ModelConfig) -> dict[str, _Stored
                 found[layer_name(part)] = replace(whole, data=rows, shape=shapes[part])
     for stack in expert_stacks(config):
         for parts in zip(*stack, strict=True):  # gates, ups or downs of all experts
-            name = layer_name(parts[0]).replace(".0.weight", "_exps.weight")
+            name = stack_name(parts[0])
             item = found.get(name)
             if item is not None and item.shape == (len(parts), *shapes[parts[0]]):
                 del found[name]

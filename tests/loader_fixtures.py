@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from skvq.engine.errors import SkvqError
 from skvq.engine.model_config import FULL_SPAN, ModelConfig, RopeConfig
 from skvq.loaders.gguf_config import ARCHITECTURES
-from skvq.loaders.gguf_file import PERMUTED, gguf_names, layer_name
+from skvq.loaders.gguf_file import PERMUTED, gguf_names, layer_name, stack_name
 from skvq.loaders.names import expected_shapes, expert_stacks, stacks
 from skvq.loaders.rows import stored_rows
 
@@ -139,8 +139,7 @@ def write_gguf(
     for stack in expert_stacks(config) if stacked else ():
         for parts in zip(*stack, strict=True):
             values[parts[0]] = np.stack([values[part] for part in parts])
-            whole = layer_name(parts[0]).replace(".0.weight", "_exps.weight")
-            names = {name: theirs for name, theirs in names.items() if name not in parts} | {parts[0]: whole}
+            names = {name: theirs for name, theirs in names.items() if name not in parts} | {parts[0]: stack_name(parts[0])}
     for name, theirs in names.items():
         value = values[name]
         if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:

@@ -8,7 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from skvq.kernels.numba_cpu.entry import Entry
-from skvq.kernels.numba_cpu.halves import dot_bfloat16, dot_float16, make_dot
+from skvq.kernels.numba_cpu.halves import make_dot, product
 from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.numeric import BFLOAT16, FLOAT16, FLOAT32
 from skvq.kernels.numba_cpu.simd import FLOATS, LANES, _at, f32, fetch_add, i64, record_at
@@ -29,14 +29,11 @@ dot_float32 = make_dot("dot_float32", _floats, 4)
 
 
 @njit(**FAST)
-def product(job, row, x):
+def row_product(job, row, x):
     """One row times one vector."""
     if job.kind == FLOAT32:
         return dot_float32(job.matrix + 4 * row * job.columns, x, job.columns)
-    weights = job.matrix + 2 * row * job.columns
-    if job.kind == BFLOAT16:
-        return dot_bfloat16(weights, x, job.columns)
-    return dot_float16(weights, x, job.columns)
+    return product(job.kind, job.matrix + 2 * row * job.columns, x, job.columns)
 
 
 def build_multiply_each_row(stamp):
@@ -58,7 +55,7 @@ def build_multiply_each_row(stamp):
             out, above = f32(job.out + 4 * pair * job.rows), i64(job.ids)[pair] * job.rows
             x = job.x + 4 * (pair // job.share) * job.columns
             for row in range(first, min(first + job.chunk, job.rows)):
-                out[row] = product(job, above + row, x)
+                out[row] = row_product(job, above + row, x)
 
     return multiply_each_row
 

@@ -79,12 +79,11 @@ dot_bfloat16, dot_float16 = make_dot("dot_bfloat16", _brain, 2), make_dot("dot_f
 
 
 @njit(**FAST)
-def product(job, row, n):
-    """Row ``row`` times vector ``n``."""
-    weights, x = job.matrix + 2 * row * job.columns, job.x + 4 * n * job.columns
-    if job.kind == BFLOAT16:
-        return dot_bfloat16(weights, x, job.columns)
-    return dot_float16(weights, x, job.columns)
+def product(kind, weights, x, columns):
+    """A row of 16-bit weights times a vector."""
+    if kind == BFLOAT16:
+        return dot_bfloat16(weights, x, columns)
+    return dot_float16(weights, x, columns)
 
 
 def build_multiply_halves(stamp):
@@ -100,7 +99,8 @@ def build_multiply_halves(stamp):
                 break
             for row in range(first, min(first + job.chunk, job.rows)):
                 for n in range(job.count):
-                    value = product(job, row, n)
+                    weights, x = job.matrix + 2 * row * job.columns, job.x + 4 * n * job.columns
+                    value = product(job.kind, weights, x, job.columns)
                     if job.bias:
                         value += f32(job.bias)[row]
                     f32(job.out + n * job.out_stride)[row] = value

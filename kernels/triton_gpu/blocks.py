@@ -337,15 +337,9 @@ def multiply_each(
     ``gated`` of twice as many; ids int64 [P].
     """
     x, (pairs, outs) = x.contiguous(), out.shape
-    assert x.shape[1] == matrix.shape[1] and pairs % len(x) == 0 and x.dtype == out.dtype in HALVES, (
-        x.shape,
-        out.shape,
-        x.dtype,
-    )
-    assert ids.shape == (pairs,) and ids.dtype == torch.int64 and ids.is_contiguous() and out.is_contiguous(), (
-        ids.shape,
-        ids.dtype,
-    )
+    assert x.shape[1] == matrix.shape[1] and pairs % len(x) == 0, (x.shape, matrix.shape, pairs)
+    assert x.dtype == out.dtype in HALVES and out.is_contiguous(), (x.dtype, out.dtype, out.stride())
+    assert ids.shape == (pairs,) and ids.dtype == torch.int64 and ids.is_contiguous(), (ids.shape, ids.dtype)
     assert norm is None or (norm.shape == x.shape[1:] and norm.dtype == x.dtype and norm.is_contiguous()), norm.shape
     form, count = matrix.words.form, matrix.words.blocks
     division = division_of(1, outs * pairs, gated=gated, bits=form.bits)

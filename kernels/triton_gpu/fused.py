@@ -149,17 +149,16 @@ class TritonOps(TorchOps):
     ) -> Tensor:
         if is_block(output, x) and is_block(gate_up, x) and is_block(down, x):
             flat, attended = x.reshape(-1, x.shape[-1]), attended.reshape(-1, attended.shape[-1])
-            flat = blocks.multiply(attended, output.parts[0], output.bias, residual=flat)
+            flat = self._linear_add(flat, attended, output)
             h = blocks.multiply(flat, gate_up.parts[0], gate_up.bias, norm=norm, eps=eps, gated=True)
-            return blocks.multiply(h, down.parts[0], down.bias, residual=flat).view(x.shape)
+            return self._linear_add(flat, h, down).view(x.shape)
         if not (is_matvec(output, x) and is_matvec(gate_up, x) and is_matvec(down, x)):
             return super().after_attention(x, attended, output, norm, eps, gate_up, down)
-        width, inner, count = x.shape[-1], gate_up.weight.shape[0] // 2, attended.shape[-1]
-        vectors = x.numel() // width
-        x = matvec.linear_add(x, attended, output.weight, output.bias, matvec.tiling_of(vectors, width, count, gated=False))
-        gated = matvec.tiling_of(vectors, inner, width, gated=True)
+        width, inner = x.shape[-1], gate_up.weight.shape[0] // 2
+        x = self._linear_add(x, attended, output)
+        gated = matvec.tiling_of(x.numel() // width, inner, width, gated=True)
         h = matvec.norm_swiglu(x, norm, eps, gate_up.weight, gate_up.bias, gated)
-        return matvec.linear_add(x, h, down.weight, down.bias, matvec.tiling_of(vectors, width, inner, gated=False))
+        return self._linear_add(x, h, down)
 
     def after_attention_experts(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, experts: Experts
@@ -179,11 +178,12 @@ class TritonOps(TorchOps):
         return torch.baddbmm(flat[:, None], weights[:, None], outs).view(x.shape)
 
     def _linear_add(self, x: Tensor, h: Tensor, linear: Linear) -> Tensor:
-        """``x + linear(h)`` of vectors [N, d]."""
+        """``x + linear(h)`` of vectors [..., d], of blocks [N, d]."""
         if is_block(linear, x):
             return blocks.multiply(h, linear.parts[0], linear.bias, residual=x)
         if is_matvec(linear, x):
-            return matvec.linear_add(x, h, linear.weight, linear.bias, matvec.tiling_of(1, *linear.weight.shape, gated=False))
+            tiling = matvec.tiling_of(x.numel() // x.shape[-1], *linear.weight.shape, gated=False)
+            return matvec.linear_add(x, h, linear.weight, linear.bias, tiling)
         return x + linear(h)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
