@@ -16,6 +16,7 @@ from torch import Tensor
 
 from skvq.cli import main
 from skvq.commands.bench import _bare
+from skvq.engine.cache import SequenceCache
 from skvq.engine.config import METHODS, CacheConfig
 from skvq.engine.errors import ModelError, SkvqError
 from skvq.engine.methods import CacheMethod
@@ -23,7 +24,7 @@ from skvq.engine.model_config import FULL_SPAN
 from skvq.engine.report import Quiet
 from skvq.engine.stress import bare_setup
 from skvq.engine.trials import bench as bench_module
-from skvq.engine.trials.bench import bench_attention, filled, gate
+from skvq.engine.trials.bench import SPARE, bench_attention, filled, gate
 from skvq.engine.trials.soak import SHAPE
 from skvq.kernels.interface import Step
 from skvq.kernels.reference import Reference
@@ -57,6 +58,24 @@ def test_json_holds_what_the_contract_says(tmp_path: Path, kind: str) -> None:
         assert row["ms_per_token"] * row["tokens_per_s"] == pytest.approx(1000)
     if kind == "decode":
         assert all(row["sdpa_ms"] > 0 for row in rows)
+
+
+def test_a_disturbed_measurement_is_repeated_and_keeps_its_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention longer than its step was disturbed. It is measured once more, over what the steps have written by then."""
+
+    def steps(engine: Engine, sequence: SequenceCache) -> float:
+        for _ in range(SPARE):
+            engine.decode_step([sequence], [0])
+        return 1e-9
+
+    measured: list[int] = []
+    attention_row = bench_module._attention_row
+    monkeypatch.setattr(bench_module, "step_seconds", steps)
+    monkeypatch.setattr(
+        bench_module, "_attention_row", lambda sequence, *rest: measured.append(sequence.length) or attention_row(sequence, *rest)
+    )
+    (row,) = results("decode", "--shape", tiny_folder(tmp_path), "--ctx", 100)
+    assert measured == [100, 100 + SPARE] and row["ctx"] == 100
 
 
 def test_json_says_what_was_measured(tmp_path: Path) -> None:

@@ -284,7 +284,8 @@ def _decode_rows(engine: Engine, contexts: Sequence[int], copy: float) -> Iterat
             seconds = step_seconds(engine, sequence)
             if row.attention_ms > 1e3 * seconds:  # it is a part of the step: something disturbed it
                 row = min(row, _attention_row(sequence, config, copy), key=lambda one: one.attention_ms)
-            yield _compared(replace(row, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds), setup, config)
+            # the steps have written SPARE tokens more
+            yield _compared(replace(row, ctx=context, ms_per_token=1e3 * seconds, tokens_per_s=1 / seconds), setup, config)
 
 
 def dense_seconds(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
