@@ -25,22 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 HELPERS = str(ROOT / "tests")  # helper modules, here and in processes that tests start: the tests are no part of the package
 sys.path.insert(0, HELPERS)
+SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))))  # of the cores, here and in those processes
 os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the checks under Triton's interpreter that were selected: minutes of one core, beside the other tests."""
-    from interpreter import CHECKS
-
-    chosen = [item for item in session.items if getattr(item, "originalname", "") == "test_equals_the_reference"]
-    if not session.config.option.collectonly:
-        CHECKS.start(item.callspec.params["name"] for item in chosen)  # type: ignore[attr-defined]
-
-
-def pytest_sessionfinish() -> None:
-    from interpreter import CHECKS
-
-    CHECKS.stop()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process waits at the end for one that has just begun them."""
+    items.sort(key=lambda item: item.path.name not in ("test_triton_interpreter.py", "test_gpu_benchmark.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,12 +19,13 @@ from skvq.commands.bench import _bare
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import METHODS, CacheConfig
 from skvq.engine.errors import ModelError, SkvqError
+from skvq.engine.generate import Engine
 from skvq.engine.methods import CacheMethod
-from skvq.engine.model_config import FULL_SPAN
+from skvq.engine.model_config import FULL_SPAN, ModelConfig
 from skvq.engine.report import Quiet
 from skvq.engine.stress import bare_setup
 from skvq.engine.trials import bench as bench_module
-from skvq.engine.trials.bench import SPARE, bench_attention, filled, gate
+from skvq.engine.trials.bench import SPARE, DecodeRow, bench_attention, filled, gate
 from skvq.engine.trials.soak import SHAPE
 from skvq.kernels.interface import Step
 from skvq.kernels.reference import Reference
@@ -68,12 +69,14 @@ def test_a_disturbed_measurement_is_repeated_and_keeps_its_context(tmp_path: Pat
             engine.decode_step([sequence], [0])
         return 1e-9
 
+    def attention(sequence: SequenceCache, config: ModelConfig, copy: float) -> DecodeRow:
+        measured.append(sequence.length)
+        return own(sequence, config, copy)
+
     measured: list[int] = []
-    attention_row = bench_module._attention_row
+    own = bench_module._attention_row
     monkeypatch.setattr(bench_module, "step_seconds", steps)
-    monkeypatch.setattr(
-        bench_module, "_attention_row", lambda sequence, *rest: measured.append(sequence.length) or attention_row(sequence, *rest)
-    )
+    monkeypatch.setattr(bench_module, "_attention_row", attention)
     (row,) = results("decode", "--shape", tiny_folder(tmp_path), "--ctx", 100)
     assert measured == [100, 100 + SPARE] and row["ctx"] == 100
 

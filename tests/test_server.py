@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from interpreter import import_paths
 from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
+from processes import import_paths
 from tiny import Listener, tiny_cache
 
 from skvq import Engine, SamplingConfig

@@ -1,8 +1,7 @@
 """Triton kernels against the specification, under Triton's interpreter: arithmetic, not speed. Needs no GPU.
 
 Every group of checks is a process of its own (``triton_checks.py``): Triton reads TRITON_INTERPRET when a kernel is decorated,
-and this process may have imported the kernels without it. They start when tests are collected (``conftest.py``) and run beside
-the other tests, one at a time.
+and this process may have imported the kernels without it.
 """
 
 from __future__ import annotations
@@ -10,12 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from interpreter import CHECKS, HERE, import_paths
+from processes import HERE, import_paths
 
 pytest.importorskip("triton")
-QUICK = [
+CODE = "import sys; sys.argv = ['triton_checks.py', *sys.argv[1:]]; import runpy; runpy.run_path(%r, run_name='__main__')"
+LONGEST = ["on_a_card", "decode_steps", "lattice", "packing"]
+OTHERS = [
     "attend_heads",
     "attend_chunks",
     "attend_parts",
@@ -24,28 +26,32 @@ QUICK = [
     "attend_formats",
     "label_ranges",
     "invariants",
-    "packing",
-    "lattice",
     "merging",
     "assembly_order",
     "odd_shapes",
     "crowded_labels",
+    "fused_operations",
+    "matrices",
+    "blocks",
+    "experts",
 ]
 
 
-def run_checks(name: str) -> None:
-    done = CHECKS.result(name)
+def run_checks(name: str, cache: Path) -> None:
+    command = [sys.executable, "-c", CODE % str(HERE / "triton_checks.py"), name]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": import_paths(), "OMP_NUM_THREADS": "1", "SKVQ_CACHE": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", [*QUICK, "fused_operations", "matrices", "blocks", "experts", "decode_steps", "on_a_card"])
-def test_equals_the_reference(name: str) -> None:
-    run_checks(name)
+@pytest.mark.parametrize("name", [*LONGEST, *OTHERS])
+def test_equals_the_reference(name: str, tmp_path: Path) -> None:
+    run_checks(name, tmp_path)
 
 
 @pytest.mark.slow
-def test_every_format_equals_the_reference() -> None:
-    run_checks("every_format")
+def test_every_format_equals_the_reference(tmp_path: Path) -> None:
+    run_checks("every_format", tmp_path)
 
 
 def test_needs_a_gpu_and_says_so() -> None:
