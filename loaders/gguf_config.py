@@ -15,6 +15,7 @@ from skvq.loaders.gguf_header import GgufHeader
 from skvq.loaders.names import MAX_LAYERS
 
 ARCHITECTURES = {
+    "chatglm": "glm",
     "llama": "llama",
     "mistral3": "ministral3",
     "phi3": "phi3",
@@ -26,6 +27,8 @@ ARCHITECTURES = {
 """Name in a file -> family of the model."""
 WITH_EXPERTS = ("llama", "qwen3moe")
 """Those whose layers may have experts; of ``llama`` they do in Mixtral."""
+TURNED_IN_PART = ("chatglm", "phi3")
+"""Those of whose heads RoPE may turn a part."""
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "</s>")
 """Tokens that end an answer, whether or not ``eos_token_id`` names them (llama.cpp does the same)."""
 
@@ -49,7 +52,7 @@ def parse_gguf_config(header: GgufHeader, where: str, tables: Mapping[str, NDArr
         raise ModelError(f"{where}: block_count is {layers}, this engine supports at most {MAX_LAYERS}")
     head_size = fields.integer(f"{arch}.attention.key_length", max(1, hidden // heads))
     turned = fields.integer(f"{arch}.rope.dimension_count", head_size)
-    rotary_size = turned if arch == "phi3" and turned < head_size else 0
+    rotary_size = turned if arch in TURNED_IN_PART and turned < head_size else 0
     values = fields.integer(f"{arch}.attention.value_length", head_size)
     if values != head_size:
         raise ModelError(f"{where}: {arch}.attention.value_length is {values}, but the head size is {head_size}: not supported")
@@ -80,7 +83,7 @@ def parse_gguf_config(header: GgufHeader, where: str, tables: Mapping[str, NDArr
         attention_spans=(span,) * layers,
         unturned_layers=tuple(range(3, layers, 4)) if arch == "smollm3" else (),
         tie_embeddings="output.weight" not in header.tensors,
-        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        qkv_bias=not header.tensors.keys().isdisjoint(("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")),
         output_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
         qk_norm=arch in ("qwen3", "qwen3moe"),

@@ -24,7 +24,7 @@ from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expect
 from skvq.loaders.rows import stored_rows
 from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
 
-PERMUTED = ("llama", "mixtral", "ministral3", "smollm3")
+PERMUTED = ("llama", "mixtral", "ministral3", "smollm3", "glm")
 """Families whose queries and keys llama.cpp turns as neighbouring channels."""
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are single values, not blocks."""
@@ -170,14 +170,14 @@ def stack_name(first: str) -> str:
 
 
 def _apart(stored: dict[str, _Stored], config: ModelConfig) -> dict[str, _Stored]:
-    """The same with matrices that were stored one above the other (Phi-3, experts) under the name of each."""
+    """The same with weights that were stored one above the other (Phi-3, GLM, experts) under the name of each."""
     shapes, found = expected_shapes(config), dict(stored)
     for name, (shape, firsts) in stacks(shapes).items():
         whole, own = stored.get(layer_name(name)), {layer_name(part) for part in firsts} - {layer_name(name)}
         if whole is not None and whole.shape == shape and own.isdisjoint(stored):
             del found[layer_name(name)]
             for part, first in firsts.items():
-                rows = whole.data[first : first + shapes[part][0]]
+                rows = whole.data.reshape(shape[0], -1)[first : first + shapes[part][0]]  # a bias has a number a row
                 found[layer_name(part)] = replace(whole, data=rows, shape=shapes[part])
     for stack in expert_stacks(config):
         for parts in zip(*stack, strict=True):  # gates, ups or downs of all experts

@@ -58,6 +58,8 @@ PRE_TOKENIZERS = {
     "pixtral": _LLAMA3,
     "smaug-bpe": _CL100K,
     "dbrx": _CL100K,
+    "chatglm-bpe": _CL100K,
+    "glm4": _CL100K,
     "tekken": _TEKKEN,
     "gpt-4o": _O200K,
     "qwen2": _QWEN2,

@@ -61,11 +61,11 @@ def _of_mixtral(name: str) -> str:
 
 
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Matrices that a checkpoint may hold as one, rows of the first above those of the next (Phi-3)."""
+"""Matrices that a checkpoint may hold as one, rows of the first above those of the next (Phi-3, GLM), and biases likewise."""
 
 
 def stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, int], dict[str, int]]]:
-    """Name of a stack -> its shape and the first row of each matrix in it, for all that these weights may be stored in.
+    """Name of a stack -> its shape and the first row of each weight in it, for all that these weights may be stored in.
 
     >>> stacks({"a.mlp.gate_proj.weight": (6, 4), "a.mlp.up_proj.weight": (6, 4), "a.mlp.down_proj.weight": (4, 6)})
     {'a.mlp.gate_up_proj.weight': ((12, 4), {'a.mlp.gate_proj.weight': 0, 'a.mlp.up_proj.weight': 6})}
@@ -75,10 +75,10 @@ def stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, 
     for name in shapes:
         before, _, last = name.rpartition(".")
         start, _, part = before.rpartition(".")
-        if last == "weight" and part in whole_of:
-            names = [f"{start}.{one}.weight" for one in STACKED[whole_of[part]]]
+        if part in whole_of:
+            names = [f"{start}.{one}.{last}" for one in STACKED[whole_of[part]]]
             *firsts, rows = accumulate((shapes[one][0] for one in names), initial=0)
-            found[f"{start}.{whole_of[part]}.weight"] = (rows, shapes[name][1]), dict(zip(names, firsts, strict=True))
+            found[f"{start}.{whole_of[part]}.{last}"] = (rows, *shapes[name][1:]), dict(zip(names, firsts, strict=True))
     return found
 
 

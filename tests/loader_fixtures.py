@@ -27,6 +27,8 @@ from skvq.loaders.gguf_file import PERMUTED, gguf_names, layer_name, stack_name
 from skvq.loaders.names import expected_shapes, expert_stacks, stacks
 from skvq.loaders.rows import stored_rows
 
+STACKING = ("phi3", "glm")
+"""Families whose GGUF files hold queries, keys and values in one matrix, and gates and ups."""
 WORDS = "the quick brown fox jumps over 12345 lazy dogs; it's naïve — déjà vu! def f(x):\n\treturn x ** 2\n 日本 😀 "
 
 
@@ -115,8 +117,9 @@ def write_gguf(
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_context)
         writer.add_rope_scaling_yarn_log_mul(config.rope.mscale_all_dim)
         writer.add_attn_temperature_scale(config.rope.query_beta)
-    if config.family == "phi3":
+    if config.family in STACKING:
         writer.add_rope_dimension_count(config.turned_size)
+    if config.family == "phi3":
         writer.add_sliding_window(0 if config.attention_spans[0] == FULL_SPAN else config.attention_spans[0])
     if config.rope.kind == "longrope":
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_context)
@@ -133,7 +136,7 @@ def write_gguf(
     for name, value in values.items():
         if (rows := stored_rows(name, config, interleaved=interleaved)) is not None:
             values[name] = value[np.argsort(rows)]
-    for whole, (_, parts) in stacks(expected_shapes(config)).items() if config.family == "phi3" else ():
+    for whole, (_, parts) in stacks(expected_shapes(config)).items() if config.family in STACKING else ():
         values[whole] = np.concatenate([values[part] for part in parts])
         names = {name: theirs for name, theirs in names.items() if name not in parts} | {whole: layer_name(whole)}
     for stack in expert_stacks(config) if stacked else ():

@@ -71,6 +71,8 @@ Q0, K1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.k_p
         {"family": "phi3", "rope": LONGROPE},
         {"family": "phi3", "rotary_size": 24, "rope": IN_PART},
         {"family": "phi3", "attention_spans": (17, 17)},
+        {"family": "glm", "rotary_size": 16, "qkv_bias": True},
+        {"family": "glm", "rotary_size": 24},
     ],
 )
 def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -83,7 +85,7 @@ def test_float32_files_give_back_the_checkpoint(tmp_path: Path, changes: dict[st
         assert source.blocks(name) is None
 
 
-FAMILIES = ["llama", "ministral3", "smollm3", "phi3", "phi3 in part", "mixtral", "qwen3_moe"]
+FAMILIES = ["llama", "ministral3", "smollm3", "phi3", "phi3 in part", "glm", "mixtral", "qwen3_moe"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,6 +98,7 @@ def test_logits_are_those_of_llama_cpp(tmp_path: Path, family: str) -> None:
         "smollm3": {"num_layers": 4, "unturned_layers": (3,), "tie_embeddings": True},
         "phi3": {"rope": LONGROPE, "hidden_size": 128},
         "phi3 in part": {"rope": IN_PART, "rotary_size": 24, "tie_embeddings": True, "hidden_size": 128},
+        "glm": {"rotary_size": 16, "qkv_bias": True, "hidden_size": 128},
         "mixtral": {"experts": ExpertConfig(count=5, chosen=2)},
         "qwen3_moe": {"experts": ExpertConfig(count=6, chosen=3), "qk_norm": True},
     }
@@ -382,7 +385,7 @@ NESTED = struct.pack("<IQ", 9, 1) * 50
         (header_bytes((KEY + struct.pack("<I", 8) + string("llama")) * 2, keys=2), ["twice"]),
         (
             header_bytes(KEY + struct.pack("<I", 8) + string("mamba"), keys=1),
-            ["mamba", "llama, mistral3, phi3, qwen2"],
+            ["mamba", "chatglm, llama, mistral3, phi3, qwen2"],
         ),
         (header_bytes(), ["general.architecture is missing"]),
         (header_bytes(string("t") + struct.pack("<I", 9) + bytes(40), tensors=1), ["9 dimensions"]),

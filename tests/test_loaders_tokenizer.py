@@ -602,6 +602,8 @@ def test_qwen2_vocabularies_equal_transformers(text: str) -> None:
         ("tekken", True, ["1", "2", "3", "4"], True),
         ("smaug-bpe", False, ["123", "4"], True),
         ("dbrx", False, ["123", "4"], True),
+        ("chatglm-bpe", False, ["123", "4"], True),
+        ("glm4", False, ["123", "4"], True),
         ("gpt-4o", False, ["123", "4"], True),
     ],
 )
