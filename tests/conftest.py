@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start in the background
@@ -26,7 +24,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 HELPERS = str(ROOT / "tests")  # helper modules, here and in processes that tests start: the tests are no part of the package
 sys.path.insert(0, HELPERS)
 SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))))  # of the cores, here and in those processes
+os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))  # of the cores; read when torch is imported, which is not done above
 os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -46,6 +44,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     """A test draws the same numbers by itself and after any others."""
+    import numpy as np
+    import torch
+
     torch.manual_seed(20)
     np.random.seed(20)
     random.seed(20)
@@ -54,6 +55,8 @@ def _same_numbers() -> None:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny tensors on one thread: on a busy machine two are twenty times slower than one."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
