@@ -23,14 +23,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 HELPERS = str(ROOT / "tests")  # helper modules, here and in processes that tests start: the tests are no part of the package
 sys.path.insert(0, HELPERS)
-SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))  # of the cores; read when torch is imported, which is not done above
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+if WORKERS:  # each has its share of the cores; read when torch is imported, which is not done above
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
 os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no process waits at the end for one that has just begun them."""
     items.sort(key=lambda item: item.path.name not in ("test_triton_interpreter.py", "test_gpu_benchmark.py"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is here to stay: half a million objects that no collection of garbage need look at."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,7 +25,9 @@ POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32",
     torch.int64: "*i64",
 }  # fmt: skip
+KEPT = 32
 programs: dict[Any, Program] = {}
+"""The last KEPT that were compiled: each has thousands of objects."""
 
 
 def span_of(tensor: Tensor) -> tuple[int, np.ndarray]:
@@ -61,6 +63,8 @@ def compiled(kernel: Any, values: dict[str, Any], arch: int, options: dict[str, 
         with torch._C.DisableTorchFunction():
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
             made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        if len(programs) == KEPT:
+            del programs[next(iter(programs))]
         programs[key] = Program(made.asm["ptx"], 32 * options["num_warps"], made.metadata.shared)
     return programs[key], [name for name in kernel.arg_names if signature[name] != "constexpr"]
 

@@ -71,12 +71,14 @@ def _nearest_plane(y: Tensor, scale: Tensor, mid: Tensor, levels: int, factor: T
 def _descend(code: Tensor, slope: Tensor, scale: Tensor, half: float, metric: Tensor) -> Tensor:
     """Coordinate descent: each centred code in turn moves to where ``slope = metric error`` [T, KH, D] vanishes."""
     code, slope = code.clone(), slope.clone()
+    curvature = metric.diagonal(dim1=1, dim2=2) * scale  # [T, KH, D]
+    channels = list(zip(*(x.unbind(-1) for x in (code, slope, curvature, scale)), metric.unbind(1), strict=True))
     for _ in range(LATTICE_SWEEPS):
-        for i in range(code.shape[-1]):
-            moved = (code[..., i] + slope[..., i] / (metric[:, i, i] * scale[..., i]) + half).round().clamp(0, 2 * half) - half
-            step = (moved - code[..., i]) * scale[..., i]
-            code[..., i] = moved
-            slope -= step[..., None] * metric[:, i]
+        for code_i, slope_i, curvature_i, scale_i, row in channels:  # views, but for the curvature
+            moved = (slope_i / curvature_i).add_(code_i).add_(half).round_().clamp_(0, 2 * half).sub_(half)
+            step = (moved - code_i).mul_(scale_i)
+            code_i.copy_(moved)
+            slope -= step[..., None] * row
     return code
 
 
