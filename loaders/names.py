@@ -64,7 +64,7 @@ STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pr
 """Matrices that a checkpoint may hold as one, rows of the first above those of the next (Phi-3, GLM), and biases likewise."""
 
 
-def stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, int], dict[str, int]]]:
+def stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], dict[str, int]]]:
     """Name of a stack -> its shape and the first row of each weight in it, for all that these weights may be stored in.
 
     >>> stacks({"a.mlp.gate_proj.weight": (6, 4), "a.mlp.up_proj.weight": (6, 4), "a.mlp.down_proj.weight": (4, 6)})
