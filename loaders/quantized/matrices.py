@@ -49,9 +49,9 @@ class QuantizedMatrices:
         matrices = {name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2}
         self._places = {name: (name, 0) for name in matrices}  # of a matrix: what it is stored with, and its first row there
         stored = dict(matrices)
-        for whole, (shape, firsts) in stacks(matrices).items():
-            stored[whole] = shape
-            if self._is_stored(whole, scheme.parts(*shape)[0]):
+        for whole, ((rows, columns), firsts) in stacks(matrices).items():
+            stored[whole] = rows, columns
+            if self._is_stored(whole, scheme.parts(rows, columns)[0]):
                 self._places |= {part: (whole, first) for part, first in firsts.items()}
         self._shapes = {name: shape for name, shape in stored.items() if self._is_stored(name, scheme.parts(*shape)[0])}
         self.shapes = {name: matrices[name] for name, (whole, _) in self._places.items() if whole in self._shapes}
