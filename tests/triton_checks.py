@@ -706,6 +706,8 @@ def on_a_card() -> None:
             launch(self, *(plain(a) for a in args), **{name: plain(value) for name, value in kwargs.items()})
 
     GridExecutor.__call__, ops.CudaGraphs = checked, CheckedGraphs  # type: ignore[misc, assignment]
+    # the kernels' own checks look for sums beyond 31 bits: a fifth of the time
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     few = matvec.Tiling(rows=64, warps=1, depth=1)  # programs: the interpreter runs them one by one
     matvec.tiling_of = lambda vectors, outs, width, gated: few  # type: ignore[assignment]
     block_few = block_kernels.Division(rows=32, warps=1)
