@@ -21,10 +21,10 @@ from skvq.loaders.gguf_config import ROPE_TABLES, parse_gguf_config
 from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
 from skvq.loaders.model_files import PART
 from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, expert_stacks, stacks
-from skvq.loaders.rows import stored_rows
+from skvq.loaders.rows import INTERLEAVED, stored_rows
 from skvq.loaders.source import SAMPLE_BYTES, QuantizedBlocks, fingerprint_of, unknown_weight
 
-PERMUTED = ("llama", "mixtral", "ministral3", "smollm3", "glm")
+PERMUTED = ("llama", "mixtral", "ministral3", "smollm3", *INTERLEAVED)
 """Families whose queries and keys llama.cpp turns as neighbouring channels."""
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are single values, not blocks."""
