@@ -26,6 +26,7 @@ sys.path.insert(0, HELPERS)
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
 if WORKERS:  # each has its share of the cores; read when torch is imported, which is not done above
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
+os.environ["SKVQ_AMX"] = "0"  # what is computed does not hang on the machine; tests of AMX ask for ``by_tiles``
 os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -78,6 +79,20 @@ def one_thread() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> str:
     """The specification, then the kernels of the CPU."""
     return str(request.param)
+
+
+@pytest.fixture
+def by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's products of many vectors go by AMX, or by what stands for it where the CPU has none."""
+    from skvq.kernels.numba_cpu import amx_linear, block_matrix, flash, half_matrix, permission
+
+    monkeypatch.delenv("SKVQ_AMX")
+    permission.has_amx.cache_clear()
+    if not permission.has_amx() and permission.compiles_tiles():
+        pytest.skip("this CPU has AMX, and the system does not let this process use it")
+    for module in (amx_linear, block_matrix, flash, half_matrix):
+        monkeypatch.setattr(module, "has_amx", lambda: True)
+    permission.has_amx.cache_clear()
 
 
 @pytest.fixture

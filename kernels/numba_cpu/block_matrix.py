@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from skvq.kernels.ggml.formats import BLOCK
+from skvq.kernels.numba_cpu.amx_linear import multiply_by_amx
 from skvq.kernels.numba_cpu.block_format import FORMATS, LANES
 from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.launch import workspace
@@ -21,7 +22,10 @@ from skvq.kernels.numba_cpu.linear import (
 )
 from skvq.kernels.numba_cpu.linear_pack import pack_blocks
 from skvq.kernels.numba_cpu.linear_simd import TOGETHER
+from skvq.kernels.numba_cpu.permission import has_amx
 
+FEW = 16
+"""Vectors that are rounded to 16-bit integers on a CPU that has AMX for more."""
 CHUNKS_PER_THREAD = 4
 """Pieces of the matrix per thread: a thread that the system interrupts holds up one piece, not its whole share."""
 ROUNDED_BYTES = 1 << 19
@@ -74,6 +78,9 @@ class BlockMatrix:
         count, columns = x.shape
         assert x.dtype == out.dtype == torch.float32 and columns == self.shape[1] and x.is_contiguous(), (x.dtype, x.shape)
         assert out.shape == (count, self.shape[0]) and out.stride(1) == 1, (out.shape, out.stride())
+        if count > FEW and has_amx():
+            multiply_by_amx(x, bias, out, self.data, list(FORMATS).index(self.kind), is_blocks=True)
+            return
         size = rounded_bytes(columns)
         step = max(TOGETHER, ROUNDED_BYTES // size // TOGETHER * TOGETHER)
         if count <= step:

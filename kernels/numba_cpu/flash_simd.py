@@ -89,7 +89,7 @@ def product(rows, table, count, coefs, coef_stride, coef_step, out, add):
             product_1_half(table + half, count, coefs + r * coef_stride, coef_stride, coef_step, out + half + STEP * r, add)
 
 
-def _exp2(builder, x):
+def exp2(builder, x):
     """2^x of sixteen x <= 0 within 2e-7, 0 below 2^-126."""
     module, least = builder.module, ir.Constant(FLOATS, [-126.0] * LANES)
     seen = builder.fcmp_ordered(">=", x, least)
@@ -130,13 +130,13 @@ def soften(typingctx, scores, count, tops, totals, acc, size):
                 )
             broken = builder.icmp_unsigned(">", builder.load(most), _all(int(LARGEST_BITS)))
             m_i = builder.load(best)
-            alpha = _exp2(builder, builder.fsub(before, m_i))
+            alpha = exp2(builder, builder.fsub(before, m_i))
             builder.store(m_i, top, align=4)
             l_i = cgutils.alloca_once_value(builder, builder.fmul(builder.load(total, align=4), alpha))
             with cgutils.for_range(builder, count) as loop:
                 row = builder.add(scores, builder.mul(loop.index, ir.Constant(I64, STEP)))
                 place = _at(builder, row, v, FLOATS)
-                p = _exp2(builder, builder.fsub(builder.load(place, align=4), m_i))
+                p = exp2(builder, builder.fsub(builder.load(place, align=4), m_i))
                 builder.store(p, place, align=4)
                 builder.store(builder.fadd(builder.load(l_i), p), l_i)
             builder.store(builder.select(broken, ir.Constant(FLOATS, [1.0] * LANES), builder.load(l_i)), total, align=4)

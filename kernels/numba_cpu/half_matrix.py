@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from skvq.kernels.numba_cpu.amx import DEPTH
+from skvq.kernels.numba_cpu.amx_linear import multiply_by_amx
 from skvq.kernels.numba_cpu.attend import KINDS
 from skvq.kernels.numba_cpu.each import multiply_each
 from skvq.kernels.numba_cpu.entry import Entry
@@ -15,6 +17,7 @@ from skvq.kernels.numba_cpu.halves_many import BLOCKS, COLUMNS, build_multiply_m
 from skvq.kernels.numba_cpu.halves_many import FIELDS as MANY_FIELDS
 from skvq.kernels.numba_cpu.job import offsets
 from skvq.kernels.numba_cpu.launch import workspace
+from skvq.kernels.numba_cpu.permission import has_amx
 
 MULTIPLY, MULTIPLY_MANY = Entry(build_multiply_halves, FIELDS), Entry(build_multiply_many, MANY_FIELDS)
 FEW = 16
@@ -41,6 +44,9 @@ class HalfMatrix:
         bias_at = 0 if bias is None else bias.data_ptr()
         assert x.dtype == out.dtype == torch.float32 and columns == self.shape[1] and x.is_contiguous(), (x.dtype, x.shape)
         assert out.shape == (count, rows) and out.stride(1) == 1, (out.shape, out.stride())
+        if count > FEW and columns % DEPTH == 0 and has_amx():
+            multiply_by_amx(x, bias, out, self.data, KINDS[self.data.dtype], is_blocks=False)
+            return
         if count > FEW:
             self._multiply_many(x, bias_at, out, threads)
             return
