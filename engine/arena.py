@@ -136,11 +136,12 @@ class Arena:
         self.shape = shape
         try:
             self.tensors = _allocate(shape.tensors(), device)
-            self._pages = [_allocate(shape.page_tensors(layer), device) for layer in range(shape.layers)]
+            pages = torch.empty(shape.pages * shape.page_bytes, dtype=torch.uint8, device=device)
         except (RuntimeError, MemoryError) as error:
             raise CapacityError(
                 f"the arena of {shape.nbytes:,} bytes cannot be allocated on {device}: choose a smaller context or fewer bits"
             ) from error
+        self._pages = _carved(pages, [shape.page_tensors(layer) for layer in range(shape.layers)])
         layers = zip(*(self.tensors[f"full_{part}"] for part in ("keys", "values", "positions")), strict=True)
         self._full = [FullSlots(keys=keys, values=values, positions=positions) for keys, values, positions in layers]
         self.positions.fill_(-1)
@@ -309,6 +310,21 @@ class Arena:
                 count[page] += 1
         assert count == self._references, "reference counts differ from the sequences' pages"
         assert sorted(self._free_pages) == [p for p, n in enumerate(count) if n == 0], "free list differs from unused pages"
+
+
+def _carved(memory: Tensor, layers: Sequence[Mapping[str, TensorSpec]]) -> list[dict[str, Tensor]]:
+    """Page tensors one after another in one allocation: of many, torch rounds each up on a card, which with a budget of bits is
+    11 % in all. What a page has of a tensor is a multiple of 16 bytes, so all begin at one.
+    """
+    found, start = [], 0
+    for specs in layers:
+        tensors = {}
+        for name, (shape, dtype) in specs.items():
+            stop = start + spec_bytes((shape, dtype))
+            tensors[name] = memory[start:stop].view(dtype).view(shape)
+            start = stop
+        found.append(tensors)
+    return found
 
 
 def _allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

@@ -147,6 +147,7 @@ class HeadMethod(PackedMethod[HeadCodec]):
             return self
         if dropped not in self._at:
             moved = copy(self)
+            moved._at = OrderedDict()  # nothing of a cycle, which would keep the arena until garbage is collected
             moved._runs = [[replace(run, codec=_shifted(run.codec, dropped)) for run in runs] for runs in self._runs]
             self._at[dropped] = moved
         self._at.move_to_end(dropped)

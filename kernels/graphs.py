@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import ClassVar, Protocol
@@ -49,6 +51,28 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own is one for all devices
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Cycles are left for later."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def give_up_pool(device: torch.device, pool: tuple[int, int]) -> None:
+    """Where torch cannot end a capture it goes on allocating for it (mended after 2.11, pytorch #180395): no cached memory is
+    given back from then on, and no graph begun.
+    """
+    with suppress(RuntimeError, AttributeError):  # it has ended it
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        torch._C._cuda_releasePool(device.index or 0, pool)
+
+
 class CudaGraphs:
     """Graphs of one device, captured on a stream of their own, each in memory of its own, which is given back with the graph.
 
@@ -65,15 +89,19 @@ class CudaGraphs:
         """Raises NotCaptured if memory is short, or another thread waits for the whole device."""
         found = work()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        pool = torch.cuda.graph_pool_handle()  # of its own: of one whose graph is gone cuBLAS keeps a part
         try:
-            # memory of its own: of a pool whose graph is gone cuBLAS keeps a part; other threads may allocate meanwhile
             with (
                 self._one_at_a_time,
-                torch.cuda.graph(graph, stream=capture_stream(self._device), capture_error_mode="thread_local"),
+                no_garbage_collection(),  # what it finds may unload a kernel, which ends the capture
+                torch.cuda.graph(  # other threads may allocate meanwhile
+                    graph, pool=pool, stream=capture_stream(self._device), capture_error_mode="thread_local"
+                ),
             ):
                 result = work()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves its own where it cannot end the capture
+            give_up_pool(self._device, pool)
             raise NotCaptured(found, (str(error).splitlines() or [type(error).__name__])[0]) from error
         result.copy_(found)
         return Captured(graph.replay, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -216,6 +217,7 @@ def test_cuda_graphs_launch_before_they_capture(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: seen.append((type(graph), stream)) or nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     capture_stream.cache_clear()
     graphs, launched = CudaGraphs(torch.device("cuda:1"), 512), []
 
@@ -266,25 +268,36 @@ def test_a_step_that_cannot_be_captured_counts_all_the_same(folder: Path, capsys
     assert failing == [False] and len(step._held) == 1
 
 
-def test_torch_is_left_on_the_stream_it_was_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.cuda.graph`` does not leave its stream where it cannot end a capture."""
-    current = ["default"]
+@pytest.mark.parametrize("ended", [False, True])
+def test_torch_is_left_as_it_was_where_it_cannot_end_a_capture(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.cuda.graph`` does not leave its stream, and up to 2.11 goes on allocating for the graph."""
+    current, pools = ["default"], []
 
     @contextmanager
     def graph(graph: object, stream: str, **rest: object) -> Iterator[None]:
+        assert rest["pool"] == (0, 5) and not gc.isenabled()
         current.append(stream)
         yield
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
 
     for name, put in {
         "CUDAGraph": object, "Stream": lambda device: "side", "current_stream": lambda device: current[-1],
-        "set_stream": current.append, "graph": graph,
+        "set_stream": current.append, "graph": graph, "graph_pool_handle": lambda: (0, 5),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, put)
+
+    def end(*which: object) -> None:
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        pools.append(("end", *which))
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *which: pools.append(("release", *which)), raising=False)
     capture_stream.cache_clear()
     with pytest.raises(NotCaptured, match="previous error") as failed:
         CudaGraphs(torch.device("cuda:7"), 512).capture(lambda: torch.ones(1))
     assert current == ["default", "side", "default"] and failed.value.result.item() == 1.0
+    assert pools == ([] if ended else [("end", 7, (0, 5)), ("release", 7, (0, 5))]) and gc.isenabled()
 
 
 @torch.no_grad()
@@ -390,7 +403,11 @@ def test_what_a_graph_reads_is_never_freed() -> None:
     rope, tables = RopeFrequencies(inv_freq=torch.ones(4, dtype=torch.float64), scale=1.0), workspace.Tables()
     short = tables.rope(rope, 128, 10)
     long = tables.rope(rope, 128, 20)
-    assert len(long.turn) == 26 and tables.rope(rope, 128, 10) is short and tables.rope(rope, 128, 20) is long
+    assert len(short.turn) == 16 and len(long.turn) == 26 and tables.rope(rope, 128, 20) is long
+    assert tables.rope(rope, 128, 10) is long, "made anew on a side stream, they could be read before they are done"
+    kept = ref(short)
+    del short
+    assert kept() is not None
     scratch = workspace.Scratch(torch.device("cpu"))
     taken = ref(scratch.take("sums", 8, torch.float32))
     scratch.take("sums", 80, torch.float32)

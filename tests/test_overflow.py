@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from skvq.engine.filters import AttentionSinks, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.overflow import drop_pages
 from skvq.engine.rope import at_positions, shifted
+from skvq.kernels.layout import PAGE_TOKENS
 from skvq.kernels.reference import masked_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -338,3 +341,17 @@ def test_the_command_goes_on_past_the_context(tmp_path: Path) -> None:
     assert "are more than the context of 2,600: they are streamed" in result.stderr
     result = CliRunner().invoke(main, given)
     assert result.exit_code == 2 and "do not fit a context of 2,600" in result.stderr
+
+
+def test_an_engine_that_has_dropped_pages_is_gone_with_its_last_name(tmp_path: Path) -> None:
+    """Memory of its arena is free at once, not when garbage is collected."""
+    engine = tiny_engine(tiny_folder(tmp_path), tiny_cache(), max_context=CONTEXT, on_full="shift")
+    assert engine.parts.setup.method.at(PAGE_TOKENS) is not engine.parts.setup.method, "calibration gave keys no mean"
+    codes = ref(engine.parts.setup.arena.layer(0)["key_codes"])
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert codes() is None
+    finally:
+        gc.enable()

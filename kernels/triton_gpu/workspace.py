@@ -63,7 +63,7 @@ class RopeTables:
 
     def __init__(self, rope: RopeFrequencies, tile: int, tiles: int) -> None:
         self.rope = rope  # held, so that its identity stays its own
-        self.scale = float(rope.scale)
+        self.scale, self.tiles = float(rope.scale), tiles
         count = torch.arange(max(6, tile, tiles), dtype=torch.float64, device=rope.inv_freq.device)
         base = torch.cat([count[:6] * 32, count[:tiles] * tile])[:, None] * rope.inv_freq
         self.turn = torch.cat([base.cos(), base.sin()], 1).float().contiguous()
@@ -82,19 +82,20 @@ class Tables:
 
     def __init__(self) -> None:
         self._metrics: dict[int, tuple[weakref.ref[Tensor], MetricTables]] = {}
-        self._ropes: dict[tuple[int, float, int, int], RopeTables] = {}
+        self._ropes: dict[tuple[int, float, int], list[RopeTables]] = {}  # each longer than the one before
         self._labels: dict[int, tuple[object, LabelTables]] = {}
         self._groups: dict[tuple[int, int], Tensor] = {}
         self._neighbours: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def rope(self, rope: RopeFrequencies, tile: int, tiles: int) -> RopeTables:
-        """Tables of ``tiles`` tiles of ``tile`` tokens."""
-        key = (id(rope.inv_freq), rope.scale, tile, tiles)
-        known = self._ropes.get(key)
-        if known is None:
-            known = RopeTables(rope, tile, tiles)
-            self._ropes[key] = known
-        return known
+        """Tables of at least ``tiles`` tiles of ``tile`` tokens.
+
+        Shorter ones than are known are parts of those: made on a side stream, they could be read before they are done.
+        """
+        known = self._ropes.setdefault((id(rope.inv_freq), rope.scale, tile), [])
+        if not known or known[-1].tiles < tiles:
+            known.append(RopeTables(rope, tile, tiles))
+        return known[-1]
 
     def metric(self, side: HeadSide) -> MetricTables:
         """What the lattice quantizer needs of a side that has a metric."""
