@@ -87,8 +87,11 @@ class TokenEngine:
         self._require_own(sequence)
         begun, pending = bool(sequence.length or sequence.pending), sequence.pending
         ids = [] if begun and is_empty(text) else self.encode(text, bos=not begun)
-        if is_chat(text) and ids[: len(pending)] == pending:  # the end of the answer before, drawn already
-            return ChatIds(ids[len(pending) :])
+        if not is_chat(text) or not pending:
+            return ids
+        blank = next((n for n, token in enumerate(ids) if not self.parts.tokenizer.token_bytes(token).isspace()), 0)
+        if ids[blank : blank + len(pending)] == pending:  # the end of the answer before, drawn already, after Llama 2's space
+            return ChatIds(ids[blank + len(pending) :])
         return ids
 
     def decode(self, ids: Ids) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,13 @@ def declared_tokens(options: Fields) -> dict[int, AddedToken]:
     return found
 
 
-def listed_tokens(folder: Path) -> dict[int, AddedToken]:
-    """added_tokens.json, by id: older files, which say nothing else of a token."""
+def listed_tokens(folder: Path, special: Container[str]) -> dict[int, AddedToken]:
+    """added_tokens.json, by id: older files, which say nothing else of a token; those in ``special`` are."""
     path = folder / "added_tokens.json"
     listed = read_json(path).data.items() if path.is_file() else ()
     return {
-        require_id(index, text, str(path)): AddedToken(require_unicode(text, str(path)), special=True) for text, index in listed
+        require_id(index, text, str(path)): AddedToken(require_unicode(text, str(path)), special=text in special)
+        for text, index in listed
     }
 
 

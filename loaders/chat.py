@@ -58,7 +58,13 @@ def render_chat(
     environment.globals["strftime_now"] = _strftime_now
     names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **given}
     try:
-        return environment.from_string(template).render(messages=plain, **names)
+        text = environment.from_string(template).render(messages=plain, **names)
+        if _reads(text, plain):
+            return text
+        with suppress(Exception):  # one that reads parts, as Llama Guard 3's does, and finds none in a string
+            in_parts = environment.from_string(template).render(messages=[_in_parts(message) for message in plain], **names)
+            return in_parts if _reads(in_parts, plain) else text
+        return text
     except Exception as error:
         if any("content" not in message for message in plain):
             with suppress(Exception):  # a template that asks for ``content is none``
@@ -107,6 +113,17 @@ def _plain(index: int, message: object) -> dict[str, Any]:
                 f"chat message {index} holds {str(part)[:80]!r}: this engine reads text, {{'type': 'text', 'text': ...}}"
             )
     return {**message, "content": "".join(map(str, texts))}
+
+
+def _reads(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a rendered conversation holds the beginning of what each user said."""
+    said = (str(message["content"]).split(maxsplit=1) for message in messages if message["role"] == "user")
+    return all(not words or words[0] in text for words in said)
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(message)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -27,6 +27,8 @@ CODES = (".qweight", ".weight_packed")
 """Ends of names of quantized matrices."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OTHER_NAMES = ("gptq_model*.safetensors", "weights*.safetensors")
+"""How AutoGPTQ and early versions of MLX call theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,9 @@ def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
         return {SINGLE: ()}
     if (folder / INDEX).is_file():
         return _indexed_shards(folder / INDEX)
+    others = [path.name for pattern in OTHER_NAMES for path in folder.glob(pattern)]
+    if len(others) == 1:
+        return {others[0]: ()}
     pickled = sorted(folder.glob("pytorch_model*.bin")) + sorted(folder.glob("*.pth"))
     hint = (
         f"{pickled[0].name} is a pickle, which this engine never opens: convert it to safetensors"

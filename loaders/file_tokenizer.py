@@ -17,13 +17,13 @@ from skvq.loaders.text import Message, decode_ids
 class TokenizerSettings:
     """What a model's files say besides the vocabulary.
 
-    adds_bos: whether a text begins with ``bos_token_id``; special_tokens: name -> spelling, for the chat template;
-    model_vocab: rows of the model's embedding: a larger id would read past its end.
+    before_text: ids that a text begins with, such as ``(bos_token_id,)``; special_tokens: name -> spelling, for the chat
+    template; model_vocab: rows of the model's embedding: a larger id would read past its end.
     """
 
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    adds_bos: bool
+    before_text: tuple[int, ...]
     chat_template: str | None
     model_vocab: int
     where: str
@@ -80,8 +80,8 @@ class FileTokenizer(ABC):
             if not is_failure(error):
                 raise
             raise self._not_encoded(text, error) from error
-        if bos and settings.adds_bos and settings.bos_token_id is not None:
-            ids = [settings.bos_token_id, *ids]
+        if bos:
+            ids = [*settings.before_text, *ids]
         if ids and max(ids) >= settings.model_vocab:
             raise ModelError(
                 f"{settings.where}: the text needs token id {max(ids)}, but the model has {settings.model_vocab} tokens: "

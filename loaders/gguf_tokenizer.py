@@ -82,7 +82,7 @@ def build_tokenizer(fields: Fields, config: ModelConfig) -> FastTokenizer:
     elif kind == "llama":
         scores = _scores(fields, len(tokens))
         prefix = fields.flag("tokenizer.ggml.add_space_prefix", True)
-        adds_bos, build = True, partial(_sentencepiece, tokens, kinds, scores, prefix)
+        adds_bos, build = True, partial(_sentencepiece, tokens, kinds, scores, _space_of(tokens, kinds) if prefix else "never")
     else:
         raise ModelError(f"{fields.where}: unknown tokenizer {kind[:80]!r}; known: gpt2, llama")
     with read_by_library(f"{fields.where}: its {len(tokens)} tokens do not form a vocabulary"):
@@ -129,7 +129,16 @@ def _byte_level(tokens: list[str], merges: list[tuple[str, str]], rules: _Rules)
     return pipeline
 
 
-def _sentencepiece(tokens: list[str], kinds: Any, scores: Any, prefix: bool) -> Pipeline:
+def _space_of(tokens: list[str], kinds: Any) -> str:
+    """Where a space goes before text: wherever a special token has cut it (``always``), or only at its start (``first``), as
+    with Mistral's since instructions have tokens of their own (``legacy: false`` in its folders; GGUF files do not tell).
+    """
+    instruction = tokens.index("[INST]") if "[INST]" in tokens else None
+    return "first" if instruction is not None and kinds[instruction] == CONTROL else "always"
+
+
+def _sentencepiece(tokens: list[str], kinds: Any, scores: Any, prefix: str) -> Pipeline:
+    """``prefix``: where a space goes before text, ``always``, ``first`` or ``never``."""
     vocab = {token: index for index, token in enumerate(tokens)}
     mergeable = {token: index for token, index in vocab.items() if kinds[index] == NORMAL}
     unknown = np.flatnonzero(kinds == UNKNOWN)
@@ -142,9 +151,11 @@ def _sentencepiece(tokens: list[str], kinds: Any, scores: Any, prefix: bool) -> 
     )
     pipeline = Pipeline(model)
     spaces = normalizers.Replace(" ", SPACE)
-    pipeline.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    pipeline.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix == "always" else spaces
+    if prefix == "first":
+        pipeline.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    pipeline.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    pipeline.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix != "never" else steps)
     return pipeline
 
 
@@ -156,7 +167,7 @@ def _settings(fields: Fields, config: ModelConfig, tokens: list[str], adds_bos: 
     return TokenizerSettings(
         bos_token_id=config.bos_token_id,
         eos_token_ids=config.eos_token_ids,
-        adds_bos=adds_bos,
+        before_text=(config.bos_token_id,) if adds_bos and config.bos_token_id is not None else (),
         chat_template=fields.text("tokenizer.chat_template") if has_template else None,
         model_vocab=config.vocab_size,
         where=fields.where,

@@ -13,7 +13,7 @@ from typing import Any
 from skvq.engine.errors import ModelError, nearest
 from skvq.engine.model_config import ModelConfig
 from skvq.kernels.ggml.formats import FORMATS
-from skvq.loaders.checkpoint import weight_files
+from skvq.loaders.checkpoint import OTHER_NAMES, weight_files
 from skvq.loaders.fields import reason, shorten
 from skvq.loaders.gguf_file import gguf_config
 from skvq.loaders.hf import read_config
@@ -25,7 +25,7 @@ from skvq.loaders.rounded import ROUNDED
 
 __all__ = ["ALIASES", "ModelFiles", "ModelRow", "config_of", "list_models", "resolve"]
 
-PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "model*.safetensors")
+PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "model*.safetensors", *OTHER_NAMES)
 """What is fetched of a repository: no pickles, no code, no second copy of the weights in another format."""
 
 OFFLINE = "downloads are switched off"

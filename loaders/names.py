@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 
@@ -13,6 +14,11 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.masked_bias")
 """Buffers that older checkpoints saved along with the weights; the engine computes them itself."""
+KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".prob_scale", ".k_zero_point", ".v_zero_point")
+"""Scales for a cache of another kind than this engine's."""
+
+STACKED_EXPERTS = re.compile(r"\.mlp\.(switch_mlp\.|experts\.(gate_up|down)_proj)")
+"""How MLX and `transformers` 5 name the matrices of all experts of a layer."""
 
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "visual.")
 
@@ -145,8 +151,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_harmless_extra(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor may lie in a checkpoint without being used: RoPE buffers, and the head where it is tied."""
-    return name.endswith(HARMLESS_SUFFIXES) or (config.tie_embeddings and name == HEAD)
+    """Whether a checkpoint may have a tensor that is not used: RoPE buffers, a cache's scales, the head where it is tied."""
+    return name.endswith((*HARMLESS_SUFFIXES, *KV_SCALES)) or (config.tie_embeddings and name == HEAD)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
@@ -154,6 +160,11 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, wher
     expected = expected_shapes(config)
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and not is_harmless_extra(name, config)]
+    if stacked := next((name for name in extra if STACKED_EXPERTS.search(name)), None):
+        raise ModelError(
+            f"{where}: {stacked} holds all experts of a layer, which is not read: use a checkpoint with a tensor for each expert, "
+            "or a GGUF file"
+        )
     wrong = [
         f"{name} is {list(found[name])}, the config says {list(shape)}"
         for name, shape in expected.items()

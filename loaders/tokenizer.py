@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as Pipeline
 
@@ -47,12 +46,25 @@ def _from_json(folder: Path, config: ModelConfig) -> FileTokenizer:
     special = {name: token.content for name, token in named.items()}
     pipeline = read_pipeline(path)
     more = [*named.values(), *nameless_tokens(options)]
-    pipeline = with_tokens(pipeline, declared_tokens(options), listed_tokens(folder), more, options.where)
+    listed = listed_tokens(folder, {token.content for token in more})
+    pipeline = with_tokens(pipeline, declared_tokens(options), listed, more, options.where)
     bos = pipeline.token_to_id(special["bos_token"]) if "bos_token" in special else config.bos_token_id
     eos = pipeline.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    first = pipeline.encode("", add_special_tokens=True).ids[:1]
-    adds_bos = options.flag("add_bos_token", bool(first) and first[0] == bos)
-    return FastTokenizer(pipeline, _settings(folder, config, options, special, bos, eos, adds_bos))
+    before = _before_text(pipeline)
+    if before in ((), (bos,)):
+        before = _if(options.flag("add_bos_token", bool(before)), bos)
+    return FastTokenizer(pipeline, _settings(folder, config, options, special, bos, eos, before))
+
+
+def _before_text(pipeline: Pipeline) -> tuple[int, ...]:
+    """What its post-processor writes before a text: BOS, or GLM's two tokens."""
+    plain, whole = (pipeline.encode("a", add_special_tokens=special).ids for special in (False, True))
+    places = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
+    return tuple(whole[: places[0]]) if plain and places else ()
+
+
+def _if(wanted: bool, bos: int | None) -> tuple[int, ...]:
+    return (bos,) if wanted and bos is not None else ()
 
 
 def read_pipeline(path: Path) -> Pipeline:
@@ -72,15 +84,15 @@ def _from_sentencepiece(folder: Path, config: ModelConfig) -> FileTokenizer:
     legacy = options.flag("legacy", True)
     processor, pieces = open_sentencepiece(folder / "tokenizer.model", prefixes=legacy)
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-    added = listed_tokens(folder) | declared_tokens(options)
+    special_texts = {token.content for token in (*special_tokens(options).values(), *nameless_tokens(options))}
+    added = listed_tokens(folder, special_texts) | declared_tokens(options)
     known = {piece: index for index, piece in enumerate(pieces)} | {token.content: index for index, token in added.items()}
     named = {name: token.content for name, token in special_tokens(options).items()}
     ids |= {name: known[text] for name, text in named.items() if text in known}
     special = {name: pieces[index] for name, index in ids.items() if 0 <= index < len(pieces)} | named
     bos = ids["bos_token"] if ids["bos_token"] >= 0 else None
     eos = ids["eos_token"] if ids["eos_token"] >= 0 else None
-    adds_bos = options.flag("add_bos_token", True)
-    settings = _settings(folder, config, options, special, bos, eos, adds_bos)
+    settings = _settings(folder, config, options, special, bos, eos, _if(options.flag("add_bos_token", True), bos))
     prefix = " " if not legacy and options.flag("add_prefix_space", True) else ""
     return SentencePieceTokenizer(processor, pieces, added, settings, prefix=prefix)
 
@@ -89,7 +101,7 @@ def _from_tekken(folder: Path, config: ModelConfig) -> FileTokenizer:
     pipeline, template = read_tekken(folder / "tekken.json")
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     bos, eos = (pipeline.token_to_id(special[name]) for name in ("bos_token", "eos_token"))
-    settings = _settings(folder, config, _options(folder), special, bos, eos, adds_bos=True)
+    settings = _settings(folder, config, _options(folder), special, bos, eos, _if(True, bos))
     return FastTokenizer(pipeline, replace(settings, chat_template=settings.chat_template or template))
 
 
@@ -100,13 +112,13 @@ def _settings(
     special: Mapping[str, str],
     bos: int | None,
     eos: int | None,
-    adds_bos: bool,
+    before_text: tuple[int, ...],
 ) -> TokenizerSettings:
     ids = (*config.eos_token_ids, *(() if eos is None else (eos,)))
     return TokenizerSettings(
         bos_token_id=bos,
         eos_token_ids=tuple(dict.fromkeys(ids)),
-        adds_bos=adds_bos,
+        before_text=before_text,
         chat_template=_chat_template(folder, options),
         model_vocab=config.vocab_size,
         where=str(folder),
@@ -115,11 +127,15 @@ def _settings(
 
 
 def _options(folder: Path) -> Fields:
-    """tokenizer_config.json; special_tokens_map.json fills in what it lacks; empty where neither exists."""
-    merged: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            merged |= {key: value for key, value in read_json(folder / name).data.items() if value is not None}
+    """tokenizer_config.json; special_tokens_map.json fills in what it lacks and, as in `transformers`, overrules it where it
+    declares no added tokens; empty where neither exists."""
+    config, names = (
+        {key: value for key, value in read_json(folder / name).data.items() if value not in (None, "")}
+        if (folder / name).is_file()
+        else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    merged = names | config if "added_tokens_decoder" in config else config | names
     return Fields(merged, str(folder / "tokenizer_config.json"))
 
 

@@ -495,6 +495,21 @@ def test_a_first_space_is_of_the_answer_unless_a_text_begins_with_it(engine: Eng
             assert engine.generate("", SAMPLING, sequence=sequence).startswith(" ") == space, "what was read has the say"
 
 
+def test_an_end_that_was_drawn_is_not_read_again_with_a_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turn begins with it, in Llama 2's own template after a space; other tokens before it are part of the turn."""
+    tokenizer, turn, spelled = engine.parts.tokenizer, [9, 8, 7, 3], {9: b" ", 8: b"\n ", 7: b"", 6: b"", 3: b"x"}
+    monkeypatch.setattr(type(tokenizer), "encode_turn", lambda self, messages: list(turn))
+    monkeypatch.setattr(type(tokenizer), "token_bytes", lambda self, token: spelled[token])
+    chat = [{"role": "user", "content": "Go on."}]
+    with engine.prefill(TEXT) as sequence:
+        for begins, pending, left in (
+            ([9, 8, 7, 3], [7], [3]), ([7, 3], [7], [3]), ([9, 7, 3], [3], [9, 7, 3]), ([6, 7, 3], [7], [6, 7, 3]),
+            ([9, 9], [7], [9, 9]), ([9, 7, 3], [], [9, 7, 3]),
+        ):  # fmt: skip
+            turn[:], sequence.pending = begins, pending
+            assert engine.encode_after(chat, sequence) == left, (begins, pending)
+
+
 def whole_and_parts(engine: Engine, cut: int, temperature: float = 1.0) -> tuple[str, str]:
     """An answer of 12 tokens, and the same cut in two."""
     with engine.prefill(TEXT) as one, engine.prefill(TEXT) as two:

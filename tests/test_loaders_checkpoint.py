@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from skvq.engine.errors import SkvqError
-from skvq.loaders.checkpoint import SafetensorsSource
+from skvq.loaders.checkpoint import SafetensorsSource, weight_files
 from skvq.loaders.names import check_shapes, expected_shapes
 from skvq.loaders.source import NEWER, check_finite, fingerprint_of
 
@@ -258,3 +259,27 @@ def test_arbitrary_bytes_raise_only_our_error(
     path, _ = small_file(tmp_path_factory.mktemp("bytes"))
     path.write_bytes(data if length is None else struct.pack("<Q", length) + data)
     refused(lambda: SafetensorsSource(path.parent), "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "weights.00.safetensors"])
+def test_a_lone_file_under_another_name_is_the_model(tmp_path: Path, name: str) -> None:
+    config = tiny_config()
+    write_checkpoint(tmp_path, config, random_weights(config))
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    assert weight_files(tmp_path) == {name: ()}
+    shutil.copy(tmp_path / name, tmp_path / "weights.01.safetensors")
+    refused(lambda: weight_files(tmp_path), "holds neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_scales_of_another_engine_s_cache_are_left_alone(tmp_path: Path) -> None:
+    config = tiny_config()
+    scales = {f"model.layers.0.self_attn.{side}_scale": torch.ones(1) for side in ("k", "v")}
+    write_checkpoint(tmp_path, config, random_weights(config) | scales)
+    assert SafetensorsSource(tmp_path).config == config
+
+
+@pytest.mark.parametrize("name", ["switch_mlp.gate_proj.weight", "experts.gate_up_proj"])
+def test_experts_in_one_tensor_are_named(tmp_path: Path, name: str) -> None:
+    config = tiny_config()
+    write_checkpoint(tmp_path, config, random_weights(config) | {f"model.layers.0.mlp.{name}": torch.ones(4, 2, 2)})
+    refused(lambda: SafetensorsSource(tmp_path), f"mlp.{name} holds all experts of a layer", "a tensor for each expert")

@@ -271,6 +271,30 @@ def test_the_first_token_follows_the_model_s_own_rule(tmp_path: Path, option: bo
     assert ours.encode("quick", bos=False)[0] != ours.bos_token_id
 
 
+def test_all_that_a_post_processor_writes_before_a_text(tmp_path: Path) -> None:
+    """As GLM-4's two tokens; what it writes behind is left out."""
+    pipeline = byte_level_pipeline()
+    ids = [(token, pipeline.token_to_id(token)) for token in ("<s>", "</s>")]
+    pipeline.post_processor = processors.TemplateProcessing(single="<s> </s> $A </s>", special_tokens=ids)
+    save_folder(tmp_path, pipeline, {"add_bos_token": False})
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("ab") == [ids[0][1], ids[1][1], *ours.encode("ab", bos=False)]
+
+
+@pytest.mark.parametrize("declares", [False, True])
+def test_which_file_names_the_end(tmp_path: Path, declares: bool) -> None:
+    """special_tokens_map.json, as in transformers, unless tokenizer_config.json declares added tokens; an empty name is none of
+    them."""
+    pipeline = byte_level_pipeline()
+    pipeline.add_special_tokens(["<a>", "<b>"])
+    declared = {"added_tokens_decoder": {}} if declares else {}
+    save_folder(tmp_path, pipeline, {"eos_token": "<a>", "bos_token": "", **declared})
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<b>", "bos_token": "<a>"}))
+    ours = load_tokenizer(tmp_path)
+    assert ours.eos_token_ids[-1] == pipeline.token_to_id("<a>" if declares else "<b>")
+    assert ours.bos_token_id == pipeline.token_to_id("<a>")
+
+
 def test_without_a_rule_nothing_is_added(tmp_path: Path) -> None:
     ours = load_tokenizer(save_folder(tmp_path, byte_level_pipeline()).path)
     assert ours.encode("quick") == ours.encode("quick", bos=False)
@@ -415,6 +439,26 @@ def test_templates_whose_name_is_none_are_left_out(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).chat_template == CHATML
 
 
+READS_PARTS = [
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}",
+    "{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join }}",
+    "{{ m.content[0]['text'] }}",
+]
+
+
+@pytest.mark.parametrize("reads", READS_PARTS)
+def test_a_template_that_reads_parts_is_given_parts(reads: str) -> None:
+    """As Llama Guard 3's, which would judge an empty conversation."""
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}: {reads};{{% endfor %}}"
+    said = [{"role": r, "content": c} for r, c in (("user", "Hi there."), ("assistant", "Hello."), ("user", "Bye?"))]
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in said]
+    for messages in (said, in_parts):
+        assert (
+            render_chat(template, messages, {}, add_generation_prompt=True) == "user: Hi there.;assistant: Hello.;user: Bye?;"
+        )
+    assert render_turn(template, said[2:], {}) == ";user: Bye?;"
+
+
 def test_content_in_parts_is_their_text() -> None:
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
     first, second = ([{"role": "user", "content": content}] for content in (parts, "Be brief."))
@@ -469,6 +513,23 @@ def test_sentencepiece_files_and_gguf_vocabularies_equal_sentencepiece(
     assert built.decode(want) == file.decode(want)
 
 
+def test_where_instructions_are_tokens_only_the_first_text_has_a_space(spm_model: bytes) -> None:
+    """As in Mistral's vocabularies from v0.3 on; with ``[INST]`` as text every piece has one."""
+    fields = spm_fields(spm_model)
+    tokens, kinds = list(fields.data["tokenizer.ggml.tokens"]), fields.data["tokenizer.ggml.token_type"].copy()
+    place = next(index for index, kind in enumerate(kinds) if kind == 1 and index > 300)
+    tokens[place], kinds[place] = "[INST]", 3
+    changed = {**fields.data, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    named = build_tokenizer(Fields(changed, fields.where), tiny_config())
+    plain = build_tokenizer(fields, tiny_config())
+    first, later = plain.encode("the quick", bos=False), plain.encode("</s>the quick", bos=False)[1:]
+    assert later == first
+    assert named.encode("the quick", bos=False) == first
+    assert (
+        named.encode("[INST] the quick", bos=False) == [place, *first] and named.encode("[INST]the", bos=False)[1:] != first[:1]
+    )
+
+
 def test_special_tokens_are_parsed_in_sentencepiece_chats(spm_folder: ModelFiles, spm_model: bytes) -> None:
     file, built = load_tokenizer(spm_folder.path), build_tokenizer(spm_fields(spm_model), tiny_config())
     ids = file.encode_chat(TURNS)
@@ -482,6 +543,7 @@ def test_tokens_added_to_a_sentencepiece_model(spm_folder: ModelFiles, spm_model
     size = sentencepiece.SentencePieceProcessor(model_proto=spm_model).get_piece_size()
     write_config(folder, tiny_config(vocab_size=size + 3))
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<|im_start|>"]}))
     later = {str(size + 1): {"content": "<|im_end|>", "special": True}, str(size + 2): {"content": "<call>", "special": False}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": later, "eos_token": "<|im_end|>"}))
     plain, ours = load_tokenizer(spm_folder.path), load_tokenizer(folder)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skvq.engine.errors import ModelError
 from skvq.kernels.ggml.formats import BLOCK, FORMATS
-from skvq.loaders.names import stacks
+from skvq.loaders.names import KV_SCALES, stacks
 from skvq.loaders.quantized.integers import ORDERS
 from skvq.loaders.quantized.scheme import Part, Scheme
 from skvq.loaders.source import QuantizedBlocks
@@ -21,8 +21,6 @@ GPU_ORDER = "weight_format"
 """Of bitsandbytes: 0, or the order in which some GPU wanted int8 weights."""
 LEFT = (GPU_ORDER, "weight_shape", "input_scale", "output_scale", "activation_scale", "input_scale_ub", "input_zero_point")
 """Scales of 8-bit activations, and what the tensors' own shapes say."""
-KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".prob_scale", ".k_zero_point", ".v_zero_point")
-"""Of another engine's cache."""
 NO_BIAS = "bias"
 """Some libraries write one, of zeros, that the model does not have."""
 
