@@ -162,7 +162,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, wher
     extra = [name for name in found if name not in expected and not is_harmless_extra(name, config)]
     if stacked := next((name for name in extra if STACKED_EXPERTS.search(name)), None):
         raise ModelError(
-            f"{where}: {stacked} holds all experts of a layer, which is not read: use a checkpoint with a tensor for each expert, "
+            f"{where}: {stacked} holds all experts of a layer, which is not read: use a checkpoint with a tensor for each, "
             "or a GGUF file"
         )
     wrong = [
