@@ -98,6 +98,7 @@ def test_attention_in_other_forms(arch: int, method: str, options: dict[str, Any
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # ten minutes alone, twenty beside others
 def test_attention_in_every_format(arch: int) -> None:
     for key_bits, value_bits, group_size, size in formats():
         check_attend("heads", key_bits=key_bits, value_bits=value_bits, group_size=group_size, size=size, packed=(2,))
