@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ggml_fixtures import blocks_of
 from torch import Tensor
 
 from skvq.kernels.ggml.formats import BLOCK, FORMATS
+from skvq.kernels.numba_cpu import permission
 from skvq.kernels.numba_cpu.amx import SIDE, STEP, TILE
 from skvq.kernels.numba_cpu.amx_linear import SLICE, SPLIT
 from skvq.kernels.numba_cpu.block_matrix import BlockMatrix
@@ -111,3 +113,13 @@ def test_it_can_be_turned_off() -> None:
         [sys.executable, "-c", code], env=os.environ | {"SKVQ_AMX": "0"}, capture_output=True, text=True, check=True
     )
     assert run.stdout == "False\n", run.stderr
+
+
+def test_where_the_system_refuses_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(permission, "compiles_tiles", lambda: True)
+    monkeypatch.setattr(permission.ctypes, "CDLL", lambda name: SimpleNamespace(syscall=lambda *numbers: -1))
+    permission.has_amx.cache_clear()
+    assert [permission.has_amx(), permission.has_amx()] == [False, False]
+    permission.has_amx.cache_clear()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the system does not let this process use it" in said

@@ -97,7 +97,7 @@ def values_to_tiles(job, work, values, count, to):
 
 
 def _exp2(context, builder, x):
-    """2^x of sixteen x <= 0 within 2e-7; 0 far below, and of -infinity."""
+    """2^x of sixteen finite x <= 0 within 2e-7; 0 far below."""
     if "+avx512f" not in host_features(context):
         return exp2(builder, x)
     module, zero = builder.module, ir.Constant(FLOATS, None)
