@@ -31,12 +31,15 @@ Progress = Callable[[float], None]
 
 
 def texts_of(ids: Sequence[int], tokens: int) -> Tensor:
-    """The first ``tokens`` ids cut into texts of TEXT_TOKENS: int64 [S, T]."""
+    """The first ``tokens`` ids cut into texts of equal length, at most TEXT_TOKENS: int64 [S, T].
+
+    Fewer than S tokens are left over.
+    """
     ids = ids[:tokens]
-    length = min(TEXT_TOKENS, len(ids))
-    if length < 32:
+    if len(ids) < 32:
         raise CalibrationError(f"the calibration text has {len(ids)} tokens, at least 32 are needed: give a longer --text")
-    count = len(ids) // length
+    count = -(-len(ids) // TEXT_TOKENS)
+    length = len(ids) // count
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 

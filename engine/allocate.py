@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,10 +62,13 @@ def as_layer_bits(chosen: Sequence[float], heads: int) -> tuple[LayerWidths, ...
     return tuple(layer[0] if len(set(layer)) == 1 else layer for layer in layers)
 
 
-def fullest(items: int, widths: Sequence[float], code_bits: float) -> tuple[float, ...]:
+@functools.cache
+def fullest(items: int, widths: tuple[float, ...], code_bits: float) -> tuple[float, ...]:
     """Widths of ``items`` items that together store as much as any choice within ``code_bits`` on average.
 
-    >>> fullest(4, [2.0, 3.0], 2.6)
+    Every plan of a search for the largest context asks for the same.
+
+    >>> fullest(4, (2.0, 3.0), 2.6)
     (3.0, 3.0, 2.0, 2.0)
     """
     return choose_bits([[-float(in_steps(bits)) for bits in widths]] * items, widths, code_bits)

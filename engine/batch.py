@@ -271,11 +271,11 @@ class Batch:
     def _fits(self, needed: int, *, in_place: bool) -> bool:
         """Whether there are so many pages beside those that others have yet to take, and, but ``in_place``, a sequence."""
         arena = self._engine.parts.setup.arena
-        for going, (sequence, most) in self._going.items():
-            kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
-            pages = sequence.pages[kept : pages_for(sequence.packed)] if sequence.alive else []
-            needed += max(0, most - len(sequence.pages)) + arena.shared_by_sequences(pages)
-        with self._engine.lock:
+        with self._engine.lock:  # others change what sequences and the store of prefixes hold
+            for going, (sequence, most) in self._going.items():
+                kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
+                pages = sequence.pages[kept : pages_for(sequence.packed)] if sequence.alive else []
+                needed += max(0, most - len(sequence.pages)) + arena.shared_by_sequences(pages)
             return arena.free_pages >= needed and (arena.free_sequences > 0 or in_place)
 
     def _begin(self, request: Request) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 
-from skvq.calibrate.budget import budget_work, calibrate_budget
+import torch
+
+from skvq.calibrate.budget import budget_work, calibrate_budget, candidates
 from skvq.calibrate.corpus import BUILT_IN, built_in_corpus
 from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.run import calibrate, rehearse, texts_of
 from skvq.calibrate.sensitivity import PROBE_STEP, PROBE_TOKENS
 from skvq.calibrate.stats import SAMPLE_TEXTS
 from skvq.engine.chunks import TrueDistances
-from skvq.engine.codecs import check_tensors
+from skvq.engine.codecs import check_tensors, tensor_shapes
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError, CapacityError, OptionError, SkvqError, counted
 from skvq.engine.identity import rope_digest
@@ -35,6 +38,7 @@ from skvq.loaders.artifact import (
 )
 from skvq.loaders.files import cache_folder, require_writable
 
+CPU = torch.device("cpu")
 RECIPE = 2
 """Goes up when the same text would give another calibration: those kept from before are then made anew."""
 DEFAULT_TOKENS = 8192
@@ -53,13 +57,16 @@ def make_artifact(
     """
     model, rope, backend = loaded.model, replace(loaded.rope, distances=TrueDistances()), loaded.backend
     texts = texts_of(ids, header.tokens)
+    header = replace(header, tokens=texts.numel())
     count, length = texts.shape
-    needed, left = work_bytes(model.config, cache, count, length, model.dtype.itemsize), available_memory(model.device)
-    if needed > left:
-        raise CapacityError(
-            f"a calibration takes about {gib(needed)} beside the model, only {gib(left)} is available: make one where there is "
-            "more (skvq calibrate) and pass its file (--calibration), or use --method fp"
-        )
+    needed = {model.device: work_bytes(model.config, cache, count, length, model.dtype.itemsize)}
+    needed[CPU] = needed.get(CPU, 0) + kept_bytes(model.config, cache)
+    for device, nbytes in needed.items():
+        if nbytes > (left := available_memory(device)):
+            raise CapacityError(
+                f"a calibration takes about {gib(nbytes)} beside the model, only {gib(left)} is available: make one where "
+                "there is more (skvq calibrate) and pass its file (--calibration), or use --method fp"
+            )
     outliers = OutlierTokens(texts)
     rehearse(model, rope, texts, cache, backend)
     if cache.is_open:
@@ -96,26 +103,37 @@ def work_bytes(model: ModelConfig, cache: CacheConfig, texts: int, tokens: int, 
     return tokens * computed_numbers(model) * max(size, 4) + int(FITS[cache.method] * statistics) + answers + LIBRARIES
 
 
+def kept_bytes(model: ModelConfig, cache: CacheConfig) -> int:
+    """What it holds in host memory at its end: tensors of all layers, at each width while a budget is spent, and twice those of
+    the file, stacked and as they are written."""
+    widths = len(candidates(cache.code_bits)) if cache.is_open else 1
+    return (widths + 2) * 4 * sum(map(prod, tensor_shapes(cache, model).values()))
+
+
+MOST_SEED = 2**32 - 1
+"""Of scikit-learn's clustering."""
+
+
 def calibrate_to(
     path: Path,
     loaded: LoadedModel,
     cache: CacheConfig,
-    ids: list[int],
+    corpus: str,
     *,
     corpus_name: str,
     tokens: int,
     seed: int,
     report: Reporter,
 ) -> ArtifactHeader:
-    """Calibrate on the first ``tokens`` of ``ids`` and write the file; what cannot be done is refused before the work."""
+    """Calibrate on the first ``tokens`` of a text and write the file; what cannot be done is refused before the work."""
     cache = cache.fitted(loaded.model.config)
     if not cache.is_packed:
         raise OptionError("method 'fp' keeps 16 bits and needs no calibration")
-    for what, number, least in (("tokens", tokens, 1), ("seed", seed, 0)):
-        if not is_whole(number) or number < least:
-            raise OptionError(f"{what} must be a whole number from {least} on, got {number!r}")
+    for what, number, least, most in (("tokens", tokens, 1, 2**31 - 1), ("seed", seed, 0, MOST_SEED)):
+        if not is_whole(number) or not least <= number <= most:
+            raise OptionError(f"{what} must be a whole number from {least} to {most:,}, got {number!r}")
     require_replaceable(path)
-    ids = ids[:tokens]
+    ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
     if len(ids) < min(tokens, LEAST_TOKENS):
         raise OptionError(
             f"the corpus, {corpus_name}, has {counted(len(ids), 'token')}: give a text of at least {LEAST_TOKENS}"

@@ -296,8 +296,7 @@ class Engine(TokenEngine):
         require_type("cache", cache, CacheConfig)
         require_type("corpus", corpus, str)
         require_type("corpus_name", corpus_name, str)
-        loaded = self.parts.loaded
-        ids = loaded.tokenizer.encode(corpus, bos=False)
         return calibrate_to(
-            path_of("output", output), loaded, cache, ids, corpus_name=corpus_name, tokens=tokens, seed=seed, report=self.report
-        )
+            path_of("output", output), self.parts.loaded, cache, corpus,
+            corpus_name=corpus_name, tokens=tokens, seed=seed, report=self.report,
+        )  # fmt: skip

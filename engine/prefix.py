@@ -45,6 +45,10 @@ class Prefixes:
         return []
 
 
+AT = "at"
+"""Which slots a copy holds, int64."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     page: int
@@ -141,14 +145,19 @@ class PagePrefixes(Prefixes):
             self._entries.move_to_end(key)
 
     def _retained(self, sequence: SequenceCache) -> dict[str, Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._slots(sequence).items()}
+        """Slots that hold a token in any layer, and which they are: rules have room for many more than they keep."""
+        slots = self._slots(sequence)
+        at = (slots["full_positions"] >= 0).any(0).nonzero()[:, 0]
+        return {AT: at.cpu()} | {name: t.index_select(t.dim() // 2, at).cpu() for name, t in slots.items()}
 
     def _restore(self, sequence: SequenceCache, retained: dict[str, Tensor], count: int) -> None:
         """Retained tokens before position ``count``: a rule fills its slots in order of position, so these were the first."""
         slots = self._slots(sequence)
-        for name, target in slots.items():
-            target.copy_(retained[name])
         positions = slots["full_positions"]
+        positions.fill_(-1)
+        at = retained[AT].to(positions.device)
+        for name, target in slots.items():
+            target.index_copy_(target.dim() // 2, at, retained[name].to(target.device))
         positions.masked_fill_(positions >= count, -1)
 
     def _slots(self, sequence: SequenceCache) -> dict[str, Tensor]:

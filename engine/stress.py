@@ -138,7 +138,8 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
     shape, device = sequence.setup.arena.shape, sequence.page_row.device
     last = sequence.length + count
     sequence.setup.require(sequence.length, count)
-    sequence.filled = True
+    sequence.setup.arena.require_pages(max(0, pages_for(sequence.packed_after(count)) - len(sequence.pages)))
+    sequence.filled |= count > 0
     generator = seeded(seed)
     numbers = seeded(seed + 1, device)  # where they are packed: a host draws a hundredth as fast as a card
     size = (min(count, PIECE_TOKENS), shape.kv_heads, shape.head_size)

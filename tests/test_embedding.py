@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -575,3 +576,43 @@ def test_logits_of_reading_and_of_a_step_are_the_callers_own(engine: Engine) -> 
 def test_scores_are_tensors_of_the_callers_own(engine: Engine) -> None:
     engine.logits(list(range(9))).add_(1)
     engine.nll(list(range(9))).add_(1)
+
+
+def test_a_fill_that_does_not_fit_writes_nothing(folder: Path) -> None:
+    """Nor does one of no tokens make a sequence one that no model has read."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=12000, max_sequences=2)
+    first, second = engine.new_sequence(), engine.new_sequence()
+    engine.fill(second, 0)
+    assert not second.filled
+    arena = engine.parts.setup.arena
+    held = [arena.new_page() for _ in range(arena.unused_pages - 2)]
+    with pytest.raises(CapacityError, match="pages of 1280 tokens are in use"):
+        engine.fill(first, 11000)
+    assert first.length == 0 and not first.pages and not first.filled
+    for page in held:
+        arena.release(page)
+    engine.fill(first, 11000)
+    assert first.length == 11000 and first.filled
+
+
+def test_a_batch_asks_for_room_while_others_read(folder: Path) -> None:
+    """The store of prefixes is looked through under the engine's lock: it would change meanwhile."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=4000, max_sequences=4)
+    with engine.batch() as batch, engine.prefill(TEXT) as sequence:
+        batch.add("", SamplingConfig(max_new_tokens=3, ignore_eos=True), sequence=sequence)
+        batch.step()
+        asked: list[bool] = []
+        shared = engine.parts.setup.arena.shared_by_sequences
+        with pytest.MonkeyPatch.context() as patch:
+            free = Thread(target=lambda: asked.append(engine.lock.acquire(blocking=False)))
+
+            def look(pages: Any) -> int:
+                free.start()
+                free.join()
+                return shared(pages)
+
+            patch.setattr(engine.parts.setup.arena, "shared_by_sequences", look)
+            batch.has_room_for(100)
+        assert asked == [False]
+        while len(batch):
+            batch.step()

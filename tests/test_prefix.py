@@ -328,3 +328,18 @@ def test_what_was_pending_is_pending_when_a_read_behind_a_prefix_is_broken_off(
     assert (sequence.length, sequence.pending) == (0, ids[:1])
     engine.read(sequence, ids[1:])
     assert sequence.token_ids == ids and sequence.timing.reused_tokens == 2560
+
+
+def test_a_copy_of_retained_tokens_is_of_those_there_are(folder: Path) -> None:
+    """A rule's budget is room that may never be used: for each page that is kept it took memory of the host."""
+    cache = tiny_cache(filters=(AttentionSinks(3), TokenIds(frozenset({5, 6}), 1000)))
+    options: dict[str, Any] = {"max_context": 4000, "max_sequences": 3, "prefill": "streaming"}
+    engine = tiny_engine(folder, cache, **options, prefix_cache=True)
+    book = [token if token > 6 else 7 for token in random_ids(1500)]
+    book[10] = book[20] = 5
+    engine.prefill(book).free()
+    [entry] = engine.prefixes._entries.values()  # type: ignore[attr-defined]
+    assert engine.parts.setup.regions.retained == 1003 and entry.retained["full_keys"].shape[2] == 5
+    again, fresh = engine.prefill(book), tiny_engine(folder, cache, **options).prefill(book)
+    assert engine.timing.reused_tokens == 1280
+    assert torch.equal(*(s.setup.arena.positions[:, s.slot, :1003] for s in (again, fresh)))
