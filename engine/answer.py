@@ -31,7 +31,8 @@ class Answer:
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
         self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
         before = prompt or sequence.token_ids
-        begins = isinstance(prompt, ChatIds) or not (before and tokenizer.token_bytes(before[-1]))
+        asked = isinstance(prompt, ChatIds) if prompt else sequence.asked and sequence.logits is not None
+        begins = asked or not (before and tokenizer.token_bytes(before[-1]))
         self._text = TextStream(tokenizer, after=() if prompt else sequence.token_ids[-CHARACTER_BYTES:], begins=begins)
         self._stop = StopStrings(config.stops)
         self._ready = ""  # text that is complete and not given out yet

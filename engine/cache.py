@@ -61,6 +61,7 @@ class SequenceCache:
         self.suspended = False  # half read, between two pieces (``engine.pieces``)
         self.pending: list[int] = []  # drawn by the last answer but not cached yet: the next text follows them
         self.logits: Tensor | None = None  # [V] that reading gave, of what follows the last token, until anything changes
+        self.asked = False  # what was read last, while there are such logits, is a conversation: an answer begins a text
         self.timing = Timing()  # of the last generation, or of reading if nothing was written since
         self.logprobs: list[TokenLogprob] = []  # of the tokens of the last answer, where ``SamplingConfig.logprobs`` asked
         self.alive = True
@@ -293,6 +294,7 @@ class SequenceCache:
             twin.pages.append(page)
         twin.length, twin.packed, twin.dropped, twin.filled = self.length, self.packed, self.dropped, self.filled
         twin.token_ids, twin.pending, twin.logits = list(self.token_ids), list(self.pending), self.logits
+        twin.asked = self.asked
         twin.changes = self.changes
         twin._write_row()
         self.setup.arena.copy_slot(self.slot, twin.slot)

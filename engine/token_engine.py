@@ -208,7 +208,7 @@ class TokenEngine:
         file = path_or_none("checkpoint", checkpoint)
         if not is_number(checkpoint_seconds) or not checkpoint_seconds >= 0:
             raise OptionError(f"checkpoint_seconds must be a number of seconds, 0 or more, got {checkpoint_seconds!r}")
-        ids = [*sequence.pending, *whole_ids(ids)]
+        asked, ids = isinstance(ids, ChatIds), [*sequence.pending, *whole_ids(ids)]
         if not ids:
             raise OptionError("nothing to read: give at least one token")
         self._require_known(ids)
@@ -217,6 +217,7 @@ class TokenEngine:
         kept = Checkpoint() if file is None else FileCheckpoint(file, checkpoint_seconds, self.report)
         logits, timing = yield from reading.read(self.parts, self.prefixes, sequence, ids, kept, self.report)
         self.timing = sequence.timing = timing
+        sequence.asked = asked
         return logits.clone()  # the sequence keeps its own
 
     @computes

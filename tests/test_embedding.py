@@ -491,8 +491,11 @@ def test_a_first_space_is_of_the_answer_unless_a_text_begins_with_it(engine: Eng
     with engine.prefill(TEXT) as sequence:
         assert not engine.generate(chat, SAMPLING, sequence=sequence).startswith(" ")
         assert engine.generate([5], SAMPLING, sequence=sequence).startswith(" ")
-    for read, space in ((TEXT, True), ([5, 7], False)):
-        with engine.prefill(read) as sequence:
+    with engine.prefill(chat) as sequence:
+        assert not engine.generate("", SAMPLING, sequence=sequence).startswith(" ")
+        assert engine.generate("", SAMPLING, sequence=sequence).startswith(" "), "an answer goes on"
+    for read, space in ((TEXT, True), ([5, 7], False), (chat, False)):
+        with engine.prefill(read) as whole, whole.fork() as sequence:
             assert engine.generate("", SAMPLING, sequence=sequence).startswith(" ") == space, "what was read has the say"
 
 
