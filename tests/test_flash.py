@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skvq.kernels.numba_cpu.flash import KEYS, LANES, flash
+from skvq.kernels.numba_cpu.flash import KEYS, LANES, LANES_BY_TILES, flash
 from skvq.kernels.reference import masked_attention
 
 FAR = 2**30
@@ -74,9 +74,10 @@ def test_what_is_no_number_is_not_hidden(wrong: float) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, KEYS - 1, KEYS, KEYS + 1, 3 * KEYS + 5])
-@pytest.mark.parametrize("count", [1, LANES // 2 - 1, LANES // 2, LANES // 2 + 1, LANES + 3])
-def test_the_edges_of_tasks_and_blocks(times: int, count: int, tokens: int) -> None:
-    q, k, v = inputs(count, 4, 2, 30, tokens)
+@pytest.mark.parametrize("count", [1, LANES // 2 - 1, LANES // 2, LANES // 2 + 1, LANES + 3, LANES_BY_TILES // 2 + 1])
+@pytest.mark.parametrize("size", [30, 32])  # by vectors wherever it is, and by tiles where those are asked for
+def test_the_edges_of_tasks_and_blocks(times: int, count: int, tokens: int, size: int) -> None:
+    q, k, v = inputs(count, 4, 2, size, tokens)
     check(times, q, k, v, -FAR, tokens - count + 1)
     for low, high in ((-FAR, FAR), (-FAR, -5), (7, FAR), (tokens - 3, FAR), (-10, 5), (3, 4), (5, 5)):
         check(times, q, k, v, low, high)

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from skvq.kernels.numba_cpu.amx import DEPTH, ROW, SIDE, STEP, TILE, clear, split_row, store_pairs, turn_tile
-from skvq.kernels.numba_cpu.flash_simd import BLOCK, exp2
+from skvq.kernels.numba_cpu.flash_simd import BLOCK, exp2, polynomial
 from skvq.kernels.numba_cpu.flash_simd import STEP as LINE
 from skvq.kernels.numba_cpu.numeric import HIDDEN, LARGEST_BITS, NOT_A_NUMBER
 from skvq.kernels.numba_cpu.simd import FLOATS, I16, I32, I64, LANES, WORDS, _all, _at, _intrinsic, f32, host_features
@@ -102,11 +102,7 @@ def _exp2(context, builder, x):
         return exp2(builder, x)
     module, zero = builder.module, ir.Constant(FLOATS, None)
     whole = builder.call(_intrinsic(module, "llvm.rint.v16f32", FLOATS, [FLOATS]), [x])
-    f = builder.fsub(x, whole)
-    fma = _intrinsic(module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
-    p = ir.Constant(FLOATS, [EXP2[0]] * LANES)
-    for coefficient in EXP2[1:]:
-        p = builder.call(fma, [p, f, ir.Constant(FLOATS, [coefficient] * LANES)])
+    p = polynomial(builder, builder.fsub(x, whole), EXP2)
     scale = _intrinsic(module, "llvm.x86.avx512.mask.scalef.ps.512", FLOATS, [FLOATS, FLOATS, FLOATS, I16, I32])
     return builder.call(scale, [p, whole, zero, ir.Constant(I16, -1), ir.Constant(I32, 4)])
 

@@ -89,17 +89,22 @@ def product(rows, table, count, coefs, coef_stride, coef_step, out, add):
             product_1_half(table + half, count, coefs + r * coef_stride, coef_stride, coef_step, out + half + STEP * r, add)
 
 
+def polynomial(builder, f, coefficients):
+    """Of sixteen numbers, the highest power first."""
+    fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
+    p = ir.Constant(FLOATS, [coefficients[0]] * LANES)
+    for coefficient in coefficients[1:]:
+        p = builder.call(fma, [p, f, ir.Constant(FLOATS, [coefficient] * LANES)])
+    return p
+
+
 def exp2(builder, x):
     """2^x of sixteen x <= 0 within 2e-7, 0 below 2^-126."""
     module, least = builder.module, ir.Constant(FLOATS, [-126.0] * LANES)
     seen = builder.fcmp_ordered(">=", x, least)
     x = builder.select(seen, x, least)
     whole = builder.call(_intrinsic(module, "llvm.rint.v16f32", FLOATS, [FLOATS]), [x])
-    f = builder.fsub(x, whole)
-    fma = _intrinsic(module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
-    p = ir.Constant(FLOATS, [EXP2[0]] * LANES)
-    for coefficient in EXP2[1:]:
-        p = builder.call(fma, [p, f, ir.Constant(FLOATS, [coefficient] * LANES)])
+    p = polynomial(builder, builder.fsub(x, whole), EXP2)
     power = builder.shl(builder.add(builder.fptosi(whole, WORDS), _all(127)), _all(23))
     value = builder.fmul(p, builder.bitcast(power, FLOATS))
     return builder.select(seen, value, ir.Constant(FLOATS, None))
