@@ -37,6 +37,7 @@ from skvq.loaders.artifact import (
     save_artifact,
 )
 from skvq.loaders.files import cache_folder, require_writable
+from skvq.loaders.text import first_tokens
 
 CPU = torch.device("cpu")
 RECIPE = 2
@@ -133,7 +134,7 @@ def calibrate_to(
         if not is_whole(number) or not least <= number <= most:
             raise OptionError(f"{what} must be a whole number from {least} to {most:,}, got {number!r}")
     require_replaceable(path)
-    ids = loaded.tokenizer.encode(corpus, bos=False)[:tokens]
+    ids = first_tokens(loaded.tokenizer, corpus, tokens, bos=False)
     if len(ids) < min(tokens, LEAST_TOKENS):
         raise OptionError(
             f"the corpus, {corpus_name}, has {counted(len(ids), 'token')}: give a text of at least {LEAST_TOKENS}"

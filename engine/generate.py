@@ -278,7 +278,7 @@ class Engine(TokenEngine):
         require_type("exact_window", exact_window, bool)
         return scoring.evaluate(
             self.parts,
-            self.encode(text),
+            text,
             caches,
             self.report,
             tokens=tokens,

@@ -230,17 +230,29 @@ def cache_setup(
 def with_cache(
     parts: EngineParts, cache: CacheConfig, max_sequences: int, calibration: Path | None, report: Reporter
 ) -> EngineParts:
-    """The same weights with another cache. Raises CapacityError if there is no room for it in addition to this one."""
-    model, config = parts.model, parts.model.config
+    """The same weights with another cache. Raises as ``planner_beside``."""
+    planner, full = planner_beside(parts, cache, max_sequences, calibration)
+    cache, setup = build_cache(parts.loaded, planner.cache, max_sequences, calibration, full, report)
+    plan = replace(planner, cache=cache).plan(parts.loaded.context)
+    return replace(parts, cache=cache, setup=setup, plan=plan)
+
+
+def planner_beside(
+    parts: EngineParts, cache: CacheConfig, max_sequences: int, calibration: Path | None
+) -> tuple[Planner, OnFull]:
+    """The plan of another cache, fitted to the model, and what happens when it is full. Nothing is allocated.
+
+    Raises OptionError and CalibrationError for a cache that cannot be, CapacityError if there is no room for it in addition to
+    that of ``parts``.
+    """
+    model, config, context = parts.model, parts.model.config, parts.loaded.context
     cache = settled(cache, calibration, config, parts.loaded.fingerprint)
     room = room_beside(model.device, parts.room)
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.prefill)
-    planner.plan_that_fits(parts.loaded.context)
-    full = on_full_of(parts.on_full, widest_regions(cache, config), parts.loaded.context)
-    require_whole(config.cut_at(parts.loaded.context), cache, shift=isinstance(full, Shift))
-    cache, setup = build_cache(parts.loaded, cache, max_sequences, calibration, full, report)
-    plan = replace(planner, cache=cache).plan(parts.loaded.context)
-    return replace(parts, cache=cache, setup=setup, plan=plan)
+    planner.plan_that_fits(context)
+    full = on_full_of(parts.on_full, widest_regions(cache, config), context)
+    require_whole(config.cut_at(context), cache, shift=isinstance(full, Shift))
+    return planner, full
 
 
 def bind_method(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
-from skvq.engine.calibration import as_calibrated, needs_none
+from skvq.engine.calibration import needs_none
 from skvq.engine.chunks import TrueDistances
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, OptionError, counted
@@ -26,12 +26,13 @@ from skvq.engine.evaluate import (
     text_as_decoded,
     text_in_full,
 )
-from skvq.engine.loading import EngineParts, with_cache
+from skvq.engine.loading import EngineParts, planner_beside, with_cache
 from skvq.engine.machine import available_memory
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.report import Reporter
 from skvq.engine.sizes import gib, widest_regions
+from skvq.loaders.text import first_tokens
 
 
 def dense_hidden(parts: EngineParts, ids: Tensor, *, more: int = 0) -> Tensor:
@@ -89,7 +90,7 @@ def likelihoods(parts: EngineParts, token_ids: Sequence[int], count: int, report
 
 def evaluate(
     parts: EngineParts,
-    token_ids: Sequence[int],
+    text: str,
     caches: Sequence[CacheConfig],
     report: Reporter,
     *,
@@ -100,8 +101,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """See ``Engine.evaluate``: one row a cache, over the same weights and the same full-precision hidden states."""
     for name, value in (("tokens", tokens), ("stride", stride)):
-        if not is_whole(value) or value < 1:
-            raise OptionError(f"{name} must be a positive number of tokens, got {value!r}")
+        if not is_whole(value) or value < 2:
+            raise OptionError(f"{name} must be a number of tokens, 2 or more, got {value!r}")
     require_type("caches", caches, list, tuple)
     for cache in caches:
         require_type("each of caches", cache, CacheConfig)
@@ -109,12 +110,13 @@ def evaluate(
         raise OptionError("a window of exactly W tokens (--exact-window) is not simulated in chunks: choose a shorter --ctx")
     if calibration is not None and caches and not any(cache.is_packed for cache in caches):
         raise needs_none(calibration)
+    token_ids = first_tokens(parts.tokenizer, text, tokens)
+    if len(token_ids) < 2:
+        raise OptionError(f"the text has {counted(len(token_ids), 'token')}: at least 2 are needed to score it")
     if len(token_ids) < tokens:
         report.message(f"the text has {len(token_ids):,} of the {tokens:,} tokens asked for")
-    ids = parts.model.ids(token_ids[:tokens])
+    ids = parts.model.ids(token_ids)
     stretches = [s for s in torch.split(ids, min(stride, tokens)) if len(s) > 1]
-    if not stretches:
-        raise OptionError(f"the text has {counted(len(token_ids), 'token')}: at least 2 are needed to score it")
     longest = max(map(len, stretches))
     for cache in caches:
         regions = widest_regions(cache.fitted(parts.model.config), parts.model.config)
@@ -123,14 +125,14 @@ def evaluate(
                 f"in {longest:,} tokens nothing is packed before the last is read, for window and tile hold "
                 f"{regions.window + regions.tile:,}: score longer stretches (--stride, --tokens)"
             )
-    if calibration is not None:
-        for cache in (one for one in caches if one.is_packed):
-            as_calibrated(cache, calibration, parts.model.config, parts.loaded.fingerprint)
+    files = [calibration if cache.is_packed else None for cache in caches]
+    for cache, file in zip(caches, files, strict=True):  # all are refused before any is scored
+        planner_beside(parts, cache, 1, file)
     references = [dense_hidden(parts, s) for s in stretches]
     layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
     rows = []
-    for cache in caches:
-        other = with_cache(parts, cache, 1, None if not cache.is_packed else calibration, report)
+    for cache, file in zip(caches, files, strict=True):
+        other = with_cache(parts, cache, 1, file, report)
         found = [
             compare(parts.model, reference, finished(regime_hidden(other, s, report, layer_class)), s)
             for reference, s in zip(references, stretches, strict=True)

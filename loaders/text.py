@@ -55,6 +55,22 @@ class Tokenizer(Protocol):
         """Bytes that a token contributes to the text; empty for special tokens and ids outside the vocabulary."""
 
 
+CUT_TOKENS = 64
+"""So far, in tokens, does where a text is cut change how it is encoded."""
+
+
+def first_tokens(tokenizer: Tokenizer, text: str, count: int, *, bos: bool = True) -> list[int]:
+    """The first ``count`` token ids of a text, all if it has fewer. Of a long text no more is encoded than they need."""
+    assert count >= 0, count
+    size = 8 * (count + CUT_TOKENS)
+    while size < len(text):
+        ids = tokenizer.encode(text[:size], bos=bos)
+        if len(ids) >= count + CUT_TOKENS:
+            return ids[:count]
+        size *= 2
+    return tokenizer.encode(text, bos=bos)[:count]
+
+
 CHARACTER_BYTES = 4
 """At most, in UTF-8."""
 

@@ -21,6 +21,7 @@ from skvq.engine.model_config import FULL_SPAN
 from skvq.engine.pieces import finished
 from skvq.engine.trials.plots import depth_plot
 from skvq.kernels.reference import masked_attention
+from skvq.loaders.text import first_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 5
@@ -177,3 +178,33 @@ def test_a_calibration_of_other_options_is_refused_before_the_work(
         engine.evaluate("abc " * 200, caches, tokens=400, stride=10**30, calibration=tmp_path / "c")
     with pytest.raises(OptionError, match="exact_window"):
         engine.evaluate("abc", caches, tokens=400, stride=400, exact_window=1)  # type: ignore[arg-type]
+
+
+def test_a_cache_that_cannot_be_is_refused_before_any_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path, trained_context=2048)
+    cut = tiny_engine(folder, tiny_cache(), max_context=4000, rope_scaling="chunks:4")
+    shifting = tiny_engine(folder, tiny_cache(), max_context=4000, on_full="shift")
+    monkeypatch.setattr(scoring, "dense_hidden", lambda *_: pytest.fail("the text was read"))
+    with pytest.raises(OptionError, match="dual chunk attention"):
+        cut.evaluate(TEXT, [tiny_cache(), tiny_cache(filters=(HeavyHitters(2),))], tokens=400, stride=400)
+    with pytest.raises(CapacityError, match="drops whole pages"):
+        shifting.evaluate(TEXT, [tiny_cache(), tiny_cache(window=3000)], tokens=400, stride=400, exact_window=True)
+
+
+def test_of_a_long_text_only_the_beginning_is_encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, tokenizer = [], engine.parts.tokenizer
+    original = type(tokenizer).encode
+
+    def encode(self: Any, text: str, *, bos: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return original(self, text, bos=bos)
+
+    monkeypatch.setattr(type(tokenizer), "encode", encode)
+    whole = original(tokenizer, TEXT * 1000)
+    assert first_tokens(tokenizer, TEXT * 1000, 300) == whole[:300]
+    assert sum(encoded) < 20_000
+    encoded.clear()
+    blank = " " * 20_000  # of which a tokenizer makes few tokens: the beginning grows until there are enough
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text, bos=True: original(self, text[::100], bos=bos))
+    assert first_tokens(tokenizer, blank, 150) == original(tokenizer, blank[::100])[:150]
+    assert first_tokens(tokenizer, blank, 999) == original(tokenizer, blank[::100])

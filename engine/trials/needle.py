@@ -18,6 +18,7 @@ from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, counted
 from skvq.engine.generate import Engine
 from skvq.engine.stress import seeded
+from skvq.loaders.text import first_tokens
 
 NEEDLE = "The secret number of the harbour master is {answer}."
 QUESTION = "\n\nQuestion: what is the secret number of the harbour master?\nAnswer: The secret number of the harbour master is"
@@ -147,7 +148,7 @@ def needles(
     """Ask at every context and depth, of ``reference``, over a 16-bit cache, too; ``seen`` gets each at once."""
     if not all(0 <= d <= 100 for d in depths):
         raise OptionError(f"depths are percentages from 0 to 100, got {', '.join(f'{d:g}' for d in depths)}")
-    hay = engine.parts.tokenizer.encode(haystack, bos=False)
+    hay = first_tokens(engine.parts.tokenizer, haystack, max([0, *contexts]), bos=False)
     if not hay:
         raise OptionError("the haystack is empty: give a text file with some words in it")
     places = list(product(contexts, depths))
