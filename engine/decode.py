@@ -44,6 +44,10 @@ class DecodeStep(Protocol):
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor: ...
 
+    def give_up_graphs(self) -> bool:
+        """Free the memory that graphs hold: whether there were any."""
+        ...
+
 
 class Batches:
     """A ``DecodeBatch`` for each number of sequences, and of tokens of each, that are decoded together, made once."""
@@ -69,6 +73,9 @@ class EagerStep:
         batch = self.batches.of(len(sequences), len(token_ids) // len(sequences))
         with batch.step(sequences, token_ids):
             return self.model.head(hidden_states(self.model, self.rope, batch, batch.max_packed))
+
+    def give_up_graphs(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +131,10 @@ class GraphStep:
                 self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
             return self._held[-1].captured.result.clone()  # the next replay writes over them
 
+    def give_up_graphs(self) -> bool:
+        held, self._held = self._held, []
+        return bool(held)
+
     def _logits(self, batch: DecodeBatch, max_packed: int) -> Tensor:
         return self.model.head(hidden_states(self.model, self.rope, batch, max_packed))
 
@@ -132,9 +143,8 @@ class GraphStep:
         try:
             return work()
         except torch.OutOfMemoryError:
-            if not self._held:
+            if not self.give_up_graphs():
                 raise
-            self._held.clear()
         return work()
 
     def _give_up(self, shape: tuple[int, int], why: str) -> None:
@@ -142,7 +152,7 @@ class GraphStep:
         has failed."""
         failed = self._failed[shape] = self._failed.get(shape, 0) + 1
         if failed == 1:
-            self._held.clear()  # their memory may be what was missing
+            self.give_up_graphs()  # their memory may be what was missing
         if failed == MOST_FAILURES:
             notice(f"{why}; steps of this many sequences are launched kernel by kernel from now on, which is slower")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import NoReturn
@@ -215,10 +216,23 @@ class TokenEngine:
         if file is not None:
             require_writable(file)
         kept = Checkpoint() if file is None else FileCheckpoint(file, checkpoint_seconds, self.report)
-        logits, timing = yield from reading.read(self.parts, self.prefixes, sequence, ids, kept, self.report)
+        read = partial(reading.read, self.parts, self.prefixes, sequence, ids, kept, self.report)
+        logits, timing = yield from self._in_memory(read, sequence)
         self.timing = sequence.timing = timing
         sequence.asked = asked
         return logits.clone()  # the sequence keeps its own
+
+    def _in_memory(
+        self, read: Callable[[], Pieces[tuple[Tensor, Timing]]], sequence: SequenceCache
+    ) -> Pieces[tuple[Tensor, Timing]]:
+        """Read. Where memory is short for it, that of the steps' graphs may be what is missing."""
+        before = sequence.total_tokens, list(sequence.pending)
+        try:
+            return (yield from read())
+        except torch.OutOfMemoryError:
+            if before != (sequence.total_tokens, sequence.pending) or not self.step.give_up_graphs():
+                raise
+        return (yield from read())  # only now is gone what the first try held
 
     @computes
     def decode_step(self, sequences: Sequence[SequenceCache], tokens: Ids) -> Tensor:

@@ -18,6 +18,7 @@ from tiny import random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from skvq.engine import reading
 from skvq.engine.cache import SequenceCache
 from skvq.engine.decode import MOST_FAILURES, MOST_GRAPHS, EagerStep, GraphStep, decode_step_of, hidden_states
 from skvq.engine.errors import OptionError
@@ -330,6 +331,27 @@ def test_a_step_that_finds_no_memory_takes_that_of_the_other_graphs(folder: Path
     with pytest.raises(torch.OutOfMemoryError):
         step.run([first], [3])
     assert failing == [True] and first.length == second.length + 1 == 33
+
+
+@torch.no_grad()
+def test_a_prompt_that_finds_no_memory_takes_that_of_the_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = tiny_engine(folder, tiny_cache(), max_context=600), []
+    wanted, given = engine.prefill(random_ids(200)).logits, reading.exact_prefill
+    engine.step = step = GraphStep(engine.parts.model, engine.parts.rope, engine.parts.setup, Calls(600))
+    step.run([engine.prefill(random_ids(30))], [3])
+    sequence = engine.new_sequence()
+
+    def short(*args: Any) -> Any:
+        asked.append(sequence.length)
+        if step._held or len(asked) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return given(*args)
+
+    monkeypatch.setattr(reading, "exact_prefill", short)
+    assert torch.equal(engine.read(sequence, random_ids(200)), wanted) and asked == [0, 0] and not step._held
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.read(engine.new_sequence(), random_ids(200))
+    assert len(asked) == 3
 
 
 @torch.no_grad()
