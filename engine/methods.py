@@ -16,7 +16,8 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from skvq.engine.arena import PACKED_TENSORS, Arena, run_name
+from skvq.engine.arena import Arena
+from skvq.engine.arena_shape import PACKED_TENSORS, run_name
 from skvq.engine.errors import broken_model
 from skvq.engine.rope import shifted
 from skvq.kernels.interface import Backend, FullSlots, HeadCodec, LabelCodec, PackedKernels, PackedPages, PlainPages, Step

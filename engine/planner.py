@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from skvq.engine.arena import ArenaShape
+from skvq.engine.arena_shape import ArenaShape
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.mass import mass_bytes

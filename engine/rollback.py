@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from skvq.engine.arena import SLOT_TENSORS
+from skvq.engine.arena_shape import SLOT_TENSORS
 from skvq.engine.cache import SequenceCache
 from skvq.engine.streams import copy_parts, on_host
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from skvq.engine.allocate import as_layer_bits, fullest
-from skvq.engine.arena import ArenaShape, packed_page, plain_page
+from skvq.engine.arena_shape import ArenaShape, packed_page, plain_page
 from skvq.engine.codecs import layouts_of, tensor_shapes
 from skvq.engine.config import BITS, CacheConfig
 from skvq.engine.filters import AttentionSinks

@@ -12,7 +12,7 @@ import torch
 from tiny import arena_of, bytes_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import prefill as prefill_module
-from skvq.engine.arena import SLOT_TENSORS
+from skvq.engine.arena_shape import SLOT_TENSORS
 from skvq.engine.cache import SequenceCache
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
