@@ -22,12 +22,12 @@ from skvq.engine.guard import computing
 from skvq.engine.measure import wait_for
 from skvq.engine.options import is_whole, names_options, require_type
 from skvq.engine.pieces import Pieces
+from skvq.engine.places import Places
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
 from skvq.engine.request import Request
 from skvq.engine.timing import Timing
 from skvq.engine.token_engine import TokenEngine
-from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 ALONE = 0.1
 """Seconds that a step reads for where nothing else is to be done: then it can be cancelled. A short prompt may take as long
@@ -50,7 +50,7 @@ class Batch:
         self._engine = engine
         self._adding = Lock()  # of those who add and close; a step needs none: it alone takes from a list that others append to
         self._waiting: list[Request] = []
-        self._going: dict[Request, tuple[SequenceCache, int]] = {}  # and the pages that it may come to have
+        self._going = Places(engine)
         self._reading: dict[Request, Pieces[Tensor]] = {}  # of those going: one long prompt at most, and a short one
         self._last_step = 0.0  # seconds of decoding
         self._why_alone = ""  # as it was told
@@ -119,7 +119,7 @@ class Batch:
         """Whether a sequence of ``count`` tokens that is none of them has room beside those that have begun."""
         if not is_whole(count) or count < 0:
             raise OptionError(f"count must be a number of tokens, got {count!r}")
-        return self._fits(self._engine.parts.setup.regions.pages(count), in_place=False)
+        return self._going.has_room_for(count)
 
     def step(self, *, begin: bool = True, alone: bool = True) -> list[tuple[Request, str]]:
         """Read the next prompt that there is room for, or some of it: a piece, or for about as long as decoding takes, of a
@@ -144,7 +144,7 @@ class Batch:
         if answers and (self.interleaved or following is None):
             self._decode(answers)
         errors = []
-        for request in [*self._going]:
+        for request in self._going:
             if request.answer:
                 try:
                     self._tell(request)
@@ -179,7 +179,7 @@ class Batch:
         """Answers that go on, each with room for its next token. Raises what one of them has, whose request has failed then."""
         found = {}
         with computing(self._engine):
-            for request in [*self._going]:
+            for request in self._going:
                 if request.answer is None or request.finish:
                     continue
                 with self._failing(request):
@@ -234,7 +234,7 @@ class Batch:
             suspended = request.given is not None and request.given.suspended
             if suspended or (self._reading and self._stays_long(request)):
                 continue
-            return request if alone or self._has_room(request) else None
+            return request if alone or self._going.has_room(request) else None
         return None
 
     def _stays_long(self, request: Request) -> bool:
@@ -245,46 +245,11 @@ class Batch:
                 request.to_read, request.looked_up = len(request.ids) - prefixes.known(request.ids), prefixes.changes
         return request.is_long
 
-    def _pages(self, request: Request) -> int:
-        """Pages of its sequence when it has been answered, if the answer is as long as it may be."""
-        setup = self._engine.parts.setup
-        return setup.regions.pages(min(request.held + len(request.ids) + request.config.max_new_tokens, setup.max_context))
-
-    def _outgrows(self, request: Request) -> bool:
-        """Whether its answer may drop pages, for the context is full before it is over."""
-        setup = self._engine.parts.setup
-        most = request.held + len(request.ids) + request.config.max_new_tokens
-        return most > setup.max_context and setup.room(0) > setup.max_context
-
-    def _has_room(self, request: Request, read: SequenceCache | None = None) -> bool:
-        """Whether it can be answered to its end beside the others, which have yet to take their pages; in a fork of ``read``,
-        if there is a sequence that holds its prompt.
-
-        Pages that others hold too are kept, but for a last one that is partly filled; by an answer that outgrows the context
-        none: it drops them, which frees none, and takes as many of its own.
-        """
-        given = read or request.given
-        in_place = read is None and given is not None and not request.fork
-        needed = self._pages(request) - (given.packed // PAGE_TOKENS if given and not self._outgrows(request) else 0)
-        return self._fits(needed, in_place=in_place)
-
-    def _fits(self, needed: int, *, in_place: bool) -> bool:
-        """Whether there are so many pages beside those that others have yet to take, and, but ``in_place``, a sequence."""
-        arena = self._engine.parts.setup.arena
-        with self._engine.lock:  # others change what sequences and the store of prefixes hold
-            for going, (sequence, most) in self._going.items():
-                kept = 0 if self._outgrows(going) else sequence.packed // PAGE_TOKENS
-                pages = sequence.pages[kept : pages_for(sequence.packed)] if sequence.alive else []
-                needed += max(0, most - len(sequence.pages)) + arena.shared_by_sequences(pages)
-            return arena.free_pages >= needed and (arena.free_sequences > 0 or in_place)
-
     def _begin(self, request: Request) -> None:
         """Give a prompt its sequence, to be read into."""
-        engine, given, pages = self._engine, request.given, self._pages(request)
         with self._failing(request):
-            sequence = engine.new_sequence() if given is None else given.fork() if request.fork else given
-            self._going[request] = sequence, pages
-            self._reading[request] = continuing(engine, sequence, request.ids, request.config, after=request.after)
+            sequence = self._going.take(request)
+            self._reading[request] = continuing(self._engine, sequence, request.ids, request.config, after=request.after)
             self._waiting.remove(request)
 
     def _read(self, request: Request, seconds: float, *, twins: bool) -> None:
@@ -304,7 +269,7 @@ class Batch:
                             return
                 except StopIteration as last:
                     logits = last.value
-                    request.answer = begun(engine, self._going[request][0], logits, request.config, request.ids)
+                    request.answer = begun(engine, self._going.sequence(request), logits, request.config, request.ids)
             del self._reading[request]
             request.timing = request.answer.timing
         if twins:
@@ -312,16 +277,15 @@ class Batch:
 
     def _begin_twins(self, request: Request, logits: Tensor) -> None:
         """Begin the answers that wait for the prompt which has just been read, in forks of it, while there is room."""
-        sequence, _ = self._going[request]
+        sequence = self._going.sequence(request)
         for twin in request.twins:
-            if twin.cancelled or twin.finish or twin in self._going or not self._has_room(twin, sequence):
+            if twin.cancelled or twin.finish or twin in self._going or not self._going.has_room(twin, sequence):
                 continue
             with self._failing(twin):
                 try:
-                    fork = sequence.fork()
+                    fork = self._going.take_fork(twin, sequence)
                 except CapacityError:  # another thread has taken the last place
                     return
-                self._going[twin] = fork, self._pages(twin)
                 self._waiting.remove(twin)
                 twin.answer = begun(self._engine, fork, logits, twin.config, twin.ids)
                 twin.timing = twin.answer.timing
@@ -364,7 +328,4 @@ class Batch:
         if request in self._reading:
             with computing(self._engine):
                 self._reading.pop(request).close()
-        if request in self._going:
-            sequence, _ = self._going.pop(request)
-            if sequence is not request.given:
-                sequence.free()
+        self._going.give_back(request)

@@ -56,6 +56,11 @@ class Request:
         """Tokens that it continues."""
         return self.given.length + len(self.given.pending) if self.given else 0
 
+    @property
+    def most_tokens(self) -> int:
+        """Of its sequence, when the answer is as long as it may be."""
+        return self.held + len(self.ids) + self.config.max_new_tokens
+
     def cancel(self) -> None:
         """Give its place to another prompt, with the next step. May be called from any thread."""
         self.cancelled = True

@@ -127,7 +127,7 @@ def test_twins_wait_where_others_may_not_begin_or_the_last_place_is_taken(
         assert (batch.begun, second.text, second.finish) == (0, "", "")
         third, fourth = batch.add_each(TEXT, [SAMPLING, SAMPLING])
         with engine.new_sequence(), monkeypatch.context() as patch:
-            patch.setattr(batch, "_has_room", lambda *_: True)
+            patch.setattr(batch._going, "has_room", lambda *_: True)
             while not third.answer:
                 second.cancel()
                 batch.step()
