@@ -193,17 +193,17 @@ def blocks_variant(
     limit: float = 0.0,
 ) -> Variant:
     """A matrix of at least 4,096 rows times vectors in bfloat16; what comes before or after it is that of the layer."""
-    division = blocks.division_of(vectors, 4096, gated=gated, bits=bits)
+    rows = blocks.rows_of(vectors, 4096, gated=gated, bits=bits)
     count = width // 32
-    together = min(triton.next_power_of_2(count), 32 * division.warps)
+    together = min(triton.next_power_of_2(count), 32 * blocks.WARPS)
     constants = {
-        "BLOCKS": count, "M": vectors, "ROWS": division.rows, "NB": together, "BITS": bits, "TWO": bits == 6, "NORM": norm,
+        "BLOCKS": count, "M": vectors, "ROWS": rows, "NB": together, "BITS": bits, "TWO": bits == 6, "NORM": norm,
         "GATED": gated, "BIAS": norm and not gated, "ADD": not (norm or each), "EARLY": arch >= 90 and not each, "EACH": each,
         "ASM": True,
     }  # fmt: skip
     halves = dict.fromkeys(("x_ptr", "norm_ptr", "bias_ptr", "residual_ptr", "out_ptr"), "*bf16")
     pointers = halves | dict.fromkeys(("code_ptr", "high_ptr", "pair_ptr"), WORDS) | {"id_ptr": LONGS if each else "*bf16"}
-    elements = 32 * together * division.rows if limit else 0
+    elements = 32 * together * rows if limit else 0
     return Variant(name, blocks.block_matvec_kernel, constants, together // 32, 1, pointers, elements, limit)
 
 

@@ -207,7 +207,7 @@ def answer(engine: Engine, sequence: SequenceCache, text: str, sampling: Samplin
         for piece in engine.stream(run_prompt(text, options), sampling, sequence=sequence, checkpoint=options["checkpoint"]):
             pieces.append(piece)
             if len(pieces) == 1 and options["checkpoint"] is not None and options["session"] is not None:
-                sequence.save(options["session"])  # the checkpoint is gone: what has been read is kept here
+                save_whole(sequence, options["session"])  # the checkpoint is gone: what has been read is kept here
             if not options["as_json"]:
                 below.is_open = True
                 click.echo(piece, nl=False)

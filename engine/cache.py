@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from threading import RLock
-from typing import NamedTuple, NoReturn, cast
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,13 +30,6 @@ class Mark(NamedTuple):
     changes: int = 0
 
 
-class _Freed(NamedTuple):
-    """What a freed sequence still knows of its setup: it keeps no arena in memory."""
-
-    device: torch.device
-    lock: RLock
-
-
 class SequenceCache:
     """Page table, length and window of one sequence; the engine moves them by reserve -> forward -> commit.
 
@@ -49,7 +41,7 @@ class SequenceCache:
     alive = False
 
     def __init__(self, setup: CacheSetup) -> None:
-        self.setup = setup
+        self.setup, self.device, self.lock = setup, setup.device, setup.lock
         self.slot = setup.arena.new_sequence()
         self.pages: list[int] = []
         self.length = 0
@@ -83,16 +75,6 @@ class SequenceCache:
         if self.alive:
             self.alive = False  # first: of a cycle, a generator that frees it may be closed after this
             self.setup.arena.abandon(self.slot, self.pages)
-
-    @property
-    def device(self) -> torch.device:
-        """The arena's device."""
-        return self.setup.device
-
-    @property
-    def lock(self) -> RLock:
-        """The engine's, held while it computes."""
-        return self.setup.lock
 
     def require_alive(self) -> None:
         """Raise OptionError if it has been freed: its slot may be another sequence's by now."""
@@ -375,7 +357,8 @@ class SequenceCache:
             for page in pages:
                 self.setup.arena.release(page)
             self.setup.arena.release_sequence(self.slot)
-            self.logits, self.setup = None, cast(CacheSetup, _Freed(self.device, self.lock))
+            self.logits = None
+            del self.setup  # it keeps no arena in memory
 
     # --- size -----------------------------------------------------------------------------------------------------------------
 

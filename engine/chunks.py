@@ -126,7 +126,7 @@ class Chunks:
         return rope_turns(self.frequencies, torch.where(apart > 1, rest, near))
 
 
-def require_whole(cut: ChunkConfig | None, cache: CacheConfig, *, shift: bool) -> None:
+def require_chunkable(cut: ChunkConfig | None, cache: CacheConfig, *, shift: bool) -> None:
     """Raise OptionError for what cannot be had where a context is ``cut``: rules that need attention mass, and ``shift``."""
     others = [repr(rule) for rule in cache.rules if rule.needs_attention_mass] + ["on_full 'shift'"] * shift
     if cut and others:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from operator import is_
 from typing import Protocol, TypeVar
 
@@ -32,9 +33,14 @@ def hidden_states(model: Model, rope: ModelRope, batch: DecodeBatch, max_packed:
     batch.mark_slots()
     step_rope = at_positions(rope, batch.rope_positions)
     x = model.embed(batch.token_ids)  # [B, N, d]
-    for layer, cache in enumerate(batch.layers(max_packed)):
-        x = model.layer(layer, x, step_rope, cache)
+    for index, layer in enumerate(batch.layers(max_packed)):
+        x = model.layer(index, x, step_rope, layer)
     return x.flatten(0, 1)
+
+
+def logits(model: Model, rope: ModelRope, batch: DecodeBatch, max_packed: int) -> Tensor:
+    """Logits float32 [B * N, V] of what follows each token."""
+    return model.head(hidden_states(model, rope, batch, max_packed))
 
 
 class DecodeStep(Protocol):
@@ -49,37 +55,24 @@ class DecodeStep(Protocol):
         ...
 
 
-class Batches:
-    """A ``DecodeBatch`` for each number of sequences, and of tokens of each, that are decoded together, made once."""
-
-    def __init__(self, setup: CacheSetup) -> None:
-        self._setup = setup
-        self._made: dict[tuple[int, int], DecodeBatch] = {}
-
-    def of(self, count: int, tokens: int = 1) -> DecodeBatch:
-        """The one for ``count`` sequences, ``tokens`` of each."""
-        if (count, tokens) not in self._made:
-            self._made[count, tokens] = DecodeBatch(self._setup, count, tokens)
-        return self._made[count, tokens]
-
-
 class EagerStep:
     """Every kernel launched by the host: any device, any backend, filters that need attention mass."""
 
     def __init__(self, model: Model, rope: ModelRope, setup: CacheSetup) -> None:
-        self.model, self.rope, self.batches = model, rope, Batches(setup)
+        self.model, self.rope = model, rope
+        self._batch = cache(partial(DecodeBatch, setup))  # one for each shape
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
-        batch = self.batches.of(len(sequences), len(token_ids) // len(sequences))
+        batch = self._batch(len(sequences), len(token_ids) // len(sequences))
         with batch.step(sequences, token_ids):
-            return self.model.head(hidden_states(self.model, self.rope, batch, batch.max_packed))
+            return logits(self.model, self.rope, batch, batch.max_packed)
 
     def give_up_graphs(self) -> bool:
         return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CapturedFor:
+class HeldGraph:
     """A graph and what it is good for: steps over these tensors, so long, read by these methods, in this setting."""
 
     batch: DecodeBatch
@@ -108,35 +101,35 @@ class GraphStep:
     """
 
     def __init__(self, model: Model, rope: ModelRope, setup: CacheSetup, graphs: Graphs) -> None:
-        self.model, self.rope, self.graphs, self.batches = model, rope, graphs, Batches(setup)
-        self._held: list[CapturedFor] = []  # the one used last is the last
+        self.model, self.rope, self.graphs = model, rope, graphs
+        self._batch = cache(partial(DecodeBatch, setup))  # one for each shape
+        self._held: list[HeldGraph] = []  # the one used last is the last
         self._failed: dict[tuple[int, int], int] = {}  # captures one after another, by sequences and tokens of each
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
         shape = len(sequences), len(token_ids) // len(sequences)
-        batch = self.batches.of(*shape)
+        batch = self._batch(*shape)
         with batch.step(sequences, token_ids):
             bound = self.graphs.bound(batch.max_packed)
-            if self._recall(batch, bound):
-                self._held[-1].captured.replay()
+            captured = self._recall(batch, bound)
+            if captured is not None:
+                captured.replay()
             elif self._failed.get(shape) == MOST_FAILURES:
-                return self._in_memory(lambda: self._logits(batch, batch.max_packed))
+                return self._in_memory(partial(logits, self.model, self.rope, batch, batch.max_packed))
             else:
+                work = partial(logits, self.model, self.rope, batch, bound)
                 try:
-                    captured = self._in_memory(lambda: self.graphs.capture(lambda: self._logits(batch, bound)))
+                    captured = self._in_memory(partial(self.graphs.capture, work))
                 except NotCaptured as failed:
                     self._give_up(shape, str(failed))
                     return failed.result
                 self._failed.pop(shape, None)
-                self._held.append(CapturedFor(batch, bound, batch.methods, self.graphs.setting, captured))
-            return self._held[-1].captured.result.clone()  # the next replay writes over them
+                self._held.append(HeldGraph(batch, bound, batch.methods, self.graphs.setting, captured))
+            return captured.result.clone()  # the next replay writes over them
 
     def give_up_graphs(self) -> bool:
         held, self._held = self._held, []
         return bool(held)
-
-    def _logits(self, batch: DecodeBatch, max_packed: int) -> Tensor:
-        return self.model.head(hidden_states(self.model, self.rope, batch, max_packed))
 
     def _in_memory(self, work: Callable[[], T]) -> T:
         """Do the work of a step. Where memory is short for it, that of the other steps' graphs may be what is missing."""
@@ -156,15 +149,15 @@ class GraphStep:
         if failed == MOST_FAILURES:
             notice(f"{why}; steps of this many sequences are launched kernel by kernel from now on, which is slower")
 
-    def _recall(self, batch: DecodeBatch, bound: int) -> bool:
-        """Make the graph of this step the last, if there is one.
+    def _recall(self, batch: DecodeBatch, bound: int) -> Captured | None:
+        """The graph of this step, if there is one; it is the last then.
 
         The oldest is given up if there are too many: nothing else holds it, so its memory is free for the next.
         """
         known = [held for held in self._held if held.serves(batch, bound, self.graphs.setting)]
         others = [held for held in self._held if held not in known]
         self._held = others[1 - MOST_GRAPHS :] + known
-        return bool(known)
+        return known[0].captured if known else None
 
 
 def decode_step_of(model: Model, rope: ModelRope, setup: CacheSetup, *, graph: bool) -> DecodeStep:

@@ -16,7 +16,7 @@ from skvq.engine.arena import Arena
 from skvq.engine.cache_setup import CacheSetup, OnFull
 from skvq.engine.calibration import cached_or_made, load_for, settled
 from skvq.engine.chunked import ChunkedMethod
-from skvq.engine.chunks import Chunks, require_whole
+from skvq.engine.chunks import Chunks, require_chunkable
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig
 from skvq.engine.identity import identity_of
@@ -86,8 +86,6 @@ def load_parts(
     report: Reporter,
 ) -> EngineParts:
     """See ``Engine.load``."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels are launched, and graphs captured, on the current device
     compute = pick_dtype(dtype, device)
     kernels = find_backend(backend, device)
     form = form_of(kernels.name, device, compute)
@@ -118,7 +116,7 @@ def load_parts(
     if plan.form != PrefillForm(prefill=prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
     full = on_full_of(on_full, widest_regions(cache, config), context)
-    require_whole(config.cut_at(context), cache, shift=isinstance(full, Shift))
+    require_chunkable(config.cut_at(context), cache, shift=isinstance(full, Shift))
     trained = source.config.trained_context
     if context > trained:
         report.message(beyond_training(context, trained, config.trained_context))
@@ -208,7 +206,7 @@ def cache_setup(
     lock: RLock,
 ) -> CacheSetup:
     """What sequences share, over an arena; ``tensors`` are the calibration, ``fingerprint`` is the model's."""
-    require_whole(config.cut_at(max_context), cache, shift=isinstance(on_full, Shift))
+    require_chunkable(config.cut_at(max_context), cache, shift=isinstance(on_full, Shift))
     return CacheSetup(
         arena=arena,
         method=bind_method(arena, config, cache, tensors, rope, backend),
@@ -251,7 +249,7 @@ def planner_beside(
     planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.prefill)
     planner.plan_that_fits(context)
     full = on_full_of(parts.on_full, widest_regions(cache, config), context)
-    require_whole(config.cut_at(context), cache, shift=isinstance(full, Shift))
+    require_chunkable(config.cut_at(context), cache, shift=isinstance(full, Shift))
     return planner, full
 
 

@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 
 from skvq.engine.errors import ModelError, nearest
+from skvq.kernels.interface import FULL_SPAN as FULL_SPAN
 from skvq.kernels.layout import PAGE_TOKENS
-
-FULL_SPAN = 2**31 - 1
-"""Attention span of a layer without a sliding window: longer than any context, so it needs no special case."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 

@@ -11,7 +11,7 @@ import torch
 
 from skvq.engine.calibration import with_chosen_bits
 from skvq.engine.cards import CARDS, OF_BLOCKS, Machine, card_of
-from skvq.engine.chunks import require_whole
+from skvq.engine.chunks import require_chunkable
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import ModelError, OptionError
 from skvq.engine.machine import cuda_bytes
@@ -140,7 +140,7 @@ def plan_report(
         known = {} if isinstance(weights, DummySource) else {"fingerprint": weights.fingerprint}
         cache = with_chosen_bits(cache, calibration, config, **known)
     cache = cache.fitted(config)
-    require_whole(config.cut_at(context), cache, shift=False)
+    require_chunkable(config.cut_at(context), cache, shift=False)
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:

@@ -88,7 +88,6 @@ def streaming_prefill(
     checkpoint.resume_streaming(sequence, ids)
     pieces = chunks(last - sequence.total_tokens, sequence.total_tokens)
     total = config.num_layers * sum((chunk_work(config, *piece) for piece in pieces), NO_WORK)
-    x = model.weights.norm  # replaced: there is at least one token
     with report.bar(reading_label(len(ids), resumed=sequence.total_tokens > begin), *total) as bar, checkpoint.watch():
         for start, stop in pieces:
             piece = ids[start - begin : stop - begin]

@@ -55,8 +55,6 @@ def bare_setup(
     """What sequences share, without weights: a calibration is made up. Raises CapacityError if the arena does not fit."""
     cache = with_longest_tile(cache.fitted(config), config)
     shape = arena_shape(config, cache, max_context=max_context, max_sequences=max_sequences, dtype=dtype)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     memory = available_memory(device)
     if shape.nbytes > memory:
         raise CapacityError(

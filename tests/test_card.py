@@ -116,7 +116,7 @@ def test_a_tile_is_packed_without_waiting_layers_beside_each_other(folder: Path,
     engine = tiny_engine(folder, tiny_cache(filters=rules, method="plain"), **options)
     tile = engine.parts.setup.regions.tile
     sequence = engine.prefill(random_ids(16 + 2 * tile - 1))
-    batch = engine.step.batches.of(1)  # type: ignore[attr-defined]
+    batch = engine.step._batch(1, 1)  # type: ignore[attr-defined]
     method = type(engine.parts.setup.method)
     on: list[Stream] = []
 
@@ -216,7 +216,7 @@ def test_a_guessing_step_waits_once(folder: Path, gpu: Card, monkeypatch: pytest
         gpu.waits.clear()
         step(engine, [answer])
         assert gpu.waits == {"cpu": 1}
-    assert {tokens for _, tokens in engine.step.batches._made} == {4, 1}  # type: ignore[attr-defined]
+    assert engine.step._batch.cache_info().currsize == 2, "of one token, and of four"  # type: ignore[attr-defined]
     assert len(sequence.token_ids) == 39 + answer.count
 
 

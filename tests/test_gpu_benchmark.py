@@ -140,9 +140,10 @@ def test_experts_are_measured_behind_their_gates(script: Any, monkeypatch: pytes
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_heads": 1}
     for name, value in {"SHAPE": shape, "COUNT": 3, "CHOSEN": 2, "TOKENS": (1, 17)}.items():
         monkeypatch.setattr(module, name, value)
-    few, blocks_few = matvec.Tiling(rows=16, warps=1, depth=1), blocks.Division(rows=8, warps=1)
+    few = matvec.Tiling(rows=16, warps=1, depth=1)
     monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, width, gated: few)
-    monkeypatch.setattr(blocks, "division_of", lambda vectors, outs, gated, bits: blocks_few)
+    monkeypatch.setattr(blocks, "rows_of", lambda vectors, outs, gated, bits: 8)
+    monkeypatch.setattr(blocks, "WARPS", 1)
     found, step = keeping_step()
     with card((9, 0)), emulated(90):
         module.measure(step, once)

@@ -157,7 +157,7 @@ def test_step_tensors_stay_where_they_are(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(), max_context=600)
     [sequence] = start(engine, 1)
     assert isinstance(engine.step, EagerStep)
-    batch = engine.step.batches.of(1)
+    batch = engine.step._batch(1, 1)
     named = {name: getattr(batch, name) for name in ("slots", "positions", "packed", "ring_slots", "token_ids")}
     named |= engine.parts.setup.arena.tensors
     places = {name: tensor.data_ptr() for name, tensor in named.items()}

@@ -173,7 +173,8 @@ def test_quantized_blocks(
     arch: int, monkeypatch: pytest.MonkeyPatch, kind: str, columns: int, vectors: int, dtype: torch.dtype, early: bool
 ) -> None:
     """Rows and products of what the words say: plain, of a norm and gated, added to something, with a bias."""
-    monkeypatch.setattr(blocks, "division_of", lambda *sizes, **how: blocks.Division(rows=4 if vectors == 1 else 2, warps=1))
+    monkeypatch.setattr(blocks, "rows_of", lambda *sizes, **how: 4 if vectors == 1 else 2)
+    monkeypatch.setattr(blocks, "WARPS", 1)
     monkeypatch.setattr(blocks, "overlaps", lambda device: early and arch >= 90)
     gen = torch.Generator().manual_seed(0)
 
@@ -211,7 +212,8 @@ def test_experts(arch: int, monkeypatch: pytest.MonkeyPatch, kind: str, tokens: 
     """A step of two tokens, and a text, whose experts lie in 16 bits or in blocks."""
     monkeypatch.setattr(grouped, "EXPANDED_BYTES", 2 * 2 * 64 * 96)  # two or more at a time
     monkeypatch.setattr(matvec, "tiling_of", lambda vectors, outs, width, gated: matvec.Tiling(rows=8, warps=2, depth=2))
-    monkeypatch.setattr(blocks, "division_of", lambda *sizes, **how: blocks.Division(rows=4, warps=1))
+    monkeypatch.setattr(blocks, "rows_of", lambda *sizes, **how: 4)
+    monkeypatch.setattr(blocks, "WARPS", 1)
     gen = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, by: float = 1.0) -> torch.Tensor:

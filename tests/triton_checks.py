@@ -484,8 +484,7 @@ def blocks() -> None:
     from ggml_fixtures import blocks_of
 
     torch_ops, ops, gen = TorchOps(), TritonOps(), torch.Generator().manual_seed(0)
-    few = block_kernels.Division(rows=4, warps=2)  # programs: the interpreter runs them one by one
-    block_kernels.division_of = lambda vectors, outs, gated, bits: few  # type: ignore[assignment]
+    block_kernels.rows_of, block_kernels.WARPS = lambda *_, **__: 4, 2  # few programs: the interpreter runs them one by one
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=gen)
@@ -547,8 +546,7 @@ def experts() -> None:
     from skvq.kernels.triton_gpu import grouped
 
     torch_ops, ops, gen = TorchOps(), TritonOps(), torch.Generator().manual_seed(0)
-    few = block_kernels.Division(rows=8, warps=1)  # programs: the interpreter runs them one by one
-    block_kernels.division_of = lambda vectors, outs, gated, bits: few  # type: ignore[assignment]
+    block_kernels.rows_of, block_kernels.WARPS = lambda *_, **__: 8, 1  # few programs: the interpreter runs them one by one
     matvec.tiling_of = lambda vectors, outs, width, gated: matvec.Tiling(rows=8, warps=1, depth=2)  # type: ignore[assignment]
     launches: list[str] = []
     made: list[mixtures.Experts] = []
@@ -706,8 +704,7 @@ def on_a_card() -> None:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     few = matvec.Tiling(rows=64, warps=1, depth=1)  # programs: the interpreter runs them one by one
     matvec.tiling_of = lambda vectors, outs, width, gated: few  # type: ignore[assignment]
-    block_few = block_kernels.Division(rows=32, warps=1)
-    block_kernels.division_of = lambda vectors, outs, gated, bits: block_few  # type: ignore[assignment]
+    block_kernels.rows_of, block_kernels.WARPS = lambda *_, **__: 32, 1
     with tempfile.TemporaryDirectory() as name:
         file = gguf_model(Path(name) / "blocks.gguf", tiny_config(head_size=64, num_layers=1), "Q4_1")
         folder = tiny_folder(Path(name), head_size=64, num_layers=1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.errors import OptionError, SkvqError, counted
+from skvq.engine.guard import own_settings
 from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
 from skvq.engine.stress import Plant, fill, last_token_step, seeded
@@ -82,13 +83,9 @@ def planted(
     """Fill a sequence of ``context`` tokens, plant at ``depths``, attend with each plant's query in every layer."""
     shape = setup.arena.shape
     plants = plants_at(depths, context, shape.kv_heads, shape.head_size, seed)
-    sequence = SequenceCache(setup)
-    try:
+    with own_settings(setup.device), SequenceCache(setup) as sequence:
         fill(sequence, context, seed=seed, vocab=256, report=report, plants=plants)
-        found = [_look(sequence, plant, depth, heads) for plant, depth in zip(plants, depths, strict=True)]
-    finally:
-        sequence.free()
-    return found
+        return [_look(sequence, plant, depth, heads) for plant, depth in zip(plants, depths, strict=True)]
 
 
 def _look(sequence: SequenceCache, plant: Plant, depth: float, heads: int) -> Found:

@@ -24,6 +24,7 @@ from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CapacityError, SkvqError
 from skvq.engine.filters import AttentionSinks, TokenIds
+from skvq.engine.guard import own_settings
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.report import Reporter
 from skvq.engine.session import fill_from, open_session
@@ -235,7 +236,7 @@ def soak(steps: int, seed: int, backend: Backend, report: Reporter) -> dict[str,
         kept = tempfile.TemporaryDirectory(prefix="skvq-soak-")
     except OSError as error:
         raise SkvqError(f"no folder for temporary files can be written ({error.strerror}): set TMPDIR") from None
-    with kept as folder:
+    with own_settings(device), kept as folder:
         state = Soak(setup, seed, Path(folder))
         _run(state, steps, seed, report)
     return {

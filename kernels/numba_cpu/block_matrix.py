@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,9 @@ class BlockMatrix:
     def __init__(self, blocks: Tensor, kind: str) -> None:
         """``blocks`` uint8 [rows, bytes of a row] as a GGUF file holds them; it is copied."""
         form = FORMATS[kind]
-        self._hold(pack_blocks(blocks, form), kind, len(blocks), blocks.shape[1] // form.file_bytes * form.span * BLOCK)
-
-    def _hold(self, data: Tensor, kind: str, rows: int, columns: int) -> None:
-        self.kind, self.shape, self.data = kind, (rows, columns), data
-        self._fields = self._fields_of(rows, len(data))
+        self.kind, self.data = kind, pack_blocks(blocks, form)
+        self.shape = len(blocks), blocks.shape[1] // form.file_bytes * form.span * BLOCK
+        self._fields = self._fields_of(len(blocks), len(self.data))
 
     def _fields_of(self, rows: int, groups: int) -> tuple[int, ...]:
         """Of a job on that many rows."""
@@ -59,8 +59,9 @@ class BlockMatrix:
     def part(self, first: int, rows: int) -> BlockMatrix:
         """``rows`` rows from ``first`` on, both whole groups of sixteen; a view."""
         assert first % LANES == rows % LANES == 0, (first, rows)
-        part = object.__new__(BlockMatrix)
-        part._hold(self.data[first // LANES : (first + rows) // LANES], self.kind, rows, self.shape[1])
+        part = copy(self)
+        part.shape, part.data = (rows, self.shape[1]), self.data[first // LANES : (first + rows) // LANES]
+        part._fields = part._fields_of(rows, len(part.data))
         return part
 
     @staticmethod

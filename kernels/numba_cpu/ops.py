@@ -75,7 +75,8 @@ class NumbaOps(TorchOps):
         return out.to(x.dtype)
 
     def mix_many(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-        assert here.tape is None, f"a step of {len(h)} tokens tells the host their experts: it cannot be recorded"
+        if here.tape is not None:
+            raise RuntimeError(f"a step of {len(h)} tokens tells the host their experts: it cannot be recorded")
         return super().mix_many(h, ids, weights, experts)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ class Tape(TorchDispatchMode):
         self._memory = torch.empty(0)
 
     def __enter__(self) -> Tape:
-        assert here.tape is None, "one tape at a time"
+        if here.tape is not None:
+            raise RuntimeError("a tape is being recorded on this thread: one at a time")
         here.tape = self
         return super().__enter__()
 
@@ -175,7 +176,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = _kind_of(func)
-        assert kind is not Kind.WAITS, f"{func._schema.name} tells the host a number: it cannot be recorded"
+        if kind is Kind.WAITS:
+            raise RuntimeError(f"{func._schema.name} tells the host a number: it cannot be recorded")
         out = func(*args, **kwargs)
         self._alive.append((args, out))
         if kind is Kind.COMPUTES or (kind is Kind.MAY_BE_VIEW and not _is_view(out, args[0])):

@@ -62,7 +62,7 @@ class Resources:
         """Tables for tiles of ``tile`` tokens, for sequences of up to ``pages`` pages."""
         return self.tables.rope(codec.rope, tile, pages * (PAGE_TOKENS // tile))
 
-    def is_odd(self, head_size: int, group_size: int) -> bool:
+    def falls_back(self, head_size: int, group_size: int) -> bool:
         """Whether the kernels do not know a shape; the specification then computes it, and says so once."""
         if head_size in HEAD_SIZES and group_size in GROUP_SIZES:
             return False
@@ -87,7 +87,7 @@ class TritonHeads:
         self, pages: PackedPages, codec: HeadCodec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
     ) -> None:
         shared, layout = self._shared, pages.layout
-        if shared.is_odd(layout.head_size, layout.group_size):
+        if shared.falls_back(layout.head_size, layout.group_size):
             reference.pack_heads(pages, codec, page_row, first, keys, values, retained)
             return
         if codec.has_basis:
@@ -121,7 +121,7 @@ class TritonHeads:
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         shared, layout = self._shared, pages.layout
-        if shared.is_odd(layout.head_size, layout.group_size):
+        if shared.falls_back(layout.head_size, layout.group_size):
             return reference.unpack_heads(pages, codec, page_row, first, count, dtype)
         rope = shared.rope(codec, layout.tile, len(page_row)) if codec.has_key_mean else None
         label = shared.tables.groups(layout.kv_heads * layout.head_size, layout.group_size, page_row.device)
@@ -129,7 +129,7 @@ class TritonHeads:
 
     def attend(self, q: Tensor, pages: PackedPages, codec: HeadCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         shared, card, layout, mean = self._shared, self._shared.card, pages.layout, codec.has_key_mean
-        if shared.is_odd(layout.head_size, layout.group_size):
+        if shared.falls_back(layout.head_size, layout.group_size):
             return reference.attend_heads(q, pages, codec, full, step)
         columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
         form = shared.tuning.form_of(layout, has_mean=mean, shared_bytes=card.shared_bytes)
@@ -167,7 +167,7 @@ class TritonLabels:
         retained: Tensor,
     ) -> None:
         shared, layout, count = self._shared, pages.layout, len(keys)
-        if shared.is_odd(layout.head_size, layout.group_size):
+        if shared.falls_back(layout.head_size, layout.group_size):
             reference.pack_labels(pages, codec, page_row, first, keys, values, retained)
             return
         labels = shared.tables.labels(codec, layout.kv_heads * layout.groups)
@@ -189,14 +189,14 @@ class TritonLabels:
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         shared, layout = self._shared, pages.layout
-        if shared.is_odd(layout.head_size, layout.group_size):
+        if shared.falls_back(layout.head_size, layout.group_size):
             return reference.unpack_labels(pages, codec, page_row, first, count, dtype)
         labels = shared.tables.labels(codec, layout.kv_heads * layout.groups)
         return unpack_labels(pages, codec, page_row, first, count, dtype, labels)
 
     def attend(self, q: Tensor, pages: PackedPages, codec: LabelCodec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         shared, card, layout = self._shared, self._shared.card, pages.layout
-        if shared.is_odd(layout.head_size, layout.group_size):
+        if shared.falls_back(layout.head_size, layout.group_size):
             return reference.attend_labels(q, pages, codec, full, step)
         columns = Columns.of(q, layout.kv_heads, layout.head_size, full, step)
         form = label_form(layout, shared_bytes=card.shared_bytes, block_bytes=card.block_bytes)
@@ -236,7 +236,7 @@ class TritonGpu(Unfused):
 
     def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
         shared, card, kv_heads, size = self.shared, self.shared.card, pages.keys.shape[1], pages.keys.shape[3]
-        if shared.is_odd(size, 64):
+        if shared.falls_back(size, 64):
             return reference.attend_plain(q, pages, full, step)
         columns = Columns.of(q, kv_heads, size, full, step)
         splits = splits_of(columns, step, PAGE_BLOCK, card.processors * PAGE_PROGRAMS)

@@ -3,7 +3,7 @@
 """A matrix of quantized blocks (``ggml.words``) times the few vectors of a decode step; and its rows in 16 bits.
 
 As ``matvec``, one launch with what comes before and after; a thread has a block, 32 columns, of each of a program's rows. A
-code becomes a float by placing its bits below those of 1.0: 1 + code / 2^bits. So a block's sum is
+code is read as 1 + code / 2^bits (``block_words``). So a block's sum is
 
     scale 2^bits (sum (1 + code / 2^bits) x - sum x) + offset sum x
 
@@ -12,7 +12,7 @@ and a weight costs a shift, a logical operation and a multiply-add; no conversio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
 
 import torch
 import triton
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.ggml.words import EXPANDED_BYTES, to_words
+from skvq.kernels.triton_gpu.block_words import code_of, load_words, scales_of
 from skvq.kernels.triton_gpu.matvec import FEW_PROGRAMS, HALVES, MOST_VECTORS, finish, load_vectors
 from skvq.kernels.triton_gpu.overlap import overlaps
 
@@ -28,71 +29,6 @@ MOST_LAUNCHES = 7
 the bytes."""
 EXPANDED_BLOCKS = 128
 """Blocks of a row that a program expands."""
-
-
-def _keep(bits: int) -> str:
-    """PTX that keeps the low bits of a code of so many, where they belong in a float, under the exponent of 1.0."""
-    mask = (255 if bits == 8 else 15) << 23 - bits
-    return f"lop3.b32 $0, $1, 0x{mask:08X}, 0x3F800000, 0xEA;"
-
-
-KEEP_4, KEEP_5, KEEP_6, KEEP_8 = (tl.constexpr(_keep(bits)) for bits in (4, 5, 6, 8))
-
-
-@triton.jit
-def load_words(code_ptr, high_ptr, pair_ptr, row, b, BLOCKS: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Blocks b [1, 1, NB, 1] of rows [1, R, 1, 1]: one or two vectors of four words, one or two of high bits, scale and offset;
-    what the format lacks is another of them. Nobody reads them again."""
-    inside = True if EVEN else b < BLOCKS
-    other = None if EVEN else 0
-    j = tl.arange(0, 4)[None, None, None, :]
-    row = row.to(tl.int64)
-    PLANES: tl.constexpr = 2 if BITS == 8 else 1
-    code_ptrs = code_ptr + ((row * PLANES * BLOCKS + b) * 4 + j)
-    low = tl.load(code_ptrs, mask=inside, other=other, eviction_policy="evict_first")
-    more = low
-    if BITS == 8:
-        more = tl.load(code_ptrs + 4 * BLOCKS, mask=inside, other=other, eviction_policy="evict_first")
-    # a thread is to have the pair of its own block: without this the compiler would give it those of neighbouring blocks
-    place = tl.max_contiguous(row * BLOCKS + b, (1, 1, 1, 1))
-    pair = tl.load(pair_ptr + place, mask=inside, other=other, eviction_policy="evict_first")
-    high, higher = pair, pair
-    if BITS == 5 or BITS == 6:
-        high_ptrs = high_ptr + tl.max_contiguous(row * (BITS - 4) * BLOCKS + b, (1, 1, 1, 1))
-        high = tl.load(high_ptrs, mask=inside, other=other, eviction_policy="evict_first")
-        if BITS == 6:
-            higher = tl.load(high_ptrs + BLOCKS, mask=inside, other=other, eviction_policy="evict_first")
-    return low, more, high, higher, pair
-
-
-@triton.jit
-def code_of(low, more, high, higher, K: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """``1 + code / 2^BITS`` of columns 4 K .. 4 K + 3 of a block, [1, R, NB, 4]."""
-    word = more if BITS == 8 and K >= 4 else low
-    AT: tl.constexpr = 8 * (K % 4) if BITS == 8 else 4 * K
-    TO: tl.constexpr = 23 - BITS
-    shifted = word << (TO - AT) if AT < TO else word >> (AT - TO)
-    if ASM:
-        KEEP: tl.constexpr = KEEP_4 if BITS == 4 else KEEP_5 if BITS == 5 else KEEP_6 if BITS == 6 else KEEP_8
-        bits = tl.inline_asm_elementwise(KEEP, "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        bits = (shifted & ((255 if BITS == 8 else 15) << TO)) | 0x3F800000
-    if BITS == 5:
-        c = 4 * K + tl.arange(0, 4)[None, None, None, :]
-        bits |= ((high >> c) & 1) << 22
-    elif BITS == 6:
-        c = 4 * (K % 4) + tl.arange(0, 4)[None, None, None, :]
-        field = higher if K >= 4 else high
-        bits |= ((field >> (2 * c)) & 3) << 21
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def scales_of(pair):
-    """The two float16 numbers of a word, in float32."""
-    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (pair >> 16).to(tl.int16).to(
-        tl.float16, bitcast=True
-    ).to(tl.float32)
 
 
 @triton.jit
@@ -218,21 +154,18 @@ COMPILED = isinstance(expand_kernel, triton.JITFunction)
 """False under Triton's interpreter, which knows no assembly."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Division:
-    """How a launch is divided. A thread has a block of each of a program's rows."""
-
-    rows: int  # of the output that a program owns, of the gate and of up alike
-    warps: int
+WARPS = 4
+"""Of a program that multiplies. A thread has a block of each of the program's rows."""
 
 
-def division_of(vectors: int, outs: int, *, gated: bool, bits: int) -> Division:
-    """For ``vectors`` (1 .. MOST_VECTORS) and ``outs`` numbers of output each: as many rows as registers suffice for."""
+def rows_of(vectors: int, outs: int, *, gated: bool, bits: int) -> int:
+    """Rows of the output that a program owns, of the gate and of up alike, for ``vectors`` (1 .. MOST_VECTORS) and ``outs``
+    numbers of output each: as many as registers suffice for."""
     rows = 2 if vectors > 2 or bits == 5 else 4
     rows = max(rows // 2, 1) if gated else rows
     while rows > 1 and outs < FEW_PROGRAMS * rows:
         rows //= 2
-    return Division(rows=rows, warps=4)
+    return rows
 
 
 class BlockMatrix:
@@ -246,10 +179,8 @@ class BlockMatrix:
 
     def part(self, first: int, rows: int) -> BlockMatrix:
         """``rows`` rows from ``first`` on, a view."""
-        part = object.__new__(BlockMatrix)
-        part.words, part.shape, part.data = self.words, (rows, self.shape[1]), self.data
-        codes, high, pairs = (t[first : first + rows] for t in self.parts)
-        part.parts = codes, high, pairs
+        part, (codes, high, pairs) = copy(self), (t[first : first + rows] for t in self.parts)
+        part.shape, part.parts = (rows, self.shape[1]), (codes, high, pairs)
         return part
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -314,12 +245,12 @@ def multiply(
     for part, shape in ((norm, (columns,)), (bias, matrix.shape[:1]), (residual, out.shape)):
         assert part is None or (part.shape == shape and part.dtype == x.dtype and part.is_contiguous()), (part, shape)
     form, count = matrix.words.form, matrix.words.blocks
-    division = division_of(vectors, outs, gated=gated, bits=form.bits)
+    rows = rows_of(vectors, outs, gated=gated, bits=form.bits)
     early = overlaps(x.device)
-    together = min(triton.next_power_of_2(count), 32 * division.warps)
-    block_matvec_kernel[(triton.cdiv(outs, division.rows),)](
+    together = min(triton.next_power_of_2(count), 32 * WARPS)
+    block_matvec_kernel[(triton.cdiv(outs, rows),)](
         x, x if norm is None else norm, *matrix.parts, x if bias is None else bias, x if residual is None else residual, x, out,
-        vectors, outs, out.stride(0), eps, 1, BLOCKS=count, M=triton.next_power_of_2(vectors), ROWS=division.rows, NB=together,
+        vectors, outs, out.stride(0), eps, 1, BLOCKS=count, M=triton.next_power_of_2(vectors), ROWS=rows, NB=together,
         BITS=form.bits, TWO=matrix.words.halves, NORM=norm is not None, GATED=gated, BIAS=bias is not None,
         ADD=residual is not None, EARLY=early, EACH=False, ASM=COMPILED, num_warps=max(together // 32, 1), num_stages=1,
         **({"launch_pdl": True} if early else {}),
@@ -342,10 +273,10 @@ def multiply_each(
     assert ids.shape == (pairs,) and ids.dtype == torch.int64 and ids.is_contiguous(), (ids.shape, ids.dtype)
     assert norm is None or (norm.shape == x.shape[1:] and norm.dtype == x.dtype and norm.is_contiguous()), norm.shape
     form, count = matrix.words.form, matrix.words.blocks
-    division = division_of(1, outs * pairs, gated=gated, bits=form.bits)
-    together = min(triton.next_power_of_2(count), 32 * division.warps)
-    block_matvec_kernel[(triton.cdiv(outs, division.rows), pairs)](
+    rows = rows_of(1, outs * pairs, gated=gated, bits=form.bits)
+    together = min(triton.next_power_of_2(count), 32 * WARPS)
+    block_matvec_kernel[(triton.cdiv(outs, rows), pairs)](
         x, x if norm is None else norm, *matrix.parts, x, x, ids, out, 1, outs, outs, eps, pairs // len(x), BLOCKS=count,
-        M=1, ROWS=division.rows, NB=together, BITS=form.bits, TWO=matrix.words.halves, NORM=norm is not None, GATED=gated,
+        M=1, ROWS=rows, NB=together, BITS=form.bits, TWO=matrix.words.halves, NORM=norm is not None, GATED=gated,
         BIAS=False, ADD=False, EARLY=False, EACH=True, ASM=COMPILED, num_warps=max(together // 32, 1), num_stages=1,
     )  # fmt: skip

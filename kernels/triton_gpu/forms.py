@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from skvq.kernels.interface import FullSlots, Step
+from skvq.kernels.interface import FULL_SPAN, FullSlots, Step
 from skvq.kernels.layout import GPU_HEAD_SIZES, PageLayout
 
 VARYING = {
@@ -173,4 +173,4 @@ def full_splits(full: FullSlots) -> int:
 
 def has_span(step: Step) -> bool:
     """Whether the layer's attention span can hide a token at all."""
-    return step.span < 2**31 - 1
+    return step.span < FULL_SPAN
