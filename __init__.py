@@ -14,8 +14,8 @@ from skvq.engine.timing import Timing
 if TYPE_CHECKING:
     from skvq.engine.batch import Batch
     from skvq.engine.cache import SequenceCache
-    from skvq.engine.evaluate import Likelihoods
     from skvq.engine.generate import Engine
+    from skvq.engine.likelihoods import Likelihoods
     from skvq.engine.request import Request
     from skvq.engine.sampling import TokenLogprob
     from skvq.engine.summary import Summary

@@ -17,10 +17,11 @@ from torch import Tensor
 from skvq.calibrate.reorder import fill_empty
 from skvq.calibrate.rotate import spread_matrix
 from skvq.calibrate.run import TEXT_TOKENS
-from skvq.engine.evaluate import compare, dense_layers, text_in_full
+from skvq.engine.comparison import compare
 from skvq.engine.generate import Engine
 from skvq.engine.model import LayerCache, Model
 from skvq.engine.rope import ModelRope, StepRope, at_positions
+from skvq.engine.whole_text import dense_layers, text_in_full
 from skvq.kernels.reference import masked_attention
 
 WINDOW, SINKS = 128, 5

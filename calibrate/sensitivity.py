@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from skvq.calibrate.stats import SINKS
-from skvq.engine.evaluate import dense_layers, text_in_full
 from skvq.engine.model import Model
 from skvq.engine.rope import ModelRope, StepRope, at_positions
-from skvq.engine.steps import DenseLayer
+from skvq.engine.whole_text import dense_layers, text_in_full
 from skvq.kernels.reference import masked_attention, merge
 
 PROBE_TOKENS, PROBE_STEP = 1024, 2
@@ -84,7 +83,6 @@ class Probe:
         """KL in nats per token of keys, then values, of the first part of this layer's kv heads, of the second, ..., each at
         the widths of ``stores``, in order."""
         exact = self._dense(self._layer)
-        assert isinstance(exact, DenseLayer)
         output = self._model.layer(self._layer, self._hidden, self._rope, exact)
         keys, values = (t.transpose(0, 1).float().clone() for t in (exact.keys, exact.values))  # [T, KH, D]
         stored = {bits: store(keys, values) for bits, store in stores.items()}

@@ -19,9 +19,9 @@ from skvq.engine.calibration import calibrate_to
 from skvq.engine.codecs import layouts_of
 from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, require_known
-from skvq.engine.evaluate import Likelihoods
 from skvq.engine.generation import answered, continued
 from skvq.engine.guard import computes, own_settings
+from skvq.engine.likelihoods import Likelihoods
 from skvq.engine.loading import EngineParts, load_parts, with_cache
 from skvq.engine.machine import pick_device
 from skvq.engine.options import names_options, path_of, path_or_none, require_type

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from skvq.engine.errors import ModelError, nearest
-from skvq.kernels.interface import FULL_SPAN as FULL_SPAN
+from skvq.kernels.layout import FULL_SPAN as FULL_SPAN
 from skvq.kernels.layout import PAGE_TOKENS
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")

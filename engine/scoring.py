@@ -13,25 +13,18 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import needs_none
 from skvq.engine.chunks import TrueDistances
+from skvq.engine.comparison import compare, evaluation_row
 from skvq.engine.config import CacheConfig
+from skvq.engine.decode_regime import DecodeRegimeLayer, StrictWindowLayer
 from skvq.engine.errors import CapacityError, OptionError, counted
-from skvq.engine.evaluate import (
-    DecodeRegimeLayer,
-    Likelihoods,
-    StrictWindowLayer,
-    compare,
-    evaluation_row,
-    likelihoods_of,
-    nll_of,
-    text_as_decoded,
-    text_in_full,
-)
+from skvq.engine.likelihoods import Likelihoods, likelihoods_of, nll_of
 from skvq.engine.loading import EngineParts, planner_beside, with_cache
 from skvq.engine.machine import available_memory
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.report import Reporter
 from skvq.engine.sizes import gib, widest_regions
+from skvq.engine.whole_text import text_as_decoded, text_in_full
 from skvq.loaders.text import first_tokens
 
 
@@ -47,16 +40,14 @@ def regime_hidden(
     parts: EngineParts, ids: Tensor, report: Reporter, layer_class: type[DecodeRegimeLayer] = DecodeRegimeLayer
 ) -> Pieces[Tensor]:
     """Last hidden states [N, d] of a text whose every position sees what decode would see."""
-    model, sequence = parts.model, SequenceCache(parts.setup)
-    try:
+    model = parts.model
+    with SequenceCache(parts.setup) as sequence:
         sequence.reserve(len(ids))
         size = model.dtype.itemsize + sequence.setup.arena.shape.dtype.itemsize
         _require_memory(parts, len(ids), size, layer_class.more_bytes(model.config, len(ids), model.dtype.itemsize))
         with report.bar(f"scoring {len(ids):,} tokens", model.config.num_layers) as bar:
             layers = partial(layer_class, sequence, ids=ids)
             return (yield from text_as_decoded(model, parts.rope, ids, layers, bar.advance))
-    finally:
-        sequence.free()
 
 
 def _require_memory(parts: EngineParts, count: int, size: int, more: int) -> None:

@@ -19,9 +19,6 @@ from skvq.kernels.graphs import Graphs
 from skvq.kernels.layout import PageLayout
 from skvq.kernels.linear import Linear
 
-FULL_SPAN = 2**31 - 1
-"""Attention span of a layer without a sliding window: longer than any context, so it needs no special case."""
-
 Codec = TypeVar("Codec", contravariant=True)
 
 MOST_PARTS = 8

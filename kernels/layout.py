@@ -32,6 +32,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FULL_SPAN = 2**31 - 1
+"""Attention span of a layer without a sliding window: longer than any context, so it needs no special case."""
+
 PAGE_TOKENS = 1280
 TRIT_SLOTS = 32
 TRIT_PLANES = 5

@@ -15,9 +15,9 @@ from threading import Condition
 from skvq.engine.batch import ALONE, Batch
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, SkvqError
-from skvq.engine.evaluate import Likelihoods
 from skvq.engine.generate import Engine
 from skvq.engine.guard import computing
+from skvq.engine.likelihoods import Likelihoods
 from skvq.engine.measure import wait_for
 from skvq.engine.pieces import Pieces
 from skvq.engine.prompt import Prompt

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
-from skvq.engine.evaluate import DecodeRegimeLayer
+from skvq.engine.decode_regime import DecodeRegimeLayer
 from skvq.engine.generate import Engine
 from skvq.engine.rope import at_positions
 from skvq.engine.steps import DecodeBatch, ExactLayer, StreamingLayer

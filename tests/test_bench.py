@@ -25,7 +25,9 @@ from skvq.engine.model_config import FULL_SPAN, ModelConfig
 from skvq.engine.report import Quiet
 from skvq.engine.stress import bare_setup
 from skvq.engine.trials import bench as bench_module
-from skvq.engine.trials.bench import SPARE, DecodeRow, bench_attention, filled, gate
+from skvq.engine.trials.bench import SPARE, bench_attention, filled
+from skvq.engine.trials.bench_gate import gate
+from skvq.engine.trials.bench_rows import DecodeRow
 from skvq.engine.trials.soak import SHAPE
 from skvq.kernels.interface import Step
 from skvq.kernels.reference import Reference

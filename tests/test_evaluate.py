@@ -13,8 +13,9 @@ from simulated import SimulatedLayer, schedule
 from tiny import random_ids, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import scoring
+from skvq.engine.comparison import compare
+from skvq.engine.decode_regime import StrictWindowLayer
 from skvq.engine.errors import CalibrationError, CapacityError, OptionError, SkvqError
-from skvq.engine.evaluate import StrictWindowLayer, compare
 from skvq.engine.filters import AttentionSinks, HeavyHitters
 from skvq.engine.generate import Engine
 from skvq.engine.model_config import FULL_SPAN
@@ -83,7 +84,7 @@ def test_comparing_in_pieces_is_comparing(engine: Engine, monkeypatch: pytest.Mo
     ids = torch.tensor(engine.encode(TEXT)[:43])
     a, b = torch.randn(2, 43, 64, generator=torch.Generator().manual_seed(0))
     whole = compare(engine.parts.model, a, b, ids)
-    monkeypatch.setattr("skvq.engine.evaluate.ROWS", 7)
+    monkeypatch.setattr("skvq.engine.likelihoods.ROWS", 7)
     pieces = compare(engine.parts.model, a, b, ids)
     assert len(pieces.nll) == 42 and len(pieces.kl) == 43
     assert torch.equal(whole.same_top, pieces.same_top)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,16 +22,17 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.decode import graphs_of
-from skvq.engine.errors import SkvqError
 from skvq.engine.generate import Engine
 from skvq.engine.guard import own_settings
 from skvq.engine.machine import available_memory
 from skvq.engine.measure import copy_bandwidth, device_name, peak_bytes, reset_peak, timed
-from skvq.engine.model_config import FULL_SPAN, ModelConfig
+from skvq.engine.model_config import ModelConfig
 from skvq.engine.prefill import chunks
 from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.stress import fill_fast, last_token_step
+from skvq.engine.trials.bench_gate import GATE_TOKENS, gate, random_query
+from skvq.engine.trials.bench_rows import BenchRow, DecodeRow, PrefillRow
 from skvq.kernels.dense import attend_causal, kv_buffer
 
 STEPS = 24
@@ -46,93 +46,6 @@ WARM_TOKENS = 8 * CHUNK_TOKENS
 
 SPARE = WARM_UP + STEPS
 """Tokens written beyond a context while it is measured."""
-
-GATE_TOKENS = 3000
-GATE_ERROR = 0.02
-"""Largest relative error of attention against float32 over what the cache holds; 16-bit kernels have about 0.003."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchRow(ABC):
-    """Figures of one context. Times are medians; nan is what was not measured."""
-
-    ctx: int
-    ms_per_token: float
-    attention_ms: float  # all layers
-    tokens_per_s: float
-    gbps: float  # bytes of the cache over the time it takes
-    share_of_copy: float
-    peak_bytes: int
-
-    @abstractmethod
-    def line(self) -> str:
-        """For people."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For programs: nan becomes null."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeRow(BenchRow):
-    """A step: ``gbps`` is what attention reads of the cache over its time; without a model there is no step, only attention."""
-
-    sdpa_ms: float  # torch's attention over unpacked keys and values of this length, where they fit
-    sdpa_dtype: str  # of these (``sdpa_dtype``)
-
-    def line(self) -> str:
-        """For people."""
-        step = "" if math.isnan(self.ms_per_token) else f"{self.ms_per_token:9.2f} ms a token ({self.tokens_per_s:,.1f}/s), "
-        times = self.sdpa_ms / self.attention_ms
-        beside = "" if math.isnan(times) else f"; torch SDPA in {self.sdpa_dtype} {self.sdpa_ms:,.2f} ms, {times:.1f}x"
-        return (
-            f"{self.ctx:>9,} tokens: {step}attention {self.attention_ms:8.2f} ms, {self.gbps:.1f} GB/s, "
-            f"{self.share_of_copy:.0%} of copy{beside}; peak {self.peak_bytes / 1e9:.2f} GB"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillRow(BenchRow):
-    """A prompt: ``attention_ms`` is dense attention's share of ``ms_per_token``, of exact prefill only; ``gbps`` the cache
-    written over the time."""
-
-    def line(self) -> str:
-        """For people."""
-        attended = "" if math.isnan(self.attention_ms) else f", of which attention {self.attention_ms:.3f}"
-        return (
-            f"{self.ctx:>9,} tokens: {self.ms_per_token:8.3f} ms a token ({self.tokens_per_s:,.1f}/s){attended}; "
-            f"peak {self.peak_bytes / 1e9:.2f} GB"
-        )
-
-
-def random_query(setup: CacheSetup, heads: int) -> Tensor:
-    """[1, 1, H, D] in the cache's dtype."""
-    shape = setup.arena.shape
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 1, heads, shape.head_size, dtype=torch.float32, generator=generator).to(shape.dtype).to(setup.device)
-
-
-def gate(setup: CacheSetup, heads: int, tokens: int, report: Reporter) -> float:
-    """Error of the first layer's attention against float32 over the cache as it unpacks. Raises SkvqError if it is wrong."""
-    sequence = SequenceCache(setup)
-    try:
-        fill_fast(sequence, tokens, seed=1, vocab=256, report=report)
-        q = random_query(setup, heads)
-        out, _ = setup.method.attend(0, q, last_token_step(sequence))
-        keys, values, _ = (t.float() for t in sequence.window(0, sequence.length))
-        if sequence.packed:
-            old_keys, old_values = sequence.stage(0, 0, sequence.packed)
-            keys, values = torch.cat([old_keys, keys]), torch.cat([old_values, values])
-        keys, values = (t.transpose(0, 1) for t in (keys, values))
-        expected, _ = setup.rope.distances.attend(q[0].float(), sequence.length - 1, keys, values, 0, FULL_SPAN)
-        error = float((out[0].float() - expected).norm() / expected.norm())
-    finally:
-        sequence.free()
-    if not error < GATE_ERROR:
-        raise SkvqError(
-            f"attention is off by {error:.2%} from float32 over {tokens:,} tokens: nothing is measured; please report it"
-        )
-    return error
 
 
 def sdpa_dtype(setup: CacheSetup) -> torch.dtype:
@@ -166,12 +79,9 @@ def sdpa_seconds(config: ModelConfig, tokens: int, setup: CacheSetup) -> float:
 @contextmanager
 def filled(setup: CacheSetup, context: int, report: Reporter) -> Iterator[SequenceCache]:
     """A sequence of ``context`` random tokens."""
-    sequence = SequenceCache(setup)
-    try:
+    with SequenceCache(setup) as sequence:
         fill_fast(sequence, context, seed=0, vocab=256, report=report)
         yield sequence
-    finally:
-        sequence.free()
 
 
 def _attention_row(sequence: SequenceCache, config: ModelConfig, copy: float) -> DecodeRow:
@@ -242,8 +152,13 @@ def _bench(device: torch.device, rows: Callable[[float], Iterator[BenchRow]]) ->
         copy = copy_bandwidth(device)
 
     def measured() -> Iterator[BenchRow]:
-        with own_settings(device):
-            yield from rows(copy)
+        found = rows(copy)
+        while True:
+            with own_settings(device):  # the caller's apply to what is done between rows
+                row = next(found, None)
+            if row is None:
+                return
+            yield row
 
     return Bench(device=device_name(device), copy=copy, rows=measured())
 

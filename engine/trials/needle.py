@@ -116,16 +116,11 @@ def packed_share(engine: Engine, question: Question) -> float | None:
 
 def answer_logits(engine: Engine, question: Question) -> tuple[str, Tensor]:
     """Read the prompt; the text greedy decoding gives, and logits float32 [N, V] before each of the answer's tokens."""
-    sequence = engine.prefill(question.prompt[:-1])
-    twin = sequence.fork()
-    try:
+    with engine.prefill(question.prompt[:-1]) as sequence, sequence.fork() as twin:
         sampling = SamplingConfig(max_new_tokens=len(question.answer) + EXTRA_TOKENS)
         text = "".join(engine.stream(question.prompt[-1:], sampling, sequence=twin))
         tokens = [question.prompt[-1], *question.answer[:-1]]
         return text, torch.cat([engine.decode_step([sequence], [token]) for token in tokens])
-    finally:
-        sequence.free()
-        twin.free()
 
 
 def score(logits: Tensor, answer: Sequence[int]) -> tuple[float, int]:

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from skvq.kernels.interface import FULL_SPAN, FullSlots, Step
-from skvq.kernels.layout import GPU_HEAD_SIZES, PageLayout
+from skvq.kernels.interface import FullSlots, Step
+from skvq.kernels.layout import FULL_SPAN, GPU_HEAD_SIZES, PageLayout
 
 VARYING = {
     "do_not_specialize": ["splits", "full_splits", "first_tile", "first", "tokens", "queries", "chunks", "columns"],
