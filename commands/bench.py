@@ -18,7 +18,6 @@ from skvq.commands.options import (
     cache_options,
     calibration_option,
     ctxs_option,
-    depths_of,
     download_option,
     engine_options,
     json_option,
@@ -28,6 +27,7 @@ from skvq.commands.options import (
     prefill_option,
     stack,
 )
+from skvq.commands.types import depths_of
 from skvq.engine.errors import OptionError
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from skvq.calibrate.corpus import BUILT_IN
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
     PACKING_NAMES,
-    TokenCount,
     engine_options,
     is_given,
     json_option,
@@ -23,6 +22,7 @@ from skvq.commands.options import (
     pick,
 )
 from skvq.commands.text import corpus_text
+from skvq.commands.types import TokenCount
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
 

@@ -12,7 +12,6 @@ import click
 from skvq.calibrate.corpus import BUILT_IN
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
-    TokenCount,
     cache_config,
     cache_options,
     calibration_option,
@@ -23,6 +22,7 @@ from skvq.commands.options import (
     model_option,
 )
 from skvq.commands.text import corpus_text
+from skvq.commands.types import TokenCount
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
 from skvq.engine.trials.plots import depth_plot, require_plot

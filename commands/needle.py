@@ -14,7 +14,6 @@ from skvq.commands.options import (
     cache_options,
     calibration_option,
     ctxs_option,
-    depths_of,
     engine_options,
     json_option,
     load_engine,
@@ -22,6 +21,7 @@ from skvq.commands.options import (
     prefill_option,
 )
 from skvq.commands.text import corpus_text
+from skvq.commands.types import depths_of
 from skvq.engine.trials.plots import heat_map, require_plot
 
 if TYPE_CHECKING:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from skvq.commands.conversation import converse, save_whole
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
     SAMPLING_NAMES,
-    TokenCount,
     cache_config,
     cache_options,
     calibration_option,
@@ -25,24 +22,19 @@ from skvq.commands.options import (
     json_option,
     load_engine,
     model_option,
-    object_of,
     on_full_option,
     pick,
     prefill_option,
     sampling_options,
 )
 from skvq.commands.text import joined, questions, read_text
+from skvq.commands.types import TokenCount, object_of
 from skvq.engine.config import CacheConfig, SamplingConfig
-from skvq.engine.errors import CapacityError, ModelError, OptionError
-from skvq.engine.interrupts import uninterrupted
+from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
 
 if TYPE_CHECKING:
-    from skvq.engine.cache import Mark, SequenceCache
-    from skvq.engine.generate import Engine
-    from skvq.engine.prompt import Prompt
-    from skvq.engine.report import Bar, Reporter
-    from skvq.engine.timing import Timing
+    pass
 
 
 @click.command(cls=OneLineCommand)
@@ -126,58 +118,6 @@ def run(**options: Any) -> None:
         click.echo(json.dumps({"text": written, **summary.as_dict()}))
 
 
-def converse(
-    engine: Engine, sequence: SequenceCache, text: str, asked: Iterable[str], sampling: SamplingConfig, options: dict[str, Any]
-) -> str:
-    """Answer a text, then each question in turn; the first answer. What ends it early, but for a full context where questions
-    are asked, is raised when the session is saved, without a text of which only a part was read."""
-    turn = first = Turn.begins(sequence)
-    written = ""
-    try:
-        written = answer(engine, sequence, text, sampling, options)
-        for question in asked:
-            turn = Turn.begins(sequence)
-            try:
-                answer(engine, sequence, question, sampling, {**options, "system": None})
-            except (OptionError, ModelError) as error:  # the question's: others can be asked
-                engine.report.message(str(error))
-    except CapacityError as error:
-        if not (options["interactive"] and sequence.length):
-            raise
-        engine.report.message(str(error))
-    except BaseException as error:
-        whole = turn.is_read(sequence) or (turn is not first and sequence.rewind(turn.mark))
-        if options["session"] is not None and whole:
-            save_whole(sequence, options["session"])
-            engine.report.message(f"what has been read and written is saved in {options['session']}")
-        elif isinstance(error, KeyboardInterrupt) and options["checkpoint"] is None and not whole:
-            engine.report.message("the text was being read, and none of that is kept: --checkpoint FILE would keep it")
-        raise
-    return written
-
-
-def save_whole(sequence: SequenceCache, path: Path) -> None:
-    """Save a session though Ctrl-C is pressed meanwhile, which comes after it: a large one takes seconds."""
-    with uninterrupted():
-        sequence.save(path)
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Where a sequence was before a text was read, so that a text of which only half was read can be forgotten."""
-
-    mark: Mark
-    timing: Timing
-
-    @classmethod
-    def begins(cls, sequence: SequenceCache) -> Turn:
-        return cls(sequence.mark, sequence.timing)
-
-    def is_read(self, sequence: SequenceCache) -> bool:
-        """Whether all of the text has been read: a sequence then gets a timing of its own."""
-        return sequence.timing is not self.timing
-
-
 def require_consistent(options: dict[str, Any]) -> None:
     """Raise OptionError for options of ``skvq run`` that contradict each other."""
     if options["system"] is not None and not options["chat"]:
@@ -197,53 +137,6 @@ def first_text(options: dict[str, Any], *, goes_on: bool) -> str:
     if options["prompt"] is None and not options["files"] and (goes_on or options["fill"] or options["interactive"]):
         return ""
     return read_text(options["prompt"], options["files"])
-
-
-def answer(engine: Engine, sequence: SequenceCache, text: str, sampling: SamplingConfig, options: dict[str, Any]) -> str:
-    """Read a text and write what follows, as it comes unless it is for JSON. Ctrl-C ends one of several answers."""
-    pieces, report = [], engine.report
-    below = engine.report = BelowAnswer(report)
-    try:
-        for piece in engine.stream(run_prompt(text, options), sampling, sequence=sequence, checkpoint=options["checkpoint"]):
-            pieces.append(piece)
-            if len(pieces) == 1 and options["checkpoint"] is not None and options["session"] is not None:
-                save_whole(sequence, options["session"])  # the checkpoint is gone: what has been read is kept here
-            if not options["as_json"]:
-                below.is_open = True
-                click.echo(piece, nl=False)
-    except KeyboardInterrupt:
-        if not (options["interactive"] and pieces):
-            raise
-    finally:
-        engine.report = report
-        if below.is_open:
-            click.echo()
-        below.close()
-    if not below.is_open and not options["as_json"]:
-        click.echo()
-    return "".join(pieces)
-
-
-class BelowAnswer:
-    """A reporter whose messages wait while a line of an answer ``is_open``."""
-
-    def __init__(self, report: Reporter) -> None:
-        self._report, self._held = report, list[str]()
-        self.is_open = False
-
-    def message(self, text: str) -> None:
-        if self.is_open:
-            self._held.append(text)
-        else:
-            self._report.message(text)
-
-    def bar(self, label: str, *total: float) -> AbstractContextManager[Bar]:
-        return self._report.bar(label, *total)
-
-    def close(self) -> None:
-        """The line has ended: what has waited is told."""
-        for text in self._held:
-            self._report.message(text)
 
 
 def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:
@@ -274,11 +167,3 @@ def require_checkpoint(path: Path, cache: CacheConfig) -> None:
     from skvq.engine.session import require_options
 
     require_options(read_header(path, KIND), path, cache, KIND)
-
-
-def run_prompt(text: str, options: dict[str, Any]) -> Prompt:
-    """What ``skvq run`` reads next: the text or a chat message; with no text a sequence continues from its last token."""
-    if not text or not options["chat"]:
-        return text
-    system = [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
-    return [*system, {"role": "user", "content": text}]

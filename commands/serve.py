@@ -19,12 +19,12 @@ from skvq.commands.options import (
     engine_options,
     load_engine,
     model_option,
-    object_of,
     on_full_option,
     pick,
     prefill_option,
     sampling_of,
 )
+from skvq.commands.types import object_of
 from skvq.engine.config import SamplingConfig
 
 MAX_NEW_TOKENS = 2048
@@ -60,11 +60,12 @@ def serve(**options: Any) -> None:
     a request says nothing."""
     defaults = SamplingConfig(**pick(options, SAMPLING_NAMES))
     cache = cache_config(options)
-    from skvq.server.handler import Server, Settings
+    from skvq.server.handler import Handler
+    from skvq.server.listener import Server, Settings
     from skvq.server.service import Service
 
     calibration: Path | None = options["calibration"]
-    with Server(options["host"], options["port"]) as server:
+    with Server(options["host"], options["port"], Handler) as server:
         engine = load_engine(
             options,
             cache,

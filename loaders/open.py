@@ -13,8 +13,10 @@ from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.file_tokenizer import FileTokenizer
 from skvq.loaders.gguf_file import GgufSource
 from skvq.loaders.gguf_tokenizer import build_tokenizer
-from skvq.loaders.hub import config_of, dummy_kind, resolve, rounds, scheme_named, split_name
+from skvq.loaders.hub import config_of, dummy_kind, resolve, scheme_named
+from skvq.loaders.hub_gguf import rounds
 from skvq.loaders.model_files import ModelFiles
+from skvq.loaders.model_names import split_name
 from skvq.loaders.names import EMBEDDING, HEAD
 from skvq.loaders.rounded import RoundedSource
 from skvq.loaders.source import WeightSource

@@ -18,9 +18,6 @@ from skvq.loaders.file_tokenizer import FileTokenizer, TokenizerSettings
 from skvq.loaders.hf import read_config
 from skvq.loaders.spm_tokenizer import SentencePieceTokenizer, open_sentencepiece
 from skvq.loaders.tekken import read_tekken
-from skvq.loaders.text import TextStream, Tokenizer
-
-__all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
 
 PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 

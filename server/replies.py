@@ -9,7 +9,7 @@ from typing import Any
 
 from skvq.engine.sampling import TokenLogprob
 from skvq.loaders.text import Tokenizer
-from skvq.server.service import Answers, Piece, Scores
+from skvq.server.calls import Answers, Piece, Scores
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 

@@ -133,7 +133,7 @@ def test_bench_does_not_download_where_it_may_not(monkeypatch: pytest.MonkeyPatc
         asked.append(model)
         raise ModelError("no network here")
 
-    monkeypatch.setattr("skvq.loaders.hub._download", download)
+    monkeypatch.setattr("skvq.loaders.hub.fetch", download)
     for kind in (("decode", "--attention-only"), ("planted",)):
         assert bench(*kind, "--shape", "no/such", "--no-download").exit_code == 2 and not asked
         assert bench(*kind, "--shape", "no/such").exit_code == 2 and asked.pop() == "no/such"

@@ -30,9 +30,11 @@ from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.ggml.words import to_words
 from skvq.loaders.dummy import DummySource, dummy_tokenizer
 from skvq.loaders.hf import read_config
-from skvq.loaders.hub import ALIASES, PATTERNS, config_of, dummy_kind, list_models, resolve
+from skvq.loaders.hub import config_of, dummy_kind, list_models, resolve
+from skvq.loaders.hub_cache import PATTERNS
 from skvq.loaders.names import expected_shapes
 from skvq.loaders.open import open_model
+from skvq.loaders.published import ALIASES
 
 
 class Hub:

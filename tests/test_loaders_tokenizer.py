@@ -41,7 +41,8 @@ from skvq.loaders.gguf_tokenizer import BYTE, NORMAL, PRE_TOKENIZERS, UNKNOWN, U
 from skvq.loaders.hub import resolve
 from skvq.loaders.model_files import ModelFiles
 from skvq.loaders.open import open_files, open_model
-from skvq.loaders.tokenizer import TextStream, Tokenizer, load_tokenizer
+from skvq.loaders.text import TextStream, Tokenizer
+from skvq.loaders.tokenizer import load_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>' + '\n' }}"

@@ -31,9 +31,10 @@ from skvq import Engine, SamplingConfig
 from skvq.engine.batch import Batch
 from skvq.engine.errors import OptionError
 from skvq.engine.report import Quiet
-from skvq.server import handler
+from skvq.server import connection, handler
 from skvq.server.asked import asked_for
-from skvq.server.handler import Server, Settings
+from skvq.server.handler import Handler
+from skvq.server.listener import MOST_TOLD, Server, Settings
 from skvq.server.service import NotRunning, Service
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +65,7 @@ class Client:
 
     def __init__(self, engine: Engine, key: str | None = None, origin: str | None = None) -> None:
         self.report = Listener()
-        self.server = Server("127.0.0.1", 0)
+        self.server = Server("127.0.0.1", 0, Handler)
         self.service = Service(engine)
         settings = Settings(model="tiny", defaults=DEFAULTS, key=key, origin=origin, report=self.report)
         self.port = int(self.server.server_address[1])
@@ -702,7 +703,7 @@ def test_a_broken_request_line_is_answered_as_http(client: Client, line: bytes) 
 
 
 def test_replies_in_slices_are_whole(engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handler, "SLICE", 7)
+    monkeypatch.setattr(connection, "SLICE", 7)
     assert client.ask(COMPLETIONS, {"prompt": TEXT})[1]["choices"][0]["text"] == wanted(engine, TEXT)
 
 
@@ -712,7 +713,7 @@ def test_an_unknown_name_is_told_once(client: Client) -> None:
     assert sum("'temprature'" in line and "left alone" in line for line in client.report.messages) == 1
     for names in (range(90), range(500, 700), range(1000, 1200)):
         assert client.ask(COMPLETIONS, {"prompt": "a", "max_tokens": 1} | {f"x{n}": 1 for n in names})[0] == 200
-    assert sum("left alone" in line for line in client.report.messages) == handler.MOST_TOLD
+    assert sum("left alone" in line for line in client.report.messages) == MOST_TOLD
 
 
 def test_turns_of_a_conversation_share_pages(folder: Path) -> None:
@@ -735,7 +736,7 @@ def test_a_port_that_is_taken_is_one_line(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OptionError, match=rf"cannot listen on 127.0.0.1, port {port} .*--port"):
-            Server("127.0.0.1", port)
+            Server("127.0.0.1", port, Handler)
 
 
 def test_what_is_asked_for_at_once_is_answered(folder: Path) -> None:
