@@ -28,7 +28,6 @@ from skvq.kernels.triton_gpu import (
     combine,
     encode,
     experts,
-    fused,
     grouped,
     label_blocks,
     labels,
@@ -41,6 +40,7 @@ from skvq.kernels.triton_gpu import (
     prepare,
     quantize,
     slots,
+    small,
     unpack,
 )  # fmt: skip
 from skvq.kernels.triton_gpu.forms import FULL_SPLITS, MAX_SPLITS, PAGE_BLOCK, SLOT_BLOCK, packed_form, rows_by_column
@@ -277,17 +277,17 @@ def other_variants(arch: int) -> list[Variant]:
         Variant("encode", encode.encode_kernel, {"D": 128, "HAS_MEAN": True, "WIDE": False}, 4, 1, encode_pointers),
         Variant("unpack", unpack.unpack_kernel, {**tiled, **stored}, 4, 1, {}),
         Variant("unpack, basis", unpack.unpack_kernel, {**tiled, **decoded}, 4, 1, dict.fromkeys(outputs, "*bf16")),
-        Variant("rms norm", fused.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
+        Variant("rms norm", small.rms_norm_kernel, {"BLOCK": 4096, "ADD": True}, 8, 1, {**halves, "weight_ptr": HALVES}),
         Variant("merge", merge.merge_kernel, {"COUNT": 8, "D": 128, "BLOCK": 16}, 4, 1, merging),
-        Variant("norm heads", fused.norm_heads_kernel, {"D": 128, "BLOCK": 128, **pdl}, 1, 1, halves),
-        Variant("turn", fused.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
+        Variant("norm heads", small.norm_heads_kernel, {"D": 128, "BLOCK": 128, **pdl}, 1, 1, halves),
+        Variant("turn", small.turn_kernel, {"D": 128, **pdl}, 1, 1, {**halves, "places_ptr": LONGS}),
         *(matvec_variant(f"matvec {name}", arch, **form) for name, form in MATVEC.items()),
         *(blocks_variant(f"blocks {name}", arch, **form) for name, form in BLOCKS.items()),
         grouped_variant("grouped gate up", gated=True),
         grouped_variant("grouped down", gated=False),
         Variant("route", experts.route_kernel, {"E": 128, "K": 8, "CHOSEN": 8, "NORMED": True}, 1, 1, routing),
         Variant("expand blocks", blocks.expand_kernel, expanded, 4, 1, expand_pointers),
-        Variant("swiglu", fused.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
+        Variant("swiglu", small.swiglu_kernel, {"BLOCK": 1024}, 4, 1, halves),
     ]
 
 

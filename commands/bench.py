@@ -116,7 +116,7 @@ def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tupl
 def decode_command(**options: Any) -> None:
     """Time a decode step, and its attention, at each context length."""
     from skvq.engine.report import StderrReporter
-    from skvq.engine.rope import scaled
+    from skvq.engine.rope_scaling import scaled
     from skvq.engine.trials.bench import SPARE, bench_attention, bench_decode
     from skvq.loaders.hub import config_of
 

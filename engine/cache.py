@@ -1,4 +1,4 @@
-"""One sequence's cache: its pages, its length, and how tokens move from the window into pages or retained slots."""
+"""One sequence's cache: its pages, its length, and what its regions hold (``absorb`` moves tokens from one into another)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,6 +24,7 @@ from torch import Tensor
 from skvq.engine.cache import SequenceCache
 from skvq.engine.container import Container, Entry, open_container, whole, write_container
 from skvq.engine.errors import SessionError, SkvqError
+from skvq.engine.exact_state import ExactState
 from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
 from skvq.engine.session import (
@@ -43,41 +43,6 @@ from skvq.engine.session import (
 KIND = "checkpoint"
 WRITING_SHARE = 10
 """A checkpoint is due at the earliest after this many times as long as the last one took to write."""
-
-
-@dataclass(slots=True)
-class ExactState:
-    """Where an exact prefill of T tokens stands: all layers before ``layer`` are packed; in it ``chunk`` chunks of head
-    group ``group`` are done, and all of the groups before that.
-
-    With one group the layer's output replaces its input chunk by chunk. With G > 1 groups the input stays until the last is
-    done; what heads have read is kept separately.
-    """
-
-    hidden: Tensor  # [T, d], on the device or the host
-    attended: Tensor  # [G, T, H D / G], in addition to hidden; G = 0 where all heads are done at once
-    keys: Tensor  # [KH / G, T, D], of this group
-    values: Tensor  # [KH / G, T, D]
-    mass: Tensor  # float32 [T], of this layer
-    chunk_tokens: int
-    layer: int = 0
-    group: int = 0
-    chunk: int = 0
-
-    @property
-    def attended_rows(self) -> Tensor:
-        """The part of ``attended`` that is done, [rows, H D / G]."""
-        return self.attended.flatten(0, 1)[: self.group * len(self.hidden) + self.filled]
-
-    @property
-    def filled(self) -> int:
-        """Tokens of this layer whose keys and values, for this group, have been computed."""
-        return min(self.chunk * self.chunk_tokens, len(self.hidden))
-
-    def next_layer(self) -> None:
-        """This layer is packed."""
-        self.mass.zero_()
-        self.layer, self.group, self.chunk = self.layer + 1, 0, 0
 
 
 class Checkpoint:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from skvq.engine.absorb import absorb_piece
 from skvq.engine.cache import SequenceCache
-from skvq.engine.checkpoint import Checkpoint, ExactState
+from skvq.engine.checkpoint import Checkpoint
+from skvq.engine.exact_state import ExactState
 from skvq.engine.model import Model
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.pieces import Pieces

@@ -29,7 +29,8 @@ from skvq.engine.overflow import Shift, on_full_of
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm
 from skvq.engine.report import Reporter
-from skvq.engine.rope import ModelRope, beyond_training, model_rope, scaled
+from skvq.engine.rope import ModelRope, model_rope
+from skvq.engine.rope_scaling import beyond_training, scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes, widest_regions
 from skvq.engine.storage import Form, Storage, WeightReader
 from skvq.engine.streams import streams_of

@@ -1,7 +1,8 @@
 """Cache methods: what the bytes of a page mean. Each binds a layout, its layers' codecs and kernels to an arena.
 
 ``rotate`` and ``plain`` keep contiguous groups in each head, ``reorder`` groups by label over all heads: both are a
-``PackedMethod`` with kernels of its own. ``fp`` keeps 16-bit tokens. What is the same for all lives in ``cache.py``.
+``PackedMethod`` with kernels of its own. ``fp`` keeps 16-bit tokens. What is the same for all is in ``cache.py`` and
+``absorb.py``.
 """
 
 from __future__ import annotations

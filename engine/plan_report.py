@@ -18,7 +18,7 @@ from skvq.engine.machine import cuda_bytes
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import CHUNK_TOKENS, PrefillForm
-from skvq.engine.rope import beyond_training, scaled
+from skvq.engine.rope_scaling import beyond_training, scaled
 from skvq.engine.sizes import fullest_choices, gib, layer_token_bytes
 from skvq.engine.weight_forms import form_of
 from skvq.kernels.layout import gpu_head_size

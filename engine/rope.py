@@ -14,14 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skvq.engine.chunks import Chunks, Distances, TrueDistances
-from skvq.engine.errors import ModelError, OptionError
-from skvq.engine.model_config import FULL_SPAN, ChunkConfig, ModelConfig, RopeConfig, yarn_scale
+from skvq.engine.errors import ModelError
+from skvq.engine.model_config import ChunkConfig, ModelConfig
+from skvq.engine.rope_frequencies import frequencies_of
 from skvq.kernels.interface import RopeFrequencies
-from skvq.kernels.layout import PAGE_TOKENS
 from skvq.kernels.ops import apply_rope, rope_turns
-
-CHUNK_SHARE = 0.8
-"""Of the trained length, what a chunk takes. 0.63 to 0.94 differ by 0.01 nats on SmolLM2 at 1.5 times its length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,69 +90,6 @@ def narrowed(x: Tensor, size: int) -> Tensor:
     return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)[..., : size // 2].flatten(-2)
 
 
-def scaled(config: ModelConfig, text: str) -> ModelConfig:
-    """The model with its RoPE stretched by ``kind:factor`` over the trained length, or by ``kind:factor:length`` over another
-    (yarn over 32768 of Qwen3). Raises OptionError if its own is stretched already: two kinds cannot be combined, but for
-    ``chunks``, which leaves RoPE as it is.
-
-    Stretched by a fixed factor (chunks, linear, yarn) it counts as good for that much more; dynamic stretches with the context.
-    """
-    kind, _, factor = text.partition(":")
-    if kind not in ("linear", "dynamic", "yarn", "chunks"):
-        raise OptionError(
-            f"rope scaling {text!r} is not of the form chunks:FACTOR, yarn:FACTOR, dynamic:FACTOR or linear:FACTOR, nor "
-            "chunks:FACTOR:LENGTH or yarn:FACTOR:LENGTH"
-        )
-    factor, over, length = factor.partition(":") if kind in ("yarn", "chunks") else (factor, "", "")
-    if over and not (length.isdecimal() and 0 < int(length) <= config.trained_context):
-        raise OptionError(
-            f"rope scaling {text!r}: {length!r} is not a number of tokens up to {config.trained_context:,}, the trained length"
-        )
-    if not factor:
-        raise OptionError(f"rope scaling {text!r} lacks its factor: give {kind}:4, or what it should be stretched by")
-    try:
-        stretch = float(factor)
-    except ValueError:
-        raise OptionError(f"rope scaling {text!r}: {factor!r} is not a number") from None
-    if not 1 <= stretch <= 4096:
-        raise OptionError(f"rope scaling {text!r}: the factor must lie between 1 and 4096")
-    original = int(length) if over else config.trained_context
-    if config.chunks:
-        raise OptionError(
-            f"this model has chunks for contexts above {config.chunks.reach:,} tokens (dual chunk attention): leave "
-            f"--rope-scaling {text} out"
-        )
-    if kind == "chunks":
-        return _in_chunks(config, original, int(stretch * original), text)
-    if config.rope.kind != "default":
-        raise OptionError(f"this model stretches its RoPE itself ({config.rope.kind}): leave --rope-scaling {text} out")
-    rope = RopeConfig(kind=kind, theta=config.rope.theta, factor=stretch, original_context=original)
-    trained = original if kind == "dynamic" else int(stretch * original)
-    return replace(config, rope=rope, trained_context=trained)
-
-
-def _in_chunks(config: ModelConfig, trained: int, stretched: int, text: str) -> ModelConfig:
-    """The model in chunks: it knows distances up to ``trained``, of which a chunk takes ``CHUNK_SHARE`` or, in whole pages,
-    less."""
-    if min(config.attention_spans) < FULL_SPAN or config.unturned_layers:
-        raise OptionError(f"rope scaling {text!r} needs full attention and RoPE in all layers of the model")
-    if trained * CHUNK_SHARE < PAGE_TOKENS:
-        least = PAGE_TOKENS / CHUNK_SHARE
-        raise OptionError(f"rope scaling {text!r} needs a trained length of at least {least:,.0f} tokens, not {trained:,}")
-    rope = replace(config.rope, original_context=config.rope.original_context or config.trained_context)
-    chunks = ChunkConfig.of_at_most(int(CHUNK_SHARE * trained), trained)
-    return replace(config, chunks=chunks, rope=rope, trained_context=stretched)
-
-
-def beyond_training(context: int, trained: int, stretched: int) -> str:
-    """The warning for a context longer than the trained one; the model is ``stretched`` to that many tokens, if at all."""
-    so = "output beyond that is unreliable"
-    if stretched > trained:
-        so = f"--rope-scaling takes it to {stretched:,}, which costs accuracy unless it was fine-tuned for that"
-        so += "; output beyond is unreliable" if context > stretched else ""
-    return f"{context:,} tokens exceed the {trained:,} that this model was trained for: {so}"
-
-
 def at_positions(rope: ModelRope, positions: Tensor) -> StepRope:
     """The rotations of ``positions`` [B, N]."""
     gain = rope.distances.gain(positions)
@@ -184,7 +118,7 @@ def model_rope(config: ModelConfig, context: int, device: torch.device) -> Model
     """
     cut = config.cut_at(context)
     try:
-        found = _frequencies(config, cut.reach if cut else context)  # for the largest distance there will be
+        found = frequencies_of(config, cut.reach if cut else context)  # for the largest distance there will be
     except (ArithmeticError, ValueError) as error:
         raise ModelError(f"no frequencies can be computed for this RoPE ({error}): {config.rope}") from None
     if not (found.inv_freq.isfinite().all() and math.isfinite(found.scale)):
@@ -209,64 +143,3 @@ def _distances(cut: ChunkConfig | None, frequencies: RopeFrequencies) -> Distanc
     if cut is None:
         return TrueDistances()
     return Chunks(length=cut.length, reach=cut.reach, gain_from=cut.gain_from, frequencies=frequencies)
-
-
-def _frequencies(config: ModelConfig, context: int) -> RopeFrequencies:
-    rope, size = config.rope, config.turned_size
-    base = rope.theta
-    steps = torch.arange(0, size, 2, dtype=torch.float64) / size
-    scale = 1.0
-    if rope.kind == "dynamic":
-        longest = max(context, config.trained_context)
-        stretch = rope.factor * longest / config.trained_context - (rope.factor - 1)
-        base *= stretch ** (size / (size - 2))
-    inv_freq = base**-steps
-    if rope.kind == "linear":
-        inv_freq = inv_freq / rope.factor
-    elif rope.kind == "llama3":
-        inv_freq = _llama3(rope, config.trained_context, inv_freq)
-    elif rope.kind == "yarn":
-        inv_freq, scale = _yarn(rope, config.trained_context, size, inv_freq)
-    elif rope.kind == "longrope":
-        inv_freq, scale = _longrope(rope, config.trained_context, context, inv_freq)
-    return RopeFrequencies(inv_freq=inv_freq, scale=scale)
-
-
-def _llama3(rope: RopeConfig, trained: int, inv_freq: Tensor) -> Tensor:
-    original = rope.original_context or trained
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    slow = wavelength > original / rope.low_freq_factor
-    fast = wavelength < original / rope.high_freq_factor
-    return torch.where(slow, inv_freq / rope.factor, torch.where(fast, inv_freq, blended))
-
-
-def _yarn(rope: RopeConfig, trained: int, size: int, inv_freq: Tensor) -> tuple[Tensor, float]:
-    original = rope.original_context or trained
-
-    def dimension(rotations: float) -> float:
-        return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
-    ramp = (torch.arange(size // 2, dtype=torch.float64) - low) / (high - low or 0.001)
-    extrapolated = 1 - ramp.clamp(0, 1)
-    scale = rope.attention_factor
-    if scale is None and rope.mscale and rope.mscale_all_dim:
-        scale = yarn_scale(rope.factor, rope.mscale) / yarn_scale(rope.factor, rope.mscale_all_dim)
-    blended = inv_freq / rope.factor * (1 - extrapolated) + inv_freq * extrapolated
-    return blended, yarn_scale(rope.factor) if scale is None else scale
-
-
-def _longrope(rope: RopeConfig, trained: int, context: int, inv_freq: Tensor) -> tuple[Tensor, float]:
-    original = rope.original_context or trained
-    factors = rope.long_factor if context > original else rope.short_factor
-    if len(factors) != len(inv_freq):
-        raise ModelError(f"longrope has {len(factors)} factors for {len(inv_freq)} channel pairs")
-    scale = rope.attention_factor
-    if scale is None:
-        scale = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
-    return inv_freq / torch.tensor(factors, dtype=torch.float64), scale

@@ -16,7 +16,7 @@ from tiny import Listener, tiny_cache, tiny_engine, tiny_folder
 from skvq.calibrate.rotate import query_metric, spread_matrix, synthesis
 from skvq.calibrate.run import texts_of
 from skvq.calibrate.threads import one_thread
-from skvq.engine.calibration import kept_bytes, work_bytes
+from skvq.engine.calibrating import kept_bytes, work_bytes
 from skvq.engine.codecs import unit_factor
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import CalibrationError, CapacityError, ModelError, OptionError, SkvqError
@@ -126,8 +126,8 @@ def test_a_calibration_that_there_is_no_memory_for_is_refused(
     needed = work_bytes(model, cache, 1, 256, 4) + kept_bytes(model, cache)
     assert work_bytes(model, cache, 1, 256, 4) > work_bytes(model, cache, 1, 128, 4)
     left = [needed - 1]
-    monkeypatch.setattr("skvq.engine.calibration.available_memory", lambda device: left[0])
-    monkeypatch.setattr("skvq.engine.calibration.rehearse", lambda *_: left.append(0))
+    monkeypatch.setattr("skvq.engine.calibrating.available_memory", lambda device: left[0])
+    monkeypatch.setattr("skvq.engine.calibrating.rehearse", lambda *_: left.append(0))
     options: dict[str, Any] = {"corpus_name": "x", "tokens": 256}
     with pytest.raises(CapacityError, match=r"a calibration takes about .* \(skvq calibrate\) and pass its file"):
         engine.calibrate(cache, CORPUS, tmp_path / "made", **options)

@@ -13,7 +13,8 @@ from attending import CACHES, SAME, SINKS, Engines, apart, decode, defined, exac
 from loader_fixtures import tiny_config
 from tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
-from skvq.engine.calibration import header_for, make_artifact
+from skvq.engine.calibrating import make_artifact
+from skvq.engine.calibration import header_for
 from skvq.engine.chunked import ChunkedMethod
 from skvq.engine.chunks import Chunks, TrueDistances
 from skvq.engine.errors import ModelError, OptionError, SessionError
@@ -22,7 +23,8 @@ from skvq.engine.generate import Engine
 from skvq.engine.model_config import ChunkConfig, RopeConfig
 from skvq.engine.plan_report import plan_report
 from skvq.engine.report import Quiet
-from skvq.engine.rope import model_rope, scaled
+from skvq.engine.rope import model_rope
+from skvq.engine.rope_scaling import scaled
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.ops import apply_rope, rope_turns
 

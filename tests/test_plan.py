@@ -28,7 +28,7 @@ from skvq.engine.model_config import ModelConfig
 from skvq.engine.plan_report import parse_bytes, plan_report
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm, prefill_forms
-from skvq.engine.rope import scaled
+from skvq.engine.rope_scaling import scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes
 from skvq.kernels.ggml.words import EXPANDED_BYTES
 from skvq.kernels.interface import RopeFrequencies

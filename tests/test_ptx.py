@@ -29,7 +29,7 @@ from skvq.kernels.ops import TorchOps  # noqa: E402
 from skvq.kernels.triton_gpu import TritonGpu, blocks, grouped, matvec  # noqa: E402
 from skvq.kernels.triton_gpu.card import Card, Tuning  # noqa: E402
 from skvq.kernels.triton_gpu.forms import PackedForm  # noqa: E402
-from skvq.kernels.triton_gpu.fused import TritonOps  # noqa: E402
+from skvq.kernels.triton_gpu.ops import TritonOps  # noqa: E402
 from skvq.kernels.triton_gpu.packed import attend_packed_kernel  # noqa: E402
 
 if not isinstance(attend_packed_kernel, triton.JITFunction):

@@ -48,10 +48,10 @@ from skvq.kernels.triton_gpu import (
 from skvq.kernels.triton_gpu import blocks as block_kernels
 from skvq.kernels.triton_gpu.card import Card, Tuning
 from skvq.kernels.triton_gpu.forms import SHARED_MARGIN, PackedForm, label_bytes
-from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
 from skvq.kernels.triton_gpu.merge import merge_parts
 from skvq.kernels.triton_gpu.metric import MetricTables
+from skvq.kernels.triton_gpu.ops import TritonOps
 
 CPU = torch.device("cpu")
 _patch_language = interpreter._patch_lang

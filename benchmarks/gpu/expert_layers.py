@@ -21,7 +21,7 @@ from skvq.engine.weight_forms import form_of
 from skvq.kernels.experts import DenseStack, Experts, Stack, StoredStack
 from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
-from skvq.kernels.triton_gpu.fused import TritonOps
+from skvq.kernels.triton_gpu.ops import TritonOps
 from skvq.loaders.dummy import DummySource
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 768, "num_heads": 32}

@@ -22,7 +22,7 @@ from skvq.engine.model_config import ModelConfig
 from skvq.kernels.linear import DenseLinear
 from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec
-from skvq.kernels.triton_gpu.fused import TritonOps
+from skvq.kernels.triton_gpu.ops import TritonOps
 from skvq.kernels.triton_gpu.overlap import overlaps
 from skvq.loaders.dummy import DummySource
 

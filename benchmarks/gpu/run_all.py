@@ -42,7 +42,7 @@ from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import TritonGpu
 from skvq.kernels.triton_gpu.card import Card, Tuning
 from skvq.kernels.triton_gpu.forms import PackedForm, packed_form
-from skvq.kernels.triton_gpu.fused import TritonOps
+from skvq.kernels.triton_gpu.ops import TritonOps
 
 DEVICE = torch.device("cuda")
 SHAPES = {"mistral-7b": (8, 4), "llama-2-7b": (32, 1)}  # kv heads, query heads of each

@@ -29,10 +29,10 @@ from skvq.kernels.triton_gpu.forms import (
     rows_by_column,
     splits_of,
 )
-from skvq.kernels.triton_gpu.fused import TritonOps
 from skvq.kernels.triton_gpu.label_blocks import launch_label_blocks
 from skvq.kernels.triton_gpu.labels import launch_labels
 from skvq.kernels.triton_gpu.lattice import quantize_lattice
+from skvq.kernels.triton_gpu.ops import TritonOps
 from skvq.kernels.triton_gpu.pack import launch_pack
 from skvq.kernels.triton_gpu.packed import launch_packed
 from skvq.kernels.triton_gpu.plain import launch_plain

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
-# ruff: noqa: N803
 """``interface.Ops`` on a GPU.
 
 One vector a step: each product of a matrix is one launch together with the operations around it (``matvec``); of a matrix of
@@ -14,7 +13,6 @@ from typing import TypeGuard
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from skvq.kernels.dense import merge_runs
@@ -25,94 +23,8 @@ from skvq.kernels.ops import TorchOps
 from skvq.kernels.triton_gpu import blocks, matvec
 from skvq.kernels.triton_gpu.experts import each_linear, each_swiglu, is_each, most_pairs, route
 from skvq.kernels.triton_gpu.grouped import mlps
-from skvq.kernels.triton_gpu.overlap import overlapping, overlaps, wait_for_inputs
-
-
-@triton.jit
-def rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, total_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """``r / sqrt(mean(r^2) + eps) * weight`` of one row; ``r`` is x, or with ADD ``x + delta``, which goes to ``total``.
-
-    Reads and writes each number once. Rounds wherever torch rounds.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    inside = c < width
-    r = tl.load(x_ptr + row * width + c, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        r += tl.load(delta_ptr + row * width + c, mask=inside, other=0.0).to(tl.float32)
-        rounded = r.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * width + c, rounded, mask=inside)
-        r = rounded.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(r * r, 0) / width + eps)
-    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    normed = (r * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * width + c, (normed * weight).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def norm_heads_kernel(
-    q_ptr, k_ptr, query_norm_ptr, key_norm_ptr, q_out_ptr, k_out_ptr, heads, stride_q, stride_k, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """``x / sqrt(mean(x^2) + eps) * weight`` of one head, of D numbers, of one row. Rounds wherever torch rounds."""
-    wait_for_inputs(PDL)
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kv_heads = tl.num_programs(1) - heads
-    c = tl.arange(0, BLOCK)
-    inside = c < D
-    if head < heads:
-        x_ptr, weight_ptr, out_ptr = q_ptr + row * stride_q + head * D, query_norm_ptr, q_out_ptr + (row * heads + head) * D
-    else:
-        kv = head - heads
-        x_ptr, weight_ptr, out_ptr = k_ptr + row * stride_k + kv * D, key_norm_ptr, k_out_ptr + (row * kv_heads + kv) * D
-    x = tl.load(x_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / D + eps)
-    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    normed = (x * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + c, (normed * weight).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def turn_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, places_ptr, out_ptr, key_ptr, value_ptr,
-    heads, stride_q, stride_k, stride_v, stride_slot, stride_head, stride_token,
-    D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """RoPE of one head of one row. A query head goes to ``out``, a key head to its slot; its value is copied beside it."""
-    wait_for_inputs(PDL)
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    j = tl.arange(0, D // 2)
-    cos, sin = tl.load(cos_ptr + row * (D // 2) + j), tl.load(sin_ptr + row * (D // 2) + j)
-    if head < heads:
-        base = q_ptr + row * stride_q + head * D
-        a, b = tl.load(base + j).to(tl.float32), tl.load(base + D // 2 + j).to(tl.float32)
-        out = out_ptr + (row * heads + head) * D
-        tl.store(out + j, (a * cos - b * sin).to(out_ptr.dtype.element_ty))
-        tl.store(out + D // 2 + j, (b * cos + a * sin).to(out_ptr.dtype.element_ty))
-    else:
-        kv = head - heads
-        base = k_ptr + row * stride_k + kv * D
-        a, b = tl.load(base + j).to(tl.float32), tl.load(base + D // 2 + j).to(tl.float32)
-        at = tl.load(slots_ptr + row) * stride_slot + kv.to(tl.int64) * stride_head + tl.load(places_ptr + row) * stride_token
-        # through the dtype of the model, as the specification goes
-        first, second = (a * cos - b * sin).to(k_ptr.dtype.element_ty), (b * cos + a * sin).to(k_ptr.dtype.element_ty)
-        tl.store(key_ptr + at + j, first.to(key_ptr.dtype.element_ty))
-        tl.store(key_ptr + at + D // 2 + j, second.to(key_ptr.dtype.element_ty))
-        d = tl.arange(0, D)
-        v = tl.load(v_ptr + row * stride_v + kv * D + d)
-        tl.store(value_ptr + at + d, v.to(value_ptr.dtype.element_ty))
-
-
-@triton.jit
-def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """``silu(gate) * up`` of BLOCK columns of one row. Reads and writes each number once."""
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < width
-    gate = tl.load(gate_up_ptr + row * 2 * width + c, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * width + width + c, mask=inside, other=0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * width + c, (silu * up).to(out_ptr.dtype.element_ty), mask=inside)
+from skvq.kernels.triton_gpu.overlap import overlapping, overlaps
+from skvq.kernels.triton_gpu.small import norm_heads_kernel, norm_rows, swiglu_kernel, turn_heads
 
 
 class TritonOps(TorchOps):
@@ -188,12 +100,12 @@ class TritonOps(TorchOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        return _norm(x, x, x, weight, eps, add=False)
+        return norm_rows(x, x, x, weight, eps, add=False)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         assert delta.shape == x.shape and delta.dtype == x.dtype, (delta.shape, x.shape, delta.dtype, x.dtype)
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return total, _norm(x.contiguous(), delta.contiguous(), total, weight, eps, add=True)
+        return total, norm_rows(x.contiguous(), delta.contiguous(), total, weight, eps, add=True)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate_up = gate_up.contiguous()
@@ -212,7 +124,7 @@ class TritonOps(TorchOps):
         kv_heads, keys, values = k.shape[2], full.keys, full.values
         assert queries == 1 and k.shape == v.shape == (rows, 1, kv_heads, size), (q.shape, k.shape, v.shape)
         assert slots.dtype == ring_slots.dtype == torch.int64 and slots.shape == ring_slots.shape == (rows,), slots.shape
-        return _turn(q, k, v, cos, sin, slots, ring_slots, keys, values)
+        return turn_heads(q, k, v, cos, sin, slots, ring_slots, keys, values)
 
     def rope_to_buffer(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
@@ -224,14 +136,14 @@ class TritonOps(TorchOps):
         assert keys.dtype == values.dtype == k.dtype and keys.stride() == values.stride() and keys.stride(2) == 1, keys.stride()
         at = torch.arange(first, first + count, device=q.device)
         q, k, v, cos, sin = (t[0][:, None] for t in (q, k, v, cos, sin))  # [N, 1, ...]
-        return _turn(q, k, v, cos, sin, at, at, keys[None], values[None]).transpose(0, 1)
+        return turn_heads(q, k, v, cos, sin, at, at, keys[None], values[None]).transpose(0, 1)
 
     def turn(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if not is_whole_block(q.shape[3]):
             return super().turn(q, cos, sin)
         rows, cos, sin = (t.reshape(-1, 1, *t.shape[2:]) for t in (q, cos, sin))  # [B * N, 1, ...]
         none, nowhere = rows[:, :, :0], torch.empty(len(rows), dtype=torch.int64, device=q.device)  # keys, and their places
-        return _turn(rows, none, none, cos, sin, nowhere, nowhere, none, none).view(q.shape)
+        return turn_heads(rows, none, none, cos, sin, nowhere, nowhere, none, none).view(q.shape)
 
     def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         out, lse = merge_runs([t.flatten(0, 1) for t in outs], [t.flatten(0, 1) for t in lses], outs[0].dtype)
@@ -258,37 +170,3 @@ def is_blocks(linear: Linear, x: Tensor) -> TypeGuard[StoredLinear[blocks.BlockM
 def is_block(linear: Linear, x: Tensor) -> TypeGuard[StoredLinear[blocks.BlockMatrix]]:
     """The same, by one matrix."""
     return is_blocks(linear, x) and len(linear.parts) == 1
-
-
-def _norm(x: Tensor, delta: Tensor, total: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
-    """``rms_norm_kernel`` on contiguous x and delta, to a new tensor. Without ``add`` delta and total are not touched."""
-    width = x.shape[-1]
-    assert weight.shape == (width,) and weight.is_contiguous() and weight.dtype == x.dtype, (weight.shape, weight.dtype)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
-    rms_norm_kernel[(x.numel() // width,)](
-        x, delta, weight, total, out, width, eps, BLOCK=block, ADD=add, num_warps=min(max(block // 512, 1), 16)
-    )
-    return out
-
-
-def _turn(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
-    """``turn_kernel`` on rows [R, 1, heads, D]: k and v go to keys and values [S, KH, T, D], at ``slots`` [R] and ``places``
-    [R].
-
-    Returns the turned q, new. cos and sin are float32 [R, 1, 1, D / 2].
-    """
-    rows, _, heads, size = q.shape
-    assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (size, 1), (q.stride(), k.stride(), v.stride())
-    assert cos.shape == sin.shape == (rows, 1, 1, size // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
-    assert cos.dtype == sin.dtype == torch.float32, (cos.dtype, sin.dtype)
-    assert keys.stride() == values.stride() and keys.stride(3) == 1, (keys.stride(), values.stride())
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    slot, head, token, _ = keys.stride()
-    turn_kernel[(rows, heads + k.shape[2])](
-        q, k, v, cos, sin, slots, places, out, keys, values, heads, q.stride(0), k.stride(0), v.stride(0),
-        slot if len(keys) > 1 else 0, head, token, D=size, num_warps=1, **overlapping(overlaps(q.device)),
-    )  # fmt: skip
-    return out
