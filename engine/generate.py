@@ -17,13 +17,14 @@ from skvq.engine.batch import Batch
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import calibrate_to
 from skvq.engine.codecs import layouts_of
-from skvq.engine.config import PREFILLS, CacheConfig, SamplingConfig
-from skvq.engine.errors import CapacityError, OptionError, require_known
+from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.generation import answered, continued
 from skvq.engine.guard import computes, own_settings
 from skvq.engine.likelihoods import Likelihoods
+from skvq.engine.load_options import LoadOptions
 from skvq.engine.loading import EngineParts, load_parts, with_cache
-from skvq.engine.machine import pick_device
+from skvq.engine.machine import pick_device, pick_dtype
 from skvq.engine.options import names_options, path_of, path_or_none, require_type
 from skvq.engine.pieces import Pieces, finished
 from skvq.engine.prompt import ChatIds, Ids, Prompt, is_several, template_kwargs_of
@@ -84,44 +85,33 @@ class Engine(TokenEngine):
 
         Raises SkvqError for whatever a user can mend; a context that does not fit is refused before anything is allocated.
         """
-        require_known(prefill, PREFILLS, "prefill")
-        require_type("backend", backend, str)
-        require_type("device", device, str, torch.device)
-        require_type("dtype", dtype, str, torch.dtype)
-        require_type("dummy_weights", dummy_weights, bool)
-        require_type("prefix_cache", prefix_cache, bool)
-        require_type("cuda_graph", cuda_graph, bool)
-        require_type("download", download, bool)
         require_type("cache", cache, CacheConfig, None)
-        require_type("rope_scaling", rope_scaling, str, None)
+        require_type("prefix_cache", prefix_cache, bool)
         require_type("report", report, Reporter, None)
         if isinstance(report, type):
             raise OptionError(f"report must be an object with bar and message, got the class {report.__name__}: call it")
-        template_kwargs = template_kwargs_of(chat_template_kwargs)
-        chosen = report if report is not None else StderrReporter()
-        chosen_device = pick_device(str(device))
-        with own_settings(chosen_device):
-            parts = load_parts(
-                str(model),
-                max_context=max_context,
-                max_sequences=max_sequences,
-                cache=cache if cache is not None else CacheConfig(),
-                backend=backend,
-                device=chosen_device,
-                dtype=str(dtype).removeprefix("torch."),
-                calibration=path_or_none("calibration", calibration),
-                dummy_weights=dummy_weights,
-                rope_scaling=rope_scaling,
-                prefill=prefill,
-                on_full=on_full,
-                cuda_graph=cuda_graph,
-                download=download,
-                chat_template_kwargs=template_kwargs,
-                report=chosen,
-            )
-            engine = cls(parts, Quiet(), prefix_cache=prefix_cache)
+        reporter = report if report is not None else StderrReporter()
+        options = LoadOptions(
+            model=str(model),
+            max_context=max_context,
+            max_sequences=max_sequences,
+            cache=cache if cache is not None else CacheConfig(),
+            backend=backend,
+            device=(chosen := pick_device(device)),
+            dtype=pick_dtype(dtype, chosen),
+            calibration=path_or_none("calibration", calibration),
+            dummy_weights=dummy_weights,
+            rope_scaling=rope_scaling,
+            prefill=prefill,
+            on_full=on_full,
+            cuda_graph=cuda_graph,
+            download=download,
+            chat_template_kwargs=template_kwargs_of(chat_template_kwargs),
+        )
+        with own_settings(options.device):
+            engine = cls(load_parts(options, reporter), Quiet(), prefix_cache=prefix_cache)
             engine.warm_up()
-            engine.report, engine.timing = chosen, Timing()
+            engine.report, engine.timing = reporter, Timing()
             return engine
 
     @names_options(cache=CacheConfig)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,9 @@ from skvq.engine.chunks import Chunks, require_chunkable
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig
 from skvq.engine.identity import identity_of
+from skvq.engine.load_options import LoadOptions
 from skvq.engine.loaded import LoadedModel
-from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pick_dtype, pinnable_memory
+from skvq.engine.machine import available_memory, cuda_bytes, find_backend, pinnable_memory
 from skvq.engine.methods import CacheMethod, HeadMethod, LabelMethod, PlainMethod
 from skvq.engine.model import Model, ModelWeights, load_weights
 from skvq.engine.model_config import ModelConfig
@@ -45,14 +45,12 @@ from skvq.loaders.text import Tokenizer
 class EngineParts:
     """Everything an engine is made of."""
 
+    options: LoadOptions
     loaded: LoadedModel
-    cache: CacheConfig
+    cache: CacheConfig  # as fitted to the model; that of ``options`` is another where ``with_cache`` made it
     setup: CacheSetup
     room: Room
     plan: Plan
-    prefill: str
-    on_full: str
-    cuda_graph: bool
 
     @property
     def model(self) -> Model:
@@ -67,84 +65,73 @@ class EngineParts:
         return self.loaded.rope
 
 
-def load_parts(
-    name: str,
-    *,
-    max_context: int | None,
-    max_sequences: int,
-    cache: CacheConfig,
-    backend: str,
-    device: torch.device,
-    dtype: str,
-    calibration: Path | None,
-    dummy_weights: bool,
-    rope_scaling: str | None,
-    prefill: str,
-    on_full: str,
-    cuda_graph: bool,
-    download: bool,
-    chat_template_kwargs: Mapping[str, Any],
-    report: Reporter,
-) -> EngineParts:
-    """See ``Engine.load``."""
-    compute = pick_dtype(dtype, device)
-    kernels = find_backend(backend, device)
-    form = form_of(kernels.name, device, compute)
-    if kernels.name == "numba" and compute != torch.float32:
-        report.message(f"{str(compute).removeprefix('torch.')} on a CPU is slower than float32, the default")
-
-    def planner_for(source: WeightSource, config: ModelConfig, cache: CacheConfig) -> Planner:
-        room = room_on(device, form.held_bytes(source), form.expanded_bytes(source))
-        return Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=compute, prefill=prefill)
-
-    def as_taken(config: ModelConfig) -> ModelConfig:
-        return config.with_heads_of(kernels.head_size_for(config.head_size))
-
-    ahead = None if dummy_weights else stand_in(name, download=download)
-    if ahead is not None:
-        shape = as_taken(ahead.config)
-        planner_for(ahead, shape, cache.fitted(shape)).plan_that_fits(max_context)
+def load_parts(options: LoadOptions, report: Reporter) -> EngineParts:
+    """See ``Engine.load``; to be called within ``own_settings`` of the device."""
+    kernels = find_backend(options.backend, options.device)
+    form = form_of(kernels.name, options.device, options.dtype)
+    if kernels.name == "numba" and options.dtype != torch.float32:
+        report.message(f"{str(options.dtype).removeprefix('torch.')} on a CPU is slower than float32, the default")
+    _refuse_ahead(options, kernels, form)
     source, tokenizer = open_model(
-        name, dummy_weights=dummy_weights, download=download, chat_template_kwargs=chat_template_kwargs
+        options.model,
+        dummy_weights=options.dummy_weights,
+        download=options.download,
+        chat_template_kwargs=options.chat_template_kwargs,
     )
-    config = as_taken(source.config if rope_scaling is None else scaled(source.config, rope_scaling))
-    if cache.is_packed and CacheConfig().group_size != cache.group_size > config.head_size:
-        report.message(f"groups of {cache.group_size} channels are cut to the heads, of {config.head_size}")
-    cache = settled(cache, calibration, config, source.fingerprint)
-    planner = planner_for(source, config, cache)
-    plan = planner.plan_that_fits(max_context)
+    shape = source.config if options.rope_scaling is None else scaled(source.config, options.rope_scaling)
+    config = _as_taken(shape, kernels)
+    if options.cache.is_packed and CacheConfig().group_size != options.cache.group_size > config.head_size:
+        report.message(f"groups of {options.cache.group_size} channels are cut to the heads, of {config.head_size}")
+    cache = settled(options.cache, options.calibration, config, source.fingerprint)
+    planner = _planner(options, form, source, config, cache)
+    plan = planner.plan_that_fits(options.max_context)
     context = plan.context
-    if plan.form != PrefillForm(prefill=prefill):
+    if plan.form != PrefillForm(prefill=options.prefill):
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
-    full = on_full_of(on_full, widest_regions(cache, config), context)
+    full = on_full_of(options.on_full, widest_regions(cache, config), context)
     require_chunkable(config.cut_at(context), cache, shift=isinstance(full, Shift))
     trained = source.config.trained_context
     if context > trained:
         report.message(beyond_training(context, trained, config.trained_context))
-    if cuda_graph and kernels.captures(config.head_size) and cache.needs_mass:
+    if options.cuda_graph and kernels.captures(config.head_size) and cache.needs_mass:
         report.message("a filter rule needs attention mass: steps are launched one by one and prompts share no prefix, slower")
     loaded = LoadedModel(
         model=Model(config, _weights(source, config, form, report), kernels.ops),
         tokenizer=tokenizer,
-        rope=model_rope(config, context, device),
+        rope=model_rope(config, context, options.device),
         backend=kernels,
         fingerprint=source.fingerprint,
         context=context,
-        dummy=dummy_weights,
+        dummy=options.dummy_weights,
     )
     was_open = cache.is_open
-    cache, setup = build_cache(loaded, cache, max_sequences, calibration, full, report)
+    cache, setup = build_cache(loaded, cache, options.max_sequences, options.calibration, full, report)
     if was_open:
         plan = replace(planner, cache=cache).plan(context)
-    return EngineParts(
-        loaded=loaded,
+    return EngineParts(options=options, loaded=loaded, cache=cache, setup=setup, room=planner.room, plan=plan)
+
+
+def _refuse_ahead(options: LoadOptions, kernels: Backend, form: Form) -> None:
+    """Raise CapacityError for a context that does not fit before anything is downloaded, where a model's shape is known."""
+    ahead = None if options.dummy_weights else stand_in(options.model, download=options.download)
+    if ahead is not None:
+        shape = _as_taken(ahead.config, kernels)
+        _planner(options, form, ahead, shape, options.cache.fitted(shape)).plan_that_fits(options.max_context)
+
+
+def _as_taken(config: ModelConfig, kernels: Backend) -> ModelConfig:
+    """The model with heads as wide as the kernels take them."""
+    return config.with_heads_of(kernels.head_size_for(config.head_size))
+
+
+def _planner(options: LoadOptions, form: Form, source: WeightSource, config: ModelConfig, cache: CacheConfig) -> Planner:
+    return Planner(
+        model=config,
         cache=cache,
-        setup=setup,
-        room=planner.room,
-        plan=plan,
-        prefill=prefill,
-        on_full=on_full,
-        cuda_graph=cuda_graph,
+        room=room_on(options.device, form.held_bytes(source), form.expanded_bytes(source)),
+        sequences=options.max_sequences,
+        dtype=options.dtype,
+        prefill=options.prefill,
     )
 
 
@@ -247,9 +234,11 @@ def planner_beside(
     model, config, context = parts.model, parts.model.config, parts.loaded.context
     cache = settled(cache, calibration, config, parts.loaded.fingerprint)
     room = room_beside(model.device, parts.room)
-    planner = Planner(model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.prefill)
+    planner = Planner(
+        model=config, cache=cache, room=room, sequences=max_sequences, dtype=model.dtype, prefill=parts.options.prefill
+    )
     planner.plan_that_fits(context)
-    full = on_full_of(parts.on_full, widest_regions(cache, config), context)
+    full = on_full_of(parts.options.on_full, widest_regions(cache, config), context)
     require_chunkable(config.cut_at(context), cache, shift=isinstance(full, Shift))
     return planner, full
 

@@ -8,6 +8,7 @@ import torch
 
 from skvq.engine.control_groups import memory_left
 from skvq.engine.errors import OptionError, require_known
+from skvq.engine.options import require_type
 from skvq.kernels.interface import Backend, BackendUnavailable
 from skvq.kernels.registry import get_backend
 
@@ -19,8 +20,10 @@ MEMINFO = Path("/proc/meminfo")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the first GPU, else the CPU."""
+def pick_device(name: str | torch.device) -> torch.device:
+    """The device of that name; ``auto`` is the first GPU, else the CPU. Raises OptionError if there is none."""
+    require_type("device", name, str, torch.device)
+    name = str(name)
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -36,8 +39,10 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # which of them is never open
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype of that name; ``auto`` is float32 on a CPU and bfloat16 on a GPU."""
+def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The compute dtype of that name; ``auto`` is float32 on a CPU and bfloat16 on a GPU. Raises OptionError for another."""
+    require_type("dtype", name, str, torch.dtype)
+    name = str(name).removeprefix("torch.")
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     require_known(name, ("auto", *DTYPES), "dtype")

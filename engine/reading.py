@@ -102,7 +102,7 @@ def _read_rest(
     model, rope = parts.model, parts.rope
     if sequence.length and len(ids) <= SHORT_TOKENS and not checkpoint.in_file:
         how, hidden = "as decode steps", short_prefill(model, rope, sequence, ids)
-    elif sequence.length == 0 and parts.prefill == "exact" and len(ids) <= parts.setup.max_context:
+    elif sequence.length == 0 and parts.options.prefill == "exact" and len(ids) <= parts.setup.max_context:
         form = parts.plan.form_of(model.config, len(ids), model.dtype)
         how, hidden = str(form), (yield from exact_prefill(model, rope, sequence, ids, form, report, checkpoint))
     else:

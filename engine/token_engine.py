@@ -40,7 +40,7 @@ class TokenEngine:
         self.parts, self.report = parts, report
         self.timing = Timing()
         """Of the last call that read or wrote text."""
-        self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.cuda_graph)
+        self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.options.cuda_graph)
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else Prefixes()
 

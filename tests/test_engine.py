@@ -90,7 +90,7 @@ def test_backends_agree(folder: Path, backend: str, name: str) -> None:
 @pytest.mark.parametrize("prefill", ["exact", "streaming"])
 def test_a_batch_answers_as_its_singles_would(engine: Engine, prefill: str) -> None:
     """Five texts, four at a time, of lengths that end at different steps; greedy, so near ties could differ: there are none."""
-    engine = Engine(replace(engine.parts, prefill=prefill), engine.report)
+    engine = Engine(replace(engine.parts, options=replace(engine.parts.options, prefill=prefill)), engine.report)
     texts = [PROMPT * n for n in (1, 5, 2, 1, 3)]
     texts[3] = "x"
     sampling = SamplingConfig(max_new_tokens=11)

@@ -273,7 +273,7 @@ def test_prefill_in_chunks_equals_transformers(
     family, changes = FAMILIES[name]
     model, ids = oracle(family, **changes), random_ids(37)
     engine = load(model, tmp_path, len(ids))
-    engine.parts = replace(engine.parts, prefill=prefill)
+    engine.parts = replace(engine.parts, options=replace(engine.parts.options, prefill=prefill))
     found = engine.read(engine.new_sequence(), ids)
     wanted = expected(model, ids)[-1]
     half = expected(model.half(), ids)[-1]

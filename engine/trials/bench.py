@@ -229,7 +229,7 @@ def _prefill_row(engine: Engine, context: int, copy: float) -> PrefillRow:
     with engine.new_sequence() as sequence:
         (seconds,) = timed(lambda: engine.read(sequence, ids), device, 1)
         written, peak = sequence.nbytes, peak_bytes(device)
-    is_dense = engine.parts.prefill == "exact"
+    is_dense = engine.parts.options.prefill == "exact"
     attended = dense_seconds(config, context, engine.parts.model.dtype, device) if is_dense else math.nan
     return PrefillRow(
         ctx=context,
