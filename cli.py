@@ -1,6 +1,7 @@
 """The command line. Results on stdout, everything else on stderr.
 
-Exit code 0: success; 2: an error the user can fix (one line: what, with the numbers, and what to do); 130: interrupted.
+Exit code 0: success; 2: an error the user can fix (one line: what, with the numbers, and what to do); 130: interrupted; 1:
+nobody reads the output any more.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from skvq.commands.cores import settle_threads
-from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.errors import CalibrationError, OptionError, SessionError, SkvqError
 
 OUT_OF_MEMORY = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
 """Torch messages that mean memory ran out although the error's class does not say so."""
@@ -42,10 +42,11 @@ class OneLineCommand(click.Command):
         """Run it. An error tells of options by their own names, where the library has others."""
         try:
             return super().invoke(ctx)
-        except OptionError as error:
+        except (OptionError, SessionError, CalibrationError) as error:
             options = {"AttentionSinks.n": "--sinks"} | {str(p.name): max(p.opts, key=len) for p in self.params}
-            told = re.sub(r"^\w+(\.\w+)?|\w+_\w+", lambda found: options.get(found[0], found[0]), str(error))
-            raise OptionError(told.replace("or None,", "or random,") if told.startswith("--seed") else told) from error
+            names = r"^\w+(\.\w+)?|\w+_\w+" if isinstance(error, OptionError) else r"\w+_\w+"
+            told = re.sub(names, lambda found: options.get(found[0], found[0]), str(error))
+            raise type(error)(told.replace("or None,", "or random,") if told.startswith("--seed") else told) from error
 
 
 def run_command(call: Callable[[], Any]) -> int:

@@ -136,6 +136,10 @@ def first_text(options: dict[str, Any], *, goes_on: bool) -> str:
     """What is known of the first text before a model is loaded; empty if a sequence goes on, or a question is to come."""
     if options["prompt"] is None and not options["files"] and (goes_on or options["fill"] or options["interactive"]):
         return ""
+    if options["session"] is not None and options["prompt"] is None and not options["files"]:
+        raise OptionError(
+            f"{options['session']} does not exist yet, and there is no text to begin it with: use -p TEXT or -f FILE"
+        )
     return read_text(options["prompt"], options["files"])
 
 

@@ -13,10 +13,13 @@ from skvq.engine.config import BITS
 
 def bits_of(context: click.Context, parameter: click.Parameter, value: str) -> float:
     """Click callback: a bit width of ``BITS``."""
-    known = [f"{b:g}" for b in BITS]
-    if value not in known:
-        raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}")
-    return float(value)
+    try:
+        bits = float(value)
+    except ValueError:
+        bits = 0.0
+    if bits not in BITS:
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(f'{b:g}' for b in BITS)}")
+    return bits
 
 
 MULTIPLES = {"k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
@@ -89,7 +92,7 @@ def object_of(context: click.Context, parameter: click.Parameter, value: str | N
     """Click callback: a JSON object."""
     try:
         found = None if value is None else json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = value
     if found is not None and not isinstance(found, dict):
         raise click.BadParameter(f"{value!r} is not a JSON object such as '{{\"enable_thinking\": false}}'")

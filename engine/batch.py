@@ -95,6 +95,7 @@ class Batch:
         engine.parts.setup.require_room(request.held, len(request.ids), config.max_new_tokens)
         return self._add([request])[0]
 
+    @names_options()
     def add_each(self, prompt: Prompt, samplings: Sequence[SamplingConfig]) -> list[Request]:
         """One prompt answered once with each of ``samplings``. It is read once for as many of the answers as there is room for
         when it has been read; they share its pages. For the others it is read again when their turn comes. Raises as ``add``.
@@ -118,9 +119,10 @@ class Batch:
     def has_room_for(self, count: int) -> bool:
         """Whether a sequence of ``count`` tokens that is none of them has room beside those that have begun."""
         if not is_whole(count) or count < 0:
-            raise OptionError(f"count must be a number of tokens, got {count!r}")
+            raise OptionError(f"count must be a whole number of tokens, got {count!r}")
         return self._going.has_room_for(count)
 
+    @names_options()
     def step(self, *, begin: bool = True, alone: bool = True) -> list[tuple[Request, str]]:
         """Read the next prompt that there is room for, or some of it: a piece, or for about as long as decoding takes, of a
         short one for a tenth of a second. Then decode a token of every answer. Without ``interleaved`` prompts are read whole,

@@ -103,6 +103,7 @@ class SequenceCache:
         """Where it stands: its tokens and what is pending. Another one if it has been continued or cut, however that ended."""
         return Mark(self.total_tokens, tuple(self.pending), self.changes)
 
+    @names_options()
     def rewind(self, mark: Mark) -> bool:
         """Forget what came since it had that ``mark``; False, and nothing changes, where no token from before is left."""
         length = mark.total_tokens - self.dropped
@@ -265,6 +266,7 @@ class SequenceCache:
 
     # --- life -----------------------------------------------------------------------------------------------------------------
 
+    @names_options()
     @computes
     @uninterrupted()
     def fork(self) -> SequenceCache:
@@ -282,6 +284,7 @@ class SequenceCache:
         self.setup.arena.copy_slot(self.slot, twin.slot)
         return twin
 
+    @names_options()
     @computes
     @uninterrupted()
     def truncate(self, length: int) -> None:
@@ -293,7 +296,7 @@ class SequenceCache:
         """
         self.require_whole()
         if not is_whole(length):
-            raise OptionError(f"length must be a number of tokens, got {length!r}")
+            raise OptionError(f"length must be a whole number of tokens, got {length!r}")
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")
         length = int(length)  # a number of numpy would go into what is saved
@@ -347,6 +350,7 @@ class SequenceCache:
         self.require_whole()
         save_session(self, path_of("file", file))
 
+    @names_options()
     @computes
     @uninterrupted()
     def free(self) -> None:

@@ -28,6 +28,7 @@ from skvq.engine.exact_state import ExactState
 from skvq.engine.measure import wait_for
 from skvq.engine.report import Reporter
 from skvq.engine.session import (
+    MOST_TOKENS,
     check_header,
     expect_slots,
     expect_tiles,
@@ -103,8 +104,10 @@ class FileCheckpoint(Checkpoint):
                 f"checkpoint {self.path} was written with {theirs}, this run has {ours}: give it as much memory as "
                 "then, or delete the file to start again"
             )
-        state.layer, state.group, state.chunk = (file.header[name] for name in ("layer", "group", "chunk"))
-        layer, filled = state.layer, state.filled
+        state.layer = layer = file.number("layer", sequence.setup.arena.shape.layers - 1)
+        state.group = file.number("group", max(1, len(state.attended)) - 1)
+        state.chunk = file.number("chunk", -(-len(state.hidden) // state.chunk_tokens))
+        filled = state.filled
         hidden = file.expect("hidden", state.hidden.dtype, state.hidden.shape)
         kv_shape = (state.keys.shape[0], filled, state.keys.shape[2])
         keys, values = (file.expect(name, state.keys.dtype, kv_shape) for name in ("layer_keys", "layer_values"))
@@ -144,7 +147,7 @@ class FileCheckpoint(Checkpoint):
         if not self.path.exists():
             return
         file = self._open(sequence, "streaming")
-        if file.header["length"] + file.header["dropped"] <= sequence.total_tokens:
+        if file.number("length", MOST_TOKENS) + file.number("dropped", MOST_TOKENS) <= sequence.total_tokens:
             return
         fill_from(sequence, file)
         self.report.message(f"resuming from {self.path}: {sequence.length:,} of {len(whole_text):,} tokens have been read")
@@ -203,7 +206,8 @@ class FileCheckpoint(Checkpoint):
             raise SessionError(
                 f"checkpoint {self.path} is {other}: resume with the same text and options, or delete the file to start again"
             )
-        self.spent = float(file.header.get("seconds", 0))
+        seconds = file.header.get("seconds")
+        self.spent = seconds if isinstance(seconds, float) and seconds >= 0 else 0.0
         return file
 
     def _write(self, sequence: SequenceCache, mode: str, more: dict[str, Any], entries: Sequence[Entry]) -> None:

@@ -54,8 +54,15 @@ def check_tensors(tensors: Mapping[str, Tensor], config: CacheConfig, model: Mod
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise CalibrationError(f"calibration {where}: {name} has shape {tuple(tensors[name].shape)}, not {shape}")
+        dtype = torch.int64 if name.endswith("labels") else torch.float32
+        if tensors[name].dtype != dtype:
+            raise CalibrationError(f"calibration {where}: {name} is of {tensors[name].dtype}, not {dtype}: calibrate again")
         if not tensors[name].isfinite().all():
             raise CalibrationError(f"calibration {where}: {name} is not all finite numbers: calibrate again")
+        if name.endswith(("unit", "clip")) and not (tensors[name] > 0).all():
+            raise CalibrationError(f"calibration {where}: {name} is not all positive numbers: calibrate again")
+        if name.endswith("metric") and torch.linalg.cholesky_ex(tensors[name].double().cpu()).info.any():
+            raise CalibrationError(f"calibration {where}: {name} is not positive definite: calibrate again")
     for name in (n for n in wanted if n.endswith("labels")):
         groups = model.num_kv_heads * model.head_size // config.group_size
         if any(sorted(set(row.tolist())) != list(range(groups)) for row in tensors[name]):

@@ -72,7 +72,7 @@ class CacheConfig:
         if not is_whole(self.group_size) or self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
         if not is_whole(self.window) or not 0 <= self.window <= 2**20:
-            raise OptionError(f"window must be a number of tokens from 0 to {2**20}, got {self.window!r}")
+            raise OptionError(f"window must be a whole number of tokens from 0 to {2**20}, got {self.window!r}")
         if not isinstance(self.filters, (tuple, list)):
             raise OptionError(f"filters must be a tuple of rules, got {self.filters!r}")
         object.__setattr__(self, "filters", tuple(check_rule(rule, f"filter {rule!r}") for rule in self.filters))

@@ -65,6 +65,14 @@ class Container:
     header: dict[str, Any]
     tensors: Mapping[str, Tensor]
 
+    def number(self, name: str, most: int) -> int:
+        """What the header says of that name. Raises SessionError unless it is a whole number from 0 to ``most``."""
+        found = self.header.get(name)
+        if type(found) is not int or not 0 <= found <= most:
+            told = str(found)[:40]
+            raise SessionError(f"{self.path} is damaged: its {name} is {told}, not a number from 0 to {most:,}: start again")
+        return found
+
     def expect(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """The tensor of that name. Raises SessionError unless it has this type and shape."""
         found = self.tensors.get(name)
@@ -152,9 +160,12 @@ def _read_table(path: Path, kind: str, data: mmap.mmap) -> tuple[dict[str, Any],
         header = None if told is None else json.loads(told)
         for entry in table.values():
             first, last = entry["data_offsets"]
-            if math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize != last - first or first < 0:
+            numbers = (first, last, *entry["shape"])
+            if any(type(number) is not int or number < 0 for number in numbers):
                 raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+            if math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize != last - first:
+                raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SessionError(f"{path} is not an skvq {kind}, or is damaged: give another file name") from None
     if not isinstance(header, dict):
         raise SessionError(f"{path} is a safetensors file, but no skvq {kind}, or is damaged: give another file name")

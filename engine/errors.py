@@ -63,5 +63,5 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def require_known(name: str, valid: Iterable[str], what: str) -> None:
     """Raise ``OptionError`` naming the nearest valid name unless ``name`` is one of ``valid``."""
     choices = list(valid)
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise OptionError(f"unknown {what} {name!r}{nearest(name, choices)}")

@@ -200,7 +200,8 @@ def rule_from_text(text: str) -> FilterRule:
         args = [ast.literal_eval(a) for a in call.args]
         options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise OptionError(f"filter rule {text!r} is not of the form name(key=value, ...): {error}") from None
+        why = "values must be numbers, 'texts' or lists of such" if "malformed node" in str(error) else error
+        raise OptionError(f"filter rule {text!r} is not of the form name(key=value, ...): {why}") from None
     try:
         rule: Any = _find_rule(name)(*args, **options)
     except (TypeError, ValueError) as error:
@@ -249,4 +250,4 @@ def _check_threshold(value: float, what: str) -> None:
 
 def _check_budget(value: int, what: str, least: int = 1) -> None:
     if not is_whole(value) or not least <= value <= 65536:
-        raise OptionError(f"{what} must be a number of tokens from {least} to 65536, got {value!r}")
+        raise OptionError(f"{what} must be a whole number of tokens from {least} to 65536, got {value!r}")

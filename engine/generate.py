@@ -189,6 +189,7 @@ class Engine(TokenEngine):
                 batch.step()
         return [request.text for request in requests]
 
+    @names_options()
     @contextmanager
     def batch(self, *, interleaved: bool = True) -> Iterator[Batch]:
         """Answers written together, to prompts that may come while others are being answered: what a server needs.

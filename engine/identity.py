@@ -25,6 +25,7 @@ WORDS = {
     "filters": "filter rules",
     "layer_bits": "bits by layer",
 }
+SAME = "use the same model, calibration and options"
 SAME_BITS = "the same in all"
 """Bits by layer if no layer has its own."""
 
@@ -54,9 +55,10 @@ def require_same(ours: Mapping[str, object], found: Mapping[str, object], where:
     """Raise SessionError, naming both values, unless ``found``, a file's header, agrees with everything in ``ours``."""
     for name, value in ours.items():
         if found.get(name) != value:
+            same = "give the file that it was made with (--calibration)" if name == "calibration" else SAME
             raise SessionError(
                 f"{where} was made with {WORDS.get(name, name)} {_short(found.get(name))}, this run has {_short(value)}: "
-                "use the same model, calibration and options, or another file"
+                f"{same}, or another file"
             )
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeGuard, TypeVar
 from skvq.engine.errors import OptionError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
+SYNONYMS = {"ctx": "max_context", "n": "max_new_tokens", "sinks": "filters", "bits": "bits_budget"}
+"""What others, or the command line, call options."""
 C = TypeVar("C", bound=type)
 
 
@@ -32,7 +34,10 @@ def plain(value: object) -> object:
         return value
     if isinstance(value, Integral):
         return int(value)
-    return float(value) if isinstance(value, Real) else value
+    try:
+        return float(value) if isinstance(value, Real) else value
+    except OverflowError:
+        return value
 
 
 def require_type(what: str, value: object, *kinds: type | None) -> None:
@@ -77,6 +82,8 @@ def names_options(**classes: type) -> Callable[[F], F]:
 
 
 def _advice(name: str, known: Sequence[str], classes: Mapping[str, type]) -> str:
+    if SYNONYMS.get(name) in known:
+        return f": give it as {SYNONYMS[name]}"
     for option, kind in classes.items():
         if name in inspect.signature(kind).parameters:
             return f": give it as {option}={kind.__name__}({name}=...)"

@@ -144,7 +144,7 @@ class Planner:
         unset = max_context is None
         for what, value in (("max_context", 1 if unset else max_context), ("max_sequences", self.sequences)):
             if not is_whole(value) or not 0 < value < 2**31:
-                raise OptionError(f"{what} must be a number from 1 to {2**31 - 1:,}, got {value!r}")
+                raise OptionError(f"{what} must be a whole number from 1 to {2**31 - 1:,}, got {value!r}")
         if max_context is None:
             max_context = min(self.model.trained_context, max(self.largest_context(), 1))
         plan = self.plan(max_context)

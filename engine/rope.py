@@ -6,7 +6,6 @@ Formulas: linear and dynamic NTK (as in Hugging Face's modeling_rope_utils), YaR
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +18,9 @@ from skvq.engine.model_config import ChunkConfig, ModelConfig
 from skvq.engine.rope_frequencies import frequencies_of
 from skvq.kernels.interface import RopeFrequencies
 from skvq.kernels.ops import apply_rope, rope_turns
+
+MOST_SCALE = 1e19
+"""Its square, by which scores grow, is a number of float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +123,8 @@ def model_rope(config: ModelConfig, context: int, device: torch.device) -> Model
         found = frequencies_of(config, cut.reach if cut else context)  # for the largest distance there will be
     except (ArithmeticError, ValueError) as error:
         raise ModelError(f"no frequencies can be computed for this RoPE ({error}): {config.rope}") from None
-    if not (found.inv_freq.isfinite().all() and math.isfinite(found.scale)):
-        raise ModelError(f"the frequencies of this RoPE are not finite: {config.rope}")
+    if not (found.inv_freq.isfinite().all() and abs(found.scale) < MOST_SCALE):
+        raise ModelError(f"the frequencies of this RoPE, or what it scales keys by, are no numbers of float32: {config.rope}")
     pairs, half = len(found.inv_freq), config.head_size // 2
     inv_freq, lengths = F.pad(found.inv_freq, (0, half - pairs)).to(device), None
     if config.rotary_size and found.scale != 1:

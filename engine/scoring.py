@@ -93,7 +93,7 @@ def evaluate(
     """See ``Engine.evaluate``: one row a cache, over the same weights and the same full-precision hidden states."""
     for name, value in (("tokens", tokens), ("stride", stride)):
         if not is_whole(value) or value < 2:
-            raise OptionError(f"{name} must be a number of tokens, 2 or more, got {value!r}")
+            raise OptionError(f"{name} must be a whole number of tokens, 2 or more, got {value!r}")
     require_type("caches", caches, list, tuple)
     for cache in caches:
         require_type("each of caches", cache, CacheConfig)

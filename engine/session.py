@@ -28,7 +28,6 @@ from skvq.engine.container import Container, Entry, open_container, read_header,
 from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.identity import SAME_BITS, Identity, options_of, require_same
 from skvq.engine.interrupts import uninterrupted
-from skvq.engine.options import is_whole
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 KIND = "session"
+MOST_TOKENS = 2**31 - 1
 PIECE_TILES = 512
 """Tiles moved at once: bounds what saving and restoring need beside the arena."""
 
@@ -63,7 +63,7 @@ def session_header(path: Path) -> dict[str, Any]:
     """What a session says of itself: to be looked at before a model is loaded and calibrated to resume from it."""
     header = read_header(path, KIND)
     _require_schema(header, path, KIND)
-    if not {field.name for field in fields(Identity)} <= header.keys() or not is_whole(header.get("length")):
+    if not {field.name for field in fields(Identity)} <= header.keys() or type(header.get("length")) is not int:
         raise SessionError(
             f"{KIND} {path} is damaged, its header lacks what a session says of itself: delete it and start again"
         )
@@ -119,7 +119,8 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
 
     It is as it was if the file is of other shapes (SessionError) or does not fit (CapacityError), empty after any other error.
     """
-    length, packed, dropped, pending = (file.header[name] for name in ("length", "packed", "dropped", "pending"))
+    length, dropped = (file.number(name, MOST_TOKENS) for name in ("length", "dropped"))
+    packed, pending = file.number("packed", length), _pending(file)
     layers = range(sequence.setup.arena.shape.layers)
     tiles = expect_tiles(sequence, file, layers, packed)
     slots = expect_slots(sequence, file)
@@ -139,6 +140,13 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
         except BaseException:
             sequence.truncate(0)
             raise
+
+
+def _pending(file: Container) -> list[int]:
+    found = file.header.get("pending")
+    if not isinstance(found, list) or any(type(token) is not int for token in found):
+        raise SessionError(f"{file.path} is damaged: its pending tokens are {str(found)[:40]}: start again")
+    return found
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class Summary:
         bits = f"{self.bits_per_element:.2f} bits per element with its 16-bit window ({self.method})"
         smaller = f"{self.times_smaller:.1f} times smaller than 16-bit"
         packed = f"{bits}, {smaller}" if self.packed_tokens else f"all in the 16-bit window ({self.method})"
+        packed = f"all in 16 bits ({self.method})" if self.method == "fp" else packed
         count = counted(self.prompt_tokens, "token")
         read = f"read {count} at {self.prefill_tokens_per_s:,.0f} tokens/s ({self.prefill}), " if self.prompt_tokens else ""
         return (

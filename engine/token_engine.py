@@ -16,7 +16,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, FileCheckpoint
 from skvq.engine.config import SamplingConfig
 from skvq.engine.decode import decode_step_of
-from skvq.engine.errors import OptionError
+from skvq.engine.errors import CapacityError, OptionError
 from skvq.engine.guard import computes
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.loading import EngineParts
@@ -95,6 +95,7 @@ class TokenEngine:
             return ChatIds(ids[blank + len(pending) :])
         return ids
 
+    @names_options()
     def decode(self, ids: Ids) -> str:
         """Text of token ids, special tokens left out."""
         known = whole_ids(ids)
@@ -124,6 +125,7 @@ class TokenEngine:
 
     # --- sequences ---------------------------------------------------------------------------------------------------------
 
+    @names_options()
     @computes
     @uninterrupted()
     def new_sequence(self) -> SequenceCache:
@@ -153,7 +155,15 @@ class TokenEngine:
         """Append what is pending and ``count`` random tokens, without running the model on these: a full cache to measure."""
         self._require_own(sequence)
         if not is_whole(count) or count < 0 or not is_whole(seed):
-            raise OptionError(f"count and seed must be whole numbers, the first of tokens, got {count!r} and {seed!r}")
+            raise OptionError(
+                f"count and seed must be whole numbers, the first of tokens, got {str(count)[:40]} and {str(seed)[:40]}"
+            )
+        held, most = len(sequence.pending) + sequence.length, self.parts.setup.max_context
+        if held + count > most:
+            raise CapacityError(
+                f"{count:,} random tokens after {held:,} do not fit a context of {most:,}: fill with at most {most - held:,}, "
+                f"or load with a max_context (--ctx) of at least {held + count:,}"
+            )
         if sequence.pending:
             self.read(sequence, [])
         fill_fast(sequence, count, seed=seed, vocab=self.parts.model.config.vocab_size, report=self.report)
@@ -170,6 +180,8 @@ class TokenEngine:
         sequence = self.new_sequence()
         try:
             fill_from(sequence, found)
+            if sequence.length:
+                self._require_known([*sequence.token_ids, *sequence.pending])
         except BaseException:
             sequence.free()
             raise
@@ -234,6 +246,7 @@ class TokenEngine:
                 raise
         return (yield from read())  # only now is gone what the first try held
 
+    @names_options()
     @computes
     def decode_step(self, sequences: Sequence[SequenceCache], tokens: Ids) -> Tensor:
         """One more token of each sequence: logits float32 [B, V] of what follows.
@@ -255,6 +268,7 @@ class TokenEngine:
                 raise OptionError(f"token {sequence.pending[0]} of the last answer is pending: decode it before {token}")
         return self.step.run(sequences, tokens)
 
+    @names_options()
     def summary(self, sequence: SequenceCache) -> Summary:
         """What a sequence and the last generation that used it came to."""
         self._require_own(sequence)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from skvq.engine.config import LayerWidths
 from skvq.engine.errors import CalibrationError
 from skvq.loaders.files import require_writable, write_atomically
 
-SCHEMA = 3
+SCHEMA = 4
 HEADER_KEY = "skvq.calibration"
 
 
@@ -40,6 +41,16 @@ class ArtifactHeader:
     outlier_tokens: tuple[int, ...] = ()  # ids whose keys stand out wherever they occur in the corpus
     rope: str = ""  # its digest; of files of before, empty
     schema: int = SCHEMA
+
+
+KINDS: Mapping[str, type | UnionType] = {
+    **dict.fromkeys(("fingerprint", "method", "corpus", "rope"), str),
+    **dict.fromkeys(("key_bits", "value_bits"), int | float),
+    **dict.fromkeys(("group_size", "tokens", "seed"), int),
+    **dict.fromkeys(("layer_bits", "outlier_tokens"), list),
+    "bits_budget": int | float | None,
+}
+"""Of the values in a file's header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +84,13 @@ def _shown(value: object) -> str:
 def save_artifact(artifact: Artifact, path: Path) -> None:
     """Write the file under a temporary name, then rename. Same artifact, same bytes."""
     tensors = {name: artifact.tensors[name].contiguous().cpu() for name in sorted(artifact.tensors)}
-    header = json.dumps({**asdict(artifact.header), "digest": digest_of(tensors)}, sort_keys=True)
+    header = json.dumps({**asdict(artifact.header), "digest": _checksum(artifact.header, tensors)}, sort_keys=True)
     write_atomically(path, save(tensors, metadata={HEADER_KEY: header}))
+
+
+def _checksum(header: ArtifactHeader, tensors: Mapping[str, Tensor]) -> str:
+    told = json.dumps(asdict(header), sort_keys=True)
+    return hashlib.sha256(f"{told}\n{digest_of(tensors)}".encode()).hexdigest()
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -92,7 +108,7 @@ def load_artifact(path: Path) -> Artifact:
     with _opened(path) as file:
         header, digest = _header(file.metadata(), path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if digest_of(tensors) != digest:
+    if _checksum(header, tensors) != digest:
         raise CalibrationError(f"calibration {path} is damaged, its checksum does not match: calibrate again")
     return Artifact(header, tensors)
 
@@ -124,7 +140,7 @@ def _opened(path: Path) -> Iterator[Any]:
             raise CalibrationError(f"no calibration file at {path}: make one with `skvq calibrate --model MODEL -o {path}`")
         with path.open("rb") as opened, safe_open(_name_of(path, opened.fileno()), "pt") as file:
             yield file
-    except (SafetensorError, ValueError, OSError, TypeError) as error:
+    except (SafetensorError, ValueError, OSError, TypeError, RecursionError) as error:
         raise CalibrationError(f"{path} is not an skvq calibration, or is damaged ({error}): give another file") from None
 
 
@@ -149,6 +165,9 @@ def _header(metadata: Mapping[str, str] | None, path: Path) -> tuple[ArtifactHea
         raise CalibrationError(f"calibration {path} has schema {schema}, this skvq reads {SCHEMA}: calibrate again")
     if set(found) | {"rope"} != known:
         raise CalibrationError(f"calibration {path} has a header that does not match schema {SCHEMA}: calibrate again")
+    for name, kind in KINDS.items():
+        if not isinstance(found.get(name, ""), kind) or isinstance(found.get(name), bool):
+            raise CalibrationError(f"calibration {path} is damaged, its {name} is {str(found[name])[:40]!r}: calibrate again")
     digest = str(found.pop("digest"))
     return ArtifactHeader(**found | {name: _as_tuples(found[name]) for name in ("layer_bits", "outlier_tokens")}), digest
 

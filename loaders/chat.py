@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
@@ -63,8 +63,11 @@ def render_chat(
             return text
         with suppress(Exception):  # one that reads parts, as Llama Guard 3's does, and finds none in a string
             in_parts = environment.from_string(template).render(messages=[_in_parts(message) for message in plain], **names)
-            return in_parts if _reads(in_parts, plain) else text
-        return text
+            if _reads(in_parts, plain):
+                return in_parts
+        if _reads(text, plain, any):  # some leave the beginning of a conversation out
+            return text
+        raise ValueError("it leaves out what the user says")
     except Exception as error:
         if any("content" not in message for message in plain):
             with suppress(Exception):  # a template that asks for ``content is none``
@@ -115,10 +118,10 @@ def _plain(index: int, message: object) -> dict[str, Any]:
     return {**message, "content": "".join(map(str, texts))}
 
 
-def _reads(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a rendered conversation holds the beginning of what each user said."""
-    said = (str(message["content"]).split(maxsplit=1) for message in messages if message["role"] == "user")
-    return all(not words or words[0] in text for words in said)
+def _reads(text: str, messages: Sequence[Mapping[str, Any]], of: Callable[[Iterable[bool]], bool] = all) -> bool:
+    """Whether a rendered conversation holds the beginning of what users said, each time or, with ``any``, once."""
+    said = [str(message["content"]).split(maxsplit=1) for message in messages if message["role"] == "user"]
+    return not any(said) or of([words[0] in text for words in said if words])
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

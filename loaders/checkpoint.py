@@ -189,7 +189,13 @@ def _indexed_shards(index: Path) -> dict[str, tuple[str, ...]]:
         raise ModelError(f"{index}: weight_map is missing or empty: download the index again")
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
+        if (
+            not isinstance(file, str)
+            or not file.endswith(".safetensors")
+            or Path(file).name != file
+            or "\0" in file
+            or len(file) > 200
+        ):
             raise ModelError(f"{index}: {name} is in {str(file)[:80]!r}, which is not a safetensors file in this folder")
         shards.setdefault(file, []).append(name)
     missing = [file for file in shards if not (index.parent / file).is_file()]

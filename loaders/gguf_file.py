@@ -18,7 +18,7 @@ from skvq.kernels.ggml.formats import FORMATS
 from skvq.kernels.ggml.recoded import RECODED, recoded, recoded_bytes
 from skvq.loaders.fields import Fields, reason
 from skvq.loaders.gguf_config import ROPE_TABLES, parse_gguf_config
-from skvq.loaders.gguf_header import GgufHeader, check_extent, map_file, read_header
+from skvq.loaders.gguf_header import GgufHeader, check_extents, map_file, read_header
 from skvq.loaders.model_files import PART
 from skvq.loaders.names import EMBEDDING, FINAL_NORM, HEAD, check_shapes, expected_shapes, expert_stacks, stacks
 from skvq.loaders.rows import INTERLEAVED, stored_rows
@@ -240,7 +240,7 @@ def _locate(header: GgufHeader, data: NDArray[np.uint8], where: str) -> dict[str
     gguf, quants = _quants()
     sizes = {int(kind): (kind, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
     usable: dict[int, str] = {}
-    found = {}
+    forms: dict[str, tuple[Any, int, int]] = {}  # kind, rows, bytes of a row
     for name, entry in header.tensors.items():
         if entry.kind not in sizes:
             raise ModelError(f"{where}: {name} has ggml type {entry.kind}, which the installed gguf package does not know")
@@ -250,11 +250,12 @@ def _locate(header: GgufHeader, data: NDArray[np.uint8], where: str) -> dict[str
         if usable[entry.kind] or entry.shape[-1] % block:
             why = usable[entry.kind] or f"{entry.shape[-1]} columns are not a multiple of its block size {block}"
             raise ModelError(f"{where}: {name} is of type {kind.name}, which cannot be expanded: {why}")
-        row = entry.shape[-1] // block * block_bytes
-        rows = prod(entry.shape[:-1])
-        check_extent(header, name, rows * row, len(data), where)
-        start = header.data_start + entry.offset
-        found[name] = _Stored(data[start : start + rows * row].reshape(rows, row), kind, entry.shape)
+        forms[name] = kind, prod(entry.shape[:-1]), entry.shape[-1] // block * block_bytes
+    check_extents(header, {name: rows * row for name, (_, rows, row) in forms.items()}, len(data), where)
+    found = {}
+    for name, (kind, rows, row) in forms.items():
+        start = header.data_start + header.tensors[name].offset
+        found[name] = _Stored(data[start : start + rows * row].reshape(rows, row), kind, header.tensors[name].shape)
     return found
 
 

@@ -7,7 +7,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,6 +49,7 @@ class GgufHeader:
     metadata: dict[str, Any]
     tensors: dict[str, TensorEntry]
     data_start: int
+    alignment: int
 
 
 class _Cursor:
@@ -111,7 +112,8 @@ def read_header(data: NDArray[np.uint8], where: str) -> GgufHeader:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
         raise ModelError(f"{where}: general.alignment must be a power of two, got {shorten(repr(alignment))}")
-    return GgufHeader(metadata=metadata, tensors=tensors, data_start=-(-cursor.position // alignment) * alignment)
+    start = -(-cursor.position // alignment) * alignment
+    return GgufHeader(metadata=metadata, tensors=tensors, data_start=start, alignment=alignment)
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
@@ -124,11 +126,17 @@ def map_file(path: Path) -> NDArray[np.uint8]:
         raise ModelError(f"{path} cannot be opened: {error}") from error
 
 
-def check_extent(header: GgufHeader, name: str, nbytes: int, size: int, where: str) -> None:
-    """Raise ModelError unless the tensor's bytes lie inside a file of ``size`` bytes."""
-    end = header.data_start + header.tensors[name].offset + nbytes
-    if end > size:
-        raise ModelError(f"{where} is truncated: {name} ends at byte {end}, the file has {size}: download it again")
+def check_extents(header: GgufHeader, nbytes: Mapping[str, int], size: int, where: str) -> None:
+    """Raise ModelError unless the tensors, of ``nbytes`` each, lie one behind another inside a file of ``size`` bytes."""
+    expected = 0
+    for name in sorted(nbytes, key=lambda name: (header.tensors[name].offset, nbytes[name])):
+        offset = header.tensors[name].offset
+        end = header.data_start + offset + nbytes[name]
+        if end > size:
+            raise ModelError(f"{where} is truncated: {name} ends at byte {end}, the file has {size}: download it again")
+        if offset != expected:
+            raise ModelError(f"{where} is corrupt: {name} is at byte {offset} of the data, not {expected}: download it again")
+        expected = -(-(offset + nbytes[name]) // header.alignment) * header.alignment
 
 
 def _mapping(cursor: _Cursor, count: int, item: Callable[[_Cursor, str], Any], what: str) -> dict[str, Any]:

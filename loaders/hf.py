@@ -221,7 +221,7 @@ def _chunks(fields: Fields) -> ChunkConfig | None:
 def _trained_context(rope: RopeConfig, context: int) -> int:
     """Tokens the model answers well for."""
     if rope.kind == "yarn":
-        return max(context, min(int(rope.original_context * rope.factor), 2**31 - 1))
+        return max(context, int(min(rope.original_context * rope.factor, 2**31 - 1)))
     return context
 
 

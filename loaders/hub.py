@@ -46,10 +46,13 @@ def resolve(model: str, *, download: bool = True) -> ModelFiles:
     if tag and is_repo(name):
         return ModelFiles(gguf_of(model, name, tag, download=download), "gguf")
     if tag:
+        known = ALIASES.get(name)
+        in_blocks = name.endswith(".gguf") or (known is not None and bool(known.package))
+        instead = f"leave :{shorten(tag)} out" if in_blocks else f"round weights to 8 bits with {shorten(name)}:{ROUNDED}"
         raise ModelError(
             f"model {shorten(model)!r}: such blocks come from a GGUF file: give its path, or org/name:{shorten(tag)} of a "
-            f"repository on the hub that has one, or round weights to 8 bits with {shorten(name)}:{ROUNDED}; other names of "
-            "this form are for `skvq plan` and --dummy-weights"
+            f"repository on the hub that has one, or {instead}; other names of this form are for `skvq plan` and "
+            "--dummy-weights"
         )
     alias = ALIASES.get(model)
     if alias is not None and alias.package:

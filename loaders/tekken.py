@@ -25,6 +25,8 @@ FIRST_SPECIAL = (
 )  # fmt: skip
 """Of files that list none (v3, v7)."""
 
+MOST_SPECIAL = 1 << 16
+
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'system' %}[SYSTEM_PROMPT]{{ message['content'] }}[/SYSTEM_PROMPT]
 {%- elif message['role'] == 'user' %}[INST]{{ message['content'] }}[/INST]
@@ -40,6 +42,7 @@ def read_tekken(path: Path) -> tuple[Pipeline, str | None]:
     pattern, version = config.text("pattern"), config.text("version", "v3")
     size, specials = config.integer("default_vocab_size"), config.integer("default_num_special_tokens")
     try:
+        assert 0 <= specials <= size <= specials + len(fields.data["vocab"]) and specials <= MOST_SPECIAL, (specials, size)
         tokens = [*_special_tokens(fields, specials), *_spelled(fields.data["vocab"], size - specials)]
         vocab = {token: index for index, token in enumerate(tokens)}
         assert len(vocab) == size, f"{size - len(vocab)} tokens are missing or there twice"

@@ -19,6 +19,7 @@ from skvq.loaders.hf import read_config
 from skvq.loaders.spm_tokenizer import SentencePieceTokenizer, open_sentencepiece
 from skvq.loaders.tekken import read_tekken
 
+MOST_IDS = 1 << 24
 PREFIXED = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 
@@ -47,7 +48,8 @@ def _from_json(folder: Path, config: ModelConfig) -> FileTokenizer:
     pipeline = with_tokens(pipeline, declared_tokens(options), listed, more, options.where)
     bos = pipeline.token_to_id(special["bos_token"]) if "bos_token" in special else config.bos_token_id
     eos = pipeline.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    before = _before_text(pipeline)
+    with read_by_library(f"{path} is not a tokenizer"):
+        before = _before_text(pipeline)
     if before in ((), (bos,)):
         before = _if(options.flag("add_bos_token", bool(before)), bos)
     return FastTokenizer(pipeline, _settings(folder, config, options, special, bos, eos, before))
@@ -73,6 +75,11 @@ def read_pipeline(path: Path) -> Pipeline:
         pipeline.no_padding()
         pipeline.no_truncation()
         pipeline.encode("", add_special_tokens=True)
+        if getattr(pipeline.model, "dropout", None):  # for training: a text would have other ids each time
+            pipeline.model.dropout = None
+        largest = max(pipeline.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= MOST_IDS:  # the library takes memory for all ids below
+            raise ValueError(f"it has a token of id {largest:,}, and no model {MOST_IDS:,} tokens")
     return pipeline
 
 

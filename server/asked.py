@@ -160,7 +160,12 @@ def _sampling(fields: Mapping[str, Any], defaults: SamplingConfig, told: int | N
         given["top_k"] = 0
     if given.get("top_p") == 0:  # the likeliest alone
         given |= {"top_p": 1.0, "temperature": 0.0}
-    return replace(defaults, **given)
+    try:
+        return replace(defaults, **given)
+    except OptionError as error:  # by the name that the client knows
+        name, _, rest = str(error).partition(" ")
+        theirs = next((theirs for theirs, ours in SETTINGS.items() if ours == name and theirs in fields), name)
+        raise OptionError(f"{theirs} {rest}") from None
 
 
 def _nth(sampling: SamplingConfig, at: int) -> SamplingConfig:

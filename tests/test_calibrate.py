@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loader_fixtures import tiny_config
+from loader_fixtures import refused, tiny_config
 from tiny import Listener, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.calibrate.rotate import query_metric, spread_matrix, synthesis
@@ -205,6 +205,23 @@ def test_wrong_arguments_are_refused(tmp_path: Path, wrong: dict[str, object]) -
     given = {"cache": tiny_cache(), "corpus": CORPUS, "output": tmp_path / "c", "corpus_name": "x", "tokens": 300} | wrong
     with pytest.raises(OptionError, match=next(iter(wrong))):
         engine.calibrate(**given)
+
+
+def test_what_a_calibration_says_of_itself_is_checked(tmp_path: Path) -> None:
+    engine, file = tiny_engine(tiny_folder(tmp_path / "model"), tiny_cache(method="fp")), tmp_path / "c"
+    cache = tiny_cache(method="rotate")
+    engine.calibrate(cache, CORPUS, file, corpus_name="x", tokens=300)
+    made, data = load_artifact(file), file.read_bytes()
+    file.write_bytes(data.replace(b'\\"seed\\": 0', b'\\"seed\\": 1'))
+    assert file.read_bytes() != data
+    refused(lambda: engine.with_cache(cache, calibration=file), "is damaged, its checksum")
+    file.write_bytes(data.replace(b'\\"tokens\\": 300', b'\\"tokens\\": 3e1'))
+    refused(lambda: engine.with_cache(cache, calibration=file), "is damaged, its tokens is '30.0'")
+    negative = {name: -made.tensors[name] for name in ("key_unit", "value_clip", "key_metric")}
+    half = {"key_clip": made.tensors["key_clip"].half()}
+    for wrong in ({name: tensor} for name, tensor in (negative | half).items()):
+        save_artifact(Artifact(made.header, {**made.tensors, **wrong}), file)
+        refused(lambda: engine.with_cache(cache, calibration=file), next(iter(wrong)), "calibrate again")
 
 
 def test_what_a_calibration_keeps_grows_with_layers_and_widths() -> None:

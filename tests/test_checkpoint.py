@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from loader_fixtures import refused
-from tiny import Listener, arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
+from tiny import Listener, arena_of, random_ids, rewritten, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine import checkpoint, session
 from skvq.engine import prefill as prefill_module
@@ -207,6 +207,20 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_sequence(folder: Path) -> Non
         logits = sequence.logits
         refused(lambda: engine.read(sequence, text[300:], checkpoint=file), "no pages for 1")
         assert sequence.length == 300 and sequence.logits is logits and file.exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("layer", -1), ("layer", "x"), ("layer", 2), ("group", -1), ("chunk", None)])
+def test_a_place_that_is_none_is_refused(folder: Path, name: str, value: object) -> None:
+    """In a file whose checksum is right."""
+    engine = tiny_engine(folder, tiny_cache(), max_context=3000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.model, "layer", _failing(engine, 8))
+        with pytest.raises(RuntimeError):
+            reading(engine, folder / "ck", 0.0)
+    rewritten(folder / "ck", folder / "changed", "checkpoint", {name: value})
+    refused(lambda: reading(engine, folder / "changed", 0.0), f"damaged: its {name}")
+    rewritten(folder / "ck", folder / "changed", "checkpoint", {"seconds": []})
+    assert reading(engine, folder / "changed", 0.0).length == 2000
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

@@ -80,8 +80,10 @@ def files_under(*folders: Path) -> set[tuple[str, int]]:
 
 
 def test_run_prints_the_answer_alone_and_one_closing_line(model: Path) -> None:
-    for prompt, words in (("the quick brown", "in the 16-bit window"), ("the quick brown " * 60, "times smaller than 16-bit")):
-        result = call("run", "--model", model, "-p", prompt, "-n", 7, "--method", "fp")
+    call("run", "--model", model, "-p", "the", "-n", 1, "--method", "plain")  # calibrated
+    told = {"all in 16 bits": ("fp", 60), "in the 16-bit window": ("plain", 1), "times smaller than 16-bit": ("plain", 60)}
+    for words, (method, count) in told.items():
+        result = call("run", "--model", model, "-p", "the quick brown " * count, "-n", 7, "--method", method)
         assert result.exit_code == 0 and result.stdout.endswith("\n") and "skvq" not in result.stdout
         lines = result.stderr.splitlines()
         assert len(lines) == 1 and lines[0].startswith("skvq: read ")
@@ -549,8 +551,8 @@ def test_a_budget_of_bits_from_calibration_to_answer(model: Path, tmp_path: Path
     assert exact["bits_per_element"] == row["bits_per_element"] and not exact["upper_bound"]
     assert bound["upper_bound"] and exact["total"] <= bound["total"]
     assert call("run", *use, "-p", "the", "-n", 2).exit_code == 0
-    refused(call("run", *use[:3], 2.8, *use[4:], "-p", "the"), "bits_budget 2.7", "2.8")
-    refused(call("run", "--model", model, "--calibration", made, "-p", "the"), "bits_budget 2.7", "none")
+    refused(call("run", *use[:3], 2.8, *use[4:], "-p", "the"), "--bits-budget 2.7", "2.8")
+    refused(call("run", "--model", model, "--calibration", made, "-p", "the"), "--bits-budget 2.7", "none")
     refused(call("run", *use, "--key-bits", 3, "-p", "the"), "--bits-budget 2.7", "--key-bits 3", "one or the other")
     refused(call("plan", "--model", model, "--ctx", 10, "--bits-budget", 1.5), "1.5", "larger budget")
     refused(call("plan", *use, "--method", "reorder"), "'rotate'", "'reorder'")
@@ -569,7 +571,7 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
     refused(call(*use, other), str(other), "not an skvq calibration")
     refused(call(*use, made, "--method", "fp"), "leave", str(made))
     refused(call(*use, model / "model.safetensors"), "no skvq calibration")
-    refused(call(*use, made, "--value-bits", 3), "value_bits", "2.0", "3.0")
+    refused(call(*use, made, "--value-bits", 3), "--value-bits 2.0", "3.0")
     refused(call(*use, made, "--method", "reorder"), "method", "'rotate'", "'reorder'")
     found = load_file(made)
     refused(call("calibrate", "--model", model, "-o", other, "--tokens", 64), "is there already", "remove it")

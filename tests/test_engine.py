@@ -291,6 +291,17 @@ def test_loading_names_the_option_that_was_meant(folder: Path) -> None:
     for ask in (engine.logits, engine.nll, engine.restore, engine.new_sequence().save):
         with pytest.raises(OptionError, match="unknown option 'pth'; known"):
             ask([1, 2], pth=3)  # type: ignore[call-arg]
+    sequence = engine.new_sequence()
+    of_engine = (engine.batch, engine.new_sequence, engine.summary, engine.decode, engine.decode_step)
+    for call in (*of_engine, sequence.fork, sequence.truncate, sequence.rewind, sequence.free):
+        with pytest.raises(OptionError, match="unknown option 'zzz'"):
+            call(zzz=1)  # type: ignore[operator]
+    with engine.batch() as batch:
+        for call in (batch.add_each, batch.step):
+            with pytest.raises(OptionError, match="unknown option 'zzz'"):
+                call(zzz=1)  # type: ignore[operator]
+    with pytest.raises(OptionError, match="give it as max_context"):
+        Engine.load(folder, ctx=5, report=Quiet())  # type: ignore[call-arg]
     with pytest.raises(OptionError, match=r"CacheConfig\(key_bits"):
         engine.with_cache(CacheConfig(), key_bits=3)  # type: ignore[call-arg]
     with pytest.raises(OptionError, match="did you mean 'streaming'"):

@@ -34,6 +34,7 @@ def script() -> ModuleType:
     return loaded("gpu/run_all")
 
 
+@pytest.mark.slow
 def test_a_million_tokens_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part on the CPU, in two calls: the second does what the first has not done."""
     monkeypatch.setenv("SKVQ_CACHE", str(tmp_path / "cache"))
@@ -135,6 +136,7 @@ def test_matrices_are_measured_behind_their_gates(script: Any, monkeypatch: pyte
         assert len(found) == 3 and not any(value["good"] for value in found.values())
 
 
+@pytest.mark.slow
 def test_experts_are_measured_behind_their_gates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script.expert_layers
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_heads": 1}

@@ -164,7 +164,7 @@ def phi3_header(kind: str | None) -> GgufHeader:
         "phi3.rope.scaling.factor": 4.0,
     } | ({} if kind is None else {"phi3.rope.scaling.type": kind})  # fmt: skip
     tensors = {"token_embd.weight": TensorEntry(shape=(8, 64), kind=0, offset=0)}
-    return GgufHeader(metadata=data, tensors=tensors, data_start=0)
+    return GgufHeader(metadata=data, tensors=tensors, data_start=0, alignment=32)
 
 
 def test_a_file_in_parts_is_read_whole_whichever_part_is_given(tmp_path: Path) -> None:
@@ -404,6 +404,17 @@ def test_a_truncated_file_names_a_tensor(tmp_path: Path) -> None:
     refused(lambda: GgufSource(path), "truncated", "output.weight", "download")
 
 
+@pytest.mark.parametrize(("name", "offset"), [("blk.1.ffn_down.weight", 0), ("output.weight", None)])
+def test_tensors_that_overlap_or_lie_apart_are_refused(tmp_path: Path, name: str, offset: int | None) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_config(), random_weights(tiny_config()))
+    data = path.read_bytes()
+    entry = string(name)
+    at = data.index(entry) + len(entry) + 4 + 2 * 8 + 4  # dimensions, their number, type
+    (found,) = struct.unpack_from("<Q", data, at)
+    path.write_bytes(data[:at] + struct.pack("<Q", found - 4 if offset is None else offset) + data[at + 8 :])
+    refused(lambda: GgufSource(path), "corrupt", " is at byte", "download")
+
+
 def test_experts_and_types_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     config, weights = tiny_config(), random_weights(tiny_config())
     qwen = replace(config, family="qwen2", qkv_bias=True)
@@ -446,7 +457,7 @@ def test_no_metadata_raise_anything_but_our_error(changes: dict[str, Any], spm: 
         "tokenizer.ggml.scores": np.zeros(3, dtype=np.float32), "tokenizer.ggml.token_type": np.ones(3, dtype=np.int32),
     }  # fmt: skip
     tensors = {"token_embd.weight": TensorEntry(shape=(8, 8), kind=0, offset=0)}
-    header = GgufHeader(metadata=data | changes, tensors=tensors, data_start=0)
+    header = GgufHeader(metadata=data | changes, tensors=tensors, data_start=0, alignment=32)
     try:
         config = parse_gguf_config(header, "m.gguf", {})
         tokenizer = build_tokenizer(Fields(header.metadata, "m.gguf"), config)

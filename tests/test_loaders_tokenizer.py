@@ -399,10 +399,12 @@ def test_a_template_that_asks_whether_there_is_content_is_answered(tmp_path: Pat
 def test_templates_are_given_special_tokens_by_name(tmp_path: Path) -> None:
     """Those that have one in every model, and what a file makes up; new ones get their ids in this order."""
     names = {"cls_token": "<cls>", "extra_special_tokens": {"image_token": "<img>"}}
-    save_folder(tmp_path, byte_level_pipeline(), names | {"chat_template": "{{ image_token }}|{{ cls_token }}"})
+    save_folder(
+        tmp_path, byte_level_pipeline(), names | {"chat_template": "{{ image_token }}|{{ cls_token }}{{ messages[0].content }}"}
+    )
     write_config(tmp_path, tiny_config(vocab_size=330))
     want = theirs_of(tmp_path).apply_chat_template([ASKED], tokenize=True, return_dict=False)
-    assert load_tokenizer(tmp_path).encode_chat([ASKED]) == want and len(want) == 3
+    assert load_tokenizer(tmp_path).encode_chat([ASKED]) == want and set(want[::2]) >= {320, 321}
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
@@ -756,6 +758,48 @@ def test_a_broken_or_missing_file_is_one_line(tmp_path: Path, name: str) -> None
     refused(lambda: load_tokenizer(files.path), "no tokenizer.json, tokenizer.model or tekken.json")
     (tmp_path / name).write_bytes(b"{\x00garbage\xff")
     refused(lambda: load_tokenizer(files.path), name, "download it again")
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        (lambda data: data["model"]["vocab"].update({"odd": 10**9}), ["id 1,000,000,000"]),
+        (
+            lambda data: data.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+            ["not a tokenizer"],
+        ),
+    ],
+)
+def test_a_tokenizer_that_takes_all_memory_or_breaks_the_library_is_refused(
+    tmp_path: Path, change: Any, fragments: list[str]
+) -> None:
+    files = save_folder(tmp_path, byte_level_pipeline())
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    refused(lambda: load_tokenizer(files.path), "tokenizer.json", *fragments)
+
+
+def test_a_text_has_the_same_ids_each_time(tmp_path: Path) -> None:
+    """Whatever share of merges was left out in training."""
+    files, text = save_folder(tmp_path, byte_level_pipeline()), "the quick brown fox " * 20
+    wanted = load_tokenizer(files.path).encode(text)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_tokenizer(files.path)
+    assert all(tokenizer.encode(text) == wanted for _ in range(5))
+
+
+def test_a_template_that_leaves_out_what_the_user_says_is_refused() -> None:
+    said = [{"role": "user", "content": "What is the capital of France?"}]
+    for template in ("{{ bos_token }}{% for m in messages %}{{ m['text'] }}{% endfor %}", "hi"):
+        refused(lambda template=template: render_chat(template, said, {}, add_generation_prompt=True), "leaves out")
+    last = "{{ messages[-1].content }}"
+    assert (
+        render_chat(last, [{"role": "user", "content": "First."}, *said], {}, add_generation_prompt=True) == said[0]["content"]
+    )
+    assert render_chat("x", [{"role": "user", "content": " "}], {}, add_generation_prompt=True) == "x"
 
 
 def test_a_decoder_of_another_family_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
 from skvq.engine.cache import SequenceCache
+from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
 from skvq.engine.steps import DecodeBatch
 from skvq.engine.trials.needle import ask, needles, packed_share, reference_of, score, summary
@@ -82,6 +83,17 @@ def test_where_the_needle_is_when_it_is_asked_for(engine: Engine) -> None:
 def test_a_text_of_which_nothing_is_packed_is_refused(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(window=700), max_context=800)
     refused(lambda: needles(engine, None, HAY, [800, 700], [50], seed=0, seen=lambda one: None), "nothing is packed before")
+
+
+def test_the_least_context_that_is_told_is_enough(engine: Engine) -> None:
+    for window in (16, 300):
+        other = engine.with_cache(tiny_cache(window=window), max_sequences=2)
+        with pytest.raises(OptionError, match="at least") as found:
+            needles(other, None, HAY, [50], [50], seed=0, seen=lambda one: None)
+        least = int(str(found.value).rsplit("at least ", 1)[1])
+        assert len(needles(other, None, HAY, [least], [50], seed=0, seen=lambda one: None)) == 1
+        with pytest.raises(OptionError, match=f"at least {least}"):
+            needles(other, None, HAY, [least - 1], [50], seed=0, seen=lambda one: None)
 
 
 @pytest.mark.parametrize(

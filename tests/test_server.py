@@ -282,7 +282,7 @@ def test_a_prompt_is_scored_as_lm_eval_asks(engine: Engine, client: Client, besi
         (COMPLETIONS, {"prompt": TEXT, "n": 0}, "1 to 128 answers"),
         (COMPLETIONS, {"prompt": [TEXT] * 70, "n": 2}, "1 to 128 answers"),
         (COMPLETIONS, {"prompt": TEXT, "temperature": "hot"}, "temperature must be"),
-        (COMPLETIONS, {"prompt": TEXT, "max_tokens": -1}, "max_new_tokens must be"),
+        (COMPLETIONS, {"prompt": TEXT, "max_tokens": -1}, "max_tokens must be"),
         (COMPLETIONS, {"prompt": TEXT, "logprobs": 21}, "logprobs must be a whole number from 0 to 20"),
         (COMPLETIONS, {"prompt": TEXT, "logprobs": True}, "logprobs must be a whole number from 0 to 20"),
         (COMPLETIONS, {"prompt": TEXT, "top_logprobs": 2}, "a completion as logprobs"),

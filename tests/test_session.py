@@ -12,11 +12,12 @@ import torch
 from click.testing import CliRunner, Result
 from loader_fixtures import refused
 from safetensors import safe_open
-from tiny import arena_of, random_ids, steps, tiny_cache, tiny_engine, tiny_folder
+from tiny import arena_of, random_ids, rewritten, steps, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.container import open_container
 from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
@@ -103,6 +104,35 @@ def test_a_damaged_header_is_one_line_before_a_model_is_loaded(saved: Path, tmp_
     refused(lambda: session_header(tmp_path / "s"), "is damaged", "delete it")
     (tmp_path / "t").write_bytes(data.replace(b'\\"length\\": 700', b'\\"length\\": -7.'))
     refused(lambda: session_header(tmp_path / "t"), "is not an skvq session")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("packed", None),
+        ("packed", 10**6),
+        ("pending", 1),
+        ("pending", ["a"]),
+        ("dropped", -1),
+        ("dropped", 1.5),
+        ("length", True),
+    ],
+)
+def test_a_header_of_wrong_numbers_is_one_line(engine: Engine, saved: Path, tmp_path: Path, name: str, value: object) -> None:
+    """Of a file whose checksum is right."""
+    rewritten(saved, tmp_path / "s", "session", {name: value})
+    free = engine.parts.setup.arena.free_pages
+    refused(lambda: engine.restore(tmp_path / "s"), "damaged")
+    assert engine.parts.setup.arena.free_pages == free
+
+
+def test_tokens_outside_the_vocabulary_are_refused(engine: Engine, saved: Path, tmp_path: Path) -> None:
+    ids = open_container(saved, "session").tensors["token_ids"].clone()
+    ids[3] = 320
+    rewritten(saved, tmp_path / "s", "session", {}, token_ids=ids)
+    refused(lambda: engine.restore(tmp_path / "s"), "token id 320")
+    (tmp_path / "deep").write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    refused(lambda: engine.restore(tmp_path / "deep"), "is not an skvq session")
 
 
 def test_random_tokens_are_still_random_when_they_come_back(engine: Engine, tmp_path: Path) -> None:
@@ -350,7 +380,7 @@ def test_run_refuses_a_session_of_other_options_before_a_model_is_loaded(
     before = session.read_bytes()
     monkeypatch.delattr(Engine, "load")
     for option, value, told in (
-        ("--key-bits", 4, "was made with key_bits 2, this run has 4"),
+        ("--key-bits", 4, "was made with --key-bits 2, this run has 4"),
         ("--method", "plain", "was made with method 'rotate', this run has 'plain'"),
         ("--sinks", 3, "was made with filter rules 'AttentionSinks(n=5)', this run has 'AttentionSinks(n=3)'"),
         ("--bits-budget", 2.5, "was made without a budget of bits (--bits-budget)"),

@@ -78,20 +78,25 @@ def test_conversations_are_written_as_mistral_does(tmp_path: Path) -> None:
     assert tokenizer.encode_chat(messages) == tokenizer.encode(text)
     assert tokenizer.encode_turn([messages[-1]]) == tokenizer.encode("</s>[INST]2+2?[/INST]", bos=False)
     refused(lambda: tokenizer.encode_chat([{"role": "tool", "content": "x"}]), "system, user and assistant")
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    assert load_tokenizer(tmp_path).encode_chat(messages) == tokenizer.encode("Be brief.", bos=False)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[1]['content'] }}")
+    said = tokenizer.encode(messages[1]["content"], bos=False)
+    assert load_tokenizer(tmp_path).encode_chat(messages) == said
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vocab": []}, ("not a vocabulary", "KeyError")),
+        ({"vocab": []}, ("not a vocabulary",)),
         (
             {"vocab": [{"rank": n, "token_bytes": "AA=="} for n in range(300)]},
             ("not a vocabulary", "there twice"),
         ),
         ({"vocab": [{"rank": n, "token_bytes": "?"} for n in range(300)]}, ("not a vocabulary",)),
         ({"vocab": 3}, ("not a vocabulary",)),
+        (
+            {"config": {"pattern": ".", "default_vocab_size": 2 * 10**9 + 256, "default_num_special_tokens": 2 * 10**9}},
+            ("not a vocabulary", "2000000000"),
+        ),
         ({"special_tokens": [{"rank": 0}]}, ("not a vocabulary", "token_str")),
         ({"config": {"pattern": "("}}, ("default_vocab_size is missing",)),
         ({"config": 3}, ("config must be an object",)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig
+from skvq.engine.container import CHECKSUM, open_container, whole, write_container
 from skvq.engine.filters import AttentionSinks
 from skvq.engine.generate import Engine
 from skvq.engine.report import Bar, Quiet
@@ -37,6 +38,13 @@ def tiny_engine(folder: Path, cache: CacheConfig, **options: Any) -> Engine:
     given = {"max_context": 1700, "max_sequences": 4, "backend": "reference", "device": "cpu", "dtype": "float32"}
     quiet = {"report": Quiet(), "prefix_cache": False, "dummy_weights": True}
     return Engine.load(folder, cache=cache, **(quiet | given | options))
+
+
+def rewritten(source: Path, target: Path, kind: str, changes: Mapping[str, Any], **tensors: Tensor) -> None:
+    """A session or checkpoint with other numbers in its header, or other tensors, and the checksum of these."""
+    file = open_container(source, kind)
+    held = {name: tensor for name, tensor in file.tensors.items() if name != CHECKSUM} | tensors
+    write_container(target, kind, file.header | changes, [whole(name, tensor) for name, tensor in held.items()])
 
 
 def random_ids(count: int, seed: int = 0, vocab: int = 320) -> list[int]:

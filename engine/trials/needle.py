@@ -89,7 +89,9 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
     first = encode("x", bos=True)[: -len(encode("x", bos=False))]
     room = context - len(first) - len(needle) - len(question) - len(answer) - EXTRA_TOKENS
     if room < 16 or not answer:
-        least = context - room + 16
+        regions = engine.parts.setup.regions
+        packs = regions.window + regions.tile + len(answer) + EXTRA_TOKENS if engine.parts.cache.is_packed else 0
+        least = max(context - room + 16, packs)
         raise OptionError(
             f"a context of {counted(context, 'token')} has no room for the needle and its question: use at least {least}"
         )
@@ -109,7 +111,8 @@ def packed_share(engine: Engine, question: Question) -> float | None:
     if not packed:
         raise OptionError(
             f"of {tokens:,} tokens nothing is packed before the answer, for window and tile hold "
-            f"{regions.window + regions.tile:,}: use longer contexts (--ctx)"
+            f"{regions.window + regions.tile:,}: use contexts (--ctx) of at least "
+            f"{regions.window + regions.tile + len(question.answer) + EXTRA_TOKENS:,}"
         )
     return sum(regions.sinks <= place < packed for place in question.needle) / len(question.needle)
 
