@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,13 +32,14 @@ def converse(
     turn = first = Turn.begins(sequence)
     written = ""
     try:
-        written = answer(engine, sequence, text, sampling, options)
-        for question in asked:
-            turn = Turn.begins(sequence)
-            try:
-                answer(engine, sequence, question, sampling, {**options, "system": None})
-            except (OptionError, ModelError) as error:  # the question's: others can be asked
-                engine.report.message(str(error))
+        with ended_like_interrupted():
+            written = answer(engine, sequence, text, sampling, options)
+            for question in asked:
+                turn = Turn.begins(sequence)
+                try:
+                    answer(engine, sequence, question, sampling, {**options, "system": None})
+                except (OptionError, ModelError) as error:  # the question's: others can be asked
+                    engine.report.message(str(error))
     except BaseException as error:
         if isinstance(error, CapacityError) and options["interactive"] and sequence.length:
             engine.report.message(str(error))
@@ -49,6 +52,20 @@ def converse(
             engine.report.message("the text was being read, and none of that is kept: --checkpoint FILE would keep it")
         raise
     return written
+
+
+@contextmanager
+def ended_like_interrupted() -> Iterator[None]:
+    """SIGTERM, unless it is ignored, does what Ctrl-C does."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before != signal.SIG_DFL or current_thread() is not main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def save_whole(sequence: SequenceCache, path: Path) -> None:

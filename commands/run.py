@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     "--session",
     type=click.Path(path_type=Path),
     help="Resume from this file if it exists, with the method, bits, group, window and sinks it was saved with; write it at "
-    "the end, and on Ctrl-C.",
+    "the end, on Ctrl-C and on SIGTERM.",
 )
 @click.option(
     "--checkpoint",

@@ -9,6 +9,8 @@ POST /v1/chat/completions  messages
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from skvq.engine.errors import OptionError, SkvqError, counted
 from skvq.server.asked import Asked, asked_for
 from skvq.server.calls import Answers, Call, Scores
@@ -17,6 +19,8 @@ from skvq.server.replies import Replies, error_of
 
 PULSE = 10.0
 """Seconds between signs of life in a stream whose prompt is still being read, and looks at whether a client is still there."""
+LONG_BYTES = 1 << 18
+"""Longer requests are encoded one at a time."""
 POSTS = {"/v1/completions": False, "/v1/chat/completions": True}
 """Where prompts are sent to, and whether they are chats."""
 
@@ -61,12 +65,13 @@ class Handler(Connection):
             return self._not_here()
         service, settings = self.server.service, self.server.settings
         try:
-            asked = asked_for(body, settings.defaults, is_chat=POSTS[self.place])
-            self.server.tell_unknown(asked.unknown)
-            if asked.likeliest:
-                call: Call = service.score(asked.prompts, asked.likeliest)
-            else:
-                call = service.answer(asked.prompts, asked.sampling)
+            with self.server.long_request if len(body) > LONG_BYTES else nullcontext():
+                asked = asked_for(body, settings.defaults, is_chat=POSTS[self.place])
+                self.server.tell_unknown(asked.unknown)
+                if asked.likeliest:
+                    call: Call = service.score(asked.prompts, asked.likeliest)
+                else:
+                    call = service.answer(asked.prompts, asked.sampling)
         except RecursionError:
             return self.refuse(OptionError("the request's JSON is nested too deeply"))
         except SkvqError as error:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
 from typing import Any
 
 from skvq.engine.config import SamplingConfig
@@ -47,6 +48,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.told: set[str] = set()  # names in requests that are not known
+        self.long_request = Lock()  # held while one is encoded, which takes some 200 bytes of memory a character
         try:
             super().__init__((host, port), handler)
         except (OSError, OverflowError) as error:

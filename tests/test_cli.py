@@ -217,6 +217,8 @@ def test_ctrl_c_in_an_answer_keeps_the_session(
         calls[0] += 1
         if calls[0] == count:
             assert session.exists() == checkpoint, "what has been read is kept as soon as the checkpoint is gone"
+            if checkpoint:
+                signal.raise_signal(signal.SIGTERM)
             raise KeyboardInterrupt
         return step(*args)
 

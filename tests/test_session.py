@@ -242,7 +242,7 @@ def test_another_model_or_calibration_is_refused(engine: Engine, saved: Path, tm
     corpus = "another text to calibrate on, of no great length but long enough. " * 40
     engine.calibrate(tiny_cache(), corpus, tmp_path / "c", corpus_name="x", tokens=300)
     other = engine.with_cache(tiny_cache(), calibration=tmp_path / "c")
-    refused(lambda: other.restore(saved), "calibration")
+    refused(lambda: other.restore(saved), "with digest", "give the file that it was made with (--calibration)")
 
 
 def test_a_longer_session_than_the_context_is_refused(folder: Path, saved: Path) -> None:
@@ -410,6 +410,14 @@ def test_run_fills_the_context_and_says_when_it_is_full(folder: Path) -> None:
     assert "of 50 tokens" in result.stderr
     assert "is full" not in run(folder, "--ctx", 400, "--fill", 100, "-n", 3).stderr
     assert run(folder, "--ctx", 400, "--fill", 401).exit_code == 2
+
+
+def test_a_text_that_does_not_fit_leaves_what_was_filled(folder: Path, tmp_path: Path) -> None:
+    result = run(folder, "--fill", 500, "--ctx", 520, "-p", "once upon a time " * 40, "--session", tmp_path / "s")
+    assert result.exit_code == 2 and "do not fit a context of 520" in result.stderr
+    assert session_header(tmp_path / "s")["length"] == 500
+    result = run(folder, "--fill", 600, "--ctx", 520, "-p", "once")
+    assert result.exit_code == 2 and "fill with at most 520" in result.stderr
 
 
 def test_run_removes_its_checkpoint_when_the_prompt_is_read(folder: Path, tmp_path: Path) -> None:
