@@ -55,7 +55,7 @@ __all__ = [
 _NEED_TORCH = {
     "Batch": "batch",
     "Engine": "generate",
-    "Likelihoods": "evaluate",
+    "Likelihoods": "likelihoods",
     "Request": "request",
     "SequenceCache": "cache",
     "Summary": "summary",

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import current_thread, main_thread
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,14 +55,22 @@ def converse(
     return written
 
 
+class Ended(KeyboardInterrupt):
+    """The process was asked to end, not an answer."""
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Ended
+
+
 @contextmanager
 def ended_like_interrupted() -> Iterator[None]:
-    """SIGTERM, unless it is ignored, does what Ctrl-C does."""
+    """SIGTERM, unless it is ignored, does what Ctrl-C does outside of an answer."""
     before = signal.getsignal(signal.SIGTERM)
     if before != signal.SIG_DFL or current_thread() is not main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _end)
     try:
         yield
     finally:
@@ -102,8 +111,8 @@ def answer(engine: Engine, sequence: SequenceCache, text: str, sampling: Samplin
             if not options["as_json"]:
                 below.is_open = True
                 click.echo(piece, nl=False)
-    except KeyboardInterrupt:
-        if not (options["interactive"] and pieces):
+    except KeyboardInterrupt as error:
+        if isinstance(error, Ended) or not (options["interactive"] and pieces):
             raise
     finally:
         engine.report = report

@@ -44,7 +44,7 @@ class OneLineCommand(click.Command):
             return super().invoke(ctx)
         except (OptionError, SessionError, CalibrationError) as error:
             options = {"AttentionSinks.n": "--sinks"} | {str(p.name): max(p.opts, key=len) for p in self.params}
-            names = r"^\w+(\.\w+)?|\w+_\w+" if isinstance(error, OptionError) else r"\w+_\w+"
+            names = r"^\w+(\.\w+)?|\w+_\w+" if isinstance(error, OptionError) else r"(?<![\w/.-])\w+_\w+(?![\w/.-])"
             told = re.sub(names, lambda found: options.get(found[0], found[0]), str(error))
             raise type(error)(told.replace("or None,", "or random,") if told.startswith("--seed") else told) from error
 

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="Keep a half-read prompt here, every minute and on Ctrl-C; go on from it if it exists.",
+    help="Keep a half-read prompt here, every minute, on Ctrl-C and SIGTERM; go on from it if it exists.",
 )
 @on_full_option
 @click.option("--fill", type=TokenCount(0), default=0, help="Random tokens put into the cache before the text.")

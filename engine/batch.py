@@ -116,6 +116,7 @@ class Batch:
             self._waiting.extend(requests)
         return requests
 
+    @names_options()
     def has_room_for(self, count: int) -> bool:
         """Whether a sequence of ``count`` tokens that is none of them has room beside those that have begun."""
         if not is_whole(count) or count < 0:

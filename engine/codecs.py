@@ -45,8 +45,8 @@ def tensor_shapes(config: CacheConfig, model: ModelConfig) -> dict[str, tuple[in
 
 
 def check_tensors(tensors: Mapping[str, Tensor], config: CacheConfig, model: ModelConfig, where: str) -> None:
-    """Raise CalibrationError unless the tensors are those of ``tensor_shapes``, of finite numbers, and labels name groups that
-    exist."""
+    """Raise CalibrationError unless the tensors are those of ``tensor_shapes``, of finite numbers, units and clips positive,
+    metrics positive definite, and labels name groups that exist."""
     wanted = tensor_shapes(config, model)
     if set(tensors) != set(wanted):
         odd = sorted(set(tensors) ^ set(wanted))

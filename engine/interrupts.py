@@ -1,4 +1,4 @@
-"""Ctrl-C while something is changed that must not be left half changed."""
+"""Ctrl-C, and SIGTERM where it is answered, while something is changed that must not be left half changed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from types import FrameType
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Around short work that cannot be undone half way: Ctrl-C, which the main thread gets, comes after it."""
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
     asked: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: asked.append((number, frame)))
+    for number in before:
+        signal.signal(number, lambda number, frame: asked.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if asked:  # also after an error
-            before(*asked[0])
+            before[signal.Signals(asked[0][0])](*asked[0])

@@ -120,7 +120,9 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
     It is as it was if the file is of other shapes (SessionError) or does not fit (CapacityError), empty after any other error.
     """
     length, dropped = (file.number(name, MOST_TOKENS) for name in ("length", "dropped"))
-    packed, pending = file.number("packed", length), _pending(file)
+    packed, pending, regions = file.number("packed", length), _pending(file), sequence.setup.regions
+    if packed % regions.tile or length - packed >= regions.ring:
+        raise SessionError(f"{file.path} is damaged: of {length:,} tokens {packed:,} cannot be packed: start again")
     layers = range(sequence.setup.arena.shape.layers)
     tiles = expect_tiles(sequence, file, layers, packed)
     slots = expect_slots(sequence, file)

@@ -159,7 +159,7 @@ class TokenEngine:
                 f"count and seed must be whole numbers, the first of tokens, got {str(count)[:40]} and {str(seed)[:40]}"
             )
         held, most = len(sequence.pending) + sequence.length, self.parts.setup.max_context
-        if held + count > most:
+        if held + count > most and not (sequence.pending and self.parts.setup.room(0) > most):  # reading it may drop pages
             raise CapacityError(
                 f"{count:,} random tokens after {held:,} do not fit a context of {most:,}: fill with at most {most - held:,}, "
                 f"or load with a max_context (--ctx) of at least {held + count:,}"
@@ -180,7 +180,7 @@ class TokenEngine:
         sequence = self.new_sequence()
         try:
             fill_from(sequence, found)
-            if sequence.length:
+            if sequence.length or sequence.pending:
                 self._require_known([*sequence.token_ids, *sequence.pending])
         except BaseException:
             sequence.free()

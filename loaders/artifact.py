@@ -154,7 +154,7 @@ def _name_of(path: Path, opened: int) -> str:
 
 
 def _header(metadata: Mapping[str, str] | None, path: Path) -> tuple[ArtifactHeader, str]:
-    """The header, and the digest of the tensors."""
+    """The header, and the checksum of both."""
     text = (metadata or {}).get(HEADER_KEY)
     if text is None:
         raise CalibrationError(f"{path} is a safetensors file, but no skvq calibration, or is damaged: give another file")

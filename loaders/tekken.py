@@ -42,7 +42,8 @@ def read_tekken(path: Path) -> tuple[Pipeline, str | None]:
     pattern, version = config.text("pattern"), config.text("version", "v3")
     size, specials = config.integer("default_vocab_size"), config.integer("default_num_special_tokens")
     try:
-        assert 0 <= specials <= size <= specials + len(fields.data["vocab"]) and specials <= MOST_SPECIAL, (specials, size)
+        if not 0 <= specials <= min(size, MOST_SPECIAL) or size > specials + len(fields.data["vocab"]):
+            raise ValueError(f"{len(fields.data['vocab']):,} and {specials:,} special tokens are not {size:,}")
         tokens = [*_special_tokens(fields, specials), *_spelled(fields.data["vocab"], size - specials)]
         vocab = {token: index for index, token in enumerate(tokens)}
         assert len(vocab) == size, f"{size - len(vocab)} tokens are missing or there twice"

@@ -201,6 +201,22 @@ def test_ctrl_c_ends_an_answer_not_the_questions(model: Path, monkeypatch: pytes
     assert call(*options, stdin="the\nfox\n").exit_code == 130, "reading is not an answer"
 
 
+def test_sigterm_ends_all_questions(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("run", "--model", model, "--method", "fp", "--interactive", "-n", 9, "--ignore-eos", "--session", tmp_path / "s")
+    step, calls = decode.EagerStep.run, [0]
+
+    def ended(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(decode.EagerStep, "run", ended)
+    result = call(*options, stdin="the\nfox\n")
+    assert result.exit_code == 130 and "is saved in" in result.stderr and (tmp_path / "s").exists() and calls == [4]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("owner, what, count", [(decode.EagerStep, "run", 4), (sampling.Sampler, "choose", 4)])
 def test_ctrl_c_in_an_answer_keeps_the_session(
@@ -560,6 +576,14 @@ def test_a_budget_of_bits_from_calibration_to_answer(model: Path, tmp_path: Path
     refused(call("plan", *use, "--method", "reorder"), "'rotate'", "'reorder'")
     refused(call("plan", "--model", "smollm2-135m", *budget, "--calibration", made), "made for another model")
     refused(call("plan", "--model", "mistral-7b", *budget, "--calibration", made), "not for this model", "32")  # no files here
+
+
+def test_a_file_is_told_by_its_own_name(model: Path, tmp_path: Path) -> None:
+    for name in ("key_bits.safetensors", "group_size/x"):
+        refused(
+            call("run", "--model", model, "-p", "the", "--calibration", tmp_path / name),
+            f"no calibration file at {tmp_path / name}",
+        )
 
 
 def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path) -> None:

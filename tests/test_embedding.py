@@ -359,7 +359,7 @@ WRONG: dict[str, Callable[[Engine], object]] = {
     "did you mean 'checkpoint'": lambda e: e.prefill([1], checkpont="x"),
     "unknown option 'max_new_tokens': give it as sampling=SamplingConfig": lambda e: e.generate("a", max_new_tokens=3),
     "unknown option 'window': give it as cache=CacheConfig": lambda e: Engine.load("x", window=64),
-    "max_sequences must be a number": lambda e: Engine.load("smollm2-135m", max_sequences=None),  # type: ignore[arg-type]
+    "max_sequences must be a whole number": lambda e: Engine.load("smollm2-135m", max_sequences=None),  # type: ignore[arg-type]
     "report must be Reporter or None": lambda e: Engine.load("x", report=print),  # type: ignore[arg-type]
     "calibration must be the path of a file, got 5": lambda e: Engine.load("x", calibration=5),  # type: ignore[arg-type]
     "checkpoint must be the path of a file, got 5": lambda e: e.prefill("a", checkpoint=5),  # type: ignore[arg-type]

@@ -111,6 +111,8 @@ def test_a_damaged_header_is_one_line_before_a_model_is_loaded(saved: Path, tmp_
     [
         ("packed", None),
         ("packed", 10**6),
+        ("packed", 0),
+        ("packed", 513),
         ("pending", 1),
         ("pending", ["a"]),
         ("dropped", -1),

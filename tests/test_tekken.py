@@ -95,7 +95,7 @@ def test_conversations_are_written_as_mistral_does(tmp_path: Path) -> None:
         ({"vocab": 3}, ("not a vocabulary",)),
         (
             {"config": {"pattern": ".", "default_vocab_size": 2 * 10**9 + 256, "default_num_special_tokens": 2 * 10**9}},
-            ("not a vocabulary", "2000000000"),
+            ("not a vocabulary", "2,000,000,000"),
         ),
         ({"special_tokens": [{"rank": 0}]}, ("not a vocabulary", "token_str")),
         ({"config": {"pattern": "("}}, ("default_vocab_size is missing",)),
