@@ -44,7 +44,7 @@ from skvq.kernels.triton_gpu.metadata import meta_halves
 from skvq.kernels.triton_gpu.one_hot import in_raw, spread
 from skvq.kernels.triton_gpu.pages import bits_code, in_page, page_strides
 from skvq.kernels.triton_gpu.raised import load_raised
-from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, exp2, steps_of
+from skvq.kernels.triton_gpu.softmax import LOG2E, NEVER, exp2
 from skvq.kernels.triton_gpu.workspace import LabelTables, Partials, RopeTables
 
 
@@ -89,7 +89,13 @@ def attend_labels_blocks_kernel(
     real_2 = column_2 < queries * repeat
     now = tl.load(positions_ptr + row * queries + tl.minimum(column // repeat, queries - 1))
     oldest = now - span + 1
-    start, stop = steps_of(split, tl.num_programs(1), tl.load(packed_ptr + row) // TILE, oldest, TILE, HAS_SPAN)
+    tiles = tl.load(packed_ptr + row) // TILE
+    begin = 0  # as ``steps_of``; a call of it costs registers here, and on sm_90 spills
+    if HAS_SPAN:
+        begin = tl.minimum(tl.maximum(tl.min(oldest, 0), 0) // TILE, tiles)
+    per_split = tl.cdiv(tiles - begin, tl.num_programs(1))
+    start = begin + split * per_split
+    stop = tl.minimum(start + per_split, tiles)
     row_ptr = pages_ptr + tl.load(slots_ptr + row) * stride_pages_slot
     t = tl.arange(0, SHARE)
     group = tl.minimum(tl.arange(0, GROUPS), all_groups - 1)  # the last again for those that no label names
