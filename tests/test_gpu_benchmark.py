@@ -34,7 +34,6 @@ def script() -> ModuleType:
     return loaded("gpu/run_all")
 
 
-@pytest.mark.slow
 def test_a_million_tokens_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part on the CPU, in two calls: the second does what the first has not done."""
     monkeypatch.setenv("SKVQ_CACHE", str(tmp_path / "cache"))

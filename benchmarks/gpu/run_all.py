@@ -458,7 +458,8 @@ class Decoder:
     def read(self, tokens: int, how: str) -> dict[str, float]:
         """Milliseconds of a prompt read a second time, by the host's clock."""
         engine = self.load()
-        engine.parts, before = dataclasses.replace(engine.parts, prefill=how), engine.parts
+        options = dataclasses.replace(engine.parts.options, prefill=how)
+        engine.parts, before = dataclasses.replace(engine.parts, options=options), engine.parts
         try:
             for _ in range(2):
                 torch.cuda.synchronize()
