@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from os.path import realpath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -32,9 +32,6 @@ from skvq.commands.types import TokenCount, object_of
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(cls=OneLineCommand)

@@ -135,7 +135,12 @@ def fill(sequence: SequenceCache, count: int, *, seed: int, vocab: int, report: 
     """
     shape, device = sequence.setup.arena.shape, sequence.page_row.device
     last = sequence.length + count
-    sequence.setup.require(sequence.length, count)
+    held, most = sequence.length, sequence.setup.max_context
+    if held + count > most:
+        raise CapacityError(
+            f"{count:,} random tokens after {held:,} do not fit a context of {most:,}: fill with at most {most - held:,}, or "
+            f"load with a max_context (--ctx) of at least {held + count:,}"
+        )
     sequence.setup.arena.require_pages(max(0, pages_for(sequence.packed_after(count)) - len(sequence.pages)))
     sequence.filled |= count > 0
     generator = seeded(seed)

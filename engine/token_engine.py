@@ -16,7 +16,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint, FileCheckpoint
 from skvq.engine.config import SamplingConfig
 from skvq.engine.decode import decode_step_of
-from skvq.engine.errors import CapacityError, OptionError
+from skvq.engine.errors import OptionError
 from skvq.engine.guard import computes
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.loading import EngineParts
@@ -157,12 +157,6 @@ class TokenEngine:
         if not is_whole(count) or count < 0 or not is_whole(seed):
             raise OptionError(
                 f"count and seed must be whole numbers, the first of tokens, got {str(count)[:40]} and {str(seed)[:40]}"
-            )
-        held, most = len(sequence.pending) + sequence.length, self.parts.setup.max_context
-        if held + count > most and not (sequence.pending and self.parts.setup.room(0) > most):  # reading it may drop pages
-            raise CapacityError(
-                f"{count:,} random tokens after {held:,} do not fit a context of {most:,}: fill with at most {most - held:,}, "
-                f"or load with a max_context (--ctx) of at least {held + count:,}"
             )
         if sequence.pending:
             self.read(sequence, [])
