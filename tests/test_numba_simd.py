@@ -18,7 +18,7 @@ from numba import njit
 import skvq
 from skvq.kernels import layout, reference
 from skvq.kernels.layout import LEVELS
-from skvq.kernels.numba_cpu import compiled, flash_simd, lattice, numeric, products, quantizer, simd, tiles
+from skvq.kernels.numba_cpu import compiled, flash_simd, lanes, lattice, numeric, products, quantizer, simd, tiles
 from skvq.kernels.numba_cpu.heads import build_attend_heads
 from skvq.kernels.numba_cpu.linear import build_multiply
 from skvq.kernels.numba_cpu.plain import build_attend_plain
@@ -92,6 +92,38 @@ def check_dense_products() -> None:
     check_softmax_step(scores, lows, highs)
 
 
+@njit(**tiles.FAST)
+def _lanes(a: int, b: int, number: float, out: int) -> None:
+    x, y, row = lanes.load(a), lanes.load(b), 4 * lanes.LANES
+    lanes.store(out, (x + number) * y - number / x)
+    lanes.store(out + row, lanes.rint(min(max(x, y), number)))
+    larger = lanes.both(x > y, y > number)
+    lanes.store(out + 2 * row, lanes.where(larger, x, lanes.spread(number)))
+    total = lanes.spread(number)
+    for i in range(3):
+        total += lanes.load(a + i * 4)
+        total -= number * y
+        total *= y
+    lanes.store(out + 3 * row, total)
+
+
+def check_lanes() -> None:
+    """What jitted code does with LANES numbers at once, against numpy; halves go to the even number."""
+    gen = np.random.default_rng(0)
+    a, b = gen.standard_normal((2, lanes.LANES + 2)).astype(np.float32)
+    a[:4], b[:4], number = (0.5, 1.5, -0.5, 2.5), -3, np.float32(2.5)
+    out = np.empty((4, lanes.LANES), np.float32)
+    _lanes(a.ctypes.data, b.ctypes.data, number, out.ctypes.data)
+    x, y = a[: lanes.LANES], b[: lanes.LANES]
+    total = np.full(lanes.LANES, number)
+    for i in range(3):
+        total = (total + a[i : i + lanes.LANES] - number * y) * y
+    np.testing.assert_allclose(out[0], (x + number) * y - number / x, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(out[1], np.rint(np.minimum(np.maximum(x, y), number)))
+    assert np.array_equal(out[2], np.where((x > y) & (y > number), x, number))
+    np.testing.assert_allclose(out[3], total, rtol=1e-5, atol=1e-4)
+
+
 def check_softmax_step(scores: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> None:
     """One step of a softmax over tokens 100 .. 139, after one of weight 3 and maximum 2."""
     seen = (np.arange(100, 140)[:, None] >= lows) & (np.arange(100, 140)[:, None] < highs)
@@ -120,12 +152,13 @@ def test_this_cpu() -> None:
     check_dots()
     check_halves()
     check_dense_products()
+    check_lanes()
 
 
 @pytest.mark.parametrize("cpu", list(filter(runs_here, CPUS)))
 def test_every_cpu_computes_the_same(cpu: str) -> None:
     """The forms for other CPUs are compiled and run here, in a process that numba is told such a CPU is in."""
-    script = "import test_numba_simd as t\nt.check_dots()\nt.check_halves()\nt.check_dense_products()"
+    script = "import test_numba_simd as t\nt.check_dots()\nt.check_halves()\nt.check_dense_products()\nt.check_lanes()"
     path = os.pathsep.join(
         [str(Path(skvq.__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     )

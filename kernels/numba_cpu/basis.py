@@ -33,9 +33,18 @@ def encode_heads(codec: HeadCodec, first: int, tile: int, keys: Tensor, values: 
     k, v = keys.float(), values.float()
     if not codec.has_basis:
         return k.contiguous(), v.contiguous()
+    y_keys = apply(codec.key_basis, k)
     if codec.has_key_mean:
-        k = k - turn(codec.key_mean, turns(first, len(k), tile, codec.rope), codec.rope.scale)
-    return apply(codec.key_basis, k), apply(codec.value_basis, v - codec.value_mean)
+        table = torch.view_as_real(turns(first, len(k), tile, codec.rope)).transpose(1, 2).flatten(1)  # [T, D] cosines, sines
+        y_keys -= apply(turned_mean(codec), table[:, None].expand(k.shape))
+    return y_keys, apply(codec.value_basis, v - codec.value_mean)
+
+
+def turned_mean(codec: HeadCodec) -> Tensor:
+    """[KH, D, D]: what RoPE makes of a head's mean key, in the stored basis, from the cosines and sines of a position."""
+    left, right = codec.key_basis.chunk(2, -1)  # [KH, D, D/2]
+    a, b = codec.key_mean[:, None].chunk(2, -1)  # [KH, 1, D/2]
+    return torch.cat([left * a + right * b, right * a - left * b], -1) * codec.rope.scale
 
 
 def apply(matrices: Tensor, rows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ PACK_FIELDS = (
     "key_tile", "value_tile", "key_levels", "value_levels", "groups", "tile", "tiles", "heads_together",
     "key_unit", "key_clip", "key_starts", "key_channels", "key_labels", "key_metric", "key_factor",
     "value_unit", "value_clip", "value_starts", "value_channels", "value_labels", "value_metric", "value_factor",
-    "counters", "work", "work_bytes", "w_codes", "w_group", "w_meta", "w_lattice", "w_rows",
+    "counters", "work", "work_bytes", "w_codes", "w_group", "w_meta", "w_lattice", "w_pulls", "w_rows",
 )  # fmt: skip
 
 

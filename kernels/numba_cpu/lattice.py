@@ -1,7 +1,7 @@
 """``reference.quantize_lattice`` for LANES tokens at once, one token per SIMD lane.
 
 Every array here is [rows][LANES] float32, so each step of the inherently sequential algorithm is one vector operation per
-channel, about 12 D^2 multiply-adds a token in all.
+channel, about 11 D^2 multiply-adds a token in all. Codes are float32 too, 0 ... levels - 1.
 """
 
 # mypy: ignore-errors
@@ -10,222 +10,245 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from skvq.kernels.numba_cpu.lanes import LANES, both, load, rint, spread, store, where, zeros
 from skvq.kernels.numba_cpu.numeric import e4m3
-from skvq.kernels.numba_cpu.products import add_outer, mix, mix_1
+from skvq.kernels.numba_cpu.products import mix
 from skvq.kernels.numba_cpu.quantizer import E4M3_MIN, e4m3_encode
 from skvq.kernels.numba_cpu.simd import f32, i32
-from skvq.kernels.numba_cpu.tiles import FAST, round_up
+from skvq.kernels.numba_cpu.tiles import FAST
 
 LATTICE_FITS, LATTICE_ROUNDS, LATTICE_SWEEPS = 2, 2, 2  # reference.LATTICE_*; copied (``compiled.source_stamp``)
-LANES = 32
 ROW = 4 * LANES  # bytes of a row
 BLOCK = 16  # rows whose effect on all others is applied at once, as a matrix product
 
 
 def lattice_bytes(size: int, groups: int) -> int:
-    """Bytes that ``quantize_lattice`` needs at ``work``: y, codes, errors, slopes, scales, mids, sums and a block of rows."""
-    return ROW * (4 * size + 2 * groups + 4 + BLOCK) + 4 * groups + 64
+    """Bytes that ``quantize_lattice`` needs at ``work``: y, codes, errors, slopes, scales, mids and a block of moves."""
+    return ROW * (4 * size + 2 * groups + BLOCK)
 
 
 @njit(**FAST)
-def fit_range(y, count, levels, clip, tiny, scale, mid, sums):
-    """Scale and mid [LANES] of ``count`` rows at ``y``: the clipped range, then plain least squares."""
-    top, half = np.float32(levels - 1), np.float32((levels - 1) * 0.5)
-    n, scale, mid = np.float32(count), f32(scale), f32(mid)
-    mean, a, b, c = f32(sums), f32(sums + ROW), f32(sums + 2 * ROW), f32(sums + 3 * ROW)
-    for t in range(LANES):
-        a[t], b[t], mean[t] = f32(y)[t], f32(y)[t], np.float32(0)
+def sum_groups(metric, size, groups, pulls):
+    """``pulls`` [G][D]: the metric times the ones of a group, which is what a move of its mid does to the slope."""
+    width = size // groups
+    for g in range(groups):
+        out = f32(pulls + 4 * g * size)
+        for i in range(size):
+            row, total = f32(metric + 4 * (i * size + g * width)), np.float32(0)
+            for j in range(width):
+                total += row[j]
+            out[i] = total
+
+
+@njit(**FAST)
+def nearest_code(x, top):
+    return min(max(rint(x), np.float32(0)), top)
+
+
+@njit(**FAST)
+def fit_range(y, count, top, clip, tiny, scale, mid):
+    """Scale and mid of ``count`` rows at ``y``: the clipped range, then plain least squares."""
+    half, n = top * np.float32(0.5), np.float32(count)
+    low, high, mean = load(y), load(y), zeros()
     for i in range(count):
-        x = f32(y + i * ROW)
-        for t in range(LANES):
-            a[t], b[t] = min(a[t], x[t]), max(b[t], x[t])
-            mean[t] += x[t]
-    for t in range(LANES):
-        low, high = a[t] * clip, b[t] * clip
-        scale[t], mid[t] = max((high - low) / top, tiny), (high + low) * np.float32(0.5)
-        mean[t] /= n
+        x = load(y + i * ROW)
+        low, high = min(low, x), max(high, x)
+        mean += x
+    low, high, mean = low * clip, high * clip, mean / n
+    s, m = max((high - low) / top, tiny), (high + low) * np.float32(0.5)
     for _ in range(LATTICE_FITS):
-        for t in range(LANES):
-            a[t], b[t], c[t] = np.float32(0), np.float32(0), np.float32(0)
+        a, b, c = zeros(), zeros(), zeros()
+        inverse = np.float32(1) / s
         for i in range(count):
-            x = f32(y + i * ROW)
-            for t in range(LANES):
-                code = min(max(np.rint((x[t] - mid[t]) / scale[t] + half), np.float32(0)), top) - half
-                a[t] += code
-                b[t] += code * code
-                c[t] += code * (x[t] - mean[t])
-        for t in range(LANES):
-            code_mean = a[t] / n
-            spread = b[t] - a[t] * code_mean
-            fitted = max(c[t] / max(spread, np.float32(0.25)), tiny)
-            scale[t] = fitted if spread > np.float32(0.25) else scale[t]  # two codes differ: at least 1/2
-            mid[t] = mean[t] - scale[t] * code_mean
+            x = load(y + i * ROW)
+            code = nearest_code((x - m) * inverse + half, top) - half
+            a += code
+            b += code * code
+            c += code * (x - mean)
+        code_mean = a / n
+        spread_of_codes = b - a * code_mean
+        fitted = max(c / max(spread_of_codes, np.float32(0.25)), tiny)
+        s = where(spread_of_codes > np.float32(0.25), fitted, s)  # two codes differ: at least 1/2
+        m = mean - s * code_mean
+    store(scale, s)
+    store(mid, m)
 
 
 @njit(**FAST)
-def clear(out, rows):
-    numbers = f32(out)
-    for i in range(rows * LANES):
-        numbers[i] = np.float32(0)
+def round_rows(known, given, by_scale, coefs, stride, count, turn, top, codes, moves):
+    """Codes of ``count`` rows of a group in turn: ``codes_k`` is ``known_k + (given_k / scale + sum_j<k coefs_kj moves_j) /
+    coefs_kk``, rounded, and ``moves_k = known_k - codes_k``.
+
+    Addresses are those of the row that comes first; the next lies a row on, or back with ``turn`` -1. ``by_scale``: 1 / scale.
+    What waits is the chain from a move to the next code, so the last move stays in a register; older ones are summed before.
+    """
+    last = zeros()
+    for k in range(count):
+        line, at = f32(coefs + turn * k * stride), turn * k * ROW
+        total = load(given + at) * by_scale
+        for j in range(k - 1):
+            total += load(moves + turn * j * ROW) * line[turn * j]
+        total += last * line[turn * max(k - 1, 0)]
+        here = load(known + at)
+        code = nearest_code(here + total * (np.float32(1) / line[turn * k]), top)
+        last = here - code
+        store(codes + at, code)
+        store(moves + at, last)
 
 
 @njit(**FAST)
-def slope_of(y, code, scale, mid, error, slope, metric, size, width):
-    """``error = y - mid - scale * code`` and ``slope = metric error``."""
-    for i in range(size):
-        g = i // width * ROW
-        x, c, e = f32(y + i * ROW), f32(code + i * ROW), f32(error + i * ROW)
-        s, m = f32(scale + g), f32(mid + g)
-        for t in range(LANES):
-            e[t] = x[t] - m[t] - s[t] * c[t]
+def scale_rows(rows, count, scale):
+    for i in range(count):
+        store(rows + i * ROW, load(rows + i * ROW) * scale)
+
+
+@njit(**FAST)
+def clear(rows, count):
+    for i in range(count):
+        store(rows + i * ROW, zeros())
+
+
+@njit(**FAST)
+def nearest_plane(y, code, error, scale, mid, factor, size, groups, top, known, given):
+    """Choose codes from the last channel to the first, each correcting for the errors of those already chosen.
+
+    Errors of later blocks are applied to a block of rows all at once. A block lies in one group: its rows share their scale.
+    Scratch: ``known`` of D rows, ``given`` of BLOCK.
+    """
+    width, half = size // groups, top * np.float32(0.5)
+    after = size
+    while after > 0:
+        first = max((after - 1) // BLOCK * BLOCK, (after - 1) // width * width)
+        count, last, g = after - first, (after - 1) * ROW, first // width * ROW
+        s, m = load(scale + g), load(mid + g)
+        for i in range(first, after):
+            store(known + i * ROW, (load(y + i * ROW) - m) * (np.float32(1) / s) + half)
+        clear(given, count)
+        mix(count, error + after * ROW, ROW, size - after, factor + 4 * (first * size + after), 4 * size, given, ROW, LANES)
+        factor_rows = factor + 4 * (after - 1) * (size + 1)
+        round_rows(
+            known + last, given + (count - 1) * ROW, np.float32(1) / s, factor_rows, 4 * size, count, -1, top,
+            code + last, error + last,
+        )  # fmt: skip
+        scale_rows(error + first * ROW, count, s)
+        after = first
+
+
+@njit(**FAST)
+def slope_of(y, code, scale, mid, error, slope, metric, size, groups, half):
+    """``error = y - mid - scale * (code - half)`` and ``slope = metric error``."""
+    width = size // groups
+    for g in range(groups):
+        s = load(scale + g * ROW)
+        low = load(mid + g * ROW) - s * half
+        for i in range(g * width * ROW, (g + 1) * width * ROW, ROW):
+            store(error + i, load(y + i) - low - s * load(code + i))
     clear(slope, size)
     mix(size, error, ROW, size, metric, 4 * size, slope, ROW, LANES)
 
 
 @njit(**FAST)
-def descend(code, slope, scale, metric, size, width, half, steps):
-    """Sweeps of coordinate descent over centred codes. ``slope`` is kept up to date: inside a block of BLOCK rows after every
-    step, outside it once the block is done.
+def descend(code, slope, scale, metric, size, groups, top, moves):
+    """Sweeps of coordinate descent over the codes. ``slope`` is kept up to date, a block at a time.
 
-    ``steps`` is scratch of BLOCK rows.
+    ``moves`` is scratch of BLOCK rows.
     """
-    whole = round_up(size, BLOCK)
-    for start in range(0, LATTICE_SWEEPS * whole, BLOCK):
-        first = start % whole
-        count, moves = min(BLOCK, size - first), np.float32(0)
-        for i in range(first, first + count):
-            here = 4 * (i * size + first)
-            c, x, s, step = (
-                f32(code + i * ROW),
-                f32(slope + i * ROW),
-                f32(scale + i // width * ROW),
-                f32(steps + (i - first) * ROW),
-            )
-            inverse, moved = np.float32(1) / f32(metric + 4 * i * size)[i], np.float32(0)
-            for t in range(LANES):
-                wanted = min(max(np.rint(c[t] + x[t] * inverse / s[t] + half), np.float32(0)), half + half) - half
-                step[t] = (c[t] - wanted) * s[t]
-                moved += abs(step[t])
-                c[t] = wanted
-            if moved > np.float32(0):
-                add_outer(steps + (i - first) * ROW, metric + here, count, slope + first * ROW, ROW)
-            moves += moved
-        if moves > np.float32(0):
-            after = first + count
-            mix(first, steps, ROW, count, metric + 4 * first, 4 * size, slope, ROW, LANES)
-            mix(size - after, steps, ROW, count, metric + 4 * (after * size + first), 4 * size, slope + after * ROW, ROW, LANES)
+    width = size // groups
+    for _ in range(LATTICE_SWEEPS):
+        first = 0
+        while first < size:
+            after = min(first + BLOCK, first // width * width + width)
+            count, rows, g = after - first, code + first * ROW, first // width * ROW
+            s, metric_rows = load(scale + g), metric + 4 * first * (size + 1)
+            round_rows(rows, slope + first * ROW, np.float32(1) / s, metric_rows, 4 * size, count, 1, top, rows, moves)
+            scale_rows(moves, count, s)
+            mix(size, moves, ROW, count, metric + 4 * first, 4 * size, slope, ROW, LANES)
+            first = after
 
 
 @njit(**FAST)
-def fit_metric(code, slope, scale, mid, metric, tiny, size, width, turned, sums):
+def fit_metric(code, slope, scale, mid, metric, pulls, units, size, groups, half, turned):
     """Fit scale and mid of one group after another by least squares in the metric, and keep ``slope`` up to date.
 
-    ``turned`` is scratch of D / G rows.
+    ``turned`` is scratch of D rows, for the metric times a group's centred codes.
     """
-    cc, c1, cs, s1 = f32(sums), f32(sums + ROW), f32(sums + 2 * ROW), f32(sums + 3 * ROW)
-    for g in range(size // width):
-        one, block = np.float32(0), metric + 4 * g * width * (size + 1)
-        clear(turned, width)
-        mix(width, code + g * width * ROW, ROW, width, block, 4 * size, turned, ROW, LANES)
-        for t in range(LANES):
-            cc[t], c1[t], cs[t], s1[t] = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for i in range(g * width, (g + 1) * width):
-            row = f32(metric + 4 * (i * size + g * width))
-            total = np.float32(0)
-            for j in range(width):
-                total += row[j]
+    width = size // groups
+    for g in range(groups):
+        first, pull, one = g * width, f32(pulls + 4 * g * size), np.float32(0)
+        for i in range(size):
+            store(turned + i * ROW, spread(-half * pull[i]))
+        mix(size, code + first * ROW, ROW, width, metric + 4 * first, 4 * size, turned, ROW, LANES)
+        cc, c1, cs, s1 = zeros(), zeros(), zeros(), zeros()
+        for i in range(first, first + width):
+            centred, x, total = load(code + i * ROW) - half, load(slope + i * ROW), pull[i]
             one += total
-            c, x, turn = f32(code + i * ROW), f32(slope + i * ROW), f32(turned + (i - g * width) * ROW)
-            for t in range(LANES):
-                cc[t] += c[t] * turn[t]
-                c1[t] += c[t] * total
-                cs[t] += c[t] * x[t]
-                s1[t] += x[t]
-        s, m = f32(scale + g * ROW), f32(mid + g * ROW)
-        for t in range(LANES):
-            determinant = cc[t] * one - c1[t] * c1[t]
-            good = determinant > np.float32(1e-6) * cc[t] * one
-            step = (cs[t] * one - s1[t] * c1[t]) / (determinant if good else np.float32(1))
-            good = good and s[t] + step > tiny[g]
-            step = step if good else np.float32(0)
-            move = (s1[t] - step * c1[t]) / one if good else np.float32(0)
-            s[t] += step
-            m[t] += move
-            cc[t], c1[t] = step, move
-        for i in range(g * width, (g + 1) * width):
-            c, turn = f32(code + i * ROW), f32(turned + (i - g * width) * ROW)
-            for t in range(LANES):
-                turn[t] = -c1[t] - cc[t] * c[t]
-        mix(size, turned, ROW, width, metric + 4 * g * width, 4 * size, slope, ROW, LANES)
+            cc += centred * load(turned + i * ROW)
+            c1 += centred * total
+            cs += centred * x
+            s1 += x
+        s, determinant = load(scale + g * ROW), cc * one - c1 * c1
+        good = determinant > np.float32(1e-6) * cc * one
+        step = (cs * one - s1 * c1) / where(good, determinant, spread(np.float32(1)))
+        good = both(good, s + step > units[g] * E4M3_MIN)
+        step = where(good, step, zeros())
+        move = where(good, (s1 - step * c1) / one, zeros())
+        store(scale + g * ROW, s + step)
+        store(mid + g * ROW, load(mid + g * ROW) + move)
+        for i in range(size):
+            store(slope + i * ROW, load(slope + i * ROW) - move * pull[i] - step * load(turned + i * ROW))
 
 
 @njit(**FAST)
-def nearest_plane(y, code, error, scale, mid, factor, size, width, half, wanted):
-    """Choose centred codes from the last channel to the first, each correcting for the errors of those already chosen.
+def round_meta(code, slope, scale, mid, y, error, metric, pulls, units, size, groups, half, words):
+    """Round scale to E4M3, fit mid to it, round mid; ``slope`` follows.
 
-    Errors of later blocks are applied to a block of rows all at once. ``wanted`` is scratch of BLOCK rows.
+    Writes scale byte | mid byte << 8 to int32 ``words`` [G][LANES].
     """
-    for first in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        count, after = min(BLOCK, size - first), min(first + BLOCK, size)
-        for i in range(first, after):
-            x, m, w = f32(y + i * ROW), f32(mid + i // width * ROW), f32(wanted + (i - first) * ROW)
-            for t in range(LANES):
-                w[t] = x[t] - m[t]
-        mix(count, error + after * ROW, ROW, size - after, factor + 4 * (first * size + after), 4 * size, wanted, ROW, LANES)
-        for i in range(after - 1, first - 1, -1):
-            w, g = wanted + (i - first) * ROW, i // width * ROW
-            mix_1(error + (i + 1) * ROW, ROW, after - 1 - i, factor + 4 * (i * size + i + 1), 0, w, 0)
-            x, c, e, s, m, v = f32(y + i * ROW), f32(code + i * ROW), f32(error + i * ROW), f32(scale + g), f32(mid + g), f32(w)
-            for t in range(LANES):
-                moved = min(max(np.rint(v[t] / s[t] + half), np.float32(0)), half + half) - half
-                c[t] = moved
-                e[t] = x[t] - m[t] - s[t] * moved
-
-
-@njit(**FAST)
-def round_meta(code, slope, scale, mid, y, error, metric, units, size, width, words):
-    """Round scale to E4M3, fit mid to it, round mid. Writes scale byte | mid byte << 8 to int32 ``words`` [G][LANES]."""
-    for g in range(size // width):
+    width = size // groups
+    for g in range(groups):
         s, word = f32(scale + g * ROW), i32(words + g * ROW)
         for t in range(LANES):
             byte = e4m3_encode(s[t] / units[g])
             word[t] = byte
             s[t] = e4m3(byte) * units[g]
-    slope_of(y, code, scale, mid, error, slope, metric, size, width)
-    for g in range(size // width):
-        stiffness = np.float32(0)
+    slope_of(y, code, scale, mid, error, slope, metric, size, groups, half)
+    for g in range(groups):
+        pull, one, pulled = f32(pulls + 4 * g * size), np.float32(0), zeros()
         for i in range(g * width, (g + 1) * width):
-            row = f32(metric + 4 * (i * size + g * width))
-            for j in range(width):
-                stiffness += row[j]
-        m, word = f32(mid + g * ROW), i32(words + g * ROW)
+            one += pull[i]
+            pulled += load(slope + i * ROW)
+        store(error + g * ROW, load(mid + g * ROW) + pulled / one)
+        m, wanted, word = f32(mid + g * ROW), f32(error + g * ROW), i32(words + g * ROW)
         for t in range(LANES):
-            pull = np.float32(0)
-            for i in range(g * width, (g + 1) * width):
-                pull += f32(slope + i * ROW)[t]
-            byte = e4m3_encode((m[t] + pull / stiffness) / units[g])
+            byte = e4m3_encode(wanted[t] / units[g])
             word[t] |= byte << 8
-            m[t] = e4m3(byte) * units[g]
+            exact = e4m3(byte) * units[g]
+            wanted[t] = exact - m[t]
+            m[t] = exact
+    for g in range(groups):
+        pull, move = f32(pulls + 4 * g * size), load(error + g * ROW)
+        for i in range(size):
+            store(slope + i * ROW, load(slope + i * ROW) - move * pull[i])
 
 
 @njit(**FAST)
-def quantize_lattice(work, size, groups, levels, units, clips, metric, factor, words):
-    """Centred codes of LANES tokens to the second array of ``work``, their metadata to int32 ``words`` [G][LANES].
+def quantize_lattice(work, size, groups, levels, units, clips, metric, pulls, factor, words):
+    """Codes of LANES tokens to the second array of ``work``, their metadata to int32 ``words`` [G][LANES].
 
-    The first array of ``work``, [D][LANES], holds the numbers; units, clips [groups]; metric, factor [D, D] of this head.
+    The first array of ``work``, [D][LANES], holds the numbers; units, clips [groups]; metric, factor [D, D] and pulls [G, D]
+    of this head.
     """
-    width, half, rows = size // groups, np.float32((levels - 1) * 0.5), ROW * size
+    width, top, rows = size // groups, np.float32(levels - 1), ROW * size
+    half = top * np.float32(0.5)
     y, code, error, slope = work, work + rows, work + 2 * rows, work + 3 * rows
-    scale, mid, sums = work + 4 * rows, work + 4 * rows + groups * ROW, work + 4 * rows + 2 * groups * ROW
-    tiny, steps = f32(sums + 4 * ROW), sums + 4 * ROW + round_up(4 * groups, 64)
+    scale = work + 4 * rows
+    mid, moves = scale + groups * ROW, scale + 2 * groups * ROW
     for g in range(groups):
-        tiny[g] = units[g] * E4M3_MIN
-        fit_range(y + g * width * ROW, width, levels, clips[g], tiny[g], scale + g * ROW, mid + g * ROW, sums)
-    nearest_plane(y, code, error, scale, mid, factor, size, width, half, slope)
-    slope_of(y, code, scale, mid, error, slope, metric, size, width)
+        fit_range(y + g * width * ROW, width, top, clips[g], units[g] * E4M3_MIN, scale + g * ROW, mid + g * ROW)
+    nearest_plane(y, code, error, scale, mid, factor, size, groups, top, slope, moves)
+    slope_of(y, code, scale, mid, error, slope, metric, size, groups, half)
     for _ in range(LATTICE_ROUNDS):
-        descend(code, slope, scale, metric, size, width, half, steps)
-        fit_metric(code, slope, scale, mid, metric, tiny, size, width, error, sums)
-    round_meta(code, slope, scale, mid, y, error, metric, units, size, width, words)
-    slope_of(y, code, scale, mid, error, slope, metric, size, width)
-    descend(code, slope, scale, metric, size, width, half, steps)
+        descend(code, slope, scale, metric, size, groups, top, moves)
+        fit_metric(code, slope, scale, mid, metric, pulls, units, size, groups, half, error)
+    round_meta(code, slope, scale, mid, y, error, metric, pulls, units, size, groups, half, words)
+    descend(code, slope, scale, metric, size, groups, top, moves)

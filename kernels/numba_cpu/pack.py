@@ -10,9 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from skvq.kernels.numba_cpu.lattice import LANES, quantize_lattice
+from skvq.kernels.numba_cpu.lanes import LANES
+from skvq.kernels.numba_cpu.lattice import quantize_lattice, sum_groups
 from skvq.kernels.numba_cpu.quantizer import quantize
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, i64, pack_job_at, u8
+from skvq.kernels.numba_cpu.spread import transpose
 from skvq.kernels.numba_cpu.tiles import FAST, RETAINED, SLOTS, TRITS
 
 
@@ -65,19 +67,20 @@ def quantize_head(job, work, start, head, side):
     else:
         source, levels, units, clips = job.values, job.value_levels, job.value_unit, job.value_clip
         metric, factor, by_channel, by_token = job.value_metric, job.value_factor, tile, 1
-    matrix, group, half = 4 * head * size * size, 4 * head * groups, np.float32((levels - 1) * 0.5)
+    matrix, group = 4 * head * size * size, 4 * head * groups
     lattice = work + job.w_lattice
-    y, found, codes = f32(lattice), i32(work + job.w_group), u8(work + job.w_codes)
+    found, codes = i32(work + job.w_group), u8(work + job.w_codes)
+    sum_groups(metric + matrix, size, groups, work + job.w_pulls)
     words = i32(job.meta + page * job.meta_page + head * job.meta_head + 4 * inside * groups * tile)
     flags = u8(job.retained + start - job.first)
     for token in range(0, tile, LANES):
-        for t in range(LANES):
-            row = f32(source + 4 * ((start - job.first + token + t) * job.kv_heads + head) * size)
-            for i in range(size):
-                y[i * LANES + t] = row[i]
+        for t in range(0, LANES, 16):
+            row = source + 4 * ((start - job.first + token + t) * job.kv_heads + head) * size
+            for i in range(0, size, 8):
+                transpose(row + 4 * i, 4 * job.kv_heads * size, lattice + 4 * (i * LANES + t), 4 * LANES)
         quantize_lattice(
-            lattice, size, groups, levels, f32(units + group), f32(clips + group), metric + matrix, factor + matrix,
-            work + job.w_group,
+            lattice, size, groups, levels, f32(units + group), f32(clips + group), metric + matrix,
+            work + job.w_pulls, factor + matrix, work + job.w_group,
         )  # fmt: skip
         for g in range(groups):
             for t in range(LANES):
@@ -89,7 +92,7 @@ def quantize_head(job, work, start, head, side):
         for i in range(size):
             code = f32(lattice + 4 * LANES * (size + i))
             for t in range(LANES):
-                codes[i * by_channel + (token + t) * by_token] = np.uint8(code[t] + half)
+                codes[i * by_channel + (token + t) * by_token] = np.uint8(code[t])
 
 
 @njit(**FAST)

@@ -15,7 +15,7 @@ from skvq.kernels.numba_cpu.attend import layout_fields, page_fields
 from skvq.kernels.numba_cpu.basis import decode_heads, decode_labels, encode_heads, encode_labels
 from skvq.kernels.numba_cpu.channels import Channels
 from skvq.kernels.numba_cpu.job import Job, offsets
-from skvq.kernels.numba_cpu.lattice import LANES as LATTICE_LANES
+from skvq.kernels.numba_cpu.lanes import LANES
 from skvq.kernels.numba_cpu.lattice import lattice_bytes
 from skvq.kernels.numba_cpu.tiles import LANE_BLOCK
 
@@ -88,12 +88,13 @@ def pack_job(
     lanes = -(-layout.head_size // LANE_BLOCK) * LANE_BLOCK
     sizes = {
         "w_codes": together * lanes * layout.tile,
-        "w_group": max(9 * layout.kv_heads * layout.head_size, 4 * layout.tile, 4 * LATTICE_LANES * layout.groups),
+        "w_group": max(9 * layout.kv_heads * layout.head_size, 4 * layout.tile, 4 * LANES * layout.groups),
         "w_meta": 16 * layout.kv_heads * layout.groups * layout.tile,
         "w_lattice": lattice_bytes(layout.head_size, layout.groups),
+        "w_pulls": 4 * layout.groups * layout.head_size,
         "w_rows": 4 * layout.head_size * layout.tile,
     }
-    where, work_bytes = offsets(sizes, ("w_codes", "w_group", "w_meta", "w_lattice", "w_rows"))
+    where, work_bytes = offsets(sizes, ("w_codes", "w_group", "w_meta", "w_lattice", "w_pulls", "w_rows"))
     work, counters = torch.empty(threads * work_bytes, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     job = array("q", (
         keys.data_ptr(), values.data_ptr(), flags.data_ptr(), table.data_ptr(), first, len(keys), layout.kv_heads,

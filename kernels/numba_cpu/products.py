@@ -144,26 +144,6 @@ def _make_mix(rows):
 mix_1, mix_2, mix_3, mix_4 = (_make_mix(rows) for rows in (1, 2, 3, 4))
 
 
-@intrinsic
-def add_outer(typingctx, lanes, coefs, count, out, step):
-    """``out[j, lane] += coefs[j] * lanes[lane]`` for 32 lanes of float32 and ``count`` rows ``step`` bytes apart."""
-
-    def codegen(context, builder, signature, args):
-        lanes, coefs, count, out, step = args
-        fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
-        given = [builder.load(_at(builder, lanes, 64 * v, FLOATS), align=4) for v in (0, 1)]
-        with cgutils.for_range(builder, count) as loop:
-            at = builder.mul(loop.index, ir.Constant(I64, 4))
-            weight = _splat(builder, builder.load(_at(builder, coefs, at, F32), align=4))
-            row = builder.add(out, builder.mul(loop.index, step))
-            for v in (0, 1):
-                place = _at(builder, row, 64 * v, FLOATS)
-                builder.store(builder.call(fma, [given[v], weight, builder.load(place, align=4)]), place, align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
-
-
 @njit(**CALLED)
 def dots(rows, codes, step, count, limbs, limb_stride, row_stride, out, out_stride, shift, lanes, ahead, ahead_bytes):
     """``out[row, lane] = sum_j codes[j][lane] . limbs[row][j]`` as float32, ``lanes`` a multiple of 32.
