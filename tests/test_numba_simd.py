@@ -80,10 +80,10 @@ def check_dense_products() -> None:
     for rows, count in ((8, 5), (13, 64), (6, 1), (128, 40), (3, 2)):
         table, coefs = (gen.standard_normal(shape).astype(np.float32) for shape in ((count, 32), (count, rows)))
         out = np.full((rows + 1, 32), 7, np.float32)
-        arguments = (rows, table.ctypes.data, count, coefs.ctypes.data, 4, 4 * rows, out.ctypes.data)
+        arguments = (rows, table.ctypes.data, 128, count, coefs.ctypes.data, 4, 4 * rows, out.ctypes.data, 128)
         exact = coefs.T.astype(np.float64) @ table
         for add, factor in ((False, 1), (True, 2)):
-            flash_simd.product(*arguments, add)
+            products.product(*arguments, add)
             assert np.abs(out[:rows] - factor * exact).max() <= 1e-6 * count, (rows, count)
             assert (out[rows] == 7).all()
     scores = (20 * gen.standard_normal((40, 32))).astype(np.float32)

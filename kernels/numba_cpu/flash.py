@@ -18,11 +18,12 @@ from skvq.kernels.numba_cpu.amx import SIDE, clear, close_tiles, multiply_tiles,
 from skvq.kernels.numba_cpu.amx import STEP as TILES
 from skvq.kernels.numba_cpu.entry import Entry
 from skvq.kernels.numba_cpu.flash_amx import hide_rows, keys_to_tiles, queries_to_tiles, soften_to_tiles, values_to_tiles
-from skvq.kernels.numba_cpu.flash_simd import BLOCK, STEP, hide, product, soften
+from skvq.kernels.numba_cpu.flash_simd import BLOCK, STEP, hide, soften
 from skvq.kernels.numba_cpu.job import offsets, record
 from skvq.kernels.numba_cpu.launch import workspace
 from skvq.kernels.numba_cpu.numeric import NOTHING
 from skvq.kernels.numba_cpu.permission import has_amx
+from skvq.kernels.numba_cpu.products import product
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, i32, record_at
 from skvq.kernels.numba_cpu.softmax import write_lse
 from skvq.kernels.numba_cpu.tiles import FAST
@@ -110,12 +111,12 @@ def load_tokens_as_tiles(job, work, keys, values, count):
 def attend_block(job, work, block, token, count, keys, values, edge):
     """A block's lanes attend to a run of tokens."""
     size, part, lane, scores = job.size, job.size * STEP * block, 4 * BLOCK * block, work + job.w_scores
-    product(count, work + job.w_q + part, size, keys, job.key_row, 4, scores, False)
+    product(count, work + job.w_q + part, STEP, size, keys, job.key_row, 4, scores, STEP, False)
     if edge:
         hide_block(job, work, block, token, count)
     acc = work + job.w_acc + part
     soften(scores, count, work + job.w_top + lane, work + job.w_total + lane, acc, size)
-    product(size, scores, count, values, 4, job.value_row, acc, True)
+    product(size, scores, STEP, count, values, 4, job.value_row, acc, STEP, True)
 
 
 @njit(**FAST)

@@ -1,92 +1,18 @@
-"""Vector code of dense attention (``flash.py``), on blocks of 32 queries that lie side by side: a query is a lane.
-
-Products keep their sums in registers: eight rows of 32 lanes where there are 32 registers of 512 bits (AVX-512), else six rows
-of 16, which is what 16 registers of 256 bits hold.
-"""
+"""Vector code of dense attention (``flash.py``), on blocks of 32 queries that lie side by side: a query is a lane."""
 
 # mypy: ignore-errors
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from skvq.kernels.numba_cpu.numeric import EXP2, HIDDEN, LARGEST_BITS, NOT_A_NUMBER
-from skvq.kernels.numba_cpu.simd import F32, FLOATS, I32, I64, LANES, WORDS, _all, _at, _intrinsic, _splat, host_features
-from skvq.kernels.numba_cpu.tiles import CALLED
+from skvq.kernels.numba_cpu.simd import FLOATS, I32, I64, LANES, WORDS, _all, _at, _intrinsic, _splat
 
 BLOCK = 32  # queries
 STEP = 4 * BLOCK  # bytes from one row of a block to the next
-
-
-def _make_product(rows, vectors):
-    """``product`` of a fixed number of rows and 16 or 32 lanes."""
-
-    def product(typingctx, table, count, coefs, coef_stride, coef_step, out, add):
-        def codegen(context, builder, signature, args):
-            table, count, coefs, coef_stride, coef_step, out, add = args
-            fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
-            acc, targets, weights = {}, {}, []
-            for r in range(rows):
-                weights.append(builder.add(coefs, builder.mul(ir.Constant(I64, r), coef_stride)))
-                for v in range(vectors):
-                    targets[r, v] = _at(builder, out, STEP * r + 4 * LANES * v, FLOATS)
-                    acc[r, v] = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None))
-            with cgutils.for_range(builder, count) as loop:
-                at = builder.add(table, builder.mul(loop.index, ir.Constant(I64, STEP)))
-                place = builder.mul(loop.index, coef_step)
-                block = [builder.load(_at(builder, at, 4 * LANES * v, FLOATS), align=4) for v in range(vectors)]
-                for r in range(rows):
-                    weight = _splat(builder, builder.load(_at(builder, weights[r], place, F32), align=4))
-                    for v in range(vectors):
-                        builder.store(builder.call(fma, [block[v], weight, builder.load(acc[r, v])]), acc[r, v])
-            with builder.if_then(add):  # at the end: sums of sums round less
-                for key, slot in acc.items():
-                    builder.store(builder.fadd(builder.load(slot), builder.load(targets[key], align=4)), slot)
-            for key, slot in acc.items():
-                builder.store(builder.load(slot), targets[key], align=4)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 6, types.boolean), codegen
-
-    product.__name__ = f"product_{rows}_{vectors}"
-    return intrinsic(product)
-
-
-product_8, product_1 = (_make_product(rows, 2) for rows in (8, 1))
-product_6_half, product_1_half = (_make_product(rows, 1) for rows in (6, 1))
-
-
-@intrinsic
-def has_wide_registers(typingctx):
-    """Whether the CPU that is compiled for has 32 registers of 512 bits."""
-
-    def codegen(context, builder, signature, args):
-        return ir.Constant(ir.IntType(1), int("+avx512f" in host_features(context)))
-
-    return types.boolean(), codegen
-
-
-@njit(**CALLED)
-def product(rows, table, count, coefs, coef_stride, coef_step, out, add):
-    """``out[row, lane] = sum_j coefs[row, j] * table[j, lane]`` for a block's 32 lanes; with ``add``, added to what is there.
-
-    Rows of table and out are STEP bytes apart, coefs (row, j) ``coef_stride`` and ``coef_step`` bytes.
-    """
-    if has_wide_registers():
-        whole = rows // 8 * 8
-        for r in range(0, whole, 8):
-            product_8(table, count, coefs + r * coef_stride, coef_stride, coef_step, out + STEP * r, add)
-        for r in range(whole, rows):
-            product_1(table, count, coefs + r * coef_stride, coef_stride, coef_step, out + STEP * r, add)
-        return
-    whole = rows // 6 * 6
-    for half in range(0, STEP, STEP // 2):
-        for r in range(0, whole, 6):
-            product_6_half(table + half, count, coefs + r * coef_stride, coef_stride, coef_step, out + half + STEP * r, add)
-        for r in range(whole, rows):
-            product_1_half(table + half, count, coefs + r * coef_stride, coef_stride, coef_step, out + half + STEP * r, add)
 
 
 def polynomial(builder, f, coefficients):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from numba import njit
 
-from skvq.kernels.numba_cpu.flash_simd import BLOCK, STEP, product
+from skvq.kernels.numba_cpu.flash_simd import BLOCK, STEP
 from skvq.kernels.numba_cpu.job import record
 from skvq.kernels.numba_cpu.numeric import row_to_float
+from skvq.kernels.numba_cpu.products import product
 from skvq.kernels.numba_cpu.simd import f32, fetch_add, record_at
 from skvq.kernels.numba_cpu.spread import transpose
 from skvq.kernels.numba_cpu.tiles import FAST
@@ -61,7 +62,7 @@ def multiply_task(job, work, row, first, count):
                 table, out = work + job.w_table + STEP * COLUMNS * block, work + job.w_out + STEP * (job.batch * block + n)
                 if row + BLOCK * block >= job.rows:
                     break
-                product(some, table, here, x, 4 * job.columns, 4, out, column > 0)
+                product(some, table, STEP, here, x, 4 * job.columns, 4, out, STEP, column > 0)
     for block in range(BLOCKS):
         start = row + BLOCK * block
         for n in range(count):

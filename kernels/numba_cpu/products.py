@@ -110,38 +110,53 @@ def _make_dot(rows):
 dot_1, dot_2, dot_3, dot_4 = (_make_dot(rows) for rows in (1, 2, 3, 4))
 
 
-def _make_mix(rows):
-    """``out[r, lane] += sum_j coefs[r, j] * table[j, lane]`` for 32 lanes of float32."""
+def _make_product(rows, vectors):
+    """``product`` of a fixed number of rows, and of 16 or 32 lanes."""
 
-    def mix(typingctx, table, step, count, coefs, coef_stride, out, out_stride):
+    def product(typingctx, table, step, count, coefs, coef_stride, coef_step, out, out_stride, add):
         def codegen(context, builder, signature, args):
-            table, step, count, coefs, coef_stride, out, out_stride = args
+            table, step, count, coefs, coef_stride, coef_step, out, out_stride, add = args
             fma = _intrinsic(builder.module, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3)
             acc, targets, weights = {}, {}, []
             for r in range(rows):
                 weights.append(builder.add(coefs, builder.mul(ir.Constant(I64, r), coef_stride)))
-                for v in (0, 1):
-                    at = builder.add(out, builder.mul(ir.Constant(I64, r), out_stride))
-                    targets[r, v] = _at(builder, at, 64 * v, FLOATS)
-                    acc[r, v] = cgutils.alloca_once_value(builder, builder.load(targets[r, v], align=4))
+                line = builder.add(out, builder.mul(ir.Constant(I64, r), out_stride))
+                for v in range(vectors):
+                    targets[r, v] = _at(builder, line, 64 * v, FLOATS)
+                    acc[r, v] = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None))
             with cgutils.for_range(builder, count) as loop:
-                at, word = builder.add(table, builder.mul(loop.index, step)), builder.mul(loop.index, ir.Constant(I64, 4))
-                block = [builder.load(_at(builder, at, 64 * v, FLOATS), align=4) for v in (0, 1)]
+                at = builder.add(table, builder.mul(loop.index, step))
+                place = builder.mul(loop.index, coef_step)
+                block = [builder.load(_at(builder, at, 64 * v, FLOATS), align=4) for v in range(vectors)]
                 for r in range(rows):
-                    weight = _splat(builder, builder.load(_at(builder, weights[r], word, F32), align=4))
-                    for v in (0, 1):
+                    weight = _splat(builder, builder.load(_at(builder, weights[r], place, F32), align=4))
+                    for v in range(vectors):
                         builder.store(builder.call(fma, [block[v], weight, builder.load(acc[r, v])]), acc[r, v])
+            with builder.if_then(add):  # at the end: sums of sums round less
+                for key, slot in acc.items():
+                    builder.store(builder.fadd(builder.load(slot), builder.load(targets[key], align=4)), slot)
             for key, slot in acc.items():
                 builder.store(builder.load(slot), targets[key], align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8, types.boolean), codegen
 
-    mix.__name__ = f"mix_{rows}"
-    return intrinsic(mix)
+    product.__name__ = f"product_{rows}_{vectors}"
+    return intrinsic(product)
 
 
-mix_1, mix_2, mix_3, mix_4 = (_make_mix(rows) for rows in (1, 2, 3, 4))
+product_8, product_4, product_2, product_1 = (_make_product(rows, 2) for rows in (8, 4, 2, 1))
+product_6_half, product_3_half, product_1_half = (_make_product(rows, 1) for rows in (6, 3, 1))
+
+
+@intrinsic
+def has_wide_registers(typingctx):
+    """Whether the CPU that is compiled for has 32 registers of 512 bits."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), int("+avx512f" in host_features(context)))
+
+    return types.boolean(), codegen
 
 
 @njit(**CALLED)
@@ -168,17 +183,40 @@ def dots(rows, codes, step, count, limbs, limb_stride, row_stride, out, out_stri
 
 
 @njit(**CALLED)
+def product(rows, table, step, count, coefs, coef_stride, coef_step, out, out_stride, add):
+    """``out[row, lane] = sum_j coefs[row, j] * table[j, lane]`` for 32 lanes; with ``add``, added to what is there.
+
+    Steps and strides in bytes, those of coefs from row to row and from j to j. Sums stay in registers: eight rows of 32 lanes
+    where there are 32 registers of 512 bits, else six of 16, which is what 16 registers of 256 bits hold.
+    """
+    if has_wide_registers():
+        while rows >= 8:
+            product_8(table, step, count, coefs, coef_stride, coef_step, out, out_stride, add)
+            rows, coefs, out = rows - 8, coefs + 8 * coef_stride, out + 8 * out_stride
+        if rows >= 4:
+            product_4(table, step, count, coefs, coef_stride, coef_step, out, out_stride, add)
+            rows, coefs, out = rows - 4, coefs + 4 * coef_stride, out + 4 * out_stride
+        if rows >= 2:
+            product_2(table, step, count, coefs, coef_stride, coef_step, out, out_stride, add)
+            rows, coefs, out = rows - 2, coefs + 2 * coef_stride, out + 2 * out_stride
+        if rows > 0:
+            product_1(table, step, count, coefs, coef_stride, coef_step, out, out_stride, add)
+        return
+    for half in range(0, 128, 64):
+        left, a, o = rows, coefs, out + half
+        while left >= 6:
+            product_6_half(table + half, step, count, a, coef_stride, coef_step, o, out_stride, add)
+            left, a, o = left - 6, a + 6 * coef_stride, o + 6 * out_stride
+        if left >= 3:
+            product_3_half(table + half, step, count, a, coef_stride, coef_step, o, out_stride, add)
+            left, a, o = left - 3, a + 3 * coef_stride, o + 3 * out_stride
+        while left > 0:
+            product_1_half(table + half, step, count, a, coef_stride, coef_step, o, out_stride, add)
+            left, a, o = left - 1, a + coef_stride, o + out_stride
+
+
+@njit(**CALLED)
 def mix(rows, table, step, count, coefs, coef_stride, out, out_stride, lanes):
     """``out[row, lane] += sum_j coefs[row, j] * table[j, lane]``, ``lanes`` a multiple of 32, strides in bytes."""
     for lane in range(0, 4 * lanes, 4 * LANE_BLOCK):
-        for m in range(0, rows, 4):
-            left = rows - m
-            a, o = coefs + m * coef_stride, out + m * out_stride + lane
-            if left >= 4:
-                mix_4(table + lane, step, count, a, coef_stride, o, out_stride)
-            elif left == 3:
-                mix_3(table + lane, step, count, a, coef_stride, o, out_stride)
-            elif left == 2:
-                mix_2(table + lane, step, count, a, coef_stride, o, out_stride)
-            else:
-                mix_1(table + lane, step, count, a, coef_stride, o, out_stride)
+        product(rows, table + lane, step, count, coefs, coef_stride, 4, out + lane, out_stride, True)
