@@ -149,7 +149,7 @@ class Answer:
         goes_on = finish in ("length", "context")
         unfinished = "" if goes_on else self._text.flush()
         self._show(self._stop.push(unfinished) + self._stop.flush())
-        if goes_on:
+        if not self._stop.stopped:  # the last may have no text
             self.logprobs.extend(one for _, one in self._drawn)
 
     def _show(self, text: str) -> None:

@@ -186,7 +186,7 @@ class SequenceCache:
 
     def share(self, pages: Sequence[int], token_ids: Sequence[int]) -> None:
         """Make an empty sequence one of ``token_ids`` that fill ``pages``, others hold them; the caller sets retained slots."""
-        assert self.length == 0 and len(token_ids) == len(pages) * PAGE_TOKENS, (self.length, len(token_ids), len(pages))
+        assert self.total_tokens == 0 and len(token_ids) == len(pages) * PAGE_TOKENS, (self.length, len(token_ids), len(pages))
         for page in pages:
             self.setup.arena.share(page)
         for page in self.pages:  # what a step that was broken off had reserved
@@ -194,6 +194,7 @@ class SequenceCache:
         self.pages = list(pages)
         self.length = self.packed = len(token_ids)
         self.token_ids = list(token_ids)
+        self.setup.arena.slot(self.slot)["full_positions"].fill_(-1)  # and the slots that it had marked
         self._write_row()
 
     @property
@@ -299,13 +300,16 @@ class SequenceCache:
             raise OptionError(f"length must be a whole number of tokens, got {length!r}")
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot truncate a sequence of {self.length:,} tokens to {length:,}")
-        length = int(length)  # a number of numpy would go into what is saved
+        if not length:
+            self.dropped, self.filled = 0, False  # nothing is left, orphans neither
+        self._cut(int(length))  # a number of numpy would go into what is saved
+
+    def _cut(self, length: int) -> None:
+        """``truncate``, but what was dropped stays counted, and its sinks are kept, where nothing else is."""
         setup, arena = self.setup, self.setup.arena
         packed = min(self.packed, length // setup.regions.tile * setup.regions.tile)
         if length < self.packed:
             self._reopen(packed, length)
-        if not length:
-            self.dropped, self.filled = 0, False  # nothing is left, orphans neither
         positions = arena.slot(self.slot)["full_positions"]
         positions[:, : self.orphans].clamp_(max=length)  # sinks stay visible from the next token on
         held = positions[:, self.orphans :]
@@ -325,7 +329,7 @@ class SequenceCache:
         if not self.length:
             raise OptionError("the sequence is empty: there is nothing to go on from")
         last = self.token_ids[-1]
-        self.truncate(self.length - 1)
+        self._cut(self.length - 1)
         self.pending = [last]
 
     def _reopen(self, packed: int, length: int) -> None:

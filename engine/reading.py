@@ -41,7 +41,7 @@ def read(
     tell_if_streamed_through(parts, len(ids), report)
     watch = Stopwatch()
     reused, pending = 0, sequence.pending
-    if sequence.length == 0 and not checkpoint.in_file:
+    if sequence.total_tokens == 0 and not checkpoint.in_file:
         try:
             reused = prefixes.reuse(sequence, ids)
         except BaseException:
@@ -100,9 +100,9 @@ def _read_rest(
 ) -> Pieces[tuple[str, Tensor]]:
     """Read ``ids`` after whatever the sequence holds: how, and the logits of the last, which the device has computed."""
     model, rope = parts.model, parts.rope
-    if sequence.length and len(ids) <= SHORT_TOKENS and not checkpoint.in_file:
+    if sequence.total_tokens and len(ids) <= SHORT_TOKENS and not checkpoint.in_file:
         how, hidden = "as decode steps", short_prefill(model, rope, sequence, ids)
-    elif sequence.length == 0 and parts.options.prefill == "exact" and len(ids) <= parts.setup.max_context:
+    elif sequence.total_tokens == 0 and parts.options.prefill == "exact" and len(ids) <= parts.setup.max_context:
         form = parts.plan.form_of(model.config, len(ids), model.dtype)
         how, hidden = str(form), (yield from exact_prefill(model, rope, sequence, ids, form, report, checkpoint))
     else:

@@ -100,7 +100,8 @@ def require_fits(length: int, max_context: int) -> None:
 def header_of(sequence: SequenceCache) -> dict[str, Any]:
     """Whose the tensors are and how long the sequence is."""
     lengths = {"length": sequence.length, "packed": sequence.packed, "dropped": sequence.dropped, "pending": sequence.pending}
-    return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths, "filled": sequence.filled}
+    flags = {"filled": sequence.filled, "asked": sequence.asked}
+    return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths, **flags}
 
 
 def check_header(identity: Identity, file: Container, kind: str) -> None:
@@ -135,7 +136,7 @@ def fill_from(sequence: SequenceCache, file: Container) -> None:
         sequence.truncate(0)
         try:
             sequence.adopt(ids, packed, dropped, pending)
-            sequence.filled = bool(file.header.get("filled"))
+            sequence.filled, sequence.asked = (bool(file.header.get(name)) for name in ("filled", "asked"))
             write_tiles(sequence, tiles, layers)
             write_slots(sequence, slots)
             sequence.logits = None if logits is None else logits.to(sequence.device, copy=True)

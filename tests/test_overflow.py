@@ -228,6 +228,24 @@ def test_a_text_is_read_after_a_cut_to_fewer_tokens_than_there_are_sinks(tmp_pat
     assert (found - steps(engine, [twin], [more])[0, -1]).abs().max() < 1e-2
 
 
+def test_the_only_token_left_is_read_once_more_behind_the_sinks(tmp_path: Path) -> None:
+    """``stream("")`` after a cut to one token. Keys and values of one layer are those of the tokens alone: the same again."""
+    cache = tiny_cache(method="fp", filters=(AttentionSinks(9),))
+    folder = tiny_folder(tmp_path, num_layers=1)
+    engine = tiny_engine(folder, cache, max_context=CONTEXT, on_full="shift", prefix_cache=True)
+    with engine.prefill(random_ids(CONTEXT + 500)) as sequence:
+        sequence.truncate(1)
+        with sequence.fork() as twin:
+            twin.take_back()
+            assert (twin.length, twin.dropped, twin.orphans) == (0, sequence.dropped, 9)
+            assert twin.pending == sequence.token_ids
+            engine.read(twin, [])
+            found, wanted = (engine.decode_step([s], [5]) for s in (twin, sequence))
+            assert twin.timing.prefill == "as decode steps" and (found - wanted).abs().max() < 1e-3
+            twin.truncate(0)
+            assert (twin.dropped, twin.orphans) == (0, 0)
+
+
 def test_an_answer_and_a_prompt_go_on_past_the_context(tmp_path: Path) -> None:
     engine = tiny_engine(tiny_folder(tmp_path), tiny_cache(), max_context=2600, on_full="shift", prefix_cache=True)
     sequence = engine.new_sequence()

@@ -18,6 +18,7 @@ from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.report import Quiet
+from skvq.engine.steps import DecodeBatch
 from skvq.kernels import reference
 
 RULES = (AttentionSinks(3), TokenIds(frozenset({5, 6}), 12))
@@ -328,6 +329,22 @@ def test_what_was_pending_is_pending_when_a_read_behind_a_prefix_is_broken_off(
     assert (sequence.length, sequence.pending) == (0, ids[:1])
     engine.read(sequence, ids[1:])
     assert sequence.token_ids == ids and sequence.timing.reused_tokens == 2560
+
+
+def test_nothing_is_seen_of_a_step_that_was_broken_off_before_a_prefix_was_reused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has marked the slot of its token, which the few tokens behind a prefix need not overwrite."""
+    engine, ids = tiny_engine(folder, tiny_cache(window=16), max_context=2000, prefix_cache=True), random_ids(1296)
+    engine.prefill(ids).free()
+    fresh, broken = engine.new_sequence(), engine.new_sequence()
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeBatch, "commit", lambda *of: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            engine.decode_step([broken], [7])
+    assert torch.equal(*(engine.read(sequence, ids) for sequence in (fresh, broken)))
+    assert broken.timing.reused_tokens == 1280 and broken.timing.prefill == "as decode steps"
+    assert torch.equal(*(s.setup.arena.positions[:, s.slot] for s in (fresh, broken)))
 
 
 def test_a_copy_of_retained_tokens_is_of_those_there_are(folder: Path) -> None:

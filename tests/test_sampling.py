@@ -88,20 +88,21 @@ def test_weights_that_are_no_numbers_are_one_line(
 
 
 class Spelt(ByteTokenizer):
-    """Bytes, but that 257 is ``hello``, and 300 ends an answer."""
+    """Bytes, but that 257 is ``hello``, 258 has no text, and 300 ends an answer."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return (300,)
 
     def token_bytes(self, token_id: int) -> bytes:
-        return {257: b"hello", 300: b""}.get(token_id, bytes([token_id % 256]))
+        return {257: b"hello", 258: b"", 300: b""}.get(token_id, bytes([token_id % 256]))
 
 
 @pytest.mark.parametrize(
     "tokens, stop, text, told",
     [
         ([257, 0xC3, 300], (), "hello\ufffd", [257, 0xC3]),  # not the end token, whatever is flushed before it
+        ([65, 258, 300], (), "A", [65, 258]),  # a special token is one that was drawn, too
         ([0xC3, 257, 65], "hello", "\ufffd", [0xC3]),  # not what spells the stop string, behind a broken character
         ([0xC3, 0xA9, 65, 66], "AB", "\u00e9", [0xC3, 0xA9]),
         ([65, 257, 66], "loB", "Ahel", [65, 257]),

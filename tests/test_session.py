@@ -21,6 +21,7 @@ from skvq.engine.container import open_container
 from skvq.engine.errors import CapacityError, SessionError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers
 from skvq.engine.generate import Engine
+from skvq.engine.prompt import ChatIds
 from skvq.engine.session import session_header
 
 CACHES = {
@@ -84,7 +85,11 @@ def test_an_answer_after_a_restore_is_the_one_after_the_text(folder: Path, tmp_p
         assert sequence.logits is None
         sequence.save(tmp_path / "a.session")
         with engine.restore(tmp_path / "a.session") as restored:
-            assert restored.logits is None and restored.length == 699
+            assert restored.logits is None and restored.length == 699 and not restored.asked
+    with engine.prefill(ChatIds(random_ids(700))) as sequence:  # an answer begins a text: no space before it
+        sequence.save(tmp_path / "a.session")
+        with engine.restore(tmp_path / "a.session") as restored:
+            assert sequence.asked and restored.asked
 
 
 def test_saving_what_was_restored_gives_the_same_bytes(engine: Engine, saved: Path, tmp_path: Path) -> None:
