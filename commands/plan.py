@@ -27,7 +27,10 @@ from skvq.engine.errors import OptionError
 @click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences alive at once.")
 @click.option("--memory", help="Memory to fit in, such as 80GiB; default: the device's.")
 @click.option(
-    "--device", default="auto", show_default=True, help="a100, h100, h200, 4090; cpu, cuda, cuda:N or auto of this machine."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="a100, a100-40, h100, h200, l40s, 3090, 4090; cpu, cuda, cuda:N or auto of this machine.",
 )
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: the one the device would use.")
 @prefill_option

@@ -56,9 +56,10 @@ from skvq.loaders.files import require_writable
 @click.option(
     "--session",
     type=click.Path(path_type=Path),
-    help="Resume from this file if it exists, with the method, bits, group, window and sinks it was saved with; write it at "
-    "the end, on Ctrl-C and on SIGTERM.",
+    help="Resume from this file if it exists, with the cache, context and RoPE scaling it was saved with; write it at the end, "
+    "on Ctrl-C and on SIGTERM.",
 )
+@click.option("--read-only", is_flag=True, help="Answer from --session and leave its file as it is: for the next question.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -77,15 +78,18 @@ def run(**options: Any) -> None:
     """Read a text and go on from it."""
     require_consistent(options)
     session: Path | None = options["session"]
-    for path in (session, options["checkpoint"]):
+    kept = None if options["read_only"] else session
+    for path in (kept, options["checkpoint"]):
         if path is not None:
             require_writable(path)
     goes_on = session is not None and session.exists()
     text = first_text(options, goes_on=goes_on)
     sampling = SamplingConfig(**pick(options, SAMPLING_NAMES))
+    if session is not None and goes_on:
+        options = resumed(options, session)
     engine = load_engine(
         options,
-        run_cache(options, session),
+        run_cache(options),
         context=options["ctx"],
         calibration=options["calibration"],
         prefill=options["prefill"],
@@ -104,11 +108,12 @@ def run(**options: Any) -> None:
     if options["interactive"] and options["prompt"] is None:
         question = next(asked, None)
         if question is None:
-            return  # nothing was asked
+            engine.report.message("nothing was asked" + (", so the text was not read" if text else ""))
+            return
         text = joined(text, question)
-    written = converse(engine, sequence, text, asked, sampling, options)
-    if session is not None:
-        save_whole(sequence, session)
+    written = converse(engine, sequence, text, asked, sampling, {**options, "session": kept})
+    if kept is not None:
+        save_whole(sequence, kept)
     summary = engine.summary(sequence)
     click.echo(f"skvq: {summary.line()}", err=True)
     if options["as_json"]:
@@ -121,6 +126,8 @@ def require_consistent(options: dict[str, Any]) -> None:
         raise OptionError("--system goes with --chat: without it the model reads the text as it is")
     if options["chat_template_kwargs"] is not None and not options["chat"]:
         raise OptionError("--chat-template-kwargs goes with --chat: without it the model reads the text as it is")
+    if options["read_only"] and (options["session"] is None or not options["session"].exists()):
+        raise OptionError("--read-only answers from a session that is there: give its file with --session")
     if options["interactive"] and options["as_json"]:
         raise OptionError("--json prints one answer, --interactive asks for more: give one or the other")
     if None not in (files := (options["session"], options["checkpoint"])) and realpath(files[0]) == realpath(files[1]):
@@ -140,24 +147,29 @@ def first_text(options: dict[str, Any], *, goes_on: bool) -> str:
     return read_text(options["prompt"], options["files"])
 
 
-def run_cache(options: dict[str, Any], session: Path | None) -> CacheConfig:
-    """The cache of ``skvq run``: where the options leave it open, that of the session it goes on from.
+def resumed(options: dict[str, Any], session: Path) -> dict[str, Any]:
+    """The options, where they are left open those of the session that is gone on from.
 
-    Raises SessionError where they contradict it.
+    Raises SessionError where they contradict it, CapacityError if it does not fit.
     """
-    if session is None or not session.exists():
-        cache = cache_config(options)
-        if options["checkpoint"] is not None and options["checkpoint"].exists():
-            require_checkpoint(options["checkpoint"], cache)
-        return cache
     from skvq.engine.session import require_fits, require_options, saved_options, session_header
 
     header = session_header(session)
+    saved = {name: value for name, value in saved_options(header).items() if not is_given(name)}
+    if is_given("key_bits") or is_given("value_bits"):  # they replace a budget, so they contradict one
+        saved.pop("bits_budget", None)
+    options = {**options, **saved}
     if options["ctx"] is not None:
         require_fits(header["length"], options["ctx"])
-    saved = {name: value for name, value in saved_options(header).items() if not is_given(name)}
-    cache = cache_config({**options, **saved})
-    require_options(header, session, cache)
+    require_options(header, session, cache_config(options))
+    return options
+
+
+def run_cache(options: dict[str, Any]) -> CacheConfig:
+    """The cache of ``skvq run``. Raises SessionError where a checkpoint contradicts it."""
+    cache = cache_config(options)
+    if options["checkpoint"] is not None and options["checkpoint"].exists():
+        require_checkpoint(options["checkpoint"], cache)
     return cache
 
 

@@ -52,7 +52,7 @@ def argument_text(argument: str, name: str = "the text of -p") -> str:
     try:
         return argument.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
-        raise OptionError(f"{name} is not UTF-8: pass it in a file with -f") from None
+        raise OptionError(f"{name} is not UTF-8 text: convert it first") from None
 
 
 def corpus_text(file: str | None) -> str:

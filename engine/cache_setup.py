@@ -54,6 +54,8 @@ class CacheSetup:
     streams: Streams
     spans: tuple[int, ...]  # of attention, by layer
     lock: RLock  # held while something computes: the scratch memory of a backend is shared by all caches over a model
+    rope_scaling: str | None  # as the engine was given it, for who resumes a session
+    bits_budget: float | None
 
     @property
     def device(self) -> torch.device:

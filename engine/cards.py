@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from skvq.engine.errors import OptionError, nearest
+from skvq.engine.errors import OptionError
 from skvq.engine.guard import own_settings
 from skvq.engine.machine import DTYPES, available_memory, pick_device, pick_dtype, pinnable_memory
 from skvq.engine.measure import timed
@@ -50,8 +50,11 @@ CARDS = {
     )
     for name, gib_, speed, flops, host, (of_weights, of_cache, of_matrices) in (
         ("a100", 79.1, 1.9e12, 312e12, 128, ASSUMED),
+        ("a100-40", 39.4, 1.4e12, 312e12, 128, ASSUMED),
         ("h100", 79.1, 3.0e12, 800e12, 128, ASSUMED),
         ("h200", 139.8, 4.3e12, 800e12, 128, OF_H200),
+        ("l40s", 44.4, 0.80e12, 362e12, 64, ASSUMED),
+        ("3090", 23.5, 0.87e12, 71e12, 32, ASSUMED),
         ("4090", 23.5, 0.95e12, 165e12, 32, ASSUMED),
     )
 }  # fmt: skip
@@ -96,5 +99,8 @@ def card_of(device: str, dtype: str | None) -> Machine:
         here = pick_device(device)
         card = this_machine(here, pick_dtype(dtype or "auto", here))
     else:
-        raise OptionError(f"unknown device {device!r}{nearest(device, [*CARDS, 'auto', 'cpu', 'cuda'])}")
+        raise OptionError(
+            f"unknown device {device!r}; known: {', '.join([*CARDS, 'auto', 'cpu', 'cuda'])}; for another card name the one "
+            "most like it and give --memory, such as 24GB"
+        )
     return card if dtype is None else replace(card, dtype=DTYPES[dtype])

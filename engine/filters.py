@@ -209,6 +209,25 @@ def rule_from_text(text: str) -> FilterRule:
     return check_rule(rule, f"filter rule {text!r}")
 
 
+def rule_texts(told: str) -> list[str] | None:
+    """What ``rule_from_text`` reads, of built-in rules that are ``told`` by their repr, one after another; None if others are.
+
+    >>> rule_texts("AttentionSinks(n=3), TokenIds(ids=frozenset({5, 6}), budget=2)")
+    ['sinks(n=3)', 'token-ids(ids={5, 6}, budget=2)']
+    """
+    names, texts = {getattr(rule, "__name__", ""): name for name, rule in BUILT_IN.items()}, list[str]()
+    try:
+        calls = ast.parse(f"f({told})", mode="eval").body
+    except SyntaxError:
+        return None
+    for call in calls.args if isinstance(calls, ast.Call) else ():
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names):
+            return None
+        values = {k.arg: k.value.args[0] if isinstance(k.value, ast.Call) and k.value.args else k.value for k in call.keywords}
+        texts.append(f"{names[call.func.id]}({', '.join(f'{name}={ast.unparse(value)}' for name, value in values.items())})")
+    return texts
+
+
 def check_rule(rule: object, what: str) -> FilterRule:
     """The rule, whoever wrote it, if it has what a rule must have; else OptionError."""
     if isinstance(rule, type):

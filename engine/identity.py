@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import groupby
@@ -64,7 +65,9 @@ def require_same(ours: Mapping[str, object], found: Mapping[str, object], where:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text[:12] if len(text) == 64 else f"{value:g}" if isinstance(value, float) else repr(value)
+    if isinstance(value, str) and (digest := re.match(r"[0-9a-f]{64}", text)):
+        return text.replace(digest[0], digest[0][:12])
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def identity_of(

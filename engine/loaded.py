@@ -22,4 +22,5 @@ class LoadedModel:
     fingerprint: str
     context: int  # tokens of the longest sequence
     dummy: bool
+    rope_scaling: str | None  # as the engine was given it
     lock: RLock = field(default_factory=RLock)  # of all caches over it

@@ -90,9 +90,8 @@ def load_parts(options: LoadOptions, report: Reporter) -> EngineParts:
         report.message(f"to fit {context:,} tokens, prompts that need it are read with this prefill: {plan.form}")
     full = on_full_of(options.on_full, widest_regions(cache, config), context)
     require_chunkable(config.cut_at(context), cache, shift=isinstance(full, Shift))
-    trained = source.config.trained_context
-    if context > trained:
-        report.message(beyond_training(context, trained, config.trained_context))
+    if context > source.config.trained_context:
+        report.message(beyond_training(context, source.config, config))
     if options.cuda_graph and kernels.captures(config.head_size) and cache.needs_mass:
         report.message("a filter rule needs attention mass: steps are launched one by one and prompts share no prefix, slower")
     loaded = LoadedModel(
@@ -103,6 +102,7 @@ def load_parts(options: LoadOptions, report: Reporter) -> EngineParts:
         fingerprint=source.fingerprint,
         context=context,
         dummy=options.dummy_weights,
+        rope_scaling=options.rope_scaling,
     )
     was_open = cache.is_open
     cache, setup = build_cache(loaded, cache, options.max_sequences, options.calibration, full, report)
@@ -176,6 +176,7 @@ def build_cache(
         on_full=on_full,
         fingerprint=loaded.fingerprint,
         lock=loaded.lock,
+        rope_scaling=loaded.rope_scaling,
     )
     return cache, setup
 
@@ -192,6 +193,7 @@ def cache_setup(
     on_full: OnFull,
     fingerprint: str,
     lock: RLock,
+    rope_scaling: str | None,
 ) -> CacheSetup:
     """What sequences share, over an arena; ``tensors`` are the calibration, ``fingerprint`` is the model's."""
     require_chunkable(config.cut_at(max_context), cache, shift=isinstance(on_full, Shift))
@@ -210,6 +212,8 @@ def cache_setup(
         streams=streams_of(arena.page_table.device),
         spans=config.attention_spans,
         lock=lock,
+        rope_scaling=rope_scaling,
+        bits_budget=cache.bits_budget if cache.is_packed else None,
     )
 
 

@@ -44,7 +44,7 @@ class PlanReport:
     prefill_seconds: float
     decode_ms: float
     trained_context: int
-    stretched_context: int  # to which --rope-scaling stretches it
+    beyond: str  # what is to be said of a context that exceeds it
     advice: str  # where it does not fit
 
     def check(self) -> None:
@@ -106,8 +106,7 @@ class PlanReport:
             f"  {'prefill of the whole context':32} {_duration(self.prefill_seconds):>12}",
             f"  {'per token, at full context':32} {self.decode_ms:>9,.1f} ms",
         ]
-        if plan.context > self.trained_context:
-            lines += ["", beyond_training(plan.context, self.trained_context, self.stretched_context)]
+        lines += ["", self.beyond] if self.beyond else []
         return "\n".join(lines)
 
 
@@ -171,7 +170,7 @@ def plan_report(
         prefill_seconds=predicted_prefill(config, card, context, plan.form, moved),
         decode_ms=1e3 * predicted_decode(config, cache, card, context, weight_bytes - form.idle_bytes(weights)),
         trained_context=source.trained_context,
-        stretched_context=config.trained_context,
+        beyond=beyond_training(context, source, config) if context > source.trained_context else "",
         advice="" if plan.fits else planner.advice(),
     )
 
@@ -220,12 +219,12 @@ def _weights_of(model: str, config: ModelConfig) -> WeightSource:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from ``80GiB``, ``80GB``, ``512MiB``, however written, or a plain number.
+    """Bytes from ``80GiB``, ``80GB``, ``80G``, ``512MiB``, however written, or a plain number.
 
     >>> parse_bytes("1.5GiB")
     1610612736
     """
-    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMGT]I?B|B|)\s*", text.upper())
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMGT](?:I?B)?|B|)\s*", text.upper())
     if not match:
         raise OptionError(f"memory {text!r} is not a size such as 80GiB, 80GB or 512MiB")
     number, unit = match.groups()
@@ -250,5 +249,5 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     if minutes >= 48 * 60:
-        return f"{minutes / 60 / 24:.1f} days"
+        return f"{minutes / 60 / 24:,.1f} days"
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"

@@ -53,10 +53,20 @@ def scaled(config: ModelConfig, text: str) -> ModelConfig:
     return replace(config, rope=rope, trained_context=trained)
 
 
+def sees_all(config: ModelConfig) -> bool:
+    """Whether all layers have full attention and RoPE."""
+    return min(config.attention_spans) == FULL_SPAN and not config.unturned_layers
+
+
+def can_be_cut(config: ModelConfig) -> bool:
+    """Whether ``chunks`` is for this model."""
+    return sees_all(config) and not config.chunks and config.trained_context * CHUNK_SHARE >= PAGE_TOKENS
+
+
 def _in_chunks(config: ModelConfig, trained: int, stretched: int, text: str) -> ModelConfig:
     """The model in chunks: it knows distances up to ``trained``, of which a chunk takes ``CHUNK_SHARE`` or, in whole pages,
     less."""
-    if min(config.attention_spans) < FULL_SPAN or config.unturned_layers:
+    if not sees_all(config):
         raise OptionError(f"rope scaling {text!r} needs full attention and RoPE in all layers of the model")
     if trained * CHUNK_SHARE < PAGE_TOKENS:
         least = PAGE_TOKENS / CHUNK_SHARE
@@ -66,10 +76,14 @@ def _in_chunks(config: ModelConfig, trained: int, stretched: int, text: str) -> 
     return replace(config, chunks=chunks, rope=rope, trained_context=stretched)
 
 
-def beyond_training(context: int, trained: int, stretched: int) -> str:
-    """The warning for a context longer than the trained one; the model is ``stretched`` to that many tokens, if at all."""
+def beyond_training(context: int, model: ModelConfig, taken: ModelConfig) -> str:
+    """What is said of a context that exceeds the model's trained length; ``taken``: as ``scaled`` has stretched the model."""
+    trained, stretched = model.trained_context, taken.trained_context
     so = "output beyond that is unreliable"
     if stretched > trained:
-        so = f"--rope-scaling takes it to {stretched:,}, which costs accuracy unless it was fine-tuned for that"
-        so += "; output beyond is unreliable" if context > stretched else ""
+        how = "in chunks it takes" if taken.chunks else "--rope-scaling takes it to"
+        cost = "" if taken.chunks else ", which costs accuracy unless it was fine-tuned for that"
+        so = f"{how} {stretched:,}{cost}" + ("; output beyond is unreliable" if context > stretched else "")
+    elif can_be_cut(model):
+        so += f"; --rope-scaling chunks:{-(-context // trained)} would keep distances within it"
     return f"{context:,} tokens exceed the {trained:,} that this model was trained for: {so}"

@@ -26,6 +26,7 @@ from torch import Tensor
 from skvq.engine.config import CacheConfig
 from skvq.engine.container import Container, Entry, open_container, read_header, whole, write_container
 from skvq.engine.errors import CapacityError, SessionError
+from skvq.engine.filters import rule_texts
 from skvq.engine.identity import SAME_BITS, Identity, options_of, require_same
 from skvq.engine.interrupts import uninterrupted
 from skvq.kernels.layout import PAGE_TOKENS, pages_for
@@ -71,11 +72,19 @@ def session_header(path: Path) -> dict[str, Any]:
 
 
 def saved_options(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The cache options that a session was made with, by their names on the command line: those that a header can tell."""
+    """What a session was made with, by the names of ``skvq run``'s options: what a header can tell. Rules of other packages are
+    not named: a file would say what is imported."""
     names = ("method", "window") if header["method"] == "fp" else ("method", "window", "key_bits", "value_bits", "group_size")
     told = {name: header[name] for name in names}
-    only_sinks = re.fullmatch(r"AttentionSinks\(n=(\d+)\)", str(header["filters"]))
-    return told | ({"sinks": int(only_sinks[1])} if only_sinks else {})
+    told |= {name: header[name] for name in ("bits_budget", "rope_scaling") if header.get(name) is not None}
+    if type(header.get("max_context")) is int:  # files of before have none
+        told["ctx"] = header["max_context"]
+    filters = str(header["filters"])
+    if sinks := re.match(r"AttentionSinks\(n=(\d+)\)", filters):
+        told["sinks"] = int(sinks[1])
+    if (rules := rule_texts(filters)) is not None:
+        told["filters"] = tuple(rules[bool(sinks) :])
+    return told
 
 
 def require_options(header: Mapping[str, Any], path: Path, cache: CacheConfig, kind: str = KIND) -> None:
@@ -101,7 +110,9 @@ def header_of(sequence: SequenceCache) -> dict[str, Any]:
     """Whose the tensors are and how long the sequence is."""
     lengths = {"length": sequence.length, "packed": sequence.packed, "dropped": sequence.dropped, "pending": sequence.pending}
     flags = {"filled": sequence.filled, "asked": sequence.asked}
-    return {"schema": SCHEMA, **sequence.setup.identity.as_dict(), **lengths, **flags}
+    setup = sequence.setup
+    loaded = {"bits_budget": setup.bits_budget, "rope_scaling": setup.rope_scaling, "max_context": setup.max_context}
+    return {"schema": SCHEMA, **setup.identity.as_dict(), **loaded, **lengths, **flags}
 
 
 def check_header(identity: Identity, file: Container, kind: str) -> None:

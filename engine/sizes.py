@@ -121,7 +121,7 @@ def gib(count: int) -> str:
     >>> gib(3 * 2**30)
     '3.00 GiB'
     """
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
 def computed_numbers(model: ModelConfig) -> int:

@@ -73,6 +73,7 @@ def bare_setup(
         on_full=on_full_of(on_full, regions_of(cache, config), max_context),
         fingerprint="no model",
         lock=RLock(),
+        rope_scaling=None,
     )
 
 

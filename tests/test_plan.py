@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from skvq.engine.model_config import ModelConfig
 from skvq.engine.plan_report import parse_bytes, plan_report
 from skvq.engine.planner import Plan, Planner, Room
 from skvq.engine.prefill_form import PrefillForm, prefill_forms
-from skvq.engine.rope_scaling import scaled
+from skvq.engine.rope_scaling import beyond_training, scaled
 from skvq.engine.sizes import arena_shape, regions_of, token_bytes
 from skvq.kernels.ggml.words import EXPANDED_BYTES
 from skvq.kernels.interface import RopeFrequencies
@@ -340,6 +341,18 @@ def test_weights_in_blocks_are_planned_for_by_name() -> None:
         assert blocks["workspace"] - dense["workspace"] == expanded
     fits = [plan_report(name, cache, context=1_000_000, device="4090", **options).plan.fits for name in names]
     assert fits == [False, True]
+
+
+def test_what_is_said_of_a_context_beyond_training() -> None:
+    model = ALIASES["smollm2-135m"].config
+    beyond = partial(beyond_training, model=model)
+    assert "the 8,192 that" in beyond(20000, taken=model) and "--rope-scaling chunks:3 would" in beyond(20000, taken=model)
+    assert "fine-tuned" in beyond(20000, taken=scaled(model, "yarn:4"))
+    cut = beyond(20000, taken=scaled(model, "chunks:4"))
+    assert "in chunks it takes 32,768" in cut and "fine-tuned" not in cut and "unreliable" not in cut
+    assert "beyond is unreliable" in beyond(40000, taken=scaled(model, "chunks:4"))
+    sliding = replace(model, attention_spans=(64,) * model.num_layers)
+    assert "chunks" not in beyond_training(20000, sliding, sliding)
 
 
 def test_rope_that_is_stretched_already_is_not_stretched_again() -> None:

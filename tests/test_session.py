@@ -367,10 +367,14 @@ def test_run_keeps_a_session_from_one_call_to_the_next(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     "options",
-    [("--key-bits", 3, "--value-bits", 1.5), ("--method", "reorder"), ("--method", "fp"), ("--sinks", 8), ("--sinks", 0)],
+    [
+        ("--key-bits", 3, "--value-bits", 1.5), ("--method", "reorder"), ("--method", "fp"), ("--sinks", 8), ("--sinks", 0),
+        ("--bits-budget", 3), ("--filter", "key-outliers(threshold=5.0)", "--filter", "token-ids(ids=[101, 32])", "--sinks", 2),
+        ("--ctx", 9000, "--rope-scaling", "dynamic:4"), ("--rope-scaling", "yarn:4"),
+    ],
     ids=str,
-)
-def test_a_session_remembers_its_cache_options(folder: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+)  # fmt: skip
+def test_a_session_remembers_its_options(folder: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
     session = tmp_path / "talk.session"
     whole = run(folder, "-p", "once upon a time", "-n", 20, "--json", *options)
     first = run(folder, "-p", "once upon a time", "-n", 8, "--json", "--session", session, *options)
@@ -400,6 +404,18 @@ def test_run_refuses_a_session_of_other_options_before_a_model_is_loaded(
     session.write_bytes(before[:-100])
     result = run(folder, "-p", "more", "-n", 1, "--session", session)
     assert (result.exit_code, "is truncated" in result.stderr) == (2, True), result.stderr
+
+
+def test_a_session_that_is_only_read_answers_each_question_alike(folder: Path, tmp_path: Path) -> None:
+    session, ask = tmp_path / "talk.session", ("-p", " and then", "-n", 8, "--session", tmp_path / "talk.session", "--json")
+    assert "a session that is there" in run(folder, *ask, "--read-only").stderr
+    run(folder, "-p", "once upon a time", "-n", 0, "--session", session)
+    before = session.read_bytes()
+    answers = [json.loads(run(folder, *ask, "--read-only").stdout.splitlines()[-1])["text"] for _ in range(2)]
+    assert answers[0] == answers[1] and session.read_bytes() == before
+    session.chmod(0o400)
+    run(folder, *ask, "--read-only", "--ctx", 30)  # the context is full: nothing is saved then either
+    assert session.read_bytes() == before and list(tmp_path.iterdir()) == [session]
 
 
 def test_run_without_text_and_without_a_session_is_refused(folder: Path, tmp_path: Path) -> None:
