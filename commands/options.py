@@ -47,6 +47,11 @@ ctx_option = click.option(
     type=TokenCount(),
     help="Context to make room for: 131072, 1e6, 128K; default: the trained length.",
 )
+total_option = click.option(
+    "--total-tokens",
+    type=TokenCount(),
+    help="Tokens that all sequences hold together; default: --ctx, and a few pages for each.",
+)
 ctxs_option = click.option(
     "--ctx", callback=counts_of, default="4096", show_default=True, help="Context lengths in tokens, such as 4096,32K."
 )

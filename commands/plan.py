@@ -17,6 +17,7 @@ from skvq.commands.options import (
     model_option,
     prefill_option,
     rope_scaling_option,
+    total_option,
 )
 from skvq.engine.errors import OptionError
 
@@ -24,7 +25,14 @@ from skvq.engine.errors import OptionError
 @click.command(cls=OneLineCommand, short_help="Show memory, the largest context, and times.")
 @model_option
 @ctx_option
-@click.option("--sequences", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences alive at once.")
+@click.option(
+    "--sequences",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Sequences alive at once, which share the pages of one context unless --total-tokens says more.",
+)
+@total_option
 @click.option("--memory", help="Memory to fit in, such as 80GiB; default: the device's.")
 @click.option(
     "--device",
@@ -50,6 +58,7 @@ def plan(**options: Any) -> None:
         cache,
         context=options["ctx"],
         sequences=options["sequences"],
+        total_tokens=options["total_tokens"],
         memory=options["memory"],
         device=options["device"],
         dtype=options["dtype"],

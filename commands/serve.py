@@ -23,6 +23,7 @@ from skvq.commands.options import (
     pick,
     prefill_option,
     sampling_of,
+    total_option,
 )
 from skvq.commands.types import object_of
 from skvq.engine.config import SamplingConfig
@@ -50,6 +51,7 @@ MAX_NEW_TOKENS = 2048
 )
 @on_full_option
 @ctx_option
+@total_option
 @calibration_option
 @prefill_option
 @engine_options
@@ -73,6 +75,7 @@ def serve(**options: Any) -> None:
             calibration=calibration,
             prefill=options["prefill"],
             max_sequences=options["sequences"],
+            total_tokens=options["total_tokens"],
             prefix_cache=not options["no_prefix_cache"],
             on_full=options["on_full"],
             chat_template_kwargs=options["chat_template_kwargs"],
@@ -90,8 +93,9 @@ def serve(**options: Any) -> None:
 
         def ready() -> None:
             listening.start()
-            context = engine.parts.setup.max_context
-            click.echo(f"skvq: {options['model']}, context {context:,}, at {server.address}; Ctrl-C ends it", err=True)
+            context = f"{engine.parts.setup.max_context:,}"
+            context += f" ({options['total_tokens']:,} in all)" if options["total_tokens"] else ""
+            click.echo(f"skvq: {options['model']}, context {context}, at {server.address}; Ctrl-C ends it", err=True)
 
         try:
             service.run(ready)

@@ -49,6 +49,7 @@ class Engine(TokenEngine):
         *,
         max_context: int | None = None,
         max_sequences: int = 4,
+        total_tokens: int | None = None,
         cache: CacheConfig | None = None,
         backend: str = "auto",
         device: str | torch.device = "auto",
@@ -69,7 +70,9 @@ class Engine(TokenEngine):
         model: an alias, a folder with config.json and safetensors, a .gguf file, or of the hub ``org/name``, or
             ``org/name:Q4_K_M``, its GGUF file of that name.
         max_context: tokens of the longest sequence; the default is the trained length, or what fits.
-        max_sequences: sequences alive at once; beyond the first each has a full window and a few pages of its own.
+        max_sequences: sequences alive at once; each has a full window of its own.
+        total_tokens: that they hold together, pages they share counted once; the default is max_context and, for each sequence
+            beyond the first, a few pages.
         calibration: an artifact of ``skvq calibrate``; the default is a cached one, or one made now.
         rope_scaling: ``kind:factor`` to go past the trained context: ``chunks:4`` (dual chunk attention), ``yarn:4``,
             ``dynamic:4``, ``linear:4``; ``yarn:4:32768`` stretches another length, as Qwen3's authors say.
@@ -95,6 +98,7 @@ class Engine(TokenEngine):
             model=str(model),
             max_context=max_context,
             max_sequences=max_sequences,
+            total_tokens=total_tokens,
             cache=cache if cache is not None else CacheConfig(),
             backend=backend,
             device=(chosen := pick_device(device)),

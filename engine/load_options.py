@@ -21,6 +21,7 @@ class LoadOptions:
     model: str
     max_context: int | None
     max_sequences: int
+    total_tokens: int | None
     cache: CacheConfig
     backend: str
     device: torch.device

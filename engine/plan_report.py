@@ -39,6 +39,8 @@ class PlanReport:
     model: str
     cache: CacheConfig
     card: Machine
+    sequences: int
+    total_tokens: int | None
     plan: Plan
     largest: dict[str, int]
     prefill_seconds: float
@@ -57,6 +59,8 @@ class PlanReport:
             "model": self.model,
             "context": self.plan.context,
             "trained_context": self.trained_context,
+            "sequences": self.sequences,
+            "total_tokens": self.total_tokens,
             "method": self.cache.method,
             "bits_per_element": self.plan.bits_per_element,
             "bits_budget": self.cache.bits_budget,
@@ -84,9 +88,10 @@ class PlanReport:
         """For people."""
         card, plan = self.card, self.plan
         most = "at most " if self.cache.is_open else ""
-        lines = [
-            f"{self.model}, {plan.context:,} tokens, {self.cache.method}, {most}{plan.bits_per_element:.3f} bits per element"
-        ]
+        what = f"{self.model}, {plan.context:,} tokens"
+        if self.sequences > 1:
+            what += f" at most in each of {self.sequences} sequences, {self.total_tokens or plan.context:,} in all"
+        lines = [f"{what}, {self.cache.method}, {most}{plan.bits_per_element:.3f} bits per element"]
         if self.cache.is_open:
             lines += [
                 "upper bound: calibration chooses the bits of each layer; pass its file with --calibration for exact figures"
@@ -116,6 +121,7 @@ def plan_report(
     *,
     context: int | None,
     sequences: int,
+    total_tokens: int | None = None,
     memory: str | None,
     device: str,
     dtype: str | None,
@@ -157,7 +163,10 @@ def plan_report(
         cuda_bytes=cuda_bytes(device),
     )
     moved = weight_bytes + (4 * config.num_parameters if expanded_bytes else 0)
-    planner = Planner(model=config, cache=cache, room=room, sequences=sequences, dtype=card.dtype, prefill=prefill)
+    planner = Planner(
+        model=config, cache=cache, room=room, sequences=sequences, dtype=card.dtype, prefill=prefill, total_tokens=total_tokens
+    )
+    planner.require_total(context)
     plan = planner.plan(context)
     tables = [cache, replace(cache, method="fp"), *_other_widths(cache, config)]
     largest = {_name(c): replace(planner, cache=c).largest_context() for c in tables}
@@ -165,6 +174,8 @@ def plan_report(
         model=model,
         cache=cache,
         card=card,
+        sequences=sequences,
+        total_tokens=total_tokens,
         plan=plan,
         largest=largest,
         prefill_seconds=predicted_prefill(config, card, context, plan.form, moved),

@@ -93,6 +93,7 @@ class Planner:
     sequences: int
     dtype: torch.dtype
     prefill: str = "exact"
+    total_tokens: int | None = None  # of all sequences together, where that is more than the context
 
     def plan(self, context: int) -> Plan:
         """Bytes of a run that prefills up to ``context`` tokens and decodes. The arena's part is exact, to the byte.
@@ -142,15 +143,29 @@ class Planner:
         Raises CapacityError, with what would fit, if it does not.
         """
         unset = max_context is None
-        for what, value in (("max_context", 1 if unset else max_context), ("max_sequences", self.sequences)):
+        most = 2**31 - 1 if self.total_tokens is None else self.total_tokens
+        for what, value in (
+            ("max_context", 1 if unset else max_context),
+            ("max_sequences", self.sequences),
+            ("total_tokens", most),
+        ):
             if not is_whole(value) or not 0 < value < 2**31:
                 raise OptionError(f"{what} must be a whole number from 1 to {2**31 - 1:,}, got {value!r}")
         if max_context is None:
-            max_context = min(self.model.trained_context, max(self.largest_context(), 1))
+            max_context = min(self.model.trained_context, most, max(self.largest_context(), 1))
+        self.require_total(max_context)
         plan = self.plan(max_context)
         if not plan.fits:
             plan.check(self.advice())
         return plan
+
+    def require_total(self, context: int) -> None:
+        """Raise OptionError if all sequences together are to hold less than one."""
+        if self.total_tokens is not None and self.total_tokens < context:
+            raise OptionError(
+                f"total_tokens {self.total_tokens:,} are fewer than the {context:,} of one sequence (max_context, --ctx): give "
+                "more, or a smaller context"
+            )
 
     def advice(self) -> str:
         """What would fit, where a context does not."""
@@ -166,7 +181,10 @@ class Planner:
         return f"not even {'the weights fit' if alone else 'a short context fits beside the weights'}: use a smaller model"
 
     def _arena(self, cache: CacheConfig, context: int) -> ArenaShape:
-        return arena_shape(self.model, cache, max_context=context, max_sequences=self.sequences, dtype=self.dtype)
+        total = None if self.total_tokens is None else max(context, self.total_tokens)
+        return arena_shape(
+            self.model, cache, max_context=context, max_sequences=self.sequences, dtype=self.dtype, total_tokens=total
+        )
 
     def _window_copy(self, shape: ArenaShape, context: int) -> int:
         """Of a layer's window before a streamed chunk, in 16 bits and in the compute dtype."""

@@ -85,21 +85,28 @@ def cache_dtype(compute: torch.dtype) -> torch.dtype:
 
 
 def arena_shape(
-    model: ModelConfig, cache: CacheConfig, *, max_context: int, max_sequences: int, dtype: torch.dtype
+    model: ModelConfig,
+    cache: CacheConfig,
+    *,
+    max_context: int,
+    max_sequences: int,
+    dtype: torch.dtype,
+    total_tokens: int | None = None,
 ) -> ArenaShape:
-    """The arena of an engine: pages for one sequence of ``max_context`` tokens, spare pages and slots for the others."""
+    """The arena of an engine: pages for ``total_tokens``, by default one sequence of ``max_context``, and for each sequence
+    beyond the first spare pages and slots."""
     regions = regions_of(cache, model)
     half = cache_dtype(dtype)
     if not cache.is_packed:
         pages = (plain_page(_plain_layout(model), half),) * model.num_layers
     else:
         pages = tuple(map(packed_page, layouts_of(cache, model)))
-    per_sequence = max(1, regions.pages(max_context))
+    pages_in_all = max(1, regions.pages(max_context if total_tokens is None else total_tokens))
     return ArenaShape(
         layers=model.num_layers,
         kv_heads=model.num_kv_heads,
         head_size=model.head_size,
-        pages=per_sequence + SPARE_PAGES * (max_sequences - 1),
+        pages=pages_in_all + SPARE_PAGES * (max_sequences - 1),
         sequences=max_sequences,
         pages_per_sequence=max(1, pages_for(max_context)),  # one that was cut may have packed more than another of its length
         full_slots=regions.slots,

@@ -343,6 +343,34 @@ def test_weights_in_blocks_are_planned_for_by_name() -> None:
     assert fits == [False, True]
 
 
+def test_sequences_share_the_pages_of_one_context_or_of_all_their_tokens(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, num_layers=1)
+    options: dict[str, Any] = {"max_context": 9000, "max_sequences": 3}
+    shared, apart = (tiny_engine(folder, tiny_cache(), **options, total_tokens=total) for total in (None, 27000))
+    for engine in (shared, apart):
+        planned = sum(size for name, size in engine.parts.plan.parts.items() if name.startswith("cache"))
+        assert planned == engine.parts.setup.arena.shape.nbytes
+    held = [apart.new_sequence() for _ in range(3)]
+    for sequence in held:
+        apart.fill(sequence, 9000)
+    assert [s.length for s in held] == [9000] * 3
+    first, second = shared.new_sequence(), shared.new_sequence()
+    shared.fill(first, 9000)
+    with pytest.raises(CapacityError):
+        shared.fill(second, 9000)
+    with pytest.raises(OptionError, match="total_tokens 8,999 are fewer than the 9,000"):
+        tiny_engine(folder, tiny_cache(), **options, total_tokens=8999)
+    assert tiny_engine(folder, tiny_cache(), max_context=None, total_tokens=100).parts.setup.max_context == 100
+    plan = partial(
+        plan_report, "mistral-7b", CacheConfig(), context=32768, memory=None, device="h100", dtype=None, prefill="exact"
+    )
+    one, four = plan(sequences=4), plan(sequences=4, total_tokens=4 * 32768)
+    pages = [report.plan.parts["cache: packed pages"] for report in (one, four)]
+    assert 3 < pages[1] / pages[0] < 4 and "131,072 in all" in four.table() and "32,768 in all" in one.table()
+    with pytest.raises(OptionError, match="total_tokens"):
+        plan(sequences=4, total_tokens=10)
+
+
 def test_what_is_said_of_a_context_beyond_training() -> None:
     model = ALIASES["smollm2-135m"].config
     beyond = partial(beyond_training, model=model)
