@@ -27,6 +27,7 @@ from skvq.commands.options import (
     prefill_option,
     sampling_options,
 )
+from skvq.commands.questions import TOGETHER, answer_each, questions_of
 from skvq.commands.text import joined, questions, read_text
 from skvq.commands.types import TokenCount, object_of
 from skvq.engine.config import CacheConfig, SamplingConfig
@@ -46,6 +47,10 @@ from skvq.loaders.files import require_writable
     "--interactive",
     is_flag=True,
     help="Each line of standard input is the next prompt, the first one too unless -p is given; until Ctrl-D.",
+)
+@click.option(
+    "--questions",
+    help="File with a question per line: each is answered from the text or the session alone, several together.",
 )
 @click.option("--system", help="System message, with --chat.")
 @click.option(
@@ -78,7 +83,8 @@ def run(**options: Any) -> None:
     """Read a text and go on from it."""
     require_consistent(options)
     session: Path | None = options["session"]
-    kept = None if options["read_only"] else session
+    asked_each = None if options["questions"] is None else questions_of(options["questions"])
+    kept = None if options["read_only"] or asked_each else session
     for path in (kept, options["checkpoint"]):
         if path is not None:
             require_writable(path)
@@ -90,6 +96,8 @@ def run(**options: Any) -> None:
     engine = load_engine(
         options,
         run_cache(options),
+        max_sequences=1 if asked_each is None else 1 + min(TOGETHER, len(asked_each)),
+        prefix_cache=asked_each is not None,
         context=options["ctx"],
         calibration=options["calibration"],
         prefill=options["prefill"],
@@ -104,6 +112,11 @@ def run(**options: Any) -> None:
         )
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
+    if asked_each is not None:
+        answers = answer_each(engine, sequence, text, asked_each, sampling, options)
+        if options["as_json"]:
+            click.echo(json.dumps({"answers": answers}))
+        return
     asked = questions() if options["interactive"] else iter(())
     if options["interactive"] and options["prompt"] is None:
         question = next(asked, None)
@@ -126,8 +139,20 @@ def require_consistent(options: dict[str, Any]) -> None:
         raise OptionError("--system goes with --chat: without it the model reads the text as it is")
     if options["chat_template_kwargs"] is not None and not options["chat"]:
         raise OptionError("--chat-template-kwargs goes with --chat: without it the model reads the text as it is")
-    if options["read_only"] and (options["session"] is None or not options["session"].exists()):
+    is_there = options["session"] is not None and options["session"].exists()
+    if options["read_only"] and not is_there:
         raise OptionError("--read-only answers from a session that is there: give its file with --session")
+    if options["questions"] is not None:
+        others = [name for name in ("interactive", "checkpoint", "fill") if options[name]]
+        if (
+            others
+            or (options["session"] is not None and not is_there)
+            or (is_there and (options["files"] or options["prompt"]))
+        ):
+            raise OptionError(
+                "--questions are answered from a text (-f, -p) or from a session that is there, without --interactive, "
+                "--checkpoint and --fill"
+            )
     if options["interactive"] and options["as_json"]:
         raise OptionError("--json prints one answer, --interactive asks for more: give one or the other")
     if None not in (files := (options["session"], options["checkpoint"])) and realpath(files[0]) == realpath(files[1]):

@@ -418,6 +418,29 @@ def test_a_session_that_is_only_read_answers_each_question_alike(folder: Path, t
     assert session.read_bytes() == before and list(tmp_path.iterdir()) == [session]
 
 
+def test_questions_are_answered_each_on_its_own(folder: Path, tmp_path: Path) -> None:
+    session, lines = tmp_path / "talk.session", tmp_path / "questions.txt"
+    lines.write_text(" and then\n\n once more \n and then\n")
+    run(folder, "-p", "once upon a time " * 5, "-n", 0, "--session", session)
+    before = session.read_bytes()
+    result = run(folder, "--session", session, "--questions", lines, "-n", 8, "--json")
+    answers = json.loads(result.stdout.splitlines()[-1])["answers"]
+    alone = run(folder, "--session", session, "--read-only", "-p", "and then", "-n", 8, "--json")
+    assert [one["question"] for one in answers] == ["and then", "once more", "and then"]
+    assert answers[0]["text"] == answers[2]["text"] == json.loads(alone.stdout.splitlines()[-1])["text"]
+    assert {one["finish"] for one in answers} == {"length"} and session.read_bytes() == before
+    assert "3 questions: read" in result.stderr
+    told = run(folder, "-p", "once upon a time", "--questions", lines, "-n", 8)
+    assert told.exit_code == 0 and [line for line in told.stdout.splitlines() if line.startswith("> ")] == [
+        "> and then", "> once more", "> and then",
+    ]  # fmt: skip
+    for more in (("-i",), ("--fill", 5), ("--session", tmp_path / "none"), ("--session", session)):
+        result = run(folder, "-p", "x", "--questions", lines, *more)
+        assert (result.exit_code, "--questions are answered from" in result.stderr) == (2, True), result.stderr
+    lines.write_text(" \n")
+    assert "holds no question" in run(folder, "-p", "x", "--questions", lines).stderr
+
+
 def test_run_without_text_and_without_a_session_is_refused(folder: Path, tmp_path: Path) -> None:
     result = run(folder, "--session", tmp_path / "none.session")
     assert result.exit_code == 2
