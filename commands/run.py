@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from os.path import realpath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,6 +33,14 @@ from skvq.commands.types import TokenCount, object_of
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
+
+if TYPE_CHECKING:
+    from skvq.engine.cache import SequenceCache
+    from skvq.engine.generate import Engine
+
+
+LONG_TEXT = 4_000_000
+"""Characters; more take seconds before anything is read."""
 
 
 @click.command(cls=OneLineCommand)
@@ -104,14 +112,11 @@ def run(**options: Any) -> None:
         on_full=options["on_full"],
         chat_template_kwargs=options["chat_template_kwargs"],
     )
-    sequence = engine.restore(session) if session is not None and goes_on else engine.new_sequence()
-    if goes_on and options["files"]:
-        engine.report.message(
-            f"{session} holds {sequence.length:,} tokens, and {', '.join(options['files'])} is read after them: to ask about "
-            "what it holds, leave -f out"
-        )
+    sequence = begun(engine, session if goes_on else None, options)
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
+    if len(text) > LONG_TEXT:
+        engine.report.message(f"turning {len(text) / 1e6:,.0f} million characters into tokens")
     if asked_each is not None:
         answers = answer_each(engine, sequence, text, asked_each, sampling, options)
         if options["as_json"]:
@@ -133,6 +138,19 @@ def run(**options: Any) -> None:
         click.echo(json.dumps({"text": written, **summary.as_dict()}))
 
 
+def begun(engine: Engine, session: Path | None, options: dict[str, Any]) -> SequenceCache:
+    """An empty sequence, or that of a session."""
+    if session is None:
+        return engine.new_sequence()
+    sequence = engine.restore(session)
+    if options["files"]:
+        engine.report.message(
+            f"{session} holds {sequence.length:,} tokens, and {', '.join(options['files'])} is read after them: to ask about "
+            "what it holds, leave -f out"
+        )
+    return sequence
+
+
 def require_consistent(options: dict[str, Any]) -> None:
     """Raise OptionError for options of ``skvq run`` that contradict each other."""
     if options["system"] is not None and not options["chat"]:
@@ -143,12 +161,8 @@ def require_consistent(options: dict[str, Any]) -> None:
     if options["read_only"] and not is_there:
         raise OptionError("--read-only answers from a session that is there: give its file with --session")
     if options["questions"] is not None:
-        others = [name for name in ("interactive", "checkpoint", "fill") if options[name]]
-        if (
-            others
-            or (options["session"] is not None and not is_there)
-            or (is_there and (options["files"] or options["prompt"]))
-        ):
+        has_text, others = bool(options["files"] or options["prompt"]), ("interactive", "checkpoint", "fill")
+        if has_text == is_there or (options["session"] and not is_there) or any(options[name] for name in others):
             raise OptionError(
                 "--questions are answered from a text (-f, -p) or from a session that is there, without --interactive, "
                 "--checkpoint and --fill"
