@@ -218,7 +218,7 @@ def rule_texts(told: str) -> list[str] | None:
     names, texts = {getattr(rule, "__name__", ""): name for name, rule in BUILT_IN.items()}, list[str]()
     try:
         calls = ast.parse(f"f({told})", mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # of a file that anybody may have written
         return None
     for call in calls.args if isinstance(calls, ast.Call) else ():
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names):
