@@ -27,6 +27,7 @@ from skvq.commands.options import (
 )
 from skvq.commands.types import object_of
 from skvq.engine.config import SamplingConfig
+from skvq.engine.errors import OptionError
 
 MAX_NEW_TOKENS = 2048
 """Of an answer whose length neither the request nor the command says: a place is kept for as many."""
@@ -60,7 +61,11 @@ MAX_NEW_TOKENS = 2048
 def serve(**options: Any) -> None:
     """Serve a model over HTTP, with OpenAI's API (completions and chat completions, streamed too). Sampling options hold where
     a request says nothing."""
-    defaults = SamplingConfig(**pick(options, SAMPLING_NAMES))
+    defaults, origin = SamplingConfig(**pick(options, SAMPLING_NAMES)), options["allow_origin"]
+    if origin is not None and not (origin.isascii() and origin.isprintable()):
+        raise OptionError(
+            f"allow_origin {origin!r} is no address of a page: its characters must be those of ASCII (xn--... for others)"
+        )
     cache = cache_config(options)
     from skvq.server.handler import Handler
     from skvq.server.listener import Server, Settings
@@ -80,12 +85,13 @@ def serve(**options: Any) -> None:
             on_full=options["on_full"],
             chat_template_kwargs=options["chat_template_kwargs"],
         )
+        engine.sampling_of(defaults)
         service = Service(engine)
         settings = Settings(
             model=options["model"],
             defaults=defaults,
             key=options["api_key"] or None,
-            origin=options["allow_origin"],
+            origin=origin,
             report=engine.report,
         )
         signal.signal(signal.SIGTERM, lambda number, frame: service.stop())
@@ -101,4 +107,4 @@ def serve(**options: Any) -> None:
             service.run(ready)
         finally:
             if listening.is_alive():
-                server.shutdown()
+                server.end()

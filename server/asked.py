@@ -109,7 +109,7 @@ def asked_for(body: bytes, defaults: SamplingConfig, *, is_chat: bool) -> Asked:
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count * len(prompts) <= MOST_ANSWERS:
         raise OptionError(f"a request has 1 to {MOST_ANSWERS} answers, got n={count!r} for {len(prompts)} prompts")
     sampling = _sampling(fields, defaults, _told(fields, is_chat=is_chat))
-    if len(sampling.stops) > MOST_STOPS:
+    if "stop" in fields and len(sampling.stops) > MOST_STOPS:
         raise OptionError(f"a request has up to {MOST_STOPS} stop strings, got {len(sampling.stops):,}")
     stream, options = fields.get("stream", False), fields.get("stream_options", {})
     if not isinstance(stream, bool) or not isinstance(options, dict):

@@ -37,6 +37,11 @@ BROKEN = (FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect,
 """What Python's parser says of lines that are no headers; it says more of bodies, which it is not given."""
 
 
+def as_bytes(argument: str) -> bytes:
+    """Those that an argument was given as, whatever the locale made of them."""
+    return argument.encode("utf-8", "surrogateescape")
+
+
 class Connection(BaseHTTPRequestHandler):
     """Speaks HTTP with one client."""
 
@@ -70,7 +75,7 @@ class Connection(BaseHTTPRequestHandler):
     def is_known(self) -> bool:
         """Whether the client has the key, if there is one; else that is answered."""
         key, (scheme, _, sent) = self.server.settings.key, self.headers.get("Authorization", "").partition(" ")
-        if key is None or (scheme.lower() == "bearer" and hmac.compare_digest(sent.encode("latin-1"), key.encode())):
+        if key is None or (scheme.lower() == "bearer" and hmac.compare_digest(sent.encode("latin-1"), as_bytes(key))):
             return True
         self.close_connection = True  # what it sends is not read
         self.send(401, error_of("this server wants its key: Authorization: Bearer KEY", kind="authentication_error"))

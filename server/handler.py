@@ -63,6 +63,10 @@ class Handler(Connection):
             return None
         if self.place not in POSTS:
             return self._not_here()
+        with self.server.answering():
+            return self._answer(body)
+
+    def _answer(self, body: bytes) -> None:
         service, settings = self.server.service, self.server.settings
         try:
             with self.server.long_request if len(body) > LONG_BYTES else nullcontext():

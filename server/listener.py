@@ -6,10 +6,11 @@ import errno
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 from skvq.engine.config import SamplingConfig
@@ -17,6 +18,8 @@ from skvq.engine.errors import OptionError
 from skvq.engine.report import Reporter
 from skvq.server.service import Service
 
+FAREWELL = 5
+"""Seconds at most that the end waits for clients that do not read."""
 MOST_TOLD = 100
 """Unknown names that are told of."""
 
@@ -48,10 +51,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.told: set[str] = set()  # names in requests that are not known
+        self._answering, self._told = 0, Condition()
         self.long_request = Lock()  # held while one is encoded, which takes some 200 bytes of memory a character
         try:
             super().__init__((host, port), handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise OptionError(f"cannot listen on {host}, port {port} ({why}): choose another --host or --port") from None
 
@@ -59,6 +63,24 @@ class Server(ThreadingHTTPServer):
         """Answer clients until ``shutdown``, in this thread; ``service`` runs in another."""
         self.service, self.settings = service, settings
         self.serve_forever()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Around a request, from when it is known to when its client has been told."""
+        with self._told:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._told:
+                self._answering -= 1
+                self._told.notify_all()
+
+    def end(self) -> None:
+        """Stop listening, and wait for clients that are being told how their answers have ended."""
+        self.shutdown()
+        with self._told:
+            self._told.wait_for(lambda: not self._answering, FAREWELL)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """The next connection. Without a file descriptor for it it stays in the queue: some may be free in a moment."""

@@ -22,12 +22,14 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT
 from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
 from processes import import_paths
 from tiny import Listener, tiny_cache
 
 from skvq import Engine, SamplingConfig
+from skvq.cli import main
 from skvq.engine.batch import Batch
 from skvq.engine.errors import OptionError
 from skvq.engine.report import Quiet
@@ -737,6 +739,60 @@ def test_a_port_that_is_taken_is_one_line(folder: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OptionError, match=rf"cannot listen on 127.0.0.1, port {port} .*--port"):
             Server("127.0.0.1", port, Handler)
+
+
+@pytest.mark.parametrize("host", ["\u00e9..\u00e9", "\udcff", "no such host"])
+def test_a_host_that_is_none_is_one_line(host: str) -> None:
+    with pytest.raises(OptionError, match=r"cannot listen on .*--host"):
+        Server(host, 0, Handler)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (("--allow-origin", "http://\u4f8b.jp"), "--allow-origin 'http://"),
+        (("--allow-origin", "a\r\nX-Evil: 1"), "--allow-origin 'a\\r\\nX-Evil: 1'"),
+        (("--prompt-lookup", 3, "--filter", "heavy-hitters"), "--prompt-lookup cannot be combined"),
+    ],
+    ids=str,
+)
+def test_what_no_request_could_be_answered_with_is_refused_at_the_start(
+    folder: Path, options: tuple[object, ...], told: str
+) -> None:
+    given = ["--port", 0, "--ctx", 300, "--method", "plain", "--group-size", 32, "--device", "cpu", "--backend", "reference"]
+    result = CliRunner().invoke(main, ["serve", "--model", str(folder), *map(str, [*given, *options])])
+    assert result.exit_code == 2 and told in result.stderr and len(result.stderr.splitlines()) <= 2, result.stderr
+
+
+def test_the_command_may_have_more_stop_strings_than_a_request() -> None:
+    defaults = SamplingConfig(stop=tuple("abcdefghijklmnopqrs"))
+    assert len(asked_for(b'{"prompt": "x"}', defaults, is_chat=False).sampling[0].stops) == 19
+
+
+def test_a_key_may_be_any_bytes(engine: Engine) -> None:
+    client = Client(engine, key="\udcff\u00e9")  # as Python holds the bytes ff c3 a9 of an argument
+    try:
+        assert client.ask("/v1/models", Authorization="Bearer \xff\xc3\xa9")[0] == 200
+        assert client.ask("/v1/models", Authorization="Bearer \xff")[0] == 401
+    finally:
+        client.close()
+
+
+def test_the_end_waits_until_clients_have_been_told() -> None:
+    with Server("127.0.0.1", 0, Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        begun, told = Event(), list[bool]()
+
+        def tell() -> None:
+            with server.answering():
+                begun.set()
+                time.sleep(0.3)
+                told.append(True)
+
+        Thread(target=tell).start()
+        begun.wait()
+        server.end()
+        assert told == [True]
 
 
 def test_what_is_asked_for_at_once_is_answered(folder: Path) -> None:
