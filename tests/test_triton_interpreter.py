@@ -50,8 +50,9 @@ def test_equals_the_reference(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_format_equals_the_reference(tmp_path: Path) -> None:
-    run_checks("every_format", tmp_path)
+@pytest.mark.parametrize("name", ["every_format", "more_on_a_card"])
+def test_more_equals_the_reference(name: str, tmp_path: Path) -> None:
+    run_checks(name, tmp_path)
 
 
 def test_needs_a_gpu_and_says_so() -> None:
