@@ -42,11 +42,10 @@ def answer_each(
             else batch.add(run_prompt(joined(text, question), options), sampling)
             for question in asked
         ]
-        while len(found) < len(asked):
-            while len(found) < len(asked) and requests[len(found)].finish:
-                found.append(_told(asked[len(found)], requests[len(found)], options))
-            if len(batch):
+        for question, request in zip(asked, requests, strict=True):
+            while not request.finish:
                 batch.step()
+            found.append(_told(question, request, options))
     timing = engine.timing
     click.echo(
         f"skvq: {len(asked):,} questions: read {timing.prompt_tokens:,} tokens, reused {timing.reused_tokens:,}, wrote "

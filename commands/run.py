@@ -89,18 +89,18 @@ LONG_TEXT = 4_000_000
 @json_option
 def run(**options: Any) -> None:
     """Read a text and go on from it."""
-    require_consistent(options)
     session: Path | None = options["session"]
+    resumes = session if session is not None and session.exists() else None
+    require_consistent(options, goes_on=resumes is not None)
     asked_each = None if options["questions"] is None else questions_of(options["questions"])
     kept = None if options["read_only"] or asked_each else session
     for path in (kept, options["checkpoint"]):
         if path is not None:
             require_writable(path)
-    goes_on = session is not None and session.exists()
-    text = first_text(options, goes_on=goes_on)
+    text = first_text(options, goes_on=resumes is not None)
     sampling = SamplingConfig(**pick(options, SAMPLING_NAMES))
-    if session is not None and goes_on:
-        options = resumed(options, session)
+    if resumes is not None:
+        options = resumed(options, resumes)
     engine = load_engine(
         options,
         run_cache(options),
@@ -112,7 +112,7 @@ def run(**options: Any) -> None:
         on_full=options["on_full"],
         chat_template_kwargs=options["chat_template_kwargs"],
     )
-    sequence = begun(engine, session if goes_on else None, options)
+    sequence = begun(engine, resumes, options)
     if options["fill"]:
         engine.fill(sequence, options["fill"], seed=sampling.seed or 0)
     if len(text) > LONG_TEXT:
@@ -151,18 +151,17 @@ def begun(engine: Engine, session: Path | None, options: dict[str, Any]) -> Sequ
     return sequence
 
 
-def require_consistent(options: dict[str, Any]) -> None:
-    """Raise OptionError for options of ``skvq run`` that contradict each other."""
+def require_consistent(options: dict[str, Any], *, goes_on: bool) -> None:
+    """Raise OptionError for options of ``skvq run`` that contradict each other; ``goes_on``: from a session that is there."""
     if options["system"] is not None and not options["chat"]:
         raise OptionError("--system goes with --chat: without it the model reads the text as it is")
     if options["chat_template_kwargs"] is not None and not options["chat"]:
         raise OptionError("--chat-template-kwargs goes with --chat: without it the model reads the text as it is")
-    is_there = options["session"] is not None and options["session"].exists()
-    if options["read_only"] and not is_there:
+    if options["read_only"] and not goes_on:
         raise OptionError("--read-only answers from a session that is there: give its file with --session")
     if options["questions"] is not None:
         has_text, others = bool(options["files"] or options["prompt"]), ("interactive", "checkpoint", "fill")
-        if has_text == is_there or (options["session"] and not is_there) or any(options[name] for name in others):
+        if has_text == goes_on or (options["session"] and not goes_on) or any(options[name] for name in others):
             raise OptionError(
                 "--questions are answered from a text (-f, -p) or from a session that is there, without --interactive, "
                 "--checkpoint and --fill"

@@ -105,8 +105,7 @@ def load_parts(options: LoadOptions, report: Reporter) -> EngineParts:
         rope_scaling=options.rope_scaling,
     )
     was_open = cache.is_open
-    room = options.max_sequences, options.total_tokens
-    cache, setup = build_cache(loaded, cache, room, options.calibration, full, report)
+    cache, setup = build_cache(loaded, cache, options.max_sequences, options.total_tokens, options.calibration, full, report)
     if was_open:
         plan = replace(planner, cache=cache).plan(context)
     return EngineParts(options=options, loaded=loaded, cache=cache, setup=setup, room=planner.room, plan=plan)
@@ -157,18 +156,22 @@ def room_beside(device: torch.device, room: Room) -> Room:
 def build_cache(
     loaded: LoadedModel,
     cache: CacheConfig,
-    room: tuple[int, int | None],
+    max_sequences: int,
+    total_tokens: int | None,
     calibration: Path | None,
     on_full: OnFull,
     report: Reporter,
 ) -> tuple[CacheConfig, CacheSetup]:
-    """Calibration, arena and method of one cache over a loaded model; the cache as calibration has chosen its bits. ``room``:
-    for how many sequences, and tokens of all of them."""
+    """Calibration, arena and method of one cache over a loaded model; the cache as calibration has chosen its bits."""
     model, config = loaded.model, loaded.model.config
     cache, tensors = _calibration(loaded, cache, calibration, report)
-    sequences, total = room
     shape = arena_shape(
-        config, cache, max_context=loaded.context, max_sequences=sequences, dtype=model.dtype, total_tokens=total
+        config,
+        cache,
+        max_context=loaded.context,
+        max_sequences=max_sequences,
+        dtype=model.dtype,
+        total_tokens=total_tokens,
     )
     arena = Arena(shape, model.device)
     setup = cache_setup(
@@ -228,7 +231,7 @@ def with_cache(
 ) -> EngineParts:
     """The same weights with another cache. Raises as ``planner_beside``."""
     planner, full = planner_beside(parts, cache, max_sequences, calibration)
-    cache, setup = build_cache(parts.loaded, planner.cache, (max_sequences, None), calibration, full, report)
+    cache, setup = build_cache(parts.loaded, planner.cache, max_sequences, None, calibration, full, report)
     plan = replace(planner, cache=cache).plan(parts.loaded.context)
     return replace(parts, cache=cache, setup=setup, plan=plan)
 

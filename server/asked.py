@@ -176,14 +176,16 @@ def _nth(sampling: SamplingConfig, at: int) -> SamplingConfig:
 def _prompts(prompt: Any) -> list[Prompt]:
     """A text, token ids, or a list of either."""
     if not isinstance(prompt, (str, list)) or not prompt:
-        what = "missing" if prompt is None else "empty" if prompt in ("", []) else "no text"
-        raise OptionError(f"prompt is {what}: give a text, token ids, or a list of those")
+        raise OptionError(f"prompt is {_lack(prompt, 'text')}: give a text, token ids, or a list of those")
     return prompt if is_several(prompt) and not isinstance(prompt, str) else [prompt]
 
 
 def _messages(messages: Any) -> Prompt:
     """Chat messages, which the engine looks at."""
     if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
-        what = "missing" if messages is None else "empty" if messages == [] else "no list of objects"
-        raise OptionError(f"messages is {what}: give a list of objects with role and content")
+        raise OptionError(f"messages is {_lack(messages, 'list of objects')}: give a list of objects with role and content")
     return messages
+
+
+def _lack(found: Any, wanted: str) -> str:
+    return "missing" if found is None else "empty" if found in ("", []) else f"no {wanted}"

@@ -12,7 +12,7 @@ from numba import njit
 
 from skvq.kernels.numba_cpu.lanes import LANES, both, load, rint, spread, store, where, zeros
 from skvq.kernels.numba_cpu.numeric import e4m3
-from skvq.kernels.numba_cpu.products import mix
+from skvq.kernels.numba_cpu.products import product
 from skvq.kernels.numba_cpu.quantizer import E4M3_MIN, e4m3_encode
 from skvq.kernels.numba_cpu.simd import f32, i32
 from skvq.kernels.numba_cpu.tiles import FAST
@@ -103,12 +103,6 @@ def scale_rows(rows, count, scale):
 
 
 @njit(**FAST)
-def clear(rows, count):
-    for i in range(count):
-        store(rows + i * ROW, zeros())
-
-
-@njit(**FAST)
 def nearest_plane(y, code, error, scale, mid, factor, size, groups, top, known, given):
     """Choose codes from the last channel to the first, each correcting for the errors of those already chosen.
 
@@ -123,8 +117,8 @@ def nearest_plane(y, code, error, scale, mid, factor, size, groups, top, known, 
         s, m = load(scale + g), load(mid + g)
         for i in range(first, after):
             store(known + i * ROW, (load(y + i * ROW) - m) * (np.float32(1) / s) + half)
-        clear(given, count)
-        mix(count, error + after * ROW, ROW, size - after, factor + 4 * (first * size + after), 4 * size, given, ROW, LANES)
+        later = factor + 4 * (first * size + after)
+        product(count, error + after * ROW, ROW, size - after, later, 4 * size, 4, given, ROW, False)
         factor_rows = factor + 4 * (after - 1) * (size + 1)
         round_rows(
             known + last, given + (count - 1) * ROW, np.float32(1) / s, factor_rows, 4 * size, count, -1, top,
@@ -143,8 +137,7 @@ def slope_of(y, code, scale, mid, error, slope, metric, size, groups, half):
         low = load(mid + g * ROW) - s * half
         for i in range(g * width * ROW, (g + 1) * width * ROW, ROW):
             store(error + i, load(y + i) - low - s * load(code + i))
-    clear(slope, size)
-    mix(size, error, ROW, size, metric, 4 * size, slope, ROW, LANES)
+    product(size, error, ROW, size, metric, 4 * size, 4, slope, ROW, False)
 
 
 @njit(**FAST)
@@ -162,7 +155,7 @@ def descend(code, slope, scale, metric, size, groups, top, moves):
             s, metric_rows = load(scale + g), metric + 4 * first * (size + 1)
             round_rows(rows, slope + first * ROW, np.float32(1) / s, metric_rows, 4 * size, count, 1, top, rows, moves)
             scale_rows(moves, count, s)
-            mix(size, moves, ROW, count, metric + 4 * first, 4 * size, slope, ROW, LANES)
+            product(size, moves, ROW, count, metric + 4 * first, 4 * size, 4, slope, ROW, True)
             first = after
 
 
@@ -177,7 +170,7 @@ def fit_metric(code, slope, scale, mid, metric, pulls, units, size, groups, half
         first, pull, one = g * width, f32(pulls + 4 * g * size), np.float32(0)
         for i in range(size):
             store(turned + i * ROW, spread(-half * pull[i]))
-        mix(size, code + first * ROW, ROW, width, metric + 4 * first, 4 * size, turned, ROW, LANES)
+        product(size, code + first * ROW, ROW, width, metric + 4 * first, 4 * size, 4, turned, ROW, True)
         cc, c1, cs, s1 = zeros(), zeros(), zeros(), zeros()
         for i in range(first, first + width):
             centred, x, total = load(code + i * ROW) - half, load(slope + i * ROW), pull[i]
