@@ -4,7 +4,7 @@
 
 The logits are those of an answer about N tokens of Python's bundled documentation. Each way of sampling draws from all of them
 in every round, by skvq and as written with torch (softmax, the whole vocabulary sorted for top-p, multinomial), as transformers
-does; the best round counts. Last line: JSON, also written to --output.
+does, without a form where JSON is asked for; the best round counts. Last line: JSON, also written to --output.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "top-k 40": {"temperature": 0.8, "top_k": 40},
     "top-p 0.95": {"temperature": 0.8, "top_p": 0.95},
     "min-p 0.05": {"temperature": 0.8, "min_p": 0.05},
+    "greedy, JSON": {"json_schema": {"type": "array", "items": {"type": "string"}, "minItems": WRITE}},
 }
 
 
@@ -84,7 +85,8 @@ def main(model: str, context: int, rounds: int, output: Path) -> None:
     for _ in range(rounds):
         for name, options in WAYS.items():
             config = SamplingConfig(**options)
-            sampler = Sampler(config, [], len(rows[0]), rows[0].device)
+            form = engine.grammars.of(config, rows[0].device)
+            sampler = Sampler(config, [], len(rows[0]), rows[0].device, form)
             ours = milliseconds(lambda logits, at, s=sampler: s.take(*s.choose(logits, at).tolist()), rows)  # type: ignore[misc]
             torchs = milliseconds(lambda logits, at, c=config: with_torch(logits, c), rows)  # type: ignore[misc]
             best[name] = [min(best[name][0], ours), min(best[name][1], torchs)]

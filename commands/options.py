@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from skvq.commands.types import Seed, TokenCount, bits_of, counts_of
+from skvq.commands.types import Seed, TokenCount, bits_of, counts_of, schema_of
 from skvq.engine.config import METHODS, ON_FULL, PREFILLS, CacheConfig, SamplingConfig
 from skvq.engine.filters import AttentionSinks, rule_from_text
 
@@ -145,6 +145,8 @@ def sampling_of(most: int, seed: int | str) -> Callable[[F], F]:
         click.option("--repeat-penalty", type=float, default=1.0, show_default=True),
         click.option("--seed", type=Seed(), default=seed, show_default=True, help="A whole number, or random."),
         click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+        click.option("--json-schema", callback=schema_of, help="A JSON schema or its file: the answer is JSON of this form."),
+        click.option("--regex", help="Regular expression that the whole answer matches, such as 'yes|no'."),
         click.option("--ignore-eos", is_flag=True, help="Keep writing past end-of-text tokens, up to the limit."),
         click.option(
             "--prompt-lookup",
@@ -177,6 +179,15 @@ def cache_config(options: Mapping[str, Any]) -> CacheConfig:
     """The cache that ``cache_options`` describe."""
     rules = (AttentionSinks(options["sinks"]), *map(rule_from_text, options["filters"]))
     return CacheConfig(**pick(options, PACKING_NAMES), window=options["window"], filters=rules)
+
+
+def sampling_config(options: Mapping[str, Any]) -> SamplingConfig:
+    """How answers are drawn. Raises OptionError for a form that they cannot have: before a model is loaded."""
+    from skvq.engine.grammar import require_form
+
+    config = SamplingConfig(**pick(options, SAMPLING_NAMES))
+    require_form(config)
+    return config
 
 
 def load_engine(

@@ -12,7 +12,6 @@ import click
 from skvq.commands.conversation import converse, save_whole
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
-    SAMPLING_NAMES,
     cache_config,
     cache_options,
     calibration_option,
@@ -23,14 +22,14 @@ from skvq.commands.options import (
     load_engine,
     model_option,
     on_full_option,
-    pick,
     prefill_option,
+    sampling_config,
     sampling_options,
 )
 from skvq.commands.questions import TOGETHER, answer_each, questions_of
 from skvq.commands.text import joined, questions, read_text
 from skvq.commands.types import TokenCount, object_of
-from skvq.engine.config import CacheConfig, SamplingConfig
+from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
 from skvq.loaders.files import require_writable
 
@@ -98,7 +97,7 @@ def run(**options: Any) -> None:
         if path is not None:
             require_writable(path)
     text = first_text(options, goes_on=resumes is not None)
-    sampling = SamplingConfig(**pick(options, SAMPLING_NAMES))
+    sampling = sampling_config(options)
     if resumes is not None:
         options = resumed(options, resumes)
     engine = load_engine(

@@ -11,7 +11,6 @@ import click
 
 from skvq.commands.errors import OneLineCommand
 from skvq.commands.options import (
-    SAMPLING_NAMES,
     cache_config,
     cache_options,
     calibration_option,
@@ -20,13 +19,12 @@ from skvq.commands.options import (
     load_engine,
     model_option,
     on_full_option,
-    pick,
     prefill_option,
+    sampling_config,
     sampling_of,
     total_option,
 )
 from skvq.commands.types import object_of
-from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError
 
 MAX_NEW_TOKENS = 2048
@@ -61,7 +59,7 @@ MAX_NEW_TOKENS = 2048
 def serve(**options: Any) -> None:
     """Serve a model over HTTP, with OpenAI's API (completions and chat completions, streamed too). Sampling options hold where
     a request says nothing."""
-    defaults, origin = SamplingConfig(**pick(options, SAMPLING_NAMES)), options["allow_origin"]
+    defaults, origin = sampling_config(options), options["allow_origin"]
     if origin is not None and not (origin.isascii() and origin.isprintable()):
         raise OptionError(
             f"allow_origin {origin!r} is no address of a page: its characters must be those of ASCII (xn--... for others)"

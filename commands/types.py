@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from skvq.commands.text import file_text
 from skvq.engine.config import BITS
 
 
@@ -97,6 +98,11 @@ def object_of(context: click.Context, parameter: click.Parameter, value: str | N
     if found is not None and not isinstance(found, dict):
         raise click.BadParameter(f"{value!r} is not a JSON object such as '{{\"enable_thinking\": false}}'")
     return found
+
+
+def schema_of(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Click callback: a JSON schema, or what a file of that name holds."""
+    return value if value is None or value.lstrip()[:1] == "{" else file_text(value)
 
 
 def depths_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.grammar import Grammars
 from skvq.engine.lookup import Lookup
 from skvq.engine.prompt import ChatIds
 from skvq.engine.sampling import Sampler, StopStrings, TokenLogprob, as_logprob
@@ -22,18 +23,25 @@ class Answer:
     """One sequence being continued: sampler, text, and whether it is over. The sequence's timing is kept up to date."""
 
     def __init__(
-        self, tokenizer: Tokenizer, sequence: SequenceCache, logits: Tensor, config: SamplingConfig, prompt: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        sequence: SequenceCache,
+        logits: Tensor,
+        config: SamplingConfig,
+        prompt: Sequence[int],
+        grammars: Grammars,
     ) -> None:
         """Draws the first token from ``logits`` [V]. ``prompt``: ids of what it answers; without any it goes on from what the
         sequence holds."""
         self.sequence, self.config, self.timing = sequence, config, sequence.timing
         self._tokenizer = tokenizer
         self._ends = () if config.ignore_eos else tokenizer.eos_token_ids
-        self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device)
         before = prompt or sequence.token_ids
         asked = isinstance(prompt, ChatIds) if prompt else sequence.asked and sequence.logits is not None
         begins = asked or not (before and tokenizer.token_bytes(before[-1]))
         self._text = TextStream(tokenizer, after=() if prompt else sequence.token_ids[-CHARACTER_BYTES:], begins=begins)
+        grammar = grammars.of(config, logits.device, begins=begins)
+        self._sampler = Sampler(config, sequence.token_ids, logits.shape[-1], logits.device, grammar)
         self._stop = StopStrings(config.stops)
         self._ready = ""  # text that is complete and not given out yet
         self._room = sequence.setup.room(sequence.length)

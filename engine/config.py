@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from skvq.engine.errors import OptionError, require_known
 from skvq.engine.filters import AttentionSinks, FilterRule, check_rule
@@ -188,6 +190,9 @@ class SamplingConfig:
     top_k 0 and top_p 1 and min_p 0 keep everything; min_p is relative to the likeliest token.
     seed: what is drawn at a position follows from it, the position and the logits; None draws a new seed for each answer.
     stop: texts that end the generation and are not returned.
+    json_schema: the answer is JSON of this schema, an object or its text (https://json-schema.org; ``{}`` is any JSON).
+    regex: a regular expression that the whole answer matches, without references back and conditions on what is around. An
+        answer with a form may reach max_new_tokens before its end. Both need ``skvq[grammar]`` (``engine.grammar``).
     prompt_lookup: tokens guessed at a time from what followed before, 0 to 15, and checked in one step (``engine.lookup``):
         faster where an answer quotes its text. The answer is the same but for near ties of the logits.
     logprobs: None, or how many of the likeliest tokens, 0 to 20, are told beside each that is drawn, with their log
@@ -204,6 +209,8 @@ class SamplingConfig:
     seed: int | None = 0
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
     prompt_lookup: int = 0
     logprobs: int | None = None
 
@@ -224,6 +231,7 @@ class SamplingConfig:
                 "a 64-bit whole number, or None",
             ),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
+            "regex": (self.regex is None or isinstance(self.regex, str), "a text, or None"),
             "prompt_lookup": (is_whole(self.prompt_lookup) and 0 <= self.prompt_lookup <= 15, "a whole number from 0 to 15"),
             "logprobs": (
                 self.logprobs is None or (is_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LIKELY),
@@ -235,11 +243,28 @@ class SamplingConfig:
             if not good:
                 raise OptionError(f"{name} must be {valid}, got {getattr(self, name)!r}")
         object.__setattr__(self, "stop", self.stops)
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        if self.json_schema is not None and self.regex is not None:
+            raise OptionError("json_schema goes without regex: give one form of the answer")
+        if self.ignore_eos and (self.json_schema is not None or self.regex is not None):
+            raise OptionError("ignore_eos goes without json_schema and regex, which say where an answer ends")
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings, however they were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _schema_text(value: object) -> str:
+    """A JSON schema as text. Raises OptionError unless it is an object."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        if isinstance(found, Mapping):
+            return json.dumps(dict(found), allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise OptionError(f"json_schema must be a JSON object such as {{'type': 'object'}}, or its text, got {str(value)[:80]!r}")
 
 
 def _width(value: object, name: str) -> float:

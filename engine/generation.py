@@ -26,7 +26,7 @@ def begun(
 ) -> Answer:
     """An answer whose first token is drawn from ``logits`` [V]: while the engine still computes what they follow."""
     with computing(engine):
-        return Answer(engine.parts.tokenizer, sequence, logits, config, prompt)
+        return Answer(engine.parts.tokenizer, sequence, logits, config, prompt, engine.grammars)
 
 
 def step(engine: TokenEngine, answers: Sequence[Answer]) -> float:

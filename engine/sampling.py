@@ -1,4 +1,4 @@
-"""Drawing the next token from logits: repetition penalty, temperature, top-k, top-p, min-p, in that order."""
+"""Drawing the next token from logits: repetition penalty, grammar, temperature, top-k, top-p, min-p, in that order."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import broken_model
+from skvq.engine.grammar import Grammar
 
 FEW_TOKENS = (256, 4096)
 
@@ -30,8 +31,15 @@ class Sampler:
     """One sequence's draws. What is drawn at a position follows from the seed and the position: a batch draws what its singles
     would, and an answer in two parts what it would in one."""
 
-    def __init__(self, config: SamplingConfig, prompt_ids: list[int], vocab_size: int, device: torch.device) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: SamplingConfig,
+        prompt_ids: list[int],
+        vocab_size: int,
+        device: torch.device,
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.config, self._grammar = config, grammar
         self._seed = secrets.randbits(64) if config.seed is None else config.seed % 2**64
         self._penalizes = config.repeat_penalty != 1
         self._seen = torch.zeros(vocab_size if self._penalizes else 0, dtype=torch.bool, device=device)
@@ -51,6 +59,8 @@ class Sampler:
             for token in after:
                 seen[token : token + 1] = True  # a slice is filled; for one place a GPU would be waited for
             logits = torch.where(seen, penalized, logits)
+        if self._grammar is not None:
+            logits = torch.where(self._grammar.allowed(after), logits, -torch.inf)
         likeliest, token_of = logits.max(-1)
         if config.temperature > 0:  # the largest is subtracted first, so that no temperature makes an infinity of it
             weights, tokens = candidates((logits - likeliest) / max(config.temperature, 1e-30), config)
@@ -62,12 +72,14 @@ class Sampler:
         return choice if config.logprobs is None else torch.cat((choice, told_of(given, token_of, config.logprobs)))
 
     def take(self, largest: float, number: float) -> int:
-        """The token that ``choose`` has chosen. Raises ModelError if the logits are not numbers."""
+        """The token that ``choose`` has chosen. Raises ModelError if the logits are not numbers; also as ``Grammar.take``."""
         if not math.isfinite(largest):
             raise broken_model(f"the largest of the model's logits is {largest}")
         token = int(number)
         if self._penalizes:
             self._seen[token : token + 1] = True
+        if self._grammar is not None:
+            self._grammar.take(token)
         return token
 
 

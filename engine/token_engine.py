@@ -17,6 +17,7 @@ from skvq.engine.checkpoint import Checkpoint, FileCheckpoint
 from skvq.engine.config import SamplingConfig
 from skvq.engine.decode import decode_step_of
 from skvq.engine.errors import OptionError
+from skvq.engine.grammar import Grammars
 from skvq.engine.guard import computes
 from skvq.engine.interrupts import uninterrupted
 from skvq.engine.loading import EngineParts
@@ -40,6 +41,7 @@ class TokenEngine:
         self.parts, self.report = parts, report
         self.timing = Timing()
         """Of the last call that read or wrote text."""
+        self.grammars = Grammars(parts.tokenizer, parts.model.config.vocab_size)
         self.step = decode_step_of(parts.model, parts.rope, parts.setup, graph=parts.options.cuda_graph)
         self.prefix_cache = prefix_cache
         self.prefixes: Prefixes = PagePrefixes(parts.setup) if prefix_cache else Prefixes()
@@ -117,11 +119,13 @@ class TokenEngine:
     def sampling_of(self, config: SamplingConfig | None) -> SamplingConfig:
         """The options that a user gave, or the default ones. Raises OptionError if they do not go with this engine."""
         require_type("sampling", config, SamplingConfig, None)
-        if config is not None and config.prompt_lookup and self.parts.setup.needs_mass:
+        config = config if config is not None else SamplingConfig()
+        if config.prompt_lookup and self.parts.setup.needs_mass:
             raise OptionError(
                 "prompt_lookup cannot be combined with a filter rule that needs attention mass: guesses would add to it"
             )
-        return config if config is not None else SamplingConfig()
+        self.grammars.require(config)
+        return config
 
     # --- sequences ---------------------------------------------------------------------------------------------------------
 

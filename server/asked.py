@@ -8,6 +8,7 @@ an answer and cannot be done here is refused; other names are left alone, which 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,10 +52,8 @@ WITHOUT_EFFECT: Mapping[str, Any] = {
     "logit_bias": {},
     "min_tokens": 0,
     "presence_penalty": 0,
-    "response_format": {"type": "text"},
     "skip_special_tokens": True,
     "stop_token_ids": [],
-    "structured_outputs": {},
     "suffix": "",
     "tool_choice": "none",
     "tools": [],
@@ -63,7 +62,8 @@ WITHOUT_EFFECT: Mapping[str, Any] = {
 }
 """Names that this server can do nothing about, and the value of each that asks for nothing."""
 MOST_STOPS = 16
-KNOWN = {"echo", "logprobs", "messages", "model", "n", "prompt", "stream", "stream_options", "top_logprobs"}
+FORMS = {"response_format", "structured_outputs"}
+KNOWN = {"echo", "logprobs", "messages", "model", "n", "prompt", "stream", "stream_options", "top_logprobs", *FORMS}
 HARMLESS = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 """Names that change no answer of text."""
 
@@ -155,7 +155,8 @@ def _told(fields: Mapping[str, Any], *, is_chat: bool) -> int | None:
 
 
 def _sampling(fields: Mapping[str, Any], defaults: SamplingConfig, told: int | None) -> SamplingConfig:
-    given = {ours: fields[theirs] for theirs, ours in SETTINGS.items() if theirs in fields} | {"logprobs": told}
+    given = _form(fields) | {ours: fields[theirs] for theirs, ours in SETTINGS.items() if theirs in fields}
+    given["logprobs"] = told
     if given.get("top_k") == -1:  # all, as vLLM says it
         given["top_k"] = 0
     if given.get("top_p") == 0:  # the likeliest alone
@@ -166,6 +167,38 @@ def _sampling(fields: Mapping[str, Any], defaults: SamplingConfig, told: int | N
         name, _, rest = str(error).partition(" ")
         theirs = next((theirs for theirs, ours in SETTINGS.items() if ours == name and theirs in fields), name)
         raise OptionError(f"{theirs} {rest}") from None
+
+
+def _form(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The form of the answer: OpenAI's ``response_format``, or vLLM's ``structured_outputs`` with ``json``, ``regex`` or
+    ``choice``. Raises OptionError for another."""
+    match {name: fields[name] for name in FORMS if fields.get(name)}:
+        case nothing if not nothing:
+            return {}
+        case {"response_format": _, "structured_outputs": _}:
+            raise OptionError("response_format and structured_outputs are two forms of an answer: give one")
+        case {"response_format": {"type": "text"}}:
+            return {"json_schema": None, "regex": None}
+        case {"response_format": {"type": "json_object"}}:
+            form: dict[str, Any] = {"json_schema": {"type": "object"}}
+        case {"response_format": {"type": "json_schema", "json_schema": {"schema": dict(schema)}}}:
+            form = {"json_schema": schema}
+        case {"structured_outputs": {"json": (dict() | str()) as schema, **more}} if not more:
+            form = {"json_schema": schema}
+        case {"structured_outputs": {"regex": str(regex), **more}} if not more:
+            form = {"regex": regex}
+        case {"structured_outputs": {"choice": [*choices], **more}} if not more and _are_texts(choices):
+            form = {"regex": "|".join(map(re.escape, choices))}
+        case asked:
+            raise OptionError(
+                "response_format has type text, json_object or json_schema (with json_schema.schema, an object), "
+                f"structured_outputs one of json, regex and choice; got {str(asked)[:100]}"
+            )
+    return {"json_schema": None, "regex": None, "ignore_eos": False} | form
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, str) for value in values)
 
 
 def _nth(sampling: SamplingConfig, at: int) -> SamplingConfig:

@@ -46,6 +46,8 @@ class Service:
         """Have each prompt answered once with each of ``sampling``, all or none. Raises SkvqError for one that is wrong or does
         not fit."""
         texts = [self.engine.encode(prompt) for prompt in prompts]  # of long ones it takes a while: steps go on
+        for config in sampling:
+            self.engine.sampling_of(config)  # and so does a large schema
         with self._changed:
             batch, requests = self._running(), list[Request]()
             try:

@@ -20,6 +20,7 @@ from skvq.engine.decode import EagerStep, GraphStep, decode_step_of, hidden_stat
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
 from skvq.engine.generation import begun, step
+from skvq.engine.grammar import Grammar
 from skvq.engine.lookup import Lookup
 from skvq.engine.methods import CacheMethod
 from skvq.engine.planner import Plan
@@ -240,9 +241,21 @@ def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
     assert (x + torch.tensor(2.0)).device == CARD  # a number of the host is none
 
 
+class Odd:
+    """Allows odd tokens of eight."""
+
+    def compute_bitmask(self) -> bytes:
+        return bytes([0b10101010])
+
+    def consume_token(self, sampled_token: int) -> bool:
+        return sampled_token % 2 == 1
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.1, "top_k": 4, "top_p": 0.9, "min_p": 0.1}], ids=str)
-def test_drawing_a_token_waits_once(gpu: Card, options: dict[str, Any]) -> None:
-    sampler = Sampler(SamplingConfig(repeat_penalty=1.1, **options), [1, 2], 8, CARD)
+@pytest.mark.parametrize("form", [False, True])
+def test_drawing_a_token_waits_once(gpu: Card, options: dict[str, Any], form: bool) -> None:
+    grammar = Grammar(Odd(), 8, CARD) if form else None
+    sampler = Sampler(SamplingConfig(repeat_penalty=1.1, **options), [1, 2], 8, CARD, grammar)
     gpu.waits.clear()
     assert sampler.take(*sampler.choose(9 * torch.arange(8.0, device="cuda"), 2).tolist()) == 7
     assert gpu.waits == {"tolist": 1}

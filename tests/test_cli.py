@@ -446,6 +446,10 @@ BAD_OPTIONS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "nothing to draw from": (("-p", "x", "--top-p", 0), ("--top-p must be",)),
     "a seed too large": (("-p", "x", "--seed", 2**64), ("--seed must be", "or random, got")),
     "a stop of nothing": (("-p", "x", "--stop", ""), ("stop",)),
+    "an expression that is none": (("-p", "x", "--regex", "(a"), ("--regex '(a' cannot be used: unclosed group",)),
+    "a schema that is none": (("-p", "x", "--json-schema", '{"type": "x"}'), ("--json-schema", "Invalid type: x")),
+    "a schema that is no object": (("-p", "x", "--json-schema", "schema.json"), ("cannot read schema.json",)),
+    "two forms": (("-p", "x", "--json-schema", "{}", "--regex", "a"), ("give one",)),
     "an unknown RoPE scaling": (("-p", "x", "--rope-scaling", "yarm:4"), ("yarm:4",)),
     "a RoPE factor that is no number": (("-p", "x", "--rope-scaling", "yarn:four"), ("four",)),
     "an unknown device": (("-p", "x", "--device", "tpu"), ("tpu",)),
@@ -750,7 +754,7 @@ VALUES = st.sampled_from(
 OPTIONS = [
     "--ctx", "--method", "--key-bits", "--group-size", "--window", "--sinks", "--filter", "-n", "--temperature", "--top-p",
     "--top-k", "--min-p", "--repeat-penalty", "--seed", "--stop", "--dtype", "--device", "--backend", "--rope-scaling",
-    "--prefill", "--calibration",
+    "--prefill", "--calibration", "--regex", "--json-schema",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import skvq
 PACKAGES = ("engine", "kernels", "loaders", "calibrate", "server", "commands")
 OUTSIDE = {
     "kernels": {"torch", "numpy", "numba", "triton", "llvmlite"},
-    "engine": {"torch", "numpy", "tqdm", "safetensors", "matplotlib"},
+    "engine": {"torch", "numpy", "tqdm", "safetensors", "matplotlib", "llguidance"},
     "calibrate": {"torch", "numpy", "sklearn", "threadpoolctl"},
     "loaders": {
         "torch",
@@ -187,6 +187,7 @@ HEAVY = (
     "huggingface_hub",
     "matplotlib",
     "xllamacpp",
+    "llguidance",
     "sentencepiece",
     "jinja2",
 )

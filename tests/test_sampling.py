@@ -15,6 +15,7 @@ from torch import Tensor
 from skvq.engine.answer import Answer
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.errors import ModelError, OptionError, SkvqError
+from skvq.engine.grammar import Grammars
 from skvq.engine.sampling import Sampler, StopStrings, candidates, uniform_at
 from skvq.loaders.text import ByteTokenizer, TextStream
 
@@ -113,13 +114,13 @@ def test_log_probabilities_are_told_of_the_tokens_of_the_text(
     tmp_path: Path, tokens: list[int], stop: str, text: str, told: list[int]
 ) -> None:
     engine = tiny_engine(tiny_folder(tmp_path, num_layers=1), tiny_cache(method="fp"))
-    config = SamplingConfig(max_new_tokens=len(tokens), stop=stop, logprobs=0)
+    config, spelt = SamplingConfig(max_new_tokens=len(tokens), stop=stop, logprobs=0), Spelt(320)
     with engine.prefill([1]) as sequence:
 
         def logits(token: int) -> Tensor:
             return torch.zeros(320).index_fill_(0, torch.tensor([token]), 9.0)
 
-        answer = Answer(Spelt(320), sequence, logits(tokens[0]), config, [1])
+        answer = Answer(spelt, sequence, logits(tokens[0]), config, [1], Grammars(spelt, 320))
         seen = answer.piece()
         for token in tokens[1:]:
             answer.take([answer.choose([logits(token)], [])[0].tolist()], [])

@@ -310,11 +310,53 @@ def test_a_prompt_is_scored_as_lm_eval_asks(engine: Engine, client: Client, besi
         (COMPLETIONS, {"prompt": [7] * 9000, "max_tokens": int("9" * 4300)}, "below 2^62"),
         (COMPLETIONS, {"prompt": [[7] * 690] * 100, "echo": True, "logprobs": 20, "max_tokens": 0}, "score fewer prompts"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools is not supported"),
+        (COMPLETIONS, {"prompt": TEXT, "response_format": {"type": "xml"}}, "text, json_object or json_schema"),
+        (COMPLETIONS, {"prompt": TEXT, "response_format": "json"}, "text, json_object or json_schema"),
+        (COMPLETIONS, {"prompt": TEXT, "response_format": {"type": "json_schema"}}, "with json_schema.schema"),
+        (COMPLETIONS, {"prompt": TEXT, "structured_outputs": {"choice": []}}, "one of json, regex and choice"),
+        (COMPLETIONS, {"prompt": TEXT, "structured_outputs": {"json": {}, "regex": "a"}}, "one of json, regex and choice"),
+        (COMPLETIONS, {"prompt": TEXT, "structured_outputs": {"regex": "("}}, "regex '(' cannot be used: unclosed group"),
+        (COMPLETIONS, {"prompt": TEXT, "structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos goes without"),
+        (
+            COMPLETIONS,
+            {"prompt": TEXT, "structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
+            "two forms of an answer",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused_in_one_line(client: Client, path: str, body: object, words: str) -> None:
     assert words in client.error(path, body)
     assert client.ask(COMPLETIONS, {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "form"),
+    [
+        ({"response_format": {"type": "text"}}, {}),
+        ({"response_format": {"type": "json_object"}}, {"json_schema": {"type": "object"}}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [2]}, "strict": True}}},
+            {"json_schema": {"enum": [2]}},
+        ),
+        ({"structured_outputs": {"json": '{"enum": [1]}'}}, {"json_schema": {"enum": [1]}}),
+        ({"structured_outputs": {"regex": "[ab]{3}"}}, {"regex": "[ab]{3}"}),
+        ({"structured_outputs": {"choice": ["a b.", "(c)", "d|e"]}}, {"regex": r"a\ b\.|\(c\)|d\|e"}),
+    ],
+    ids=str,
+)
+def test_an_answer_has_the_form_that_a_client_asks_for(
+    engine: Engine, client: Client, asked: dict[str, Any], form: dict[str, Any]
+) -> None:
+    """Whatever form the server's own defaults have; and it ends, though they ignore its end."""
+    body = {"prompt": TEXT, "max_tokens": 60, "temperature": 2.0, "seed": 5, **asked}
+    choice = client.ask(COMPLETIONS, body)[1]["choices"][0]
+    ignores = {} if form else {"ignore_eos": True}
+    sampling = SamplingConfig(max_new_tokens=60, temperature=2.0, seed=5, **form, **ignores)
+    assert choice["text"] == engine.generate(TEXT, sampling)
+    assert choice["finish_reason"] == ("stop" if engine.timing.finish == "end" else "length")
+    for defaults in (SamplingConfig(regex="x"), SamplingConfig(json_schema={})):
+        (found,) = asked_for(json.dumps(body).encode(), defaults, is_chat=False).sampling
+        assert (found.json_schema, found.regex) == (sampling.json_schema, sampling.regex)
 
 
 def test_what_asks_for_nothing_is_no_error(client: Client) -> None:
@@ -326,6 +368,8 @@ def test_what_asks_for_nothing_is_no_error(client: Client) -> None:
         "best_of": 1,
         "top_k": -1,
         "logit_bias": {},
+        "response_format": {},
+        "structured_outputs": {},
         "top_logprobs": 0,
         "tool_choice": "auto",
     }
