@@ -16,6 +16,7 @@ from skvq.engine.grammar import Grammars
 from skvq.engine.lookup import Lookup
 from skvq.engine.prompt import ChatIds
 from skvq.engine.sampling import Sampler, StopStrings, TokenLogprob, as_logprob
+from skvq.engine.sizes import GUESSED_ROWS
 from skvq.loaders.text import CHARACTER_BYTES, TextStream, Tokenizer
 
 
@@ -202,8 +203,8 @@ def guesses_of(answers: Sequence[Answer]) -> list[list[int]]:
     """Tokens to be decoded behind each answer's own, as many for each, or none: half of the texts must repeat themselves, for
     all pay, and all must have room.
     """
-    count = min(answer.config.prompt_lookup for answer in answers)
-    if not count or not all(answer.has_room(1 + count) for answer in answers):
+    count = min(GUESSED_ROWS // len(answers) - 1, *(answer.config.prompt_lookup for answer in answers))
+    if count <= 0 or not all(answer.has_room(1 + count) for answer in answers):
         return [[] for _ in answers]
     found = [answer.guess(count) for answer in answers]
     if sum(map(bool, found)) < len(found) / 2:

@@ -23,7 +23,6 @@ from skvq.engine.measure import wait_for
 from skvq.engine.options import is_whole, names_options, require_type
 from skvq.engine.pieces import Pieces
 from skvq.engine.places import Places
-from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.prompt import Prompt
 from skvq.engine.request import Request
 from skvq.engine.timing import Timing
@@ -234,19 +233,13 @@ class Batch:
         if not all(request.is_long for request in self._reading):
             return None
         for request in self._waiting:
+            with self._engine.lock:
+                request.look_up(self._engine.prefixes)
             suspended = request.given is not None and request.given.suspended
-            if suspended or (self._reading and self._stays_long(request)):
+            if suspended or (self._reading and request.is_long):
                 continue
             return request if alone or self._going.has_room(request) else None
         return None
-
-    def _stays_long(self, request: Request) -> bool:
-        """Whether it is long but for what is known of it."""
-        prefixes, is_whole = self._engine.prefixes, request.given is None and len(request.ids) > CHUNK_TOKENS
-        if is_whole and request.looked_up != prefixes.changes:
-            with self._engine.lock:
-                request.to_read, request.looked_up = len(request.ids) - prefixes.known(request.ids), prefixes.changes
-        return request.is_long
 
     def _begin(self, request: Request) -> None:
         """Give a prompt its sequence, to be read into."""

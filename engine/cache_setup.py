@@ -77,10 +77,11 @@ class CacheSetup:
             self.require(held, count, answer)
 
     def require(self, held: int, count: int, answer: int = 0) -> None:
-        """Raise CapacityError unless ``count`` more tokens fit the context as it is; ``answer`` tokens are to follow them."""
+        """Raise CapacityError unless ``count`` more tokens fit the context as it is; ``answer`` tokens are to follow them,
+        the last of which need not be cached."""
         if held + count > self.max_context:
             tokens = f"{held:,} cached and {count:,} more" if held else f"{count:,}"
             raise CapacityError(
                 f"{tokens} tokens do not fit a context of {self.max_context:,}: shorten the text, or load with a "
-                f"max_context (--ctx) of at least {held + count + answer:,}{self.on_full.advice}"
+                f"max_context (--ctx) of at least {held + count + max(0, answer - 1):,}{self.on_full.advice}"
             )

@@ -16,6 +16,8 @@ from skvq.kernels.layout import stored_bits
 METHODS = ("rotate", "reorder", "plain", "fp")
 BITS = (1.5, 2.0, 3.0, 4.0, 8.0)
 GROUP_SIZES = (32, 64, 128)
+MOST_GUESSES = 15
+"""Of tokens that prompt lookup guesses at a time."""
 MOST_LIKELY = 20
 """Of the likeliest tokens that are told with one that is drawn."""
 PREFILLS = ("exact", "streaming")
@@ -232,7 +234,10 @@ class SamplingConfig:
             ),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
             "regex": (self.regex is None or isinstance(self.regex, str), "a text, or None"),
-            "prompt_lookup": (is_whole(self.prompt_lookup) and 0 <= self.prompt_lookup <= 15, "a whole number from 0 to 15"),
+            "prompt_lookup": (
+                is_whole(self.prompt_lookup) and 0 <= self.prompt_lookup <= MOST_GUESSES,
+                f"a whole number from 0 to {MOST_GUESSES}",
+            ),
             "logprobs": (
                 self.logprobs is None or (is_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LIKELY),
                 f"a whole number from 0 to {MOST_LIKELY}, or None",

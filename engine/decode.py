@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate
 from operator import is_
 from typing import Protocol, TypeVar
 
@@ -21,6 +22,7 @@ from skvq.engine.cache_setup import CacheSetup
 from skvq.engine.methods import CacheMethod
 from skvq.engine.model import Model
 from skvq.engine.rope import ModelRope, at_positions
+from skvq.engine.sizes import held_rows
 from skvq.engine.steps import DecodeBatch
 from skvq.kernels.graphs import Captured, Graphs, NotCaptured
 from skvq.kernels.notices import notice
@@ -90,7 +92,8 @@ class HeldGraph:
 MOST_FAILURES = 3
 """Captures in a row that fail before there are no more."""
 MOST_GRAPHS = 16
-"""Graphs kept: on a GPU one per batch shape, each with memory of its own for logits and what a layer computes."""
+"""Graphs kept, if their logits are few (``sizes.held_rows``): on a GPU one per batch shape, each with memory of its own for
+these and what a layer computes."""
 
 
 class GraphStep:
@@ -104,6 +107,7 @@ class GraphStep:
         self.model, self.rope, self.graphs = model, rope, graphs
         self._batch = cache(partial(DecodeBatch, setup))  # one for each shape
         self._held: list[HeldGraph] = []  # the one used last is the last
+        self._held_rows = held_rows(setup.arena.shape.sequences)
         self._failed: dict[tuple[int, int], int] = {}  # captures one after another, by sequences and tokens of each
 
     def run(self, sequences: Sequence[SequenceCache], token_ids: Sequence[int]) -> Tensor:
@@ -156,7 +160,9 @@ class GraphStep:
         """
         known = [held for held in self._held if held.serves(batch, bound, self.graphs.setting)]
         others = [held for held in self._held if held not in known]
-        self._held = others[1 - MOST_GRAPHS :] + known
+        rows = accumulate(len(held.captured.result) for held in reversed(others))
+        kept = min(MOST_GRAPHS - 1, sum(count <= self._held_rows for count in rows))
+        self._held = others[len(others) - kept :] + known
         return known[0].captured if known else None
 
 

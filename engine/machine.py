@@ -36,7 +36,7 @@ def pick_device(name: str | torch.device) -> torch.device:
         raise OptionError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device {name!r} does not exist; GPUs on this machine: {torch.cuda.device_count()}")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # which of them is never open
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")  # which is never open
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -55,12 +55,14 @@ class Places:
         """Whether it can be answered to its end beside the others, which have yet to take their pages; in a fork of ``read``,
         if there is a sequence that holds its prompt.
 
-        Pages that others hold too are kept, but for a last one that is partly filled; by an answer that outgrows the context
-        none: it drops them, which frees none, and takes as many of its own.
+        Pages that another sequence holds are not needed again, except a last one that is partly filled. An answer that outgrows
+        the context needs all of its own: it drops shared pages, which frees none.
         """
         given = read or request.given
         in_place = read is None and given is not None and not request.fork
-        needed = self._pages(request) - (given.packed // PAGE_TOKENS if given and not self._outgrows(request) else 0)
+        needed = self._pages(request)
+        if not self._outgrows(request):
+            needed -= given.packed // PAGE_TOKENS if given else sum(map(self._setup.arena.is_shared, request.known))
         return self._fits(needed, in_place=in_place)
 
     def has_room_for(self, count: int) -> bool:

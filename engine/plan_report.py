@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from skvq.engine.calibration import with_chosen_bits
+from skvq.engine.calibration import needs_none, with_chosen_bits
 from skvq.engine.cards import CARDS, OF_BLOCKS, Machine, card_of
 from skvq.engine.chunks import require_chunkable
 from skvq.engine.config import CacheConfig
@@ -141,6 +141,8 @@ def plan_report(
     if card.name != "cpu":
         config = config.with_heads_of(gpu_head_size(config.head_size))
     weights = _weights_of(model, config)
+    if calibration is not None and not cache.is_packed:
+        raise needs_none(calibration)
     if calibration is not None:
         known = {} if isinstance(weights, DummySource) else {"fingerprint": weights.fingerprint}
         cache = with_chosen_bits(cache, calibration, config, **known)

@@ -13,7 +13,17 @@ from skvq.engine.mass import mass_bytes
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.options import is_whole
 from skvq.engine.prefill_form import CHUNK_TOKENS, KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm, cheapest_form, staged_bytes
-from skvq.engine.sizes import arena_shape, bits_per_element, calibration_bytes, computed_numbers, fullest_choices, gib
+from skvq.engine.sizes import (
+    arena_shape,
+    bits_per_element,
+    calibration_bytes,
+    computed_numbers,
+    fullest_choices,
+    gib,
+    held_rows,
+    step_rows,
+    with_longest_tile,
+)
 from skvq.kernels.layout import PAGE_TOKENS
 
 LOGIT_BYTES = 10
@@ -174,7 +184,7 @@ class Planner:
         if self.sequences > 1 and (most := replace(self, sequences=1).largest_context()):
             return f"one sequence alone, of up to {most:,} tokens, would fit"
         alone = self.room.weight_bytes + self.room.cuda_bytes > self.room.memory
-        window = self._arena(self.cache, 1).nbytes
+        window = self._arena(with_longest_tile(self.cache, self.model), 1).nbytes
         without = replace(self, cache=replace(self.cache, window=min(self.cache.window, 128)))
         if not alone and without.largest_context():
             return f"a window of {self.cache.window:,} tokens takes {gib(window)} of it: use a smaller one (--window)"
@@ -219,5 +229,5 @@ class Planner:
         if self.cache.needs_mass:
             window += mass_bytes(model.num_heads, model.num_kv_heads, min(context, self.cache.window), model.head_size)
         computed = chunk * computed_numbers(model) * max(self.dtype.itemsize, 4) + self.room.expanded_bytes
-        logits = model.vocab_size * max(6 * 4, LOGIT_BYTES * self.sequences)
+        logits = model.vocab_size * (LOGIT_BYTES * step_rows(self.sequences) + 4 * held_rows(self.sequences))
         return computed + packing + logits + window

@@ -32,9 +32,9 @@ class Prefixes:
         """Give an empty sequence the longest known beginning of ``ids``; how many tokens that is."""
         return 0
 
-    def known(self, ids: Sequence[int]) -> int:
-        """How many tokens ``reuse`` would give."""
-        return 0
+    def known(self, ids: Sequence[int]) -> list[int]:
+        """The pages that ``reuse`` would give."""
+        return []
 
     def keep(self, sequence: SequenceCache) -> None:
         """Remember the whole packed pages of a sequence beyond its life."""
@@ -92,8 +92,8 @@ class PagePrefixes(Prefixes):
         self._restore(sequence, found[-1][1].retained, count)
         return count
 
-    def known(self, ids: Sequence[int]) -> int:
-        return len(self._found(ids)) * PAGE_TOKENS
+    def known(self, ids: Sequence[int]) -> list[int]:
+        return [entry.page for _, entry in self._found(ids)]
 
     def _found(self, ids: Sequence[int]) -> list[tuple[bytes, _Entry]]:
         found: list[tuple[bytes, _Entry]] = []

@@ -8,8 +8,10 @@ from skvq.engine.answer import Answer
 from skvq.engine.cache import Mark, SequenceCache
 from skvq.engine.config import SamplingConfig
 from skvq.engine.prefill_form import CHUNK_TOKENS
+from skvq.engine.prefix import Prefixes
 from skvq.engine.sampling import TokenLogprob
 from skvq.engine.timing import Timing
+from skvq.kernels.layout import PAGE_TOKENS
 
 
 class Request:
@@ -29,7 +31,8 @@ class Request:
         self.twins: Sequence[Request] = ()  # to the same prompt, this one among them, until it is over
         self.answer: Answer | None = None  # from when the prompt has been read
         self.cancelled = False
-        self.to_read, self.looked_up = len(ids), -1  # but for a prefix that was known at that change of what is
+        self.known: list[int] = []  # pages of its beginning
+        self._looked_up = -1  # with so many changes of what is known
 
     def __repr__(self) -> str:
         return f"<Request: {len(self.ids):,} tokens, {self.finish or ('being answered' if self.answer else 'waiting')}>"
@@ -46,10 +49,15 @@ class Request:
         """See the class."""
         return self.answer.logprobs if self.answer else []
 
+    def look_up(self, prefixes: Prefixes) -> None:
+        """Which pages of its beginning are known: to be asked while the engine's lock is held."""
+        if self.given is None and len(self.ids) > PAGE_TOKENS and self._looked_up != prefixes.changes:
+            self.known, self._looked_up = prefixes.known(self.ids), prefixes.changes
+
     @property
     def is_long(self) -> bool:
-        """Whether it is read in more than one piece a layer."""
-        return self.to_read > CHUNK_TOKENS
+        """Whether what is not known of it is read in more than one piece a layer."""
+        return len(self.ids) - len(self.known) * PAGE_TOKENS > CHUNK_TOKENS
 
     @property
     def held(self) -> int:

@@ -109,6 +109,7 @@ def evaluate(
     ids = parts.model.ids(token_ids)
     stretches = [s for s in torch.split(ids, min(stride, tokens)) if len(s) > 1]
     longest = max(map(len, stretches))
+    parts.setup.require(0, longest)
     for cache in caches:
         regions = widest_regions(cache.fitted(parts.model.config), parts.model.config)
         if cache.is_packed and not exact_window and not regions.packed(longest - 1):

@@ -82,6 +82,8 @@ def saved_options(header: Mapping[str, Any]) -> dict[str, Any]:
     filters = str(header["filters"])
     if sinks := re.match(r"AttentionSinks\(n=(\d+)\)", filters):
         told["sinks"] = int(sinks[1])
+    elif type(header.get("sinks")) is int:  # of 16 bits, where no rule is asked
+        told["sinks"] = header["sinks"]
     if (rules := rule_texts(filters)) is not None:
         told["filters"] = tuple(rules[bool(sinks) :])
     return told
@@ -109,8 +111,8 @@ def require_fits(length: int, max_context: int) -> None:
 def header_of(sequence: SequenceCache) -> dict[str, Any]:
     """Whose the tensors are and how long the sequence is."""
     lengths = {"length": sequence.length, "packed": sequence.packed, "dropped": sequence.dropped, "pending": sequence.pending}
-    flags = {"filled": sequence.filled, "asked": sequence.asked}
     setup = sequence.setup
+    flags = {"filled": sequence.filled, "asked": sequence.asked, "sinks": setup.regions.sinks}
     loaded = {"bits_budget": setup.bits_budget, "rope_scaling": setup.rope_scaling, "max_context": setup.max_context}
     return {"schema": SCHEMA, **setup.identity.as_dict(), **loaded, **lengths, **flags}
 
@@ -227,7 +229,12 @@ def slot_entries(sequence: SequenceCache) -> list[Entry]:
 
 
 def expect_slots(sequence: SequenceCache, file: Container) -> dict[str, Tensor]:
-    """The file's full-precision slots by name, of the types and shapes this arena has."""
+    """The file's full-precision slots by name, of the types and shapes this arena has: with as many for attention sinks."""
+    ours = sequence.setup.regions.sinks
+    if (theirs := file.header.get("sinks", ours)) != ours:
+        raise SessionError(
+            f"{file.path} was made with {theirs} attention sinks (--sinks), this run has {ours}: use the same, or another file"
+        )
     slots = sequence.setup.arena.slot(sequence.slot)
     return {name: file.expect(name, tensor.dtype, tensor.shape) for name, tensor in slots.items()}
 

@@ -10,7 +10,7 @@ import torch
 from skvq.engine.allocate import as_layer_bits, fullest
 from skvq.engine.arena_shape import ArenaShape, packed_page, plain_page
 from skvq.engine.codecs import layouts_of, tensor_shapes
-from skvq.engine.config import BITS, CacheConfig
+from skvq.engine.config import BITS, MOST_GUESSES, CacheConfig
 from skvq.engine.filters import AttentionSinks
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.regions import Regions
@@ -77,6 +77,22 @@ def regions_of(cache: CacheConfig, model: ModelConfig) -> Regions:
 def widest_regions(cache: CacheConfig, model: ModelConfig) -> Regions:
     """Those of the longest tile, where bits are not chosen yet."""
     return regions_of(with_longest_tile(cache, model), model)
+
+
+GUESSED_ROWS = 64
+"""Tokens of one step at most where some are guessed (``engine.lookup``): with more answers each has fewer guesses."""
+HELD_ROWS = 128
+
+
+def step_rows(sequences: int) -> int:
+    """Tokens of one step at most: one of each sequence, and those that are guessed."""
+    return max(sequences, min(GUESSED_ROWS, (1 + MOST_GUESSES) * sequences))
+
+
+def held_rows(sequences: int) -> int:
+    """Rows of logits at most that graphs hold for their next use, beside those of the step that is done: 15 graphs of one
+    sequence, fewer of many."""
+    return max(min(15 * sequences, HELD_ROWS), step_rows(sequences))
 
 
 def cache_dtype(compute: torch.dtype) -> torch.dtype:

@@ -51,7 +51,7 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
 @pytest.fixture
 def pieces_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of more than 64 tokens are long, and a step of a batch that does nothing else reads one piece."""
-    for module in ("batch", "prefill", "prefill_form", "request"):
+    for module in ("prefill", "prefill_form", "request"):
         monkeypatch.setattr(f"skvq.engine.{module}.CHUNK_TOKENS", 64)
     monkeypatch.setattr("skvq.engine.batch.ALONE", 0.0)
 
@@ -310,7 +310,7 @@ def test_one_that_fails_does_not_stop_the_others(engine: Engine) -> None:
 
 def test_what_cannot_be_answered_is_refused_at_once(engine: Engine, folder: Path) -> None:
     with engine.batch() as batch:
-        with pytest.raises(CapacityError, match=r"750 tokens do not fit .* at least 756"):
+        with pytest.raises(CapacityError, match=r"750 tokens do not fit .* at least 755"):
             batch.add([5] * 750, SAMPLING)
         for arguments, reason in (
             ({"fork": True}, "fork needs a sequence"),

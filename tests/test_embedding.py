@@ -370,7 +370,7 @@ WRONG: dict[str, Callable[[Engine], object]] = {
     "sequence must come from prefill": lambda e: e.summary("a"),  # type: ignore[arg-type]
     "not int": lambda e: e.generate(["a", 3]),  # type: ignore[list-item]
     "must be whole numbers, got '1.5'": lambda e: e.read(e.new_sequence(), [1.5]),  # type: ignore[list-item]
-    "of at least 756": lambda e: e.generate([5] * 750, SAMPLING),
+    "of at least 755": lambda e: e.generate([5] * 750, SAMPLING),
     "got the text 'abc'": lambda e: e.read(e.new_sequence(), "abc"),  # type: ignore[arg-type]
     "unknown option 'sinks'": lambda e: AttentionSinks(sinks=3),  # type: ignore[call-arg]
     "sampling must be SamplingConfig": lambda e: e.generate("a", {"max_new_tokens": 3}),  # type: ignore[call-overload]

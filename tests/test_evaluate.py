@@ -164,7 +164,8 @@ def test_a_text_too_short_to_score_is_refused(engine: Engine, text: str) -> None
         engine.evaluate(text, [tiny_cache()], tokens=5, stride=5)
 
 
-def test_a_text_longer_than_the_context_is_refused(engine: Engine) -> None:
+def test_a_text_longer_than_the_context_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "dense_hidden", lambda *_: pytest.fail("the text was read"))
     with pytest.raises(CapacityError, match="context of 600"):
         engine.evaluate(TEXT * 2, [tiny_cache()], tokens=700, stride=700)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import arena_of, random_ids, tiny_cache, tiny_engine, tiny_folder
 from torch import Tensor
 
-from skvq.engine.answer import Answer
+from skvq.engine.answer import Answer, guesses_of
 from skvq.engine.cache import SequenceCache
 from skvq.engine.config import CacheConfig, SamplingConfig
 from skvq.engine.decode import EagerStep
@@ -139,6 +139,22 @@ def test_answers_decoded_together_guess_together(engine: Engine, monkeypatch: py
     foretold(monkeypatch, kept, 0.2)
     assert engine.generate(prompts, replace(config, prompt_lookup=3)) == wanted
     assert engine.timing.guessed_tokens > 200
+
+
+@pytest.mark.parametrize(("count", "guessed"), [(1, 15), (4, 15), (8, 7), (20, 2), (33, 0), (70, 0)])
+def test_many_answers_have_few_guesses_each(count: int, guessed: int) -> None:
+    """A step has at most 64 tokens where some are guessed: their logits are planned for."""
+
+    class Guessing:
+        config = SamplingConfig(prompt_lookup=15)
+
+        def has_room(self, count: int) -> bool:
+            return True
+
+        def guess(self, count: int, *, free: bool = False) -> list[int]:
+            return [7] * count
+
+    assert guesses_of([Guessing() for _ in range(count)]) == [[7] * guessed for _ in range(count)]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("row", [0, 1])

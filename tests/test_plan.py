@@ -149,6 +149,17 @@ def test_logits_of_all_sequences_are_planned_for() -> None:
     assert many - one >= 50 * 4 * 32000
 
 
+@pytest.mark.parametrize("sequences", [1, 3, 8, 40, 200])
+def test_logits_of_guesses_are_planned_for(sequences: int) -> None:
+    """A step has at most so many rows of logits, and graphs hold so many for later."""
+    options: dict[str, Any] = {"memory": 2**40, "weight_bytes": 0, "dtype": torch.float32, "sequences": sequences}
+    few, many = (
+        planner_of(mistral(vocab_size=v), CacheConfig(), **options).plan(4096).parts["workspace"] for v in (1000, 2000)
+    )
+    rows = max(sequences, min(64, 16 * sequences))
+    assert many - few >= 1000 * 4 * (rows + max(rows, min(15 * sequences, 128)))
+
+
 @pytest.mark.parametrize(
     "model, key_bits, value_bits, gigabytes",
     [
@@ -217,6 +228,9 @@ def test_without_host_memory_the_same_is_refused_with_the_numbers() -> None:
     assert "not even the weights" in planner_of(llama(), cache, **many | {"memory": 2**30}).advice()
     wide = planner_of(llama(), replace(cache, window=1_000_000), **options).advice()
     assert "a window of 1,000,000 tokens takes 488" in wide and "--window" in wide
+    budget = CacheConfig(bits_budget=2.25)
+    short = planner_of(llama(), budget, **options | {"memory": options["weight_bytes"] + 2**30 + 2**20, "cuda_bytes": 2**30})
+    assert "not even a short context fits" in short.advice()
     assert planner_of(llama(), cache, **options).largest_context() < 2**20
     assert planner_of(llama(), cache, **options | CARD).largest_context() > 2**20
 
@@ -258,6 +272,25 @@ def test_a_context_that_cannot_fit_is_refused_before_weights_are_read(tmp_path: 
     tiny_engine(folder, tiny_cache(), max_context=most)
     with pytest.raises(CapacityError):
         tiny_engine(folder, tiny_cache(), max_context=most + PAGE_TOKENS)
+
+
+def test_a_processor_by_its_number_is_planned_for_as_one(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    one, other = (
+        plan_report(
+            str(folder), tiny_cache(), context=500, device=device, sequences=1, memory=None, dtype=None, prefill="exact"
+        )
+        for device in ("cpu", "cpu:0")
+    )
+    assert one.plan.parts == other.plan.parts
+
+
+def test_a_plan_of_16_bits_takes_no_calibration(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="needs no calibration"):
+        plan_report(
+            str(tiny_folder(tmp_path)), CacheConfig(method="fp", bits_budget=2.25), context=500, device="cpu", sequences=1,
+            memory=None, dtype=None, prefill="exact", calibration=tmp_path / "none",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [0, -5, 2**31, True, "many", 1.5])

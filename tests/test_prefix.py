@@ -225,6 +225,21 @@ def test_a_read_that_is_broken_off_or_refused_leaves_the_sequence_empty(folder: 
     assert engine.timing.reused_tokens >= 1280 and sequence.token_ids == book
 
 
+def test_prompts_about_one_text_are_answered_together(folder: Path) -> None:
+    """Whole pages that another holds are not needed again, whether it was forked or found by its tokens."""
+    engine = tiny_engine(folder, tiny_cache(method="plain"), max_context=10_000, prefix_cache=True, backend="numba")
+    book, sampling = random_ids(9400), SamplingConfig(max_new_tokens=8, ignore_eos=True)
+    engine.prefill(book).free()
+    most = 0
+    with engine.batch(interleaved=False) as batch:
+        requests = [batch.add([*book, *[n + 1] * 20], sampling) for n in range(3)]
+        while len(batch):
+            batch.step()
+            most = max(most, len(batch.answering))
+    assert most == 3 and batch.timing.reused_tokens == 3 * 7 * 1280
+    assert [request.finish for request in requests] == ["length"] * 3
+
+
 def test_without_a_window_one_token_is_left_to_read(folder: Path) -> None:
     engine = tiny_engine(folder, tiny_cache(window=0), max_context=4000, prefix_cache=True)
     engine.prefill(random_ids(2560)).free()

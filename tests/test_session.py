@@ -368,8 +368,9 @@ def test_run_keeps_a_session_from_one_call_to_the_next(folder: Path, tmp_path: P
 @pytest.mark.parametrize(
     "options",
     [
-        ("--key-bits", 3, "--value-bits", 1.5), ("--method", "reorder"), ("--method", "fp"), ("--sinks", 8), ("--sinks", 0),
-        ("--bits-budget", 3), ("--filter", "key-outliers(threshold=5.0)", "--filter", "token-ids(ids=[101, 32])", "--sinks", 2),
+        ("--key-bits", 3, "--value-bits", 1.5), ("--method", "reorder"), ("--method", "fp", "--sinks", 3), ("--sinks", 8),
+        ("--sinks", 0), ("--bits-budget", 3),
+        ("--filter", "key-outliers(threshold=5.0)", "--filter", "token-ids(ids=[101, 32])", "--sinks", 2),
         ("--ctx", 9000, "--rope-scaling", "dynamic:4"), ("--rope-scaling", "yarn:4"),
     ],
     ids=str,
@@ -381,6 +382,15 @@ def test_a_session_remembers_its_options(folder: Path, tmp_path: Path, options: 
     second = run(folder, "-n", 12, "--json", "--session", session)
     texts = [json.loads(r.stdout.splitlines()[-1])["text"] for r in (whole, first, second)]
     assert texts[1] + texts[2] == texts[0]
+
+
+def test_16_bits_with_other_sinks_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Nothing is asked of their rule, but a full context keeps them: there are slots for them."""
+    made, other = (tiny_engine(folder, tiny_cache(method="fp", filters=(AttentionSinks(n),)), max_context=300) for n in (3, 4))
+    made.prefill([1, 2, 3]).save(tmp_path / "s")
+    with pytest.raises(SessionError, match=r"made with 3 attention sinks \(--sinks\), this run has 4"):
+        other.restore(tmp_path / "s")
+    assert made.restore(tmp_path / "s").length == 3
 
 
 def test_run_refuses_a_session_of_other_options_before_a_model_is_loaded(

@@ -71,6 +71,21 @@ def test_played_steps_are_eager_steps(folder: Path, cache: CacheConfig) -> None:
     assert graphs.count < 8  # when the longer has packed a tile, or shares its method with the other no more
 
 
+def test_of_many_sequences_few_tapes_are_held(folder: Path) -> None:
+    """Each has logits of its own: of 16 sequences 8 tapes are held beside the one that is played."""
+    engine = tiny_engine(folder, CACHES["plain"], max_context=3000, max_sequences=16, total_tokens=48_000, backend="numba")
+    assert isinstance(engine.step, GraphStep)
+    sequences = [engine.new_sequence() for _ in range(16)]
+    tile = engine.parts.setup.regions.tile
+    for _ in range(12):
+        for sequence in sequences:
+            engine.fill(sequence, tile)
+        engine.decode_step(sequences, [1] * 16)
+    assert len(engine.step._held) == 9 and len(engine.step._held[0].captured.result) == 16
+    engine.decode_step(sequences, [1] * 16)
+    assert len(engine.step._held) == 9
+
+
 def test_a_model_that_norms_queries_and_keys(tmp_path: Path) -> None:
     """Played steps are eager ones, and those are the specification's but for rounding."""
     shape = {"family": "qwen3", "num_layers": 2}
