@@ -3,7 +3,7 @@
     python benchmarks/beyond_training.py --text FILE [--model smollm2-135m] [--tokens 24576] [--factor 4]
 
 Perplexity of each stretch of 2,048 tokens, all read as one text, every position seeing what decode would: with a 16-bit cache
-and RoPE as it is, dynamic, YaRN and in chunks (``engine.chunks``), and the last with a 2-bit cache. Last line: JSON, also
+and RoPE as it is, dynamic, YaRN and in chunks (``engine.dual_chunks``), and the last with a 2-bit cache. Last line: JSON, also
 written to --output, and a plot beside it.
 """
 

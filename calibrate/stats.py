@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from skvq.calibrate.threads import one_thread
+from skvq.engine.layer_caches import DenseLayer
 from skvq.engine.rope import StepRope
-from skvq.engine.steps import DenseLayer
 
 SINKS = 5
 """First tokens of a text that take no part in means and moments: the cache keeps them in full precision."""

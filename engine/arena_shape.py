@@ -66,7 +66,7 @@ class ArenaShape:
     full_slots: int
     dtype: torch.dtype  # of full-precision slots, 16 bits
     layer_pages: tuple[Page, ...]  # tensors of one page, for each layer
-    chunks: int = 1  # that a sequence may lie in (``engine.chunks``)
+    chunks: int = 1  # that a sequence may lie in (``engine.dual_chunks``)
 
     def __post_init__(self) -> None:
         assert len(self.layer_pages) == self.layers, (len(self.layer_pages), self.layers)

@@ -12,9 +12,9 @@ from skvq.calibrate.outliers import OutlierTokens
 from skvq.calibrate.run import calibrate, rehearse, texts_of
 from skvq.calibrate.sensitivity import PROBE_STEP, PROBE_TOKENS
 from skvq.calibrate.stats import SAMPLE_TEXTS
-from skvq.engine.chunks import TrueDistances
 from skvq.engine.codecs import tensor_shapes
 from skvq.engine.config import CacheConfig
+from skvq.engine.dual_chunks import TrueDistances
 from skvq.engine.errors import CapacityError
 from skvq.engine.loaded import LoadedModel
 from skvq.engine.machine import available_memory

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.cache_setup import CacheSetup
+from skvq.engine.layer_caches import DecodeBatch
 from skvq.engine.methods import CacheMethod
 from skvq.engine.model import Model
 from skvq.engine.rope import ModelRope, at_positions
 from skvq.engine.sizes import held_rows
-from skvq.engine.steps import DecodeBatch
 from skvq.kernels.graphs import Captured, Graphs, NotCaptured
 from skvq.kernels.notices import notice
 

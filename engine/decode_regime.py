@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
-from skvq.engine.chunks import Distances, TrueDistances
+from skvq.engine.dual_chunks import Distances, TrueDistances
 from skvq.engine.mass import add_mass
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.rope import StepRope

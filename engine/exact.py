@@ -18,6 +18,7 @@ from skvq.engine.absorb import absorb_piece
 from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.exact_state import ExactState
+from skvq.engine.layer_caches import ExactLayer
 from skvq.engine.model import Model
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.pieces import Pieces
@@ -26,7 +27,6 @@ from skvq.engine.prefill_form import KEPT_ROPE_TOKENS, PIECE_TOKENS, PrefillForm
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import all_or_nothing
 from skvq.engine.rope import ModelRope, StepRope, at_positions
-from skvq.engine.steps import ExactLayer
 from skvq.kernels.dense import kv_buffer
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skvq.engine.chunks import TrueDistances
 from skvq.engine.config import CacheConfig, LayerWidths, pairs_of
+from skvq.engine.dual_chunks import TrueDistances
 from skvq.engine.errors import SessionError
 from skvq.engine.filters import FilterRule
 from skvq.engine.rope import ModelRope

@@ -14,10 +14,10 @@ from torch import Tensor
 from skvq.engine.arena import Arena
 from skvq.engine.cache_setup import CacheSetup, OnFull
 from skvq.engine.calibration import cached_or_made, load_for, settled
-from skvq.engine.chunked import ChunkedMethod
-from skvq.engine.chunks import Chunks, require_chunkable
 from skvq.engine.codecs import head_codecs, label_codecs, layouts_of
 from skvq.engine.config import CacheConfig
+from skvq.engine.dual_chunk_method import ChunkedMethod
+from skvq.engine.dual_chunks import Chunks, require_chunkable
 from skvq.engine.identity import identity_of
 from skvq.engine.load_options import LoadOptions
 from skvq.engine.loaded import LoadedModel

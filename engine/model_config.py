@@ -55,7 +55,7 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkConfig:
-    """Dual chunk attention (``engine.chunks``) for contexts above ``reach`` tokens, the largest distance that it leaves.
+    """Dual chunk attention (``engine.dual_chunks``) for contexts above ``reach`` tokens, the largest distance that it leaves.
 
     length: tokens of a chunk, whole pages. gain_from: tokens from which on queries grow with their position, 0 for none.
     """

@@ -11,8 +11,8 @@ import torch
 
 from skvq.engine.calibration import needs_none, with_chosen_bits
 from skvq.engine.cards import CARDS, OF_BLOCKS, Machine, card_of
-from skvq.engine.chunks import require_chunkable
 from skvq.engine.config import CacheConfig
+from skvq.engine.dual_chunks import require_chunkable
 from skvq.engine.errors import ModelError, OptionError
 from skvq.engine.machine import cuda_bytes
 from skvq.engine.model_config import ModelConfig

@@ -14,6 +14,7 @@ from skvq.engine.cache import SequenceCache
 from skvq.engine.checkpoint import Checkpoint
 from skvq.engine.decode import hidden_states
 from skvq.engine.errors import counted
+from skvq.engine.layer_caches import DecodeBatch, StreamingLayer
 from skvq.engine.model import Model
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.pieces import Pieces
@@ -21,7 +22,6 @@ from skvq.engine.prefill_form import CHUNK_TOKENS
 from skvq.engine.report import Reporter
 from skvq.engine.rollback import RING_MARKS, all_or_nothing
 from skvq.engine.rope import ModelRope, at_positions
-from skvq.engine.steps import DecodeBatch, StreamingLayer
 from skvq.engine.streams import sent
 
 Work = npt.NDArray[np.float64]

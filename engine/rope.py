@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skvq.engine.chunks import Chunks, Distances, TrueDistances
+from skvq.engine.dual_chunks import Chunks, Distances, TrueDistances
 from skvq.engine.errors import ModelError
 from skvq.engine.model_config import ChunkConfig, ModelConfig
 from skvq.engine.rope_frequencies import frequencies_of

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from skvq.engine.cache import SequenceCache
 from skvq.engine.calibration import needs_none
-from skvq.engine.chunks import TrueDistances
 from skvq.engine.comparison import compare, evaluation_row
 from skvq.engine.config import CacheConfig
 from skvq.engine.decode_regime import DecodeRegimeLayer, StrictWindowLayer
+from skvq.engine.dual_chunks import TrueDistances
 from skvq.engine.errors import CapacityError, OptionError, counted
 from skvq.engine.likelihoods import Likelihoods, likelihoods_of, nll_of
 from skvq.engine.loading import EngineParts, planner_beside, with_cache

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from skvq.engine.decode_regime import DecodeRegimeLayer
+from skvq.engine.layer_caches import DenseLayer
 from skvq.engine.model import Model
 from skvq.engine.pieces import Pieces
 from skvq.engine.prefill import chunks
 from skvq.engine.rope import ModelRope, StepRope, at_positions
-from skvq.engine.steps import DenseLayer
 from skvq.kernels.dense import kv_buffer
 
 Steps = list[tuple[int, int, StepRope]]

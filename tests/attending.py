@@ -19,8 +19,8 @@ from skvq.engine.absorb import absorb
 from skvq.engine.cache import SequenceCache
 from skvq.engine.decode_regime import DecodeRegimeLayer
 from skvq.engine.generate import Engine
+from skvq.engine.layer_caches import DecodeBatch, ExactLayer, StreamingLayer
 from skvq.engine.rope import at_positions
-from skvq.engine.steps import DecodeBatch, ExactLayer, StreamingLayer
 
 WINDOW, SINKS = 16, 3
 SAME = 64 * torch.finfo(torch.float32).eps  # sums of numbers of order one, in another order

@@ -8,8 +8,8 @@ import torch
 from tiny import nll_of
 from torch import Tensor
 
-from skvq.engine.chunked import ChunkedMethod
-from skvq.engine.chunks import Chunks
+from skvq.engine.dual_chunk_method import ChunkedMethod
+from skvq.engine.dual_chunks import Chunks
 from skvq.engine.generate import Engine
 from skvq.engine.rope import StepRope, at_positions
 from skvq.kernels.interface import HeadCodec, LabelCodec

@@ -18,7 +18,7 @@ from skvq.cli import main
 from skvq.engine.cache import SequenceCache
 from skvq.engine.errors import OptionError
 from skvq.engine.generate import Engine
-from skvq.engine.steps import DecodeBatch
+from skvq.engine.layer_caches import DecodeBatch
 from skvq.engine.trials.needle import ask, needles, packed_share, reference_of, score, summary
 from skvq.engine.trials.plots import _lost, heat_map
 

@@ -17,8 +17,8 @@ from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError
 from skvq.engine.filters import AttentionSinks, HeavyHitters, KeyOutliers, TokenIds
 from skvq.engine.generate import Engine
+from skvq.engine.layer_caches import DecodeBatch
 from skvq.engine.report import Quiet
-from skvq.engine.steps import DecodeBatch
 from skvq.kernels import reference
 
 RULES = (AttentionSinks(3), TokenIds(frozenset({5, 6}), 12))

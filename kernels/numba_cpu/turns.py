@@ -17,7 +17,7 @@ TERMS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeanTables:
+class TurnTables:
     """Tables of one codec and tile length. Each kv head lists F fast pairs of channels, then S slow ones (``SLOW_ANGLE``).
 
     frequencies float64 [D/2]; pairs int32 [KH, 2 + D/2]: F, S, then the pairs, fast first; cos and sin float32 [D/2, tile],
@@ -29,13 +29,13 @@ class MeanTables:
     fields: tuple[int, ...]  # job.TABLE_FIELDS
 
 
-def _tables(rope: RopeFrequencies, arrays: dict[str, np.ndarray[Any, Any]]) -> MeanTables:
+def _tables(rope: RopeFrequencies, arrays: dict[str, np.ndarray[Any, Any]]) -> TurnTables:
     names = ("frequencies", "pairs", "cos", "sin", "rows", "series")
     (scale,) = struct.unpack("q", struct.pack("d", rope.scale))
-    return MeanTables(arrays=arrays, fields=(scale, *(arrays[name].ctypes.data for name in names)))
+    return TurnTables(arrays=arrays, fields=(scale, *(arrays[name].ctypes.data for name in names)))
 
 
-def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTables:
+def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> TurnTables:
     """Tables for the pairs of ``key_mean`` [KH, D] that are not zero."""
     frequencies = rope.inv_freq.double().numpy()
     u = (np.arange(tile) - (tile - 1) / 2) / ((tile - 1) / 2)
@@ -65,7 +65,7 @@ def mean_tables(rope: RopeFrequencies, key_mean: Tensor, tile: int) -> MeanTable
     return _tables(rope, arrays | {"cos": cos.astype(np.float32), "sin": sin.astype(np.float32)})
 
 
-def all_turns(rope: RopeFrequencies, size: int, tile: int) -> MeanTables:
+def all_turns(rope: RopeFrequencies, size: int, tile: int) -> TurnTables:
     """Tables that list every pair in order, all as fast: ``labels.py`` turns each key pair by pair."""
     found = mean_tables(rope, torch.ones(1, size, dtype=torch.float32), tile)
     return _tables(rope, found.arrays | {"pairs": np.array([size // 2, 0, *range(size // 2)], np.int32)})

@@ -15,8 +15,8 @@ from tiny import random_ids, stepped_nll, tiny_cache, tiny_engine, tiny_folder
 
 from skvq.engine.calibrating import make_artifact
 from skvq.engine.calibration import header_for
-from skvq.engine.chunked import ChunkedMethod
-from skvq.engine.chunks import Chunks, TrueDistances
+from skvq.engine.dual_chunk_method import ChunkedMethod
+from skvq.engine.dual_chunks import Chunks, TrueDistances
 from skvq.engine.errors import ModelError, OptionError, SessionError
 from skvq.engine.filters import HeavyHitters
 from skvq.engine.generate import Engine
@@ -122,7 +122,7 @@ def test_exact_prefill_and_decode(engines: dict[str, ChunkedEngines], backend: s
 def test_streaming_and_scoring(engines: dict[str, ChunkedEngines], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     engine = engines["reference"][name]
     tile = engine.parts.setup.regions.tile
-    monkeypatch.setattr("skvq.engine.steps.SEGMENT_TOKENS", 4 * tile)
+    monkeypatch.setattr("skvq.engine.layer_caches.SEGMENT_TOKENS", 4 * tile)
     parts = [1000, 500, 1, 1100, 7]
     text, sequence, start = trace(engine, sum(parts)), engine.new_sequence(), 0
     wanted = defined(engine, text, parts, sinks_of(engine))

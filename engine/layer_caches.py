@@ -1,4 +1,4 @@
-"""How one step of the model meets the cache.
+"""How a layer meets the cache in a step of the model.
 
 Each class here is a ``model.LayerCache`` and differs in what attention sees and where the new tokens go:
 

@@ -1,4 +1,4 @@
-"""A cache method under dual chunk attention (``chunks``): the pages of each chunk are a text of their own."""
+"""A cache method under dual chunk attention (``dual_chunks``): the pages of each chunk are a text of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.arena import Arena
-from skvq.engine.chunks import Chunks, chunk_steps
+from skvq.engine.dual_chunks import Chunks, chunk_steps
 from skvq.engine.methods import Attends, CacheMethod, HeadMethod, LabelMethod, PlainMethod, joined
 from skvq.kernels.interface import Ops, Step
 from skvq.kernels.layout import PAGE_TOKENS

@@ -81,7 +81,7 @@ def test_streaming_in_odd_chunks_then_decode(
     engines: Engines, monkeypatch: pytest.MonkeyPatch, name: str, segment: int
 ) -> None:
     tile = engines[name].parts.setup.regions.tile
-    monkeypatch.setattr("skvq.engine.steps.SEGMENT_TOKENS", segment // tile * tile)
+    monkeypatch.setattr("skvq.engine.layer_caches.SEGMENT_TOKENS", segment // tile * tile)
     engine, chunks = engines[name], [1, WINDOW - 1, 2, 129, 160, 1, 353, 7]
     text = trace(engine, sum(chunks) + 2)
     wanted = defined(engine, text, chunks, sinks_of(engine))
@@ -98,7 +98,7 @@ def test_streaming_in_odd_chunks_then_decode(
 def test_a_sliding_window_holds_in_every_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, span: int) -> None:
     engine = Engines(tmp_path, family="mistral", attention_spans=(span,))[name]
     tile, sinks = engine.parts.setup.regions.tile, sinks_of(engine)
-    monkeypatch.setattr("skvq.engine.steps.SEGMENT_TOKENS", tile)
+    monkeypatch.setattr("skvq.engine.layer_caches.SEGMENT_TOKENS", tile)
     text, count = trace(engine, WINDOW + 2 * tile + 21), WINDOW + 2 * tile + 2
     assert apart(scored(engine, text), defined(engine, text, [], sinks)) <= SAME
     for chunks in ([count], [31, count - 131, 100]):
