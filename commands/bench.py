@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from skvq import __version__
+from skvq.commands.conversation import ended_like_interrupted
 from skvq.commands.errors import OneLineCommand, OneLineGroup
 from skvq.commands.options import (
-    PACKING_NAMES,
     cache_config,
     cache_options,
     calibration_option,
@@ -23,7 +23,6 @@ from skvq.commands.options import (
     json_option,
     load_engine,
     machine_options,
-    pick,
     prefill_option,
     stack,
 )
@@ -53,7 +52,8 @@ def soak_command(steps: int, seed: int, backend: str, as_json: bool) -> None:
     from skvq.engine.report import StderrReporter
     from skvq.engine.trials.soak import soak
 
-    result = soak(steps, seed, find_backend(backend, pick_device("cpu")), StderrReporter())
+    with ended_like_interrupted():  # what it has saved is removed
+        result = soak(steps, seed, find_backend(backend, pick_device("cpu")), StderrReporter())
     operations = ", ".join(f"{count:,} {name}" for name, count in result["operations"].items())
     click.echo(f"{steps:,} steps of seed {seed}, nothing lost: {operations}; {result['seconds']:.1f} s", err=as_json)
     if as_json:
@@ -81,16 +81,24 @@ def _with_model(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "model": model or shape, "dummy_weights": options["dummy_weights"] or shape is not None}
 
 
-def _show_bench(measured: Bench, options: Mapping[str, Any], cache: CacheConfig) -> None:
+def _show_bench(measured: Bench, options: Mapping[str, Any], cache: CacheConfig, config: ModelConfig) -> None:
     as_json, shown = options["as_json"], []
     click.echo(measured.ceiling(), err=as_json)
     for row in measured.rows:
         click.echo(row.line(), err=as_json)
         shown.append(row)
     if as_json:
-        told = pick(options, ("model", "dummy_weights"))
-        packing = {name: getattr(cache, name) for name in PACKING_NAMES} if cache.is_packed else {"method": cache.method}
-        click.echo(json.dumps({**told, **packing, "version": __version__, **measured.as_dict(shown)}))
+        told = {name: options[name] for name in ("model", "dummy_weights", "rope_scaling", "prefill") if name in options}
+        click.echo(json.dumps({**told, **_told(cache, config), "version": __version__, **measured.as_dict(shown)}))
+
+
+def _told(cache: CacheConfig, config: ModelConfig) -> dict[str, Any]:
+    """What was measured, for programs; bits are means over layers and heads."""
+    told: dict[str, Any] = {"layers": config.num_layers, "method": cache.method, "window": cache.window}
+    if cache.is_packed:
+        told |= dict(zip(("key_bits", "value_bits"), cache.mean_bits(config), strict=True))
+        told |= {"bits_budget": cache.bits_budget, "group_size": cache.group_size}
+    return told
 
 
 def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
@@ -129,12 +137,12 @@ def decode_command(**options: Any) -> None:
             config = scaled(config, options["rope_scaling"])
         setup, config = _bare(config, options, max(contexts))
         cache = cache_config(options).fitted(config)
-        _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options, cache)
+        _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options, cache, config)
         return
     if options["layers"] is not None:
         raise OptionError("--layers needs --attention-only: a model's number of layers is fixed")
     engine = load_engine(options, cache_config(options), context=max(contexts) + SPARE, calibration=options["calibration"])
-    _show_bench(bench_decode(engine, contexts), options, engine.parts.cache)
+    _show_bench(bench_decode(engine, contexts), options, engine.parts.cache, engine.parts.model.config)
 
 
 @bench.command("prefill", cls=OneLineCommand)
@@ -152,7 +160,7 @@ def prefill_command(**options: Any) -> None:
         calibration=options["calibration"],
         prefill=options["prefill"],
     )
-    _show_bench(bench_prefill(engine, contexts), options, engine.parts.cache)
+    _show_bench(bench_prefill(engine, contexts), options, engine.parts.cache, engine.parts.model.config)
 
 
 @bench.command("planted", cls=OneLineCommand, short_help="Plant keys in a random cache and look for them.")
@@ -169,22 +177,22 @@ def planted_command(**options: Any) -> None:
     """Plant keys at chosen depths of a random cache and check that attention finds them."""
     from skvq.engine.machine import find_backend, pick_device
     from skvq.engine.report import StderrReporter
-    from skvq.engine.trials.planted import planted, require_found, rows
+    from skvq.engine.trials.planted import planted, require_found, require_places, rows
     from skvq.loaders.hub import config_of
 
-    device = pick_device(options["device"])
+    device, contexts, depths = pick_device(options["device"]), options["ctx"], options["depths"]
     shape = config_of(options["shape"], download=not options["no_download"])
+    for context in contexts:
+        require_places(depths, context)
+    setup, config = _bare(replace(shape, chunks=None), options, max(contexts))  # keys are met as they are planted
     found = []
-    for context in options["ctx"]:
-        setup, config = _bare(replace(shape, chunks=None), options, context)  # keys are met as they are planted
-        some = planted(setup, config.num_heads, context, options["depths"], seed=options["seed"], report=StderrReporter())
+    for context in contexts:
+        some = planted(setup, config.num_heads, context, depths, seed=options["seed"], report=StderrReporter())
         for one in some:
             click.echo(one.line(), err=options["as_json"])
         found += some
     if options["as_json"]:
-        click.echo(
-            json.dumps(
-                {"device": str(device), "backend": find_backend(options["backend"], device).name, "results": rows(found)}
-            )
-        )
+        cache, backend = cache_config(options).fitted(config), find_backend(options["backend"], device)
+        where = {"shape": options["shape"], "seed": options["seed"], "device": str(device), "backend": backend.name}
+        click.echo(json.dumps({**where, **_told(cache, config), "results": rows(found)}))
     require_found(found)

@@ -6,8 +6,10 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -49,9 +51,34 @@ class OneLineCommand(click.Command):
             raise type(error)(told.replace("or None,", "or random,") if told.startswith("--seed") else told) from error
 
 
+class Stderr(io.TextIOWrapper):
+    """Standard error. Where it cannot be written any more, what it is told is lost, but nothing else."""
+
+    def write(self, text: str) -> int:
+        with _unheard():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _unheard():
+            super().flush()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    try:
+        yield
+    except OSError:  # what is buffered, and all that follows, goes nowhere
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def run_command(call: Callable[[], Any]) -> int:
     """Run a command and return its exit code; errors a user can fix become one line on stderr."""
     settle_threads()
+    is_process = sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper)
+    if is_process:
+        sys.stderr = Stderr(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale may lack characters that a model writes
     try:
@@ -66,6 +93,8 @@ def run_command(call: Callable[[], Any]) -> int:
         click.echo(f"skvq: error: {error}", err=True)
         return 2
     except (KeyboardInterrupt, click.Abort):
+        if is_process:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again, while threads and files are closed
         click.echo("skvq: interrupted", err=True)
         return 130
     except Exception as error:

@@ -25,7 +25,7 @@ from skvq.commands.text import corpus_text
 from skvq.commands.types import TokenCount
 from skvq.engine.config import CacheConfig
 from skvq.engine.errors import OptionError
-from skvq.engine.trials.plots import depth_plot, require_plot
+from skvq.engine.trials.plots import depth_plot, require_plot, shown_name
 
 
 @click.command("eval", cls=OneLineCommand, short_help="Measure a cache against the 16-bit one.")
@@ -35,7 +35,7 @@ from skvq.engine.trials.plots import depth_plot, require_plot
 @click.option("--stride", type=TokenCount(2), help="Score segments of this many tokens, each independently.")
 @click.option("--methods", help="Several caches in one pass: rotate,reorder,plain,fp; with key and value bits: rotate:2:1.5.")
 @click.option("--by-position", is_flag=True, help="Also report the error by depth.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the error by depth (needs skvq[plot]).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the error by depth, as PNG, PDF or SVG (needs skvq[plot]).")
 @click.option("--exact-window", is_flag=True, help="Keep exactly --window tokens, as papers simulate, not whole tiles.")
 @calibration_option
 @engine_options
@@ -49,6 +49,9 @@ def evaluate(**options: Any) -> None:
         raise OptionError("--method and --methods cannot be combined: give one or the other")
     cache = cache_config(options)
     caches = [cache] if options["methods"] is None else [_variant(cache, part) for part in options["methods"].split(",")]
+    own = options["methods"] is not None and all(":" in part for part in options["methods"].split(",") if part.strip() != "fp")
+    if own and (is_given("key_bits") or is_given("value_bits")):
+        raise OptionError("--methods gives bits for each of its methods: leave --key-bits and --value-bits out")
     text = corpus_text(options["text"])
     if not text.strip():
         raise OptionError(f"{options['text']} holds no text to score")
@@ -77,9 +80,12 @@ def evaluate(**options: Any) -> None:
                 click.echo(line, err=options["as_json"])
     if options["as_json"]:
         shown = [{k: v for k, v in r.items() if options["by_position"] or k != "by_position"} for r in rows]
-        click.echo(json.dumps(shown[0] if options["methods"] is None else {"results": shown}))
+        told = {"model": options["model"], "text": options["text"] or BUILT_IN, "stride": stride}
+        told |= {name: options[name] for name in ("exact_window", "rope_scaling")}
+        click.echo(json.dumps({**told, **(shown[0] if options["methods"] is None else {"results": shown})}))
     if options["plot"] is not None:
-        depth_plot(rows, [row["name"] for row in rows], f"{options['model']}, {rows[0]['tokens']:,} tokens", options["plot"])
+        title = f"{shown_name(options['model'])}, {rows[0]['tokens']:,} tokens"
+        depth_plot(rows, [row["name"] for row in rows], title, options["plot"])
         click.echo(f"skvq: wrote {options['plot']}", err=True)
 
 

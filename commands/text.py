@@ -63,12 +63,12 @@ def corpus_text(file: str | None) -> str:
 def file_text(file: str) -> str:
     """The text of a file, without a byte order mark; - is standard input. OptionError if it cannot be read or is not UTF-8."""
     if file == "-" and sys.stdin is None:
-        raise OptionError("-f -: standard input is closed")
+        raise OptionError("the text is to come from standard input, which is closed")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
-        raise OptionError(f"cannot read {file}: {error.strerror}") from None
+        raise OptionError(f"cannot read {file or repr(file)}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         name = "standard input" if file == "-" else file
         raise OptionError(f"{name} is not UTF-8 text (byte {error.start:,}): convert it first") from None

@@ -62,10 +62,8 @@ def calibrate_to(
             raise OptionError(f"{what} must be a whole number from {least} to {most:,}, got {number!r}")
     require_replaceable(path)
     ids = first_tokens(loaded.tokenizer, corpus, tokens, bos=False)
-    if len(ids) < min(tokens, LEAST_TOKENS):
-        raise OptionError(
-            f"the corpus, {corpus_name}, has {counted(len(ids), 'token')}: give a text of at least {LEAST_TOKENS}"
-        )
+    if len(ids) < (least := min(tokens, LEAST_TOKENS)):
+        raise OptionError(f"the corpus, {corpus_name}, has {counted(len(ids), 'token')}: give a text of at least {least}")
     if len(ids) < tokens:
         report.message(
             f"the corpus has {len(ids):,} of the {counted(tokens, 'token')} asked for: the cache will be less accurate"

@@ -70,8 +70,7 @@ def compare(model: Model, reference: Tensor, other: Tensor, ids: Tensor) -> Comp
 def evaluation_row(cache: CacheConfig, model: ModelConfig, found: Sequence[Comparison]) -> dict[str, Any]:
     """One cache's figures over several stretches of text; key_bits and value_bits are means over layers and heads."""
     whole = Comparison.joined(found)
-    pairs = [(16.0, 16.0)] if not cache.is_packed else [pair for heads in cache.bits_of_heads(model) for pair in heads]
-    key_bits, value_bits = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    key_bits, value_bits = cache.mean_bits(model)
     return {
         "name": cache.name,
         "method": cache.method,

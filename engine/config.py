@@ -149,6 +149,12 @@ class CacheConfig:
         """The same cache with these bits in every layer."""
         return replace(self, key_bits=key_bits, value_bits=value_bits, bits_budget=None, layer_bits=())
 
+    def mean_bits(self, model: ModelConfig) -> Widths:
+        """Key bits and value bits, means over layers and heads."""
+        pairs = [pair for heads in self.bits_of_heads(model) for pair in heads] if self.is_packed else [(16.0, 16.0)]
+        key_bits, value_bits = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        return key_bits, value_bits
+
     def fitted(self, model: ModelConfig) -> CacheConfig:
         """This config for a model's head size: a group never spans more than a head.
 
@@ -178,7 +184,7 @@ class CacheConfig:
         if fitted.is_open and fitted.code_bits < stored_bits(min(BITS)) - 1e-9:
             raise OptionError(
                 f"bits_budget {self.bits_budget:.9g} is below {least:.9g}, the minimum for 1.5-bit codes with groups of "
-                f"{group}: give a larger budget or larger groups"
+                f"{group}: give a larger budget{' or larger groups' if group < model.head_size else ''}"
             )
         return fitted
 

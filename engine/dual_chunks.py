@@ -132,7 +132,7 @@ def require_chunkable(cut: ChunkConfig | None, cache: CacheConfig, *, shift: boo
     if cut and others:
         raise OptionError(
             f"{' and '.join(others)} cannot be used with dual chunk attention, which contexts above {cut.reach:,} tokens have "
-            "here: leave that out, or choose a shorter context (--ctx)"
+            "here: leave that out, or choose a shorter context (--ctx; of what is scored --stride)"
         )
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from skvq.engine.errors import OptionError, nearest
+from skvq.engine.errors import OptionError, SkvqError, nearest, shortened
 from skvq.engine.options import is_number, is_whole, option_class
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def rule_from_text(text: str) -> FilterRule:
     >>> rule_from_text("heavy-hitters(budget=16)")
     HeavyHitters(threshold=8.0, budget=16)
     """
+    shown = shortened(text)
     name, bracket, rest = text.strip().partition("(")
     try:
         if bracket and not rest.endswith(")"):
@@ -199,14 +201,17 @@ def rule_from_text(text: str) -> FilterRule:
             raise ValueError("more than one pair of brackets")
         args = [ast.literal_eval(a) for a in call.args]
         options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = "values must be numbers, 'texts' or lists of such" if "malformed node" in str(error) else error
-        raise OptionError(f"filter rule {text!r} is not of the form name(key=value, ...): {why}") from None
+        raise OptionError(f"filter rule {shown!r} is not of the form name(key=value, ...): {why}") from None
     try:
         rule: Any = _find_rule(name)(*args, **options)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"filter rule {text!r}: {error}") from None
-    return check_rule(rule, f"filter rule {text!r}")
+    except SkvqError:
+        raise
+    except Exception as error:  # of another package's code
+        why = re.sub(r"^[\w.]+\(\) ", "", str(error))
+        raise OptionError(f"filter rule {shown!r} cannot be made ({type(error).__name__}: {why})") from None
+    return check_rule(rule, f"filter rule {shown!r}")
 
 
 def rule_texts(told: str) -> list[str] | None:
@@ -232,10 +237,14 @@ def check_rule(rule: object, what: str) -> FilterRule:
     """The rule, whoever wrote it, if it has what a rule must have; else OptionError."""
     if isinstance(rule, type):
         raise OptionError(f"{what} is a class: give a rule, as {rule.__name__}(...)")
-    if not isinstance(rule, FilterRule):
+    try:
+        is_rule, budget = isinstance(rule, FilterRule), getattr(rule, "budget", 0)
+    except Exception as error:  # of another package's code
+        raise OptionError(f"{what} cannot be asked for its budget ({type(error).__name__}: {error})") from None
+    if not is_rule:
         raise OptionError(f"{what} must have budget, needs_attention_mass and keep(tokens)")
-    _check_budget(rule.budget, f"budget of {what}", least=0)
-    return rule
+    _check_budget(budget, f"budget of {what}", least=0)
+    return cast(FilterRule, rule)
 
 
 def _find_rule(name: str) -> Callable[..., Any]:
@@ -255,11 +264,15 @@ def _find_rule(name: str) -> Callable[..., Any]:
         raise OptionError(f"unknown filter rule {name!r}{nearest(name, [*BUILT_IN, *plugins])}")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # of another package's code
         here = Path(f"{module.partition('.')[0]}.py").is_file()
         advice = ": for a file in this folder put PYTHONPATH=. before the command" if here else ""
-        raise OptionError(f"filter rule {name!r} cannot be imported: {error}{advice}") from None
+        raise OptionError(f"filter rule {name!r} cannot be imported: {_told(error)}{advice}") from None
     return found
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
 
 
 def _check_threshold(value: float, what: str) -> None:

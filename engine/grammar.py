@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import OptionError, SkvqError
+from skvq.engine.errors import OptionError, SkvqError, shortened
 from skvq.loaders.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -149,5 +149,4 @@ def _refused(name: str, form: str, message: str) -> OptionError:
     """``message``: llguidance's, of which the place in its own source is left out."""
     lines = [line.strip() for line in message.splitlines()]
     why = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
-    shown = form if len(form) <= 80 else form[:77] + "..."
-    return OptionError(f"{name} {shown!r} cannot be used: {re.sub(PLACE, '', why)}")
+    return OptionError(f"{name} {shortened(form)!r} cannot be used: {re.sub(PLACE, '', why)}")

@@ -13,7 +13,7 @@ from skvq.engine.calibration import needs_none, with_chosen_bits
 from skvq.engine.cards import CARDS, OF_BLOCKS, Machine, card_of
 from skvq.engine.config import CacheConfig
 from skvq.engine.dual_chunks import require_chunkable
-from skvq.engine.errors import ModelError, OptionError
+from skvq.engine.errors import ModelError, OptionError, counted
 from skvq.engine.machine import cuda_bytes
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.planner import Plan, Planner, Room
@@ -63,9 +63,12 @@ class PlanReport:
             "total_tokens": self.total_tokens,
             "method": self.cache.method,
             "bits_per_element": self.plan.bits_per_element,
-            "bits_budget": self.cache.bits_budget,
+            "group_size": self.cache.group_size,
+            "window": self.cache.window,
+            "bits_budget": self.cache.bits_budget if self.cache.is_packed else None,
             "upper_bound": self.cache.is_open,
             "device": self.card.name,
+            "dtype": str(self.card.dtype).removeprefix("torch."),
             "memory": self.plan.memory,
             "parts": self.plan.parts,
             "total": self.plan.total,
@@ -77,6 +80,7 @@ class PlanReport:
             "largest_context": self.largest,
             "predicted_prefill_seconds": self.prefill_seconds,
             "predicted_decode_ms_per_token": self.decode_ms,
+            "beyond_training": self.beyond,
             "assumed_efficiency": {
                 "weights": self.card.weight_efficiency,
                 "cache": self.card.cache_efficiency,
@@ -151,7 +155,7 @@ def plan_report(
     if memory is not None:
         card = replace(card, memory=parse_bytes(memory))
         if card.memory < 2**20:
-            raise OptionError(f"memory {memory!r} is {card.memory:,} bytes: give a unit, such as 80GiB")
+            raise OptionError(f"memory {memory!r} is {counted(card.memory, 'byte')}: give more, with its unit, such as 80GiB")
     device = "cuda" if card.name in CARDS else card.name
     form = form_of("numba" if card.name == "cpu" else "triton", torch.device(device), card.dtype)
     weight_bytes, expanded_bytes = form.held_bytes(weights), form.expanded_bytes(weights)

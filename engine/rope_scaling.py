@@ -84,6 +84,8 @@ def beyond_training(context: int, model: ModelConfig, taken: ModelConfig) -> str
         how = "in chunks it takes" if taken.chunks else "--rope-scaling takes it to"
         cost = "" if taken.chunks else ", which costs accuracy unless it was fine-tuned for that"
         so = f"{how} {stretched:,}{cost}" + ("; output beyond is unreliable" if context > stretched else "")
+    elif taken.rope.kind != model.rope.kind:
+        so = f"--rope-scaling stretches RoPE with the text ({taken.rope.kind}), which costs accuracy"
     elif can_be_cut(model):
         so += f"; --rope-scaling chunks:{-(-context // trained)} would keep distances within it"
     return f"{context:,} tokens exceed the {trained:,} that this model was trained for: {so}"

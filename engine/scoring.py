@@ -22,6 +22,7 @@ from skvq.engine.loading import EngineParts, planner_beside, with_cache
 from skvq.engine.machine import available_memory
 from skvq.engine.options import is_whole, require_type
 from skvq.engine.pieces import Pieces, finished
+from skvq.engine.regions import Regions
 from skvq.engine.report import Reporter
 from skvq.engine.sizes import gib, widest_regions
 from skvq.engine.whole_text import text_as_decoded, text_in_full
@@ -98,7 +99,9 @@ def evaluate(
     for cache in caches:
         require_type("each of caches", cache, CacheConfig)
     if exact_window and not isinstance(parts.rope.distances, TrueDistances):
-        raise OptionError("a window of exactly W tokens (--exact-window) is not simulated in chunks: choose a shorter --ctx")
+        raise OptionError(
+            "a window of exactly W tokens (--exact-window) is not simulated in chunks: score shorter stretches (--stride)"
+        )
     if calibration is not None and caches and not any(cache.is_packed for cache in caches):
         raise needs_none(calibration)
     token_ids = first_tokens(parts.tokenizer, text, tokens)
@@ -110,16 +113,11 @@ def evaluate(
     stretches = [s for s in torch.split(ids, min(stride, tokens)) if len(s) > 1]
     longest = max(map(len, stretches))
     parts.setup.require(0, longest)
-    for cache in caches:
-        regions = widest_regions(cache.fitted(parts.model.config), parts.model.config)
-        if cache.is_packed and not exact_window and not regions.packed(longest - 1):
-            raise OptionError(
-                f"in {longest:,} tokens nothing is packed before the last is read, for window and tile hold "
-                f"{regions.window + regions.tile:,}: score longer stretches (--stride, --tokens)"
-            )
     files = [calibration if cache.is_packed else None for cache in caches]
     for cache, file in zip(caches, files, strict=True):  # all are refused before any is scored
         planner_beside(parts, cache, 1, file)
+        if cache.is_packed:
+            _require_quantized(widest_regions(cache.fitted(parts.model.config), parts.model.config), longest, exact_window)
     references = [dense_hidden(parts, s) for s in stretches]
     layer_class = StrictWindowLayer if exact_window else DecodeRegimeLayer
     rows = []
@@ -132,3 +130,14 @@ def evaluate(
         rows.append(evaluation_row(other.cache, parts.model.config, found))
         del other  # its arena makes room for the next
     return rows
+
+
+def _require_quantized(regions: Regions, tokens: int, exact_window: bool) -> None:
+    """Raise OptionError unless the last of so many tokens is predicted from some that are quantized."""
+    packed = min(regions.packed(tokens), tokens - 1 - regions.window) if exact_window else regions.packed(tokens - 1)
+    if packed <= regions.sinks:
+        held = regions.window + regions.tile + regions.sinks
+        raise OptionError(
+            f"in {tokens:,} tokens nothing is quantized before the last is read, for window, tile and sinks hold {held:,}: "
+            "score longer stretches (--stride, --tokens) of a longer text"
+        )

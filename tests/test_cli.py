@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loader_fixtures import byte_level_pipeline, random_weights, tiny_config, write_checkpoint
+from processes import import_paths
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
@@ -631,7 +635,9 @@ def test_a_calibration_of_anything_else_is_one_line(model: Path, tmp_path: Path)
         (("calibrate", "-o", "never", "--seed", -1, "--method", "reorder"), "seed"),
         (("calibrate", "-o", "never", "--text", "/dev/null"), "tokens"),
         (("eval", "--text", "/dev/null", "--method", "fp"), "/dev/null holds no text"),
-        (("eval", "--tokens", 99), "nothing is packed before the last is read"),
+        (("eval", "--tokens", 99), "nothing is quantized before the last is read"),
+        (("eval", "--tokens", 99, "--exact-window", "--window", 94), "nothing is quantized before the last is read"),
+        (("eval", "--methods", "rotate:2:2,fp", "--key-bits", 3), "leave --key-bits and --value-bits out"),
         (("eval", "--methods", "rotate:2"), "such as rotate:2:1.5"),
         (("eval", "--methods", "fp:2:2"), "method fp has 16 bits"),
         (("run", "-p", "the", "--seed", "dice"), "neither a whole number nor random"),
@@ -789,9 +795,22 @@ def test_an_argument_in_a_locale_without_utf_8_is_decoded() -> None:
         argument_text(b"\xff".decode("ascii", "surrogateescape"))
 
 
+@pytest.mark.parametrize(("more", "status"), [(("--json",), 0), (("--ctx", "1G"), 2)])
+def test_without_anybody_to_tell_what_is_asked_is_done(model: Path, more: tuple[str, ...], status: int) -> None:
+    """Standard error is full, or its reader has gone: messages are lost, and nothing else."""
+    command = [sys.executable, "-m", "skvq", "run", "--model", str(model), "-p", "the", "-n", "3", "--method", "fp", *more]
+    with open("/dev/full", "w") as full, subprocess.Popen(["true"], stdin=subprocess.PIPE) as gone:
+        gone.wait()
+        for stderr in (full, gone.stdin):
+            done = subprocess.run(
+                command, env={**os.environ, "PYTHONPATH": import_paths()}, stdout=subprocess.PIPE, stderr=stderr, check=False
+            )
+            assert done.returncode == status and bool(done.stdout) == (not status)
+
+
 def test_standard_input_or_output_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    with pytest.raises(OptionError, match="standard input is closed"):
+    with pytest.raises(OptionError, match="standard input, which is closed"):
         file_text("-")
     line = output_error(OSError(errno.ENOSPC, "full"))
     assert line is not None and "No space left" in line

@@ -164,6 +164,21 @@ def test_a_text_too_short_to_score_is_refused(engine: Engine, text: str) -> None
         engine.evaluate(text, [tiny_cache()], tokens=5, stride=5)
 
 
+@pytest.mark.parametrize(("tokens", "window"), [(290, 283), (290, 286), (220, 100)])
+def test_what_leaves_nothing_quantized_is_refused(engine: Engine, tokens: int, window: int) -> None:
+    """With an exact window the last query sees packed tokens behind the sinks and outside of its window, or there are none."""
+    cache = tiny_cache(method="plain", window=window, filters=(AttentionSinks(3),))
+    told = {"tokens": tokens, "stride": tokens, "exact_window": True}
+    with pytest.raises(OptionError, match="nothing is quantized"):
+        engine.evaluate(TEXT, [cache], **told)
+
+
+def test_an_exact_window_of_all_but_one_token_has_one_that_is_quantized(engine: Engine) -> None:
+    cache = tiny_cache(method="plain", window=100, filters=(AttentionSinks(3),))
+    (row,) = engine.evaluate(TEXT, [cache], tokens=260, stride=260, exact_window=True)
+    assert row["kl"] > 0
+
+
 def test_a_text_longer_than_the_context_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "dense_hidden", lambda *_: pytest.fail("the text was read"))
     with pytest.raises(CapacityError, match="context of 600"):

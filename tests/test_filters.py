@@ -286,17 +286,39 @@ BAD = {
     ":Rule": "cannot be imported",
     ".filters:Rule": "",
     "test_filters:NoRule": "must have",
+    "test_filters:Breaks": "cannot be made (KeyError: 'x')",
+    "test_filters:Unasked": "cannot be asked for its budget (OSError: disk)",
+    "nothing_but_an_error:Rule": "cannot be imported: RuntimeError: boo",
+    "token-ids(ids=" + "-" * 3000 + "1)": "...",
     "os:getcwd": "must have",
     "test_filters:EveryTenth(budget=-1)": "budget",
     "test_filters:EveryTenth(budget='x')": "budget",
 }
 
 
+class Breaks:
+    def __init__(self) -> None:
+        raise KeyError("x")
+
+
+class Unasked:
+    needs_attention_mass = False
+
+    @property
+    def budget(self) -> int:
+        raise OSError("disk")
+
+    def keep(self, tokens: LeavingTokens) -> Tensor:
+        raise AssertionError
+
+
 @pytest.mark.parametrize("text", BAD)
-def test_a_bad_rule_is_refused_in_one_line(text: str) -> None:
+def test_a_bad_rule_is_refused_in_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nothing_but_an_error.py").write_text("raise RuntimeError('boo')")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(OptionError) as caught:
         CacheConfig(filters=(rule_from_text(text),))
-    assert BAD[text] in str(caught.value) and "\n" not in str(caught.value)
+    assert BAD[text] in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @given(

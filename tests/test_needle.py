@@ -85,6 +85,20 @@ def test_a_text_of_which_nothing_is_packed_is_refused(folder: Path) -> None:
     refused(lambda: needles(engine, None, HAY, [800, 700], [50], seed=0, seen=lambda one: None), "nothing is packed before")
 
 
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For to load one may mean to calibrate it, for minutes."""
+    monkeypatch.delattr(Engine, "load")
+    (tmp_path / "empty").write_text(" \n")
+    for options, words in (
+        (("--ctx", "255"), "use a --ctx of at least 256 and the answer"),
+        (("--ctx", "900", "--haystack", str(tmp_path / "empty")), "holds no text to hide a needle in"),
+    ):
+        found = CliRunner().invoke(main, ["needle", "--model", str(folder), "--group-size", "32", *options])
+        assert found.exit_code == 2 and words in found.stderr, found.stderr
+
+
 def test_the_least_context_that_is_told_is_enough(engine: Engine) -> None:
     for window in (16, 300):
         other = engine.with_cache(tiny_cache(window=window), max_sequences=2)

@@ -416,6 +416,12 @@ def test_what_is_said_of_a_context_beyond_training() -> None:
     assert "chunks" not in beyond_training(20000, sliding, sliding)
 
 
+def test_what_is_said_of_rope_that_stretches_with_the_text() -> None:
+    model = mistral(trained_context=8192)
+    told = beyond_training(16384, model, scaled(model, "dynamic:2"))
+    assert "(dynamic), which costs accuracy" in told and "chunks" not in told
+
+
 def test_rope_that_is_stretched_already_is_not_stretched_again() -> None:
     """Llama 3.1's own factors would silently be lost."""
     assert scaled(mistral(), "linear:4").trained_context == 4 * 32768
@@ -456,7 +462,7 @@ def test_a_context_of_more_tokens_than_kernels_count_is_refused(tmp_path: Path) 
     options = {"sequences": 1, "device": "h100", "dtype": None, "prefill": "exact"}
     with pytest.raises(OptionError, match="at most 2,147,483,647 tokens"):
         plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=2**31, memory="80GiB", **options)
-    with pytest.raises(OptionError, match="give a unit"):
+    with pytest.raises(OptionError, match="80 bytes: give more, with its unit"):
         plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=100, memory="80", **options)
     for context, told in ((512, 0), (513, 1)):  # trained for 512
         report = plan_report(str(tiny_folder(tmp_path)), tiny_cache(), context=context, memory="80GiB", **options)

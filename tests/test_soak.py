@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from loader_fixtures import refused, tiny_config
+from processes import import_paths
 from tiny import tiny_cache, tiny_engine, tiny_folder
 
 from skvq.cli import main
@@ -29,7 +34,7 @@ REFERENCE = get_backend("reference", CPU)
 
 def test_1000_steps() -> None:
     result = soak(1000, 0, REFERENCE, Quiet())
-    assert result["steps"] == 1000
+    assert result["steps"] == 1000 == sum(result["operations"].values())
     assert set(result["operations"]) == {"append", "fork", "free", "new", "refused", "restore", "save", "truncate"}
     assert result["most_tokens"] > 3 * 1280
 
@@ -139,6 +144,19 @@ def test_the_commands(tmp_path: Path) -> None:
     assert looked.exit_code == 0, looked.output
     results = json.loads(looked.stdout.splitlines()[-1])["results"]
     assert [(r["context"], r["depth"], r["found"]) for r in results] == [(c, d, True) for c in (600, 1500) for d in (0.0, 50.0)]
-    refused = CliRunner().invoke(main, ["bench", "planted", *shape, "--ctx", "many"])
-    assert refused.exit_code == 2
-    assert "not a list of numbers" in refused.stderr
+    assert json.loads(looked.stdout.splitlines()[-1]).items() >= {"layers": 2, "key_bits": 2.0, "seed": 0}.items()
+    for contexts, words in (("many", "not a list of numbers"), ("600,1", "2 depths are not as many places in 1 token")):
+        wrong = CliRunner().invoke(main, ["bench", "planted", *shape, "--ctx", contexts, "--depths", "0,50"])
+        assert wrong.exit_code == 2 and words in wrong.stderr and not wrong.stdout
+
+
+def test_asked_to_end_it_leaves_no_file_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "skvq", "bench", "soak", "--steps", "1000000", "--backend", "reference"]
+    paths = {"PYTHONPATH": import_paths(), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env={**os.environ, **paths}, stderr=subprocess.PIPE, text=True) as soaking:
+        while not any(tmp_path.rglob("*.session")):
+            assert soaking.poll() is None
+            time.sleep(0.05)
+        soaking.terminate()
+        _, said = soaking.communicate(timeout=60)
+    assert soaking.returncode == 130 and "skvq: interrupted" in said and not [*tmp_path.iterdir()]

@@ -123,7 +123,7 @@ def attend_heads() -> None:
 
 
 def attend_chunks() -> None:
-    """The pages of a chunk behind the first, counted from where it begins (``dual_chunk_method``): one row has one, one some."""
+    """The pages of a chunk behind the first, counted from its beginning (``dual_chunk_method``): one row has one, one some."""
     for method, options in (("heads", {"has_key_mean": True}), ("labels", {"group_size": 64}), ("plain", {})):
         case = make_case(packed=(12, 23), **options)  # type: ignore[arg-type]
         step = replace(

@@ -6,6 +6,7 @@ rank of the answer's tokens against those of the same model over a 16-bit cache.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -17,6 +18,7 @@ from torch import Tensor
 from skvq.engine.config import SamplingConfig
 from skvq.engine.errors import CapacityError, OptionError, counted
 from skvq.engine.generate import Engine
+from skvq.engine.regions import Regions
 from skvq.engine.stress import seeded
 from skvq.loaders.text import first_tokens
 
@@ -101,19 +103,24 @@ def ask(engine: Engine, haystack: Sequence[int], context: int, depth: float, num
     return Question([*first, *hay[:at], *needle, *hay[at:], *question], answer, range(start, start + len(needle)))
 
 
+def require_packed(regions: Regions, tokens: int, answer: int = 0) -> None:
+    """Raise OptionError if of so many tokens nothing is packed when the ``answer``, so long, begins."""
+    if not regions.packed(tokens):
+        held = regions.window + regions.tile
+        raise OptionError(
+            f"of {tokens:,} tokens nothing is packed before the answer, for window and tile hold {held:,}: use a --ctx of at "
+            f"least {held + answer:,}{'' if answer else ' and the answer'}"
+        )
+
+
 def packed_share(engine: Engine, question: Question) -> float | None:
     """Share of the needle's tokens in packed pages, sinks and window apart, when the answer begins. Raises OptionError if
     nothing is packed then, but for method ``fp``, which never packs."""
     if not engine.parts.cache.is_packed:
         return None
     regions, tokens = engine.parts.setup.regions, len(question.prompt)
+    require_packed(regions, tokens, len(question.answer) + EXTRA_TOKENS)
     packed = regions.packed(tokens)
-    if not packed:
-        raise OptionError(
-            f"of {tokens:,} tokens nothing is packed before the answer, for window and tile hold "
-            f"{regions.window + regions.tile:,}: use contexts (--ctx) of at least "
-            f"{regions.window + regions.tile + len(question.answer) + EXTRA_TOKENS:,}"
-        )
     return sum(regions.sinks <= place < packed for place in question.needle) / len(question.needle)
 
 
@@ -167,23 +174,32 @@ def needles(
                 depth=depth,
                 answer=str(number),
                 text=text,
-                retrieved=str(number) in text,
+                retrieved=holds(text, number),
                 logprob=logprob,
                 rank=rank,
                 packed=packed_share(engine, question),
-                beside=None if reference is None else _beside(reference, question, logits, str(number)),
+                beside=None if reference is None else _beside(reference, question, logits, number),
             )
         )
         seen(found[-1])
     return found
 
 
-def _beside(engine: Engine, question: Question, packed: Tensor, answer: str) -> Beside:
+def holds(text: str, number: int) -> bool:
+    """Whether a text holds a number, not one of which it is a part.
+
+    >>> holds("It is 46044.", 46044), holds("460444", 46044)
+    (True, False)
+    """
+    return re.search(rf"(?<!\d){number}(?!\d)", text) is not None
+
+
+def _beside(engine: Engine, question: Question, packed: Tensor, number: int) -> Beside:
     text, logits = answer_logits(engine, question)
     logprob, rank = score(logits, question.answer)
     p, q = (t.log_softmax(-1) for t in (logits, packed))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    return Beside(logprob_fp=logprob, rank_fp=rank, retrieved_fp=answer in text, kl=kl)
+    return Beside(logprob_fp=logprob, rank_fp=rank, retrieved_fp=holds(text, number), kl=kl)
 
 
 def reference_of(engine: Engine) -> Engine | None:

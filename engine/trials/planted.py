@@ -63,18 +63,25 @@ class Found:
 
 def plants_at(depths: Sequence[float], context: int, kv_heads: int, size: int, seed: int) -> list[Plant]:
     """A token for each depth in percent, each in a direction of its own."""
-    if not all(0 <= d <= 100 for d in depths) or not depths:
-        raise OptionError(f"depths are percentages from 0 to 100, got {', '.join(f'{d:g}' for d in depths)}")
+    places = require_places(depths, context)
     generator = seeded(seed + 1)
     plants = []
-    for depth in depths:
+    for place in places:
         query, value = (torch.randint(2, (kv_heads, size), generator=generator).float() * 2 - 1 for _ in range(2))
-        plants.append(Plant(position=round(depth / 100 * (context - 1)), key=query * SCORE / math.sqrt(size), value=2 * value))
-    if len({p.position for p in plants}) < len(plants):
-        raise OptionError(
-            f"{len(plants)} depths are not as many places in {counted(context, 'token')}: give others, or a longer --ctx"
-        )
+        plants.append(Plant(position=place, key=query * SCORE / math.sqrt(size), value=2 * value))
     return plants
+
+
+def require_places(depths: Sequence[float], context: int) -> list[int]:
+    """Where in a context these percentages of it are. Raises OptionError unless each has a place of its own."""
+    if not all(0 <= d <= 100 for d in depths) or not depths:
+        raise OptionError(f"depths are percentages from 0 to 100, got {', '.join(f'{d:g}' for d in depths)}")
+    places = [round(depth / 100 * (context - 1)) for depth in depths]
+    if len(set(places)) < len(places):
+        raise OptionError(
+            f"{len(places)} depths are not as many places in {counted(context, 'token')}: give others, or a longer --ctx"
+        )
+    return places
 
 
 def planted(

@@ -98,6 +98,11 @@ def depth_plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str,
     _write(figure, path)
 
 
+def shown_name(model: str) -> str:
+    """Of a model in a folder or file its own name: a title has little room."""
+    return Path(model).name if len(model) > 40 else model
+
+
 def _printable(text: str) -> str:
     """What of a path is not UTF-8 is no letter."""
     return text.encode("utf-8", "replace").decode()

@@ -136,9 +136,9 @@ class Soak:
         name = self.random.choices(list(self.operations), weights=(10, 2, 3, 3, 1, 2, 2))[0]
         if not self.live and name != "restore":
             name = "new"
-        self.count[name] += 1
         try:
             self.operations[name]()
+            self.count[name] += 1
         except CapacityError:
             self.count["refused"] += 1
         self.check()
