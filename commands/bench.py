@@ -101,9 +101,10 @@ def _told(cache: CacheConfig, config: ModelConfig) -> dict[str, Any]:
     return told
 
 
-def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tuple[CacheSetup, ModelConfig]:
-    """A cache without a model, and its shape: ``config`` with ``--layers`` layers."""
+def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tuple[CacheSetup, ModelConfig, CacheConfig]:
+    """A cache without a model, its shape (``config`` with ``--layers`` layers) and its bits: of a budget some within it."""
     from skvq.engine.machine import find_backend, pick_device, pick_dtype
+    from skvq.engine.sizes import with_longest_tile
     from skvq.engine.stress import bare_setup
 
     device = pick_device(options["device"])
@@ -112,9 +113,9 @@ def _bare(config: ModelConfig, options: Mapping[str, Any], context: int) -> tupl
     config = replace(config, num_layers=layers, attention_spans=tuple(spans))
     backend, dtype = find_backend(options["backend"], device), pick_dtype(options["dtype"], device)
     config = config.with_heads_of(backend.head_size_for(config.head_size))
-    cache = cache_config(options)
+    cache = with_longest_tile(cache_config(options).fitted(config), config)
     setup = bare_setup(config, cache, max_context=context, max_sequences=1, backend=backend, dtype=dtype, device=device)
-    return setup, config
+    return setup, config, cache
 
 
 @bench.command("decode", cls=OneLineCommand)
@@ -135,8 +136,7 @@ def decode_command(**options: Any) -> None:
         config = config_of(options["model"], download=not options["no_download"])
         if options["rope_scaling"] is not None:
             config = scaled(config, options["rope_scaling"])
-        setup, config = _bare(config, options, max(contexts))
-        cache = cache_config(options).fitted(config)
+        setup, config, cache = _bare(config, options, max(contexts))
         _show_bench(bench_attention(setup, config, contexts, StderrReporter()), options, cache, config)
         return
     if options["layers"] is not None:
@@ -184,7 +184,7 @@ def planted_command(**options: Any) -> None:
     shape = config_of(options["shape"], download=not options["no_download"])
     for context in contexts:
         require_places(depths, context)
-    setup, config = _bare(replace(shape, chunks=None), options, max(contexts))  # keys are met as they are planted
+    setup, config, cache = _bare(replace(shape, chunks=None), options, max(contexts))  # keys are met as they are planted
     found = []
     for context in contexts:
         some = planted(setup, config.num_heads, context, depths, seed=options["seed"], report=StderrReporter())
@@ -192,7 +192,7 @@ def planted_command(**options: Any) -> None:
             click.echo(one.line(), err=options["as_json"])
         found += some
     if options["as_json"]:
-        cache, backend = cache_config(options).fitted(config), find_backend(options["backend"], device)
-        where = {"shape": options["shape"], "seed": options["seed"], "device": str(device), "backend": backend.name}
+        backend = find_backend(options["backend"], device).name
+        where = {"shape": options["shape"], "seed": options["seed"], "device": str(device), "backend": backend}
         click.echo(json.dumps({**where, **_told(cache, config), "results": rows(found)}))
     require_found(found)

@@ -84,11 +84,16 @@ def test_a_disturbed_measurement_is_repeated_and_keeps_its_context(tmp_path: Pat
 
 
 def test_json_says_what_was_measured(tmp_path: Path) -> None:
-    packed = {"method": "rotate", "key_bits": 2.0, "group_size": 32, "layers": 2, "window": 16, "rope_scaling": None}
-    for more, wanted in (((), packed), (("--method", "fp"), {"method": "fp", "layers": 2})):
+    shape: dict[str, Any] = {"layers": 2, "window": 16, "rope_scaling": None}
+    cases: dict[tuple[object, ...], dict[str, Any]] = {
+        (): {"method": "rotate", "key_bits": 2.0, "value_bits": 2.0, "group_size": 32},
+        ("--method", "fp"): {"method": "fp"},
+        ("--method", "plain", "--bits-budget", 3): {"method": "plain", "bits_budget": 3.0, "group_size": 32},
+    }
+    for more, wanted in cases.items():
         for alone in ((), ("--attention-only",)):
             found = json.loads(bench("decode", "--shape", tiny_folder(tmp_path), "--ctx", 64, "--json", *more, *alone).stdout)
-            assert {**found, **wanted} == found and ("key_bits" in found) == ("key_bits" in wanted)
+            assert {**found, **shape, **wanted} == found and ("key_bits" in found) == (wanted["method"] != "fp")
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
@@ -122,7 +127,7 @@ def test_a_cache_without_weights_has_the_heads_that_the_engine_would_have(monkey
     place = {"device": "cpu", "backend": "reference", "dtype": "auto", "layers": 1}
     cache = {"method": "plain", "key_bits": 2.0, "value_bits": 2.0, "bits_budget": None, "group_size": 64}
     options = {**place, **cache, "window": 16, "sinks": 5, "filters": ()}
-    setup, config = _bare(replace(SHAPE, head_size=48), options, 300)
+    setup, config, _ = _bare(replace(SHAPE, head_size=48), options, 300)
     assert setup.arena.shape.head_size == config.head_size == 64 and config.own_head_size == 48
 
 
