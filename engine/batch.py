@@ -124,13 +124,19 @@ class Batch:
 
     @names_options()
     def step(self, *, begin: bool = True, alone: bool = True) -> list[tuple[Request, str]]:
-        """Read the next prompt that there is room for, or some of it: a piece, or for about as long as decoding takes, of a
-        short one for a tenth of a second. Then decode a token of every answer. Without ``interleaved`` prompts are read whole,
-        before anything is decoded. Without ``begin`` those that wait go on waiting: to make room for something else. What has
-        no room where nothing else is going is refused; if not ``alone``, something else will end, and it waits.
+        """Read of the prompts that are due, then decode a token of every answer.
 
-        The requests that went on, and the text by which they did, which may be empty; none while only a part of a prompt has
-        been read. Raises what went wrong with a request, which has ``failed`` then; the others go on with the next step.
+        A long prompt is read for about as long as decoding takes, a short one for a tenth of a second, each by one piece at
+        least; without ``interleaved`` a prompt is read whole, before anything is decoded.
+
+        begin: the prompt that waits longest begins, if there is room for it; without, all go on waiting, and what ends makes
+            room for something else.
+        alone: nothing else takes room in the engine, so a prompt that has none though no other is going is refused; without, it
+            waits.
+
+        Returns the requests that went on and the text by which they did, which may be empty; an empty list while only a part of
+        a prompt has been read. Raises what went wrong with a request, which has ``failed`` then; the others go on with the next
+        step.
         """
         self._require_open()
         for request in self._all():

@@ -139,47 +139,50 @@ class LabelCodec:
 
 
 class Ops(Protocol):
-    """Work of a layer. Inputs are never written, except ``full``, ``keys`` and ``values``; norms are root-mean-square norms
-    over the last dimension, computed in float32 (arXiv 1910.07467).
+    """Work of a layer. Inputs are never written, except where a method says so; norms are root-mean-square norms over the last
+    dimension, computed in float32 (arXiv 1910.07467)."""
 
-    norm_linear:     ``linear`` of the norm of x.
-    norm_heads:      the norm of each head of q [B, N, H, D] and of k [B, N, KH, D], times their weights [D].
-    after_attention: ``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``.
-    after_attention_experts: the same where a token has ``experts`` of its own: ``y + sum of weight_e down_e(silu(gate_e) *
-                     up_e)`` over those that the router chooses for it.
-    rope_to_slots:   RoPE on q [B, 1, H, D] and k [B, 1, KH, D] by cos and sin float32 [B, 1, 1, D/2], channels pairing as
-                     (j, D/2 + j); k and v go to the full-precision slots ``ring_slots`` [B] of sequence slots ``slots`` [B];
-                     q after RoPE is returned.
-    rope_to_buffer:  RoPE on q [1, N, H, D] and k [1, N, KH, D] by cos and sin float32 [1, N, 1, D/2]; k and v go to tokens
-                     ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D] of their dtype; q after RoPE is returned.
-    turn:            RoPE on q [B, N, H, D] by cos and sin float32 [B, N, 1, D/2].
-    merge:           one softmax of partial ones over disjoint sets of tokens: outputs [B, N, H, D] of one dtype, log-sum-exps
-                     float32 [B, N, H], the first of them finite; the first output and log-sum-exp may be written.
-    """
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+        """``linear`` of the norm of x."""
 
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor: ...
-
-    def norm_heads(self, q: Tensor, k: Tensor, query_norm: Tensor, key_norm: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+    def norm_heads(self, q: Tensor, k: Tensor, query_norm: Tensor, key_norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The norm of each head of q [B, N, H, D] and of k [B, N, KH, D], times their weights [D]."""
 
     def after_attention(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, gate_up: Linear, down: Linear
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """``y + down(silu(gate) * up)`` of ``y = x + output(attended)`` and ``gate, up = gate_up(norm of y)``."""
 
     def after_attention_experts(
         self, x: Tensor, attended: Tensor, output: Linear, norm: Tensor, eps: float, experts: Experts
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """The same where each token has experts of its own: ``y + sum of weight_e down_e(silu(gate_e) * up_e)`` over those that
+        the router chooses for it."""
 
     def rope_to_slots(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, full: FullSlots, slots: Tensor, ring_slots: Tensor
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """q [B, 1, H, D] after RoPE by cos and sin float32 [B, 1, 1, D/2], channels pairing as (j, D/2 + j).
+
+        k [B, 1, KH, D] after RoPE and v are written to the full-precision slots ``ring_slots`` [B] of the sequence slots
+        ``slots`` [B].
+        """
 
     def rope_to_buffer(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, first: int
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """q [1, N, H, D] after RoPE by cos and sin float32 [1, N, 1, D/2].
 
-    def turn(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+        k [1, N, KH, D] after RoPE and v are written to tokens ``first .. first+N-1`` of ``keys`` and ``values`` [KH, T, D], of
+        their dtype.
+        """
 
-    def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
+    def turn(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE on q [B, N, H, D] by cos and sin float32 [B, N, 1, D/2]."""
+
+    def merge(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """One softmax of partial ones over disjoint sets of tokens: outputs [B, N, H, D] of one dtype and log-sum-exps float32
+        [B, N, H], the first of them finite. The first output and log-sum-exp may be written."""
 
 
 class BackendUnavailable(Exception):
@@ -188,20 +191,16 @@ class BackendUnavailable(Exception):
 
 class PackedKernels(Protocol[Codec]):
     """Arithmetic on packed pages of one kind of codec. ``first``, ``count`` and T are whole tiles; ``page_row`` is the
-    sequence's row of the page table.
-
-    pack:   quantize T tokens and write codes and metadata of tokens ``first .. first+T-1``. ``keys`` are after RoPE [T, KH, D],
-            ``values`` [T, KH, D], both in the cache's 16-bit dtype; ``retained`` bool [T] flags tokens held elsewhere.
-    unpack: the inverse: keys after RoPE and values, [count, KH, D], as attention sees them (means and bases undone). Computed
-            in float32 and rounded to ``dtype``.
-    attend: softmax(q k^T / sqrt(D)) v over packed tokens and full-precision slots in one softmax. ``q`` is [B, N, H, D]
-            after RoPE; returns the output [B, N, H, D] in q's dtype and the log-sum-exp [B, N, H] in float32. A query that
-            sees nothing gets zeros and -inf.
-    """
+    sequence's row of the page table."""
 
     def pack(
         self, pages: PackedPages, codec: Codec, page_row: Tensor, first: int, keys: Tensor, values: Tensor, retained: Tensor
-    ) -> None: ...
+    ) -> None:
+        """Quantize T tokens, and write codes and metadata of tokens ``first .. first+T-1``.
+
+        ``keys`` after RoPE and ``values`` are [T, KH, D] in the cache's 16-bit dtype; ``retained`` bool [T] flags those that are
+        held elsewhere.
+        """
 
     def unpack(
         self,
@@ -211,14 +210,21 @@ class PackedKernels(Protocol[Codec]):
         first: int,
         count: int,
         dtype: torch.dtype = torch.float32,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse: keys after RoPE and values [count, KH, D] as attention sees them, means and bases undone. Computed in
+        float32 and rounded to ``dtype``."""
 
-    def attend(self, q: Tensor, pages: PackedPages, codec: Codec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]: ...
+    def attend(self, q: Tensor, pages: PackedPages, codec: Codec, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        """``softmax(q k^T / sqrt(D)) v`` over packed tokens and full-precision slots, in one softmax.
+
+        ``q`` is [B, N, H, D] after RoPE. Returns the output [B, N, H, D] in its dtype and the log-sum-exp float32 [B, N, H]; a
+        query that sees nothing gets zeros and -inf.
+        """
 
 
 class Backend(Protocol):
-    """Arithmetic on the arena: ``heads`` for methods ``rotate`` and ``plain``, ``labels`` for ``reorder``, ``attend_plain``
-    (as ``PackedKernels.attend``, over 16-bit pages) for ``fp``.
+    """Arithmetic on the arena: ``heads`` for methods ``rotate`` and ``plain``, ``labels`` for ``reorder``, ``attend_plain`` for
+    ``fp``.
 
     ``ops`` and graphs are what ``kernels.ops.Unfused`` gives to a backend that has no better.
     """
@@ -238,4 +244,5 @@ class Backend(Protocol):
     def graphs(self, device: torch.device, max_packed: int) -> Graphs:
         """What holds steps of sequences of up to ``max_packed`` packed tokens; asked for only where it ``captures`` them."""
 
-    def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]: ...
+    def attend_plain(self, q: Tensor, pages: PlainPages, full: FullSlots, step: Step) -> tuple[Tensor, Tensor]:
+        """``PackedKernels.attend`` over pages of 16 bits."""

@@ -15,16 +15,7 @@ from skvq.kernels.linear import Linear
 
 
 class TorchOps:
-    """The specification, on any device; and the steps that it is made of, for backends to replace one by one.
-
-    rms_norm:     the norm of x, times ``weight``.
-    add_rms_norm: ``x + delta``, and its norm.
-    swiglu:       ``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first.
-    each:         ``out[p] = W_i x[p // (P / N)]``, [P, out], of x [N, in] and the expert ``i = ids[p]`` of ``stack``, ids int64
-                  [P]; backends that capture steps replace it, for here the host reads them.
-    mix_few, mix_many: what experts ``ids`` [N, k] make of h [N, d], times their ``weights`` float32 [N, k], added up; of more
-                  than a few tokens one expert after another.
-    """
+    """The specification, on any device; and the steps that it is made of, for backends to replace one by one."""
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
         return linear(self.rms_norm(x, norm, eps))
@@ -48,15 +39,21 @@ class TorchOps:
         return self.add(x, mix(flat, ids, weights, experts).view(x.shape))
 
     def each(self, stack: Stack, x: Tensor, ids: Tensor) -> Tensor:
+        """``out[p] = W_i x[p // (P / N)]``, [P, out], of x [N, in] and the expert ``i = ids[p]`` of ``stack``, ids int64 [P].
+
+        Backends that capture steps replace it: here the host reads the ids.
+        """
         share = len(ids) // len(x)
         return torch.cat([stack.of(expert)(x[pair // share, None]) for pair, expert in enumerate(ids.tolist())])
 
     def mix_few(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+        """What experts ``ids`` [N, k] make of h [N, d], times their ``weights`` float32 [N, k], added up."""
         inner = self.swiglu(self.each(experts.gate_up, h, ids.flatten()))  # [N k, f]
         outs = self.each(experts.down, inner, ids.flatten()).view(*ids.shape, -1)  # [N, k, d]
         return torch.bmm(weights.to(h.dtype)[:, None], outs)[:, 0]
 
     def mix_many(self, h: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+        """``mix_few`` of many tokens: one expert after another."""
         chosen, flat = ids.shape[1], ids.flatten()
         counts = flat.bincount(minlength=experts.count).tolist()
         out = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
@@ -68,6 +65,7 @@ class TorchOps:
         return out.to(h.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The norm of x, times ``weight``."""
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
         return weight * y.to(x.dtype)
@@ -76,10 +74,12 @@ class TorchOps:
         return x + delta
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """``x + delta``, and its norm."""
         total = x + delta
         return total, self.rms_norm(total, weight, eps)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` of ``gate_up`` [..., 2 f], the gates first."""
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
