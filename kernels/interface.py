@@ -198,8 +198,8 @@ class PackedKernels(Protocol[Codec]):
     ) -> None:
         """Quantize T tokens, and write codes and metadata of tokens ``first .. first+T-1``.
 
-        ``keys`` after RoPE and ``values`` are [T, KH, D] in the cache's 16-bit dtype; ``retained`` bool [T] flags those that are
-        held elsewhere.
+        ``keys`` after RoPE and ``values`` are [T, KH, D] in the cache's 16-bit dtype; ``retained`` bool [T] flags those
+        that are held elsewhere.
         """
 
     def unpack(
