@@ -250,7 +250,12 @@ class Batch:
     def _begin(self, request: Request) -> None:
         """Give a prompt its sequence, to be read into."""
         with self._failing(request):
-            sequence = self._going.take(request)
+            try:
+                sequence = self._going.take(request)
+            except CapacityError:
+                if self._going:  # another thread has taken the last place meanwhile, and one of these will be free
+                    return
+                raise
             self._reading[request] = continuing(self._engine, sequence, request.ids, request.config, after=request.after)
             self._waiting.remove(request)
 

@@ -136,6 +136,32 @@ def test_twins_wait_where_others_may_not_begin_or_the_last_place_is_taken(
     assert first.text == third.text == fourth.text != ""
 
 
+def test_a_prompt_whose_place_another_thread_takes_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look for room and the sequence there is time; where nothing else is going, nothing would free one."""
+    real, taken = engine.new_sequence, []
+
+    def new_sequence() -> SequenceCache:
+        if len(taken) == 1:
+            taken.append("by another thread")
+            raise CapacityError("all sequences are taken")
+        taken.append("here")
+        return real()
+
+    monkeypatch.setattr(engine, "new_sequence", new_sequence)
+    config = SamplingConfig(max_new_tokens=4, ignore_eos=True)
+    with engine.batch() as batch:
+        first, second = batch.add("one", config), batch.add("two", config)
+        while len(batch):
+            batch.step()
+    assert [first.finish, second.finish] == ["length"] * 2 and taken == ["here", "by another thread", "here"]
+    taken[:] = ["here"]
+    with engine.batch() as batch:
+        alone = batch.add("one", config)
+        with pytest.raises(CapacityError, match="are taken"):
+            batch.step()
+    assert alone.finish == "failed"
+
+
 def test_those_that_wait_go_on_waiting_if_they_are_told_to(engine: Engine) -> None:
     with engine.batch() as batch:
         first = batch.add(TEXT, SAMPLING)
