@@ -21,6 +21,7 @@ from torch import Tensor
 
 from skvq import SamplingConfig
 from skvq.engine.batch import Batch
+from skvq.engine.cache import SequenceCache
 from skvq.engine.decode import EagerStep
 from skvq.engine.errors import CapacityError, ModelError, OptionError, SkvqError
 from skvq.engine.filters import LeavingTokens
