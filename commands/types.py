@@ -102,7 +102,7 @@ def object_of(context: click.Context, parameter: click.Parameter, value: str | N
 
 def schema_of(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Click callback: a JSON schema, or what a file of that name holds."""
-    return value if value is None or value.lstrip()[:1] == "{" else file_text(value)
+    return value if value is None or value.lstrip()[:1] in ("{", "[") else file_text(value)
 
 
 def depths_of(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:

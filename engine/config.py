@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skvq.engine.errors import OptionError, require_known
+from skvq.engine.errors import OptionError, require_known, shortened
 from skvq.engine.filters import AttentionSinks, FilterRule, check_rule
 from skvq.engine.model_config import ModelConfig
 from skvq.engine.options import is_number, is_whole, option_class
@@ -239,7 +239,7 @@ class SamplingConfig:
                 "a 64-bit whole number, or None",
             ),
             "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
-            "regex": (self.regex is None or isinstance(self.regex, str), "a text, or None"),
+            "regex": (self.regex is None or _is_text(self.regex), "a text, or None"),
             "prompt_lookup": (
                 is_whole(self.prompt_lookup) and 0 <= self.prompt_lookup <= MOST_GUESSES,
                 f"a whole number from 0 to {MOST_GUESSES}",
@@ -267,6 +267,14 @@ class SamplingConfig:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+def _is_text(value: object) -> bool:
+    """Whether a value is a text of whole characters."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _schema_text(value: object) -> str:
     """A JSON schema as text. Raises OptionError unless it is an object."""
     try:
@@ -275,7 +283,8 @@ def _schema_text(value: object) -> str:
             return json.dumps(dict(found), allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         pass
-    raise OptionError(f"json_schema must be a JSON object such as {{'type': 'object'}}, or its text, got {str(value)[:80]!r}")
+    shown = shortened(value) if isinstance(value, str) else type(value).__name__
+    raise OptionError(f"json_schema must be a JSON object such as {{'type': 'object'}}, or its text, got {shown!r}")
 
 
 def _width(value: object, name: str) -> float:

@@ -14,11 +14,12 @@ from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from skvq.engine.config import SamplingConfig
-from skvq.engine.errors import OptionError, SkvqError, shortened
+from skvq.engine.errors import OptionError, shortened
 from skvq.loaders.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 BLANKS = r"[ \t\n\r]{0,40}"
 """Between parts of JSON: as much as a model indents by, but no answer of nothing else."""
-MOST_FORMS = 32
-"""That are kept compiled: many answers have the same."""
+MOST_FORMS = 256
+"""That are known to be good."""
 PLACE = r"^at \d+\(\d+\): "
 SPACE = '" "? '
 
@@ -50,9 +51,10 @@ class Grammar:
         return ((octets[:, None] >> self._bits) & 1).bool().flatten()[: self._vocab]
 
     def take(self, token: int) -> None:
-        """The answer goes on with a token. Raises SkvqError if its form is too much to be followed."""
-        if not self._matcher.consume_token(token):
-            raise SkvqError(f"the form that the answer was to have cannot be followed: {self._matcher.get_error()}")
+        """The answer goes on with a token. Raises OptionError if its form has become too much to be followed: llguidance then
+        allows the end alone."""
+        if self._matcher.is_error() or not self._matcher.consume_token(token):
+            raise OptionError(f"the form that the answer was to have cannot be followed: {_why(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -62,22 +64,36 @@ class Grammars:
         self._tokenizer, self._vocab = tokenizer, vocab_size
         self._preparing = Lock()
         self._prepared: LLTokenizer | None = None
-        self._compiled = lru_cache(MOST_FORMS)(self._compile)
+        self._try = lru_cache(MOST_FORMS)(self._tried)
 
     def require(self, config: SamplingConfig) -> None:
         """Raise OptionError if the form that a configuration asks for, if any, cannot be had."""
-        self.of(config, torch.device("cpu"))
+        if form := form_of(config):
+            self._try(*form)
 
     def of(self, config: SamplingConfig, device: torch.device, *, begins: bool = True) -> Grammar | None:
         """A grammar for one answer, if the configuration asks for a form. Where the text ``begins`` with it, a space that
-        decoding takes off may come first."""
+        decoding takes off may come first.
+
+        Each is compiled anew: what llguidance has learnt of a form, of which it holds so much and no more, is of one answer.
+        """
         form = form_of(config)
         if form is None:
             return None
-        matcher = self._compiled(*form, begins and self._tokenizer.strips_first_space)
-        return Grammar(matcher.deep_copy(), self._vocab, device)
+        matcher = self._compile(*form, spaced=begins and self._tokenizer.strips_first_space)
+        return Grammar(matcher, self._vocab, device)
 
-    def _compile(self, name: str, form: str, spaced: bool) -> LLMatcher:
+    def _tried(self, name: str, form: str) -> None:
+        """Raise OptionError unless an answer of this form can begin: there may be none, or too many ways to go on."""
+        matcher = self._compile(name, form, spaced=False)
+        for _ in range(2):
+            first = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+            if matcher.is_error():
+                raise _refused(name, form, matcher.get_error() or "nothing has that form")
+            if matcher.is_stopped() or not matcher.consume_token(int(first[0])):
+                return
+
+    def _compile(self, name: str, form: str, *, spaced: bool) -> LLMatcher:
         tokens = self._tokens()
         matcher: LLMatcher = _library().LLMatcher(tokens, _source(name, form, spaced=spaced), log_level=0)
         if matcher.is_error():
@@ -96,9 +112,10 @@ class _Words:
     """What llguidance asks of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+        ends = tokenizer.eos_token_ids  # which may have a text, that no answer shows
+        self.tokens = [b"" if token in ends else tokenizer.token_bytes(token) for token in range(vocab_size)]
         self.special_token_ids = [token for token, text in enumerate(self.tokens) if not text]
-        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_ids[0]
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, ends[0]
         self._encode = tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:
@@ -138,15 +155,25 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
 
 
 def _source(name: str, form: str, *, spaced: bool = False) -> str:
-    """A form in llguidance's own language."""
-    if name == "regex":
-        return str(_library().LLMatcher.grammar_from_regex(f" ?(?:{form})" if spaced else form))
-    schema = {"x-guidance": {"whitespace_pattern": BLANKS}} | json.loads(form)
-    return f"start: {SPACE if spaced else ''}value\nvalue: %json {json.dumps(schema)}"
+    """A form in llguidance's own language. Raises OptionError for a backslash that it would overlook."""
+    if name == "json_schema":
+        schema = json.loads(form) | {"x-guidance": {"whitespace_pattern": BLANKS}}
+        return f"start: {SPACE if spaced else ''}value\nvalue: %json {json.dumps(schema)}"
+    if (len(form) - len(form.rstrip("\\"))) % 2:
+        raise _refused(name, form, "the backslash at its end escapes nothing")
+    source = str(_library().LLMatcher.grammar_from_regex(form))
+    if not spaced:
+        return source
+    value = json.loads(source)["grammars"][0]["lark_grammar"].removeprefix("start: ")
+    return f"start: {SPACE}value\nvalue: {value}"
 
 
 def _refused(name: str, form: str, message: str) -> OptionError:
-    """``message``: llguidance's, of which the place in its own source is left out."""
-    lines = [line.strip() for line in message.splitlines()]
-    why = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
-    return OptionError(f"{name} {shortened(form)!r} cannot be used: {re.sub(PLACE, '', why)}")
+    return OptionError(f"{name} {shortened(form)!r} cannot be used: {_why(message)}")
+
+
+def _why(message: str) -> str:
+    """What llguidance has to say, without its state and the place in its own source."""
+    lines = [line.strip() for line in message.partition("<state>")[0].splitlines() if line.strip()] or ["nothing has that form"]
+    told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    return shortened(re.sub(PLACE, "", told), 200)

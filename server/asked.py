@@ -172,7 +172,10 @@ def _sampling(fields: Mapping[str, Any], defaults: SamplingConfig, told: int | N
 def _form(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The form of the answer: OpenAI's ``response_format``, or vLLM's ``structured_outputs`` with ``json``, ``regex`` or
     ``choice``. Raises OptionError for another."""
-    match {name: fields[name] for name in FORMS if fields.get(name)}:
+    asked = {name: fields[name] for name in FORMS if fields.get(name)}
+    if isinstance(outputs := asked.get("structured_outputs"), dict):
+        asked["structured_outputs"] = {name: value for name, value in outputs.items() if value is not None}
+    match asked:
         case nothing if not nothing:
             return {}
         case {"response_format": _, "structured_outputs": _}:
@@ -189,7 +192,7 @@ def _form(fields: Mapping[str, Any]) -> dict[str, Any]:
             form = {"regex": regex}
         case {"structured_outputs": {"choice": [*choices], **more}} if not more and _are_texts(choices):
             form = {"regex": "|".join(map(re.escape, choices))}
-        case asked:
+        case _:
             raise OptionError(
                 "response_format has type text, json_object or json_schema (with json_schema.schema, an object), "
                 f"structured_outputs one of json, regex and choice; got {str(asked)[:100]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import random
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -101,8 +102,48 @@ def test_a_space_that_is_taken_off_may_come_first(form: dict[str, Any]) -> None:
     assert allowed(grammar(**form, tokenizer=Stripping, begins=False)) == first
 
 
-def test_json_is_not_blank_for_ever() -> None:
-    form = grammar(schema={"type": "array"})
+@pytest.mark.parametrize("regex", ["^(yes|no)$", "(?x)a # c", "a/b", "\\\\"])
+def test_an_expression_means_the_same_behind_a_space(regex: str) -> None:
+    plain, spaced = grammar(regex), grammar(regex, tokenizer=Stripping)
+    assert allowed(spaced, ord(" ")) == allowed(plain) and END not in allowed(plain)
+
+
+def test_a_form_that_becomes_too_much_is_told_of() -> None:
+    """llguidance then allows the end alone, and takes it: an answer would be over, and would seem whole."""
+
+    class Exhausted:
+        def is_error(self) -> bool:
+            return True
+
+        def get_error(self) -> str:
+            return "at 1(2): too many states\n<state>\n" + "x" * 90_000
+
+        def consume_token(self, token: int) -> bool:
+            return True
+
+    with pytest.raises(OptionError, match=r"cannot be followed: too many states$"):
+        Grammar(Exhausted(), 320, CPU).take(END)  # type: ignore[arg-type]
+
+
+def test_answers_of_one_form_share_nothing() -> None:
+    """What one of them has used up of what llguidance may hold is not missing to the others."""
+    grammars, config = Grammars(Ending(320), 320), SamplingConfig(regex="[ab]*a[ab]{12}")
+    for seed in range(3):
+        form, draw = grammars.of(config, CPU), random.Random(seed)
+        assert form is not None
+        for _ in range(300):
+            assert {ord("a"), ord("b")} <= allowed(form)
+            form.take(draw.choice(b"ab"))
+
+
+def test_an_end_token_that_has_a_text_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ending, "token_bytes", lambda self, token: b"</s>" if token == END else bytes([token % 256]))
+    assert END not in allowed(grammar("<?/?s?>?</s>x"))
+
+
+@pytest.mark.parametrize("own", [{}, {"x-guidance": {"whitespace_flexible": True}}])
+def test_json_is_not_blank_for_ever(own: dict[str, Any]) -> None:
+    form = grammar(schema={"type": "array", **own})
     blanks = {*b" \t\n\r"}
     form.take(ord("["))
     for _ in range(40):
@@ -189,6 +230,12 @@ def test_a_form_that_fails_ends_its_own_answer_alone(engine: Engine, monkeypatch
         ({"regex": "(a"}, r"regex '\(a' cannot be used: unclosed group"),
         ({"regex": r"(a)\1"}, "backreferences are not supported"),
         ({"regex": "(?=a)b"}, "look-around"),
+        ({"regex": "[a&&b]"}, "cannot be used"),
+        ({"regex": "a\\"}, "the backslash at its end escapes nothing"),
+        ({"regex": "a)|(b"}, "cannot be used"),
+        ({"regex": "\ud800"}, "regex must be a text, or None"),
+        ({"json_schema": {"$ref": "#"}}, "cannot be used"),
+        ({"json_schema": [1]}, "or its text, got 'list'"),
         ({"regex": 3}, "regex must be a text, or None, got 3"),
         ({"json_schema": {"type": "thing"}}, 'json_schema \'{"type": "thing"}\' cannot be used: .*Invalid type: thing'),
         ({"json_schema": {"$ref": "#/none"}}, "does not exist"),
