@@ -244,6 +244,9 @@ def test_what_a_graph_cannot_hold_is_refused(gpu: Card) -> None:
 class Odd:
     """Allows odd tokens of eight."""
 
+    def is_error(self) -> bool:
+        return False
+
     def compute_bitmask(self) -> bytes:
         return bytes([0b10101010])
 
