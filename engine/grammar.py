@@ -89,7 +89,7 @@ class Grammars:
         for _ in range(2):
             first = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
             if matcher.is_error():
-                raise _refused(name, form, matcher.get_error() or "nothing has that form")
+                raise _refused(name, form, matcher.get_error())
             if matcher.is_stopped() or not matcher.consume_token(int(first[0])):
                 return
 
@@ -174,6 +174,8 @@ def _refused(name: str, form: str, message: str) -> OptionError:
 
 def _why(message: str) -> str:
     """What llguidance has to say, without its state and the place in its own source."""
-    lines = [line.strip() for line in message.partition("<state>")[0].splitlines() if line.strip()] or ["nothing has that form"]
+    lines = [line.strip() for line in message.partition("<state>")[0].splitlines() if line.strip()]
+    if not lines or lines[0].startswith("NoExtension"):  # not even a first token
+        return "nothing has that form"
     told = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     return shortened(re.sub(PLACE, "", told), 200)
