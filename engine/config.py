@@ -258,8 +258,15 @@ class SamplingConfig:
             object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
         if self.json_schema is not None and self.regex is not None:
             raise OptionError("json_schema goes without regex: give one form of the answer")
-        if self.ignore_eos and (self.json_schema is not None or self.regex is not None):
+        if self.ignore_eos and self.form:
             raise OptionError("ignore_eos goes without json_schema and regex, which say where an answer ends")
+
+    @property
+    def form(self) -> tuple[str, str] | None:
+        """The option that says what form an answer has, and what it says, if one does."""
+        if self.regex is not None:
+            return "regex", self.regex
+        return None if self.json_schema is None else ("json_schema", str(self.json_schema))
 
     @property
     def stops(self) -> tuple[str, ...]:

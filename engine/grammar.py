@@ -14,7 +14,6 @@ from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,8 +67,8 @@ class Grammars:
 
     def require(self, config: SamplingConfig) -> None:
         """Raise OptionError if the form that a configuration asks for, if any, cannot be had."""
-        if form := form_of(config):
-            self._try(*form)
+        if config.form:
+            self._try(*config.form)
 
     def of(self, config: SamplingConfig, device: torch.device, *, begins: bool = True) -> Grammar | None:
         """A grammar for one answer, if the configuration asks for a form. Where the text ``begins`` with it, a space that
@@ -77,17 +76,17 @@ class Grammars:
 
         Each is compiled anew: what llguidance has learnt of a form, of which it holds so much and no more, is of one answer.
         """
-        form = form_of(config)
-        if form is None:
+        if config.form is None:
             return None
-        matcher = self._compile(*form, spaced=begins and self._tokenizer.strips_first_space)
+        matcher = self._compile(*config.form, spaced=begins and self._tokenizer.strips_first_space)
         return Grammar(matcher, self._vocab, device)
 
     def _tried(self, name: str, form: str) -> None:
         """Raise OptionError unless an answer of this form can begin: there may be none, or too many ways to go on."""
         matcher = self._compile(name, form, spaced=False)
+        trial = Grammar(matcher, self._vocab, torch.device("cpu"))
         for _ in range(2):
-            first = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+            first = trial.allowed().nonzero()
             if matcher.is_error():
                 raise _refused(name, form, matcher.get_error())
             if matcher.is_stopped() or not matcher.consume_token(int(first[0])):
@@ -111,8 +110,8 @@ class Grammars:
 class _Words:
     """What llguidance asks of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        ends = tokenizer.eos_token_ids  # which may have a text, that no answer shows
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
+        """``ends``: tokens that end an answer; they may have a text, that none shows."""
         self.tokens = [b"" if token in ends else tokenizer.token_bytes(token) for token in range(vocab_size)]
         self.special_token_ids = [token for token, text in enumerate(self.tokens) if not text]
         self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, ends[0]
@@ -122,19 +121,12 @@ class _Words:
         return self._encode(text, bos=False)
 
 
-def form_of(config: SamplingConfig) -> tuple[str, str] | None:
-    """The option that says what form an answer has, and what it says, if one does."""
-    if config.regex is not None:
-        return "regex", config.regex
-    return None if config.json_schema is None else ("json_schema", str(config.json_schema))
-
-
 def require_form(config: SamplingConfig) -> None:
     """Raise OptionError for a form that cannot be had of any model: before one is loaded."""
-    if form := form_of(config):
-        is_wrong, found = _library().LLMatcher.validate_grammar_with_warnings(_source(*form))
+    if config.form:
+        is_wrong, found = _library().LLMatcher.validate_grammar_with_warnings(_source(*config.form))
         if is_wrong:
-            raise _refused(*form, found[0])
+            raise _refused(*config.form, found[0])
 
 
 def _library() -> ModuleType:
@@ -149,7 +141,7 @@ def _library() -> ModuleType:
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
     if not (ends := [token for token in tokenizer.eos_token_ids if token < vocab_size]):
         raise OptionError("json_schema and regex need a model with an end token; dummy weights have none")
-    words = _library().TokenizerWrapper(_Words(tokenizer, vocab_size))
+    words = _library().TokenizerWrapper(_Words(tokenizer, vocab_size, ends))
     tokens: LLTokenizer = _library().LLTokenizer(words, n_vocab=vocab_size, eos_token=ends)
     return tokens
 
